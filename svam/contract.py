@@ -1,0 +1,233 @@
+"""The typed contract between data, models, simulation and serving: axes, dtypes, ranges, units.
+
+Axis names: B batch, T frames of a clip, H W pixels, h w feature grid, C channels, N queries, K actions in a chunk,
+A action dimensions, P proprioception dimensions, n time steps of one episode, m annotated frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    import torch
+
+STORE_SCHEMA = 1
+"""Version of the episode store's layout; written into every store and checked when it is opened."""
+CHECKPOINT_SCHEMA = 1
+"""Version of the checkpoint layout; written into every `config.json` and checked when it is loaded."""
+
+SEGMENTATION_CLASSES = ("background", "table", "arm", "gripper", "object", "fixture", "goal")
+"""Names of the segmentation labels 0..6 (`annotations/segmentation`, uint8)."""
+
+
+class ContractError(ValueError):
+    """Data that does not keep the contract; the message names the field, what was found and what was expected."""
+
+
+class Frozen(BaseModel):
+    """Base of the contract's own records: immutable and strict about their keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VectorStatistics(Frozen):
+    """Per-dimension statistics of a vector over the training episodes, in physical units. Each list has one entry
+    per dimension; `q01` and `q99` are the 1 % and 99 % quantiles."""
+
+    mean: list[float]
+    std: list[float]
+    min: list[float]
+    max: list[float]
+    q01: list[float]
+    q99: list[float]
+    count: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _one_length(self) -> VectorStatistics:
+        lengths = {name: len(getattr(self, name)) for name in ("mean", "std", "min", "max", "q01", "q99")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"statistics of different lengths: {lengths}")
+        return self
+
+
+class ActionConvention(Frozen):
+    """What the numbers of an action mean, and how they are normalised for learning."""
+
+    kind: Literal["absolute", "relative"]
+    dimensions: Annotated[int, Field(ge=1)]
+    binary_dimensions: list[int] = []
+    normalisation: Literal["minmax", "quantile", "meanstd"]
+
+    @model_validator(mode="after")
+    def _binary_dimensions_exist(self) -> ActionConvention:
+        outside = [d for d in self.binary_dimensions if not 0 <= d < self.dimensions]
+        if outside:
+            raise ValueError(f"binary_dimensions {outside} are outside 0..{self.dimensions - 1}")
+        return self
+
+
+class Statistics(Frozen):
+    """Normalisation statistics of a data set. Computed from training episodes only, carried in the policy's checkpoint."""
+
+    convention: ActionConvention
+    actions: VectorStatistics
+    proprioception: VectorStatistics | None = None
+
+    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Centre and half-range per action dimension; a constant or binary dimension gets a safe scale."""
+        s = self.actions
+        if self.convention.normalisation == "meanstd":
+            centre, scale = np.asarray(s.mean), np.asarray(s.std)
+        else:
+            quantile = self.convention.normalisation == "quantile"
+            low, high = np.asarray(s.q01 if quantile else s.min), np.asarray(s.q99 if quantile else s.max)
+            centre, scale = (high + low) / 2.0, (high - low) / 2.0
+        scale = np.where(scale < 1e-6, 1.0, scale)
+        for d in self.convention.binary_dimensions:
+            centre[d], scale[d] = 0.0, 1.0
+        return centre.astype(np.float32), scale.astype(np.float32)
+
+    def normalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Physical (..., A) float32 to the policy's units: about [-1, 1] (minmax, quantile) or unit variance (meanstd)."""
+        centre, scale = self._affine()
+        return np.asarray((actions - centre) / scale, dtype=np.float32)
+
+    def denormalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Inverse of `normalise_actions`; minmax and quantile clip to the seen range, binary dimensions snap to -1 or 1."""
+        centre, scale = self._affine()
+        values = np.asarray(actions, dtype=np.float32)
+        if self.convention.normalisation != "meanstd":
+            values = np.clip(values, -1.0, 1.0)
+        physical = values * scale + centre
+        for d in self.convention.binary_dimensions:
+            physical[..., d] = np.where(physical[..., d] >= 0.0, 1.0, -1.0)
+        return np.asarray(physical, dtype=np.float32)
+
+    def normalise_proprioception(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(..., P) to zero mean and unit variance; constant dimensions become 0."""
+        if self.proprioception is None:
+            raise ContractError("proprioception: the data set has none, but it was asked for")
+        mean, std = np.asarray(self.proprioception.mean), np.asarray(self.proprioception.std)
+        return np.asarray((values - mean) / np.where(std < 1e-6, 1.0, std), dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """Dense labels of some frames: `values` (m, H, W), `index` (m,) int64 frame numbers within the episode, increasing."""
+
+    values: NDArray[Any]
+    index: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One recorded episode, in physical units, whatever format it came from.
+
+    frames: camera name -> (n, H, W, 3) uint8 RGB; the first camera is the foresight camera.
+    actions: (n, A) float32, what was executed; expert_actions: (n, A), what the demonstrator wanted (or None).
+    state, proprioception: (n, S), (n, P) float32 or None.
+    annotations: "depth" (metres, float32) and/or "segmentation" (uint8, `SEGMENTATION_CLASSES`).
+    """
+
+    task: str
+    instruction: str
+    rate_hz: float
+    frames: Mapping[str, NDArray[np.uint8]]
+    actions: NDArray[np.float32]
+    expert_actions: NDArray[np.float32] | None = None
+    state: NDArray[np.float32] | None = None
+    proprioception: NDArray[np.float32] | None = None
+    annotations: Mapping[str, Annotation] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise `ContractError` unless lengths, dtypes, ranges and finiteness are as stated above."""
+        where = f"episode {dict(self.provenance)} of task {self.task!r}"
+        n = len(self.actions)
+        if n == 0:
+            raise ContractError(f"{where}: no time steps")
+        if not self.frames:
+            raise ContractError(f"{where}: no camera")
+        for camera, images in self.frames.items():
+            if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != n:
+                raise ContractError(
+                    f"{where}: frames[{camera!r}] is {images.dtype} {images.shape}, expected uint8 ({n}, H, W, 3)"
+                )
+        for name in ("actions", "expert_actions", "state", "proprioception"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if values.ndim != 2 or len(values) != n:
+                raise ContractError(f"{where}: {name} has shape {values.shape}, expected ({n}, dimensions)")
+            if not np.isfinite(values).all():
+                row, column = np.argwhere(~np.isfinite(values))[0]
+                raise ContractError(f"{where}: {name}[{row}, {column}] is {values[row, column]}, expected a finite number")
+        if self.expert_actions is not None and self.expert_actions.shape != self.actions.shape:
+            raise ContractError(f"{where}: expert_actions {self.expert_actions.shape} and actions {self.actions.shape} differ")
+        for name, annotation in self.annotations.items():
+            index = annotation.index
+            if len(index) != len(annotation.values) or (len(index) and (index[0] < 0 or index[-1] >= n)):
+                raise ContractError(f"{where}: annotations[{name!r}] indexes frames outside 0..{n - 1} or differs in length")
+        if self.rate_hz <= 0:
+            raise ContractError(f"{where}: rate_hz is {self.rate_hz}, expected a positive number")
+
+
+class EpisodeSource(Protocol):
+    """A reader of one data set format. `svam.episodes.sources.<name>` defines `open_source(path) -> EpisodeSource`."""
+
+    def describe(self) -> SourceDescription:
+        """What all episodes have in common, without reading their frames."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Episode]:
+        """Episodes in a fixed order, one in memory at a time."""
+        ...
+
+
+class SourceDescription(Frozen):
+    """The facts a source states once: its rate, cameras, instructions and where it came from.
+
+    instructions: task -> {"train": [...], "held_out": [...]}; held_out may be empty.
+    """
+
+    rate_hz: Annotated[float, Field(gt=0)]
+    cameras: Annotated[list[str], Field(min_length=1)]
+    instructions: dict[str, dict[str, list[str]]]
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the robot sees now: camera name -> (H, W, 3) uint8 RGB, a sentence, and optionally (P,) float32 proprioception."""
+
+    frames: Mapping[str, NDArray[np.uint8]]
+    instruction: str
+    proprioception: NDArray[np.float32] | None = None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A window of an episode: frames (T, H, W, 3) uint8 whose frame 0 is the observed one, and its instruction."""
+
+    frames: NDArray[np.uint8]
+    instruction: str
+
+
+@dataclass(frozen=True)
+class Foresight:
+    """What `encode` returns: context entry -> (B, T, h, w, C) float tensor, and text (B, L, D) with its padding mask (B, L).
+
+    Entries are those of `train_policy.context` that are frozen: geometric, semantic, one_step, generated, goal_frame
+    (T = 1), observation (T = 1).
+    """
+
+    entries: Mapping[str, torch.Tensor]
+    text: torch.Tensor

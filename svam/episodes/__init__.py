@@ -1,0 +1,1 @@
+"""The episode store and everything that turns recorded data into it."""

@@ -1,0 +1,1 @@
+"""One reader per data set format; a reader is imported only when `convert.source` names it."""

@@ -1,0 +1,108 @@
+"""The computer as stages see it: device, threads, seeds, progress bars, and errors that end as one line."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import torch
+
+console = Console(stderr=True)
+P = ParamSpec("P")
+Item = TypeVar("Item")
+
+
+class MachineError(RuntimeError):
+    """The computer lacks something that a parameter asks for; the message says what and how to get it."""
+
+
+class _Rate(ProgressColumn):
+    """Items per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("-" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+
+
+def progress_bar() -> Progress:
+    """A progress bar with count, rate and time left. Where the output is no terminal it prints a line now and then."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"), console=console, refresh_per_second=2,
+    )  # fmt: skip
+
+
+def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+    """Iterate with a progress bar that shows rate and time left."""
+    with progress_bar() as bar:
+        task = bar.add_task(description, total=total, note="")
+        for item in items:
+            yield item
+            bar.advance(task)
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from what it is for, e.g. `seed_of(params.seed, "collect", task, index, attempt)`."""
+    text = "\0".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def generator(*parts: object) -> np.random.Generator:
+    """A numpy generator seeded by `seed_of`."""
+    return np.random.default_rng(seed_of(*parts))
+
+
+def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
+    """Set threads and seeds, choose the device, print it, and return it.
+
+    Raises:
+        MachineError: `device` is "cuda" and torch sees no CUDA GPU.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MachineError(
+            f"machine.device is 'cuda', but torch {torch.__version__} sees no CUDA GPU; use 'auto' or 'cpu', "
+            "or install a CUDA build of torch"
+        )
+    chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    if chosen.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{threads} threads"
+    console.print(f"device: {chosen.type} ({name})", highlight=False)
+    return chosen
+
+
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """Decorate a stage command: an error that a user can cause is printed as one sentence and exits with status 1.
+
+    Expected errors derive from ValueError, OSError or are MachineError; anything else is a fault of ours and keeps its traceback.
+    """
+
+    @wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            console.print("interrupted; run the same command again to start over", style="red", highlight=False)
+            sys.exit(130)
+        except (ValueError, OSError, MachineError) as error:
+            console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            if os.environ.get("SVAM_TRACEBACK"):
+                raise
+            sys.exit(1)
+
+    return wrapped

@@ -1,0 +1,1 @@
+"""Networks. Only `foresight` and `svam` assemble siblings."""

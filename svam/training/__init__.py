@@ -1,0 +1,1 @@
+"""One loop, one checkpoint format, and one module per trained part."""
