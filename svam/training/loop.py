@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dvclive import Live
+from dvclive.live import Live
 from torch import Tensor, nn
 
 from svam.machine import progress_bar
@@ -35,7 +35,7 @@ class AveragedWeights:
     """Exponential moving average of a module's trained parameters, with the usual slow start min(decay, (1+n)/(10+n))."""
 
     def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters = parameters
+        self.parameters: list[Tensor] = list(parameters)
         self.decay = decay
         self.updates = 0
         self.average = [p.detach().clone() for p in parameters]
@@ -121,7 +121,7 @@ def fit(
             last = step == optimiser.steps
             if live and (step % log_every == 0 or last):
                 live.log_metric("train/loss", recent)
-                live.log_metric("train/learning_rate", schedule.get_last_lr()[0])
+                live.log_metric("train/learning_rate", float(schedule.get_last_lr()[0]))
             if evaluate and (last or (evaluate_every and step % evaluate_every == 0)):
                 module.eval()
                 with average.applied():
@@ -134,11 +134,11 @@ def fit(
                         live.log_metric(f"held_out/{key}", number)
             if live and (step % log_every == 0 or last):
                 live.step = step
-                live.make_summary()
+                live.make_summary()  # type: ignore[no-untyped-call]
     average.copy_to_module(best if best is not None else average.average)
     module.eval()
     if live:
-        live.end()
+        live.end()  # type: ignore[no-untyped-call]
     return kept
 
 

@@ -48,7 +48,7 @@ def load_config(directory: Path, file: str = "config.json") -> dict[str, Any]:
         FileError: missing or not JSON, or of another schema version.
     """
     path = Path(directory) / file
-    config = read_json(path)
+    config: dict[str, Any] = read_json(path)
     found = config.pop("schema_version", None) if isinstance(config, dict) else None
     if found != CHECKPOINT_SCHEMA:
         raise FileError(f"{path}: schema_version is {found!r}, this code reads {CHECKPOINT_SCHEMA}; run the stage again")

@@ -1,0 +1,277 @@
+"""The video model: Stable Video Diffusion's spatio-temporal U-Net with EDM's v-prediction, conditioned on frame and text.
+
+Source: S-VAM sections 3.1-3.2; Stable Video Diffusion (Blattmann et al. 2023). The U-Net is diffusers' class at any size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import UNetSpatioTemporalConditionModel
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from svam.checkpoint import load_config, load_tensors, save_tensors
+from svam.contract import CHECKPOINT_SCHEMA
+from svam.files import FileError, write_json
+from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
+
+
+class VideoConfig(BaseModel):
+    """What the video model was built for; written beside its weights, and read from there by every later stage."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    frames: int
+    stride: int
+    rate_hz: float
+    latent_channels: int
+    latent_size: tuple[int, int]
+    text_tokens: int
+    text_width: int
+    sigma_min: float
+    sigma_max: float
+    noise: str
+    camera: str
+    image_size: tuple[int, int]
+    added_time_ids: tuple[float, float, float] = (6.0, 127.0, 0.02)
+    """SVD's frame rate - 1, motion bucket and noise augmentation; constants, since clips of one store share them."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The outcome of one sampling run: one-step features and the clip, from the same initial noise.
+
+    features: (B, T, h, w, C) of the first evaluation; latents: (B, T, c, h', w') of the clip V^;
+    one_step: (B, T, c, h', w'), the denoised estimate after the first evaluation.
+    """
+
+    features: Tensor
+    latents: Tensor
+    one_step: Tensor
+
+
+class VideoModel(nn.Module):
+    """U-Net + EDM preconditioning + the fixed initial noise (T, c, h', w') that caching, policy and serving share."""
+
+    fixed_noise: Tensor
+
+    def __init__(self, unet: UNetSpatioTemporalConditionModel, config: VideoConfig, fixed_noise: Tensor) -> None:
+        super().__init__()
+        width = unet.config["cross_attention_dim"]
+        if not isinstance(width, int) or width % config.text_width:
+            raise ValueError(
+                f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text encoder's width {config.text_width}"
+            )
+        if unet.config["in_channels"] != 2 * config.latent_channels or unet.config["out_channels"] != config.latent_channels:
+            raise ValueError(
+                f"the U-Net has {unet.config['in_channels']} input and {unet.config['out_channels']} output channels; the "
+                f"autoencoder's {config.latent_channels} latent channels need {2 * config.latent_channels} and {config.latent_channels}"
+            )
+        self.unet: Any = unet  # diffusers' classes carry no usable types
+        self.config = config
+        self.edm = EDM(sigma_data=1.0, sign=-1.0)
+        self.text_repeats = width // config.text_width
+        self.register_buffer("fixed_noise", fixed_noise)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(T, c, h', w') of one clip."""
+        return (self.config.frames, self.config.latent_channels, *self.config.latent_size)
+
+    def feature_channels(self, up_blocks: int) -> int:
+        """Channels C of the one-step features of the first `up_blocks` up blocks."""
+        widths = list(reversed(self.unet.config["block_out_channels"]))
+        if not 1 <= up_blocks <= len(widths):
+            raise ValueError(f"generate.up_blocks is {up_blocks}, but this U-Net has {len(widths)} up blocks")
+        return int(sum(widths[:up_blocks]))
+
+    def initial_noise(self, seeds: list[int] | int) -> Tensor:
+        """(B, T, c, h', w') unit noise: the fixed tensor repeated (`noise: fixed`) or one draw per seed (`fresh`)."""
+        batch = seeds if isinstance(seeds, int) else len(seeds)
+        if self.config.noise == "fixed":
+            return self.fixed_noise.expand(batch, *self.latent_shape)
+        if isinstance(seeds, int):
+            raise ValueError("finetune_video.noise is 'fresh': one noise seed per observation is needed")
+        return self.seeded_noise(seeds)
+
+    def seeded_noise(self, seeds: list[int]) -> Tensor:
+        """(B, T, c, h', w'), one draw per seed on the CPU, so that every device sees the same numbers."""
+        draws = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        return torch.stack(draws).to(self.fixed_noise.device)
+
+    def raw(
+        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, up_blocks: int | None = None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """One U-Net evaluation.
+
+        Args:
+            noisy: (B, T, c, h', w'). sigma_B: (B,). condition: (B, c, h', w') latents of the observed frame, not noised.
+            text: (B, L, D) tokens, repeated on channels to the width that the U-Net expects (doubled for SVD).
+            up_blocks: stop after this many up blocks and return their outputs; None runs everything.
+
+        Returns:
+            The outputs of the up blocks that ran, (B*T, C, h_l, w_l) each, and the raw output (B, T, c, h', w') or None.
+        """
+        unet = self.unet
+        batch, frames = noisy.shape[:2]
+        scaled = noisy * self.edm.c_in(expand_like(sigma_B, noisy))
+        sample = torch.cat([scaled, condition[:, None].expand(-1, frames, -1, -1, -1)], dim=2).flatten(0, 1)
+        time_ids = noisy.new_tensor(self.config.added_time_ids).expand(batch, 3)
+        embedding = unet.time_embedding(unet.time_proj(self.edm.c_noise(sigma_B)).to(noisy.dtype))
+        embedding = embedding + unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(noisy.dtype))
+        embedding = embedding.repeat_interleave(frames, dim=0)
+        tokens = text.repeat(1, 1, self.text_repeats).repeat_interleave(frames, dim=0)
+        image_only = torch.zeros(batch, frames, dtype=noisy.dtype, device=noisy.device)
+
+        # The body of diffusers' forward, block by block, because blocks after layer L need not run (S-VAM section 3.2).
+        sample = unet.conv_in(sample)
+        skips: tuple[Tensor, ...] = (sample,)
+        for block in unet.down_blocks:
+            sample, residuals = _run(block, sample, embedding, tokens, image_only)
+            skips += residuals
+        sample = unet.mid_block(sample, temb=embedding, encoder_hidden_states=tokens, image_only_indicator=image_only)
+        maps: list[Tensor] = []
+        for block in unet.up_blocks:
+            count = len(block.resnets)
+            sample = _run(block, sample, embedding, tokens, image_only, skips[-count:])
+            skips = skips[:-count]
+            maps.append(sample)
+            if len(maps) == up_blocks:
+                return maps, None
+        output = unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
+        return maps, output.reshape(batch, frames, *output.shape[1:])
+
+    def _features(self, maps: list[Tensor], grid: int, batch: int) -> Tensor:
+        """Resize the maps to (h, w) and join them on channels: (B, T, h, w, C)."""
+        resized = [
+            m if m.shape[-2:] == (grid, grid) else F.interpolate(m.float(), (grid, grid), mode="bilinear", antialias=True)
+            for m in maps
+        ]
+        joined = torch.cat([r.float() for r in resized], dim=1)
+        return joined.reshape(batch, -1, *joined.shape[1:]).permute(0, 1, 3, 4, 2)
+
+    def one_step(self, condition: Tensor, text: Tensor, noise: Tensor, up_blocks: int, grid: int) -> Tensor:
+        """One-step features F (B, T, h, w, C) float32: a single evaluation at the first sigma, cut after `up_blocks`.
+
+        condition (B, c, h', w'), text (B, L, D), noise (B, T, c, h', w') with unit variance.
+        """
+        self.feature_channels(up_blocks)
+        sigma = noise.new_full((len(noise),), self.config.sigma_max)
+        maps, _ = self.raw(self._start(noise), sigma, condition, text, up_blocks)
+        return self._features(maps, grid, len(noise))
+
+    def _start(self, noise: Tensor) -> Tensor:
+        """Pure noise with the variance that a latent of unit variance has at the first sigma."""
+        return noise * float((self.config.sigma_max**2 + 1.0) ** 0.5)
+
+    def denoise(
+        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, guidance: float = 1.0
+    ) -> tuple[list[Tensor], Tensor]:
+        """(up-block maps, clean estimate (B, T, c, h', w')). Guidance above 1 extrapolates from the unconditional estimate."""
+        maps, output = self.raw(noisy, sigma_B, condition, text)
+        assert output is not None
+        clean = self.edm.denoised(noisy, output.float(), sigma_B)
+        if guidance == 1.0:
+            return maps, clean
+        _, output = self.raw(noisy, sigma_B, torch.zeros_like(condition), torch.zeros_like(text))
+        assert output is not None
+        unconditional = self.edm.denoised(noisy, output.float(), sigma_B)
+        return maps, unconditional + guidance * (clean - unconditional)
+
+    def generate(
+        self, condition: Tensor, text: Tensor, noise: Tensor, steps: int, guidance: float, up_blocks: int, grid: int
+    ) -> Generation:
+        """The multi-step generation V^ by the deterministic sampler, and F from its first evaluation: the same noise.
+
+        Shapes as in `one_step`; `steps` evaluations on Karras noise levels from sigma_max to sigma_min, then 0.
+        """
+        self.feature_channels(up_blocks)
+        levels = karras_sigmas(steps, self.config.sigma_min, self.config.sigma_max).tolist()
+        noisy = self._start(noise)
+        features = first = noisy
+        for i, sigma in enumerate(levels[:-1]):
+            maps, clean = self.denoise(noisy, noisy.new_full((len(noisy),), sigma), condition, text, guidance)
+            if i == 0:
+                features, first = self._features(maps[:up_blocks], grid, len(noisy)), clean
+            noisy = ddim_step(noisy, clean, sigma, levels[i + 1])
+        return Generation(features=features, latents=noisy, one_step=first)
+
+
+    def save(self, directory: Path) -> None:
+        """Write `unet/` in the published layout, `noise.safetensors` and `config.json`."""
+        self.unet.save_pretrained(str(directory / "unet"), safe_serialization=True)
+        save_tensors(directory / "noise.safetensors", {"fixed_noise": self.fixed_noise})
+        write_json(directory / "config.json", {"schema_version": CHECKPOINT_SCHEMA, **self.config.model_dump()})
+
+    @classmethod
+    def load(cls, directory: Path) -> VideoModel:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: a part is missing, truncated or does not fit the others.
+        """
+        config = VideoConfig.model_validate(load_config(directory))
+        noise = load_tensors(directory / "noise.safetensors").get("fixed_noise")
+        model_shape = (config.frames, config.latent_channels, *config.latent_size)
+        if noise is None or tuple(noise.shape) != model_shape:
+            found = "none" if noise is None else tuple(noise.shape)
+            raise FileError(f"{directory}/noise.safetensors: fixed_noise is {found}, expected {model_shape}")
+        return cls(load_unet(directory / "unet"), config, noise).eval()
+
+
+def _run(
+    block: nn.Module,
+    sample: Tensor,
+    embedding: Tensor,
+    tokens: Tensor,
+    image_only: Tensor,
+    skips: tuple[Tensor, ...] | None = None,
+) -> Any:
+    """Run a down block (`skips` None) or an up block of the U-Net, with text where it has cross-attention."""
+    arguments: dict[str, Any] = {"hidden_states": sample, "temb": embedding, "image_only_indicator": image_only}
+    if getattr(block, "has_cross_attention", False):
+        arguments["encoder_hidden_states"] = tokens
+    if skips is not None:
+        arguments["res_hidden_states_tuple"] = skips
+    return block(**arguments)
+
+
+def build_unet(
+    channels: list[int], layers: int, heads: list[int], latent_channels: int, text_width: int, frames: int, latent_size: int
+) -> UNetSpatioTemporalConditionModel:
+    """A fresh U-Net in SVD's form: cross-attention at every level but the lowest, which has none when there are more than two."""
+    levels = len(channels)
+    plain = levels > 2
+    down = ["CrossAttnDownBlockSpatioTemporal"] * levels
+    up = ["CrossAttnUpBlockSpatioTemporal"] * levels
+    if plain:
+        down[-1], up[0] = "DownBlockSpatioTemporal", "UpBlockSpatioTemporal"
+    return UNetSpatioTemporalConditionModel(  # type: ignore[no-untyped-call]
+        sample_size=latent_size, in_channels=2 * latent_channels, out_channels=latent_channels,
+        down_block_types=tuple(down), up_block_types=tuple(up), block_out_channels=tuple(channels),
+        layers_per_block=layers, num_attention_heads=tuple(heads), cross_attention_dim=text_width,
+        addition_time_embed_dim=channels[0], projection_class_embeddings_input_dim=3 * channels[0], num_frames=frames,
+    )  # fmt: skip
+
+
+def load_unet(directory: Path) -> UNetSpatioTemporalConditionModel:
+    """Load a U-Net in the published layout, strictly, from safetensors only.
+
+    Raises:
+        ValueError: missing, truncated or unfitting weights; the message names the folder.
+    """
+    try:
+        unet, report = UNetSpatioTemporalConditionModel.from_pretrained(  # type: ignore[no-untyped-call]
+            str(directory), use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
+        )
+    except Exception as error:  # diffusers raises a dozen types here; the user needs the folder and the reason
+        raise ValueError(f"{directory}: no U-Net could be loaded ({str(error).splitlines()[0]})") from None
+    wrong = {key: report[key][:1] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
+    if wrong:
+        raise ValueError(f"{directory}: the weights do not fit the U-Net of its config.json: {wrong}")
+    return unet  # type: ignore[no-any-return]
