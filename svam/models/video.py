@@ -62,14 +62,15 @@ class VideoModel(nn.Module):
 
     def __init__(self, unet: UNetSpatioTemporalConditionModel, config: VideoConfig, fixed_noise: Tensor) -> None:
         super().__init__()
-        width = unet.config["cross_attention_dim"]
+        sizes: Any = unet.config  # type: ignore[attr-defined]
+        width = sizes["cross_attention_dim"]
         if not isinstance(width, int) or width % config.text_width:
             raise ValueError(
                 f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text encoder's width {config.text_width}"
             )
-        if unet.config["in_channels"] != 2 * config.latent_channels or unet.config["out_channels"] != config.latent_channels:
+        if sizes["in_channels"] != 2 * config.latent_channels or sizes["out_channels"] != config.latent_channels:
             raise ValueError(
-                f"the U-Net has {unet.config['in_channels']} input and {unet.config['out_channels']} output channels; the "
+                f"the U-Net has {sizes['in_channels']} input and {sizes['out_channels']} output channels; the "
                 f"autoencoder's {config.latent_channels} latent channels need {2 * config.latent_channels} and {config.latent_channels}"
             )
         self.unet: Any = unet  # diffusers' classes carry no usable types
