@@ -1,0 +1,59 @@
+# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests.
+#   PYTHON=python3.12     another interpreter (3.11 or 3.12)
+#   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
+#   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest
+
+SHELL := /bin/bash
+VENV := .venv
+# The first interpreter that is 3.11 or 3.12; when there is none, the check below says so.
+PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1 && echo $$p && break; done),python3)
+PIP_ARGS ?=
+DVC_ARGS ?=
+PYTEST_ARGS ?=
+
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/$(VENV)
+unexport PYTHONHOME
+
+.PHONY: help setup repro test lint lock table clean
+help:
+	@sed -n '1,4s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test lint lock table clean"
+
+setup: $(VENV)/.installed $(VENV)/.renders
+
+repro: setup
+	python -m stages.check_params
+	dvc repro $(DVC_ARGS)
+
+test: setup
+	python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	ruff check .
+	ruff format --check .
+	mypy
+
+# Does dvc.lock belong to the code and params that are here?
+lock: $(VENV)/.installed
+	@python tools/lock_belongs.py
+
+table: $(VENV)/.installed
+	@dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created'
+
+# The environment only; DVC's outputs and cache stay.
+clean:
+	rm -rf $(VENV) *.egg-info
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null || { \
+		echo "Python 3.11 or 3.12 is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 | head -n 1); name one: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu run: sudo apt-get install python3-venv" >&2; exit 1; }
+	[ -x $(VENV)/bin/python ] || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# Without a stamp when nothing renders: the next call tries again.
+$(VENV)/.renders: $(VENV)/.installed
+	@tools/opengl.sh $(VENV)/bin/python && touch $@ || true
