@@ -42,10 +42,11 @@ class Policy(Protocol):
 
 
 class Environment(Protocol):
-    """One simulated task. Success is what `step` returns; frames are rendered by `observe` only."""
+    """One simulated task. Success is what `step` returns; frames are rendered by `observe` only. `draw` is what the seed
+    decided (goal and object positions): two episodes with the same draw are the same episode."""
 
-    goal: NDArray[Any]
-
+    @property
+    def draw(self) -> NDArray[np.float32]: ...
     def reset(self, seed: int) -> None: ...
     def observe(self) -> Mapping[str, NDArray[np.uint8]]: ...
     def proprioception(self) -> NDArray[np.float32]: ...
@@ -72,11 +73,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened. `steps` are those executed until the first success or the limit; `calls` the steps at which the policy
-    was asked. `frames`: first camera's (steps + 1, H, W, 3) uint8 of a recorded episode, else None."""
+    """What happened. `draw`: the environment's. `steps`: executed until the first success or the limit. `calls`: the steps
+    at which the policy was asked. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8 of the first camera, else None."""
 
     plan: Plan
-    goal: tuple[float, ...]
+    draw: tuple[float, ...]
     success: bool
     steps: int
     calls: tuple[int, ...] = ()
@@ -87,7 +88,7 @@ class Outcome:
 class _View:
     """A worker's reply: what the policy sees next (absent once the episode is over) and what has been recorded since."""
 
-    goal: tuple[float, ...]
+    draw: tuple[float, ...]
     success: bool
     steps: int
     frames: dict[str, NDArray[np.uint8]] | None
@@ -117,7 +118,7 @@ def _begin(slot: int, plan: Plan) -> _View:
     environment.reset(plan.seed)
     frames = dict(environment.observe())
     recorded = [next(iter(frames.values()))] if plan.record else []
-    return _View(_goal(environment), False, 0, frames, environment.proprioception(), recorded)
+    return _View(_draw(environment), False, 0, frames, environment.proprioception(), recorded)
 
 
 def _advance(slot: int, plan: Plan, actions: NDArray[np.float32], last: bool) -> _View:
@@ -135,7 +136,7 @@ def _advance(slot: int, plan: Plan, actions: NDArray[np.float32], last: bool) ->
     over = success or last
     frames = None if over else dict(environment.observe())
     proprioception = None if over else environment.proprioception()
-    return _View(_goal(environment), success, steps, frames, proprioception, recorded)
+    return _View(_draw(environment), success, steps, frames, proprioception, recorded)
 
 
 def _play(slot: int, plan: Plan, controller: Controller, dimensions: int, max_steps: int, seed: int) -> Outcome:
@@ -151,7 +152,7 @@ def _play(slot: int, plan: Plan, controller: Controller, dimensions: int, max_st
             action = random.uniform(-1.0, 1.0, dimensions).astype(np.float32)
         success = bool(environment.step(action))
         steps += 1
-    return Outcome(plan, _goal(environment), success, steps)
+    return Outcome(plan, _draw(environment), success, steps)
 
 
 def _close_all() -> None:
@@ -160,8 +161,8 @@ def _close_all() -> None:
     _held.clear()
 
 
-def _goal(environment: Environment) -> tuple[float, ...]:
-    return tuple(float(value) for value in np.asarray(environment.goal).ravel())
+def _draw(environment: Environment) -> tuple[float, ...]:
+    return tuple(float(value) for value in np.asarray(environment.draw).ravel())
 
 
 class Workers:
@@ -229,7 +230,7 @@ class _Slot:
 
     def outcome(self) -> Outcome:
         frames = np.stack(self.recorded) if self.plan.record else None
-        return Outcome(self.plan, self.view.goal, self.view.success, self.steps, tuple(self.calls), frames)
+        return Outcome(self.plan, self.view.draw, self.view.success, self.steps, tuple(self.calls), frames)
 
 
 def take_next(waiting: list[tuple[int, Plan]], task: str | None) -> tuple[int, Plan] | None:
