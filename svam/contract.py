@@ -6,7 +6,7 @@ A action dimensions, P proprioception dimensions, n time steps of one episode, m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -24,6 +24,8 @@ CHECKPOINT_SCHEMA = 1
 
 SEGMENTATION_CLASSES = ("background", "table", "arm", "gripper", "object", "fixture", "goal")
 """Names of the segmentation labels 0..6 (`annotations/segmentation`, uint8)."""
+VECTORS = ("actions", "expert_actions", "state", "proprioception")
+"""The float32 vectors of an episode, one row per time step; all but the first are optional."""
 
 
 class ContractError(ValueError):
@@ -79,32 +81,52 @@ class Statistics(Frozen):
     actions: VectorStatistics
     proprioception: VectorStatistics | None = None
 
-    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Centre and half-range per action dimension; a constant or binary dimension gets a safe scale."""
+    def _affine(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
+        """Centre, half-range and "never changes" per action dimension; a constant or binary dimension gets the scale 1.
+
+        A dimension that moves in fewer than 1 % of the steps has equal quantiles: it falls back on its extremes.
+        """
         s = self.actions
+        low, high = np.asarray(s.min), np.asarray(s.max)
+        constant = (high - low) / 2.0 < 1e-6
         if self.convention.normalisation == "meanstd":
             centre, scale = np.asarray(s.mean), np.asarray(s.std)
         else:
-            quantile = self.convention.normalisation == "quantile"
-            low, high = np.asarray(s.q01 if quantile else s.min), np.asarray(s.q99 if quantile else s.max)
+            if self.convention.normalisation == "quantile":
+                q01, q99 = np.asarray(s.q01), np.asarray(s.q99)
+                degenerate = (q99 - q01) / 2.0 < 1e-6
+                low, high = np.where(degenerate, low, q01), np.where(degenerate, high, q99)
             centre, scale = (high + low) / 2.0, (high - low) / 2.0
-        scale = np.where(scale < 1e-6, 1.0, scale)
+        scale = np.where(constant, 1.0, scale)
         for d in self.convention.binary_dimensions:
-            centre[d], scale[d] = 0.0, 1.0
-        return centre.astype(np.float32), scale.astype(np.float32)
+            centre[d], scale[d], constant[d] = 0.0, 1.0, False
+        return centre.astype(np.float32), scale.astype(np.float32), constant
 
     def normalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Physical (..., A) float32 to the policy's units: about [-1, 1] (minmax, quantile) or unit variance (meanstd)."""
-        centre, scale = self._affine()
+        """Physical (..., A) float32 to the policy's units: about [-1, 1] (minmax, quantile) or unit variance (meanstd).
+
+        Constant dimensions become 0.
+        """
+        centre, scale, _ = self._affine()
         return np.asarray((actions - centre) / scale, dtype=np.float32)
 
     def denormalise_actions(self, actions: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Inverse of `normalise_actions`; minmax and quantile clip to the seen range, binary dimensions snap to -1 or 1."""
-        centre, scale = self._affine()
+        """Inverse of `normalise_actions`, (..., A) float32 in physical units.
+
+        minmax and quantile clip to the range they map to [-1, 1], constant dimensions keep their one value, binary
+        dimensions snap to -1 or 1.
+
+        Raises:
+            ContractError: a value is not finite (a snap or a clip would hide it).
+        """
+        centre, scale, constant = self._affine()
         values = np.asarray(actions, dtype=np.float32)
+        if not np.isfinite(values).all():
+            where = tuple(int(i) for i in np.argwhere(~np.isfinite(values))[0])
+            raise ContractError(f"normalised actions: {values[where]} at {where}, expected finite numbers")
         if self.convention.normalisation != "meanstd":
             values = np.clip(values, -1.0, 1.0)
-        physical = values * scale + centre
+        physical = np.where(constant, centre, values * scale + centre)
         for d in self.convention.binary_dimensions:
             physical[..., d] = np.where(physical[..., d] >= 0.0, 1.0, -1.0)
         return np.asarray(physical, dtype=np.float32)
@@ -148,7 +170,7 @@ class Episode:
 
     def check(self) -> None:
         """Raise `ContractError` unless lengths, dtypes, ranges and finiteness are as stated above."""
-        where = f"episode {dict(self.provenance)} of task {self.task!r}"
+        where = f"episode {self.provenance.get('file', '')} of task {self.task!r}".replace("  ", " ")
         n = len(self.actions)
         if n == 0:
             raise ContractError(f"{where}: no time steps")
@@ -159,27 +181,52 @@ class Episode:
                 raise ContractError(
                     f"{where}: frames[{camera!r}] is {images.dtype} {images.shape}, expected uint8 ({n}, H, W, 3)"
                 )
-        for name in ("actions", "expert_actions", "state", "proprioception"):
+        for name in VECTORS:
             values = getattr(self, name)
             if values is None:
                 continue
-            if values.ndim != 2 or len(values) != n:
-                raise ContractError(f"{where}: {name} has shape {values.shape}, expected ({n}, dimensions)")
+            if values.dtype != np.float32 or values.ndim != 2 or len(values) != n:
+                raise ContractError(f"{where}: {name} is {values.dtype} {values.shape}, expected float32 ({n}, dimensions)")
             if not np.isfinite(values).all():
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise ContractError(f"{where}: {name}[{row}, {column}] is {values[row, column]}, expected a finite number")
         if self.expert_actions is not None and self.expert_actions.shape != self.actions.shape:
             raise ContractError(f"{where}: expert_actions {self.expert_actions.shape} and actions {self.actions.shape} differ")
         for name, annotation in self.annotations.items():
-            index = annotation.index
-            if len(index) != len(annotation.values) or (len(index) and (index[0] < 0 or index[-1] >= n)):
-                raise ContractError(f"{where}: annotations[{name!r}] indexes frames outside 0..{n - 1} or differs in length")
+            self._check_annotation(f"{where}: annotations[{name!r}]", name, annotation, n)
         if self.rate_hz <= 0:
             raise ContractError(f"{where}: rate_hz is {self.rate_hz}, expected a positive number")
 
+    @staticmethod
+    def _check_annotation(where: str, name: str, annotation: Annotation, n: int) -> None:
+        index, values = annotation.index, annotation.values
+        dtype = {"depth": np.float32, "segmentation": np.uint8}.get(name)
+        if dtype is None:
+            raise ContractError(f"{where}: unknown, expected 'depth' or 'segmentation'")
+        if index.dtype != np.int64 or index.ndim != 1 or values.dtype != dtype or values.ndim != 3 or len(values) != len(index):
+            raise ContractError(
+                f"{where}: values are {values.dtype} {values.shape} and index is {index.dtype} {index.shape}, "
+                f"expected {np.dtype(dtype)} (m, H, W) and int64 (m,)"
+            )
+        if len(index) and (index[0] < 0 or index[-1] >= n or (np.diff(index) <= 0).any()):
+            raise ContractError(f"{where}: index must increase within 0..{n - 1}")
+        if name == "depth" and not (np.isfinite(values).all() and (values >= 0).all()):
+            raise ContractError(f"{where}: a depth is negative or not finite, expected metres")
+        if name == "segmentation" and len(values) and values.max() >= len(SEGMENTATION_CLASSES):
+            raise ContractError(f"{where}: class {values.max()}, expected 0..{len(SEGMENTATION_CLASSES) - 1}")
+
 
 class EpisodeSource(Protocol):
-    """A reader of one data set format. `svam.episodes.sources.<name>` defines `open_source(path) -> EpisodeSource`."""
+    """A reader of one data set format.
+
+    `svam.episodes.sources.<name>` defines `open_source(path: Path, only: Sequence[str] | None) -> EpisodeSource`; `only`
+    names the tasks to read, None means all.
+    """
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """Sentences a person should see before the conversion, for example what is left out."""
+        ...
 
     def describe(self) -> SourceDescription:
         """What all episodes have in common, without reading their frames."""

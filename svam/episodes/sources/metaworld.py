@@ -1,0 +1,154 @@
+"""The demonstrations that the collect stage wrote: `<path>/<task>/meta.json` and `episode_0000.npz`, ...
+
+Only these files are read; no simulator is imported.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svam.contract import Annotation, ContractError, Episode, SourceDescription
+from svam.files import FileError, read_json
+
+RAW_SCHEMA = 1
+"""The layout of `meta.json` and of the archives that this module reads."""
+_KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance")
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
+    """One task's `meta.json`, with all of `_KEYS`."""
+    file = folder / "meta.json"
+    meta = read_json(file)
+    missing = [key for key in _KEYS if not isinstance(meta, dict) or key not in meta]
+    if missing:
+        raise FileError(f"{file}: key {missing[0]!r} is missing")
+    if meta["schema_version"] != RAW_SCHEMA:
+        raise FileError(f"{file}: schema_version is {meta['schema_version']!r}, this code reads {RAW_SCHEMA}; collect again")
+    if not isinstance(meta["provenance"], dict) or not isinstance(meta["provenance"].get("episodes"), list):
+        raise FileError(f"{file}: provenance.episodes is missing")
+    if not isinstance(meta["instructions"], dict) or not meta["instructions"].get("train"):
+        raise FileError(f"{file}: instructions.train is missing or empty")
+    return dict(meta)
+
+
+def _field(
+    file: Path, arrays: Mapping[str, NDArray[Any]], name: str, dtypes: Sequence[str], dimensions: int
+) -> NDArray[Any]:
+    """One array of an archive, of one of `dtypes` and with `dimensions` axes."""
+    if name not in arrays:
+        raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(arrays))}")
+    values = arrays[name]
+    if values.dtype.name not in dtypes or values.ndim != dimensions:
+        raise FileError(
+            f"{file}: field {name!r} is {values.dtype} {values.shape}, expected {' or '.join(dtypes)} with {dimensions} axes"
+        )
+    return values
+
+
+def _load(file: Path) -> dict[str, NDArray[Any]]:
+    """All arrays of an archive, each checked against its CRC-32."""
+    try:
+        with np.load(file) as archive:
+            return {name: archive[name] for name in archive.files}
+    except FileNotFoundError:
+        raise FileError(f"{file}: no such file, though meta.json lists its episode") from None
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise FileError(f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})") from None
+
+
+class MetaworldSource:
+    """Episodes task by task, in the order of `only` (or of the folders' names), then by number."""
+
+    def __init__(self, path: Path, only: Sequence[str] | None = None) -> None:
+        """See `open_source`."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileError(f"{self.path}: no such directory")
+        present = sorted(file.parent.name for file in self.path.glob("*/meta.json"))
+        if not present:
+            raise FileError(f"{self.path}: no <task>/meta.json in it; run the collect stage first")
+        tasks = present if only is None else list(only)
+        for task in tasks:
+            if task not in present:
+                raise FileError(f"{self.path / task / 'meta.json'}: no such file; collect task {task!r} first")
+        ignored = [task for task in present if task not in tasks]
+        self.notes = [f"{self.path}: ignoring {', '.join(ignored)}, which collect.tasks does not list"] if ignored else []
+        self._meta = {task: _read_meta(self.path / task) for task in tasks}
+        first = tasks[0]
+        for task, meta in self._meta.items():
+            for key in ("rate_hz", "cameras", "image_size"):
+                if meta[key] != self._meta[first][key]:
+                    raise ContractError(
+                        f"{self.path / task / 'meta.json'}: {key} is {meta[key]}, but {self._meta[first][key]} "
+                        f"in {first}; collect both with the same params"
+                    )
+            if meta["task"] != task:
+                raise FileError(f"{self.path / task / 'meta.json'}: task is {meta['task']!r}, expected {task!r}")
+
+    def describe(self) -> SourceDescription:
+        """Rate, cameras, instructions and each task's provenance."""
+        first = next(iter(self._meta.values()))
+        return SourceDescription(
+            rate_hz=first["rate_hz"], cameras=first["cameras"],
+            instructions={task: meta["instructions"] for task, meta in self._meta.items()},
+            provenance={
+                "source": "metaworld",
+                "tasks": {
+                    task: {key: value for key, value in meta["provenance"].items() if key != "episodes"}
+                    for task, meta in self._meta.items()
+                },
+            },
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return sum(len(meta["provenance"]["episodes"]) for meta in self._meta.values())
+
+    def __iter__(self) -> Iterator[Episode]:
+        for task in self._meta:
+            for number in range(len(self._meta[task]["provenance"]["episodes"])):
+                yield self._episode(task, number)
+
+    def _episode(self, task: str, number: int) -> Episode:
+        meta, file = self._meta[task], self.path / task / f"episode_{number:04d}.npz"
+        arrays = _load(file)
+        annotations = {}
+        if "annotation_index" in arrays:
+            index = _field(file, arrays, "annotation_index", ("int64",), 1)
+            depth = _field(file, arrays, "depth", ("float32", "float16"), 3)
+            annotations["depth"] = Annotation(depth.astype(np.float32), index)
+            annotations["segmentation"] = Annotation(_field(file, arrays, "segmentation", ("uint8",), 3), index)
+        paraphrases = meta["instructions"]["train"]
+        episode = Episode(
+            task=task,
+            instruction=paraphrases[number % len(paraphrases)],
+            rate_hz=meta["rate_hz"],
+            frames={camera: _field(file, arrays, f"frames_{camera}", ("uint8",), 4) for camera in meta["cameras"]},
+            annotations=annotations,
+            provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
+            **{
+                name: _field(file, arrays, name, ("float32",), 2)
+                for name in ("actions", "expert_actions", "state", "proprioception")
+            },
+        )
+        try:
+            episode.check()
+        except ContractError as error:
+            raise ContractError(f"{file}: {error}") from None
+        return episode
+
+
+def open_source(path: Path, only: Sequence[str] | None = None) -> MetaworldSource:
+    """Open the folder that the collect stage filled; `only` names the tasks to read, None means all that are there.
+
+    Raises:
+        FileError: the folder, a task or a field of a `meta.json` is missing.
+        ContractError: two tasks differ in rate, cameras or image size.
+    """
+    return MetaworldSource(path, only)
