@@ -1,0 +1,91 @@
+"""All demonstrations of one task, by several processes, to one directory whose bytes do not depend on how many.
+
+Layout: `meta.json` and `episode_0000.npz`, ... with the arrays
+frames_<camera> (n, H, W, 3) uint8; state (n, 39), proprioception (n, 4), actions (n, 4) and expert_actions (n, 4) float32, as
+executed and as the expert wanted; depth (m, H, W) float32 metres and segmentation (m, H, W) uint8 of the first camera at frames
+annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool, after the step.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svam.episodes.instructions import instructions_of
+from svam.files import whole_directory, write_json
+from svam.machine import MachineError, progress_bar
+from svam.params import Collect
+from svam.simulation.experts import demonstrate
+from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
+from svam.simulation.rendering import choose_backend
+
+RAW_SCHEMA = 1
+"""Version of this layout, written into `meta.json`."""
+
+_environment: TaskEnvironment | None = None
+
+
+def _start(task: str, params: Collect) -> None:
+    """Give this worker process its one environment, reset for each episode."""
+    global _environment
+    _environment = TaskEnvironment(task, params.image_size, params.cameras, params.render)
+
+
+def _collect_one(seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
+    """Write episode `index` and return its entry of `meta.json`."""
+    if _environment is None:
+        raise RuntimeError("the worker process was not started with an environment")
+    made = demonstrate(
+        _environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
+        annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
+    )  # fmt: skip
+    np.savez_compressed(folder / f"episode_{index:04d}.npz", **made.arrays)
+    return {
+        "attempt": made.attempt, "noisy": made.noisy, "steps": len(made.arrays["actions"]),
+        "draw": [round(float(x), 6) for x in made.arrays["draw"]],
+    }  # fmt: skip
+
+
+def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -> None:
+    """Collect `params.episodes_for(task)` demonstrations of `task` into `folder`, which is replaced as a whole at the end.
+
+    Raises:
+        ValueError: unknown task or camera, or an expert that keeps failing.
+        MachineError: no GL library draws here, or a worker process died.
+    """
+    check_task(task)
+    backend = choose_backend()
+    episodes = params.episodes_for(task)
+    entries: dict[int, dict[str, Any]] = {}
+    with whole_directory(Path(folder)) as partial, progress_bar() as bar:
+        shown = bar.add_task(f"collect {task}", total=episodes, note="")
+        pool = ProcessPoolExecutor(
+            min(workers, episodes), mp_context=get_context("spawn"), initializer=_start, initargs=(task, params)
+        )
+        try:
+            waiting = {pool.submit(_collect_one, seed, index, params, partial): index for index in range(episodes)}
+            for done in as_completed(waiting):
+                entries[waiting[done]] = done.result()
+                frames = sum(entry["steps"] for entry in entries.values())
+                bar.update(shown, advance=1, note=f"{frames} frames")
+        except BrokenProcessPool:
+            raise MachineError(
+                f"a worker process died while collecting {task!r}: out of memory, or a crash in the OpenGL library ({backend})"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        provenance = {
+            "source": "metaworld scripted expert", "metaworld": version("metaworld"), "mujoco": version("mujoco"),
+            "render": params.render, "gl": backend, "seed": seed, "noise_scale": params.noise_scale,
+            "episodes": [entries[index] for index in range(episodes)],
+        }  # fmt: skip
+        write_json(partial / "meta.json", {
+            "schema_version": RAW_SCHEMA, "task": task, "rate_hz": RATE_HZ, "cameras": list(params.cameras),
+            "image_size": params.image_size, "instructions": instructions_of(task), "provenance": provenance,
+        })  # fmt: skip
