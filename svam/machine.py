@@ -89,7 +89,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Decorate a stage command: an error that a user can cause is printed as one sentence and exits with status 1.
 
-    Expected errors derive from ValueError, OSError or are MachineError; anything else is a fault of ours and keeps its traceback.
+    Expected errors derive from ValueError or OSError, or are MachineError; anything else is a fault of ours and keeps its
+    traceback.
     """
 
     @wraps(command)

@@ -213,6 +213,7 @@ class FinetuneVideo(Section):
     noise: Literal["fixed", "fresh"]
     training: Optimiser
     evaluation_clips: Count
+    evaluation_steps: Count
 
     @model_validator(mode="after")
     def _sigmas_are_ordered(self) -> FinetuneVideo:

@@ -118,7 +118,7 @@ class ForesightModel(nn.Module):
         found = {"teacher": self.teachers, "decoupler": self.decouplers}[kind][branch] if branch else getattr(self, name)
         if found is None:
             raise ValueError(f"the foresight model was assembled without its {name}")
-        return found  # type: ignore[no-any-return]
+        return found
 
     @property
     def device(self) -> torch.device:
@@ -178,7 +178,7 @@ class ForesightModel(nn.Module):
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
         """(B, T, H, W, 3) uint8 pixels of latent clips."""
         batch = len(latents_BTCHW)
-        frames = self._autoencoder().decode_u8(latents_BTCHW.flatten(0, 1).float())
+        frames = self._autoencoder().decode_u8(latents_BTCHW.flatten(0, 1).float(), frames=latents_BTCHW.shape[1])
         return frames.reshape(batch, -1, *frames.shape[1:])
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from svam.checkpoint import load_config, load_tensors, save_tensors
 from svam.contract import CHECKPOINT_SCHEMA
 from svam.files import FileError, write_json
 from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
+from svam.models.published import load_strict, save_published
 
 
 class VideoConfig(BaseModel):
@@ -62,16 +63,17 @@ class VideoModel(nn.Module):
 
     def __init__(self, unet: UNetSpatioTemporalConditionModel, config: VideoConfig, fixed_noise: Tensor) -> None:
         super().__init__()
-        sizes: Any = unet.config  # type: ignore[attr-defined]
+        sizes: Any = unet.config
         width = sizes["cross_attention_dim"]
         if not isinstance(width, int) or width % config.text_width:
             raise ValueError(
-                f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text encoder's width {config.text_width}"
+                f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text width {config.text_width}"
             )
-        if sizes["in_channels"] != 2 * config.latent_channels or sizes["out_channels"] != config.latent_channels:
+        found, latent = (sizes["in_channels"], sizes["out_channels"]), config.latent_channels
+        if found != (2 * latent, latent):
             raise ValueError(
-                f"the U-Net has {sizes['in_channels']} input and {sizes['out_channels']} output channels; the "
-                f"autoencoder's {config.latent_channels} latent channels need {2 * config.latent_channels} and {config.latent_channels}"
+                f"the U-Net has {found[0]} input and {found[1]} output channels; "
+                f"the autoencoder's {latent} latent channels need {2 * latent} and {latent}"
             )
         self.unet: Any = unet  # diffusers' classes carry no usable types
         self.config = config
@@ -205,7 +207,7 @@ class VideoModel(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write `unet/` in the published layout, `noise.safetensors` and `config.json`."""
-        self.unet.save_pretrained(str(directory / "unet"), safe_serialization=True)
+        save_published(self.unet, directory / "unet")
         save_tensors(directory / "noise.safetensors", {"fixed_noise": self.fixed_noise})
         write_json(directory / "config.json", {"schema_version": CHECKPOINT_SCHEMA, **self.config.model_dump()})
 
@@ -222,7 +224,7 @@ class VideoModel(nn.Module):
         if noise is None or tuple(noise.shape) != model_shape:
             found = "none" if noise is None else tuple(noise.shape)
             raise FileError(f"{directory}/noise.safetensors: fixed_noise is {found}, expected {model_shape}")
-        return cls(load_unet(directory / "unet"), config, noise).eval()
+        return cls(load_strict(UNetSpatioTemporalConditionModel, directory / "unet"), config, noise).eval()
 
 
 def _run(
@@ -245,34 +247,16 @@ def _run(
 def build_unet(
     channels: list[int], layers: int, heads: list[int], latent_channels: int, text_width: int, frames: int, latent_size: int
 ) -> UNetSpatioTemporalConditionModel:
-    """A fresh U-Net in SVD's form: cross-attention at every level but the lowest, which has none when there are more than two."""
+    """A fresh U-Net in SVD's form: cross-attention at every level; with more than two levels the lowest has none."""
     levels = len(channels)
     plain = levels > 2
     down = ["CrossAttnDownBlockSpatioTemporal"] * levels
     up = ["CrossAttnUpBlockSpatioTemporal"] * levels
     if plain:
         down[-1], up[0] = "DownBlockSpatioTemporal", "UpBlockSpatioTemporal"
-    return UNetSpatioTemporalConditionModel(  # type: ignore[no-untyped-call]
+    return UNetSpatioTemporalConditionModel(
         sample_size=latent_size, in_channels=2 * latent_channels, out_channels=latent_channels,
         down_block_types=tuple(down), up_block_types=tuple(up), block_out_channels=tuple(channels),
         layers_per_block=layers, num_attention_heads=tuple(heads), cross_attention_dim=text_width,
         addition_time_embed_dim=channels[0], projection_class_embeddings_input_dim=3 * channels[0], num_frames=frames,
     )  # fmt: skip
-
-
-def load_unet(directory: Path) -> UNetSpatioTemporalConditionModel:
-    """Load a U-Net in the published layout, strictly, from safetensors only.
-
-    Raises:
-        ValueError: missing, truncated or unfitting weights; the message names the folder.
-    """
-    try:
-        unet, report = UNetSpatioTemporalConditionModel.from_pretrained(  # type: ignore[no-untyped-call]
-            str(directory), use_safetensors=True, local_files_only=True, output_loading_info=True, low_cpu_mem_usage=False
-        )
-    except Exception as error:  # diffusers raises a dozen types here; the user needs the folder and the reason
-        raise ValueError(f"{directory}: no U-Net could be loaded ({str(error).splitlines()[0]})") from None
-    wrong = {key: report[key][:1] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[key]}
-    if wrong:
-        raise ValueError(f"{directory}: the weights do not fit the U-Net of its config.json: {wrong}")
-    return unet  # type: ignore[no-any-return]

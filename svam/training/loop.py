@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from dvclive.live import Live
+from dvclive import Live
 from torch import Tensor, nn
 
 from svam.machine import progress_bar
@@ -134,11 +134,11 @@ def fit(
                         live.log_metric(f"held_out/{key}", number)
             if live and (step % log_every == 0 or last):
                 live.step = step
-                live.make_summary()  # type: ignore[no-untyped-call]
+                live.make_summary()
     average.copy_to_module(best if best is not None else average.average)
     module.eval()
     if live:
-        live.end()  # type: ignore[no-untyped-call]
+        live.end()
     return kept
 
 

@@ -1,0 +1,55 @@
+"""Fine-tune the video diffusion model on the training episodes and measure it on held-out ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.machine import console, one_line_errors, prepare_torch
+from svam.params import load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def main(
+    out: Annotated[Path, typer.Argument(help="Directory to write the video model to.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
+    backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
+    live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and sample clips (samples.png)."""
+    everything = load_params(params)
+    section, seed = everything.finetune_video, everything.seed
+
+    from svam.episodes.store import EpisodeStore
+    from svam.files import whole_directory, write_json
+    from svam.models.autoencoder import Autoencoder
+    from svam.models.text import TextEncoder
+    from svam.report.clips import save_clip_sheet
+    from svam.training.video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
+
+    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    store = EpisodeStore.open(episodes)
+    autoencoder, text = Autoencoder.load(backbones / "autoencoder"), TextEncoder.load(backbones / "text")
+    autoencoder, text = autoencoder.to(device), text.to(device)
+    model = new_video_model(section, store, autoencoder, text, seed).to(device)
+    table = TextTable.build(store, text)
+    window = (section.frames, model.config.stride)
+    clips = LatentClips(store, "train", autoencoder, *window, device)
+    train_video(model, section, store, clips, autoencoder, table, seed, device, live)
+    held_out = LatentClips(store, "held_out", autoencoder, *window, device)
+    metrics, pictures = evaluate_video(model, section, store, held_out, autoencoder, table, seed, device)
+    with whole_directory(out) as partial:
+        model.save(partial)
+        write_json(partial / "metrics.json", metrics)
+        save_clip_sheet(partial / "samples.png", pictures[:4])
+    console.print({key: round(value, 4) for key, value in metrics.items()})
+
+
+if __name__ == "__main__":
+    app()

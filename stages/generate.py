@@ -1,0 +1,45 @@
+"""Generate one-step features and multi-step clips of the chosen windows, from the same initial noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.machine import one_line_errors, prepare_torch
+from svam.params import load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def main(
+    out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
+    backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
+    video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Write F, V^ and what the distillation's baselines need to a sharded Zarr group."""
+    everything = load_params(params)
+    section, seed = everything.generate, everything.seed
+
+    from svam.episodes.store import EpisodeStore
+    from svam.files import sha256_tree, whole_directory
+    from svam.models.foresight import ForesightModel, SamplerConfig, needs_of
+    from svam.training.generation import choose_windows, generate_windows
+
+    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    store = EpisodeStore.open(episodes)
+    sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
+    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
+    model = ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders).to(device)
+    windows = choose_windows(store, section, model.part("video").config, seed)  # type: ignore[arg-type]
+    with whole_directory(out) as partial:
+        generate_windows(partial, store, model, windows, section, seed, sha256_tree(video))
+
+
+if __name__ == "__main__":
+    app()
