@@ -42,7 +42,8 @@ def wilson(rate: float, trials: float) -> tuple[float, float]:
     square = Z * Z
     centre = (rate + square / (2.0 * trials)) / (1.0 + square / trials)
     half = Z / (1.0 + square / trials) * math.sqrt(rate * (1.0 - rate) / trials + square / (4.0 * trials * trials))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the exact bound is the end itself; rounding would leave 1e-17.
+    return 0.0 if rate == 0.0 else centre - half, 1.0 if rate == 1.0 else centre + half
 
 
 def rate_of(successes: Sequence[bool]) -> dict[str, Any]:
