@@ -1,0 +1,106 @@
+"""The training loop: schedule, EMA, selection, accumulation, and loud failure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from svam.params import Optimiser
+from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor
+
+CPU = torch.device("cpu")
+
+
+def batches(size: int = 8) -> Iterator[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return (torch.randn(size, 3, generator=random) for _ in count())
+
+
+def linear_loss(module: nn.Linear, batch: Tensor) -> Tensor:
+    """Regress the sum of the inputs."""
+    return (module(batch)[:, 0] - batch.sum(1)).square().mean()
+
+
+def settings(**changes: object) -> Optimiser:
+    values = {"steps": 60, "batch": 8, "learning_rate": 0.05, "warmup": 5, "ema": 0.9, "weight_decay": 0.0} | changes
+    return Optimiser.model_validate(values)
+
+
+def test_schedule_warms_up_and_ends_at_zero() -> None:
+    s = settings(steps=10, warmup=4)
+    assert [round(learning_rate_factor(i, s), 3) for i in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
+    assert learning_rate_factor(7, s) == pytest.approx(0.5)
+    assert learning_rate_factor(10, s) == pytest.approx(0.0)
+
+
+def test_average_is_the_hand_computed_one() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    average = AveragedWeights([weight], decay=0.9)
+    with torch.no_grad():
+        weight.fill_(1.0)
+    average.update()  # the first decay is (1 + 1) / (10 + 1)
+    assert average.average[0].item() == pytest.approx(1 - 2 / 11)
+    with average.applied():
+        assert weight.item() == pytest.approx(1 - 2 / 11)
+    assert weight.item() == 1.0
+
+
+def test_fit_learns_and_streams_its_curve(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = nn.Linear(3, 1)
+    kept = fit(
+        module, lambda b: linear_loss(module, b), batches(), settings(steps=200), CPU, "line", tmp_path / "live",
+        evaluate=lambda: {"error": (module.weight - 1).abs().max().item()}, evaluate_every=50,
+    )  # fmt: skip
+    assert kept["error"] < 0.05 and not module.training
+    assert json.loads((tmp_path / "live" / "metrics.json").read_text())["step"] == 200
+    assert (tmp_path / "live" / "plots" / "metrics" / "train" / "loss.tsv").read_text().count("\n") > 50
+
+
+def test_selection_keeps_the_lowest_evaluation() -> None:
+    module = nn.Linear(3, 1)
+    scores, seen = iter([3.0, 1.0, 2.0]), []
+
+    def evaluate() -> dict[str, float]:
+        seen.append(module.weight.detach().clone())
+        return {"error": next(scores)}
+
+    kept = fit(
+        module, lambda b: linear_loss(module, b), batches(), settings(), CPU, "line", None, evaluate, 20, select="error"
+    )  # fmt: skip
+    assert kept == {"error": 1.0, "step": 40.0}
+    assert torch.equal(module.weight, seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_accumulated_small_batches_equal_one_large_batch() -> None:
+    results = []
+    for accumulate, size in ((1, 8), (4, 2)):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        data = torch.randn(8 * 20, 3, generator=torch.Generator().manual_seed(1))
+        pieces = iter(data.split(size))
+        fit(module, lambda b: linear_loss(module, b), pieces, settings(steps=20, accumulate=accumulate), CPU, "line")  # noqa: B023
+        results.append(module.weight.detach().clone())
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        fit(module, lambda b: linear_loss(module, b), batches(), settings(bf16=True), CPU, "line")  # noqa: B023
+        results.append(module.weight.detach().clone())
+    assert torch.equal(*results)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_part_and_step() -> None:
+    module = nn.Linear(3, 1)
+    with pytest.raises(DivergedError, match=r"line step 1: the loss is nan"):
+        fit(module, lambda b: linear_loss(module, b) * float("nan"), batches(), settings(), CPU, "line")
