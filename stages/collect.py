@@ -19,7 +19,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     task: Annotated[str, typer.Argument(help="MetaWorld task without its version, for example drawer-open.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; a previous one is replaced when all episodes are there.")],
-    params: Annotated[Path, typer.Option(help="Parameter file; sections `collect` and `machine`, and `seed`.")] = Path("params.yaml"),
+    params: Annotated[Path, typer.Option(help="Parameter file: `collect`, `machine`, `seed`.")] = Path("params.yaml"),
 ) -> None:
     """Collect demonstrations of TASK: pictures, state, actions, and depth and segmentation of some frames."""
     settings = load_params(params)

@@ -45,7 +45,8 @@ def _collect_one(seed: int, index: int, params: Collect, folder: Path) -> dict[s
         _environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
     )  # fmt: skip
-    np.savez_compressed(folder / f"episode_{index:04d}.npz", **made.arrays)
+    arrays: dict[str, Any] = dict(made.arrays)
+    np.savez_compressed(folder / f"episode_{index:04d}.npz", **arrays)
     return {
         "attempt": made.attempt, "noisy": made.noisy, "steps": len(made.arrays["actions"]),
         "draw": [round(float(x), 6) for x in made.arrays["draw"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ so that the episode holds errors worth correcting and, between them, the expert'
 class Demonstration:
     """A successful episode: `arrays` as documented in `collection`, its attempt number, and whether it was disturbed."""
 
-    arrays: dict[str, NDArray[np.generic]]
+    arrays: dict[str, NDArray[Any]]
     attempt: int
     noisy: bool
 
@@ -50,13 +51,13 @@ def rehearse(env: TaskEnvironment, seed: int, noise: NDArray[np.float32], max_st
 
 def record(
     env: TaskEnvironment, seed: int, noise: NDArray[np.float32], steps: int, annotate_every: int
-) -> dict[str, NDArray[np.generic]]:
+) -> dict[str, NDArray[Any]]:
     """Run the expert for `steps` steps and keep everything. Frame t is what is seen before action t."""
     env.reset(seed)
-    rows: dict[str, list[NDArray[np.generic]]] = {}
+    rows: dict[str, list[NDArray[Any]]] = {}
     index = [t for t in range(steps) if t % annotate_every == 0]
 
-    def keep(name: str, value: NDArray[np.generic]) -> None:
+    def keep(name: str, value: NDArray[Any]) -> None:
         rows.setdefault(name, []).append(value)
 
     goal, draw, success = env.goal, env.draw, np.zeros(steps, bool)
@@ -74,7 +75,7 @@ def record(
         keep("expert_actions", expert)
         keep("actions", executed)
         success[t] = env.step(executed)
-    arrays: dict[str, NDArray[np.generic]] = {name: np.stack(values) for name, values in rows.items()}
+    arrays: dict[str, NDArray[Any]] = {name: np.stack(values) for name, values in rows.items()}
     return arrays | {"annotation_index": np.array(index, np.int64), "goal": goal, "draw": draw, "success": success}
 
 

@@ -41,8 +41,8 @@ def check_task(task: str) -> None:
     names = task_names()
     if task not in names:
         close = get_close_matches(task.removesuffix(_VERSION), names, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(close)}" if close else f"one of {', '.join(names)} was expected"
-        raise ValueError(f"unknown MetaWorld task {task!r}: {hint}?" if close else f"unknown MetaWorld task {task!r}: {hint}")
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+        raise ValueError(f"unknown MetaWorld task {task!r}: {hint}")
 
 
 def random_action(generator: np.random.Generator) -> NDArray[np.float32]:
@@ -115,7 +115,8 @@ class TaskEnvironment:
         env._partially_observable = False
         env.__dict__.pop("sawyer_observation_space", None)
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
-        self._env, self._expert = env, ENV_POLICY_MAP[task + _VERSION]()
+        expert: Any = ENV_POLICY_MAP[task + _VERSION]
+        self._env, self._expert = env, expert()
         names = [env.model.camera(k).name for k in range(env.model.ncam)]
         for camera in self.cameras:
             if camera not in names:
@@ -168,7 +169,8 @@ class TaskEnvironment:
         }
 
     def annotate(self) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Depth (H, W) float32 in metres, at most `FAR_METRES`, and class (H, W) uint8 (`SEGMENTATION_CLASSES`), as the first camera sees them."""
+        """Depth (H, W) float32 in metres, at most `FAR_METRES`, and class (H, W) uint8 (`SEGMENTATION_CLASSES`), both as the
+        first camera sees them."""
         self._started()
         camera = self.cameras[0]
         depth, what = self._renderer.annotations(self._env.data, self._camera_numbers[camera])

@@ -63,9 +63,9 @@ def choose_backend(seconds: float = 60.0) -> str:
         if _works(backend, seconds):
             os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = os.environ[_CHECKED] = backend
             return backend
-    tried = f"MUJOCO_GL={asked} does" if asked else "neither EGL nor OSMesa does"
+    tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
     raise MachineError(
-        f"no off-screen OpenGL: {tried} draw here; install the Debian packages `libegl1 libgl1` (EGL) or `libosmesa6` "
+        f"no off-screen OpenGL: {tried} here; install the Debian packages `libegl1 libgl1` (EGL) or `libosmesa6` "
         "(OSMesa), e.g. `sudo apt-get install -y libegl1 libgl1`"
         + (", or unset MUJOCO_GL" if asked else "")
     )
