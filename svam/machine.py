@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -42,7 +42,7 @@ def progress_bar() -> Progress:
     )  # fmt: skip
 
 
-def track(items: Iterable[Item], description: str, total: int) -> Iterator[Item]:
+def track(items: Iterable[Item], description: str, total: int) -> Generator[Item, None, None]:
     """Iterate with a progress bar that shows rate and time left."""
     with progress_bar() as bar:
         task = bar.add_task(description, total=total, note="")

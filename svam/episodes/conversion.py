@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,8 @@ class _Writer:
         if not self.ends:
             self._arrays = {name: self._create(name, values) for name, values in parts.items()}
         if set(parts) != set(self._arrays):
-            raise ContractError(f"{where}: has {sorted(parts)}, the first episode has {sorted(self._arrays)}")
+            more, less = sorted(set(parts) - set(self._arrays)), sorted(set(self._arrays) - set(parts))
+            raise ContractError(f"{where}: differs from the first episode: lacks {less or 'nothing'}, adds {more or 'nothing'}")
         for name, values in parts.items():
             try:
                 self._arrays[name].append(values)
@@ -140,8 +142,9 @@ def convert(source: EpisodeSource, out: Path, params: Convert, seed: int) -> Non
     description = source.describe()
     with whole_directory(Path(out)) as folder, GroupWriter(folder) as group:
         writer = _Writer(group, description, params)
-        for episode in track(source, "episodes", len(source)):
-            writer.append(episode)
+        with closing(track(source, "episodes", len(source))) as episodes:
+            for episode in episodes:
+                writer.append(episode)
         if not writer.ends:
             raise ContractError("the source has no episodes")
         writer.finish_arrays()
