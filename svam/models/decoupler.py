@@ -1,0 +1,217 @@
+"""The decouplers: one-step features and the current frame's reference -> the teacher's features of the future.
+
+Source: S-VAM section 3.3, "self-distilled decouplers". One class; the geometric and the semantic decoupler are two
+configurations of it. Axes: B batch, T frames, h w feature grid, S = h*w, C_F channels of F, C_i channels of the teacher.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+from torch.nn import functional
+
+from svam.checkpoint import load_state, restore, save_module
+from svam.contract import ContractError, Frozen
+from svam.files import FileError
+
+Count = Annotated[int, Field(ge=1)]
+
+
+class DecouplerConfig(Frozen):
+    """Sizes, and what the inputs are. The released sizes are width 1024, 4 blocks, 8 heads, dropout 0.1.
+
+    anchor: how the reference joins F: `concat` on channels (paper), or `add` of its 1x1 convolution (released code).
+    reference: what the teacher saw for the reference in training, and must see in use: the current `frame` itself, or its
+    `reconstruction` by the autoencoder.
+    """
+
+    feature_channels: Count
+    teacher_channels: Count
+    frames: Count
+    grid: tuple[Count, Count]
+    reference: Literal["frame", "reconstruction"]
+    anchor: Literal["concat", "add"]
+    width: Count
+    blocks: Count
+    heads: Count
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> DecouplerConfig:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention over (N, heads, L, d), the same shape back.
+
+    Grids and clips are short, and on a CPU the fused kernel is several times slower there than the two matrix products
+    written out (bf16, L = 64: 86 against 19 ms forward and backward).
+    """
+    if q.is_cuda:
+        return functional.scaled_dot_product_attention(q, k, v)
+    weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
+    return torch.matmul(weights, v)
+
+
+class Attention(nn.Module):
+    """Pre-norm self-attention over the second-to-last axis of (N, L, D), added to its input."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.dropout = dropout
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        n, length, width = x_NLD.shape
+        qkv = self.qkv(self.norm(x_NLD)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        joined = self.out(attend(q, k, v).transpose(1, 2).reshape(n, length, width))
+        mixed: Tensor = x_NLD + functional.dropout(joined, self.dropout, self.training)
+        return mixed
+
+
+class MLP(nn.Module):
+    """Pre-norm two-layer perceptron of four times the width, added to its input."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
+            nn.Dropout(dropout),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)  # type: ignore[no-any-return]
+
+
+class FactorisedBlock(nn.Module):
+    """Spatial attention over h*w within each frame, then temporal attention over T at each position, each with its MLP."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.spatial, self.spatial_mlp = Attention(width, heads, dropout), MLP(width, dropout)
+        self.temporal, self.temporal_mlp = Attention(width, heads, dropout), MLP(width, dropout)
+
+    def forward(self, x_BTSD: Tensor) -> Tensor:
+        b, t, s, d = x_BTSD.shape
+        x = self.spatial_mlp(self.spatial(x_BTSD.reshape(b * t, s, d)))
+        x = x.view(b, t, s, d).transpose(1, 2).reshape(b * s, t, d)
+        x_BSTD: Tensor = self.temporal_mlp(self.temporal(x)).view(b, s, t, d)
+        return x_BSTD.transpose(1, 2)
+
+
+class Decoupler(nn.Module):
+    """F (B, T, h, w, C_F) and the current frame's teacher features (B, h, w, C_i) -> teacher features (B, T, h, w, C_i).
+
+    Per-channel means and deviations of F and of the teacher's features are buffers: inputs and outputs are in the units of
+    the video model and of the teacher, and only the inside is normalised. Reference and targets live in the teacher's one
+    feature space, so they share its statistics.
+
+    The output projection reads the last block's tokens beside the normalised reference (`project` and `repeat`). It starts
+    at (0 | identity), so that training starts from "repeat the reference" instead of having to learn it; nothing holds the
+    weights there, and with `repeat` at 0 the function is the paper's.
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+    teacher_mean: Tensor
+    teacher_std: Tensor
+
+    def __init__(self, config: DecouplerConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        for name, channels in (("feature", c.feature_channels), ("teacher", c.teacher_channels)):
+            self.register_buffer(f"{name}_mean", torch.zeros(channels))
+            self.register_buffer(f"{name}_std", torch.ones(channels))
+        # A linear map of a concatenation is the sum of two linear maps; the reference's is then computed once, not T times.
+        self.embed = nn.Linear(c.feature_channels, c.width)
+        self.anchor = nn.Linear(c.teacher_channels, c.width if c.anchor == "concat" else c.feature_channels)
+        self.spatial_position = nn.Parameter(0.02 * torch.randn(c.grid[0] * c.grid[1], c.width))
+        self.temporal_position = nn.Parameter(0.02 * torch.randn(c.frames, 1, c.width))
+        self.blocks = nn.ModuleList(FactorisedBlock(c.width, c.heads, c.dropout) for _ in range(c.blocks))
+        self.norm = nn.LayerNorm(c.width)
+        self.project = nn.Linear(c.width, c.teacher_channels)
+        self.repeat = nn.Linear(c.teacher_channels, c.teacher_channels, bias=False)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+        nn.init.eye_(self.repeat.weight)
+
+    @torch.no_grad()
+    def set_statistics(self, feature: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> None:
+        """Store (mean, standard deviation) per channel, from training windows. A constant channel gets deviation 1."""
+        for name, (mean, std) in (("feature", feature), ("teacher", teacher)):
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(torch.where(std < 1e-6, torch.ones_like(std), std))
+
+    def normalise(self, teacher_features: Tensor) -> Tensor:
+        """(..., C_i) in the teacher's units to zero mean and unit deviation per channel, float32."""
+        return (teacher_features.float() - self.teacher_mean) / self.teacher_std
+
+    def normalised(self, features: Tensor, reference: Tensor) -> Tensor:
+        """The prediction (B, T, h, w, C_i) in normalised units, which the loss compares with `normalise(targets)`.
+
+        Raises:
+            ContractError: a shape that this decoupler was not built for.
+        """
+        c = self.config
+        b, (h, w) = len(features), c.grid
+        if tuple(features.shape[1:]) != (c.frames, h, w, c.feature_channels):
+            raise ContractError(
+                f"one-step features have shape {tuple(features.shape)}, the decoupler expects "
+                f"(B, {c.frames}, {h}, {w}, {c.feature_channels})"
+            )
+        if tuple(reference.shape) != (b, h, w, c.teacher_channels):
+            raise ContractError(
+                f"reference has shape {tuple(reference.shape)}, the decoupler expects ({b}, {h}, {w}, {c.teacher_channels})"
+            )
+        f = (features.float() - self.feature_mean) / self.feature_std
+        y = self.normalise(reference).unsqueeze(1)
+        x = self.embed(f) + self.anchor(y) if c.anchor == "concat" else self.embed(f + self.anchor(y))
+        x = x.view(b, c.frames, h * w, c.width) + self.spatial_position + self.temporal_position
+        for block in self.blocks:
+            x = block(x)
+        prediction = self.project(self.norm(x)).view(b, c.frames, h, w, c.teacher_channels)
+        return prediction.float() + self.repeat(y).float()  # type: ignore[no-any-return]
+
+    def forward(self, features: Tensor, reference: Tensor) -> Tensor:
+        """Predicted teacher features (B, T, h, w, C_i), float32, in the teacher's units; arguments and errors as `normalised`.
+
+        features: one-step features F (B, T, h, w, C_F), any float dtype. reference: teacher features of the current
+        frame (B, h, w, C_i).
+        """
+        return self.normalised(features, reference) * self.teacher_std + self.teacher_mean
+
+    def loss(self, features: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error to the teacher's features `targets` (B, T, h, w, C_i), per normalised channel (S-VAM eq. 5)."""
+        return functional.mse_loss(self.normalised(features, reference), self.normalise(targets))
+
+    def save(self, directory: Path) -> None:
+        """Write `model.safetensors` (weights and statistics) and `config.json` into `directory`."""
+        save_module(Path(directory), self, self.config.model_dump(mode="json"))
+
+    @classmethod
+    def load(cls, directory: Path) -> Decoupler:
+        """Read what `save` wrote.
+
+        Raises:
+            FileError: a file is missing, truncated, of another schema, or does not fit the others.
+        """
+        directory = Path(directory)
+        state, config = load_state(directory)
+        try:
+            decoupler = cls(DecouplerConfig.model_validate(config))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"]) or "sizes"
+            raise FileError(f"{directory / 'config.json'}: {key}: {first['msg']}") from None
+        restore(decoupler, state, directory / "model.safetensors")
+        return decoupler.eval()
