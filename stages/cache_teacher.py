@@ -1,0 +1,53 @@
+"""Cache what one teacher sees in the generated clips (targets) and in the current frame (reference)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.machine import console, one_line_errors, prepare_torch
+from svam.params import Branch, load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def main(
+    branch: Annotated[Branch, typer.Argument(help="Which teacher.")],
+    out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
+    generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
+    backbones: Annotated[Path, typer.Option(help="Directory that holds the teacher, named as the branch.")],
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Write targets and references to a sharded Zarr group; print how good the teacher still is on generated frames."""
+    everything = load_params(params)
+
+    from svam.episodes.store import EpisodeStore
+    from svam.files import whole_directory
+    from svam.models.teachers import Teacher
+    from svam.training.distillation_data import GeneratedWindows
+    from svam.training.teacher_cache import cache_windows
+
+    device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
+    windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
+    teacher = Teacher.load(backbones / branch).to(device)
+    section, target = everything.cache_teacher, everything.distill.target
+    with whole_directory(out) as partial:
+        metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device)
+    for kind, values in metrics["reference"].items():
+        used = " (used)" if kind == section.reference else ""
+        console.print(f"reference on the {kind}{used}: centred cosine to the targets " + _listed(values), highlight=False)
+    for view, values in metrics["dense"].items():
+        console.print(f"{branch} teacher on {view} frames: " + _listed(values), highlight=False)
+
+
+def _listed(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
+
+
+if __name__ == "__main__":
+    app()
