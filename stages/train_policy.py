@@ -1,0 +1,49 @@
+"""Train the Uni-Perceiver and the action diffusion transformer on cached foresight; write the whole S-VAM as one folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.machine import one_line_errors, prepare_torch
+from svam.params import load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the S-VAM to write.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
+    backbones: Annotated[Path, typer.Option(help="Folder that holds autoencoder/, text/, geometric/ and semantic/.")],
+    video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
+    decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
+    cache: Annotated[Path, typer.Option(help="Feature cache; relative to the project's root, also in temporary experiments.")],
+    live: Annotated[Path | None, typer.Option(help="Folder for DVCLive's curves.")] = None,
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
+) -> None:
+    """Load just the frozen parts that `train_policy.context` needs, cache their features, train, write the S-VAM."""
+    everything = load_params(params)
+    section = everything.train_policy
+
+    from svam.episodes.store import EpisodeStore
+    from svam.training.features import FeatureCache
+    from svam.training.policy import load_foresight, train
+
+    device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
+    store = EpisodeStore.open(episodes)
+    branches = {"geometric", "semantic"}
+    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
+    folders |= {f"teacher_{b}": backbones / b for b in branches} | {f"decoupler_{b}": decouplers / b for b in branches}
+    foresight = load_foresight(section, everything.generate, folders).to(device)
+    root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
+    features = FeatureCache(root / cache, everything.machine.cache_gb)
+    train(store, foresight, folders, section, features, everything.seed, device, live).save(out)
+
+
+if __name__ == "__main__":
+    app()

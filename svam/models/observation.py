@@ -1,0 +1,74 @@
+"""The convolutional encoder of the observed frame that is trained with the policy (context entry `observation`).
+
+It is what Diffusion Policy (Chi et al. 2023) conditions on: random crops while training, GroupNorm instead of BatchNorm
+so that the averaged weights need no other statistics. It returns a grid of tokens rather than one vector, so that the
+same aggregators work on it.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+CROP = 0.9
+"""Side of the crop as a share of the frame's side."""
+DOWNSAMPLINGS = 3
+
+
+class _Block(nn.Module):
+    """Strided convolution and one residual convolution, each with GroupNorm."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        groups = math.gcd(8, outputs)
+        self.down = nn.Sequential(nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(groups, outputs), nn.SiLU())
+        self.residual = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1), nn.GroupNorm(groups, outputs), nn.SiLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        down = self.down(x)
+        return torch.as_tensor(down + self.residual(down))
+
+
+class ObservationEncoder(nn.Module):
+    """Frames to tokens of an eighth of the crop's side."""
+
+    def __init__(self, image_size: tuple[int, int], width: int) -> None:
+        """`image_size` is (H, W) in pixels, `width` the channels of the tokens (a multiple of 4)."""
+        super().__init__()
+        self.image_size = image_size
+        self.crop = (round(image_size[0] * CROP), round(image_size[1] * CROP))
+        channels = [3, *(width // 2 ** (DOWNSAMPLINGS - 1 - i) for i in range(DOWNSAMPLINGS))]
+        self.blocks = nn.Sequential(*(_Block(a, b) for a, b in pairwise(channels)))
+        self.channels = channels[-1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the tokens."""
+        rows, columns = self.crop
+        for _ in range(DOWNSAMPLINGS):
+            rows, columns = (rows + 1) // 2, (columns + 1) // 2
+        return rows, columns
+
+    def forward(self, frames_BHWC: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 to (B, 1, h, w, C) float: random crops of each frame while training, else the centre.
+
+        Raises:
+            ValueError: the frames are not of the size that the encoder was built for.
+        """
+        if tuple(frames_BHWC.shape[1:3]) != self.image_size:
+            raise ValueError(f"observation: frames are {tuple(frames_BHWC.shape[1:3])} pixels, expected {self.image_size}")
+        margin = (self.image_size[0] - self.crop[0], self.image_size[1] - self.crop[1])
+        batch = len(frames_BHWC)
+        if self.training:
+            top, left = (torch.randint(0, m + 1, (batch, 1), device=frames_BHWC.device) for m in margin)
+        else:
+            top, left = (torch.full((batch, 1), m // 2, device=frames_BHWC.device) for m in margin)
+        rows = top + torch.arange(self.crop[0], device=frames_BHWC.device)
+        columns = left + torch.arange(self.crop[1], device=frames_BHWC.device)
+        image = torch.arange(batch, device=frames_BHWC.device)[:, None, None]
+        cropped = frames_BHWC[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        tokens = self.blocks(cropped.float() / 127.5 - 1.0)
+        return torch.as_tensor(tokens.permute(0, 2, 3, 1).unsqueeze(1))

@@ -1,0 +1,214 @@
+"""The action diffusion transformer: a K x A chunk of actions, denoised while looking at the aggregated context.
+
+Two objectives (method.md, part 6): `edm`, the released code's (Karras et al. 2022 preconditioning, log-logistic noise
+levels as in MDT, Reuss et al. 2024, DDIM on an exponential schedule), and `epsilon`, the paper's (DDPM, Ho et al. 2020).
+All actions in this module are normalised; physical units are the business of `svam.contract.Statistics`.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from svam.models.diffusion import EDM, ddim_step, expand_like, exponential_sigmas, log_logistic_sigmas
+
+Objective = Literal["edm", "epsilon"]
+LOG_LOGISTIC_SCALE = 0.5
+"""Spread of the training noise levels; their location is ln(sigma_data) (MDT's `loglogistic`)."""
+TRAIN_TIMESTEPS = 100
+"""Length of the DDPM chain of the `epsilon` objective (Diffusion Policy's)."""
+DRAWS = 4
+"""Noise levels per observation and training step: the context is encoded once and the small decoder is cheap."""
+
+
+def masked_mean_square(error_BKA: Tensor, mask_BK: Tensor) -> Tensor:
+    """Mean of the squared error over the actions whose mask is true; padded actions count nothing.
+
+    Raises:
+        ValueError: no action of the batch is real.
+    """
+    real = mask_BK.sum()
+    if real == 0:
+        raise ValueError("action mask: every action of the batch is padding")
+    return (error_BKA.square() * mask_BK[..., None]).sum() / (real * error_BKA.shape[-1])
+
+
+class LevelEmbedding(nn.Module):
+    """The noise level, as a number of about [-2, 2], to a vector: Fourier features and an MLP."""
+
+    frequencies: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(-1, 1.5, width // 2) * math.pi, persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * (width // 2), width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, level_B: Tensor) -> Tensor:
+        """(B,) to (B, width)."""
+        angle = level_B.float()[:, None] * self.frequencies
+        return torch.as_tensor(self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1)))
+
+
+class _Attention(nn.Module):
+    """Multi-head attention from x (B*R, K, D) to y (B, S, D): R chunks in a row share one y, whose keys are computed once."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.to_query = nn.Linear(width, width)
+        self.to_key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        batch, width = len(y), x.shape[-1]
+        query = self.to_query(x).reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2)
+        key_value = self.to_key_value(y).view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1])
+        return torch.as_tensor(self.out(mixed.transpose(1, 2).reshape(x.shape)))
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention over the chunk, cross-attention to the context, MLP; the noise level scales, shifts and gates each
+    (adaLN-Zero, Peebles & Xie 2023: a layer starts as the identity)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(width, 9 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+        self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
+        self.self_attention = _Attention(width, heads)
+        self.cross_attention = _Attention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BKD: Tensor, context_BSD: Tensor, level_BD: Tensor) -> Tensor:
+        """The chunks' tokens (B*R, K, D) after this layer; R chunks in a row share one context of (B, S, D)."""
+        part = self.modulation(F.silu(level_BD))[:, None].chunk(9, dim=-1)
+
+        def modulated(index: int) -> Tensor:
+            return torch.as_tensor(self.norms[index](x_BKD) * (1 + part[3 * index]) + part[3 * index + 1])
+
+        h = modulated(0)
+        x_BKD = x_BKD + part[2] * self.self_attention(h, h)
+        x_BKD = x_BKD + part[5] * self.cross_attention(modulated(1), context_BSD)
+        return torch.as_tensor(x_BKD + part[8] * self.mlp(modulated(2)))
+
+
+class ActionDiffusion(nn.Module):
+    """Encoder over the context (aggregated tokens, text, proprioception) and denoising decoder over the chunk.
+
+    Released sizes: width 384, 4 encoder and 4 decoder layers, sigma 0.001..80, sigma_data 0.5, 10 steps.
+    """
+
+    def __init__(
+        self,
+        chunk: int,
+        dimensions: int,
+        context_width: int,
+        text_width: int,
+        proprioception: int | None,
+        objective: Objective,
+        width: int,
+        encoder_layers: int,
+        decoder_layers: int,
+        heads: int,
+        sigma_min: float,
+        sigma_max: float,
+        sigma_data: float,
+        steps: int,
+        largest: float,
+    ) -> None:
+        """`largest`: bound on the magnitude of a normalised action, used to clip the `epsilon` objective's estimates."""
+        super().__init__()
+        self.chunk, self.dimensions, self.objective, self.steps = chunk, dimensions, objective, steps
+        self.sigma_min, self.sigma_max, self.edm = sigma_min, sigma_max, EDM(sigma_data)
+        self.from_context = nn.Sequential(nn.LayerNorm(context_width), nn.Linear(context_width, width))
+        self.from_text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
+        self.from_proprioception = nn.Linear(proprioception, width) if proprioception else None
+        self.kind = nn.Parameter(torch.randn(3, width) * 0.02)
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, encoder_layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.level = LevelEmbedding(width)
+        self.from_actions = nn.Linear(dimensions, width)
+        self.position = nn.Parameter(torch.randn(chunk, width) * 0.02)
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads) for _ in range(decoder_layers))
+        self.to_actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dimensions))
+        self._chain = {
+            "num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
+            "clip_sample": True, "clip_sample_range": largest,
+        }  # fmt: skip
+
+    def encode_context(self, tokens_BMD: Tensor, text_BLE: Tensor, proprioception_BP: Tensor | None) -> Tensor:
+        """Everything the decoder attends to: (B, M + L [+ 1], width).
+
+        Raises:
+            ValueError: proprioception is missing where the policy was built for it, or given where it was not.
+        """
+        parts = [self.from_context(tokens_BMD) + self.kind[0], self.from_text(text_BLE) + self.kind[1]]
+        if (self.from_proprioception is None) != (proprioception_BP is None):
+            given, wanted = proprioception_BP is not None, self.from_proprioception is not None
+            raise ValueError(f"proprioception: given is {given}, but the policy was built with proprioception {wanted}")
+        if self.from_proprioception is not None and proprioception_BP is not None:
+            parts.append(self.from_proprioception(proprioception_BP)[:, None] + self.kind[2])
+        return torch.as_tensor(self.encoder(torch.cat(parts, dim=1)))
+
+    def raw(self, actions_BKA: Tensor, level_B: Tensor, context_BSD: Tensor) -> Tensor:
+        """The network's output (B, K, A) for scaled noisy actions at a noise level of about [-2, 2]."""
+        x = self.from_actions(actions_BKA) + self.position
+        level = self.level(level_B)
+        for layer in self.decoder:
+            x = layer(x, context_BSD, level)
+        return torch.as_tensor(self.to_actions(x))
+
+    def denoised(self, noisy_BKA: Tensor, sigma_B: Tensor, context_BSD: Tensor) -> Tensor:
+        """EDM's D(x; sigma): the estimate of the clean chunk."""
+        scaled = noisy_BKA * self.edm.c_in(expand_like(sigma_B, noisy_BKA))
+        return self.edm.denoised(noisy_BKA, self.raw(scaled, self.edm.c_noise(sigma_B), context_BSD).float(), sigma_B)
+
+    def epsilon(self, noisy_BKA: Tensor, timestep_B: Tensor, context_BSD: Tensor) -> Tensor:
+        """The noise estimate of the `epsilon` objective at integer timesteps 0..99."""
+        return self.raw(noisy_BKA, timestep_B.float() * (4.0 / TRAIN_TIMESTEPS) - 2.0, context_BSD)
+
+    def loss(self, context_BSD: Tensor, actions_BKA: Tensor, mask_BK: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar training loss over `DRAWS` noise levels per chunk; `generator` lives on the CPU, so that a run's noise does
+        not depend on the device. EDM: squared error of the raw output, which is EDM's weighting; epsilon: of the noise."""
+        device = actions_BKA.device
+        clean, mask = (x.repeat_interleave(DRAWS, dim=0) for x in (actions_BKA, mask_BK))
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        if self.objective == "epsilon":
+            timestep = torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(device)
+            noisy = DDPMScheduler(**self._chain).add_noise(clean, noise, timestep)
+            return masked_mean_square(self.epsilon(noisy, timestep, context_BSD).float() - noise, mask)
+        location = math.log(self.edm.sigma_data)
+        sigma = log_logistic_sigmas(
+            len(clean), location, LOG_LOGISTIC_SCALE, self.sigma_min, self.sigma_max, generator
+        ).to(device)
+        noisy = clean + noise * expand_like(sigma, clean)
+        scaled = noisy * self.edm.c_in(expand_like(sigma, noisy))
+        output = self.raw(scaled, self.edm.c_noise(sigma), context_BSD).float()
+        return masked_mean_square(output - self.edm.target(clean, noisy, sigma), mask)
+
+    @torch.no_grad()
+    def sample(self, context_BSD: Tensor, noise_BKA: Tensor) -> Tensor:
+        """Normalised actions (B, K, A) from unit noise: `steps` deterministic DDIM steps."""
+        if self.objective == "epsilon":
+            scheduler = DDIMScheduler(**self._chain, timestep_spacing="trailing")
+            scheduler.set_timesteps(self.steps)
+            x = noise_BKA
+            for timestep in scheduler.timesteps.tolist():
+                level = torch.full((len(x),), timestep, device=x.device)
+                x = scheduler.step(self.epsilon(x, level, context_BSD).float(), timestep, x).prev_sample
+            return x
+        levels = exponential_sigmas(self.steps, self.sigma_min, self.sigma_max).tolist()
+        x = noise_BKA * levels[0]
+        for sigma, sigma_next in pairwise(levels):
+            estimate = self.denoised(x, torch.full((len(x),), sigma, device=x.device), context_BSD)
+            x = ddim_step(x, estimate, sigma, sigma_next)
+        return x

@@ -1,0 +1,359 @@
+"""The whole S-VAM as one object: frozen foresight, what is trained with the policy, statistics and configuration.
+
+Training, evaluation and serving all use it, so there is one path from an observation to an action:
+observation -> `encode` (frozen, cacheable) -> `PolicyNetwork.context` -> `ActionDiffusion.sample` -> physical units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from svam.checkpoint import load_state, restore, save_module
+from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
+from svam.files import FileError, whole_directory
+from svam.models.foresight import ForesightModel, Needs, SamplerConfig, needs_of
+from svam.models.observation import ObservationEncoder
+from svam.models.parts import verify_manifest, write_manifest
+from svam.models.perceiver import UniPerceiver, build_aggregator
+from svam.models.policy import ActionDiffusion
+from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy
+
+Shape = tuple[int, int, int, int]
+"""(T, h, w, C) of a context entry."""
+
+
+class SVAMConfig(Frozen):
+    """Everything that decides shapes and inputs; the checkpoint carries it, so that nothing is typed twice.
+
+    shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens. camera, image_size: the frame
+    that the policy looks at, (H, W) pixels. rate_hz: actions per second. reference: what the decouplers' reference of the
+    current frame is computed on. proprioception: its dimensions P, or None.
+    """
+
+    context: list[Context]
+    aggregator: Literal["uni_perceiver", "mean_pool"]
+    objective: Literal["edm", "epsilon"]
+    chunk: int
+    observation_encoder: Literal["trained", "frozen"]
+    perceiver: Perceiver
+    transformer: ActionTransformer
+    proprioception: int | None
+    shapes: dict[str, Shape]
+    text: tuple[int, int]
+    camera: str
+    image_size: tuple[int, int]
+    rate_hz: float
+    sampler: SamplerConfig
+    reference: Literal["frame", "reconstruction"]
+
+    @classmethod
+    def of(
+        cls, section: TrainPolicy, foresight: ForesightModel, shapes: Mapping[str, Shape], statistics: Statistics,
+        camera: str, image_size: tuple[int, int], rate_hz: float,
+    ) -> SVAMConfig:  # fmt: skip
+        """The configuration that a params section asks for, on data and frozen parts that state the rest.
+
+        Raises:
+            ContractError: proprioception is asked for and the data has none.
+        """
+        dimensions = len(statistics.proprioception.mean) if statistics.proprioception else None
+        if section.proprioception and dimensions is None:
+            raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
+        kept = set(cls.model_fields) & set(TrainPolicy.model_fields) - {"proprioception"}
+        return cls(
+            **section.model_dump(include=kept),
+            proprioception=dimensions if section.proprioception else None,
+            shapes=dict(shapes), text=(foresight.text.tokens, foresight.text.width), camera=camera, image_size=image_size,
+            rate_hz=rate_hz, sampler=foresight.sampler, reference=foresight.reference,
+        )  # fmt: skip
+
+    @property
+    def frozen_entries(self) -> list[Context]:
+        """The context entries that frozen parts compute; a trained observation encoder is none."""
+        return frozen_entries(self.context, self.observation_encoder)
+
+    @property
+    def needs(self) -> Needs:
+        """The frozen parts behind `frozen_entries`, and the text encoder."""
+        return needs_of(self.frozen_entries, frozen_observation=True)
+
+
+def frozen_entries(context: Sequence[Context], observation_encoder: str) -> list[Context]:
+    """Those entries of a context that can be cached."""
+    return [e for e in context if e != "observation" or observation_encoder == "frozen"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the policy is conditioned on, for B observations.
+
+    entries: frozen context entry -> (B, T, h, w, C) of any float dtype. text: (B, L, D) float32. frames: (B, H, W, 3) uint8
+    where an observation encoder is trained, else None. proprioception: (B, P) normalised, or None.
+    """
+
+    entries: Mapping[str, Tensor]
+    text: Tensor
+    frames: Tensor | None = None
+    proprioception: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Training pairs: inputs, actions (B, K, A) float32 normalised, and mask (B, K) bool, true where an action is real."""
+
+    inputs: Inputs
+    actions: Tensor
+    mask: Tensor
+
+
+class PolicyNetwork(nn.Module):
+    """Everything that is trained with the policy. Context entries of equal (T, h, w) are concatenated on channels, as the
+    paper does, and each group has its own aggregator (S-VAM section 3.4)."""
+
+    def __init__(self, config: SVAMConfig, statistics: Statistics) -> None:
+        super().__init__()
+        self.config = config
+        p, shapes = config.perceiver, dict(config.shapes)
+        trained = "observation" in config.context and config.observation_encoder == "trained"
+        self.observation = ObservationEncoder(config.image_size, p.width) if trained else None
+        if self.observation is not None:
+            shapes["observation"] = (1, *self.observation.grid, self.observation.channels)
+        self.groups: dict[tuple[int, int, int], list[str]] = {}
+        for entry in config.context:
+            self.groups.setdefault(shapes[entry][:3], []).append(entry)
+        self.aggregators = nn.ModuleList(
+            build_aggregator(config.aggregator, sum(shapes[e][3] for e in entries), group, **p.model_dump())
+            for group, entries in self.groups.items()
+        )
+        for entry in config.frozen_entries:  # statistics of the training observations, so that no entry drowns another
+            self.register_buffer(f"mean_{entry}", torch.zeros(shapes[entry][3]))
+            self.register_buffer(f"std_{entry}", torch.ones(shapes[entry][3]))
+        self.diffusion = ActionDiffusion(
+            chunk=config.chunk, dimensions=statistics.convention.dimensions, context_width=p.width, text_width=config.text[1],
+            proprioception=config.proprioception, objective=config.objective,
+            largest=5.0 if statistics.convention.normalisation == "meanstd" else 1.0, **config.transformer.model_dump(),
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def set_input_statistics(self, entry: str, mean: Tensor, std: Tensor) -> None:
+        """Per-channel mean and deviation (C,) of one entry over training observations; a constant channel is left as it is."""
+        getattr(self, f"mean_{entry}").copy_(mean)
+        getattr(self, f"std_{entry}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
+
+    def _group(self, entries: Sequence[str], inputs: Inputs) -> Tensor:
+        """(B, T, h, w, C) of one group: normalised frozen entries and the trained observation's tokens."""
+        parts: list[Tensor] = []
+        for entry in entries:
+            if entry == "observation" and self.observation is not None:
+                if inputs.frames is None:
+                    raise ContractError("observation: the policy's trained encoder needs frames, found none")
+                parts.append(self.observation(inputs.frames))
+            else:
+                values = inputs.entries[entry].float()
+                parts.append((values - getattr(self, f"mean_{entry}")).div_(getattr(self, f"std_{entry}")))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def context(self, inputs: Inputs) -> Tensor:
+        """Everything the action decoder attends to, (B, S, width)."""
+        groups = zip(self.aggregators, self.groups.values(), strict=True)
+        tokens = torch.cat([aggregator(self._group(entries, inputs)) for aggregator, entries in groups], dim=1)
+        return self.diffusion.encode_context(tokens, inputs.text, inputs.proprioception)
+
+    @torch.no_grad()
+    def attention(self, inputs: Inputs) -> dict[str, Tensor]:
+        """Group of entries ("geometric+semantic+one_step") -> head-averaged weights of the Uni-Perceiver's last
+        cross-attention, (B, T, N, h, w); empty for mean pooling."""
+        groups = zip(self.aggregators, self.groups.values(), strict=True)
+        perceivers = [(a, e) for a, e in groups if isinstance(a, UniPerceiver)]
+        return {"+".join(entries): a.attend(self._group(entries, inputs))[1] for a, entries in perceivers}
+
+
+class SVAM:
+    """`encode`, `loss`, `act`, `save`, `load`.
+
+    `pad_to`: size of every batch that `act` and `encode` compute (the last observation is repeated to fill it), so that
+    the bits of an action do not depend on how many observations came with it; None computes just what came.
+    `selected`: the held-out values of the kept checkpoint and its step, for the record.
+    """
+
+    def __init__(
+        self, config: SVAMConfig, statistics: Statistics, foresight: ForesightModel, network: PolicyNetwork | None = None
+    ) -> None:
+        """`network` None builds an untrained one from torch's global seed."""
+        self.config, self.statistics, self.foresight = config, statistics, foresight
+        self.network = network if network is not None else PolicyNetwork(config, statistics)
+        self.network.eval()
+        self.pad_to: int | None = None
+        self.selected: dict[str, float] = {}
+
+    @property
+    def chunk(self) -> int:
+        """K, the actions that `act` returns for each observation."""
+        return self.config.chunk
+
+    @property
+    def camera(self) -> str:
+        """Name of the camera that an observation must hold."""
+        return self.config.camera
+
+    @property
+    def needs_proprioception(self) -> bool:
+        """Whether an observation must hold proprioception."""
+        return self.config.proprioception is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device
+
+    def to(self, device: torch.device) -> SVAM:
+        """Move every part."""
+        self.foresight.to(device)
+        self.network.to(device)
+        return self
+
+    def check(self, observation: Observation) -> None:
+        """Raise `ContractError` unless camera, image and proprioception are what the policy was trained on."""
+        c = self.config
+        if c.camera not in observation.frames:
+            raise ContractError(
+                f"observation: no camera '{c.camera}', on which the policy was trained; found {sorted(observation.frames)}"
+            )
+        frame = observation.frames[c.camera]
+        if frame.dtype != np.uint8 or frame.shape != (*c.image_size, 3):
+            raise ContractError(
+                f"observation: camera '{c.camera}' gives {frame.dtype} {frame.shape}, expected uint8 {(*c.image_size, 3)}"
+            )
+        if c.proprioception is None:
+            return
+        found = None if observation.proprioception is None else observation.proprioception.shape
+        if found != (c.proprioception,):
+            raise ContractError(f"observation: proprioception has shape {found}, expected {(c.proprioception,)}")
+        if not np.isfinite(observation.proprioception).all():  # type: ignore[arg-type]
+            raise ContractError("observation: proprioception holds NaN or infinity")
+
+    def encode_frames(
+        self, frames_BHWC: NDArray[np.uint8], instructions: Sequence[str], entries: Sequence[str], noise_seeds: list[int] | None
+    ) -> Foresight:
+        """Frozen entries as float16, which is what the cache holds and so what the policy is trained on; text float32.
+
+        Shapes and arguments as `ForesightModel.encode`.
+        """
+        found = self.foresight.encode(torch.from_numpy(np.ascontiguousarray(frames_BHWC)), instructions, entries, noise_seeds)
+        return Foresight(entries={e: v.half() for e, v in found.entries.items()}, text=found.text)
+
+    def encode(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> Inputs:
+        """Observations to what the policy is conditioned on. `noise_seeds` as in `act`.
+
+        Raises:
+            ContractError: an observation without the policy's camera, of another image size, or without proprioception.
+        """
+        for observation in observations:
+            self.check(observation)
+        frames = np.stack([o.frames[self.config.camera] for o in observations])
+        seeds = _seeds(observations, noise_seeds)
+        found = self.encode_frames(frames, [o.instruction for o in observations], self.config.frozen_entries, seeds)
+        proprioception = None
+        if self.needs_proprioception:
+            stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])
+            proprioception = torch.from_numpy(self.statistics.normalise_proprioception(stacked)).to(self.device)
+        trained = self.network.observation is not None
+        pixels = torch.from_numpy(frames).to(self.device) if trained else None
+        return Inputs(entries=found.entries, text=found.text, frames=pixels, proprioception=proprioception)
+
+    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """Scalar loss of the denoised action chunk; padded actions count nothing. `generator` (CPU) draws the noise."""
+        return self.network.diffusion.loss(self.network.context(batch.inputs), batch.actions, batch.mask, generator)
+
+    @torch.no_grad()
+    def sample(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:
+        """Actions (B, K, A) float32 in physical units, one noise seed per row.
+
+        Raises:
+            ContractError: the network returned NaN or infinity.
+        """
+        shape = (self.config.chunk, self.statistics.convention.dimensions)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds])
+        normalised = self.network.diffusion.sample(self.network.context(inputs), noise.to(self.device)).float().cpu().numpy()
+        bad = np.flatnonzero(~np.isfinite(normalised).all(axis=(1, 2)))
+        if len(bad):
+            raise ContractError(f"the policy returned NaN or infinity for observation {bad[0]} of {len(normalised)}")
+        return self.statistics.denormalise_actions(normalised)
+
+    def act(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> NDArray[np.float32]:
+        """The next action chunk of each observation: (B, K, A) float32, physical units, B may be 0.
+
+        `noise_seeds`: one per observation; they decide the sampler's initial noise (and the video model's, where that is
+        fresh). None means 0, 1, ...
+
+        Raises:
+            ContractError: an observation that does not fit (see `encode`), or NaN out of the network.
+        """
+        seeds = _seeds(observations, noise_seeds)
+        size = self.pad_to or max(1, len(observations))
+        chunks = [np.empty((0, self.config.chunk, self.statistics.convention.dimensions), dtype=np.float32)]
+        for start in range(0, len(observations), size):
+            part, part_seeds = list(observations[start : start + size]), seeds[start : start + size]
+            missing = (self.pad_to or len(part)) - len(part)
+            filled, filled_seeds = part + [part[-1]] * missing, part_seeds + [part_seeds[-1]] * missing
+            chunks.append(self.sample(self.encode(filled, filled_seeds), filled_seeds)[: len(part)])
+        return np.concatenate(chunks)
+
+    def save(self, directory: Path) -> None:
+        """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`."""
+        with whole_directory(Path(directory)) as partial:
+            records = {"svam": self.config, "statistics": self.statistics}
+            config: dict[str, Any] = {name: record.model_dump(mode="json") for name, record in records.items()}
+            save_module(partial / "policy", self.network, config | {"selected": self.selected})
+            for name in self.config.needs.parts:
+                (partial / name).mkdir()
+                part: Any = self.foresight.part(name)
+                part.save(partial / name)
+            write_manifest(partial)
+
+    @classmethod
+    def load(cls, directory: Path, device: torch.device | str = "cpu") -> SVAM:
+        """Read what `save` wrote, after checking every file against the manifest.
+
+        Raises:
+            FileError: a part is missing, truncated, changed or does not fit the others; the sentence names it.
+        """
+        directory = Path(directory)
+        present = verify_manifest(directory)
+        if "policy" not in present:
+            raise FileError(f"{directory}: part 'policy' is not in the manifest")
+        state, raw = load_state(directory / "policy")
+        try:
+            config, statistics = SVAMConfig.model_validate(raw["svam"]), Statistics.model_validate(raw["statistics"])
+        except KeyError as error:
+            raise FileError(f"{directory}/policy/config.json: key {error} is missing") from None
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise FileError(f"{directory}/policy/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        lacking = [name for name in config.needs.parts if name not in present]
+        if lacking:
+            raise FileError(f"{directory}: part '{lacking[0]}' is not in the manifest, but the policy's context needs it")
+        folders = {name: directory / name for name in config.needs.parts}
+        foresight = ForesightModel.load_parts(config.needs, config.sampler, folders, config.reference)
+        network = PolicyNetwork(config, statistics)
+        restore(network, state, directory / "policy")
+        svam = cls(config, statistics, foresight, network).to(torch.device(device))
+        svam.selected = dict(raw.get("selected", {}))
+        return svam
+
+
+def _seeds(observations: Sequence[Observation], noise_seeds: Sequence[int] | None) -> list[int]:
+    """One seed per observation."""
+    seeds = list(range(len(observations))) if noise_seeds is None else [int(s) for s in noise_seeds]
+    if len(seeds) != len(observations):
+        raise ContractError(f"noise_seeds: found {len(seeds)}, expected one for each of {len(observations)} observations")
+    return seeds
