@@ -15,6 +15,8 @@ from svam.report.pca import pca_colours
 
 TITLE_HEIGHT = 16
 """Pixels above each panel."""
+SLOWED = 4.0
+"""Films of rollouts play this many times slower than the robot moves."""
 
 
 def enlarge(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -80,3 +82,10 @@ def write_film(path: Path, frames: NDArray[np.uint8], rate_hz: float) -> None:
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def film_rollout(
+    path: Path, frames: NDArray[np.uint8], calls: tuple[int, ...], foresight: Mapping[str, NDArray[np.floating]], rate_hz: float
+) -> None:
+    """`rollout_film` of one episode at `path`, `SLOWED` times slower than the robot's `rate_hz` steps a second."""
+    write_film(path, rollout_film(frames, calls, foresight), rate_hz / SLOWED)

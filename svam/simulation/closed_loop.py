@@ -12,14 +12,16 @@ from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.machine import seed_of
+from svam.models.svam import SVAM
 from svam.params import Evaluate
 from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
-from svam.simulation.rollout import Outcome, Plan, Policy, Workers, play_scripted, run_policy
+from svam.simulation.rollout import Outcome, Plan, Policy, Workers, noise_seed, play_scripted, run_policy
 from svam.simulation.scores import rate_of, summary, tier_of
 
 Row = Literal["policy", "held_out_instruction", "random", "expert"]
@@ -178,3 +180,21 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
         "draw": [round(value, 6) for value in outcome.draw], "success": outcome.success, "steps": outcome.steps,
         "policy_calls": len(outcome.calls),
     }  # fmt: skip
+
+
+def foresight_of(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
+    """What the policy foresaw in a recorded episode, encoded again: context entry -> (calls, T, h, w, C), from the same
+    frames, sentence and noise. The policy's proprioception was not recorded and is no part of the foresight."""
+    if outcome.frames is None or not model.config.frozen_entries:
+        return {}
+    found: dict[str, list[NDArray[np.float16]]] = {}
+    for start in range(0, len(outcome.calls), batch):
+        calls = outcome.calls[start : start + batch]
+        filled = [*calls, *[calls[-1]] * (batch - len(calls))]
+        frames = outcome.frames[filled]
+        seeds = [noise_seed(seed, outcome.plan, call) for call in filled]
+        sentences = [outcome.plan.instruction] * batch
+        entries = model.encode_frames(frames, sentences, model.config.frozen_entries, seeds).entries
+        for entry, values in entries.items():
+            found.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
+    return {entry: np.concatenate(parts) for entry, parts in found.items()}
