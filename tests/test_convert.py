@@ -183,7 +183,7 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> Non
             return (make_episode("push", 20, seed, 64) for seed in range(self.count))
 
     peaks = []
-    for count in (2, 3, 25):  # the first run also fills caches
+    for count in (2, 3, 15):  # the first run also fills caches
         tracemalloc.start()
         convert(Long(count), tmp_path / "s.zarr", SETTINGS, seed=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
