@@ -19,15 +19,15 @@ from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_n
 from svam.simulation.metaworld import TaskEnvironment
 
 SMALL = Collect(
-    tasks=["drawer-open"], episodes=3, noisy_share=0.34, noise_scale=0.6, image_size=32, cameras=["corner2", "corner3"],
+    tasks=["reach"], episodes=2, noisy_share=0.5, noise_scale=0.6, image_size=32, cameras=["corner2", "topview"],
     render="fast", annotate_every=10, tail=4, max_steps=300, attempts=5,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw") / "drawer-open"
-    collect("drawer-open", folder, SMALL, 5, 2)
+    folder = tmp_path_factory.mktemp("raw") / "reach"
+    collect("reach", folder, SMALL, 5, 2)
     return folder
 
 
@@ -37,14 +37,14 @@ def arrays_of(folder: Path, index: int) -> dict[str, NDArray[np.generic]]:
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(collected: Path, tmp_path: Path) -> None:
-    collect("drawer-open", tmp_path / "alone", SMALL, 5, 1)
+    collect("reach", tmp_path / "alone", SMALL, 5, 1)
     assert sha256_tree(tmp_path / "alone") == sha256_tree(collected)
     assert [p.name for p in tmp_path.iterdir()] == ["alone"], "nothing temporary is left"
 
 
 def test_an_episode_keeps_the_contract(collected: Path) -> None:
     meta = read_json(collected / "meta.json")
-    assert meta["task"] == "drawer-open" and meta["rate_hz"] == 80.0 and meta["cameras"] == ["corner2", "corner3"]
+    assert meta["task"] == "reach" and meta["rate_hz"] == 80.0 and meta["cameras"] == ["corner2", "topview"]
     assert meta["instructions"]["held_out"] and len(meta["provenance"]["episodes"]) == SMALL.episodes
     for index, entry in enumerate(meta["provenance"]["episodes"]):
         a = arrays_of(collected, index)
@@ -56,7 +56,7 @@ def test_an_episode_keeps_the_contract(collected: Path) -> None:
         assert np.flatnonzero(a["success"])[0] == n - 1 - SMALL.tail, "recorded until `tail` steps after the first success"
         np.testing.assert_allclose(a["draw"], entry["draw"], atol=1e-5)
         Episode(
-            task="drawer-open", instruction="open the drawer", rate_hz=80.0,
+            task="reach", instruction="reach the goal", rate_hz=80.0,
             frames={camera: a[f"frames_{camera}"] for camera in SMALL.cameras},
             actions=a["actions"], expert_actions=a["expert_actions"], state=a["state"], proprioception=a["proprioception"],
             annotations={name: Annotation(a[name], rows) for name in ("depth", "segmentation")},
@@ -68,8 +68,8 @@ def test_an_episode_keeps_the_contract(collected: Path) -> None:
 
 def test_frame_t_is_what_is_seen_before_action_t(collected: Path) -> None:
     entry, a = read_json(collected / "meta.json")["provenance"]["episodes"][0], arrays_of(collected, 0)
-    env = TaskEnvironment("drawer-open", 32, SMALL.cameras)
-    env.reset(seed_of(5, "collect", "drawer-open", 0, entry["attempt"]))
+    env = TaskEnvironment("reach", 32, SMALL.cameras)
+    env.reset(seed_of(5, "collect", "reach", 0, entry["attempt"]))
     for t in range(12):
         np.testing.assert_array_equal(env.observe()["corner2"], a["frames_corner2"][t])
         np.testing.assert_array_equal(env.state(), a["state"][t])
@@ -122,7 +122,9 @@ def test_errors_are_one_line_and_leave_no_output(tmp_path: Path) -> None:
     )  # fmt: skip
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert "unknown MetaWorld task 'draw-open'" in result.stderr and "drawer-open" in result.stderr
+    with pytest.raises(ValueError, match=r"unknown camera 'moon'.*corner2"):
+        collect("reach", tmp_path / "out", SMALL.model_copy(update={"cameras": ["moon"]}), 0, 1)
     too_short = SMALL.model_copy(update={"max_steps": 10, "attempts": 1})
     with pytest.raises(ValueError, match=r"raise collect.attempts or collect.max_steps"):
-        collect("drawer-open", tmp_path / "out", too_short, 0, 1)
+        collect("reach", tmp_path / "out", too_short, 0, 1)
     assert not list(tmp_path.iterdir())

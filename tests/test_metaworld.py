@@ -85,14 +85,14 @@ def test_the_goal_marker_is_where_the_goal_is_in_other_tasks(make: Make) -> None
 
 
 def test_reset_depends_on_the_seed_and_on_nothing_that_was_before(make: Make) -> None:
-    for task in ("reach", "coffee-push", "basketball", "hammer"):
+    for task in ("reach", "basketball"):
         env, other = make(task, 32), make(task, 32)
         env.reset(7)
         other.reset(99)
-        for _ in range(40):
+        for _ in range(25):
             other.step(other.expert_action())
         other.reset(7)
-        for _ in range(10):
+        for _ in range(5):
             np.testing.assert_array_equal(env.state(), other.state())
             np.testing.assert_array_equal(env.observe()["corner2"], other.observe()["corner2"])
             assert env.step(env.expert_action()) == other.step(other.expert_action())
@@ -124,7 +124,7 @@ def pictures(env: TaskEnvironment, steps: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def test_environments_side_by_side_draw_what_each_draws_alone() -> None:
-    tasks, steps = ("reach", "drawer-open", "coffee-button"), 6
+    tasks, steps = ("reach", "drawer-open", "coffee-button"), 4
     alone = {}
     for task in tasks:
         env = TaskEnvironment(task, 48)
@@ -133,7 +133,7 @@ def test_environments_side_by_side_draw_what_each_draws_alone() -> None:
     together = {task: TaskEnvironment(task, 48) for task in tasks}
     runs = {task: pictures(env, steps) for task, env in together.items()}
     for step in range(steps):
-        if step == 3:   # freeing one must not take the others' buffers with it
+        if step == 2:   # freeing one must not take the others' buffers with it
             together["reach"].close()
             del runs["reach"]
             together["late"] = TaskEnvironment("push", 48)
@@ -249,6 +249,15 @@ def test_random_actions_fill_the_range() -> None:
     actions = np.stack([random_action(generator(0, "random", k)) for k in range(200)])
     assert actions.dtype == np.float32 and actions.shape == (200, 4)
     assert -1 <= actions.min() < -0.95 and 0.95 < actions.max() <= 1
+
+
+def test_osmesa_is_taken_where_egl_does_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "SVAM_GL_CHECKED"):
+        monkeypatch.setenv(name, "")   # so that what the choice writes there is undone
+    tried: list[str] = []
+    monkeypatch.setattr(rendering, "_works", lambda backend, seconds: tried.append(backend) or backend == "osmesa")
+    assert rendering.choose_backend() == "osmesa" and rendering.choose_backend() == "osmesa"
+    assert tried == ["egl", "osmesa"], "tried once, then known to this process and its children"
 
 
 def test_without_a_working_gl_library_one_sentence_says_what_to_install(

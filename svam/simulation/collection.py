@@ -8,12 +8,14 @@ annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool,
 
 from __future__ import annotations
 
+import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from functools import cache
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -28,21 +30,22 @@ from svam.simulation.rendering import choose_backend
 RAW_SCHEMA = 1
 """Version of this layout, written into `meta.json`."""
 
-_environment: TaskEnvironment | None = None
+
+@cache
+def _environment(task: str, image_size: int, cameras: tuple[str, ...], render: Literal["fast", "full"]) -> TaskEnvironment:
+    """This worker process's one environment, built at its first episode and reset for each."""
+    return TaskEnvironment(task, image_size, cameras, render)
 
 
-def _start(task: str, params: Collect) -> None:
-    """Give this worker process its one environment, reset for each episode."""
-    global _environment
-    _environment = TaskEnvironment(task, params.image_size, params.cameras, params.render)
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collect_one(seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
+def _collect_one(task: str, seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
     """Write episode `index` and return its entry of `meta.json`."""
-    if _environment is None:
-        raise RuntimeError("the worker process was not started with an environment")
+    environment = _environment(task, params.image_size, tuple(params.cameras), params.render)
     made = demonstrate(
-        _environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
+        environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
     )  # fmt: skip
     arrays: dict[str, Any] = dict(made.arrays)
@@ -67,10 +70,10 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:
         shown = bar.add_task(f"collect {task}", total=episodes, note="")
         pool = ProcessPoolExecutor(
-            min(workers, episodes), mp_context=get_context("spawn"), initializer=_start, initargs=(task, params)
+            min(workers, episodes), mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
         )
         try:
-            waiting = {pool.submit(_collect_one, seed, index, params, partial): index for index in range(episodes)}
+            waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in range(episodes)}
             for done in as_completed(waiting):
                 entries[waiting[done]] = done.result()
                 frames = sum(entry["steps"] for entry in entries.values())

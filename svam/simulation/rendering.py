@@ -78,7 +78,8 @@ class Renderer:
     """Pictures of one model at one size.
 
     model: `mujoco.MjModel`; its off-screen buffer settings are changed to fit.
-    style: "fast" draws neither shadows nor reflections, and averages `FAST_SAMPLES`^2 samples a pixel; "full" is mujoco's stock look.
+    style: "fast" draws neither shadows nor reflections and averages `FAST_SAMPLES`^2 samples a pixel; "full" is mujoco's
+    stock look.
     """
 
     def __init__(self, model: Any, size: int, style: Literal["fast", "full"]) -> None:
@@ -127,7 +128,7 @@ class Renderer:
         if samples == 1:
             return pixels
         total = pixels.reshape(size, samples, size, samples, 3).sum(axis=(1, 3), dtype=np.uint16)
-        return ((total + samples**2 // 2) // samples**2).astype(np.uint8)
+        return np.asarray((total + samples**2 // 2) // samples**2, dtype=np.uint8)
 
     def annotations(self, data: Any, camera: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Depth (H, W) float32 in metres along the optical axis, and what is drawn, (H, W, 2) int32 as (mjtObj, number)
