@@ -1,0 +1,51 @@
+"""Stage: one frozen backbone (autoencoder, text, geometric or semantic), trained in-domain or imported."""
+
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.files import whole_directory, write_json
+from svam.machine import one_line_errors, prepare_torch, seed_of
+from svam.params import load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Part(StrEnum):
+    """The four backbones, as the keys of `prepare_backbones` in the params."""
+
+    autoencoder = "autoencoder"
+    text = "text"
+    geometric = "geometric"
+    semantic = "semantic"
+
+
+@app.command()
+@one_line_errors
+def prepare_backbones(
+    part: Annotated[Part, typer.Argument(help="Which backbone to prepare.")],
+    episodes: Annotated[Path, typer.Option(help="The episode store (read for in-domain training only).")],
+    output: Annotated[Path, typer.Option(help="Folder to write: published layout, svam.json and metrics.json.")],
+    autoencoder: Annotated[Path | None, typer.Option(help="The prepared autoencoder (in-domain teachers need it).")] = None,
+    live: Annotated[Path | None, typer.Option(help="Folder for DVCLive's training curves.")] = None,
+    params: Annotated[Path, typer.Option(help="The params file.")] = Path("params.yaml"),
+) -> None:
+    """Prepare one frozen backbone: train a small one on the episodes, or import published weights, as the params say."""
+    settings = load_params(params)
+    seed = seed_of(settings.seed, "prepare_backbones", part.value)
+    device = prepare_torch(settings.machine.device, settings.threads, seed)
+    # One module per kind, so that a change to the teachers' training does not re-run the autoencoder's.
+    kind = "teacher" if part in (Part.geometric, Part.semantic) else part.value
+    module = import_module(f"svam.training.backbones.{kind}")
+    section = getattr(settings.prepare_backbones, part.value)
+    backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live)
+    with whole_directory(output) as folder:
+        backbone.save(folder)
+        write_json(folder / "metrics.json", metrics)
+
+
+if __name__ == "__main__":
+    app()

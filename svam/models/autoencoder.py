@@ -1,0 +1,157 @@
+"""The autoencoder behind one adapter that owns preprocessing, latent scaling and SVD's conditioning convention.
+
+Two families: `dc`, a `diffusers.AutoencoderDC` trained on the project's own frames, and `svd`, the published
+`AutoencoderKLTemporalDecoder` of Stable Video Diffusion (Blattmann et al. 2023).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderDC, AutoencoderKLTemporalDecoder
+from torch import Tensor, nn
+
+from svam.contract import ContractError
+from svam.files import FileError, write_json
+from svam.models.published import adapter_record, freeze, load_strict, read_adapter, save_published
+
+Family = Literal["dc", "svd"]
+CLASSES: dict[str, type[AutoencoderDC] | type[AutoencoderKLTemporalDecoder]] = {
+    "dc": AutoencoderDC,
+    "svd": AutoencoderKLTemporalDecoder,
+}
+
+
+class Autoencoder(nn.Module):
+    """Frames to latents of unit standard deviation and back. Frozen; everything runs in float32 whatever the caller's autocast.
+
+    latent_mean, latent_std: (C, 1, 1) float32, the affine map between the library's latents and the scaled ones:
+    scaled = (latents - mean) / std. For `svd` mean is 0 and std is 1 / scaling_factor of the published config.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        model: AutoencoderDC | AutoencoderKLTemporalDecoder,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+    ) -> None:
+        """Args: the library's model, and per-channel statistics of its latents (`dc` only; `svd` brings its own)."""
+        super().__init__()
+        self.family: Family = "dc" if isinstance(model, AutoencoderDC) else "svd"
+        self.model = model
+        channels = self.latent_channels
+        if isinstance(model, AutoencoderKLTemporalDecoder):
+            mean, std = [0.0] * channels, [1.0 / float(model.config["scaling_factor"])] * channels
+        mean, std = mean or [0.0] * channels, std or [1.0] * channels
+        if len(mean) != channels or len(std) != channels or min(std) <= 0:
+            raise FileError(f"latent statistics: expected {channels} means and positive deviations, found {mean} and {std}")
+        self.register_buffer("latent_mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def latent_channels(self) -> int:
+        """C of the latents."""
+        return int(self.model.config["latent_channels"])
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent position along each side."""
+        name = "encoder_block_out_channels" if self.family == "dc" else "block_out_channels"
+        return int(2 ** (len(self.model.config[name]) - 1))
+
+    @classmethod
+    def load(cls, folder: Path) -> Autoencoder:
+        """Read what `save` wrote. Raises `FileError` for missing, broken or unfitting files."""
+        record = read_adapter(Path(folder), "autoencoder")
+        if record.get("family") not in CLASSES:
+            raise FileError(f"{folder}/svam.json: family is {record.get('family')!r}, expected one of {sorted(CLASSES)}")
+        model = load_strict(CLASSES[record["family"]], Path(folder))
+        return freeze(cls(model, record.get("latent_mean"), record.get("latent_std")))
+
+    @classmethod
+    def load_published(cls, folder: Path) -> Autoencoder:
+        """Read SVD's own autoencoder (the repository's `vae` folder)."""
+        return freeze(cls(load_strict(AutoencoderKLTemporalDecoder, Path(folder))))
+
+    def save(self, folder: Path) -> None:
+        """Write the published layout (`config.json`, safetensors) and `svam.json` into an existing folder."""
+        save_published(self.model, Path(folder))
+        statistics = {"latent_mean": self.latent_mean.flatten().tolist(), "latent_std": self.latent_std.flatten().tolist()}
+        write_json(
+            Path(folder) / "svam.json",
+            adapter_record("autoencoder", family=self.family, **(statistics if self.family == "dc" else {})),
+        )
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, C, H / factor, W / factor) float32 scaled latents; deterministic (the posterior's mode).
+
+        Raises:
+            ContractError: not uint8 RGB, or a side that is no multiple of `factor`.
+        """
+        return (self._latents(frames) - self.latent_mean) / self.latent_std
+
+    @torch.no_grad()
+    def encode_condition(self, frames: Tensor) -> Tensor:
+        """Latents of the observed frame, as the U-Net takes them on its extra channels; shapes as `encode`.
+
+        SVD was trained with conditioning latents that are *not* multiplied by the scaling factor; in-domain they are
+        the same as `encode`'s.
+        """
+        return self.condition_of(self.encode(frames))
+
+    def condition_of(self, latents: Tensor) -> Tensor:
+        """What `encode_condition` gives, from latents (..., C, h, w) that `encode` gave: nothing is encoded twice."""
+        return latents * self.latent_std + self.latent_mean if self.family == "svd" else latents
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, frames: int = 1) -> Tensor:
+        """(B, C, h, w) scaled latents -> (B, 3, H, W) float32 in [0, 1].
+
+        `frames`: length of the clips that lie one after another on B; SVD's temporal decoder mixes within a clip, the
+        in-domain one looks at each frame alone. Raises `ContractError` if B is no multiple of it.
+        """
+        if len(latents) % frames:
+            raise ContractError(f"decode: {len(latents)} latents are no whole number of clips of {frames} frames")
+        with torch.autocast(latents.device.type, enabled=False):
+            return (self.decode_pixels(latents.float() * self.latent_std + self.latent_mean, frames) / 2 + 0.5).clamp(0.0, 1.0)
+
+    def decode_u8(self, latents: Tensor, frames: int = 1) -> Tensor:
+        """As `decode`, to (B, H, W, 3) uint8."""
+        return (self.decode(latents, frames) * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> unscaled latents, with gradients (training only)."""
+        if isinstance(self.model, AutoencoderDC):
+            latents: Tensor = self.model.encode(pixels).latent
+        else:
+            latents = self.model.encode(pixels).latent_dist.mode()
+        return latents
+
+    def decode_pixels(self, latents: Tensor, frames: int = 1) -> Tensor:
+        """Unscaled latents -> (B, 3, H, W), about [-1, 1], with gradients (training only)."""
+        if isinstance(self.model, AutoencoderDC):
+            pixels: Tensor = self.model.decode(latents).sample
+        else:
+            pixels = self.model.decode(latents, num_frames=frames).sample
+        return pixels
+
+    def _latents(self, frames: Tensor) -> Tensor:
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+            raise ContractError(f"encode: frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 (B, H, W, 3)")
+        if frames.shape[1] % self.factor or frames.shape[2] % self.factor:
+            raise ContractError(
+                f"encode: frames of {frames.shape[1]}x{frames.shape[2]} pixels; both must be multiples of {self.factor}"
+            )
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.encode_pixels(to_pixels(frames)).float()
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1], the range of both families."""
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1.0

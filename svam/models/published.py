@@ -1,0 +1,167 @@
+"""Published weights: where they are, and how they are read. Safetensors only, strict, from a folder or a pinned hub commit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from svam.files import FileError, read_json
+
+Model = TypeVar("Model", bound=nn.Module)
+FILES = ("*.safetensors", "*.json", "merges.txt")
+"""What is fetched of a hub repository: weights, configurations and tokenizer files; never anything unpickled."""
+
+
+def resolve_weights(path: str, revision: str | None, subfolder: str | None, key: str) -> Path:
+    """The local folder that holds `config.json` and safetensors of one published model.
+
+    Args:
+        path: a local folder, or a hub id `owner/name`.
+        revision: the full commit hash that pins a hub id; must be empty for a local folder.
+        subfolder: the model's folder within a pipeline's repository, e.g. `vae` of Stable Video Diffusion; a local
+            `path` may name either the repository's folder or that folder itself.
+        key: the params key that `path` comes from, for messages, e.g. `prepare_backbones.text`.
+
+    Raises:
+        FileError: no such folder, no pinned revision, the hub cannot be reached, or no safetensors are there.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if revision:
+            raise FileError(f"{key}.path: {path} is a local folder, but {key}.revision is {revision!r}; leave it empty")
+        folder = local / subfolder if subfolder and (local / subfolder).is_dir() else local
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
+        raise FileError(f"{key}.path: {path}: no such folder, and not a hub id (owner/name)")
+    else:
+        folder = _download(path, revision, subfolder, key)
+    if not (folder / "config.json").is_file():
+        raise FileError(f"{key}.path: {folder} holds no config.json; expected the layout that save_pretrained writes")
+    if not any(folder.glob("*.safetensors")):
+        raise FileError(f"{key}.path: {folder} holds no .safetensors file, and no other format is read")
+    return folder
+
+
+def _download(path: str, revision: str | None, subfolder: str | None, key: str) -> Path:
+    """Fetch one commit of a hub repository into the hub's cache (or find it there) and return its folder."""
+    import httpx
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
+        raise FileError(
+            f"{key}.path: {path} is no local folder; as a hub id it needs {key}.revision to be a commit hash of 40 "
+            f"hexadecimal digits, found {revision!r}"
+        )
+    patterns = [f"{subfolder}/{name}" for name in FILES] if subfolder else list(FILES)
+    try:
+        root = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.safetensors"])
+    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+        raise FileError(
+            f"{key}.path: {path} at {revision[:12]} cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
+            "name a local folder, or check the id and the network"
+        ) from None
+    return Path(root) / subfolder if subfolder else Path(root)
+
+
+def load_strict(cls: type[Model], folder: Path, ignored: tuple[str, ...] = ()) -> Model:
+    """Build `cls` (a class of diffusers or transformers) from `folder`, float32, in evaluation mode and frozen.
+
+    Args:
+        ignored: prefixes of weights that belong to other parts of the published checkpoint and are left out knowingly
+            (the vision tower beside CLIP's text model). Any other missing, left-over or differently shaped weight is refused.
+
+    Raises:
+        FileError: missing or broken files, or weights that do not fit.
+    """
+    import diffusers
+
+    if not (folder / "config.json").is_file():
+        raise FileError(f"{folder}/config.json: no such file")
+    dtype = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
+    loader: Any = cls
+    try:
+        with quiet():
+            model, info = loader.from_pretrained(
+                str(folder), output_loading_info=True, use_safetensors=True, local_files_only=True, **{dtype: torch.float32}
+            )
+    except Exception as error:  # the libraries raise bare RuntimeError, KeyError, SafetensorError... for broken files
+        raise FileError(f"{folder}: cannot be read as {cls.__name__}: {type(error).__name__}: {_first_line(error)}") from None
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        found = sorted(str(k) for k in info[fault] if fault != "unexpected_keys" or not str(k).startswith(ignored or ("\0",)))
+        if found:
+            raise FileError(f"{folder}: the weights do not fit {cls.__name__}: {len(found)} {fault}, first {found[0]}")
+    result: Model = model
+    return freeze(result)
+
+
+def save_published(model: nn.Module, folder: Path) -> None:
+    """Write `model` in the published layout, without the path it was read from, so that equal weights are equal bytes."""
+    import diffusers
+
+    saver: Any = model
+    if isinstance(model, diffusers.ModelMixin):
+        saver.register_to_config(_name_or_path="")
+    with quiet():
+        saver.save_pretrained(str(folder), safe_serialization=True)
+
+
+def freeze(model: Model) -> Model:
+    """Evaluation mode, and no parameter asks for a gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def read_adapter(folder: Path, kind: str) -> dict[str, Any]:
+    """Read `svam.json`, the adapter's own record beside a backbone's published files.
+
+    Raises:
+        FileError: missing, not JSON, of another version, or of another kind of backbone.
+    """
+    record = read_json(folder / "svam.json")
+    found = record.get("kind") if isinstance(record, dict) else None
+    if found != kind or record.get("schema_version") != ADAPTER_SCHEMA:
+        raise FileError(
+            f"{folder}/svam.json: expected kind {kind!r}, schema_version {ADAPTER_SCHEMA}; found {found!r}, "
+            f"{record.get('schema_version') if isinstance(record, dict) else None!r}; run prepare_backbones again"
+        )
+    return {name: value for name, value in record.items() if name not in ("kind", "schema_version")}
+
+
+ADAPTER_SCHEMA = 1
+"""Version of `svam.json`."""
+
+
+def adapter_record(kind: str, **values: Any) -> dict[str, Any]:
+    """What `read_adapter` reads back."""
+    return {"kind": kind, "schema_version": ADAPTER_SCHEMA, **values}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the libraries' own bars and reports; faults are raised by `load_strict` instead."""
+    import diffusers.utils.logging as diffusers_logging
+    import transformers.utils.logging as transformers_logging
+
+    kept = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    bars = [(library, library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)]
+    for library, _ in kept:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in kept:
+            library.set_verbosity(level)
+        for library, enabled in bars:
+            if enabled:
+                library.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else "no message"

@@ -1,0 +1,87 @@
+"""Instructions to tokens: CLIP's text model and tokenizer, published or small and in-domain, behind one adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from svam.contract import ContractError
+from svam.files import FileError, write_json
+from svam.models.published import adapter_record, freeze, load_strict, quiet, read_adapter, save_published
+
+VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+"""Weights of a published CLIP that its text model does not use."""
+
+
+class TextEncoder(nn.Module):
+    """A sentence -> the last hidden state of all `tokens` positions, as Stable Diffusion's U-Nets take it. Frozen.
+
+    Sentences are padded with CLIP's own padding token. Published setting (S-VAM's code): ViT-B/32, 20 tokens of 512.
+    """
+
+    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: int) -> None:
+        """Raises `ContractError` if the model has fewer positions than `tokens`."""
+        super().__init__()
+        positions = int(model.config.max_position_embeddings)
+        if tokens > positions:
+            raise ContractError(f"prepare_backbones.text.tokens is {tokens}, but the text model has {positions} positions")
+        self.model = model
+        self.tokenizer = tokenizer
+        self.tokens = tokens
+
+    @property
+    def width(self) -> int:
+        """Channels of one token."""
+        return int(self.model.config.hidden_size)
+
+    @classmethod
+    def load(cls, folder: Path) -> TextEncoder:
+        """Read what `save` wrote. Raises `FileError` for missing, broken or unfitting files."""
+        return cls._read(Path(folder), int(read_adapter(Path(folder), "text")["tokens"]), ())
+
+    @classmethod
+    def load_published(cls, folder: Path, tokens: int) -> TextEncoder:
+        """Read a published CLIP (whole or text part) with its tokenizer; the vision tower is left out."""
+        return cls._read(Path(folder), tokens, VISION_PARTS)
+
+    @classmethod
+    def _read(cls, folder: Path, tokens: int, ignored: tuple[str, ...]) -> TextEncoder:
+        pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+        if not pair and not (folder / "tokenizer.json").is_file():
+            raise FileError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
+        with quiet():
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return freeze(cls(load_strict(CLIPTextModel, folder, ignored), tokenizer, tokens))
+
+    def save(self, folder: Path) -> None:
+        """Write model, tokenizer (vocab.json and merges.txt too) and `svam.json` into an existing folder."""
+        save_published(self.model, Path(folder))
+        self.tokenizer.save_pretrained(str(folder))
+        self.tokenizer.backend_tokenizer.model.save(str(folder))
+        write_json(Path(folder) / "svam.json", adapter_record("text", tokens=self.tokens))
+
+    def ids(self, instructions: list[str]) -> Tensor:
+        """Token ids (B, tokens) int64, with begin and end tokens, padded.
+
+        Raises:
+            ContractError: an instruction needs more than `tokens` tokens.
+        """
+        encoded: list[list[int]] = self.tokenizer(list(instructions))["input_ids"]
+        for instruction, row in zip(instructions, encoded, strict=True):
+            if len(row) > self.tokens:
+                raise ContractError(
+                    f"the instruction {instruction!r} takes {len(row)} tokens, the text encoder has {self.tokens}"
+                )
+        padding = int(self.tokenizer.pad_token_id)
+        return torch.tensor([row + [padding] * (self.tokens - len(row)) for row in encoded])
+
+    @torch.no_grad()
+    def embed(self, instructions: list[str]) -> Tensor:
+        """Last hidden states (B, tokens, width) float32, on the model's device. Raises `ContractError` as `ids`."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, enabled=False):
+            hidden: Tensor = self.model(input_ids=self.ids(instructions).to(device)).last_hidden_state
+        return hidden.float()

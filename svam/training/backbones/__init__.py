@@ -1,0 +1,1 @@
+"""In-domain training, and import from published weights, of the frozen backbones: one module per kind."""

@@ -1,0 +1,37 @@
+"""Which frames the frozen backbones train on, and how they reach memory."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svam.episodes.store import EpisodeStore
+
+MEMORY = 2**30
+"""Bytes of training frames held at once; larger data sets are sampled evenly."""
+
+
+def frames_that_fit(store: EpisodeStore, rows: NDArray[np.int64], memory: int = MEMORY) -> NDArray[np.int64]:
+    """`rows`, or an evenly spaced part of them whose frames take at most `memory` bytes."""
+    height, width = store.image_size
+    most = max(1, memory // (height * width * 3))
+    return evenly(rows, most)
+
+
+def evenly(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """`rows`, or `most` of them at equal distances."""
+    if len(rows) <= most:
+        return rows
+    return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
+
+
+def load_frames(store: EpisodeStore, rows: NDArray[np.int64]) -> Tensor:
+    """Frames of the foresight camera, (k, H, W, 3) uint8 on the CPU."""
+    return torch.from_numpy(store.frames(rows))
+
+
+def shuffled(generator: np.random.Generator, count: int, batch: int) -> NDArray[np.int64]:
+    """`batch` indices below `count`: without repetition where there are enough."""
+    return generator.choice(count, size=batch, replace=count < batch).astype(np.int64)
