@@ -26,9 +26,9 @@ class ParamsError(ValueError):
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, and an unknown key is an error rather than a silent no-op."""
+    """Base of all sections: immutable; an unknown key, or a value of another type (`"5"`, `yes`), is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
 
 
 class Machine(Section):

@@ -17,8 +17,15 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("svam", "stages")
 # Modules of params and contract only: values are tracked as params, versions are stored in outputs and checked on reading.
 UNTRACKED = {"svam/params.py", "svam/contract.py"}
-# `import_module(f"<prefix>{name}")`: how dvc.yaml spells the name that a param or the command chooses.
-CHOSEN = {"svam.episodes.sources.": "${convert.source}"}
+# `import_module(f"<prefix>{name}")`: the name that each stage's command chooses, or, where a param does, how dvc.yaml spells it.
+CHOSEN = {
+    "svam.episodes.sources.": {"convert": "${convert.source}"},
+    "svam.training.backbones.": {
+        "prepare_backbones_autoencoder": "autoencoder",
+        "prepare_backbones_text": "text",
+        "prepare_backbones_teacher": "teacher",
+    },
+}
 
 
 def path_of(module: str) -> Path | None:
@@ -85,33 +92,34 @@ def direct_imports(file: Path) -> frozenset[str]:
     return frozenset(imported_names(file.read_text(encoding="utf-8"), ".".join(relative.parts[:-1])))
 
 
-def closure(stage_file: Path) -> set[str]:
-    """Paths, relative to the root, that `dvc.yaml` must list for a stage, the chosen module's name as a template."""
+def closure(stage: str, stage_file: Path) -> set[str]:
+    """Paths, relative to the root, that `dvc.yaml` must list for a stage, a module chosen by a param as a template."""
     found: set[str] = set()
-    chosen: set[Path] = set()
+    templated: set[Path] = set()
     todo, seen = [stage_file], {stage_file}
     while todo:
         file = todo.pop()
         relative = file.relative_to(ROOT).as_posix()
-        if file in chosen:
-            pass  # listed once, as a template; what it imports counts for every choice
-        elif relative not in UNTRACKED and not (file.name == "__init__.py" and is_docstring_only(file)):
+        empty = file.name == "__init__.py" and is_docstring_only(file)
+        # A templated module is listed once, as the template; what it imports counts, whichever is chosen.
+        if relative not in UNTRACKED and not empty and file not in templated:
             found.add(relative)
         for name in direct_imports(file):
             following = [path_of(name)]
-            if name.endswith("."):
-                if name.split(".")[0] not in PACKAGES:
-                    continue
-                if name not in CHOSEN:
-                    raise ValueError(f"{relative} chooses a module of {name}* by name: say in CHOSEN what dvc.yaml calls it")
-                folder = ROOT.joinpath(*name.strip(".").split("."))
-                following = [file for file in sorted(folder.glob("*.py")) if file.name != "__init__.py"]
-                chosen.update(file for file in following if file is not None)
-                found.add(f"{folder.relative_to(ROOT).as_posix()}/{CHOSEN[name]}.py")
-            for file_ in following:
-                if file_ is not None and file_ not in seen:
-                    seen.add(file_)
-                    todo.append(file_)
+            if name.endswith(".") and name.split(".")[0] in PACKAGES:
+                chosen = CHOSEN.get(name, {}).get(stage)
+                if chosen is None:
+                    raise ValueError(f"{relative} chooses a module of {name}* by name: add what {stage} chooses to CHOSEN")
+                following = [path_of(f"{name}{chosen}")]
+                if chosen.startswith("${"):
+                    folder = ROOT.joinpath(*name.strip(".").split("."))
+                    found.add(f"{folder.relative_to(ROOT).as_posix()}/{chosen}.py")
+                    following = [module for module in sorted(folder.glob("*.py")) if module.name != "__init__.py"]
+                    templated.update(module for module in following if module is not None)
+            for module in following:
+                if module is not None and module not in seen:
+                    seen.add(module)
+                    todo.append(module)
     return found
 
 
@@ -157,7 +165,7 @@ def main() -> int:
             print(f"{name}: {file.relative_to(ROOT)} does not exist")
             differs = True
             continue
-        wanted[name] = closure(file)
+        wanted[name] = closure(name, file)
         for path in sorted(wanted[name] - listed):
             print(f"{name}: + {path}")
         for path in sorted(listed - wanted[name]):

@@ -1,0 +1,161 @@
+"""The house rules that a reader relies on: imports run one way, packages are plain folders, files stay short."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.stage_deps import ROOT, direct_imports, imported_names, is_docstring_only, path_of
+
+# Each layer may import itself and those before it; what stands in one set must not import one another.
+LAYERS: list[set[str]] = [
+    {"svam.params", "svam.contract", "svam.files", "svam.machine", "svam.checkpoint"},
+    {"svam.episodes"},
+    {"svam.models"},
+    {"svam.training"},
+    {"svam.simulation", "svam.report"},
+    {"stages"},
+]
+FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
+# Modules of `models` that others there may be built from; only foresight and svam assemble.
+ASSEMBLERS = {"foresight", "svam"}
+SHARED_IN_MODELS = {"diffusion", "parts", "published"}
+# A library that is heavy or may be absent -> the files that may import it, and only within functions or lazily loaded modules.
+LAZY = {
+    "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collection.py"},
+    "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collection.py"},
+}
+SOURCES = sorted(p for folder in ("svam", "stages") for p in (ROOT / folder).rglob("*.py"))
+NAMES = [p.relative_to(ROOT).as_posix() for p in SOURCES]
+
+
+def module_of(file: Path) -> str:
+    return ".".join(p for p in file.relative_to(ROOT).with_suffix("").parts if p != "__init__")
+
+
+def layer_of(module: str) -> int | None:
+    for number, layer in enumerate(LAYERS):
+        if any(module == name or module.startswith(f"{name}.") for name in layer):
+            return number
+    return None
+
+
+def own_imports(file: Path) -> set[str]:
+    """Modules of ours that a file imports, as dotted names of real modules."""
+    found = {path_of(name) for name in direct_imports(file)}
+    return {module_of(path) for path in found if path is not None} - {"svam", "stages"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imports_run_one_way(name: str) -> None:
+    file = ROOT / name
+    module, here = module_of(file), layer_of(module_of(file))
+    if module in ("svam", "stages"):
+        return
+    assert here is not None, f"{module} belongs to no layer"
+    for imported in own_imports(file):
+        there = layer_of(imported)
+        assert there is not None, f"{module} imports {imported}, which belongs to no layer"
+        assert there <= here, f"{module} imports {imported} of a later layer"
+        for package, other in FORBIDDEN:
+            assert not (module.startswith(package) and imported.startswith(other)), f"{module} imports {imported}"
+        assert imported.split(".")[0] != "stages" or module.startswith("stages"), f"{module} imports the stage {imported}"
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("svam/models/") and not n.endswith("__init__.py")])
+def test_models_are_assembled_in_two_places_only(name: str) -> None:
+    file = ROOT / name
+    siblings = {m.split(".")[2] for m in own_imports(file) if m.startswith("svam.models.")} - {file.stem} - SHARED_IN_MODELS
+    assert file.stem in ASSEMBLERS or not siblings, f"{name} imports {sorted(siblings)}"
+
+
+def test_the_foresight_half_knows_no_policy() -> None:
+    reached, todo = set(), [ROOT / "svam/models/foresight.py"]
+    while todo:
+        for module in own_imports(todo.pop()):
+            path = path_of(module)
+            if module not in reached and path is not None:
+                reached.add(module)
+                todo.append(path)
+    assert "svam.models.video" in reached
+    assert not reached & {"svam.models.perceiver", "svam.models.policy", "svam.models.svam"}
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("__init__.py")])
+def test_packages_hold_a_docstring_only(name: str) -> None:
+    assert is_docstring_only(ROOT / name)
+    assert ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_simulators_are_imported_in_their_own_files(name: str) -> None:
+    for imported in direct_imports(ROOT / name):
+        allowed = LAZY.get(imported.split(".")[0])
+        assert allowed is None or name in allowed, f"{name} imports {imported}"
+
+
+def test_no_import_loads_a_simulator_or_gl() -> None:
+    """Importing every stage leaves the simulator and OpenGL alone: data from elsewhere needs neither."""
+    modules = [module_of(ROOT / n) for n in NAMES if n.startswith("stages/") and not n.endswith("__init__.py")]
+    code = "\n".join([*(f"import {m}" for m in modules), "import sys", "print(*sorted(m.split('.')[0] for m in sys.modules))"])
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not {"mujoco", "metaworld", "OpenGL", "glfw"} & set(done.stdout.split())
+
+
+def test_params_need_no_torch() -> None:
+    code = "import sys, svam.params; print([m for m in ('torch', 'zarr', 'mujoco', 'diffusers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def tracked_python() -> list[Path]:
+    return [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
+
+
+def test_no_file_is_long() -> None:
+    long = {p.name: n for p in tracked_python() if (n := len(p.read_text(encoding="utf-8").splitlines())) > 500}
+    assert not long
+
+
+def test_stages_are_thin() -> None:
+    long = {p.name: n for p in (ROOT / "stages").glob("*.py") if (n := len(p.read_text(encoding="utf-8").splitlines())) > 90}
+    assert not long
+
+
+def test_nothing_is_unpickled() -> None:
+    forbidden = re.compile(r"\bpickle\b|torch\.load\b|allow_pickle|torch\.save\b|\bjoblib\b|weights_only")
+    found = [f"{n}: {m.group()}" for n in NAMES for m in forbidden.finditer((ROOT / n).read_text(encoding="utf-8"))]
+    assert not found
+    assert not [n for n in NAMES if {"pickle", "dill", "joblib", "shelve", "marshal"} & {i.split(".")[0] for i in direct_imports(ROOT / n)}]
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    """The reading of imports that the tests above and those of the deps rely on."""
+    source = """
+from typing import TYPE_CHECKING
+import a.b as c
+if TYPE_CHECKING:
+    import never
+else:
+    import ever
+def f():
+    from d.e import g
+    class H:
+        import i
+    import_module(f"j.k.{name}")
+    importlib.import_module("l.m")
+from . import n
+from .o import p
+from ..q import r
+"""
+    names = imported_names(source, "x.y")
+    assert {"a.b", "d.e", "d.e.g", "i", "j.k.", "l.m", "ever", "x.y.n", "x.y.o", "x.q", "x.q.r"} <= names
+    assert "never" not in names
+    with pytest.raises(ValueError, match="written out"):
+        imported_names("import_module(name)")

@@ -1,0 +1,152 @@
+"""A wrong param is reported by its key, its value and what is accepted, before anything runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from svam.params import Params, ParamsError, load_params
+from tests.stage_deps import ROOT
+
+YAML_12 = YAML(typ="safe", pure=True)
+
+
+def write(folder: Path, key: str, value: Any) -> Path:
+    """The committed params with one key (dotted) set, created if need be."""
+    params = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    *path, last = key.split(".")
+    section = params
+    for part in path:
+        section = section[part]
+    section[last] = value
+    file = folder / "params.yaml"
+    YAML_12.dump(params, file)
+    return file
+
+
+def test_the_committed_params_are_valid_and_complete() -> None:
+    params = load_params(ROOT / "params.yaml")
+    written = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    assert set(written) == set(Params.model_fields)
+    assert params.collect.episodes_for("reach") == 150
+    assert params.collect.episodes_for("drawer-open") == 40
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("seed", -1, ["seed is -1", "greater than or equal to 0"]),
+        ("seed", "zero", ["seed is 'zero'", "valid integer"]),
+        ("threads", 0, ["threads is 0", "greater than or equal to 1"]),
+        ("threads", 2.5, ["threads is 2.5", "integer"]),
+        ("machine.device", "tpu", ["machine.device is 'tpu'", "'auto', 'cpu' or 'cuda'"]),
+        ("collect.episodes", True, ["collect.episodes", "True"]),
+        ("collect.episodes", "40", ["collect.episodes is '40'", "integer"]),
+        ("generate.bf16", 1, ["generate.bf16 is 1", "boolean"]),
+        ("collect.image_size", 16, ["collect.image_size is 16", "32"]),
+        ("collect.tasks", "reach", ["collect.tasks is 'reach'", "list"]),
+        ("collect.tasks", ["reach", "reach"], ["collect", "['reach']", "more than once"]),
+        ("collect.tasks", ["../up"], ["collect.tasks.0 is '../up'"]),
+        ("collect.cameras", [], ["collect.cameras is []", "at least 1"]),
+        ("collect.noisy_share", 1.5, ["collect.noisy_share is 1.5", "less than or equal to 1"]),
+        ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
+        ("convert.held_out", 0.0, ["convert.held_out is 0.0", "greater than 0"]),
+        ("convert.shard_frames", 1000, ["shard_frames (1000)", "chunk_frames (16)"]),
+        ("convert.normalisation", "max", ["convert.normalisation is 'max'", "'minmax', 'quantile' or 'meanstd'"]),
+        ("prepare_backbones.geometric.source", "pretrained", ["prepare_backbones.geometric", "path"]),
+        ("prepare_backbones.semantic.patch", 7, ["image_size (64)", "patch (7)"]),
+        ("prepare_backbones.autoencoder.layers", [0, 1], ["layers [0, 1]", "same length"]),
+        ("finetune_video.unet.channels", [64, 100], ["finetune_video.unet.channels.1 is 100", "32"]),
+        ("finetune_video.first_sigma_share", 0.05, ["first_sigma_share is 0.05", "0.1"]),
+        ("finetune_video.sigma_min", 90.0, ["sigma_min (90.0)", "sigma_max (80.0)"]),
+        ("finetune_video.training.warmup", 2500, ["warmup (2500)", "steps (2500)"]),
+        ("finetune_video.training.learning_rate", float("nan"), ["finetune_video.training.learning_rate", "nan"]),
+        ("generate.guidance", 0.5, ["generate.guidance is 0.5", "1"]),
+        ("cache_teacher.reference", "depth", ["cache_teacher.reference is 'depth'", "'frame' or 'reconstruction'"]),
+        ("distill.anchor", "multiply", ["distill.anchor is 'multiply'", "'concat' or 'add'"]),
+        ("distill.branches", ["geometric"], ["train_policy.context", "['semantic']", "distill.branches"]),
+        ("distill.heads", 3, ["width (128)", "heads (3)"]),
+        ("train_policy.context", [], ["train_policy.context is []", "at least 1"]),
+        ("train_policy.context", ["motion"], ["train_policy.context.0 is 'motion'", "one_step"]),
+        ("evaluate.execute", 9, ["evaluate.execute (9)", "train_policy.chunk (8)"]),
+        ("evaluate.protocols", ["calvin"], ["evaluate.protocols.0 is 'calvin'", "'metaworld' or 'offline'"]),
+        ("report.dpi", 10, ["report.dpi is 10", "50"]),
+        ("report.colour", "red", ["unknown key 'report.colour'", "'red'"]),
+        ("machine.gpus", 1, ["unknown key 'machine.gpus'", "1"]),
+        ("evaluation", {"episodes": 5}, ["unknown key 'evaluation'"]),
+    ],
+)
+def test_an_error_names_key_value_and_what_is_accepted(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
+    file = write(tmp_path, key, value)
+    with pytest.raises(ParamsError) as caught:
+        load_params(file)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in [str(file), *said]), message
+
+
+def test_each_of_several_errors_gets_a_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "seed", -1)
+    file.write_text(file.read_text().replace("threads: 2", "threads: 0"))
+    with pytest.raises(ParamsError) as caught:
+        load_params(file)
+    assert len(str(caught.value).splitlines()) == 2
+
+
+def test_a_missing_section_and_key_are_named(tmp_path: Path) -> None:
+    params = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    del params["report"], params["generate"]["grid"]
+    file = tmp_path / "params.yaml"
+    YAML_12.dump(params, file)
+    with pytest.raises(ParamsError, match=r"'report' is missing") as caught:
+        load_params(file)
+    assert "'generate.grid' is missing" in str(caught.value)
+
+
+def test_yaml_is_1_2_as_dvc_reads_it(tmp_path: Path) -> None:
+    """`1e-3` is a number and `yes` a word; YAML 1.1 has it the other way round."""
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    file = tmp_path / "params.yaml"
+    file.write_text(text.replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    assert load_params(file).distill.training.learning_rate == 0.001
+    file.write_text(text.replace("keep_features: true", "keep_features: yes"))
+    with pytest.raises(ParamsError, match="generate.keep_features is 'yes'"):
+        load_params(file)
+
+
+@pytest.mark.parametrize("text", ["", "- a list\n", "seed: [1\n", "seed: 1\nseed: 2\n"])
+def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(ParamsError, match=r"params\.yaml"):
+        load_params(file)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ParamsError, match="no such file"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_params_are_frozen() -> None:
+    params = load_params(ROOT / "params.yaml")
+    with pytest.raises(ValidationError, match="frozen"):
+        params.seed = 1  # type: ignore[misc]
+
+
+def test_the_first_stage_stops_on_a_wrong_param_in_one_line(tmp_path: Path) -> None:
+    file = write(tmp_path, "distill.width", "wide")
+    out = tmp_path / "checked.txt"
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.check_params", str(out), "--params", str(file)],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "distill.width is 'wide'" in done.stderr
+    assert not out.exists()
