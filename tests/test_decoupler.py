@@ -1,0 +1,183 @@
+"""The decoupler: shapes, both anchors, what it starts as, that it learns, and that a saved one is the same to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+from torch.nn import functional
+
+from svam.contract import ContractError
+from svam.files import FileError
+from svam.models.decoupler import Attention, Decoupler, DecouplerConfig, FactorisedBlock, attend
+from svam.models.tokens import to_grid
+from svam.params import Optimiser
+from svam.training.loop import fit
+
+
+def config(anchor: Literal["concat", "add"] = "concat") -> DecouplerConfig:
+    return DecouplerConfig(
+        feature_channels=5, teacher_channels=6, frames=3, grid=(2, 4), reference="frame", anchor=anchor, width=8, blocks=2,
+        heads=2,
+    )  # fmt: skip
+
+
+def made(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
+    torch.manual_seed(0)
+    decoupler = Decoupler(config(anchor))
+    decoupler.set_statistics((torch.full((5,), 2.0), torch.full((5,), 3.0)), (torch.full((6,), -1.0), torch.full((6,), 4.0)))
+    return decoupler
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return (
+        2.0 + 3.0 * torch.randn(batch, 3, 2, 4, 5, generator=random),
+        -1.0 + 4.0 * torch.randn(batch, 2, 4, 6, generator=random),
+        -1.0 + 4.0 * torch.randn(batch, 3, 2, 4, 6, generator=random),
+    )
+
+
+def awake(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
+    """A decoupler whose output depends on everything, as after training."""
+    decoupler = made(anchor).eval()
+    torch.nn.init.normal_(decoupler.project.weight)
+    return decoupler
+
+
+@pytest.mark.parametrize("anchor", ["concat", "add"])
+def test_it_starts_as_repeat_the_reference(anchor: Literal["concat", "add"]) -> None:
+    features, reference, targets = inputs()
+    decoupler = made(anchor)
+    prediction = decoupler(features, reference)
+    assert prediction.shape == (2, 3, 2, 4, 6) and prediction.dtype == torch.float32
+    torch.testing.assert_close(prediction, reference[:, None].expand_as(prediction))
+    expected = ((reference[:, None] - targets) / 4.0).square().mean()
+    torch.testing.assert_close(decoupler.loss(features, reference, targets), expected)
+
+
+def test_the_anchors_are_the_papers_and_the_released_codes() -> None:
+    """`concat`: a linear embedding of (F, Y^ref) joined on channels. `add`: of F plus a 1x1 convolution of Y^ref."""
+    features, reference, _ = inputs()
+    f, y = (features - 2.0) / 3.0, ((reference + 1.0) / 4.0)[:, None].expand(-1, 3, -1, -1, -1)
+    concat, add = awake("concat"), awake("add")
+    seen: list[Tensor] = []
+    for decoupler in (concat, add):
+        decoupler.blocks[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+        decoupler(features, reference)
+    joined = torch.cat([concat.embed.weight, concat.anchor.weight], dim=1)
+    bias = concat.embed.bias + concat.anchor.bias
+    positions = [d.spatial_position + d.temporal_position for d in (concat, add)]
+    torch.testing.assert_close(seen[0] - positions[0], functional.linear(torch.cat([f, y], -1), joined, bias).flatten(2, 3))
+    kernel = add.anchor.weight[:, :, None, None]
+    convolved = functional.conv2d(y.flatten(0, 1).permute(0, 3, 1, 2), kernel, add.anchor.bias).permute(0, 2, 3, 1)
+    torch.testing.assert_close(seen[1] - positions[1], add.embed(f + convolved.view(2, 3, 2, 4, 5)).flatten(2, 3))
+
+
+def test_attention_is_the_librarys() -> None:
+    q, k, v = torch.randn(3, 5, 2, 7, 4, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(attend(q, k, v), functional.scaled_dot_product_attention(q, k, v))
+    ours, library = Attention(8, 2, 0.0), torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    with torch.no_grad():
+        library.in_proj_weight.copy_(ours.qkv.weight)
+        library.in_proj_bias.copy_(ours.qkv.bias)
+        library.out_proj.weight.copy_(ours.out.weight)
+        library.out_proj.bias.copy_(ours.out.bias)
+    x = torch.randn(3, 7, 8, generator=torch.Generator().manual_seed(3))
+    normed = ours.norm(x)
+    torch.testing.assert_close(ours(x), x + library(normed, normed, normed)[0])
+
+
+@torch.no_grad()
+def test_attention_is_factorised() -> None:
+    """One block: a change at (t, s) reaches its frame through space and from there every frame through time; space alone
+    must not reach other frames."""
+    torch.manual_seed(0)
+    block = FactorisedBlock(8, 2, 0.0).eval()
+    x = torch.randn(1, 3, 4, 8)
+    other = x.clone()
+    other[0, 1, 2] = torch.randn(8)  # adding a constant would be undone by the layer norm
+    spatial = [block.spatial(v.reshape(3, 4, 8)) for v in (x, other)]
+    changed = (spatial[0] - spatial[1]).abs().amax(dim=-1) > 1e-6
+    assert changed.tolist() == [[False] * 4, [True] * 4, [False] * 4]
+    assert ((block(x) - block(other)).abs().amax(dim=-1) > 1e-7).all()
+    assert block(x).shape == x.shape
+
+
+@torch.no_grad()
+def test_order_of_frames_and_places_matters_and_observations_do_not_mix() -> None:
+    decoupler = awake()
+    features, reference, _ = inputs()
+    whole = decoupler(features, reference)
+    torch.testing.assert_close(decoupler(features[:1], reference[:1]), whole[:1])
+    assert not torch.allclose(decoupler(features.flip(1), reference).flip(1), whole)
+    assert not torch.allclose(decoupler(features.flip(3), reference.flip(2)).flip(3), whole)
+
+
+@pytest.mark.parametrize("anchor", ["concat", "add"])
+def test_it_overfits_one_batch(anchor: Literal["concat", "add"]) -> None:
+    decoupler, batch = made(anchor), inputs()
+    with torch.no_grad():
+        before = float(decoupler.loss(*batch))
+    settings = Optimiser(steps=150, batch=2, learning_rate=0.01, warmup=5, ema=0.5, weight_decay=0.0)
+    fit(decoupler, lambda b: decoupler.loss(*b), iter(lambda: batch, None), settings, torch.device("cpu"), "decoupler")
+    with torch.no_grad():
+        assert float(decoupler.loss(*batch)) < 0.1 * before
+    assert torch.equal(decoupler.teacher_std, torch.full((6,), 4.0))  # statistics are not trained
+
+
+@torch.no_grad()
+def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
+    decoupler = awake("add")
+    features, reference, _ = inputs()
+    for name in ("a", "b"):
+        decoupler.save(tmp_path / name)
+    loaded = Decoupler.load(tmp_path / "a")
+    assert loaded.config == decoupler.config and not loaded.training
+    assert torch.equal(loaded(features, reference), decoupler(features, reference))
+    assert all((tmp_path / "a" / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / "b").iterdir())
+
+
+def test_broken_folders_are_named(tmp_path: Path) -> None:
+    made().save(tmp_path)
+    file = tmp_path / "config.json"
+    text = file.read_text()
+    file.write_text(json.dumps(json.loads(text) | {"width": 16}))
+    with pytest.raises(FileError, match=r"model.safetensors: the weights do not fit Decoupler"):
+        Decoupler.load(tmp_path)
+    file.write_text(json.dumps(json.loads(text) | {"anchor": "multiply"}))
+    with pytest.raises(FileError, match=r"config.json: anchor: Input should be 'concat' or 'add'"):
+        Decoupler.load(tmp_path)
+    with pytest.raises(FileError, match="no such file"):
+        Decoupler.load(tmp_path / "absent")
+
+
+def test_shapes_it_was_not_built_for_are_named() -> None:
+    features, reference, _ = inputs()
+    with pytest.raises(ContractError, match=r"features have shape \(2, 2, 2, 4, 5\), .* \(B, 3, 2, 4, 5\)"):
+        made()(features[:, :2], reference)
+    with pytest.raises(ContractError, match=r"reference has shape \(1, 2, 4, 6\), .* \(2, 2, 4, 6\)"):
+        made()(features, reference[:1])
+    with pytest.raises(ValidationError, match="multiple of heads"):
+        DecouplerConfig(**{**config().model_dump(), "heads": 3})
+
+
+def test_a_constant_channel_is_safe() -> None:
+    decoupler = made()
+    decoupler.set_statistics((torch.zeros(5), torch.zeros(5)), (torch.zeros(6), torch.tensor([0.0, 1, 1, 1, 1, 1])))
+    features, reference, targets = inputs()
+    assert torch.isfinite(decoupler.loss(features, reference, targets))
+    assert decoupler.feature_std.tolist() == [1.0] * 5 and decoupler.teacher_std.tolist() == [1.0] * 6
+
+
+def test_tokens_go_to_another_grid() -> None:
+    tokens = torch.arange(16.0).view(1, 4, 4, 1)
+    assert to_grid(tokens, 4) is tokens
+    small = to_grid(tokens, 2)
+    assert small.shape == (1, 2, 2, 1) and abs(float(small.mean()) - 7.5) < 1e-5
+    assert small[0, 0, 0, 0] < small[0, 0, 1, 0] < small[0, 1, 0, 0] < small[0, 1, 1, 0]

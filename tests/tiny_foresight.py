@@ -1,0 +1,90 @@
+"""Tiny frozen parts of the real classes, and generated windows made with them or of chosen numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+
+from svam import params
+from svam.episodes.arrays import GroupWriter
+from svam.episodes.conversion import convert
+from svam.episodes.store import EpisodeStore
+from svam.models.autoencoder import Autoencoder
+from svam.models.teachers import Objective, Teacher, TeacherConfig
+from svam.models.text import TextEncoder
+from svam.models.video import VideoConfig, VideoModel, build_unet
+from svam.training.backbones import autoencoder as autoencoder_training
+from svam.training.backbones.text import train_tokenizer
+from tests.recorded import SETTINGS, Recorded, make_episode
+
+SIZE, FRAMES, GRID = 16, 3, 2
+OPTIMISER = params.Optimiser(steps=60, batch=2, learning_rate=0.01, warmup=2, ema=0.0)
+
+
+def make_store(path: Path) -> EpisodeStore:
+    """Six episodes of two tasks, 12 steps each, 16 x 16 pixels, every third frame annotated."""
+    convert(Recorded([make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]), path, SETTINGS, 0)
+    return EpisodeStore.open(path)
+
+
+def make_teacher(objective: Objective | None = None) -> Teacher:
+    """A DINOv2 of 12 channels on 2 x 2 patches, with a dense head where it has an objective."""
+    torch.manual_seed(3)
+    config = Dinov2Config(image_size=SIZE, patch_size=8, hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
+    outputs = {None: 0, "depth": 1, "segmentation": 7}[objective]  # type: ignore[index]
+    record = TeacherConfig("dinov2", SIZE, objective, outputs, depth_std=0.5)
+    return Teacher(Dinov2Model(config), record).eval().requires_grad_(False)
+
+
+def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:
+    """`backbones/{autoencoder,text,geometric}` and `video` below `folder`: untrained, but whole."""
+    torch.manual_seed(4)
+    section = params.Autoencoder(
+        source="in_domain", latent_channels=4, channels=[8, 16, 16], layers=[0, 1, 1], training=OPTIMISER
+    )  # fmt: skip
+    tokenizer = train_tokenizer([s for task in store.tasks for s in store.instructions[task]["train"]])
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+    latent = SIZE // 4
+    video = VideoConfig(
+        frames=FRAMES, stride=2, rate_hz=20.0, latent_channels=4, latent_size=(latent, latent), text_tokens=8, text_width=16,
+        sigma_min=0.02, sigma_max=80.0, noise=noise, camera=store.cameras[0], image_size=(SIZE, SIZE),
+    )  # fmt: skip
+    unet = build_unet([32, 64], 1, [2, 4], 4, text_width=16, frames=FRAMES, latent_size=latent)
+    parts: dict[str, Any] = {
+        "backbones/autoencoder": Autoencoder(autoencoder_training.build(section, store.image_size)),
+        "backbones/text": TextEncoder(text, tokenizer, 8),
+        "backbones/geometric": make_teacher("depth"),
+        "video": VideoModel(unet, video, torch.randn(FRAMES, 4, latent, latent)),
+    }
+    for name, part in parts.items():
+        (folder / name).mkdir(parents=True)
+        part.save(folder / name)
+
+
+def write_windows(path: Path, rows: np.ndarray[Any, Any], held_out: list[bool], **arrays: np.ndarray[Any, Any]) -> None:
+    """A `generated.zarr` of chosen arrays; what is not given is random."""
+    rng = np.random.default_rng(7)
+    shape, held = (FRAMES, SIZE, SIZE, 3), sum(held_out)
+    shapes = {
+        "frames": (len(rows), *shape), "reconstruction": (len(rows), *shape[1:]), "one_step_frames": (held, *shape),
+        "other_noise_frames": (held, *shape),
+    }  # fmt: skip
+    with GroupWriter(path) as writer:
+        for name, whole in shapes.items():
+            values = arrays.pop(name, None)
+            values = rng.integers(0, 256, whole).astype(np.uint8) if values is None else values
+            writer.array(name, values.shape[1:], np.uint8, chunk_rows=1, shard_rows=4).append(values)
+        for name, values in arrays.items():
+            writer.array(name, values.shape[1:], np.float16, chunk_rows=1, shard_rows=4).append(values)
+        writer.write("rows", rows)
+        writer.write("held_out", np.asarray(held_out, dtype=np.uint8))
+        sampler = {"up_blocks": 2, "grid": GRID, "steps": 2, "guidance": 1.0, "bf16": False}
+        writer.attributes = {"sampler": sampler, "video_sha256": "abc", "instructions": [], "noise_seeds": []}
