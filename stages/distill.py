@@ -39,6 +39,7 @@ def main(
     device = prepare_torch(everything.machine.device, everything.threads, seed)
     windows = GeneratedWindows(generated)
     cache = TeacherWindows(teacher, windows)
+    cache.expect(branch=branch, target=section.target)
     model = load_foresight(windows, cache, backbones, video, branch).to(device)
     one_step = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
     data = DistillationData(windows, cache, one_step if windows.features is None else windows.features)

@@ -215,6 +215,8 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
     assert set(metrics["teacher"]) == {"reference", "dense"} and metrics["target"] == "generated"
     assert Decoupler.load(out).config.reference == "reconstruction"
 
+    failed = runner.invoke(distill_stage.app, ["semantic", *(str(a) for a in arguments[1:])])
+    assert failed.exit_code == 1 and "branch is 'geometric', expected 'semantic'" in failed.stderr
     (tmp_path / "video" / "extra.json").write_text("{}")
     failed = runner.invoke(distill_stage.app, [str(a) for a in arguments])
     assert failed.exit_code == 1 and "not the video model that" in failed.stderr

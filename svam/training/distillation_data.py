@@ -48,8 +48,12 @@ def kept(rows: Rows, count: int, row_bytes: int, what: str, limit: int = IN_MEMO
     if count * row_bytes > limit:
         return rows
     starts = range(0, count, block)
-    parts = [rows.read(np.arange(s, min(s + block, count), dtype=np.int64)) for s in track(starts, what, len(starts))]
-    return InMemory(np.concatenate(parts))
+    values: NDArray[Any] | None = None
+    for start in track(starts, what, len(starts)):
+        part = rows.read(np.arange(start, min(start + block, count), dtype=np.int64))
+        values = np.empty((count, *part.shape[1:]), dtype=part.dtype) if values is None else values
+        values[start : start + len(part)] = part
+    return rows if values is None else InMemory(values)
 
 
 class WindowGroup:
@@ -137,6 +141,13 @@ class TeacherWindows(WindowGroup):
         self.moved = self.array("moved", len(self))
         self.one_step = self.array("one_step", len(self.test))
         self.other_noise = self.array("other_noise", len(self.test))
+
+    def expect(self, **attributes: str) -> None:
+        """Raise `FileError` unless the cache was made with these `branch`, `target`, ..."""
+        for name, expected in attributes.items():
+            found = self.attributes.get(name)
+            if found != expected:
+                raise FileError(f"{self.path}: {name} is {found!r}, expected {expected!r}; run cache_teacher again")
 
     @property
     def channels(self) -> int:
