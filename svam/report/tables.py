@@ -1,0 +1,252 @@
+"""The numbers of a run: gathered from every stage's metrics.json, as one flat file, as tables and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from svam.files import FileError, read_json, whole_file
+
+ROW_NAMES = {
+    "policy": "S-VAM",
+    "held_out_instruction": "unseen sentence",
+    "same_goals": "seen sentence, same goals",
+    "random": "random actions",
+    "expert": "scripted expert",
+}
+"""Rows of the success table, in order, and how they are called."""
+PREDICTORS = {
+    "decoupler": "decoupler",
+    "repeat_reference": "repeat the reference",
+    "linear_probe": "linear probe on F",
+    "decoded_one_step": "teacher on the decoded one-step prediction",
+    "other_noise": "another noise seed's generation (ceiling)",
+}
+"""Predictors of teacher features, in order, and how they are called."""
+VIEWS = ("real", "reconstructed", "blurred", "generated", "one_step")
+"""How frames reach a teacher; the last two are frames that the video model made."""
+ERRORS = {"policy": "S-VAM", "mean_action": "mean action", "hold_last": "hold the last action"}
+"""Predictors of actions, in order, and how they are called."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The metrics of one run. `decouplers`: branch -> metrics, only of branches that the params list."""
+
+    results: Mapping[str, Any]
+    video: Mapping[str, Any]
+    decouplers: Mapping[str, Mapping[str, Any]]
+    backbones: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def success(self) -> Mapping[str, Any]:
+        """Row -> `scores.summary` of the metaworld protocol; empty if it was not run."""
+        rows: Mapping[str, Any] = self.results.get("metaworld", {}).get("rows", {})
+        return rows
+
+
+def gather(results: Path, models: Path, backbones: Path, branches: Sequence[str]) -> Measured:
+    """Read metrics.json of every stage. Imported weights have none to show, and theirs is empty.
+
+    Raises:
+        FileError: a stage's metrics.json is missing or broken.
+    """
+
+    def read(folder: Path) -> Mapping[str, Any]:
+        found = read_json(folder / "metrics.json")
+        if not isinstance(found, dict):
+            raise FileError(f"{folder / 'metrics.json'}: expected a mapping")
+        return found
+
+    return Measured(
+        results=read(results),
+        video=read(models / "video"),
+        decouplers={branch: read(models / "decouplers" / branch) for branch in branches},
+        backbones={name: read(backbones / name) for name in ("autoencoder", "text", "geometric", "semantic")},
+    )
+
+
+def flat_metrics(measured: Measured) -> dict[str, float]:
+    """About ten numbers for `dvc exp show`; what was not measured is absent.
+
+    success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_reach: of the task that
+    is visually hardest; success_unseen_sentence. video_error_share: generated clips' squared error over that of repeating
+    the first frame. <branch>_cosine: centred, on patches that moved; <branch>_explained: share of the error of repeating
+    the reference. action_error: mean absolute, on held-out episodes, in physical units.
+    """
+    flat: dict[str, float] = {}
+    rows = measured.success
+    if rows:
+        macro = rows["policy"]["macro"]
+        flat |= {"success": macro["success"], "success_low": macro["low"], "success_high": macro["high"]}
+        if "reach" in rows["policy"]["tasks"]:
+            flat["success_reach"] = rows["policy"]["tasks"]["reach"]["success"]
+        if "held_out_instruction" in rows:
+            flat["success_unseen_sentence"] = rows["held_out_instruction"]["macro"]["success"]
+    flat["video_error_share"] = measured.video["error_share_of_repeat"]
+    for branch, metrics in measured.decouplers.items():
+        flat[f"{branch}_cosine"] = metrics["decoupler"]["cosine_moved"]
+        flat[f"{branch}_explained"] = metrics["decoupler"]["explained"]
+    if "offline" in measured.results:
+        flat["action_error"] = measured.results["offline"]["policy"]["mae"]
+    return {name: round(float(value), 4) for name, value in flat.items()}
+
+
+def success_table(measured: Measured) -> list[dict[str, Any]]:
+    """One line for each row, and task or average: {group, name, row, success, low, high, episodes}."""
+    lines = []
+    for row in ROW_NAMES:
+        if row not in measured.success:
+            continue
+        summary = measured.success[row]
+        groups = [("task", task, value) for task, value in summary["tasks"].items()]
+        groups += [("tier", tier.replace("_", " "), value) for tier, value in summary["tiers"].items()]
+        groups.append(("average", "all episodes (micro)", summary["micro"]))
+        groups.append(("average", "mean of tasks (macro)", summary["macro"]))
+        for group, name, value in groups:
+            lines.append({
+                "group": group, "name": name, "row": row, "success": value["success"], "low": value["low"],
+                "high": value["high"], "episodes": value.get("episodes", summary["micro"]["episodes"]),
+            })  # fmt: skip
+    return lines
+
+
+def distillation_table(measured: Measured) -> list[dict[str, Any]]:
+    """One line for each branch and predictor: {branch, predictor, cosine_moved, explained, explained_moved, mse}."""
+    keys = ("cosine_moved", "explained", "explained_moved", "mse")
+    return [
+        {"branch": branch, "predictor": name, **{key: metrics[name][key] for key in keys}}
+        for branch, metrics in measured.decouplers.items()
+        for name in PREDICTORS
+        if name in metrics
+    ]
+
+
+def teacher_table(measured: Measured) -> list[dict[str, Any]]:
+    """One line for each teacher and view of a frame: {branch, view, measure, value}. The measure is the depth error in units
+    of the depth's deviation, the mean intersection over union, or the error of self-supervised reconstruction."""
+    lines = []
+    for branch in ("geometric", "semantic"):
+        views = dict(measured.backbones[branch])
+        dense = measured.decouplers.get(branch, {}).get("teacher", {}).get("dense", {})
+        views |= {view: dense[view] for view in ("generated", "one_step") if view in dense}
+        for view in VIEWS:
+            for key, measure in (("rmse_std", "depth error / deviation"), ("mean", "mean IoU"), ("rmse", "pixel error")):
+                if key in views.get(view, {}):
+                    lines.append({"branch": branch, "view": view, "measure": measure, "value": views[view][key]})
+    return lines
+
+
+def action_table(measured: Measured) -> list[dict[str, Any]]:
+    """One line for each step of the chunk: {step, policy, mean_action, hold_last}, mean absolute errors in physical units."""
+    offline = measured.results.get("offline")
+    if offline is None:
+        return []
+    columns = {name: offline[name]["mae_per_step"] for name in ERRORS}
+    return [{"step": k, **{name: values[k] for name, values in columns.items()}} for k in range(len(columns["policy"]))]
+
+
+def read_curve(file: Path) -> tuple[list[int], list[float]]:
+    """Steps and values of one of DVCLive's .tsv files.
+
+    Raises:
+        FileError: it is no such file.
+    """
+    try:
+        with file.open(encoding="utf-8", newline="") as opened:
+            lines = list(csv.reader(opened, delimiter="\t"))
+        column = lines[0].index("step")
+        other = 1 - column
+        return [int(line[column]) for line in lines[1:]], [float(line[other]) for line in lines[1:]]
+    except (OSError, ValueError, IndexError) as error:
+        raise FileError(f"{file}: not one of DVCLive's curves ({error})") from None
+
+
+def curves_of(live: Path, branches: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """Part -> training loss of every trained part that streamed one."""
+    parts = ["finetune_video", *(f"distill_{branch}" for branch in branches), "train_policy"]
+    files = {part: live / part / "plots" / "metrics" / "train" / "loss.tsv" for part in parts}
+    return {part: read_curve(file) for part, file in files.items() if file.exists()}
+
+
+def curve_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], points: int = 50) -> list[dict[str, Any]]:
+    """Losses on one axis: {percent, <part>: mean loss of that piece of its training}. Parts train for different steps."""
+    lines = []
+    for i in range(points):
+        line: dict[str, Any] = {"percent": round(100.0 * (i + 1) / points, 1)}
+        for part, (_, values) in curves.items():
+            first = i * len(values) // points
+            piece = values[first : max(first + 1, (i + 1) * len(values) // points)]
+            line[part] = sum(piece) / len(piece)
+        lines.append(line)
+    return lines
+
+
+def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Write lines of equal keys; floats with six digits after the point, so that equal numbers are equal bytes."""
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as opened:
+        if lines:
+            writer = csv.DictWriter(opened, list(lines[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+
+
+def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, its first column left-aligned."""
+    rule = ["---", *["---:"] * (len(header) - 1)]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
+
+
+def markdown(measured: Measured) -> str:
+    """All results as one Markdown page."""
+    parts = ["# Results"]
+    rows = [row for row in ROW_NAMES if row in measured.success]
+    if rows:
+        cells = {(line["name"], line["row"]): line for line in success_table(measured)}
+        names = list(dict.fromkeys(name for name, _ in cells))
+
+        def show(name: str, row: str) -> str:
+            line = cells.get((name, row))
+            return "" if line is None else f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
+
+        grid = _grid(["", *(ROW_NAMES[row] for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names])
+        count = measured.success["policy"]["micro"]["episodes"]
+        text = (
+            f"{count} episodes on goals that no demonstration has; success at any step; 95 % Wilson intervals. "
+            "No goal is dropped, also not where the expert fails."
+        )
+        parts += ["## Success in closed loop", text, grid]
+    if measured.decouplers:
+        lines = [
+            [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]
+            + [f"{line[key]:.3f}" for key in ("cosine_moved", "explained", "explained_moved", "mse")]
+            for line in distillation_table(measured)
+        ]
+        header = ["", "centred cosine, moved patches", "explained share", "explained share, moved patches", "MSE"]
+        parts += ["## Foresight on held-out episodes", _grid(header, lines)]
+    video = measured.video
+    lines = [
+        [name, *(f"{video[f'{key}_{column}']:.4f}" for column in ("mse", "psnr", "ssim"))]
+        for key, name in (("generated", "generated"), ("one_step", "one step"), ("repeated", "repeat the first frame"))
+        if f"{key}_mse" in video
+    ]
+    share = f"Generated clips keep {video['error_share_of_repeat']:.1%} of the error of repeating the first frame."
+    parts += ["## Generated clips against the reconstructed truth", share, _grid(["", "MSE", "PSNR", "SSIM"], lines)]
+    teachers = [[f"{t['branch']}: {t['view']} frames", t["measure"], f"{t['value']:.3f}"] for t in teacher_table(measured)]
+    if teachers:
+        parts += ["## Teachers", _grid(["", "measure", "value"], teachers)]
+    offline = measured.results.get("offline")
+    if offline is not None:
+        dimensions = range(len(offline["policy"]["mae_per_dimension"]))
+        names_of = {**ERRORS, "mean_of_samples": "S-VAM, mean of samples", "best_sample": "S-VAM, best sample"}
+        lines = [
+            [name, f"{offline[key]['mae']:.4f}", *(f"{value:.4f}" for value in offline[key]["mae_per_dimension"])]
+            for key, name in names_of.items()
+        ]
+        text = f"{offline['windows']} windows, {offline['samples']} samples each: {offline['notice']}."
+        header = ["mean absolute error", "all", *(f"dimension {d}" for d in dimensions)]
+        parts += ["## Offline, on held-out episodes", text, _grid(header, lines)]
+    return "\n\n".join(parts) + "\n"
