@@ -40,11 +40,12 @@ class FrameCrossAttention(nn.Module):
         key_weight = self.to_key.weight.view(self.heads, depth, width)
         value_weight = self.to_value.weight.view(self.heads, depth, width)
         carried = torch.einsum("mnhd,hdc->mnhc", query, key_weight).reshape(m, n * self.heads, width)
-        scores = torch.bmm(carried, tokens_MSD.transpose(1, 2)) * depth**-0.5
-        weights = scores.softmax(dim=-1).to(tokens_MSD.dtype)
-        mean = torch.bmm(weights, tokens_MSD).view(m, n, self.heads, width)
+        # Tokens stay on the left: the gradient of the big operand then needs no transposed copies.
+        scores_MSQ = torch.bmm(tokens_MSD, carried.transpose(1, 2) * depth**-0.5)
+        weights_MSQ = scores_MSQ.softmax(dim=1).to(tokens_MSD.dtype)
+        mean = torch.bmm(weights_MSQ.transpose(1, 2), tokens_MSD).view(m, n, self.heads, width)
         values = torch.einsum("mnhc,hdc->mnhd", mean, value_weight).reshape(m, n, width)
-        return self.out(values), weights.view(m, n, self.heads, -1)
+        return self.out(values), weights_MSQ.transpose(1, 2).reshape(m, n, self.heads, -1)
 
 
 class SelfAttention(nn.Module):
@@ -61,7 +62,9 @@ class SelfAttention(nn.Module):
         """The update (M, S, D) to be added to `x_MSD`."""
         m, s, width = x_MSD.shape
         qkv = self.to_qkv(self.norm(x_MSD)).view(m, s, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])
+        # Written out: on a CPU the fused kernel is several times slower on so few frames.
+        weights = torch.matmul(qkv[0] * (width // self.heads) ** -0.5, qkv[1].transpose(-1, -2)).softmax(dim=-1)
+        mixed = torch.matmul(weights.to(qkv.dtype), qkv[2])
         return torch.as_tensor(self.out(mixed.transpose(1, 2).reshape(m, s, width)))
 
 
@@ -95,8 +98,12 @@ class TokenEmbedding(nn.Module):
             raise ValueError(
                 f"context: found (T, h, w, C) = {tuple(context_BTHWC.shape[1:])}, expected {(*self.shape, self.channels)}"
             )
-        embedded = self.project(context_BTHWC.flatten(2, 3)) + self.position + self.time
-        return torch.as_tensor(self.norm(embedded))
+        projected = self.project(context_BTHWC.flatten(2, 3))
+        embedded = projected + (self.position + self.time).to(projected.dtype)
+        # Autocast would make float32 of it; this is the one large tensor of the policy, and the norm itself sums in float32.
+        with torch.autocast(embedded.device.type, enabled=False):
+            weight, bias = (p.to(embedded.dtype) for p in (self.norm.weight, self.norm.bias))
+            return F.layer_norm(embedded, self.norm.normalized_shape, weight, bias, self.norm.eps)
 
 
 class UniPerceiver(nn.Module):

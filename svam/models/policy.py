@@ -70,8 +70,26 @@ class _Attention(nn.Module):
         batch, width = len(y), x.shape[-1]
         query = self.to_query(x).reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2)
         key_value = self.to_key_value(y).view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1])
+        # Written out: on a CPU the fused kernel is several times slower on so few tokens.
+        weights = torch.matmul(query * query.shape[-1] ** -0.5, key_value[0].transpose(-1, -2)).softmax(dim=-1)
+        mixed = torch.matmul(weights.to(query.dtype), key_value[1])
         return torch.as_tensor(self.out(mixed.transpose(1, 2).reshape(x.shape)))
+
+
+class EncoderLayer(nn.Module):
+    """Pre-norm self-attention and MLP over the context (B, S, D)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attention = _Attention(width, heads)
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """The context's tokens after this layer, (B, S, D)."""
+        h = self.norm(x_BSD)
+        x_BSD = x_BSD + self.attention(h, h)
+        return torch.as_tensor(x_BSD + self.mlp(x_BSD))
 
 
 class DecoderLayer(nn.Module):
@@ -133,8 +151,7 @@ class ActionDiffusion(nn.Module):
         self.from_text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.from_proprioception = nn.Linear(proprioception, width) if proprioception else None
         self.kind = nn.Parameter(torch.randn(3, width) * 0.02)
-        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True)
-        self.encoder = nn.TransformerEncoder(layer, encoder_layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.encoder = nn.Sequential(*(EncoderLayer(width, heads) for _ in range(encoder_layers)), nn.LayerNorm(width))
         self.level = LevelEmbedding(width)
         self.from_actions = nn.Linear(dimensions, width)
         self.position = nn.Parameter(torch.randn(chunk, width) * 0.02)

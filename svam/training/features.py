@@ -241,7 +241,7 @@ class FeatureCache:
                     for entry in lacking:
                         spaces[entry].append([wanted.addresses[p] for p in real], values[entry][: len(real)])
                     if not room_made and all(space.shape for space in spaces.values()):
-                        self._make_room(spaces, groups, len(set(wanted.addresses)))
+                        self._make_room(spaces, wanted.addresses)
                         room_made = True
                     if start // batch % max(1, FLUSH_ROWS // batch) == 0:
                         for entry in lacking:
@@ -250,14 +250,14 @@ class FeatureCache:
                 for entry in lacking:
                     spaces[entry].flush()
 
-    def _make_room(self, spaces: Mapping[str, FeatureRows], groups: Mapping[tuple[str, ...], list[int]], count: int) -> None:
+    def _make_room(self, spaces: Mapping[str, FeatureRows], addresses: Sequence[str]) -> None:
         """Print what this run needs, and delete the least recently used folders that nobody reads until it fits."""
+        count = len(set(addresses))
         needed = count * sum(space.row_bytes for space in spaces.values())
-        missing = sum(len(positions) * spaces[e].row_bytes for lacking, positions in groups.items() for e in lacking)
         console.print(
-            f"features of {count} observations: {needed / 1e9:.2f} GB on disk, {missing / 1e9:.2f} GB of it new "
-            f"(machine.cache_gb {self.budget / 1e9:g})", highlight=False,
-        )  # fmt: skip
+            f"features of {count} observations: {needed / 1e9:.2f} GB on disk (machine.cache_gb {self.budget / 1e9:g})",
+            highlight=False,
+        )
         own = {space.directory.name for space in spaces.values()}
         others = [d for d in self.root.iterdir() if d.is_dir() and d.name not in own]
         if needed > self.budget:
@@ -268,9 +268,9 @@ class FeatureCache:
                 f"machine.cache_gb is {self.budget / 1e9:g}, but the features of {count} observations take "
                 f"{needed / 1e9:.2f} GB; raise it or train_policy.observation_stride, or lower train_policy.episodes_per_task"
             )
-        used = sum(space.row_bytes * len(space.rows) for space in spaces.values()) + missing
-        sizes = {d: sum(f.stat().st_size for f in d.iterdir() if f.is_file()) for d in others}
-        for directory in sorted(others, key=_last_use):
+        used = sum(space.row_bytes * len(space.rows.keys() | set(addresses)) for space in spaces.values())
+        sizes = {d: (d / "rows.bin").stat().st_size for d in others if (d / "rows.bin").exists()}
+        for directory in sorted(sizes, key=_last_use):
             if used + sum(sizes.values()) <= self.budget:
                 return
             if _evict(directory):

@@ -1,0 +1,111 @@
+"""The aggregators: cheap attention is attention, a query sees its own frame, positions and times are told apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from svam.models.perceiver import FrameCrossAttention, MeanPool, UniPerceiver, build_aggregator
+
+
+def perceiver(**changes: int) -> UniPerceiver:
+    torch.manual_seed(0)
+    sizes = {"queries": 2, "width": 16, "depth": 2, "heads": 4} | changes
+    return UniPerceiver(5, (3, 2, 4), **sizes).eval()
+
+
+def context(batch: int = 2) -> Tensor:
+    return torch.randn(batch, 3, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_reordered_attention_equals_the_textbook() -> None:
+    torch.manual_seed(0)
+    attention = FrameCrossAttention(width=8, heads=2)
+    queries, tokens = torch.randn(3, 2, 8), torch.randn(3, 5, 8)
+    q = attention.to_query(attention.norm(queries)).view(3, 2, 2, 4).transpose(1, 2)
+    k, v = (layer(tokens).view(3, 5, 2, 4).transpose(1, 2) for layer in (attention.to_key, attention.to_value))
+    weights = (q @ k.transpose(-1, -2) / 4**0.5).softmax(-1)  # (M, heads, N, S)
+    expected = attention.out((weights @ v).transpose(1, 2).reshape(3, 2, 8))
+    update, found = attention(queries, tokens)
+    torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found, weights.transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_tokens_and_attention_have_the_stated_shapes() -> None:
+    tokens, weights = perceiver().attend(context())
+    assert tokens.shape == (2, 6, 16) and weights.shape == (2, 3, 2, 2, 4)
+    torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 3, 2))
+    assert torch.equal(tokens, perceiver()(context()))
+
+
+def changed_frames(model: UniPerceiver, frame: int) -> list[bool]:
+    """Which frames' tokens (first sample) notice a change of one frame of the context."""
+    before = context()
+    after = before.clone()
+    after[0, frame] += 1.0
+    difference = (model(before) - model(after)).abs().amax(-1)
+    assert not difference[1].any()  # the other sample never does
+    return (difference[0].view(3, 2).amax(1) > 0).tolist()
+
+
+@torch.no_grad()
+def test_frames_meet_along_time_only() -> None:
+    assert changed_frames(perceiver(), 1) == [True, True, True]
+    alone = perceiver()
+    for layer in alone.along_time:  # without the exchange along time, cross-attention stays within its frame
+        layer.out.weight.zero_()
+    assert changed_frames(alone, 1) == [False, True, False]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aggregator", ["uni_perceiver", "mean_pool"])
+def test_times_are_told_apart(aggregator: str) -> None:
+    torch.manual_seed(0)
+    model = build_aggregator(aggregator, 5, (3, 2, 4), 2, 16, 1, 4).eval()  # type: ignore[arg-type]
+    same = torch.ones(1, 3, 2, 4, 5)
+    tokens = model(same).view(1, 3, -1, 16)
+    assert (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_positions_are_told_apart() -> None:
+    here, there = torch.zeros(1, 3, 2, 4, 5), torch.zeros(1, 3, 2, 4, 5)
+    here[0, :, 0, 0], there[0, :, 1, 3] = 3.0, 3.0
+    model = perceiver()
+    assert (model(here) - model(there)).abs().max() > 1e-3
+    model.embed.position.zero_()
+    assert (model(here) - model(there)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_mean_pooling_is_the_mean_of_the_embedded_tokens() -> None:
+    torch.manual_seed(0)
+    model = MeanPool(5, (3, 2, 4), 16)
+    torch.testing.assert_close(model(context()), model.embed(context()).mean(2))
+    assert model.tokens == 3
+
+
+def test_a_wrong_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"found \(T, h, w, C\) = \(3, 2, 4, 6\), expected \(3, 2, 4, 5\)"):
+        perceiver()(torch.zeros(1, 3, 2, 4, 6))
+
+
+def test_it_learns_where_a_mark_is() -> None:
+    """The 2-pixel goal of `reach` in small: regress the position of one marked token."""
+    model, head = perceiver(depth=1), torch.nn.Linear(16, 2)
+    optimiser = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=0.01)
+    random = torch.Generator().manual_seed(3)
+    losses = []
+    for _ in range(150):
+        rows, columns = torch.randint(0, 2, (32,), generator=random), torch.randint(0, 4, (32,), generator=random)
+        x = torch.zeros(32, 3, 2, 4, 5)
+        x[torch.arange(32), :, rows, columns] = 1.0
+        loss = (head(model(x).mean(1)) - torch.stack([rows, columns], 1)).square().mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert sum(losses[-10:]) / 10 < 0.05 < losses[0]

@@ -1,0 +1,160 @@
+"""The action diffusion: golden numbers of its arithmetic, masks, the sampler, and that it learns a chunk by heart."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from svam.models.policy import TRAIN_TIMESTEPS, ActionDiffusion, masked_mean_square
+
+OBJECTIVES = ["edm", "epsilon"]
+
+
+def build(objective: str = "edm", **changes: Any) -> ActionDiffusion:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {
+        "chunk": 3, "dimensions": 2, "context_width": 8, "text_width": 6, "proprioception": None, "objective": objective,
+        "width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "sigma_min": 0.001, "sigma_max": 80.0,
+        "sigma_data": 0.5, "steps": 10, "largest": 1.0,
+    }  # fmt: skip
+    return ActionDiffusion(**(sizes | changes)).eval()
+
+
+def conditions(batch: int = 4) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(1)
+    return torch.randn(batch, 5, 8, generator=random), torch.randn(batch, 4, 6, generator=random)
+
+
+def test_padded_actions_count_nothing() -> None:
+    error = torch.tensor([[[1.0, 3.0], [100.0, 100.0]], [[2.0, 0.0], [0.0, 0.0]]])
+    mask = torch.tensor([[True, False], [True, True]])
+    assert masked_mean_square(error, mask).item() == pytest.approx((1 + 9 + 4 + 0 + 0 + 0) / 6)
+    with pytest.raises(ValueError, match="every action of the batch is padding"):
+        masked_mean_square(error, torch.zeros(2, 2, dtype=torch.bool))
+
+
+@torch.no_grad()
+def test_edm_denoised_by_hand() -> None:
+    model = build()
+    context = model.encode_context(*conditions(1), None)
+    noisy, sigma = torch.full((1, 3, 2), 1.5), 2.0
+    raw = model.raw(noisy / math.sqrt(sigma**2 + 0.25), torch.tensor([math.log(sigma) / 4]), context)
+    expected = 0.25 / (sigma**2 + 0.25) * noisy + sigma * 0.5 / math.sqrt(sigma**2 + 0.25) * raw
+    torch.testing.assert_close(model.denoised(noisy, torch.tensor([sigma]), context), expected)
+
+
+@torch.no_grad()
+def test_the_edm_sampler_visits_the_exponential_schedule() -> None:
+    """With a denoiser that always answers c, ten DDIM steps end exactly at c, and each level is 80 (0.001 / 80)^(i / 9)."""
+    model = build()
+    seen: list[float] = []
+
+    def constant(noisy: Tensor, sigma: Tensor, context: Tensor) -> Tensor:
+        seen.append(sigma[0].item())
+        return torch.full_like(noisy, 0.3)
+
+    model.denoised = constant  # type: ignore[method-assign, assignment]
+    found = model.sample(torch.zeros(2, 1, 32), torch.randn(2, 3, 2))
+    torch.testing.assert_close(found, torch.full((2, 3, 2), 0.3))
+    assert seen == pytest.approx([80.0 * (0.001 / 80.0) ** (i / 9) for i in range(10)], rel=1e-5)
+
+
+@torch.no_grad()
+def test_the_epsilon_sampler_inverts_the_noising() -> None:
+    """With an oracle for the noise of a known chunk, DDIM returns that chunk."""
+    model = build("epsilon")
+    clean = torch.linspace(-0.9, 0.9, 6).view(1, 3, 2)
+    betas = [min(1 - _alpha_bar((i + 1) / 100) / _alpha_bar(i / 100), 0.999) for i in range(TRAIN_TIMESTEPS)]
+    kept = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
+
+    def oracle(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        a = kept[timestep[0]]
+        return ((noisy - a.sqrt() * clean) / (1 - a).sqrt()).float()
+
+    model.epsilon = oracle  # type: ignore[method-assign, assignment]
+    found = model.sample(torch.zeros(1, 1, 32), torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(found, clean, rtol=0, atol=1e-4)
+
+
+def _alpha_bar(t: float) -> float:
+    return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_loss_of_a_fresh_network_and_its_mask(objective: str) -> None:
+    model = build(objective)
+    context = model.encode_context(*conditions(), None)
+    actions, mask = torch.zeros(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
+    mask[:, 2] = False
+
+    def loss(actions: Tensor) -> float:
+        return model.loss(context, actions, mask, torch.Generator().manual_seed(0)).item()
+
+    fresh = loss(actions)
+    assert 0.1 < fresh < 5.0
+    real, padded = actions.clone(), actions.clone()
+    real[:, 1], padded[:, 2] = 0.7, 0.7
+    # A fresh layer's gates are zero: positions do not mix yet, so that a padded action has no way into the loss at all.
+    assert loss(padded) == fresh != loss(real)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_chunks_of_one_observation_share_its_keys(objective: str) -> None:
+    """Four draws against one context equal four contexts."""
+    model = build(objective)
+    torch.nn.init.normal_(model.decoder[0].modulation.weight, std=0.5)  # a fresh layer's gates are zero
+    context = model.encode_context(*conditions(2), None)
+    noisy, level = torch.randn(6, 3, 2), torch.rand(6)
+    shared = model.raw(noisy, level, context)
+    alone = torch.cat([model.raw(noisy[i : i + 1], level[i : i + 1], context[i // 3 : i // 3 + 1]) for i in range(6)])
+    torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
+    assert (model.raw(noisy, level, context.flip(0)) - shared).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_learns_four_chunks_by_heart(objective: str) -> None:
+    model = build(objective).train()
+    tokens, text = conditions()
+    actions = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(5)) * 1.6 - 0.8
+    mask, random = torch.ones(4, 3, dtype=torch.bool), torch.Generator().manual_seed(6)
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.006)
+    losses = []
+    for _ in range(250):
+        loss = model.loss(model.encode_context(tokens, text, None), actions, mask, random)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    model.eval()
+    assert sum(losses[-20:]) / 20 < 0.35 * losses[0]
+    found = model.sample(model.encode_context(tokens, text, None), torch.randn(4, 3, 2, generator=random))
+    assert (found - actions).abs().mean() < 0.15
+    assert (found.roll(1, 0) - actions).abs().mean() > 0.3
+
+
+def test_proprioception_is_one_more_token_and_never_silently_absent() -> None:
+    tokens, text = conditions(2)
+    model = build(proprioception=4)
+    assert model.encode_context(tokens, text, torch.zeros(2, 4)).shape == (2, 5 + 4 + 1, 32)
+    with pytest.raises(ValueError, match="given is False, but the policy was built with proprioception True"):
+        model.encode_context(tokens, text, None)
+    with pytest.raises(ValueError, match="given is True, but the policy was built with proprioception False"):
+        build().encode_context(tokens, text, torch.zeros(2, 4))
+
+
+def test_the_context_is_used() -> None:
+    model = build()
+    torch.nn.init.normal_(model.decoder[0].modulation.weight, std=0.5)
+    tokens, text = conditions(1)
+    noise = torch.randn(1, 3, 2)
+
+    def sampled(tokens: Tensor, text: Tensor) -> Tensor:
+        return model.sample(model.encode_context(tokens, text, None), noise)
+
+    base = sampled(tokens, text)
+    assert not torch.equal(base, sampled(tokens * 0.5 + 1.0 * torch.arange(8), text))
+    assert not torch.equal(base, sampled(tokens, text.flip(1) + torch.arange(6)))

@@ -1,0 +1,62 @@
+"""Every frozen part of the real classes at its smallest, on disk as earlier stages leave them, and policy params to match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from svam.contract import Observation
+from svam.episodes.store import EpisodeStore
+from svam.models.decoupler import Decoupler, DecouplerConfig
+from svam.params import Generate, TrainPolicy
+from tests.tiny_foresight import FRAMES, GRID, make_teacher, save_parts
+
+GENERATE = Generate(
+    windows=4, held_out_windows=2, up_blocks=1, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
+    mantissa_bits=7,
+)  # fmt: skip
+FEATURE_CHANNELS, TEACHER_CHANNELS = 64, 12
+
+
+def policy_params(**changes: Any) -> TrainPolicy:
+    """A `train_policy` section of a few thousand parameters; `training` and others may be replaced."""
+    values: dict[str, Any] = {
+        "context": ["geometric", "semantic", "one_step"], "aggregator": "uni_perceiver", "objective": "edm", "chunk": 4,
+        "proprioception": False, "observation_encoder": "trained", "observation_stride": 3, "encode_batch": 4,
+        "encode_bf16": False, "perceiver": {"queries": 2, "width": 16, "depth": 2, "heads": 2},
+        "transformer": {
+            "width": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "sigma_min": 0.001, "sigma_max": 80.0,
+            "sigma_data": 0.5, "steps": 3,
+        },
+        "training": {"steps": 4, "batch": 4, "learning_rate": 0.001, "warmup": 1}, "evaluate_every": 2,
+    }  # fmt: skip
+    return TrainPolicy.model_validate(values | changes)
+
+
+def save_all_parts(folder: Path, store: EpisodeStore, noise: str = "fixed") -> dict[str, Path]:
+    """`backbones/*`, `video` and `decouplers/*` below `folder`; part name -> directory, as `train_policy` names them."""
+    save_parts(folder, store, noise)
+    (folder / "backbones/semantic").mkdir()
+    make_teacher("segmentation").save(folder / "backbones/semantic")
+    folders = {"autoencoder": folder / "backbones/autoencoder", "text": folder / "backbones/text", "video": folder / "video"}
+    for number, branch in enumerate(("geometric", "semantic")):
+        torch.manual_seed(10 + number)
+        config = DecouplerConfig(
+            feature_channels=FEATURE_CHANNELS, teacher_channels=TEACHER_CHANNELS, frames=FRAMES, grid=(GRID, GRID),
+            reference="reconstruction", anchor="concat", width=16, blocks=1, heads=2,
+        )  # fmt: skip
+        (folder / "decouplers" / branch).mkdir(parents=True)
+        Decoupler(config).eval().save(folder / "decouplers" / branch)
+        folders |= {f"teacher_{branch}": folder / "backbones" / branch, f"decoupler_{branch}": folder / "decouplers" / branch}
+    return folders
+
+
+def observations(store: EpisodeStore, count: int, proprioception: bool = False) -> list[Observation]:
+    """The first `count` rows of the store as a robot would send them."""
+    rows = np.arange(count, dtype=np.int64)
+    state = store.vector("proprioception", rows) if proprioception else [None] * count
+    pictures = store.frames(rows)
+    return [Observation({store.cameras[0]: pictures[i]}, store.instruction_of(0, i), state[i]) for i in range(count)]
