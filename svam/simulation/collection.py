@@ -63,8 +63,8 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
         ValueError: unknown task or camera, or an expert that keeps failing.
         MachineError: no GL library draws here, or a worker process died.
     """
-    check_task(task)
     backend = choose_backend()
+    check_task(task)
     episodes = params.episodes_for(task)
     entries: dict[int, dict[str, Any]] = {}
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:

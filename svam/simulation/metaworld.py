@@ -30,7 +30,12 @@ _VERSION = "-v3"
 
 
 def task_names() -> list[str]:
-    """The names of all MetaWorld tasks, without their version, sorted."""
+    """The names of all MetaWorld tasks, without their version, sorted.
+
+    Raises:
+        MachineError: no GL library draws on this machine.
+    """
+    choose_backend()   # before anything imports mujoco, which fails with a traceback where GL is missing
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     return sorted(name.removesuffix(_VERSION) for name in ALL_V3_ENVIRONMENTS)
@@ -105,7 +110,6 @@ class TaskEnvironment:
         self, task: str, image_size: int, cameras: Sequence[str] = ("corner2",), render: Literal["fast", "full"] = "fast"
     ) -> None:
         check_task(task)
-        choose_backend()
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
