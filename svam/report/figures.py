@@ -35,7 +35,6 @@ COLOURS = {
 
 def save(figure: Any, path: Path, dpi: int) -> None:
     """Write a matplotlib figure as PNG without the metadata that would change from version to version, and close it."""
-    figure.tight_layout()
     with whole_file(path) as temporary:
         figure.savefig(temporary, dpi=dpi, metadata={"Software": None})
     plt.close(figure)
@@ -47,7 +46,7 @@ def success_figure(measured: Measured) -> Any:
     lines = [line for line in lines if "micro" not in line["name"]]
     rows = [row for row in ROW_NAMES if any(line["row"] == row for line in lines)]
     names = list(dict.fromkeys(line["name"] for line in lines))
-    figure, axes = plt.subplots(figsize=(max(6.0, 1.4 * len(names)), 4.0))
+    figure, axes = plt.subplots(figsize=(max(6.0, 1.4 * len(names)), 4.0), layout="constrained")
     for k, row in enumerate(rows):
         mine = [next(line for line in lines if line["row"] == row and line["name"] == name) for name in names]
         rates = np.array([line["success"] for line in mine])
@@ -58,8 +57,8 @@ def success_figure(measured: Measured) -> Any:
     axes.set_xticks(np.arange(len(names)), [name.replace(" (", "\n(") for name in names], rotation=20 if len(names) > 6 else 0)
     axes.set_ylim(0.0, 1.05)
     axes.set_ylabel("success at any step")
-    axes.set_title("Closed loop, on goals that no demonstration has (95 % Wilson intervals)")
-    axes.legend(ncol=len(rows), fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14))
+    axes.set_title("Closed loop, on goals that no demonstration has (95 % Wilson intervals)", fontsize=10)
+    figure.legend(ncol=len(rows), fontsize=8, loc="outside lower center")
     return figure
 
 
@@ -68,7 +67,7 @@ def distillation_figure(measured: Measured) -> Any:
     lines = distillation_table(measured)
     branches = list(measured.decouplers)
     measures = {"cosine_moved": "centred cosine, patches that moved", "explained": "explained share of repeat's error"}
-    figure, axes = plt.subplots(1, len(measures), figsize=(11.0, 4.0), squeeze=False)
+    figure, axes = plt.subplots(1, len(measures), figsize=(11.0, 4.0), squeeze=False, layout="constrained")
     for axis, (key, title) in zip(axes[0], measures.items(), strict=True):
         for k, name in enumerate(PREDICTORS):
             values = [line[key] for line in lines if line["predictor"] == name]
@@ -80,9 +79,7 @@ def distillation_figure(measured: Measured) -> Any:
         axis.set_ylim(max(-0.5, axis.get_ylim()[0]), 1.0)
         axis.set_title(title)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, ncol=3, loc="lower center")
-    figure.subplots_adjust(bottom=0.2)
-    figure.set_layout_engine("tight", rect=(0, 0.1, 1, 1))
+    figure.legend(handles, labels, fontsize=8, ncol=3, loc="outside lower center")
     return figure
 
 
@@ -90,7 +87,7 @@ def teacher_figure(measured: Measured) -> Any:
     """How well the teachers still see on frames that went through the autoencoder or came out of the video model."""
     lines = teacher_table(measured)
     branches = list(dict.fromkeys(line["branch"] for line in lines))
-    figure, axes = plt.subplots(1, len(branches), figsize=(5.0 * len(branches), 3.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(branches), figsize=(5.0 * len(branches), 3.2), squeeze=False, layout="constrained")
     for axis, branch in zip(axes[0], branches, strict=True):
         mine = [line for line in lines if line["branch"] == branch]
         colours = ["#d6604d" if line["view"] in ("generated", "one_step") else "#1f77b4" for line in mine]
@@ -101,7 +98,7 @@ def teacher_figure(measured: Measured) -> Any:
 
 def curve_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> Any:
     """The training loss of every part, each on its own axes; a running mean over a fortieth of the steps."""
-    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(3.2 * len(curves), 2.8), squeeze=False, layout="constrained")
     for axis, (part, (steps, values)) in zip(axes[0], curves.items(), strict=True):
         width = max(1, len(values) // 40)
         smooth = np.convolve(values, np.ones(width) / width, mode="valid")
@@ -116,7 +113,7 @@ def curve_figure(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) ->
 
 def action_figure(offline: Mapping[str, Any]) -> Any:
     """Action error by step of the chunk and by dimension. It is not success."""
-    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.2))
+    figure, axes = plt.subplots(1, 2, figsize=(9.0, 3.2), layout="constrained")
     for k, (key, name) in enumerate(ERRORS.items()):
         axes[0].plot(offline[key]["mae_per_step"], color=COLOURS[key], marker="o", markersize=3, label=name)
         values = offline[key]["mae_per_dimension"]
@@ -141,7 +138,7 @@ def picture_figure(picture: Path, title: str) -> Any:
         pixels = np.asarray(Image.open(picture).convert("RGB"))
     except OSError as error:
         raise FileError(f"{picture}: {error.strerror or 'not a picture'}") from None
-    figure, axes = plt.subplots(figsize=(10.0, 10.0 * pixels.shape[0] / pixels.shape[1] + 0.4))
+    figure, axes = plt.subplots(figsize=(10.0, 10.0 * pixels.shape[0] / pixels.shape[1] + 0.4), layout="constrained")
     axes.imshow(pixels, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title)
@@ -162,7 +159,8 @@ def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
         if truth is not None:
             rows.append((f"{name}\nof the truth".replace("_", "-"), colours[len(foreseen) :]))
     columns = len(frames)
-    figure, axes = plt.subplots(len(rows), columns, figsize=(1.1 * columns + 0.6, 1.1 * len(rows) + 0.3), squeeze=False)
+    size = (1.1 * columns + 0.6, 1.1 * len(rows) + 0.3)
+    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (label, pictures) in zip(axes, rows, strict=True):
         for t, axis in enumerate(line):
             axis.set_xticks([])

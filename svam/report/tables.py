@@ -235,7 +235,10 @@ def markdown(measured: Measured) -> str:
     ]
     share = f"Generated clips keep {video['error_share_of_repeat']:.1%} of the error of repeating the first frame."
     parts += ["## Generated clips against the reconstructed truth", share, _grid(["", "MSE", "PSNR", "SSIM"], lines)]
-    teachers = [[f"{t['branch']}: {t['view']} frames", t["measure"], f"{t['value']:.3f}"] for t in teacher_table(measured)]
+    teachers = [
+        [f"{line['branch']}: {line['view'].replace('_', '-')} frames", line["measure"], f"{line['value']:.3f}"]
+        for line in teacher_table(measured)
+    ]
     if teachers:
         parts += ["## Teachers", _grid(["", "measure", "value"], teachers)]
     offline = measured.results.get("offline")
