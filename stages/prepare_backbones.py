@@ -27,11 +27,11 @@ class Part(StrEnum):
 @one_line_errors
 def prepare_backbones(
     part: Annotated[Part, typer.Argument(help="Which backbone to prepare.")],
-    episodes: Annotated[Path, typer.Option(help="The episode store (read for in-domain training only).")],
-    output: Annotated[Path, typer.Option(help="Folder to write: published layout, svam.json and metrics.json.")],
-    autoencoder: Annotated[Path | None, typer.Option(help="The prepared autoencoder (in-domain teachers need it).")] = None,
-    live: Annotated[Path | None, typer.Option(help="Folder for DVCLive's training curves.")] = None,
-    params: Annotated[Path, typer.Option(help="The params file.")] = Path("params.yaml"),
+    out: Annotated[Path, typer.Argument(help="Folder to write: published layout, svam.json and metrics.json.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage; read for in-domain training only.")],
+    autoencoder: Annotated[Path | None, typer.Option(help="The prepared autoencoder; in-domain teachers need it.")] = None,
+    live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
+    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Prepare one frozen backbone: train a small one on the episodes, or import published weights, as the params say."""
     settings = load_params(params)
@@ -41,8 +41,10 @@ def prepare_backbones(
     kind = "teacher" if part in (Part.geometric, Part.semantic) else part.value
     module = import_module(f"svam.training.backbones.{kind}")
     section = getattr(settings.prepare_backbones, part.value)
+    if live is not None:
+        live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
     backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live)
-    with whole_directory(output) as folder:
+    with whole_directory(out) as folder:
         backbone.save(folder)
         write_json(folder / "metrics.json", metrics)
 

@@ -6,10 +6,12 @@ Two families: `dc`, a `diffusers.AutoencoderDC` trained on the project's own fra
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
@@ -62,7 +64,13 @@ class Autoencoder(nn.Module):
     def factor(self) -> int:
         """Pixels per latent position along each side."""
         name = "encoder_block_out_channels" if self.family == "dc" else "block_out_channels"
-        return int(2 ** (len(self.model.config[name]) - 1))
+        return int(self.patch * 2 ** (len(self.model.config[name]) - 1))
+
+    @property
+    def patch(self) -> int:
+        """Side of the squares of pixels that are channels of the library's model (`dc`): convolutions at full resolution
+        would cost most of the time, so the in-domain model has none. 1 for `svd`."""
+        return math.isqrt(int(self.model.config["in_channels"]) // 3)
 
     @classmethod
     def load(cls, folder: Path) -> Autoencoder:
@@ -128,7 +136,7 @@ class Autoencoder(nn.Module):
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> unscaled latents, with gradients (training only)."""
         if isinstance(self.model, AutoencoderDC):
-            latents: Tensor = self.model.encode(pixels).latent
+            latents: Tensor = self.model.encode(F.pixel_unshuffle(pixels, self.patch)).latent
         else:
             latents = self.model.encode(pixels).latent_dist.mode()
         return latents
@@ -136,7 +144,7 @@ class Autoencoder(nn.Module):
     def decode_pixels(self, latents: Tensor, frames: int = 1) -> Tensor:
         """Unscaled latents -> (B, 3, H, W), about [-1, 1], with gradients (training only)."""
         if isinstance(self.model, AutoencoderDC):
-            pixels: Tensor = self.model.decode(latents).sample
+            pixels: Tensor = F.pixel_shuffle(self.model.decode(latents).sample, self.patch)
         else:
             pixels = self.model.decode(latents, num_frames=frames).sample
         return pixels

@@ -49,9 +49,7 @@ def resolve_weights(path: str, revision: str | None, subfolder: str | None, key:
 
 def _download(path: str, revision: str | None, subfolder: str | None, key: str) -> Path:
     """Fetch one commit of a hub repository into the hub's cache (or find it there) and return its folder."""
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise FileError(
@@ -61,7 +59,7 @@ def _download(path: str, revision: str | None, subfolder: str | None, key: str) 
     patterns = [f"{subfolder}/{name}" for name in FILES] if subfolder else list(FILES)
     try:
         root = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.safetensors"])
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError) as error:
+    except Exception as error:  # the hub's own errors, and those of whichever HTTP client its version uses
         raise FileError(
             f"{key}.path: {path} at {revision[:12]} cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
             "name a local folder, or check the id and the network"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderDC
 from numpy.typing import NDArray
 from torch import Tensor
@@ -20,9 +22,14 @@ from svam.models.published import freeze, resolve_weights
 from svam.training.backbones.frames import evenly, frames_that_fit, load_frames, shuffled
 from svam.training.loop import fit
 
-MOVING_WEIGHT = 10.0
+MOVING_WEIGHT = 5.0
 """How much more a pixel counts where the frame differs from its task's median picture: without it the loss is all
 background, and the gripper's fingers and a goal marker of two pixels vanish."""
+CONTRAST_WEIGHT = 60.0
+"""How much more still such a pixel counts per unit of difference, in [0, 1] grey levels, to the mean of its neighbourhood:
+the arm's inside is large and easy, what matters are its edges, the fingers and the marker."""
+CONTRAST_PIXELS = 7
+"""Side of that neighbourhood."""
 MOVING_THRESHOLD = 0.08
 """Difference in [0, 1] grey levels at which a pixel counts in full as moving."""
 LATENT_NOISE = 0.1
@@ -49,7 +56,7 @@ def prepare(
 
 
 def build(section: params.Autoencoder, image_size: tuple[int, int]) -> AutoencoderDC:
-    """An untrained `AutoencoderDC`, first level by pixel-unshuffle where `layers[0]` is 0.
+    """An untrained `AutoencoderDC` of the levels that have layers; the finer ones become channels by pixel-unshuffle.
 
     Raises:
         ContractError: the frames' sides are no multiples of its factor, or a channel count does not fit the class.
@@ -60,23 +67,29 @@ def build(section: params.Autoencoder, image_size: tuple[int, int]) -> Autoencod
             f"prepare_backbones.autoencoder.channels has {len(section.channels)} levels, a factor of {factor}, "
             f"but the frames are {image_size[0]}x{image_size[1]} pixels"
         )
-    levels = len(section.channels)
+    first = next((k for k, layers in enumerate(section.layers) if layers), len(section.layers))
+    channels, layers = tuple(section.channels[first:]), tuple(section.layers[first:])
+    if not layers or 0 in layers:
+        raise ContractError(
+            f"prepare_backbones.autoencoder.layers is {section.layers}; zeros may only come first, and not everywhere"
+        )
     if section.channels[-1] % section.latent_channels:
         raise ContractError(
             f"prepare_backbones.autoencoder: the last of channels {section.channels} must be a multiple of "
             f"latent_channels {section.latent_channels}"
         )
-    for low, high in zip(section.channels, section.channels[1:], strict=False):
+    for low, high in pairwise(channels):
         if (4 * low) % high or (4 * high) % low or high % 4:
             raise ContractError(f"prepare_backbones.autoencoder.channels: {low} and {high} must divide four times one another")
     return AutoencoderDC(
+        in_channels=3 * 4**first,
         latent_channels=section.latent_channels,
-        encoder_block_out_channels=tuple(section.channels),
-        decoder_block_out_channels=tuple(section.channels),
-        encoder_layers_per_block=tuple(section.layers),
-        decoder_layers_per_block=tuple(section.layers),
-        encoder_qkv_multiscales=((),) * levels,
-        decoder_qkv_multiscales=((),) * levels,
+        encoder_block_out_channels=channels,
+        decoder_block_out_channels=channels,
+        encoder_layers_per_block=layers,
+        decoder_layers_per_block=layers,
+        encoder_qkv_multiscales=((),) * len(layers),
+        decoder_qkv_multiscales=((),) * len(layers),
     )
 
 
@@ -98,9 +111,12 @@ def task_of_rows(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.int
 
 
 def moving_weight(pixels: Tensor, background: Tensor) -> Tensor:
-    """(B, 1, H, W) weights, 1 on the background up to 1 + MOVING_WEIGHT where a frame differs from it; both in [-1, 1]."""
-    difference = (pixels - background).abs().amax(dim=1, keepdim=True) / 2
-    return 1.0 + MOVING_WEIGHT * (difference / MOVING_THRESHOLD).clamp(max=1.0)
+    """(B, 1, H, W) weights: 1 on the background, more where a frame differs from it and its surroundings; both in [-1, 1]."""
+    moving = ((pixels - background).abs().amax(dim=1, keepdim=True) / 2 / MOVING_THRESHOLD).clamp(max=1.0)
+    reach = CONTRAST_PIXELS // 2
+    around = F.avg_pool2d(F.pad(pixels, (reach,) * 4, mode="replicate"), CONTRAST_PIXELS, stride=1)
+    contrast = (pixels - around).abs().amax(dim=1, keepdim=True) / 2
+    return 1.0 + moving * (MOVING_WEIGHT + CONTRAST_WEIGHT * contrast)
 
 
 def train(
