@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("svam", "stages")
 # Modules of params and contract only: values are tracked as params, versions are stored in outputs and checked on reading.
 UNTRACKED = {"svam/params.py", "svam/contract.py"}
-# `import_module(f"<prefix>{name}")`: the name that each stage's command chooses, or, where a param does, how dvc.yaml spells it.
+# `import_module(f"<prefix>{name}")`: the name that each stage's command chooses; where a param does, how dvc.yaml spells it.
 CHOSEN = {
     "svam.episodes.sources.": {"convert": "${convert.source}"},
     "svam.training.backbones.": {

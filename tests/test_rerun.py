@@ -8,9 +8,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import chdir
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import dvc.utils.serialize._yaml
 import networkx as nx
 import pytest
 from dvc.repo import Repo
@@ -41,7 +43,8 @@ def of_branch(branch: str, stages: set[str]) -> set[str]:
     return {stage for stage in stages if "@" not in stage or stage.endswith(f"@{branch}")}
 
 
-# A key of params.yaml, its new value, and every stage that must run then: no more, no fewer. `check_params` checks all but `machine`.
+# A key of params.yaml, its new value, and every stage that must run then, no more, no fewer. (`machine` alone re-runs not even
+# the check.)
 PARAMS: list[tuple[str, Any, set[str]]] = [
     ("machine.device", "cpu", set()),
     ("machine.workers", 1, set()),
@@ -94,6 +97,25 @@ MODULES: list[tuple[str, set[str]]] = [
     ("svam/params.py", set()),
     ("svam/contract.py", set()),
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_text_is_parsed_once() -> Iterator[None]:
+    """DVC parses params.yaml again for every stage, in pure Python: most of the time this file would take."""
+    parsed: dict[tuple[str, str], Any] = {}
+    parse = dvc.utils.serialize._yaml.parse_yaml
+
+    def remembered(text: str, path: str, typ: str = "safe") -> Any:
+        if typ != "safe":
+            return parse(text, path, typ)
+        if (text, path) not in parsed:
+            parsed[text, path] = parse(text, path)
+        return deepcopy(parsed[text, path])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvc.utils.serialize._yaml.parse_yaml", remembered)
+        patch.setattr("dvc.utils.strictyaml.parse_yaml", remembered)
+        yield
 
 
 @pytest.fixture(scope="module")

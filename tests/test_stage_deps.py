@@ -1,4 +1,4 @@
-"""Each stage's code dependencies in `dvc.yaml` are exactly what it imports; editing a module re-runs who uses it, no one else."""
+"""Each stage's code dependencies in `dvc.yaml` are exactly what it imports."""
 
 from __future__ import annotations
 

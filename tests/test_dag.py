@@ -1,0 +1,157 @@
+"""The whole pipeline at a toy configuration: real classes, simulator and DVC, from nothing to the report and a remote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+
+from tests.stage_deps import ROOT
+from tests.toy import write_toy_params
+
+pytestmark = pytest.mark.timeout(900)
+
+REPORTED = {"success", "video_error_share", "geometric_cosine", "semantic_cosine", "action_error"}
+STAGES = 18
+
+
+def run(root: Path, *command: str) -> str:
+    """Run a command in the project with this interpreter first on the path; its output. A failure fails the test."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a `dvc repro` ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A git repository with the code as it is here, small params, and nothing that has run."""
+    root = tmp_path_factory.mktemp("toy") / "project"
+    root.mkdir()
+    for folder in ("svam", "stages", ".dvc"):
+        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    for file in (".dvcignore", ".gitignore", "dvc.yaml"):
+        shutil.copy(ROOT / file, root / file)
+    write_toy_params(ROOT / "params.yaml", root / "params.yaml")
+    run(root, "git", "init", "--quiet", ".")
+    run(root, "git", "config", "user.email", "test@example.org")
+    run(root, "git", "config", "user.name", "test")
+    run(root, "git", "add", ".")
+    run(root, "git", "commit", "--quiet", "--message", "toy")
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(project: Path) -> Path:
+    """The same after `dvc repro`, with dvc.lock and the report committed."""
+    assert len(ran(run(project, "dvc", "repro"))) == STAGES
+    run(project, "git", "add", ".")
+    run(project, "git", "commit", "--quiet", "--message", "run")
+    return project
+
+
+def test_everything_is_made(finished: Path) -> None:
+    metrics = json.loads((finished / "data/report/metrics.json").read_text())
+    assert set(metrics) >= REPORTED
+    assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
+    results = json.loads((finished / "data/results/metrics.json").read_text())
+    assert set(results["metaworld"]["rows"]) >= {"policy", "random", "expert", "held_out_instruction"}
+    assert list((finished / "data/results/films").glob("*.mp4"))
+    assert len(list((finished / "data/report").glob("*.png"))) >= 5
+
+
+def test_nothing_is_left_to_do(finished: Path) -> None:
+    assert json.loads(run(finished, "dvc", "status", "--json")) == {}
+    assert ran(run(finished, "dvc", "repro")) == []
+    assert "data/report/metrics.json" in run(finished, "git", "ls-files")
+    assert run(finished, "git", "status", "--porcelain") == ""
+
+
+def test_git_and_dvc_share_the_files(finished: Path) -> None:
+    """Git has the report and dvc.lock; no weights, data or scratch, and DVC scattered no .gitignore."""
+    tracked = run(finished, "git", "ls-files").splitlines()
+    assert not [name for name in tracked if name.startswith("data/") and not name.startswith("data/report/")]
+    assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
+    assert not list((finished / "data").rglob("*.partial-*"))
+
+
+def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path) -> None:
+    """The folder works elsewhere on its own, and one of its bytes changed is noticed."""
+    from svam.contract import Observation
+    from svam.models.svam import SVAM
+
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(finished / "data/svam", folder)
+    policy = SVAM.load(folder)
+    frames = {policy.camera: np.zeros((32, 32, 3), np.uint8)}
+    actions = policy.act([Observation(frames=frames, instruction="press the button from above")], noise_seeds=[1])
+    assert actions.shape == (1, policy.chunk, 4)
+    assert actions.dtype == np.float32
+    assert np.isfinite(actions).all()
+    weights = sorted(folder.rglob("*.safetensors"))[0]
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match=weights.parent.name):
+        SVAM.load(folder)
+
+
+def test_a_wrong_param_costs_no_output(finished: Path) -> None:
+    """A bad value stops `dvc repro` with one sentence, and every output is still there."""
+    params = finished / "params.yaml"
+    before = params.read_text()
+    outputs = sorted(p for p in (finished / "data").rglob("*") if p.is_file() and p.name != "params_checked.txt")
+    try:
+        yaml = YAML(typ="safe", pure=True)
+        values = yaml.load(before)
+        values["collect"]["episodes"] = "many"
+        yaml.dump(values, params)
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro"], cwd=finished, capture_output=True, text=True, check=False)
+        assert done.returncode != 0
+        assert "collect.episodes is 'many'" in done.stdout + done.stderr
+        assert all(file.is_file() for file in outputs)
+    finally:
+        params.write_text(before)
+    assert ran(run(finished, "dvc", "repro")) == []
+
+
+def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> None:
+    """`dvc push`; then a clone knows without any data that its lock belongs, and needs to run nothing to have the results."""
+    run(finished, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "remote"))
+    run(finished, "git", "commit", "--quiet", "--all", "--message", "remote")
+    run(finished, "dvc", "push", "--quiet")
+    clone = tmp_path / "clone"
+    run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
+    assert "belongs to the code" in run(clone, sys.executable, str(ROOT / "tools/lock_belongs.py"))
+    assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
+    assert not (clone / "data/svam").exists()
+
+    # Another figure size: only the report runs, on inputs that are pulled.
+    params = clone / "params.yaml"
+    params.write_text(params.read_text().replace("dpi: 100", "dpi: 60"))
+    assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == ["check_params", "report"]
+    assert (clone / "data/results/metrics.json").is_file()
+    run(clone, "dvc", "pull")
+    assert (clone / "data/svam/manifest.json").read_bytes() == (finished / "data/svam/manifest.json").read_bytes()
+
+    # Edited code is noticed, without data.
+    with (clone / "stages/generate.py").open("a") as file:
+        file.write("# edited\n")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/lock_belongs.py")], cwd=clone, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "generate" in done.stdout

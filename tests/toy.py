@@ -1,0 +1,76 @@
+"""The pipeline at its smallest: real classes, real simulator, sizes and numbers of steps at which everything takes seconds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from svam.params import Params, load_params
+
+TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5}
+TEACHER = {"image_size": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2, "training": TRAINING}
+OVERRIDES: dict[str, Any] = {
+    "threads": 1,
+    "machine": {"device": "cpu", "workers": 2, "cache_gb": 1.0},
+    "collect": {
+        "tasks": ["button-press-topdown", "reach"],
+        "episodes": 3,
+        "episodes_of": {"reach": 2},
+        "image_size": 32,
+        "annotate_every": 8,
+    },
+    "convert": {"held_out": 0.34, "chunk_frames": 8, "shard_frames": 64},
+    "prepare_backbones": {
+        "autoencoder": {"latent_channels": 4, "channels": [32, 64, 64], "layers": [0, 1, 1], "training": TRAINING},
+        "text": {"width": 32, "layers": 1, "heads": 2, "training": TRAINING},
+        "geometric": TEACHER,
+        "semantic": TEACHER,
+    },
+    "finetune_video": {
+        "frames": 4,
+        "unet": {"channels": [32, 64], "layers": 1, "heads": [1, 2]},
+        "training": TRAINING,
+        "evaluation_clips": 4,
+    },
+    "generate": {"windows": 8, "held_out_windows": 4, "grid": 4, "steps": 2, "batch": 4},
+    "cache_teacher": {"batch": 8},
+    "distill": {"width": 32, "blocks": 1, "heads": 2, "training": TRAINING},
+    "train_policy": {
+        "observation_stride": 8,
+        "encode_batch": 8,
+        "perceiver": {"queries": 2, "width": 32, "depth": 1, "heads": 2},
+        "transformer": {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "steps": 2},
+        "training": TRAINING,
+        "evaluate_every": 3,
+    },
+    "evaluate": {
+        "tasks": ["button-press-topdown"],
+        "episodes": 2,
+        "held_out_instruction_episodes": 1,
+        "max_steps": 16,
+        "batch": 2,
+        "videos": 1,
+        "offline_windows": 6,
+        "offline_samples": 2,
+    },
+    "report": {"clips": 2},
+}
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes`, section by section; a mapping that the params call by names of their own is replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "episodes_of"
+        result[key] = merged(base[key], value) if inner else value
+    return result
+
+
+def write_toy_params(source: Path, out: Path, changes: dict[str, Any] | None = None) -> Params:
+    """Write the params of `source`, made small (and with further `changes`), to `out`; return them, checked."""
+    yaml = YAML(typ="safe", pure=True)
+    values = merged(yaml.load(source.read_text(encoding="utf-8")), OVERRIDES)
+    yaml.dump(merged(values, changes or {}), out)
+    return load_params(out)
