@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 @app.command()
 @one_line_errors
 def main(
-    out: Annotated[Path, typer.Argument(help="Folder for metrics.json, results.md, the figures (PNG) and plots/ (CSV).")],
+    out: Annotated[Path, typer.Argument(help="Folder for metrics.json, results.md, the figures (PNG) and plots/ (JSON).")],
     results: Annotated[Path, typer.Option(help="Folder that evaluate wrote.")],
     models: Annotated[Path, typer.Option(help="Folder that holds video/ and decouplers/.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds the four backbones.")],
@@ -36,14 +36,8 @@ def main(
         flat = tables.flat_metrics(measured)
         write_json(folder / "metrics.json", flat)
         (folder / "results.md").write_text(tables.markdown(measured), encoding="utf-8")
-        for name, lines in {
-            "success": [{"what": f"{line['name']}, {line['row']}", **line} for line in tables.success_table(measured)],
-            "distillation": [{"what": f"{t['branch']}, {t['predictor']}", **t} for t in tables.distillation_table(measured)],
-            "teachers": [{"what": f"{t['branch']}, {t['view']}", **t} for t in tables.teacher_table(measured)],
-            "actions": tables.action_table(measured),
-            "curves": tables.curve_table(curves),
-        }.items():
-            tables.write_csv(folder / "plots" / f"{name}.csv", lines)
+        for name, lines in tables.plot_tables(measured, curves).items():
+            write_json(folder / "plots" / f"{name}.json", lines)
         draw_all(folder, measured, curves, results, models, everything.report)
     console.print(flat, highlight=False)
     console.print(f"tables and figures: {out}/results.md, {out}/*.png", highlight=False)

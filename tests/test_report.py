@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     figures = {"success", "distillation", "teachers", "curves", "clips", "actions", "foresight_0", "foresight_1"}
     plots = {"success", "distillation", "teachers", "actions", "curves"}
-    assert names == {"metrics.json", "results.md"} | {f"{n}.png" for n in figures} | {f"plots/{n}.csv" for n in plots}
+    assert names == {"metrics.json", "results.md"} | {f"{n}.png" for n in figures} | {f"plots/{n}.json" for n in plots}
     for name in figures:
         picture = Image.open(out / f"{name}.png")
         assert "Software" not in picture.info and np.asarray(picture).std() > 5
@@ -107,14 +106,13 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
         "success_unseen_sentence": pytest.approx(0.3333), "video_error_share": 0.1235, "geometric_cosine": 0.6,
         "geometric_explained": 0.6, "semantic_cosine": 0.6, "semantic_explained": 0.6, "action_error": 0.2,
     }  # fmt: skip
-    with (out / "plots/success.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [line["success"] for line in lines if line["what"] == "push, policy"] == ["0.500000"]
-    with (out / "plots/curves.csv").open(newline="") as file:
-        curves = list(csv.DictReader(file))
+    lines = read_json(out / "plots/success.json")
+    assert [line["success"] for line in lines if line["what"] == "push, S-VAM"] == [0.5]
+    curves = read_json(out / "plots/curves.json")
     # Two of a hundred steps a point: (1 + 1/2) / 2, and 1/99 and 1/100 at the end.
-    assert float(curves[0]["train_policy"]) == 0.75 and float(curves[-1]["percent"]) == 100.0
-    assert float(curves[-1]["train_policy"]) == pytest.approx((1 / 99 + 1 / 100) / 2, abs=1e-6)
+    assert curves[0]["train_policy"] == 0.75 and curves[-1]["percent"] == 100.0
+    assert curves[-1]["train_policy"] == pytest.approx((1 / 99 + 1 / 100) / 2, abs=1e-6)
+    assert curves[-1]["distill_semantic"] is None
 
 
 def test_markdown_says_what_was_measured(run: Path) -> None:

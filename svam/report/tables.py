@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from svam.files import FileError, read_json, whole_file
+from svam.files import FileError, read_json
 
 ROW_NAMES = {
     "policy": "S-VAM",
@@ -28,6 +28,8 @@ PREDICTORS = {
 """Predictors of teacher features, in order, and how they are called."""
 VIEWS = ("real", "reconstructed", "blurred", "generated", "one_step")
 """How frames reach a teacher; the last two are frames that the video model made."""
+PARTS = ("finetune_video", "distill_geometric", "distill_semantic", "train_policy")
+"""Trained parts that stream their loss, as their folders of curves are called."""
 ERRORS = {"policy": "S-VAM", "mean_action": "mean action", "hold_last": "hold the last action"}
 """Predictors of actions, in order, and how they are called."""
 
@@ -166,17 +168,18 @@ def read_curve(file: Path) -> tuple[list[int], list[float]]:
 
 
 def curves_of(live: Path, branches: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
-    """Part -> training loss of every trained part that streamed one."""
-    parts = ["finetune_video", *(f"distill_{branch}" for branch in branches), "train_policy"]
-    files = {part: live / part / "plots" / "metrics" / "train" / "loss.tsv" for part in parts}
+    """Part -> steps and training loss, of every trained part that this run has and that streamed its loss."""
+    wanted = [part for part in PARTS if not part.startswith("distill_") or part.removeprefix("distill_") in branches]
+    files = {part: live / part / "plots" / "metrics" / "train" / "loss.tsv" for part in wanted}
     return {part: read_curve(file) for part, file in files.items() if file.exists()}
 
 
 def curve_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], points: int = 50) -> list[dict[str, Any]]:
-    """Losses on one axis: {percent, <part>: mean loss of that piece of its training}. Parts train for different steps."""
+    """Losses on one axis: {percent, <part>: mean loss of that piece of its training}; None for parts that did not train.
+    Parts train for different numbers of steps, hence percent."""
     lines = []
     for i in range(points):
-        line: dict[str, Any] = {"percent": round(100.0 * (i + 1) / points, 1)}
+        line: dict[str, Any] = {"percent": 100.0 * (i + 1) / points, **dict.fromkeys(PARTS)}
         for part, (_, values) in curves.items():
             first = i * len(values) // points
             piece = values[first : max(first + 1, (i + 1) * len(values) // points)]
@@ -185,13 +188,21 @@ def curve_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], poi
     return lines
 
 
-def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Write lines of equal keys; floats with six digits after the point, so that equal numbers are equal bytes."""
-    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as opened:
-        if lines:
-            writer = csv.DictWriter(opened, list(lines[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.6f}" if isinstance(v, float) else v for k, v in line.items()} for line in lines)
+def plot_tables(
+    measured: Measured, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
+) -> dict[str, list[dict[str, Any]]]:
+    """Name -> lines of numbers, six digits after the point, for the titled plots of `dvc.yaml`; `what` names a bar."""
+    found = {
+        "success": [{"what": f"{t['name']}, {ROW_NAMES[t['row']]}", **t} for t in success_table(measured)],
+        "distillation": [{"what": f"{t['branch']}, {PREDICTORS[t['predictor']]}", **t} for t in distillation_table(measured)],
+        "teachers": [{"what": f"{t['branch']}, {t['view']} frames", **t} for t in teacher_table(measured)],
+        "actions": action_table(measured),
+        "curves": curve_table(curves),
+    }
+    return {
+        name: [{k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()} for line in lines]
+        for name, lines in found.items()
+    }
 
 
 def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
