@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from svam.models.published import adapter_record, freeze, load_strict, read_adap
 
 Family = Literal["dinov2", "dinov2_registers", "depth_anything_v2"]
 Objective = Literal["depth", "segmentation", "self_supervised"]
-Backbone = Dinov2Model | Dinov2WithRegistersModel | DepthAnythingForDepthEstimation
+Backbone: TypeAlias = Dinov2Model | Dinov2WithRegistersModel | DepthAnythingForDepthEstimation
 CLASSES: dict[str, type[Backbone]] = {
     "dinov2": Dinov2Model,
     "dinov2_registers": Dinov2WithRegistersModel,

@@ -154,7 +154,8 @@ def with_statistics(autoencoder: Autoencoder, frames: Tensor, count: int = 1024)
     device = autoencoder.latent_mean.device
     chosen = frames[torch.linspace(0, len(frames) - 1, min(count, len(frames))).round().long()]
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode_pixels(to_pixels(part.to(device))).double() for part in chosen.split(64)])
+        parts = torch.split(chosen, 64)
+        latents = torch.cat([autoencoder.encode_pixels(to_pixels(part.to(device))).double() for part in parts])
     mean = latents.mean(dim=(0, 2, 3)).tolist()
     std = latents.std(dim=(0, 2, 3)).clamp(min=1e-4).tolist()
     model = autoencoder.model

@@ -149,7 +149,7 @@ def blur(frames: Tensor, sigma: float) -> Tensor:
 
 def reconstruct(autoencoder: Autoencoder, frames: Tensor, device: torch.device, what: str) -> Tensor:
     """(m, H, W, 3) uint8 -> the same through the autoencoder, on the CPU."""
-    parts = frames.split(64)
+    parts = torch.split(frames, 64)
     rebuilt = (autoencoder.decode_u8(autoencoder.encode(part.to(device))).cpu() for part in parts)
     return torch.cat(list(track(rebuilt, what, len(parts))))
 
@@ -278,7 +278,7 @@ def measure(
     rebuilt = reconstruct(autoencoder, frames, device, f"{objective}: held-out frames")
     results: dict[str, dict[str, float]] = {}
     for view in ("real", "reconstructed", "blurred"):
-        parts = [as_unit(part.to(device)) for part in (rebuilt if view == "reconstructed" else frames).split(64)]
+        parts = [as_unit(part.to(device)) for part in torch.split(rebuilt if view == "reconstructed" else frames, 64)]
         dense = torch.cat([teacher.predict(blur(part, 1.0) if view == "blurred" else part).cpu() for part in parts])
         if objective == "self_supervised":
             truth = teacher.prepare(as_unit(frames).to(device)).cpu()
