@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+import time
 from collections.abc import Callable, Generator, Iterable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 if TYPE_CHECKING:
     import torch
 
 console = Console(stderr=True)
+SECONDS_PER_LINE = 20.0
 P = ParamSpec("P")
 Item = TypeVar("Item")
 
@@ -34,9 +36,32 @@ class _Rate(ProgressColumn):
         return Text("-" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
 
 
+class _Bar(Progress):
+    """Where the output is no terminal (a log file), a bar cannot be redrawn: a line every `SECONDS_PER_LINE` replaces it."""
+
+    def start(self) -> None:
+        self._printed = time.monotonic()
+        super().start()
+
+    def advance(self, task_id: TaskID, advance: float = 1) -> None:
+        super().advance(task_id, advance)
+        self._print_line(task_id)
+
+    def _print_line(self, task_id: TaskID) -> None:
+        now = time.monotonic()
+        if console.is_terminal or now - self._printed < SECONDS_PER_LINE:
+            return
+        self._printed = now
+        task = next(t for t in self.tasks if t.id == task_id)
+        speed, left = task.finished_speed or task.speed or 0.0, task.time_remaining or 0.0
+        note = task.fields.get("note", "")
+        line = f"{task.description} {task.completed:.0f}/{task.total:.0f} {speed:.1f}/s, {left:.0f} s left {note}"
+        console.print(line.rstrip(), highlight=False)
+
+
 def progress_bar() -> Progress:
-    """A progress bar with count, rate and time left. Where the output is no terminal it prints a line now and then."""
-    return Progress(
+    """A progress bar with count, rate and time left; in a log file a line now and then. Use `advance` and the field `note`."""
+    return _Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"), console=console, refresh_per_second=2,
     )  # fmt: skip

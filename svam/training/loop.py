@@ -117,7 +117,8 @@ def fit(
             schedule.step()
             average.update()
             recent = value if step == 1 else 0.95 * recent + 0.05 * value
-            bar.update(task, advance=1, note=f"loss {recent:.4f}")
+            bar.update(task, note=f"loss {recent:.4f}")
+            bar.advance(task)
             last = step == optimiser.steps
             if live and (step % log_every == 0 or last):
                 live.log_metric("train/loss", recent)
