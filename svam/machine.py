@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -47,6 +47,10 @@ class _Bar(Progress):
         super().advance(task_id, advance)
         self._print_line(task_id)
 
+    def update(self, task_id: TaskID, **changes: Any) -> None:
+        super().update(task_id, **changes)
+        self._print_line(task_id)
+
     def _print_line(self, task_id: TaskID) -> None:
         now = time.monotonic()
         if console.is_terminal or now - self._printed < SECONDS_PER_LINE:
@@ -60,7 +64,7 @@ class _Bar(Progress):
 
 
 def progress_bar() -> Progress:
-    """A progress bar with count, rate and time left; in a log file a line now and then. Use `advance` and the field `note`."""
+    """A progress bar with count, rate and time left; in a log file a line now and then."""
     return _Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"), console=console, refresh_per_second=2,
