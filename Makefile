@@ -39,7 +39,7 @@ lock: $(VENV)/.installed
 	@python tools/lock_belongs.py
 
 table: $(VENV)/.installed
-	@dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created'
+	@COLUMNS=$${COLUMNS:-200} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created'
 
 # The environment only; DVC's outputs and cache stay.
 clean:
