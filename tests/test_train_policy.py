@@ -22,7 +22,7 @@ from svam.models.svam import SVAM
 from svam.training import policy as training
 from svam.training.features import FeatureCache
 from svam.training.policy import action_error, choose_rows, load_foresight, observe, train
-from tests.stage_deps import ROOT
+from tests.stage_deps import ROOT, direct_imports, path_of
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 
@@ -89,6 +89,17 @@ def test_without_expert_actions_the_executed_ones_are_targets(store: EpisodeStor
     monkeypatch.setattr(store, "has", lambda name: False)
     with pytest.raises(ContractError, match="the episodes hold no proprioception"):
         observe(store, np.array([3], dtype=np.int64), 2, True, seed=0)
+
+
+def test_the_caches_address_covers_all_code_that_computes_features() -> None:
+    """An edit of a module that foresight is built from must not leave stale features behind."""
+    reached, todo = {"foresight"}, [ROOT / "svam/models/foresight.py"]
+    while todo:
+        for path in filter(None, map(path_of, direct_imports(todo.pop()))):
+            if path.parent == ROOT / "svam/models" and path.stem not in reached | {"__init__"}:
+                reached.add(path.stem)
+                todo.append(path)
+    assert reached == set(training.FORESIGHT_CODE)
 
 
 def test_a_second_run_encodes_nothing_and_gives_the_same_bytes(
