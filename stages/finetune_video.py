@@ -41,9 +41,9 @@ def main(
     table = TextTable.build(store, text)
     window = (section.frames, model.config.stride)
     clips = LatentClips(store, "train", autoencoder, *window, device)
-    train_video(model, section, store, clips, autoencoder, table, seed, device, live)
+    train_video(model, section, clips, autoencoder, table, seed, device, live)
     held_out = LatentClips(store, "held_out", autoencoder, *window, device)
-    metrics, pictures = evaluate_video(model, section, store, held_out, autoencoder, table, seed, device)
+    metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
     with whole_directory(out) as partial:
         model.save(partial)
         write_json(partial / "metrics.json", metrics)

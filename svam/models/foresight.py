@@ -20,6 +20,7 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
 from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
+from svam.models.tokens import to_grid
 from svam.models.video import Generation, VideoModel
 
 BRANCHES = ("geometric", "semantic")
@@ -192,11 +193,7 @@ class ForesightModel(nn.Module):
         """(B, h, w, C) float32 patch tokens of uint8 frames, on the sampler's grid."""
         images = frames_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 255.0
         tokens = self._teacher(branch).features(images).float()
-        grid = self.sampler.grid
-        if tokens.shape[1:3] == (grid, grid):
-            return tokens
-        resized = nn.functional.interpolate(tokens.permute(0, 3, 1, 2), (grid, grid), mode="bilinear", antialias=True)
-        return resized.permute(0, 2, 3, 1)
+        return to_grid(tokens, self.sampler.grid)
 
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""

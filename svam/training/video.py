@@ -69,27 +69,25 @@ class LatentClips:
 
 @dataclass(frozen=True)
 class TextTable:
-    """Every training instruction of the store, embedded once."""
+    """The sentences that training may speak, embedded once: tokens (sentences, L, D), and which ones each episode may use."""
 
     tokens: Tensor
-    of_task: dict[str, list[int]]
-    of_episode: list[int]
+    of_episode: list[list[int]]
 
     @classmethod
     def build(cls, store: EpisodeStore, text: TextEncoder) -> TextTable:
-        """Embed the training paraphrases of all tasks and the episodes' own instructions."""
-        paraphrases = {task: store.instructions[task].get("train", []) for task in store.tasks}
-        sentences = sorted({*store.episode_instructions, *(s for options in paraphrases.values() for s in options)})
+        """An episode may use its task's training paraphrases; where there is no such list, its own instruction."""
+        choices = [
+            store.instructions[store.task_of(e)].get("train", []) or [store.episode_instructions[e]]
+            for e in range(len(store.episode_ends))
+        ]
+        sentences = sorted({s for options in choices for s in options})
         number = {s: i for i, s in enumerate(sentences)}
-        return cls(
-            tokens=text.embed(sentences),
-            of_task={task: [number[s] for s in options] for task, options in paraphrases.items()},
-            of_episode=[number[s] for s in store.episode_instructions],
-        )
+        return cls(text.embed(sentences), [[number[s] for s in options] for options in choices])
 
-    def draw(self, store: EpisodeStore, episodes: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
-        """(B, L, D): a random training paraphrase for each episode."""
-        choices = [self.of_task[store.task_of(int(e))] or [self.of_episode[int(e)]] for e in episodes]
+    def draw(self, episodes: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
+        """(B, L, D): a random allowed sentence for each episode."""
+        choices = [self.of_episode[int(e)] for e in episodes]
         return self.tokens[[options[int(rng.integers(len(options)))] for options in choices]]
 
 
@@ -142,8 +140,8 @@ def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Ten
 
 
 def train_video(
-    model: VideoModel, params: FinetuneVideo, store: EpisodeStore, clips: LatentClips, autoencoder: Autoencoder,
-    table: TextTable, seed: int, device: torch.device, live: Path | None,
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
+    device: torch.device, live: Path | None,
 ) -> None:  # fmt: skip
     """Fine-tune in place; the averaged weights are in `model` afterwards."""
     rng, random = generator(seed, "finetune_video"), torch.Generator().manual_seed(seed_of(seed, "finetune_video noise"))
@@ -152,7 +150,7 @@ def train_video(
         while True:
             places = rng.integers(len(clips), size=params.training.batch)
             clean = clips.clips(places).to(device)
-            text = table.draw(store, clips.episodes[places], rng).to(device)
+            text = table.draw(clips.episodes[places], rng).to(device)
             condition = autoencoder.condition_of(clean[:, 0])
             # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
             kept = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
@@ -167,8 +165,8 @@ def train_video(
 
 @torch.no_grad()
 def evaluate_video(
-    model: VideoModel, params: FinetuneVideo, store: EpisodeStore, clips: LatentClips, autoencoder: Autoencoder,
-    table: TextTable, seed: int, device: torch.device,
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
+    device: torch.device,
 ) -> tuple[dict[str, float], NDArray[np.uint8]]:  # fmt: skip
     """Metrics on held-out episodes, and sample pictures.
 
@@ -179,7 +177,7 @@ def evaluate_video(
 
     rng = generator(seed, "finetune_video held out")
     places = np.sort(rng.choice(len(clips), size=min(params.evaluation_clips, len(clips)), replace=False))
-    text = table.draw(store, clips.episodes[places], rng)
+    text = table.draw(clips.episodes[places], rng)
     losses: dict[str, list[Tensor]] = {}
     sums: dict[str, float] = {}
     pictures = []
