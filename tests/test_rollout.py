@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from numpy.typing import NDArray
 
@@ -22,6 +29,7 @@ from svam.simulation.rollout import (
     run_policy,
     take_next,
 )
+from tests.stage_deps import ROOT
 
 
 class Line:
@@ -168,6 +176,32 @@ def test_a_policy_that_returns_no_number_fails_loudly(bad: float) -> None:
     policy.act = act  # type: ignore[method-assign]
     with pytest.raises(PolicyError, match=r"episode 1 of 'a' at step 3"):
         roll(plans(3), workers=1, policy=policy)
+
+
+def test_workers_end_with_a_killed_policy_process() -> None:
+    code = """
+import os, time
+from svam.simulation.rollout import Workers
+from tests.test_rollout import Line
+if __name__ == "__main__":
+    pool = Workers(Line, 1)
+    print(pool.submit(0, os.getpid).result(), flush=True)
+    time.sleep(300)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "policy.py"
+        script.write_text(code, encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20.0
+        while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the worker outlived its policy process"
+            time.sleep(0.1)
+        process.stdout.close()
 
 
 def test_wrong_chunk_shape_names_both_shapes() -> None:

@@ -10,6 +10,8 @@ looks (every `execute` steps) and on every step of recorded episodes; scripted e
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -102,6 +104,15 @@ _make: list[MakeEnvironment] = []
 
 def _set_up(make: MakeEnvironment) -> None:
     _make[:] = [make]
+    threading.Thread(target=_end_with_the_policy, daemon=True).start()
+
+
+def _end_with_the_policy() -> None:
+    """A policy process that is killed closes nothing: its workers would wait for work, and hold their memory, for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _environment(slot: int, task: str) -> Environment:
