@@ -27,9 +27,7 @@ DISTILLED = {
 
 
 def row(*rates: float, episodes: int = 4) -> dict[str, Any]:
-    return summary({
-        task: [i < rate * episodes for i in range(episodes)] for task, rate in zip(TASKS, rates, strict=True)
-    })
+    return summary({task: [i < rate * episodes for i in range(episodes)] for task, rate in zip(TASKS, rates, strict=True)})
 
 
 def write_run(root: Path) -> Path:

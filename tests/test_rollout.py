@@ -225,9 +225,7 @@ def test_metaworld_pictures_and_physics_do_not_depend_on_the_processes() -> None
     results = []
     for workers in (1, 2):
         with Workers(make, workers) as pool:
-            results.append(
-                run_policy(episodes, Looker(), pool, seed=0, batch=2, execute=6, max_steps=18, proprioception=True)
-            )
+            results.append(run_policy(episodes, Looker(), pool, seed=0, batch=2, execute=6, max_steps=18, proprioception=True))
     for one, other in zip(*results, strict=True):
         assert one.frames is not None and other.frames is not None and np.array_equal(one.frames, other.frames)
         assert one.frames.std() > 10 and one.draw == other.draw

@@ -153,10 +153,12 @@ def evaluate_offline(
     for block in track(blocks, "offline", len(blocks)):
         padded = np.concatenate([block, np.repeat(block[-1:], params.batch - len(block))])
         inputs = encode_rows(store, model, rows[padded], seed)
-        samples = np.stack([
-            model.sample(inputs, [seed_of(seed, "offline", int(row), sample) for row in rows[padded]])[: len(block)]
-            for sample in range(params.offline_samples)
-        ]).astype(np.float64)
+        samples = np.stack(
+            [
+                model.sample(inputs, [seed_of(seed, "offline", int(row), sample) for row in rows[padded]])[: len(block)]
+                for sample in range(params.offline_samples)
+            ]
+        ).astype(np.float64)
         errors = np.abs(samples - truth[block])
         policy.errors.append(errors.mean(axis=0))
         centre.errors.append(np.abs(samples.mean(axis=0) - truth[block]))
