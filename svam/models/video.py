@@ -247,13 +247,10 @@ def _run(
 def build_unet(
     channels: list[int], layers: int, heads: list[int], latent_channels: int, text_width: int, frames: int, latent_size: int
 ) -> UNetSpatioTemporalConditionModel:
-    """A fresh U-Net in SVD's form: cross-attention at every level; with more than two levels the lowest has none."""
+    """A fresh U-Net in SVD's form: text and temporal attention at every level but the lowest, whose blocks are convolutions."""
     levels = len(channels)
-    plain = levels > 2
-    down = ["CrossAttnDownBlockSpatioTemporal"] * levels
-    up = ["CrossAttnUpBlockSpatioTemporal"] * levels
-    if plain:
-        down[-1], up[0] = "DownBlockSpatioTemporal", "UpBlockSpatioTemporal"
+    down = ["CrossAttnDownBlockSpatioTemporal"] * (levels - 1) + ["DownBlockSpatioTemporal"]
+    up = ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * (levels - 1)
     return UNetSpatioTemporalConditionModel(
         sample_size=latent_size, in_channels=2 * latent_channels, out_channels=latent_channels,
         down_block_types=tuple(down), up_block_types=tuple(up), block_out_channels=tuple(channels),

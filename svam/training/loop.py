@@ -100,7 +100,7 @@ def fit(
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     groups = decayed_groups(parameters, optimiser.weight_decay)
-    adam = torch.optim.AdamW(groups, lr=optimiser.learning_rate, fused=device.type == "cuda")
+    adam = torch.optim.AdamW(groups, lr=optimiser.learning_rate, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: learning_rate_factor(step, optimiser))
     average = AveragedWeights(parameters, optimiser.ema)
     live = Live(str(live_dir), save_dvc_exp=False, dvcyaml=None, report=None) if live_dir else None
