@@ -6,6 +6,7 @@ simulator and no zarr, so that a typo is reported in well under a second, before
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -137,7 +138,26 @@ class Autoencoder(Backbone):
     def _one_layer_count_per_level(self) -> Autoencoder:
         if len(self.layers) != len(self.channels):
             raise ValueError(f"layers {self.layers} and channels {self.channels} must have the same length")
+        if self.source == "in_domain":
+            self._check_sizes()
         return self
+
+    @property
+    def unshuffled_levels(self) -> int:
+        """How many of the finest levels have no layers: there pixels become channels."""
+        return next((level for level, layers in enumerate(self.layers) if layers), len(self.layers))
+
+    def _check_sizes(self) -> None:
+        """What `AutoencoderDC` demands of its sizes."""
+        used = self.layers[self.unshuffled_levels :]
+        if not used or 0 in used:
+            raise ValueError(f"layers is {self.layers}; zeros may only come first, and not everywhere")
+        if self.channels[-1] % self.latent_channels:
+            raise ValueError(f"the last of channels {self.channels} is no multiple of latent_channels {self.latent_channels}")
+        channels = self.channels[self.unshuffled_levels :]
+        for low, high in pairwise(channels):
+            if (4 * low) % high or (4 * high) % low or high % 4:
+                raise ValueError(f"channels {low} and {high} of neighbouring levels must divide four times one another")
 
 
 class Text(Backbone):
@@ -147,6 +167,12 @@ class Text(Backbone):
     width: Count
     layers: Count
     heads: Count
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Text:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
 
 
 class TeacherModel(Backbone):
@@ -168,6 +194,11 @@ class TeacherModel(Backbone):
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch ({self.patch})")
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        if self.source == "in_domain" and self.family == "depth_anything_v2" and self.objective != "depth":
+            raise ValueError(
+                f"objective is {self.objective!r}, but family 'depth_anything_v2' trains in-domain on 'depth' only: "
+                "set objective depth, or family dinov2 or dinov2_registers"
+            )
         if self.reconstructed_share + self.blurred_share > 1.0:
             raise ValueError("reconstructed_share + blurred_share must not exceed 1")
         return self

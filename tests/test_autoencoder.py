@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
+from pydantic import ValidationError
 
 from svam import params
 from svam.contract import ContractError
@@ -115,17 +116,22 @@ def test_wrong_frames_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "size", "message"),
+    ("changes", "message"),
     [
-        ({}, (18, 16), "the frames are 18x16"),
-        ({"latent_channels": 5}, (16, 16), "multiple of latent_channels 5"),
-        ({"channels": [8, 16, 24]}, (16, 16), "16 and 24 must divide"),
-        ({"layers": [1, 0, 1]}, (16, 16), "zeros may only come first"),
+        ({"latent_channels": 5}, "no multiple of latent_channels 5"),
+        ({"channels": [8, 16, 24]}, "16 and 24 of neighbouring levels"),
+        ({"layers": [1, 0, 1]}, "zeros may only come first"),
+        ({"layers": [0, 0, 0]}, "not everywhere"),
     ],
 )
-def test_sizes_that_the_class_cannot_have(changes: dict[str, object], size: tuple[int, int], message: str) -> None:
-    with pytest.raises(ContractError, match=message):
-        build(section(**changes), size)
+def test_sizes_that_the_class_cannot_have(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        section(**changes)
+
+
+def test_frames_that_the_levels_do_not_divide() -> None:
+    with pytest.raises(ContractError, match="a factor of 4, but the frames are 18x16"):
+        build(section(), (18, 16))
 
 
 def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:

@@ -200,6 +200,7 @@ def test_depth_error_by_hand() -> None:
     error = depth_error(predicted, truth, 0.5)
     assert error["rmse_m"] == pytest.approx(np.sqrt((0.09 + 0.16) / 2))
     assert error["rmse_std"] == pytest.approx(2 * error["rmse_m"])
+    assert error["abs_rel"] == pytest.approx((0.3 / 1.0 + 0.4 / 2.0) / 2)
     with pytest.raises(ValueError, match="0 valid pixels"):
         depth_error(predicted, np.zeros_like(truth), 0.5)
 

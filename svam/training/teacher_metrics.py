@@ -18,13 +18,14 @@ def valid_depth(depth: NDArray[Any]) -> NDArray[np.bool_]:
 
 
 def depth_error(predicted: NDArray[Any], truth: NDArray[Any], std: float) -> dict[str, float]:
-    """Root of the mean squared depth error over the pixels whose truth is valid.
+    """Depth error over the pixels whose truth is valid.
 
     Args:
         predicted, truth: (m, H, W) metres. std: metres, the depth's standard deviation over the training annotations.
 
     Returns:
-        `rmse_m` in metres and `rmse_std`, the same in units of `std`.
+        `rmse_m`, root of the mean square, in metres; `rmse_std`, the same in units of `std`; `abs_rel`, the mean of the
+        absolute error over the true depth, as depth benchmarks report it.
 
     Raises:
         ValueError: different shapes, no valid pixel, or a non-positive `std`.
@@ -36,7 +37,8 @@ def depth_error(predicted: NDArray[Any], truth: NDArray[Any], std: float) -> dic
         raise ValueError(f"depth_error: {int(valid.sum())} valid pixels, std {std}; both must be positive")
     difference = predicted.astype(np.float64)[valid] - truth.astype(np.float64)[valid]
     rmse = float(np.sqrt(np.mean(difference**2)))
-    return {"rmse_m": rmse, "rmse_std": rmse / std}
+    relative = float(np.mean(np.abs(difference) / truth.astype(np.float64)[valid]))
+    return {"rmse_m": rmse, "rmse_std": rmse / std, "abs_rel": relative}
 
 
 def confusion(predicted: NDArray[Any], truth: NDArray[Any], classes: int) -> NDArray[np.int64]:

@@ -65,11 +65,6 @@ def prepare(
 def check(key: str, section: params.TeacherModel, store: EpisodeStore) -> None:
     """Raise `ContractError`, in one sentence with the alternatives, unless `store` and `section` allow in-domain training."""
     where = f"prepare_backbones.{key}"
-    if section.family == "depth_anything_v2" and section.objective != "depth":
-        raise ContractError(
-            f"{where}.objective is {section.objective!r}, but family 'depth_anything_v2' trains on 'depth' only: set objective "
-            "depth, or family dinov2 or dinov2_registers"
-        )
     if section.objective != "self_supervised" and store.annotation(section.objective) is None:
         raise ContractError(
             f"{where}.source is 'in_domain' with objective {section.objective!r}, but the data set has no {section.objective} "
@@ -91,7 +86,8 @@ def build(section: params.TeacherModel) -> Backbone:
         return Dinov2Model(Dinov2Config(**vit))
     if section.family == "dinov2_registers":
         return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vit, num_register_tokens=4))
-    # Four layers feed the dense head, as in the published model; a shallower one feeds it fewer.
+    # Four layers feed the dense head, as in the published model; a shallower one feeds it fewer. Published factors start at
+    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2.
     taken = sorted({round(section.layers * part / 4) or 1 for part in (1, 2, 3, 4)})
     fusion = max(16, section.width // 3)
     return DepthAnythingForDepthEstimation(
@@ -99,7 +95,7 @@ def build(section: params.TeacherModel) -> Backbone:
             backbone_config=Dinov2Config(**vit, out_indices=taken, apply_layernorm=True, reshape_hidden_states=False),
             patch_size=section.patch,
             reassemble_hidden_size=section.width,
-            reassemble_factors=[4, 2, 1, 0.5][-len(taken) :],
+            reassemble_factors=[2, 1, 0.5, 0.25][: len(taken)],
             neck_hidden_sizes=[fusion // 2, fusion, section.width, section.width][-len(taken) :],
             fusion_hidden_size=fusion,
             head_hidden_size=16,
@@ -266,7 +262,7 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Errors on frames of held-out episodes, by view: `real`, `reconstructed` (by the autoencoder), `blurred` (1 pixel of 64).
 
-    Depth: `rmse_m`, `rmse_std`. Segmentation: IoU per class, `mean`, `accuracy`. Self-supervised: `rmse` of unmasked
+    Depth: `rmse_m`, `rmse_std`, `abs_rel`. Segmentation: IoU per class, `mean`, `accuracy`. Self-supervised: `rmse` of unmasked
     reconstruction, in normalised pixel values.
     """
     if objective == "self_supervised":

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from svam import params
-from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.machine import generator
 from svam.models.published import freeze, resolve_weights
@@ -77,13 +76,7 @@ def _merges(serialised: str) -> list[list[str]]:
 
 
 def build(section: params.Text, tokenizer: CLIPTokenizer, image_size: tuple[int, int]) -> CLIPModel:
-    """An untrained CLIP: text model as the params say, vision model of the same width on square frames.
-
-    Raises:
-        ContractError: width and heads do not fit.
-    """
-    if section.width % section.heads:
-        raise ContractError(f"prepare_backbones.text: width {section.width} must be a multiple of heads {section.heads}")
+    """An untrained CLIP: text model as the params say, vision model of the same width on square frames."""
     shared = {
         "hidden_size": section.width,
         "intermediate_size": 4 * section.width,
