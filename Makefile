@@ -36,7 +36,7 @@ lint: $(VENV)/.installed
 
 # Does dvc.lock belong to the code and params that are here?
 lock: $(VENV)/.installed
-	@python tools/lock_belongs.py
+	@python .ci/lock_belongs.py
 
 table: $(VENV)/.installed
 	@COLUMNS=$${COLUMNS:-200} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created'
@@ -56,4 +56,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 # Without a stamp when nothing renders: the next call tries again.
 $(VENV)/.renders: $(VENV)/.installed
-	@tools/opengl.sh $(VENV)/bin/python && touch $@ || true
+	@.ci/opengl.sh $(VENV)/bin/python && touch $@ || true

@@ -106,9 +106,7 @@ class Convert(Section):
     @model_validator(mode="after")
     def _shards_hold_whole_chunks(self) -> Convert:
         if self.shard_frames % self.chunk_frames:
-            raise ValueError(
-                f"shard_frames ({self.shard_frames}) must be a multiple of chunk_frames ({self.chunk_frames})"
-            )
+            raise ValueError(f"shard_frames ({self.shard_frames}) must be a multiple of chunk_frames ({self.chunk_frames})")
         return self
 
 

@@ -21,7 +21,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     restore(other, state, tmp_path / "a")
     assert torch.equal(other.weight, module.weight) and config == {"width": 3}
     save_module(tmp_path / "b", other, {"width": 3})
-    assert all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in ("model.safetensors", "config.json"))
+    assert all(
+        (tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in ("model.safetensors", "config.json")
+    )
 
 
 def test_a_wrong_shape_names_the_file_and_the_tensor(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> 
     run(finished, "dvc", "push", "--quiet")
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
-    assert "belongs to the code" in run(clone, sys.executable, str(ROOT / "tools/lock_belongs.py"))
+    assert "belongs to the code" in run(clone, sys.executable, str(ROOT / ".ci/lock_belongs.py"))
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
     assert not (clone / "data/svam").exists()
 
@@ -151,7 +151,7 @@ def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> 
     with (clone / "stages/generate.py").open("a") as file:
         file.write("# edited\n")
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/lock_belongs.py")], cwd=clone, capture_output=True, text=True, check=False
+        [sys.executable, str(ROOT / ".ci/lock_belongs.py")], cwd=clone, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "generate" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -77,7 +78,7 @@ def test_exact_denoiser_leads_the_sampler_to_the_data() -> None:
     random = torch.Generator().manual_seed(2)
     noisy = torch.randn(4096, generator=random, dtype=torch.float64) * 80
     levels = karras_sigmas(512, 0.002, 80.0).tolist()
-    for sigma, following in zip(levels[:-1], levels[1:], strict=True):
+    for sigma, following in itertools.pairwise(levels):
         noisy = ddim_step(noisy, noisy * 0.25 / (0.25 + sigma**2), sigma, following)
     assert noisy.std().item() == pytest.approx(0.5, rel=0.02)
 

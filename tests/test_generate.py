@@ -63,7 +63,9 @@ def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, F
     frames = torch.from_numpy(store.frames(windows.rows[:4, 0]))
     seen = model.encode(frames, windows.instructions[:4], ["one_step"]).entries["one_step"]
     np.testing.assert_allclose(RowReader(path / "features").read_range(0, 4), seen.numpy(), rtol=2e-3, atol=2e-3)
-    shapes = {n: RowReader(path / n).shape for n in ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")}
+    shapes = {
+        n: RowReader(path / n).shape for n in ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")
+    }
     assert shapes == {
         "frames": (8, 3, 16, 16, 3), "one_step_frames": (3, 3, 16, 16, 3), "other_noise_frames": (3, 3, 16, 16, 3),
         "reconstruction": (8, 16, 16, 3), "rows": (8, 3),
@@ -82,7 +84,13 @@ def test_each_entry_asks_for_just_its_parts() -> None:
     assert needs_of(["observation"]).parts == ["text"]
     assert needs_of(["observation"], frozen_observation=True).parts == ["text", "teacher_semantic"]
     assert needs_of(["one_step"]).parts == ["text", "autoencoder", "video"]
-    assert needs_of(["semantic", "one_step"]).parts == ["text", "autoencoder", "video", "teacher_semantic", "decoupler_semantic"]
+    assert needs_of(["semantic", "one_step"]).parts == [
+        "text",
+        "autoencoder",
+        "video",
+        "teacher_semantic",
+        "decoupler_semantic",
+    ]
     assert needs_of(["goal_frame"]).parts == ["text", "autoencoder", "video", "teacher_geometric", "teacher_semantic"]
 
 

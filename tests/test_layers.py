@@ -115,7 +115,7 @@ def test_params_need_no_torch() -> None:
 
 
 def tracked_python() -> list[Path]:
-    return [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "tools").rglob("*.py"))]
+    return [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / ".ci").rglob("*.py"))]
 
 
 def test_no_file_is_long() -> None:

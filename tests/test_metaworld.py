@@ -43,7 +43,7 @@ def seen_goal(env: TaskEnvironment) -> NDArray[np.float64] | None:
         return None
     model, data, size = env._env.model, env._env.data, env.image_size
     camera = model.camera("corner2").id
-    z = float(np.median(depth[rows, columns])) + 0.01   # the marker is a ball of 2 cm: half of it lies behind its surface
+    z = float(np.median(depth[rows, columns])) + 0.01  # the marker is a ball of 2 cm: half of it lies behind its surface
     focal = size / 2 / np.tan(np.deg2rad(model.cam_fovy[camera]) / 2)
     # The picture is turned by 180 degrees: its right is the camera's left, its down the camera's up.
     across, up = -(columns.mean() + 0.5 - size / 2) / focal * z, (rows.mean() + 0.5 - size / 2) / focal * z
@@ -133,7 +133,7 @@ def test_environments_side_by_side_draw_what_each_draws_alone() -> None:
     together = {task: TaskEnvironment(task, 48) for task in tasks}
     runs = {task: pictures(env, steps) for task, env in together.items()}
     for step in range(steps):
-        if step == 2:   # freeing one must not take the others' buffers with it
+        if step == 2:  # freeing one must not take the others' buffers with it
             together["reach"].close()
             del runs["reach"]
             together["late"] = TaskEnvironment("push", 48)
@@ -209,7 +209,7 @@ def test_opening_the_faucet_turns_it_the_way_the_instruction_says(make: Make) ->
         for _ in range(60):
             env.step(env.expert_action())
         after = env.state()[4:6] - base
-        turned = float(np.sign(before[0] * after[1] - before[1] * after[0]))   # positive: counter-clockwise from above
+        turned = float(np.sign(before[0] * after[1] - before[1] * after[0]))  # positive: counter-clockwise from above
         assert turned == way, task
         said = " ".join(instructions_of(task)["train"])
         assert ("counter-clockwise" in said) == (way > 0)
@@ -253,7 +253,7 @@ def test_random_actions_fill_the_range() -> None:
 
 def test_osmesa_is_taken_where_egl_does_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "SVAM_GL_CHECKED"):
-        monkeypatch.setenv(name, "")   # so that what the choice writes there is undone
+        monkeypatch.setenv(name, "")  # so that what the choice writes there is undone
     tried: list[str] = []
     monkeypatch.setattr(rendering, "_works", lambda backend, seconds: tried.append(backend) or backend == "osmesa")
     assert rendering.choose_backend() == "osmesa" and rendering.choose_backend() == "osmesa"

@@ -182,7 +182,8 @@ def test_actions_are_in_physical_units(svam: SVAM, store: EpisodeStore) -> None:
 FAULTS: list[tuple[str, Callable[[Observation], Observation], str]] = [
     ("camera", lambda o: replace(o, frames={"wrist": o.frames["front"]}), "no camera 'front', on which .* found \\['wrist'\\]"),
     (
-        "size", lambda o: replace(o, frames={"front": np.zeros((8, 16, 3), np.uint8)}),
+        "size",
+        lambda o: replace(o, frames={"front": np.zeros((8, 16, 3), np.uint8)}),
         r"uint8 \(8, 16, 3\), expected uint8 \(16, 16, 3\)",
     ),
     ("dtype", lambda o: replace(o, frames={"front": o.frames["front"].astype(np.float32)}), "gives float32"),

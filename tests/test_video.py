@@ -31,8 +31,10 @@ def tiny(noise: str = "fixed") -> VideoModel:
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(2)
-    return torch.randn(batch, 4, 4, 4, generator=random), torch.randn(batch, 5, 16, generator=random), torch.randn(
-        batch, 3, 4, 4, 4, generator=random
+    return (
+        torch.randn(batch, 4, 4, 4, generator=random),
+        torch.randn(batch, 5, 16, generator=random),
+        torch.randn(batch, 3, 4, 4, 4, generator=random),
     )
 
 
@@ -104,7 +106,9 @@ def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
     model = tiny()
     model.save(tmp_path)
     condition, text, noise = inputs()
-    assert torch.equal(VideoModel.load(tmp_path).one_step(condition, text, noise, 2, 4), model.one_step(condition, text, noise, 2, 4))
+    assert torch.equal(
+        VideoModel.load(tmp_path).one_step(condition, text, noise, 2, 4), model.one_step(condition, text, noise, 2, 4)
+    )
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
     save_file({"fixed_noise": torch.zeros(2)}, str(tmp_path / "noise.safetensors"))
     with pytest.raises(FileError, match=r"fixed_noise is \(2,\), expected \(3, 4, 4, 4\)"):

@@ -83,9 +83,7 @@ class EpisodeStore:
         self._annotations = self._open_annotations()
         self._check_arrays()
         self.action_dimensions = self._vectors["actions"].shape[1]
-        self.proprioception_dimensions = (
-            self._vectors["proprioception"].shape[1] if "proprioception" in self._vectors else None
-        )
+        self.proprioception_dimensions = self._vectors["proprioception"].shape[1] if "proprioception" in self._vectors else None
         height, width = self._frames[self.cameras[0]].shape[1:3]
         self.image_size = (height, width)
 

@@ -204,9 +204,9 @@ class ActionDiffusion(nn.Module):
             noisy = DDPMScheduler(**self._chain).add_noise(clean, noise, timestep)
             return masked_mean_square(self.epsilon(noisy, timestep, context_BSD).float() - noise, mask)
         location = math.log(self.edm.sigma_data)
-        sigma = log_logistic_sigmas(
-            len(clean), location, LOG_LOGISTIC_SCALE, self.sigma_min, self.sigma_max, generator
-        ).to(device)
+        sigma = log_logistic_sigmas(len(clean), location, LOG_LOGISTIC_SCALE, self.sigma_min, self.sigma_max, generator).to(
+            device
+        )
         noisy = clean + noise * expand_like(sigma, clean)
         scaled = noisy * self.edm.c_in(expand_like(sigma, noisy))
         output = self.raw(scaled, self.edm.c_noise(sigma), context_BSD).float()

@@ -204,7 +204,6 @@ class VideoModel(nn.Module):
             noisy = ddim_step(noisy, clean, sigma, levels[i + 1])
         return Generation(features=features, latents=noisy, one_step=first)
 
-
     def save(self, directory: Path) -> None:
         """Write `unet/` in the published layout, `noise.safetensors` and `config.json`."""
         save_published(self.unet, directory / "unet")

@@ -35,7 +35,7 @@ def task_names() -> list[str]:
     Raises:
         MachineError: no GL library draws on this machine.
     """
-    choose_backend()   # before anything imports mujoco, which fails with a traceback where GL is missing
+    choose_backend()  # before anything imports mujoco, which fails with a traceback where GL is missing
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     return sorted(name.removesuffix(_VERSION) for name in ALL_V3_ENVIRONMENTS)
@@ -88,7 +88,7 @@ def _drawn_classes(model: Any) -> dict[int, NDArray[np.uint8]]:
     geoms, sites = bodies[model.geom_bodyid], bodies[model.site_bodyid]
     for geom in range(model.ngeom):
         if model.geom_bodyid[geom] == 0 and model.geom_type[geom] != mujoco.mjtGeom.mjGEOM_PLANE:
-            geoms[geom] = number["table"]   # pick-out-of-hole: a table top with a hole, of unnamed boxes
+            geoms[geom] = number["table"]  # pick-out-of-hole: a table top with a hole, of unnamed boxes
     for site in range(model.nsite):
         if "goal" in model.site(site).name.lower():
             sites[site] = number["goal"]
@@ -144,7 +144,7 @@ class TaskEnvironment:
         # without this the picture shows another goal than the one that counts, and the state a stale arm.
         mujoco.mj_forward(env.model, env.data)
         state = env._get_obs()
-        state[18:36] = env._prev_obs = state[:18].copy()   # no previous step: both halves show this one
+        state[18:36] = env._prev_obs = state[:18].copy()  # no previous step: both halves show this one
         self._state = state
         self._goal = np.array(env._target_pos, dtype=np.float32)
 
@@ -200,7 +200,7 @@ class TaskEnvironment:
     def expert_action(self) -> NDArray[np.float32]:
         """(4,) float32 in [-1, 1]: what the scripted expert does now. It sees the state, not the picture."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")   # "Constant(s) may be too high": clipping is what we do
+            warnings.simplefilter("ignore")  # "Constant(s) may be too high": clipping is what we do
             action = self._expert.get_action(self._started())
         return np.clip(np.asarray(action, dtype=np.float32), -1.0, 1.0)
 

@@ -69,8 +69,7 @@ def choose_backend(seconds: float = 60.0) -> str:
     tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
     raise MachineError(
         f"no off-screen OpenGL: {tried} here; install the Debian packages `libegl1 libgl1` (EGL) or `libosmesa6` "
-        "(OSMesa), e.g. `sudo apt-get install -y libegl1 libgl1`"
-        + (", or unset MUJOCO_GL" if asked else "")
+        "(OSMesa), e.g. `sudo apt-get install -y libegl1 libgl1`" + (", or unset MUJOCO_GL" if asked else "")
     )
 
 

@@ -262,10 +262,8 @@ def train(
     sources = sources_of(kept, foresight, folders, store.cameras[0])
     features = cache.fill(wanted, sources, encoder_of(foresight), section.encode_batch)
     try:
-        shapes = {e: s for e, s in features.shapes.items() if e != FRAMES}
-        config = SVAMConfig.of(
-            section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz  # type: ignore[arg-type]
-        )
+        shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
+        config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
         torch.manual_seed(seed_of(seed, "train_policy weights"))
         svam = SVAM(config, store.statistics, foresight).to(device)
         learning = TrainingData(sides[0], features.part(0, len(train_rows)), foresight, svam, device)

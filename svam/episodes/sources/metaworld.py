@@ -38,9 +38,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     return dict(meta)
 
 
-def _field(
-    file: Path, arrays: Mapping[str, NDArray[Any]], name: str, dtypes: Sequence[str], dimensions: int
-) -> NDArray[Any]:
+def _field(file: Path, arrays: Mapping[str, NDArray[Any]], name: str, dtypes: Sequence[str], dimensions: int) -> NDArray[Any]:
     """One array of an archive, of one of `dtypes` and with `dimensions` axes."""
     if name not in arrays:
         raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(arrays))}")
