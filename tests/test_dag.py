@@ -139,12 +139,11 @@ def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> 
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
     assert not (clone / "data/svam").exists()
 
-    # Another figure size: only the report runs, on inputs that are pulled.
+    # Another figure size: only the report runs, on data that are pulled. Without --allow-missing, since DVC does not pull a
+    # folder (here data/models) that several stages fill for the one stage that needs it.
     params = clone / "params.yaml"
     params.write_text(params.read_text().replace("dpi: 100", "dpi: 60"))
-    assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == ["check_params", "report"]
-    assert (clone / "data/results/metrics.json").is_file()
-    run(clone, "dvc", "pull")
+    assert ran(run(clone, "dvc", "repro", "--pull")) == ["check_params", "report"]
     assert (clone / "data/svam/manifest.json").read_bytes() == (finished / "data/svam/manifest.json").read_bytes()
 
     # Edited code is noticed, without data.
