@@ -165,7 +165,7 @@ def params_file(folder: Path) -> Path:
     yaml = YAML(typ="rt")
     values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
     values["threads"], values["machine"]["device"] = 1, "cpu"
-    values["cache_teacher"]["batch"] = 4
+    values["cache_teacher"].update(batch=4, reference="reconstruction")
     values["distill"].update(width=16, blocks=1, heads=2)
     values["distill"]["training"].update(steps=4, batch=2, warmup=1)
     with (folder / "params.yaml").open("w", encoding="utf-8") as file:

@@ -152,9 +152,10 @@ class ForesightModel(nn.Module):
         return self.teachers[branch]  # type: ignore[return-value]
 
     def embed_text(self, instructions: Sequence[str]) -> Tensor:
-        """(B, L, D) float32 tokens; equal instructions are embedded once."""
+        """(B, L, D) float32 tokens; equal instructions are embedded once, and each alone, so that an instruction's bits do
+        not depend on what came with it."""
         unique = sorted(set(instructions))
-        tokens = self.text.embed(unique)
+        tokens = torch.cat([self.text.embed([instruction]) for instruction in unique])
         return tokens[[unique.index(i) for i in instructions]]
 
     @torch.no_grad()

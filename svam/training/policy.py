@@ -33,7 +33,7 @@ STATISTICS_ROWS = 512
 """Training observations, evenly spread, from which the inputs' means and deviations are computed."""
 FRAMES = "frames"
 """Name under which the cache keeps the frames that a trained observation encoder reads."""
-FORESIGHT_CODE = ("autoencoder", "decoupler", "diffusion", "foresight", "published", "teachers", "text", "video")
+FORESIGHT_CODE = ("autoencoder", "decoupler", "diffusion", "foresight", "published", "teachers", "text", "tokens", "video")
 """Modules of `svam.models` that decide the frozen features; their source is part of the cache's address."""
 
 
