@@ -21,13 +21,20 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a fresh temporary directory; when the block ends without an error it takes the place of `path`."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
+    replaced = path.parent / f".{path.name}.replaced.partial-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
+        if path.exists():  # a directory cannot be replaced in one step: step aside, so that a whole one is always on disk
+            path.rename(replaced)
+        try:
+            temporary.rename(path)
+        except OSError:
+            if replaced.exists():
+                replaced.rename(path)
+            raise
+        shutil.rmtree(replaced, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,0 +1,79 @@
+"""Outputs are whole or absent, and what was there before survives a failure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from svam.files import FileError, read_json, sha256_tree, whole_directory, whole_file, write_json
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_a_directory_appears_when_it_is_whole(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for content in ("first", "second"):
+        with whole_directory(out) as partial:
+            (partial / "a").write_text(content)
+            assert not out.exists() or (out / "a").read_text() == "first"
+        assert (out / "a").read_text() == content
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_failure_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    with whole_directory(out) as partial:
+        (partial / "a").write_text("old")
+    with pytest.raises(RuntimeError), whole_directory(out) as partial:
+        (partial / "a").write_text("new")
+        raise RuntimeError
+    assert (out / "a").read_text() == "old"
+
+    rename = Path.rename
+
+    def refuse(self: Path, target: Path) -> Path:
+        if (self / "new").exists():
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(OSError, match="No space left"), whole_directory(out) as partial:
+        (partial / "new").write_text("new")
+    assert (out / "a").read_text() == "old"
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "a.json"
+    write_json(file, {"b": 1, "a": 2})
+    assert file.read_text() == '{\n "a": 2,\n "b": 1\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(file, {"a": float("nan")})
+    with pytest.raises(RuntimeError), whole_file(file) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert read_json(file) == {"a": 2, "b": 1}
+    assert names(file.parent) == ["a.json"]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"nowhere.json: no such file"):
+        read_json(tmp_path / "nowhere.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(FileError, match=r"bad.json: not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    with pytest.raises(FileError, match="no such file or directory"):
+        sha256_tree(tmp_path / "nothing")
+
+
+def test_a_trees_hash_sees_names_and_contents(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x").write_text("1")
+    before = sha256_tree(tmp_path / "a")
+    (tmp_path / "a" / "x").rename(tmp_path / "a" / "y")
+    renamed = sha256_tree(tmp_path / "a")
+    (tmp_path / "a" / "y").write_text("2")
+    assert len({before, renamed, sha256_tree(tmp_path / "a")}) == 3
