@@ -36,7 +36,7 @@ def main(
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     model = ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders).to(device)
-    windows = choose_windows(store, section, model.part("video").config, seed)  # type: ignore[arg-type]
+    windows = choose_windows(store, section, model.video_model.config, seed)
     with whole_directory(out) as partial:
         generate_windows(partial, store, model, windows, section, seed, sha256_tree(video))
 

@@ -261,16 +261,8 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class Clip:
-    """A window of an episode: frames (T, H, W, 3) uint8 whose frame 0 is the observed one, and its instruction."""
-
-    frames: NDArray[np.uint8]
-    instruction: str
-
-
-@dataclass(frozen=True)
 class Foresight:
-    """What `encode` returns: context entry -> (B, T, h, w, C) float tensor, and text (B, L, D) with its padding mask (B, L).
+    """What `encode` returns: context entry -> (B, T, h, w, C) float tensor, and text (B, L, D) float32 tokens.
 
     Entries are those of `train_policy.context` that are frozen: geometric, semantic, one_step, generated, goal_frame
     (T = 1), observation (T = 1).

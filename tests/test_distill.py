@@ -185,7 +185,7 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {n: tmp_path / "backbones" / n for n in ("autoencoder", "text")} | {"video": tmp_path / "video"}
     model = ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders)
-    chosen = choose_windows(store, section, model.part("video").config, 0)  # type: ignore[arg-type]
+    chosen = choose_windows(store, section, model.video_model.config, 0)
     for name, keep in (("with", True), ("without", False)):
         changed = section.model_copy(update={"keep_features": keep})
         generate_windows(tmp_path / name, store, model, chosen, changed, 0, sha256_tree(tmp_path / "video"))

@@ -35,7 +35,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[EpisodeStore, Fores
 
 def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, ForesightModel]) -> None:
     store, model = parts
-    windows = choose_windows(store, SECTION, model.part("video").config, seed=0)  # type: ignore[arg-type]
+    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
     assert windows.held_out.tolist() == [False] * 5 + [True] * 3
     held = set(store.rows("held_out").tolist())
     for rows, held_out, sentence in zip(windows.rows, windows.held_out, windows.instructions, strict=True):
@@ -49,13 +49,13 @@ def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, Fore
 def test_too_many_windows_are_all_there_are(parts: tuple[EpisodeStore, ForesightModel]) -> None:
     store, model = parts
     section = SECTION.model_copy(update={"windows": 10**6})
-    windows = choose_windows(store, section, model.part("video").config, seed=0)  # type: ignore[arg-type]
+    windows = choose_windows(store, section, model.video_model.config, seed=0)
     assert (~windows.held_out).sum() == len(store.rows("train"))
 
 
 def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path) -> None:
     store, model = parts
-    windows = choose_windows(store, SECTION, model.part("video").config, seed=0)  # type: ignore[arg-type]
+    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
     for name in ("a.zarr", "b.zarr"):
         generate_windows(tmp_path / name, store, model, windows, SECTION, seed=0, video_sha256="abc")
     assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")

@@ -129,14 +129,16 @@ class ForesightModel(nn.Module):
     def entry_channels(self, entry: str) -> int:
         """Channels C of a context entry."""
         if entry == "one_step":
-            return self._video().feature_channels(self.sampler.up_blocks)
+            return self.video_model.feature_channels(self.sampler.up_blocks)
         if entry in ("generated", "goal_frame"):
             return sum(self._teacher(b).channels for b in self.teachers)
         if entry == "observation":
             return self._teacher("semantic").channels
         return self._teacher(entry).channels
 
-    def _video(self) -> VideoModel:
+    @property
+    def video_model(self) -> VideoModel:
+        """The video model; raises `ValueError` where the foresight was assembled without it."""
         if self.video is None:
             raise ValueError("the foresight model was assembled without its video model")
         return self.video
@@ -167,14 +169,14 @@ class ForesightModel(nn.Module):
     def one_step(self, condition: Tensor, text: Tensor, noise: Tensor) -> Tensor:
         """F (B, T, h, w, C) float32; see `VideoModel.one_step`."""
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.sampler.bf16):
-            return self._video().one_step(condition, text, noise, self.sampler.up_blocks, self.sampler.grid).float()
+            return self.video_model.one_step(condition, text, noise, self.sampler.up_blocks, self.sampler.grid).float()
 
     @torch.no_grad()
     def generate(self, condition: Tensor, text: Tensor, noise: Tensor) -> Generation:
         """F, V^ and the one-step prediction from the same noise; see `VideoModel.generate`."""
         s = self.sampler
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=s.bf16):
-            return self._video().generate(condition, text, noise, s.steps, s.guidance, s.up_blocks, s.grid)
+            return self.video_model.generate(condition, text, noise, s.steps, s.guidance, s.up_blocks, s.grid)
 
     @torch.no_grad()
     def decode(self, latents_BTCHW: Tensor) -> Tensor:
@@ -230,7 +232,7 @@ class ForesightModel(nn.Module):
         if not needs.video:
             return Foresight(entries=found, text=self.embed_text(instructions))
         condition, text = self.prepare(frames, instructions)
-        noise = self._video().initial_noise(noise_seeds if noise_seeds is not None else len(frames))
+        noise = self.video_model.initial_noise(noise_seeds if noise_seeds is not None else len(frames))
         if "generated" in entries or "goal_frame" in entries:
             generation = self.generate(condition, text, noise)
             features = generation.features

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.episodes.arrays import GroupWriter
+from svam.episodes.arrays import ArrayWriter, GroupWriter
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows
 from svam.machine import console, generator, seed_of, track
@@ -78,12 +78,13 @@ def _shard_rows(row_bytes: int) -> int:
     return int(2 ** max(0, min(12, np.floor(np.log2(64e6 / row_bytes)))))
 
 
-def _write_batches(writer: GroupWriter, arrays: dict[str, tuple[tuple[int, ...], Any, int | None]]) -> dict[str, Any]:
-    made = {}
+def _create_arrays(writer: GroupWriter, arrays: dict[str, tuple[tuple[int, ...], Any, int | None]]) -> dict[str, ArrayWriter]:
+    """name -> (shape of a window's row, dtype, mantissa bits) to open arrays, one window a chunk."""
+    opened = {}
     for name, (shape, dtype, bits) in arrays.items():
         shard = _shard_rows(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        made[name] = writer.array(name, shape, dtype, chunk_rows=1, shard_rows=shard, mantissa_bits=bits)
-    return made
+        opened[name] = writer.array(name, shape, dtype, chunk_rows=1, shard_rows=shard, mantissa_bits=bits)
+    return opened
 
 
 def generate_windows(
@@ -94,8 +95,8 @@ def generate_windows(
     `one_step_frames`, the decoded one-step prediction, and `other_noise_frames`, V^ from another noise seed (the ceiling
     of what any distillation of V^ can reach).
     """
-    video = model.part("video")
-    config: VideoConfig = video.config  # type: ignore[assignment]
+    video = model.video_model
+    config = video.config
     height, width = config.image_size
     clip, grid = (config.frames, height, width, 3), params.grid
     arrays: dict[str, tuple[tuple[int, ...], Any, int | None]] = {
@@ -108,20 +109,20 @@ def generate_windows(
     print_storage(storage_per_window(model, config, params.keep_features), len(windows.rows), "generate")
 
     with GroupWriter(path) as writer:
-        made = _write_batches(writer, arrays)
+        opened = _create_arrays(writer, arrays)
         for batch in track(_batches(windows.held_out, params.batch), "generate", -(-len(windows.rows) // params.batch)):
             first = torch.from_numpy(store.frames(windows.rows[batch, 0])).to(model.device)
             condition, text = model.prepare(first, [windows.instructions[i] for i in batch])
-            noise = video.initial_noise([windows.seeds[i] for i in batch])  # type: ignore[operator]
-            made_now = model.generate(condition, text, noise)
-            made["frames"].append(model.decode(made_now.latents).cpu().numpy())
-            made["reconstruction"].append(model.reconstruct(first).cpu().numpy())
+            noise = video.initial_noise([windows.seeds[i] for i in batch])
+            generation = model.generate(condition, text, noise)
+            opened["frames"].append(model.decode(generation.latents).cpu().numpy())
+            opened["reconstruction"].append(model.reconstruct(first).cpu().numpy())
             if params.keep_features:
-                made["features"].append(made_now.features.cpu().numpy())
+                opened["features"].append(generation.features.cpu().numpy())
             if windows.held_out[batch[0]]:
-                made["one_step_frames"].append(model.decode(made_now.one_step).cpu().numpy())
-                others = video.seeded_noise([seed_of(windows.seeds[i], "other") for i in batch])  # type: ignore[operator]
-                made["other_noise_frames"].append(model.decode(model.generate(condition, text, others).latents).cpu().numpy())
+                opened["one_step_frames"].append(model.decode(generation.one_step).cpu().numpy())
+                others = video.seeded_noise([seed_of(windows.seeds[i], "other") for i in batch])
+                opened["other_noise_frames"].append(model.decode(model.generate(condition, text, others).latents).cpu().numpy())
         writer.write("rows", windows.rows)
         writer.write("held_out", windows.held_out.astype(np.uint8))
         writer.attributes = {

@@ -47,7 +47,7 @@ class OneStepFeatures:
         attributes = self.windows.attributes
         first = torch.from_numpy(self.store.frames(self.windows.rows[rows, 0])).to(self.model.device)
         condition, text = self.model.prepare(first, [attributes["instructions"][i] for i in rows])
-        noise = self.model.part("video").initial_noise([attributes["noise_seeds"][i] for i in rows])  # type: ignore[operator]
+        noise = self.model.video_model.initial_noise([attributes["noise_seeds"][i] for i in rows])
         return first, condition, text, noise
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
@@ -68,11 +68,11 @@ def print_latency(one_step: OneStepFeatures, decoupler: Decoupler, branch: str, 
     first, condition, text, noise = one_step.inputs(one_step.windows.test[:batch])
     features = model.one_step(condition, text, noise)
     reference = model.reference_features(branch, first)
-    video, bf16 = model.part("video"), model.sampler.bf16
+    video, bf16 = model.video_model, model.sampler.bf16
 
     def whole() -> torch.Tensor:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            return video.denoise(noise, noise.new_full((len(noise),), 1.0), condition, text)[1]  # type: ignore[operator,no-any-return]
+            return video.denoise(noise, noise.new_full((len(noise),), 1.0), condition, text)[1]
 
     latents = whole()
     clips = model.decode(latents).flatten(0, 1)

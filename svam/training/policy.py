@@ -222,7 +222,7 @@ def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) ->
     """Raise `ContractError` unless the video model was trained on the store's foresight camera at its size."""
     if not video:
         return
-    config: Any = foresight.part("video").config
+    config = foresight.video_model.config
     found, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
     if found != expected:
         raise ContractError(f"{store.path}: the first camera is {found}, but the video model was trained on {expected}")
