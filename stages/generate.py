@@ -28,14 +28,14 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.files import sha256_tree, whole_directory
-    from svam.models.foresight import ForesightModel, SamplerConfig, needs_of
+    from svam.models.generator import SamplerConfig, VideoForesight
     from svam.training.generation import choose_windows, generate_windows
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)
     store = EpisodeStore.open(episodes)
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
-    model = ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders).to(device)
+    model = VideoForesight.load(sampler, folders).to(device)
     windows = choose_windows(store, section, model.video_model.config, seed)
     with whole_directory(out) as partial:
         generate_windows(partial, store, model, windows, section, seed, sha256_tree(video))

@@ -16,7 +16,8 @@ from svam.contract import ContractError
 from svam.episodes.arrays import GroupWriter
 from svam.files import sha256_tree
 from svam.models.decoupler import Decoupler
-from svam.models.foresight import ForesightModel, SamplerConfig, needs_of
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
 from svam.params import Distill, Generate, Optimiser
 from svam.training.distillation import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
 from svam.training.distillation_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, kept

@@ -11,7 +11,8 @@ import torch
 from svam.episodes.arrays import RowReader, read_attributes
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
-from svam.models.foresight import ForesightModel, SamplerConfig, needs_of
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
 from svam.params import FinetuneVideo, Generate
 from svam.training.generation import choose_windows, generate_windows
 from svam.training.video import LatentClips, TextTable, evaluate_video

@@ -76,12 +76,13 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("collect.episodes", 41, CHECK | COLLECT),
     ("collect.image_size", 96, CHECK | COLLECT),
     ("threads", 1, CHECK | BACKBONES),
-    ("seed", 1, CHECK | COLLECT),
+    ("seed", 7, CHECK | COLLECT),
 ]
 
 MODULES: list[tuple[str, set[str]]] = [
     ("stages/report.py", REPORT),
     ("svam/simulation/scores.py", EVALUATE),
+    ("svam/models/decoupler.py", DISTILL | POLICY),
     ("svam/models/perceiver.py", POLICY),
     ("svam/models/policy.py", POLICY),
     ("stages/train_policy.py", POLICY),

@@ -12,30 +12,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from svam.contract import Foresight
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
+from svam.models.generator import SamplerConfig, VideoForesight
 from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
 from svam.models.tokens import to_grid
-from svam.models.video import Generation, VideoModel
+from svam.models.video import VideoModel
 
 BRANCHES = ("geometric", "semantic")
-
-
-class SamplerConfig(BaseModel):
-    """How the video model is read: which features, and how the multi-step generation is sampled."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    up_blocks: int
-    grid: int
-    steps: int
-    guidance: float
-    bf16: bool
 
 
 @dataclass(frozen=True)
@@ -66,7 +54,7 @@ def needs_of(entries: Sequence[str], frozen_observation: bool = False) -> Needs:
     return Needs(video=video, teachers=tuple(b for b in BRANCHES if b in teachers), decouplers=distilled)
 
 
-class ForesightModel(nn.Module):
+class ForesightModel(VideoForesight):
     """The frozen parts. Any of them may be absent; asking for an entry that needs an absent part raises."""
 
     def __init__(
@@ -79,11 +67,7 @@ class ForesightModel(nn.Module):
         decouplers: Mapping[str, Decoupler] | None = None,
         reference: Literal["frame", "reconstruction"] = "reconstruction",
     ) -> None:
-        super().__init__()
-        self.text = text
-        self.sampler = sampler
-        self.autoencoder = autoencoder
-        self.video = video
+        super().__init__(text, sampler, autoencoder, video)
         self.teachers = nn.ModuleDict(dict(teachers or {}))
         self.decouplers = nn.ModuleDict(dict(decouplers or {}))
         self.reference: Literal["frame", "reconstruction"] = reference
@@ -121,75 +105,20 @@ class ForesightModel(nn.Module):
             raise ValueError(f"the foresight model was assembled without its {name}")
         return found
 
-    @property
-    def device(self) -> torch.device:
-        """Where the parts live."""
-        return next(self.parameters()).device
-
     def entry_channels(self, entry: str) -> int:
         """Channels C of a context entry."""
         if entry == "one_step":
-            return self.video_model.feature_channels(self.sampler.up_blocks)
+            return self.one_step_channels
         if entry in ("generated", "goal_frame"):
             return sum(self._teacher(b).channels for b in self.teachers)
         if entry == "observation":
             return self._teacher("semantic").channels
         return self._teacher(entry).channels
 
-    @property
-    def video_model(self) -> VideoModel:
-        """The video model; raises `ValueError` where the foresight was assembled without it."""
-        if self.video is None:
-            raise ValueError("the foresight model was assembled without its video model")
-        return self.video
-
-    def _autoencoder(self) -> Autoencoder:
-        if self.autoencoder is None:
-            raise ValueError("the foresight model was assembled without its autoencoder")
-        return self.autoencoder
-
     def _teacher(self, branch: str) -> Teacher:
         if branch not in self.teachers:
             raise ValueError(f"the foresight model was assembled without its {branch} teacher")
         return self.teachers[branch]  # type: ignore[return-value]
-
-    def embed_text(self, instructions: Sequence[str]) -> Tensor:
-        """(B, L, D) float32 tokens; equal instructions are embedded once, and each alone, so that an instruction's bits do
-        not depend on what came with it."""
-        unique = sorted(set(instructions))
-        tokens = torch.cat([self.text.embed([instruction]) for instruction in unique])
-        return tokens[[unique.index(i) for i in instructions]]
-
-    @torch.no_grad()
-    def prepare(self, frames_BHWC: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(condition latents (B, c, h', w'), text (B, L, D)) of observed uint8 frames."""
-        return self._autoencoder().encode_condition(frames_BHWC.to(self.device)), self.embed_text(instructions)
-
-    @torch.no_grad()
-    def one_step(self, condition: Tensor, text: Tensor, noise: Tensor) -> Tensor:
-        """F (B, T, h, w, C) float32; see `VideoModel.one_step`."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.sampler.bf16):
-            return self.video_model.one_step(condition, text, noise, self.sampler.up_blocks, self.sampler.grid).float()
-
-    @torch.no_grad()
-    def generate(self, condition: Tensor, text: Tensor, noise: Tensor) -> Generation:
-        """F, V^ and the one-step prediction from the same noise; see `VideoModel.generate`."""
-        s = self.sampler
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=s.bf16):
-            return self.video_model.generate(condition, text, noise, s.steps, s.guidance, s.up_blocks, s.grid)
-
-    @torch.no_grad()
-    def decode(self, latents_BTCHW: Tensor) -> Tensor:
-        """(B, T, H, W, 3) uint8 pixels of latent clips."""
-        batch = len(latents_BTCHW)
-        frames = self._autoencoder().decode_u8(latents_BTCHW.flatten(0, 1).float(), frames=latents_BTCHW.shape[1])
-        return frames.reshape(batch, -1, *frames.shape[1:])
-
-    @torch.no_grad()
-    def reconstruct(self, frames_BHWC: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8: frames through the autoencoder and back, as generated frames come out of it."""
-        autoencoder = self._autoencoder()
-        return autoencoder.decode_u8(autoencoder.encode(frames_BHWC.to(self.device)))
 
     @torch.no_grad()
     def teacher_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:

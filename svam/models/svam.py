@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
 from svam.files import FileError, whole_directory
-from svam.models.foresight import ForesightModel, Needs, SamplerConfig, needs_of
+from svam.models.foresight import ForesightModel, Needs, needs_of
+from svam.models.generator import SamplerConfig
 from svam.models.observation import ObservationEncoder
 from svam.models.parts import verify_manifest, write_manifest
 from svam.models.perceiver import UniPerceiver, build_aggregator

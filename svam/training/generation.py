@@ -15,7 +15,7 @@ from svam.episodes.arrays import ArrayWriter, GroupWriter
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows
 from svam.machine import console, generator, seed_of, track
-from svam.models.foresight import ForesightModel
+from svam.models.generator import VideoForesight
 from svam.models.video import VideoConfig
 from svam.params import Generate
 
@@ -55,10 +55,10 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
     return Windows(np.stack(rows), np.asarray(held_out), instructions, seeds)
 
 
-def storage_per_window(model: ForesightModel, config: VideoConfig, keep_features: bool) -> dict[str, int]:
+def storage_per_window(model: VideoForesight, config: VideoConfig, keep_features: bool) -> dict[str, int]:
     """Uncompressed bytes of one training window by array."""
     height, width = config.image_size
-    grid, channels = model.sampler.grid, model.entry_channels("one_step")
+    grid, channels = model.sampler.grid, model.one_step_channels
     sizes = {"frames": config.frames * height * width * 3, "reconstruction": height * width * 3, "rows": config.frames * 8}
     return sizes | ({"features": config.frames * grid * grid * channels * 2} if keep_features else {})
 
@@ -88,7 +88,7 @@ def _create_arrays(writer: GroupWriter, arrays: dict[str, tuple[tuple[int, ...],
 
 
 def generate_windows(
-    path: Path, store: EpisodeStore, model: ForesightModel, windows: Windows, params: Generate, seed: int, video_sha256: str
+    path: Path, store: EpisodeStore, model: VideoForesight, windows: Windows, params: Generate, seed: int, video_sha256: str
 ) -> None:
     """Write `path` (which the caller makes whole): `frames` V^ (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16
     (where kept), `reconstruction` (W, H, W, 3) uint8 of the observed frame, `rows`, `held_out`; and for held-out windows
@@ -104,7 +104,7 @@ def generate_windows(
         "one_step_frames": (clip, np.uint8, None), "other_noise_frames": (clip, np.uint8, None),
     }  # fmt: skip
     if params.keep_features:
-        shape = (config.frames, grid, grid, model.entry_channels("one_step"))
+        shape = (config.frames, grid, grid, model.one_step_channels)
         arrays["features"] = (shape, np.float16, params.mantissa_bits)
     print_storage(storage_per_window(model, config, params.keep_features), len(windows.rows), "generate")
 

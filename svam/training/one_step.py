@@ -15,7 +15,8 @@ from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.machine import console
 from svam.models.decoupler import Decoupler
-from svam.models.foresight import ForesightModel, Needs, SamplerConfig
+from svam.models.foresight import ForesightModel, Needs
+from svam.models.generator import SamplerConfig
 from svam.training.distillation_data import GeneratedWindows, TeacherWindows
 
 

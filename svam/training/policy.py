@@ -21,7 +21,8 @@ from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, window_starts
 from svam.files import sha256, sha256_tree
 from svam.machine import console, generator, seed_of
-from svam.models.foresight import ForesightModel, SamplerConfig, needs_of
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
 from svam.training.features import Encode, FeatureCache, Features, Wanted, observation_address
@@ -33,7 +34,9 @@ STATISTICS_ROWS = 512
 """Training observations, evenly spread, from which the inputs' means and deviations are computed."""
 FRAMES = "frames"
 """Name under which the cache keeps the frames that a trained observation encoder reads."""
-FORESIGHT_CODE = ("autoencoder", "decoupler", "diffusion", "foresight", "published", "teachers", "text", "tokens", "video")
+FORESIGHT_CODE = (
+    "autoencoder", "decoupler", "diffusion", "foresight", "generator", "published", "teachers", "text", "tokens", "video",
+)  # fmt: skip
 """Modules of `svam.models` that decide the frozen features; their source is part of the cache's address."""
 
 
