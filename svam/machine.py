@@ -119,6 +119,15 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     return chosen
 
 
+def _peak_memory() -> str:
+    """Largest resident memory of this process and of any of its finished workers."""
+    import resource
+
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return f"peak memory {own:.2f} GiB" + (f", of the largest child process {worker:.2f} GiB" if worker > 0.1 else "")
+
+
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Decorate a stage command: an error that a user can cause is printed as one sentence and exits with status 1.
 
@@ -128,8 +137,10 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        start = time.monotonic()
         try:
             command(*args, **kwargs)
+            console.print(f"{time.monotonic() - start:.0f} s; {_peak_memory()}", highlight=False)
         except KeyboardInterrupt:
             console.print("interrupted; run the same command again to start over", style="red", highlight=False)
             sys.exit(130)
