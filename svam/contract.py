@@ -6,7 +6,7 @@ A action dimensions, P proprioception dimensions, n time steps of one episode, m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 if TYPE_CHECKING:
     import torch
 
-STORE_SCHEMA = 1
+STORE_SCHEMA = 2
 """Version of the episode store's layout; written into every store and checked when it is opened."""
 CHECKPOINT_SCHEMA = 1
 """Version of the checkpoint layout; written into every `config.json` and checked when it is loaded."""
@@ -25,7 +25,7 @@ CHECKPOINT_SCHEMA = 1
 SEGMENTATION_CLASSES = ("background", "table", "arm", "gripper", "object", "fixture", "goal")
 """Names of the segmentation labels 0..6 (`annotations/segmentation`, uint8)."""
 VECTORS = ("actions", "expert_actions", "state", "proprioception")
-"""The float32 vectors of an episode, one row per time step; all but the first are optional."""
+"""The float32 vectors of an episode, one row per time step; all are optional, but a policy needs actions."""
 
 
 class ContractError(ValueError):
@@ -148,39 +148,93 @@ class Annotation:
 
 
 @dataclass(frozen=True)
+class FrameBlocks:
+    """Frames of one camera that are read block by block, so that a long recording never lies in memory whole.
+
+    shape: (n, H, W, 3). blocks: each call yields the frames from the first on, as (k, H, W, 3) uint8 blocks of any k; a
+    reader may stop early.
+    """
+
+    shape: tuple[int, int, int, int]
+    blocks: Callable[[], Iterator[NDArray[np.uint8]]]
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes, as an array has it."""
+        return len(self.shape)
+
+
+Frames = NDArray[np.uint8] | FrameBlocks
+
+
+def frame_blocks(frames: Frames) -> Iterator[NDArray[np.uint8]]:
+    """The frames as blocks: an array is one block. Blocks that add up to another shape than stated raise `ContractError`."""
+    if not isinstance(frames, FrameBlocks):
+        yield frames
+        return
+    count = 0
+    for block in frames.blocks():
+        if block.dtype != np.uint8 or block.shape[1:] != frames.shape[1:]:
+            raise ContractError(f"frame {count} is {block.dtype} {block.shape[1:]}, expected uint8 {frames.shape[1:]}")
+        count += len(block)
+        if count > len(frames):
+            break
+        yield block
+    if count != len(frames):
+        raise ContractError(f"{'more than ' * (count > len(frames))}{min(count, len(frames))} frames, expected {len(frames)}")
+
+
+@dataclass(frozen=True)
 class Episode:
     """One recorded episode, in physical units, whatever format it came from.
 
-    frames: camera name -> (n, H, W, 3) uint8 RGB; the first camera is the foresight camera.
-    actions: (n, A) float32, what was executed; expert_actions: (n, A), what the demonstrator wanted (or None).
+    frames: camera name -> (n, H, W, 3) uint8 RGB, an array or `FrameBlocks`; the first camera is the foresight camera.
+    actions: (n, A) float32, what was executed from the state that frame t shows, or None where none were recorded;
+        expert_actions: (n, A), what the demonstrator wanted, or None.
     state, proprioception: (n, S), (n, P) float32 or None.
+    timestamps: (n,) float64 seconds, increasing, or None where the format has none.
     annotations: "depth" (metres, float32) and/or "segmentation" (uint8, `SEGMENTATION_CLASSES`).
+    provenance: JSON values; `file` names the episode's file in messages.
     """
 
     task: str
     instruction: str
     rate_hz: float
-    frames: Mapping[str, NDArray[np.uint8]]
-    actions: NDArray[np.float32]
+    frames: Mapping[str, Frames]
+    actions: NDArray[np.float32] | None
     expert_actions: NDArray[np.float32] | None = None
     state: NDArray[np.float32] | None = None
     proprioception: NDArray[np.float32] | None = None
+    timestamps: NDArray[np.float64] | None = None
     annotations: Mapping[str, Annotation] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """n."""
+        return len(next(iter(self.frames.values())))
 
     def check(self) -> None:
         """Raise `ContractError` unless lengths, dtypes, ranges and finiteness are as stated above."""
         where = f"episode {self.provenance.get('file', '')} of task {self.task!r}".replace("  ", " ")
-        n = len(self.actions)
-        if n == 0:
-            raise ContractError(f"{where}: no time steps")
         if not self.frames:
             raise ContractError(f"{where}: no camera")
+        if not self.instruction.strip():
+            raise ContractError(f"{where}: the instruction is empty, expected a sentence")
+        n = self.steps
+        if n == 0:
+            raise ContractError(f"{where}: no time steps")
         for camera, images in self.frames.items():
             if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or len(images) != n:
                 raise ContractError(
                     f"{where}: frames[{camera!r}] is {images.dtype} {images.shape}, expected uint8 ({n}, H, W, 3)"
                 )
+            if min(images.shape[1:3]) == 0:
+                raise ContractError(f"{where}: frames[{camera!r}] is {images.shape}, which has no pixels")
         for name in VECTORS:
             values = getattr(self, name)
             if values is None:
@@ -190,8 +244,17 @@ class Episode:
             if not np.isfinite(values).all():
                 row, column = np.argwhere(~np.isfinite(values))[0]
                 raise ContractError(f"{where}: {name}[{row}, {column}] is {values[row, column]}, expected a finite number")
-        if self.expert_actions is not None and self.expert_actions.shape != self.actions.shape:
-            raise ContractError(f"{where}: expert_actions {self.expert_actions.shape} and actions {self.actions.shape} differ")
+            if values.shape[1] == 0:
+                raise ContractError(f"{where}: {name} has no dimensions; leave it out instead")
+        if self.expert_actions is not None and (self.actions is None or self.expert_actions.shape != self.actions.shape):
+            shape = None if self.actions is None else self.actions.shape
+            raise ContractError(f"{where}: expert_actions {self.expert_actions.shape} and actions {shape} differ")
+        if (t := self.timestamps) is not None:
+            if t.dtype != np.float64 or t.shape != (n,):
+                raise ContractError(f"{where}: timestamps are {t.dtype} {t.shape}, expected float64 ({n},)")
+            if not np.isfinite(t).all() or (np.diff(t) <= 0).any():
+                at = int(np.flatnonzero(~np.isfinite(t) | (np.diff(t, prepend=-np.inf) <= 0))[0])
+                raise ContractError(f"{where}: timestamps[{at}] is {t[at]:g}, expected a finite number above the one before")
         for name, annotation in self.annotations.items():
             self._check_annotation(f"{where}: annotations[{name!r}]", name, annotation, n)
         if self.rate_hz <= 0:
@@ -216,11 +279,25 @@ class Episode:
             raise ContractError(f"{where}: class {values.max()}, expected 0..{len(SEGMENTATION_CLASSES) - 1}")
 
 
-class EpisodeSource(Protocol):
-    """A reader of one data set format.
+@dataclass(frozen=True)
+class EpisodeShape:
+    """What is known of an episode before its frames are decoded.
 
-    `svam.episodes.sources.<name>` defines `open_source(path: Path, only: Sequence[str] | None) -> EpisodeSource`; `only`
-    names the tasks to read, None means all.
+    steps: n. annotated: annotation name -> number of labelled frames. held_out: the data set's own split, None where it has
+    none (then one is drawn). stamp: changes when the episode's file does, e.g. `svam.files.stamp`; in no output.
+    """
+
+    steps: int
+    annotated: Mapping[str, int] = field(default_factory=dict)
+    held_out: bool | None = None
+    stamp: str = ""
+
+
+class EpisodeSource(Protocol):
+    """A reader of one data set format. It is sent to worker processes, so it holds no open file.
+
+    `svam.episodes.sources.<name>` defines `Options`, a pydantic model of what `convert.options` may say, and
+    `open_source(path: Path, options: Options) -> EpisodeSource`. Libraries beyond the project's own are imported in functions.
     """
 
     @property
@@ -234,8 +311,12 @@ class EpisodeSource(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __iter__(self) -> Iterator[Episode]:
-        """Episodes in a fixed order, one in memory at a time."""
+    def shape(self, index: int) -> EpisodeShape:
+        """Lengths of one episode, cheaply."""
+        ...
+
+    def read(self, index: int) -> Episode:
+        """One episode, checked, with all cameras of `describe`."""
         ...
 
 

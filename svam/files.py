@@ -72,6 +72,15 @@ def read_json(path: Path) -> Any:
         raise FileError(f"{path}: not valid JSON ({error})") from None
 
 
+def stamp(path: Path) -> str:
+    """Size and modification time: enough to notice a changed input between two runs. Never part of an output."""
+    try:
+        found = Path(path).stat()
+    except OSError:
+        return "absent"
+    return f"{found.st_size}-{found.st_mtime_ns}"
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with Path(path).open("rb") as file:

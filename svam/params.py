@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -96,18 +96,22 @@ class Convert(Section):
 
     source: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     path: str
+    depends_on: str
+    options: dict[str, Any] = {}
+    cameras: list[str] = []
+    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    crop: Literal["none", "centre"] = "none"
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)]
     action_kind: Literal["absolute", "relative"]
     binary_dimensions: list[Annotated[int, Field(ge=0)]] = []
     normalisation: Literal["minmax", "quantile", "meanstd"]
     chunk_frames: Count
-    shard_frames: Count
+    shard_megabytes: Annotated[float, Field(gt=0.0)]
 
-    @model_validator(mode="after")
-    def _shards_hold_whole_chunks(self) -> Convert:
-        if self.shard_frames % self.chunk_frames:
-            raise ValueError(f"shard_frames ({self.shard_frames}) must be a multiple of chunk_frames ({self.chunk_frames})")
-        return self
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Backbone(Section):

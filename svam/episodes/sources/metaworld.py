@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import Annotation, ContractError, Episode, SourceDescription
-from svam.files import FileError, read_json
+from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.files import FileError, read_json, stamp
 
 RAW_SCHEMA = 1
 """The layout of `meta.json` and of the archives that this module reads."""
@@ -50,11 +50,11 @@ def _field(file: Path, arrays: Mapping[str, NDArray[Any]], name: str, dtypes: Se
     return values
 
 
-def _load(file: Path) -> dict[str, NDArray[Any]]:
-    """All arrays of an archive, each checked against its CRC-32."""
+def _load(file: Path, only: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an archive (or those of `only` that it has), each checked against its CRC-32."""
     try:
         with np.load(file) as archive:
-            return {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files if only is None or name in only}
     except FileNotFoundError:
         raise FileError(f"{file}: no such file, though meta.json lists its episode") from None
     except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
@@ -108,13 +108,32 @@ class MetaworldSource:
     def __len__(self) -> int:
         return sum(len(meta["provenance"]["episodes"]) for meta in self._meta.values())
 
-    def __iter__(self) -> Iterator[Episode]:
-        for task in self._meta:
-            for number in range(len(self._meta[task]["provenance"]["episodes"])):
-                yield self._episode(task, number)
+    def _place(self, index: int) -> tuple[str, int, Path]:
+        """Task, number within it and file of an episode."""
+        for task, meta in self._meta.items():
+            count = len(meta["provenance"]["episodes"])
+            if index < count:
+                return task, index, self.path / task / f"episode_{index:04d}.npz"
+            index -= count
+        raise IndexError(index)
 
-    def _episode(self, task: str, number: int) -> Episode:
-        meta, file = self._meta[task], self.path / task / f"episode_{number:04d}.npz"
+    def shape(self, index: int) -> EpisodeShape:
+        """Lengths, of the small arrays alone."""
+        _, _, file = self._place(index)
+        arrays = _load(file, ("actions", "annotation_index"))
+        labelled = len(arrays["annotation_index"]) if "annotation_index" in arrays else 0
+        annotated = {"depth": labelled, "segmentation": labelled} if "annotation_index" in arrays else {}
+        return EpisodeShape(len(_field(file, arrays, "actions", ("float32",), 2)), annotated, stamp=stamp(file))
+
+    def read(self, index: int) -> Episode:
+        """One episode with its labels.
+
+        Raises:
+            FileError: the archive is missing or damaged, or lacks a field.
+            ContractError: the episode breaks the contract.
+        """
+        task, number, file = self._place(index)
+        meta = self._meta[task]
         arrays = _load(file)
         annotations = {}
         if "annotation_index" in arrays:
@@ -142,11 +161,17 @@ class MetaworldSource:
         return episode
 
 
-def open_source(path: Path, only: Sequence[str] | None = None) -> MetaworldSource:
-    """Open the folder that the collect stage filled; `only` names the tasks to read, None means all that are there.
+class Options(Frozen):
+    """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`."""
+
+    tasks: list[str] = []
+
+
+def open_source(path: Path, options: Options) -> MetaworldSource:
+    """Open the folder that the collect stage filled.
 
     Raises:
         FileError: the folder, a task or a field of a `meta.json` is missing.
         ContractError: two tasks differ in rate, cameras or image size.
     """
-    return MetaworldSource(path, only)
+    return MetaworldSource(path, options.tasks or None)
