@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from svam.episodes.options import source_options
 from svam.files import whole_file
 from svam.machine import one_line_errors
 from svam.params import load_params
@@ -20,12 +21,12 @@ def main(
     out: Annotated[Path | None, typer.Argument(help="Write this file once all is well; always the same bytes.")] = None,
     params: Annotated[Path, typer.Option(help="The parameters to check.")] = Path("params.yaml"),
 ) -> None:
-    """Check every key of the parameters; exit with one line for each that is wrong.
+    """Check every key of the parameters, and the options of the chosen data source; exit with one line for each that is wrong.
 
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.
     """
-    load_params(params)
+    source_options(load_params(params), params)
     if out is not None:
         with whole_file(out) as file:
             file.write_text("params.yaml was checked\n", encoding="utf-8")

@@ -157,14 +157,18 @@ class FrameBlocks:
 
     shape: tuple[int, int, int, int]
     blocks: Callable[[], Iterator[NDArray[np.uint8]]]
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     @property
+    def dtype(self) -> np.dtype[np.uint8]:
+        """That of the blocks; as an array has it."""
+        return np.dtype(np.uint8)
+
+    @property
     def ndim(self) -> int:
-        """Number of axes, as an array has it."""
+        """Number of axes; as an array has it."""
         return len(self.shape)
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from functools import wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -78,6 +79,11 @@ def track(items: Iterable[Item], description: str, total: int) -> Generator[Item
         for item in items:
             yield item
             bar.advance(task)
+
+
+def scratch_folder(name: str) -> Path:
+    """`.cache/<name>` in the project (in the original one where DVC runs an experiment in a copy): what may be lost."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".cache" / name
 
 
 def seed_of(*parts: object) -> int:

@@ -413,11 +413,11 @@ class Params(Section):
         return self
 
 
-def describe(error: ValidationError, file: Path) -> str:
-    """One line per problem: the dotted key, the value found and what is accepted."""
+def describe(error: ValidationError, file: Path, prefix: str = "") -> str:
+    """One line per problem: the dotted key (after `prefix`), the value found and what is accepted."""
     lines = []
     for problem in error.errors():
-        key = ".".join(str(part) for part in problem["loc"]) or "(whole file)"
+        key = prefix + ".".join(str(part) for part in problem["loc"]) or "(whole file)"
         if problem["type"] == "extra_forbidden":
             lines.append(f"{file}: unknown key '{key}' (value {problem['input']!r}); remove it or correct its name")
         elif problem["type"] == "missing":

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svam.contract import Annotation, Episode, SourceDescription
+from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
 from svam.params import Convert
 
 CAMERAS = ["front", "wrist"]
 SETTINGS = Convert(
-    source="metaworld", path="unused", held_out=0.25, action_kind="relative", binary_dimensions=[], normalisation="minmax",
-    chunk_frames=4, shard_frames=16,
+    source="metaworld", path="unused", depends_on="unused",
+    held_out=0.25, action_kind="relative", binary_dimensions=[], normalisation="minmax",
+    chunk_frames=4, shard_megabytes=16 * 192 / 2**20,  # four chunks of frames to a shard
 )  # fmt: skip
 
 
@@ -56,8 +57,12 @@ class Recorded:
     def __len__(self) -> int:
         return len(self.episodes)
 
-    def __iter__(self) -> Iterator[Episode]:
-        return iter(self.episodes)
+    def shape(self, index: int) -> EpisodeShape:
+        episode = self.episodes[index]
+        return EpisodeShape(episode.steps, {name: len(labels.index) for name, labels in episode.annotations.items()})
+
+    def read(self, index: int) -> Episode:
+        return self.episodes[index]
 
     def changed(self, number: int, **fields: Any) -> Recorded:
         """The same source with fields of one episode replaced."""

@@ -19,7 +19,7 @@ PACKAGES = ("svam", "stages")
 UNTRACKED = {"svam/params.py", "svam/contract.py"}
 # `import_module(f"<prefix>{name}")`: the name that each stage's command chooses; where a param does, how dvc.yaml spells it.
 CHOSEN = {
-    "svam.episodes.sources.": {"convert": "${convert.source}"},
+    "svam.episodes.sources.": {"check_params": "${convert.source}", "convert": "${convert.source}"},
     "svam.training.backbones.": {
         "prepare_backbones_autoencoder": "autoencoder",
         "prepare_backbones_text": "text",
@@ -114,7 +114,7 @@ def closure(stage: str, stage_file: Path) -> set[str]:
                 if chosen.startswith("${"):
                     folder = ROOT.joinpath(*name.strip(".").split("."))
                     found.add(f"{folder.relative_to(ROOT).as_posix()}/{chosen}.py")
-                    following = [module for module in sorted(folder.glob("*.py")) if module.name != "__init__.py"]
+                    following = [module for module in sorted(folder.glob("*.py")) if not module.name.startswith("_")]
                     templated.update(module for module in following if module is not None)
             for module in following:
                 if module is not None and module not in seen:

@@ -16,9 +16,9 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
 from stages.convert import app
-from svam.contract import Annotation, ContractError, SourceDescription
+from svam.contract import Annotation, ContractError, Episode, EpisodeShape, SourceDescription
 from svam.episodes.conversion import convert, split_episodes
-from svam.episodes.sources.metaworld import open_source
+from svam.episodes.sources.metaworld import Options, open_source
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree
 from svam.machine import console
@@ -27,17 +27,33 @@ from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_ra
 SOURCE = two_tasks()
 
 
+def drawn(tasks: list[str], held_out: float, seed: int) -> np.ndarray[Any, Any]:
+    return split_episodes(tasks, [EpisodeShape(9)] * len(tasks), held_out, seed)
+
+
 def test_the_split_holds_out_a_share_of_each_task() -> None:
     tasks = ["a"] * 20 + ["b"] * 2 + ["c"] * 7
-    split = split_episodes(tasks, 0.15, seed=0)
+    split = drawn(tasks, 0.15, seed=0)
     assert [int(split[:20].sum()), int(split[20:22].sum()), int(split[22:].sum())] == [3, 1, 1]
-    assert (split == split_episodes(tasks, 0.15, seed=0)).all()
-    assert (split != split_episodes(tasks, 0.15, seed=1)).any()
+    assert (split == drawn(tasks, 0.15, seed=0)).all()
+    assert (split != drawn(tasks, 0.15, seed=1)).any()
     # A task's split does not depend on which other tasks there are, or on their order.
-    assert (split_episodes(tasks[22:] + tasks[:20], 0.15, seed=0) == np.concatenate([split[22:], split[:20]])).all()
-    assert split_episodes(["a"] * 3, 0.99, seed=0).sum() == 2
-    with pytest.raises(ContractError, match="task 'b' has 1 episode; at least 2 are needed"):
-        split_episodes(["a", "a", "b"], 0.1, seed=0)
+    assert (drawn(tasks[22:] + tasks[:20], 0.15, seed=0) == np.concatenate([split[22:], split[:20]])).all()
+    assert drawn(["a"] * 3, 0.99, seed=0).sum() == 2
+
+
+def test_a_tasks_only_episode_is_trained_on() -> None:
+    assert drawn(["a", "a", "b"], 0.1, seed=0)[2] == 0
+    assert drawn(["a", "b", "c", "d"], 0.25, seed=0).sum() == 1  # no task has two: all are one pool
+    with pytest.raises(ContractError, match="1 episode in all; at least 2 are needed"):
+        drawn(["a"], 0.1, seed=0)
+
+
+def test_a_sources_own_split_is_kept() -> None:
+    shapes = [EpisodeShape(9, held_out=side) for side in (False, True, False)]
+    assert split_episodes(["a", "a", "a"], shapes, 0.9, seed=0).tolist() == [0, 1, 0]
+    with pytest.raises(ContractError, match="own split has 0 training and 3 held-out episodes"):
+        split_episodes(["a"] * 3, [EpisodeShape(9, held_out=True)] * 3, 0.9, seed=0)
 
 
 def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
@@ -92,11 +108,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"actions": bad_actions(np.inf)}, r"actions\[4, 1\] is inf"),
     ({name: np.zeros((15, 4), np.float32) for name in ("actions", "expert_actions")}, "actions differs from the first"),
     ({"actions": np.zeros((15, 3))}, r"actions is float64 \(15, 3\), expected float32 \(15, dimensions\)"),
-    ({"actions": np.zeros((0, 3), np.float32)}, "no time steps"),
+    ({"actions": np.zeros((0, 3), np.float32)}, r"actions is float32 \(0, 3\), expected float32 \(15, dimensions\)"),
+    ({"frames": {n: np.zeros((0, 8, 8, 3), np.uint8) for n in ("front", "wrist")}}, "no time steps"),
+    ({"instruction": " "}, "the instruction is empty"),
+    ({"timestamps": np.arange(15.0)}, r"lacks nothing, adds \['timestamps'\]"),
     ({"proprioception": None}, "differs from the first episode: lacks"),
     ({"frames": {"front": SOURCE.episodes[2].frames["front"]}}, r"cameras are \['front'\], expected \['front', 'wrist'\]"),
     ({"frames": {n: np.zeros((15, 9, 8, 3), np.uint8) for n in ("front", "wrist")}}, "frames/front differs from the first"),
-    ({"frames": {n: np.zeros((14, 8, 8, 3), np.uint8) for n in ("front", "wrist")}}, r"expected uint8 \(15, H, W, 3\)"),
+    ({"frames": {n: np.zeros((14, 8, 8, 3), np.uint8) for n in ("front", "wrist")}}, r"actions is float32 \(15, 3\), expected"),
     ({"rate_hz": 30.0}, "rate_hz is 30, expected 20"),
     ({"annotations": {}}, "differs from the first episode: lacks"),
 ]
@@ -179,8 +198,11 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> Non
         def __len__(self) -> int:
             return self.count
 
-        def __iter__(self) -> Iterator[Any]:
-            return (make_episode("push", 20, seed, 64) for seed in range(self.count))
+        def shape(self, index: int) -> EpisodeShape:
+            return super().shape(0)
+
+        def read(self, index: int) -> Episode:
+            return make_episode("push", 20, index, 64)
 
     peaks = []
     for count in (2, 3, 15):  # the first run also fills caches
@@ -283,30 +305,30 @@ def rewrite(file: Path, **fields: np.ndarray[Any, Any] | None) -> None:
 
 def test_fields_are_named(raw: Path) -> None:
     file = raw / "reach" / "episode_0003.npz"
-    source = open_source(raw, ["reach"])
+    source = open_source(raw, Options(tasks=["reach"]))
     rewrite(file, actions=np.zeros((13, 4)))
     with pytest.raises(FileError, match=r"0003\.npz: field 'actions' is float64 \(13, 4\), expected float32 with 2 axes"):
-        list(source)
+        source.read(3)
     rewrite(file, actions=None)
     with pytest.raises(FileError, match="field 'actions' is missing; it has annotation_index, depth"):
-        list(source)
+        source.read(3)
     rewrite(file, actions=np.full((13, 4), np.nan, np.float32))
     with pytest.raises(ContractError, match=r"episode_0003\.npz.*actions\[0, 0\] is nan") as error:
-        list(source)
+        source.read(3)
     one_sentence(error)
     rewrite(file, actions=np.array([{}], dtype=object))
     with pytest.raises(FileError, match=r"truncated, damaged or no \.npz archive of plain arrays"):
-        list(source)
+        source.read(3)
     file.unlink()
     with pytest.raises(FileError, match=r"episode_0003\.npz: no such file, though meta\.json lists its episode"):
-        list(source)
+        source.read(3)
 
 
 def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no such directory"):
-        open_source(tmp_path / "nowhere")
+        open_source(tmp_path / "nowhere", Options())
     with pytest.raises(FileError, match=r"sweep/meta\.json: no such file; collect task 'sweep' first"):
-        open_source(raw, ["reach", "sweep"])
+        open_source(raw, Options(tasks=["reach", "sweep"]))
     meta = json.loads((raw / "reach" / "meta.json").read_text())
     for change, message in (
         ({"rate_hz": 40.0}, r"rate_hz is 40\.0, but 80\.0 in drawer-open"),
@@ -317,8 +339,8 @@ def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
     ):
         (raw / "reach" / "meta.json").write_text(json.dumps(meta | change))
         with pytest.raises(ValueError, match=message) as error:
-            open_source(raw)
+            open_source(raw, Options())
         one_sentence(error)
     (raw / "reach" / "meta.json").write_text("[]")
     with pytest.raises(FileError, match="key 'schema_version' is missing"):
-        open_source(raw)
+        open_source(raw, Options())

@@ -165,7 +165,7 @@ def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
 
 def test_another_schema_version(path: Path) -> None:
     edit(path, schema_version=99)
-    with pytest.raises(FileError, match=r"schema_version is 99, this code reads 1; run the convert stage again"):
+    with pytest.raises(FileError, match=r"schema_version is 99, this code reads 2; run the convert stage again"):
         EpisodeStore.open(path)
 
 

@@ -11,25 +11,26 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import google_crc32c
 import numpy as np
 from numcodecs import BitRound
-from numcodecs.zstd import Zstd
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
-from svam.files import FileError, read_json
+from svam.episodes.chunks import DECODERS, Bytes, ShardFile
+from svam.files import FileError, read_json, stamp
 
 ZSTD_LEVEL = 3
-_EMPTY = 2**64 - 1
-"""What a shard's index holds, as offset and as size, for a chunk that was never written."""
+_DTYPES = {f"{kind}{8 * size}" for kind in ("int", "uint") for size in (1, 2, 4, 8)} | {"bool", "float16", "float32", "float64"}
+_OPEN_SHARDS = 16
+"""Shards that one reader keeps open."""
+_SPARE_BYTES = 8 << 20
+"""A buffer for chunks up to this size is kept between reads."""
 
 
 def round_mantissa(values: NDArray[Any], bits: int) -> NDArray[Any]:
@@ -45,7 +46,7 @@ def round_mantissa(values: NDArray[Any], bits: int) -> NDArray[Any]:
 
 
 @contextmanager
-def _named_failures(path: Path) -> Iterator[None]:
+def named_failures(path: Path) -> Iterator[None]:
     """Turn a failing file system (disk full, no permission) into one sentence that names `path`."""
     try:
         yield
@@ -68,7 +69,7 @@ class ArrayWriter:
         self.path, self.rows = path, 0
         self._bits, self._filled = mantissa_bits, 0
         self._buffer = np.empty((shard_rows, *row_shape), dtype=dtype)
-        with _named_failures(path):
+        with named_failures(path):
             self._array = zarr.create_array(
                 path, shape=(0, *row_shape), dtype=self._buffer.dtype, zarr_format=3, fill_value=0,
                 chunks=(chunk_rows, *row_shape), shards=self._buffer.shape, filters=None,
@@ -110,7 +111,7 @@ class ArrayWriter:
         if not self._filled:
             return
         end = self.rows + self._filled
-        with _named_failures(self.path):
+        with named_failures(self.path):
             self._array.resize((end, *self._buffer.shape[1:]))
             self._array[self.rows : end] = self._buffer[: self._filled]
         self.rows, self._filled = end, 0
@@ -130,6 +131,7 @@ class GroupWriter:
         self.path = Path(path)
         self.attributes: dict[str, Any] = {}
         self._arrays: dict[str, ArrayWriter] = {}
+        self._adopted: list[str] = []
 
     def array(
         self, name: str, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_rows: int,
@@ -141,6 +143,11 @@ class GroupWriter:
         """
         self._arrays[name] = ArrayWriter(self.path / name, row_shape, dtype, chunk_rows, shard_rows, mantissa_bits)
         return self._arrays[name]
+
+    def adopt(self, name: str) -> Path:
+        """Where an array of this group is to be written by other means; its parent groups are made with the others'."""
+        self._adopted.append(name)
+        return self.path / name
 
     def write(self, name: str, values: NDArray[Any], shard_rows: int = 65536) -> None:
         """Write a whole small array."""
@@ -154,13 +161,13 @@ class GroupWriter:
             return
         for writer in self._arrays.values():
             writer.close()
-        folders = {parent for name in self._arrays for parent in Path(name).parents}
+        folders = {parent for name in [*self._arrays, *self._adopted] for parent in Path(name).parents}
         for folder in folders | {Path()}:
             attributes = self.attributes if folder == Path() else {}
             text = json.dumps(
                 {"attributes": attributes, "node_type": "group", "zarr_format": 3}, indent=1, sort_keys=True, allow_nan=False
             )
-            with _named_failures(self.path / folder):
+            with named_failures(self.path / folder):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
                 (self.path / folder / "zarr.json").write_text(text + "\n", encoding="utf-8")
 
@@ -183,7 +190,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 
 class RowReader:
-    """Reads rows of one array that `ArrayWriter` wrote. Holds no open file, so it may be pickled and used in any process.
+    """Reads rows of one array that `ArrayWriter` wrote. It keeps the shards it read last open; threads may share it.
+
+    It may be pickled: the copy opens files of its own. An array that is replaced or changed while a reader is in use is an
+    error, since rows of two arrays would mix.
 
     Attributes: `path`; `shape` (n, ...); `dtype`; `chunk_rows`, `shard_rows`; `attributes`.
     """
@@ -195,32 +205,44 @@ class RowReader:
             FileError: no array is there, or its layout is not that of `ArrayWriter`.
         """
         self.path = Path(path)
-        if not (self.path / "zarr.json").is_file():
+        file = self.path / "zarr.json"
+        if not file.is_file():
             raise FileError(f"{self.path}: no such array")
-        metadata = read_json(self.path / "zarr.json")
+        self._stamp, metadata = stamp(file), read_json(file)
         try:
             self.shape: tuple[int, ...] = tuple(metadata["shape"])
-            self.dtype = np.dtype(metadata["data_type"])
             self.attributes: Mapping[str, Any] = metadata["attributes"]
             (sharding,) = metadata["codecs"]
             inner = sharding["configuration"]
             shard, chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"], inner["chunk_shape"]
-            names = [sharding["name"], *(codec["name"] for codec in inner["codecs"] + inner["index_codecs"])]
+            codecs = tuple(codec["name"] for codec in inner["codecs"])
+            every = [sharding, *inner["codecs"], *inner["index_codecs"]]
             known = (
-                names == ["sharding_indexed", "bytes", "zstd", "bytes", "crc32c"]
+                codecs in DECODERS
+                and [codec["name"] for codec in (sharding, *inner["index_codecs"])] == ["sharding_indexed", "bytes", "crc32c"]
+                and all((codec.get("configuration") or {}).get("endian", "little") == "little" for codec in every)
                 and inner.get("index_location", "end") == "end"
                 and metadata["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
-                and all(codec.get("configuration", {}).get("endian", "little") == "little" for codec in inner["codecs"])
+                and (metadata["zarr_format"], metadata["node_type"]) == (3, "array")
+                and metadata["data_type"] in _DTYPES
+                and all(type(size) is int and size >= 0 for size in (*self.shape, *shard, *chunk))
                 and tuple(shard[1:]) == tuple(chunk[1:]) == self.shape[1:]
+                and 0 < chunk[0] <= shard[0]
                 and shard[0] % chunk[0] == 0
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{self.path / 'zarr.json'}: not the metadata of a sharded Zarr v3 array ({error!r})") from None
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+            raise FileError(f"{file}: not the metadata of a sharded Zarr v3 array ({error!r})") from None
         if not known:
-            raise FileError(f"{self.path / 'zarr.json'}: expected shards of Zstd chunks that span whole rows, found {names}")
+            raise FileError(f"{file}: expected shards of Zstd, Blosc or raw chunks that span whole rows, found {codecs}")
+        self.dtype = np.dtype(metadata["data_type"])
         self.chunk_rows, self.shard_rows = int(chunk[0]), int(shard[0])
-        self._index: dict[int, NDArray[np.uint64]] = {}
-        self._zstd = Zstd()
+        self._codecs = codecs
+        self._within = np.arange(self.chunk_rows, dtype=np.int64)
+        self._files: dict[int, ShardFile] = {}
+        self._spare: list[NDArray[Any]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_files": {}, "_spare": []}
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -230,26 +252,23 @@ class RowReader:
         """Uncompressed bytes of one row."""
         return int(math.prod(self.shape[1:]) * self.dtype.itemsize)
 
-    def _shard_file(self, shard: int) -> Path:
-        return self.path.joinpath("c", str(shard), *("0" for _ in self.shape[1:]))
+    def _open(self, shard: int) -> ShardFile:
+        if stamp(self.path / "zarr.json") != self._stamp:
+            raise FileError(f"{self.path}: replaced or changed while it was in use; open it again")
+        name = self.path.joinpath("c", str(shard), *("0" for _ in self.shape[1:]))
+        used = -(-min(self.shard_rows, len(self) - shard * self.shard_rows) // self.chunk_rows)
+        return ShardFile(name, self.shard_rows // self.chunk_rows, used, len(self))
 
-    def _read_index(self, shard: int, file: int, name: Path) -> NDArray[np.uint64]:
-        """(chunks of the shard, 2) offsets and sizes, from the end of the file; cached."""
-        if shard in self._index:
-            return self._index[shard]
-        chunks, size = self.shard_rows // self.chunk_rows, os.fstat(file).st_size
-        length = chunks * 16 + 4
-        tail = os.pread(file, length, size - length) if size >= length else b""
-        if len(tail) != length or google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
-            raise FileError(f"{name}: truncated or damaged (the shard's index of {chunks} chunks is not at its end)")
-        index = np.frombuffer(tail[:-4], dtype="<u8").reshape(chunks, 2)
-        used = index[: -(-min(self.shard_rows, len(self) - shard * self.shard_rows) // self.chunk_rows)]
-        if (used == _EMPTY).any() or (used.sum(axis=1) > size - length).any():
-            raise FileError(f"{name}: incomplete (a chunk of rows below {len(self)} is missing)")
-        if len(self._index) >= 4096:  # bounds the memory of very long arrays
-            self._index.clear()
-        self._index[shard] = index
-        return index
+    def _shard(self, shard: int) -> ShardFile:
+        file = self._files.get(shard)
+        if file is None:
+            file = self._open(shard)
+            for old in list(self._files)[: max(0, len(self._files) + 1 - _OPEN_SHARDS)]:
+                self._files.pop(old, None)
+            self._files[shard] = file
+        elif not file.unchanged():
+            raise FileError(f"{file.name}: replaced or changed while it was in use; open it again")
+        return file
 
     def check(self) -> None:
         """Look at the existence, size and index of every shard, without decompressing.
@@ -258,70 +277,80 @@ class RowReader:
             FileError: a shard is missing, truncated or incomplete.
         """
         for shard in range(-(-len(self) // self.shard_rows)):
-            with self._opened(shard) as (file, name):
-                self._read_index(shard, file, name)
-
-    @contextmanager
-    def _opened(self, shard: int) -> Iterator[tuple[int, Path]]:
-        name = self._shard_file(shard)
-        try:
-            file = os.open(name, os.O_RDONLY)
-        except FileNotFoundError:
-            raise FileError(f"{name}: no such file, though the array has {len(self)} rows") from None
-        try:
-            yield file, name
-        finally:
-            os.close(file)
+            self._open(shard)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows (k, ...) by number, in the order asked for; repeats are allowed, each touched chunk is decoded once.
 
         Raises:
             ContractError: a row number is outside 0..n - 1.
-            FileError: a shard is missing, truncated or damaged.
+            FileError: a shard is missing, truncated, damaged or replaced.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.ndim != 1:
             raise ContractError(f"{self.path.name}: row numbers have shape {rows.shape}, expected (k,)")
-        out = np.empty((len(rows), *self.shape[1:]), dtype=self.dtype)
-        if not len(rows):
+        k = len(rows)
+        out = np.empty((k, *self.shape[1:]), dtype=self.dtype)
+        if not k:
             return out
-        if rows.min() < 0 or rows.max() >= len(self):
-            raise ContractError(f"{self.path.name}: rows {rows.min()}..{rows.max()} asked for, there are 0..{len(self) - 1}")
-        order = np.argsort(rows, kind="stable")
-        ordered = rows[order]
+        steps = rows[1:] - rows[:-1]
+        low, high = (int(steps.min()), int(steps.max())) if k > 1 else (1, 1)
+        order = None if low >= 0 else np.argsort(rows, kind="stable")
+        ordered = rows if order is None else rows[order]
+        if ordered[0] < 0 or ordered[-1] >= len(self):
+            raise ContractError(f"{self.path.name}: rows {ordered[0]}..{ordered[-1]} asked for, there are 0..{len(self) - 1}")
+        step = low if low == high and low > 0 else None  # rows at equal distances, the usual clip, are copied as a slice
         chunks = ordered // self.chunk_rows
-        edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(rows)]
-        spans = list(itertools.pairwise(edges))
-        scratch = np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.dtype)
-        per_shard, i = self.shard_rows // self.chunk_rows, 0
-        while i < len(spans):
-            shard = int(chunks[spans[i][0]]) // per_shard
-            with self._opened(shard) as (file, name):
-                index = self._read_index(shard, file, name)
-                while i < len(spans) and int(chunks[spans[i][0]]) // per_shard == shard:
-                    first, last = spans[i]
-                    chunk = int(chunks[first])
-                    at, target = int(order[first]), order[first:last]
-                    inside = ordered[first:last] - chunk * self.chunk_rows
-                    # A whole chunk in its own order (the common case of long reads) is decompressed in place.
-                    whole = last - first == self.chunk_rows and bool(
-                        (inside == np.arange(self.chunk_rows)).all() and (target == np.arange(at, at + self.chunk_rows)).all()
-                    )
-                    self._decode(file, name, index[chunk % per_shard], out[at : at + self.chunk_rows] if whole else scratch)
-                    if not whole:
-                        out[target] = scratch[inside]
-                    i += 1
+        edges = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist(), k]
+        numbers: list[int] = chunks[edges[:-1]].tolist()
+        scratch: NDArray[Any] | None = None
+        for i, (file, offset, data) in enumerate(self._chunks(numbers)):
+            first, last = edges[i], edges[i + 1]
+            inside = ordered[first:last] - numbers[i] * self.chunk_rows
+            at = first if order is None else int(order[first])
+            if last - first == self.chunk_rows and self._is_whole(inside, None if order is None else order[first:last]):
+                self._decode(file, offset, data, out[at : at + self.chunk_rows])
+                continue
+            scratch = self._buffer() if scratch is None else scratch
+            self._decode(file, offset, data, scratch)
+            if step is not None:
+                start = int(inside[0])
+                out[first:last] = scratch[start : start + (last - first - 1) * step + 1 : step]
+            elif order is None:
+                np.take(scratch, inside, axis=0, out=out[first:last], mode="clip")
+            else:
+                out[order[first:last]] = scratch[inside]
+        if scratch is not None and scratch.nbytes <= _SPARE_BYTES:
+            self._spare[:] = [scratch]
         return out
 
     def read_range(self, start: int, end: int) -> NDArray[Any]:
         """Rows start..end - 1."""
         return self.read(np.arange(start, end, dtype=np.int64))
 
-    def _decode(self, file: int, name: Path, place: NDArray[np.uint64], out: NDArray[Any]) -> None:
-        offset, size = int(place[0]), int(place[1])
-        data = os.pread(file, size, offset)
+    def _is_whole(self, inside: NDArray[np.int64], targets: NDArray[np.int64] | None) -> bool:
+        """Whether as many rows as a chunk has are the chunk in its own order, so that it can be decoded in place."""
+        if self.chunk_rows == 1:
+            return True
+        return np.array_equal(inside, self._within) and (targets is None or np.array_equal(targets - targets[0], self._within))
+
+    def _buffer(self) -> NDArray[Any]:
+        """Room for one chunk, which no other thread uses."""
         try:
-            self._zstd.decode(data, out=out)
+            return self._spare.pop()
+        except IndexError:
+            return np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.dtype)
+
+    def _chunks(self, numbers: list[int]) -> Iterator[tuple[ShardFile, int, Bytes]]:
+        """The chunks by increasing numbers, still encoded, with the shard and the byte where each lies."""
+        per_shard = self.shard_rows // self.chunk_rows
+        for shard, members in itertools.groupby(numbers, lambda number: number // per_shard):
+            file = self._shard(shard)
+            for offset, data in file.chunks([number - shard * per_shard for number in members]):
+                yield file, offset, data
+
+    def _decode(self, file: ShardFile, offset: int, data: Bytes, out: NDArray[Any]) -> None:
+        try:
+            DECODERS[self._codecs](data, out)
         except (RuntimeError, ValueError) as error:
-            raise FileError(f"{name}: the chunk at byte {offset} is damaged ({error})") from None
+            raise FileError(f"{file.name}: the chunk at byte {offset} is damaged ({error})") from None

@@ -1,8 +1,22 @@
-"""Any source of episodes to one store: one episode in memory at a time, and the store appears only when it is whole."""
+"""Any source of episodes to one store, by several processes, in memory that does not grow with the data set.
+
+The episodes are cut into units of about a thousand steps. A worker turns a unit into pieces of the store's arrays (see
+`svam.episodes.shards`) in a scratch folder; when all units are there, one process joins them. Bytes do not depend on the
+number of workers, and a conversion that was killed goes on with the units that are missing. The store appears when it is whole.
+"""
 
 from __future__ import annotations
 
-from contextlib import closing
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -16,150 +30,375 @@ from svam.contract import (
     ActionConvention,
     ContractError,
     Episode,
+    EpisodeShape,
     EpisodeSource,
     SourceDescription,
     Statistics,
     VectorStatistics,
+    frame_blocks,
 )
-from svam.episodes.arrays import ArrayWriter, GroupWriter, RowReader
+from svam.episodes.arrays import GroupWriter, RowReader
+from svam.episodes.checksums import EpisodeDigest
+from svam.episodes.frames import prepared
+from svam.episodes.shards import Layout, Piece, ShardJoiner, WholePiece
 from svam.episodes.statistics import vector_statistics
-from svam.files import whole_directory
-from svam.machine import generator, track
+from svam.files import FileError, locked, whole_directory, write_json
+from svam.machine import console, generator, progress_bar, track
 from svam.params import Convert
 
-_VECTOR_CHUNK, _VECTOR_SHARD = 256, 65536
-_ANNOTATION_CHUNK = 4
+UNIT_STEPS = 1024
+"""Steps of a unit, rounded up to whole episodes: small enough to share among workers and to lose to a kill."""
+_VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
+_MEGABYTE = 2**20
 
 
-def split_episodes(tasks: list[str], held_out: float, seed: int) -> NDArray[np.uint8]:
-    """(E,) uint8, 1 for held-out episodes: of each task's episodes the share `held_out`, rounded, at least one.
+def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
+    """(E,) uint8, 1 for held-out episodes: the source's own split where it has one, else of each task's episodes the share
+    `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool.
 
-    Which ones depends on the seed, the task and its number of episodes only.
+    Which ones are drawn depends on the seed, the task and its number of episodes only.
 
     Raises:
-        ContractError: a task has a single episode, which cannot be both trained on and held out.
+        ContractError: there is a single episode, or the source's own split leaves one side empty.
     """
     split = np.zeros(len(tasks), dtype=np.uint8)
-    for task in dict.fromkeys(tasks):
-        members = np.flatnonzero([name == task for name in tasks])
-        if len(members) < 2:
-            raise ContractError(f"task {task!r} has 1 episode; at least 2 are needed, one of which is held out")
-        count = min(max(1, round(held_out * len(members))), len(members) - 1)
-        split[generator(seed, "split", task).permutation(members)[:count]] = 1
+    if any(shape.held_out is not None for shape in shapes):
+        split[:] = [shape.held_out is True for shape in shapes]
+        if split.all() or not split.any():
+            sides = f"{len(split) - split.sum()} training and {split.sum()} held-out episodes"
+            raise ContractError(f"the source's own split has {sides}, expected some of both")
+        return split
+    if len(tasks) < 2:
+        raise ContractError(f"{len(tasks)} episode in all; at least 2 are needed, one of which is held out")
+    groups = {task: np.flatnonzero([name == task for name in tasks]) for task in dict.fromkeys(tasks)}
+    if max(map(len, groups.values())) == 1:
+        groups = {"": np.arange(len(tasks))}
+    for task, members in groups.items():
+        if len(members) > 1:
+            count = min(max(1, round(held_out * len(members))), len(members) - 1)
+            split[generator(seed, "split", task).permutation(members)[:count]] = 1
     return split
 
 
-class _Writer:
-    """Appends episodes to the arrays of one store; the first episode decides which arrays there are and their widths."""
-
-    def __init__(self, group: GroupWriter, description: SourceDescription, params: Convert) -> None:
-        self._group, self._description, self._params = group, description, params
-        self._arrays: dict[str, ArrayWriter] = {}
-        self.ends: list[int] = []
-        self.tasks: list[str] = []
-        self.instructions: list[str] = []
-        self.provenance: list[dict[str, Any]] = []
-
-    def _parts(self, episode: Episode) -> dict[str, NDArray[Any]]:
-        start = self.ends[-1] if self.ends else 0
-        parts: dict[str, NDArray[Any]] = {f"frames/{name}": episode.frames[name] for name in self._description.cameras}
-        parts |= {name: values for name in VECTORS if (values := getattr(episode, name)) is not None}
-        for name, annotation in sorted(episode.annotations.items()):
-            parts[f"annotations/{name}/values"] = annotation.values
-            parts[f"annotations/{name}/index"] = annotation.index + start
-        return parts
-
-    def _create(self, name: str, values: NDArray[Any]) -> ArrayWriter:
-        if name.startswith("frames/"):
-            chunk, shard = self._params.chunk_frames, self._params.shard_frames
-        elif name.endswith("/values"):  # annotated frames are read in random order: small chunks
-            chunk = _ANNOTATION_CHUNK
-            shard = -(-self._params.shard_frames // chunk) * chunk
-        else:
-            chunk, shard = _VECTOR_CHUNK, _VECTOR_SHARD
-        return self._group.array(name, values.shape[1:], values.dtype, chunk, shard)
-
-    def append(self, episode: Episode) -> None:
-        """Check one episode against the contract and against the first one, and append it."""
-        where = f"episode {len(self.ends)} ({episode.provenance.get('file', episode.task)})"
-        episode.check()
-        if list(episode.frames) != self._description.cameras:
-            raise ContractError(f"{where}: cameras are {list(episode.frames)}, expected {self._description.cameras}")
-        if episode.rate_hz != self._description.rate_hz:
-            raise ContractError(f"{where}: rate_hz is {episode.rate_hz:g}, expected {self._description.rate_hz:g}")
-        if episode.task not in self._description.instructions:
-            raise ContractError(f"{where}: its task is not in the source's instructions")
-        for d in self._params.binary_dimensions:
-            if d < episode.actions.shape[1] and not np.isin(episode.actions[:, d], (-1.0, 1.0)).all():
-                raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
-        parts = self._parts(episode)
-        if not self.ends:
-            self._arrays = {name: self._create(name, values) for name, values in parts.items()}
-        if set(parts) != set(self._arrays):
-            more, less = sorted(set(parts) - set(self._arrays)), sorted(set(self._arrays) - set(parts))
-            raise ContractError(f"{where}: differs from the first episode: lacks {less or 'nothing'}, adds {more or 'nothing'}")
-        for name, values in parts.items():
-            try:
-                self._arrays[name].append(values)
-            except ContractError as error:
-                raise ContractError(f"{where}: {name} differs from the first episode's: {error}") from None
-        self.ends.append((self.ends[-1] if self.ends else 0) + len(episode.actions))
-        self.tasks.append(episode.task)
-        self.instructions.append(episode.instruction)
-        self.provenance.append(dict(episode.provenance))
-
-    def finish_arrays(self) -> None:
-        """Write what is still in memory, so that the arrays can be read."""
-        for array in self._arrays.values():
-            array.close()
-
-    def statistics(self, split: NDArray[np.uint8]) -> Statistics:
-        """Of the training episodes alone, read back from the written arrays one episode at a time."""
-        training = [(self.ends[e - 1] if e else 0, self.ends[e]) for e in np.flatnonzero(split == 0)]
-
-        def of(name: str) -> VectorStatistics:
-            reader = RowReader(self._group.path / name)
-            return vector_statistics(lambda: (reader.read_range(*bounds) for bounds in training))
-
-        actions = of("actions")
-        convention = ActionConvention(
-            kind=self._params.action_kind, dimensions=len(actions.mean),
-            binary_dimensions=self._params.binary_dimensions, normalisation=self._params.normalisation,
-        )  # fmt: skip
-        proprioception = of("proprioception") if "proprioception" in self._arrays else None
-        return Statistics(convention=convention, actions=actions, proprioception=proprioception)
+def _parts(episode: Episode) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]:
+    """Array name -> (row shape, dtype, number of rows) of what an episode adds to a store."""
+    parts: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {
+        f"frames/{camera}": (tuple(images.shape[1:]), np.dtype(np.uint8), len(images))
+        for camera, images in episode.frames.items()
+    }
+    for name in (*VECTORS, "timestamps"):
+        if (values := getattr(episode, name)) is not None:
+            parts[name] = (values.shape[1:], values.dtype, len(values))
+    for name, labels in sorted(episode.annotations.items()):
+        parts[f"annotations/{name}/values"] = (labels.values.shape[1:], labels.values.dtype, len(labels.values))
+        parts[f"annotations/{name}/index"] = ((), np.dtype(np.int64), len(labels.index))
+    return parts
 
 
-def convert(source: EpisodeSource, out: Path, params: Convert, seed: int) -> None:
+def _rows_of(name: str, shape: EpisodeShape) -> int:
+    """Rows that an episode of `shape` adds to the array `name`."""
+    return shape.annotated.get(name.split("/")[1], 0) if name.startswith("annotations/") else shape.steps
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be written: known before any frame is decoded, the same for all workers."""
+
+    source: EpisodeSource
+    description: SourceDescription
+    params: Convert
+    layouts: Mapping[str, Layout]
+    starts: Mapping[str, NDArray[np.int64]]
+    """Array name -> (E + 1,) first row of each episode, and the array's length."""
+    units: list[tuple[int, int]]
+    """First episode of each unit, and the one after its last."""
+
+    @classmethod
+    def of(cls, source: EpisodeSource, params: Convert) -> tuple[Plan, list[EpisodeShape]]:
+        """Look at all lengths, and at the first episode for the arrays' kinds."""
+        description = _chosen_cameras(source.describe(), params)
+        if not len(source):
+            raise ContractError("the source has no episodes")
+        shapes = [source.shape(e) for e in range(len(source))]
+        first = prepared(source.read(0), description.cameras, params)
+        first.check()
+        layouts = {
+            name: Layout.of(row_shape, dtype, _chunk_rows(name, params), params.shard_megabytes * _MEGABYTE)
+            for name, (row_shape, dtype, _) in _parts(first).items()
+        }
+        starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in layouts}
+        steps = np.cumsum([shape.steps for shape in shapes])
+        last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
+        edges = sorted({0, *last, len(shapes)})
+        return cls(source, description, params, layouts, starts, list(pairwise(edges))), shapes
+
+    def key(self, shapes: Sequence[EpisodeShape]) -> str:
+        """Changes with anything that the units depend on: params, description, lengths, the inputs' stamps, this code."""
+        code = sorted((Path(__file__).parent).rglob("*.py"))
+        layouts = {name: str(layout) for name, layout in self.layouts.items()}
+        known = [
+            self.params.model_dump_json(), self.description.model_dump_json(), json.dumps(layouts), str(list(shapes)),
+            STORE_SCHEMA, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in code),
+        ]  # fmt: skip
+        return hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:16]
+
+
+def _chunk_rows(name: str, params: Convert) -> int:
+    """Rows compressed together: frames along time; labels in random order, so few; vectors are small."""
+    if name.startswith("frames/"):
+        return params.chunk_frames
+    return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
+
+
+def _chosen_cameras(description: SourceDescription, params: Convert) -> SourceDescription:
+    """The description with the cameras of `convert.cameras`, in that order."""
+    unknown = [camera for camera in params.cameras if camera not in description.cameras]
+    if unknown:
+        raise ContractError(f"convert.cameras names {unknown[0]!r}; the source has {', '.join(description.cameras)}")
+    return description.model_copy(update={"cameras": params.cameras or description.cameras})
+
+
+def _checked(plan: Plan, number: int) -> Episode:
+    """Episode `number`, as it goes into the store.
+
+    Raises:
+        ContractError: it breaks the contract or differs in kind from the first one.
+    """
+    try:
+        episode = plan.source.read(number)
+    except (ContractError, FileError) as error:
+        raise type(error)(str(error)) from None
+    where = f"episode {number} ({episode.provenance.get('file', episode.task)})"
+    description, params = plan.description, plan.params
+    missing = [camera for camera in description.cameras if camera not in episode.frames]
+    if missing:
+        raise ContractError(f"{where}: cameras are {list(episode.frames)}, expected {description.cameras}")
+    episode = prepared(episode, description.cameras, params)
+    episode.check()
+    if episode.rate_hz != description.rate_hz:
+        raise ContractError(f"{where}: rate_hz is {episode.rate_hz:g}, expected {description.rate_hz:g}")
+    if episode.task not in description.instructions:
+        raise ContractError(f"{where}: its task is not in the source's instructions")
+    for d in params.binary_dimensions:
+        column = None if episode.actions is None or d >= episode.actions.shape[1] else episode.actions[:, d]
+        if column is not None and not np.isin(column, (-1.0, 1.0)).all():
+            raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
+    parts = _parts(episode)
+    if set(parts) != set(plan.layouts):
+        more, less = sorted(set(parts) - set(plan.layouts)), sorted(set(plan.layouts) - set(parts))
+        raise ContractError(f"{where}: differs from the first episode: lacks {less or 'nothing'}, adds {more or 'nothing'}")
+    for name, (row_shape, dtype, rows) in parts.items():
+        layout, expected = plan.layouts[name], int(plan.starts[name][number + 1] - plan.starts[name][number])
+        if (row_shape, dtype) != (layout.row_shape, layout.dtype):
+            raise ContractError(
+                f"{where}: {name} differs from the first episode's: its rows are {dtype} {row_shape}, "
+                f"expected {layout.dtype} {layout.row_shape}"
+            )
+        if rows != expected:
+            raise ContractError(f"{where}: {name} has {rows} rows, {expected} were announced")
+    return episode
+
+
+def _blocks(episode: Episode, name: str) -> Iterable[NDArray[Any]]:
+    """An array of an episode, in blocks."""
+    if name.startswith("frames/"):
+        return frame_blocks(episode.frames[name.removeprefix("frames/")])
+    if name.startswith("annotations/"):
+        _, label, kind = name.split("/")
+        return [getattr(episode.annotations[label], kind)]
+    return [getattr(episode, name)]
+
+
+def _write_unit(plan: Plan, number: int, scratch: Path) -> None:
+    """Episodes of one unit as pieces, checksums and facts, in a folder that appears when it is whole."""
+    first, end = plan.units[number]
+    with whole_directory(_unit_folder(scratch, number)) as folder, ExitStack() as stack:
+        pieces: dict[str, Piece] = {}
+        for at, name in enumerate(plan.layouts):
+            pieces[name] = Piece(folder / str(at), int(plan.starts[name][first]), plan.layouts[name])
+            stack.callback(pieces[name].abandon)
+        facts = []
+        for e in range(first, end):
+            episode, digest = _checked(plan, e), EpisodeDigest()
+            where = f"episode {e} ({episode.provenance.get('file', episode.task)})"
+            for name, piece in pieces.items():
+                shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
+                try:
+                    for block in _blocks(episode, name):
+                        digest.update(name, block)
+                        piece.append(block + shift if shift else block)
+                except ContractError as error:
+                    raise ContractError(f"{where}: {name}: {error}") from None
+            facts.append({
+                "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
+                "checksum": digest.hexdigest(),
+            })  # fmt: skip
+        for piece in pieces.values():
+            piece.close()
+        write_json(folder / "episodes.json", facts)
+
+
+def _unit_folder(scratch: Path, number: int) -> Path:
+    return scratch / f"unit_{number:06d}"
+
+
+_worker: tuple[Plan, Path] | None = None
+
+
+def _set_up(plan: Plan, scratch: Path) -> None:
+    """In a worker: what it works on. Ctrl-C is the parent's business."""
+    import signal
+
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _worker = (plan, scratch)
+
+
+def _work(number: int) -> int:
+    """In a worker: one unit."""
+    if _worker is None:
+        raise RuntimeError("the worker was not set up")
+    plan, scratch = _worker
+    _write_unit(plan, number, scratch)
+    return number
+
+
+def _finished(plan: Plan, todo: Sequence[int], scratch: Path, workers: int) -> Iterator[int]:
+    """Write the units, by `workers` processes (by this one if it is 1), and yield their numbers as they are done, in order."""
+    if workers <= 1 or len(todo) <= 1:
+        for number in todo:
+            _write_unit(plan, number, scratch)
+            yield number
+        return
+    with ProcessPoolExecutor(
+        min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_set_up, initargs=(plan, scratch)
+    ) as pool:
+        futures: list[Future[int]] = [pool.submit(_work, number) for number in todo]
+        try:
+            for future in futures:
+                yield future.result()
+        except BrokenProcessPool:
+            raise FileError("convert: a worker process ended, perhaps for want of memory; run the same command again") from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+
+@contextmanager
+def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Path]:
+    """Where units are kept: with `scratch`, a folder of this work's own that outlives a kill, but no success and no fault."""
+    if scratch is None:
+        yield folder / ".units"
+        shutil.rmtree(folder / ".units", ignore_errors=True)
+        return
+    place = scratch / key
+    place.mkdir(parents=True, exist_ok=True)
+    with locked(scratch / f"{key}.lock"):
+        try:
+            yield place
+        except (ContractError, FileError):
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def convert(
+    source: EpisodeSource, out: Path, params: Convert, seed: int, workers: int = 1, scratch: Path | None = None
+) -> None:
     """Write the store `out` from all episodes of `source`, in the source's order.
 
-    Equal input gives equal bytes. On any error nothing is left behind, and what stood at `out` before still stands.
+    Equal input gives equal bytes, whatever `workers`. On an error nothing is left behind, and what stood at `out` before
+    still stands; when killed, the next call goes on from what is in `scratch` (without it, from the start).
 
     Raises:
         ContractError: an episode breaks the contract or differs in kind from the others.
         FileError: a file of the source is damaged, or writing fails.
     """
-    description = source.describe()
-    with whole_directory(Path(out)) as folder, GroupWriter(folder) as group:
-        writer = _Writer(group, description, params)
-        with closing(track(source, "episodes", len(source))) as episodes:
-            for episode in episodes:
-                writer.append(episode)
-        if not writer.ends:
-            raise ContractError("the source has no episodes")
-        writer.finish_arrays()
-        split = split_episodes(writer.tasks, params.held_out, seed)
-        try:
-            statistics = writer.statistics(split)
-        except ValidationError as error:
-            message = error.errors()[0]["msg"].removeprefix("Value error, ")
-            raise ContractError(f"convert: {message}") from None
-        tasks = list(dict.fromkeys(writer.tasks))
-        group.write("episode_ends", np.asarray(writer.ends, dtype=np.int64))
-        group.write("episode_split", split)
-        group.write("episode_task", np.asarray([tasks.index(task) for task in writer.tasks], dtype=np.int64))
-        group.attributes = {
-            "schema_version": STORE_SCHEMA, "source": description.model_dump(mode="json"), "tasks": tasks,
-            "episode_instructions": writer.instructions, "episode_provenance": writer.provenance,
-            "statistics": statistics.model_dump(mode="json"),
-        }  # fmt: skip
+    plan, shapes = Plan.of(source, params)
+    # The split is drawn before the long part, so that a wrong one costs nothing; tasks are known for sure only after it.
+    with whole_directory(Path(out)) as folder, _scratch_folder(scratch, folder, plan.key(shapes)) as units:
+        _write_units(plan, units, workers, [shape.steps for shape in shapes])
+        facts = [fact for n in range(len(plan.units)) for fact in _facts(units, n)]
+        tasks = [fact["task"] for fact in facts]
+        split = split_episodes(tasks, shapes, params.held_out, seed)
+        with GroupWriter(folder) as group:
+            _join(plan, group, units)
+            _describe(plan, group, facts, split)
+        if scratch is None:
+            shutil.rmtree(units, ignore_errors=True)
+
+
+def _write_units(plan: Plan, units: Path, workers: int, steps: Sequence[int]) -> None:
+    """Write the units that are not there yet, with a bar in frames."""
+    sizes = [sum(steps[a:b]) for a, b in plan.units]
+    todo = [n for n in range(len(sizes)) if not (_unit_folder(units, n) / "episodes.json").is_file()]
+    with progress_bar() as bar:
+        done = sum(sizes) - sum(sizes[n] for n in todo)
+        if done:
+            console.print(f"convert: going on after {done} of {sum(sizes)} steps", highlight=False)
+        task = bar.add_task("convert, steps", total=sum(sizes[n] for n in todo), note="")
+        with closing(_finished(plan, todo, units, workers)) as finished:  # type: ignore[type-var]
+            for number in finished:
+                bar.advance(task, sizes[number])
+
+
+def _facts(units: Path, number: int) -> list[dict[str, Any]]:
+    text = (_unit_folder(units, number) / "episodes.json").read_text(encoding="utf-8")
+    return list(json.loads(text))
+
+
+def _join(plan: Plan, group: GroupWriter, units: Path) -> None:
+    """Write every array from its pieces."""
+    total = len(plan.layouts) * len(plan.units)
+    arrays = ((at, name, n) for at, name in enumerate(plan.layouts) for n in range(len(plan.units)))
+    with ExitStack() as stack, closing(track(arrays, "join", total)) as pieces:
+        joiner: ShardJoiner | None = None
+        for at, name, number in pieces:
+            if number == 0 or joiner is None:
+                joiner = ShardJoiner(group.adopt(name), int(plan.starts[name][-1]), plan.layouts[name])
+                stack.callback(joiner.abandon)
+            joiner.join(WholePiece(_unit_folder(units, number) / str(at)))
+            if number == len(plan.units) - 1:
+                joiner.close()
+
+
+def _describe(plan: Plan, group: GroupWriter, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
+    """Episodes, split, checksums, statistics and the source's description."""
+    tasks = list(dict.fromkeys(fact["task"] for fact in facts))
+    ends = plan.starts[f"frames/{plan.description.cameras[0]}"][1:]
+    group.write("episode_ends", ends)
+    group.write("episode_split", split)
+    group.write("episode_task", np.asarray([tasks.index(fact["task"]) for fact in facts], dtype=np.int64))
+    checksums = np.frombuffer(b"".join(bytes.fromhex(fact["checksum"]) for fact in facts), dtype=np.uint8)
+    group.write("episode_checksums", checksums.reshape(len(facts), -1))
+    try:
+        statistics = _statistics(plan, group.path, ends, split)
+    except ValidationError as error:
+        message = error.errors()[0]["msg"].removeprefix("Value error, ")
+        raise ContractError(f"convert: {message}") from None
+    group.attributes = {
+        "schema_version": STORE_SCHEMA, "source": plan.description.model_dump(mode="json"), "tasks": tasks,
+        "episode_instructions": [fact["instruction"] for fact in facts],
+        "episode_provenance": [fact["provenance"] for fact in facts],
+        "statistics": None if statistics is None else statistics.model_dump(mode="json"),
+    }  # fmt: skip
+
+
+def _statistics(plan: Plan, path: Path, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:
+    """Of the training episodes alone, read back from the written arrays one episode at a time; None without actions."""
+    if "actions" not in plan.layouts:
+        return None
+    starts = np.concatenate([[0], ends[:-1]])
+    training = [(int(starts[e]), int(ends[e])) for e in np.flatnonzero(split == 0)]
+
+    def of(name: str) -> VectorStatistics:
+        reader = RowReader(path / name)
+        return vector_statistics(lambda: (reader.read_range(*bounds) for bounds in training))
+
+    actions, params = of("actions"), plan.params
+    convention = ActionConvention(
+        kind=params.action_kind, dimensions=len(actions.mean), binary_dimensions=params.binary_dimensions,
+        normalisation=params.normalisation,
+    )  # fmt: skip
+    proprioception = of("proprioception") if "proprioception" in plan.layouts else None
+    return Statistics(convention=convention, actions=actions, proprioception=proprioception)

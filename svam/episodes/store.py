@@ -3,11 +3,13 @@
 Layout of `episodes.zarr` (N rows = time steps of all episodes, E episodes, M annotated frames):
 
     frames/<camera>                    (N, H, W, 3) uint8     RGB
-    actions                            (N, A)  float32        executed, physical units
+    actions                            (N, A)  float32        executed, physical units; absent where none were recorded
     expert_actions, state, proprioception  (N, ...) float32   optional
+    timestamps                         (N,)    float64        seconds, increasing within an episode; optional
     episode_ends                       (E,) int64             row after each episode's last; increasing, the last is N
     episode_split                      (E,) uint8             0 train, 1 held out
     episode_task                       (E,) int64             index into `tasks`
+    episode_checksums                  (E, 32) uint8          SHA-256 of each episode's values (`svam.episodes.checksums`)
     annotations/<name>/{values, index} (M, H, W), (M,) int64  depth (float32 metres) or segmentation (uint8); rows, increasing
     attributes                         `StoreAttributes`
 """
@@ -39,7 +41,7 @@ class StoreAttributes(Frozen):
     tasks: list[str]
     episode_instructions: list[str]
     episode_provenance: list[dict[str, Any]]
-    statistics: Statistics
+    statistics: Statistics | None
 
 
 class AnnotatedRows(NamedTuple):
@@ -59,30 +61,31 @@ class EpisodeStore:
 
     Attributes:
         rate_hz: steps per second. cameras: names, the first is the foresight camera. tasks: names.
-        instructions: task -> {"train": [...], "held_out": [...]}. statistics: of the training episodes.
+        instructions: task -> {"train": [...], "held_out": [...]}. attributes: all that the store states.
         episode_ends, episode_split, episode_task: (E,) as in the layout above. provenance: of the source.
-        episode_provenance: one mapping per episode. action_dimensions; proprioception_dimensions or None.
+        episode_provenance: one mapping per episode. proprioception_dimensions or None.
         image_size: (H, W) of the foresight camera.
     """
 
     def __init__(self, path: Path) -> None:
         """See `open`."""
         self.path = Path(path)
-        attributes = self._read_attributes()
+        self.attributes = attributes = self._read_attributes()
         self.rate_hz, self.cameras = attributes.source.rate_hz, attributes.source.cameras
         self.instructions, self.provenance = attributes.source.instructions, attributes.source.provenance
-        self.tasks, self.statistics = attributes.tasks, attributes.statistics
+        self.tasks = attributes.tasks
         self.episode_instructions, self.episode_provenance = attributes.episode_instructions, attributes.episode_provenance
         self._frames = {camera: RowReader(self.path / "frames" / camera) for camera in self.cameras}
-        present = [name for name in VECTORS if name == "actions" or (self.path / name).exists()]
+        present = [name for name in VECTORS if (self.path / name).exists() or (name == "actions" and attributes.statistics)]
         self._vectors = {name: RowReader(self.path / name) for name in present}
         self.episode_ends = self._whole("episode_ends", np.int64)
         self.episode_split = self._whole("episode_split", np.uint8)
         self.episode_task = self._whole("episode_task", np.int64)
+        self._checksums = RowReader(self.path / "episode_checksums")
+        self._timestamps = RowReader(self.path / "timestamps") if (self.path / "timestamps").exists() else None
         self._check_episodes()
         self._annotations = self._open_annotations()
         self._check_arrays()
-        self.action_dimensions = self._vectors["actions"].shape[1]
         self.proprioception_dimensions = self._vectors["proprioception"].shape[1] if "proprioception" in self._vectors else None
         height, width = self._frames[self.cameras[0]].shape[1:3]
         self.image_size = (height, width)
@@ -131,6 +134,9 @@ class EpisodeStore:
         for name in ("episode_split", "episode_task", "episode_instructions", "episode_provenance"):
             if len(getattr(self, name)) != episodes:
                 raise ContractError(f"{self.path}: {name} has {len(getattr(self, name))} entries, episode_ends has {episodes}")
+        if self._checksums.shape != (episodes, 32) or self._checksums.dtype != np.uint8:
+            found = f"{self._checksums.dtype} {self._checksums.shape}"
+            raise ContractError(f"{self.path}: episode_checksums is {found}, expected uint8 ({episodes}, 32)")
         for name, limit in (("episode_split", len(SPLITS)), ("episode_task", len(self.tasks))):
             values = getattr(self, name)
             if values.min() < 0 or values.max() >= limit:
@@ -150,17 +156,22 @@ class EpisodeStore:
                 expected = f"uint8 ({rows}, H, W, 3)"
             elif name.startswith("annotations/"):
                 fits, expected = len(reader.shape) == 3, "(M, H, W)"
+            elif name == "timestamps":
+                fits, expected = reader.shape == (rows,) and reader.dtype == np.float64, f"float64 ({rows},)"
             else:
                 fits = len(reader.shape) == 2 and reader.dtype == np.float32 and len(reader) == rows
                 expected = f"float32 ({rows}, dimensions)"
             if not fits:
                 raise ContractError(f"{self.path}: {name} is {reader.dtype} {reader.shape}, expected {expected}")
             reader.check()
-        convention = self.statistics.convention
+        if (statistics := self.attributes.statistics) is None:
+            if "actions" in self._vectors:
+                raise ContractError(f"{self.path}: there are actions, but no statistics of them")
+            return
         for name, stated, vector in (
-            ("actions", convention.dimensions, "actions"),
-            ("statistics of actions", len(self.statistics.actions.mean), "actions"),
-            ("statistics of proprioception", len(s.mean) if (s := self.statistics.proprioception) else 0, "proprioception"),
+            ("actions", statistics.convention.dimensions, "actions"),
+            ("statistics of actions", len(statistics.actions.mean), "actions"),
+            ("statistics of proprioception", len(s.mean) if (s := statistics.proprioception) else 0, "proprioception"),
         ):
             found = self._vectors[vector].shape[1] if vector in self._vectors else 0
             if stated != found:
@@ -170,6 +181,7 @@ class EpisodeStore:
         return {
             **{f"frames/{camera}": reader for camera, reader in self._frames.items()},
             **self._vectors,
+            **({"timestamps": self._timestamps} if self._timestamps is not None else {}),
             **{f"annotations/{name}/values": annotated.reader for name, annotated in self._annotations.items()},
         }
 
@@ -186,6 +198,33 @@ class EpisodeStore:
                 )
             found[name] = AnnotatedRows(rows, reader, np.arange(len(rows), dtype=np.int64))
         return found
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of the training episodes.
+
+        Raises:
+            ContractError: the store has no actions.
+        """
+        if self.attributes.statistics is None:
+            raise ContractError(
+                f"{self.path}: its episodes have no actions; it can feed the stages up to distill, but no policy "
+                "(leave train_policy, evaluate and report out: dvc repro distill)"
+            )
+        return self.attributes.statistics
+
+    @property
+    def action_dimensions(self) -> int:
+        """A; raises `ContractError` where the store has no actions."""
+        return self.statistics.convention.dimensions
+
+    def episode_checksums(self) -> list[str]:
+        """Hexadecimal SHA-256 of each episode's values, as they were when the store was written."""
+        return [bytes(row).hex() for row in self._checksums.read_range(0, len(self._checksums))]
+
+    def timestamps(self, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        """(k,) float64 seconds of rows, or None where the source had none."""
+        return None if self._timestamps is None else self._timestamps.read(rows)
 
     def __len__(self) -> int:
         """N, the number of rows."""

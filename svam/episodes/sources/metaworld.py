@@ -5,21 +5,20 @@ Only these files are read; no simulator is imported.
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.episodes.sources._npz import field, load
 from svam.files import FileError, read_json, stamp
 
 RAW_SCHEMA = 1
 """The layout of `meta.json` and of the archives that this module reads."""
 _KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance")
+_MISSING = ", though meta.json lists its episode"
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -36,29 +35,6 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(meta["instructions"], dict) or not meta["instructions"].get("train"):
         raise FileError(f"{file}: instructions.train is missing or empty")
     return dict(meta)
-
-
-def _field(file: Path, arrays: Mapping[str, NDArray[Any]], name: str, dtypes: Sequence[str], dimensions: int) -> NDArray[Any]:
-    """One array of an archive, of one of `dtypes` and with `dimensions` axes."""
-    if name not in arrays:
-        raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(arrays))}")
-    values = arrays[name]
-    if values.dtype.name not in dtypes or values.ndim != dimensions:
-        raise FileError(
-            f"{file}: field {name!r} is {values.dtype} {values.shape}, expected {' or '.join(dtypes)} with {dimensions} axes"
-        )
-    return values
-
-
-def _load(file: Path, only: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-    """The arrays of an archive (or those of `only` that it has), each checked against its CRC-32."""
-    try:
-        with np.load(file) as archive:
-            return {name: archive[name] for name in archive.files if only is None or name in only}
-    except FileNotFoundError:
-        raise FileError(f"{file}: no such file, though meta.json lists its episode") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise FileError(f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})") from None
 
 
 class MetaworldSource:
@@ -120,10 +96,12 @@ class MetaworldSource:
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, of the small arrays alone."""
         _, _, file = self._place(index)
-        arrays = _load(file, ("actions", "annotation_index"))
-        labelled = len(arrays["annotation_index"]) if "annotation_index" in arrays else 0
-        annotated = {"depth": labelled, "segmentation": labelled} if "annotation_index" in arrays else {}
-        return EpisodeShape(len(_field(file, arrays, "actions", ("float32",), 2)), annotated, stamp=stamp(file))
+        arrays = load(file, ("actions", "annotation_index"), _MISSING)
+        annotated = {}
+        if "annotation_index" in arrays:
+            labelled = len(field(file, arrays, "annotation_index", ("int64",), 1))
+            annotated = {"depth": labelled, "segmentation": labelled}
+        return EpisodeShape(len(field(file, arrays, "actions", ("float32",), 2)), annotated, stamp=stamp(file))
 
     def read(self, index: int) -> Episode:
         """One episode with its labels.
@@ -134,23 +112,23 @@ class MetaworldSource:
         """
         task, number, file = self._place(index)
         meta = self._meta[task]
-        arrays = _load(file)
+        arrays = load(file, missing=_MISSING)
         annotations = {}
         if "annotation_index" in arrays:
-            index = _field(file, arrays, "annotation_index", ("int64",), 1)
-            depth = _field(file, arrays, "depth", ("float32", "float16"), 3)
-            annotations["depth"] = Annotation(depth.astype(np.float32), index)
-            annotations["segmentation"] = Annotation(_field(file, arrays, "segmentation", ("uint8",), 3), index)
+            labelled = field(file, arrays, "annotation_index", ("int64",), 1)
+            depth = field(file, arrays, "depth", ("float32", "float16"), 3)
+            annotations["depth"] = Annotation(depth.astype(np.float32), labelled)
+            annotations["segmentation"] = Annotation(field(file, arrays, "segmentation", ("uint8",), 3), labelled)
         paraphrases = meta["instructions"]["train"]
         episode = Episode(
             task=task,
             instruction=paraphrases[number % len(paraphrases)],
             rate_hz=meta["rate_hz"],
-            frames={camera: _field(file, arrays, f"frames_{camera}", ("uint8",), 4) for camera in meta["cameras"]},
+            frames={camera: field(file, arrays, f"frames_{camera}", ("uint8",), 4) for camera in meta["cameras"]},
             annotations=annotations,
             provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
             **{
-                name: _field(file, arrays, name, ("float32",), 2)
+                name: field(file, arrays, name, ("float32",), 2)
                 for name in ("actions", "expert_actions", "state", "proprioception")
             },
         )

@@ -1,0 +1,37 @@
+"""Checksums of episodes: of the values alone, whatever the chunks, shards or blocks they travel in."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class EpisodeDigest:
+    """SHA-256 of one episode's arrays, fed in row order, in blocks of any length.
+
+    Names are those of the store: `frames/<camera>`, the vectors, `timestamps`, `annotations/<name>/values` and
+    `annotations/<name>/index` (frame numbers within the episode). The order among arrays does not matter.
+    """
+
+    def __init__(self) -> None:
+        self._of: dict[str, Any] = {}
+
+    def update(self, name: str, block: NDArray[Any]) -> None:
+        """Add rows (k, ...) of the array `name`."""
+        if name not in self._of:
+            self._of[name] = hashlib.sha256(f"{np.dtype(block.dtype).str} {block.shape[1:]}".encode())
+        self._of[name].update(np.ascontiguousarray(block).data)
+
+    def digest(self, only: str = "") -> bytes:
+        """32 bytes, of all arrays or of those whose names begin with `only`."""
+        whole = hashlib.sha256()
+        for name in sorted(name for name in self._of if name.startswith(only)):
+            whole.update(f"{name}\0{self._of[name].hexdigest()}\n".encode())
+        return whole.digest()
+
+    def hexdigest(self, only: str = "") -> str:
+        """`digest` in hexadecimal."""
+        return self.digest(only).hex()

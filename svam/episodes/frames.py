@@ -1,0 +1,77 @@
+"""Frames on their way into a store: the chosen cameras, cut and resized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svam.contract import Annotation, Episode, FrameBlocks, Frames, frame_blocks
+from svam.params import Convert
+
+
+def centre_box(height: int, width: int, target: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of the largest centred box with the aspect of `target` (height, width)."""
+    scale = min(height / target[0], width / target[1])
+    box_height, box_width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def _cut(images: NDArray[Any], params: Convert) -> NDArray[Any]:
+    """(k, H, W, ...) to its centre box, where asked for."""
+    if params.crop == "none" or params.image_size is None:
+        return images
+    rows, columns = images.shape[1:3]
+    top, left, height, width = centre_box(rows, columns, (params.image_size[0], params.image_size[1]))
+    return images[:, top : top + height, left : left + width]
+
+
+def resize_frames(images: NDArray[np.uint8], params: Convert) -> NDArray[np.uint8]:
+    """(k, H, W, 3) uint8 to `convert.image_size`: bilinear with support for the whole footprint, so that nothing aliases."""
+    from PIL import Image
+
+    images = _cut(images, params)
+    if params.image_size is None or list(images.shape[1:3]) == params.image_size:
+        return images
+    height, width = params.image_size
+    out = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for k, image in enumerate(images):
+        out[k] = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
+    return out
+
+
+def resize_labels(values: NDArray[Any], params: Convert) -> NDArray[Any]:
+    """(m, H, W) depth or classes to `convert.image_size`: the nearest pixel, since neither may be mixed across an edge."""
+    values = _cut(values, params)
+    if params.image_size is None or list(values.shape[1:3]) == params.image_size:
+        return values
+    sides = zip(params.image_size, values.shape[1:3], strict=True)
+    rows, columns = (((np.arange(new) + 0.5) * old / new).astype(np.int64) for new, old in sides)
+    return np.ascontiguousarray(values[:, rows[:, None], columns])
+
+
+def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
+    """The episode with just `cameras`, in that order, and with frames and labels of the asked size."""
+    frames = {camera: episode.frames[camera] for camera in cameras}
+    if params.image_size is None:
+        return dataclasses.replace(episode, frames=frames)
+    height, width = params.image_size
+
+    def blocks_of(source: Frames) -> Callable[[], Iterator[NDArray[np.uint8]]]:
+        def blocks() -> Iterator[NDArray[np.uint8]]:
+            for block in frame_blocks(source):
+                for first in range(0, len(block), 64):
+                    yield resize_frames(block[first : first + 64], params)
+
+        return blocks
+
+    resized: dict[str, Frames] = {
+        camera: FrameBlocks((len(source), height, width, 3), blocks_of(source)) for camera, source in frames.items()
+    }
+    annotations = {
+        name: Annotation(resize_labels(labels.values, params), labels.index) for name, labels in episode.annotations.items()
+    }
+    return dataclasses.replace(episode, frames=resized, annotations=annotations)
