@@ -1,0 +1,145 @@
+"""Chunks of sharded arrays: the open shard files they lie in, and their decoding. `svam.episodes.arrays` reads rows with it.
+
+A shard ends with its index: for each of its chunks offset and size, 2 x uint64, and a CRC-32C of all of them. A chunk carries
+a checksum of its own, so that a damaged one is an error and never other values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs.blosc import decompress as blosc_decompress
+from numcodecs.zstd import Zstd
+from numpy.typing import NDArray
+
+from svam.files import FileError
+
+_EMPTY = 2**64 - 1
+"""What a shard's index holds, as offset and as size, for a chunk that was never written."""
+_READ_BYTES = 8 << 20
+"""Neighbouring chunks are read in one call up to this many bytes."""
+
+Bytes = NDArray[np.uint8]
+Decode = Callable[[Bytes, NDArray[Any]], None]
+"""Decodes one chunk into a C-contiguous array of its size. Raises ValueError or RuntimeError where it holds anything else."""
+
+_zstd = Zstd()
+
+
+def zstd_content_size(header: bytes) -> int:
+    """The uncompressed size that the beginning of a Zstd frame states; -1 where it states none (RFC 8878, section 3.1.1)."""
+    if len(header) < 6 or header[:4] != b"\x28\xb5\x2f\xfd":
+        raise ValueError("no Zstd frame begins there")
+    flags = header[4]
+    single, kind = flags >> 5 & 1, flags >> 6
+    if kind == 0 and not single:
+        return -1
+    start = 6 - single + (0, 1, 2, 4)[flags & 3]
+    return int.from_bytes(header[start : start + (1, 2, 4, 8)[kind]], "little") + (256 if kind == 1 else 0)
+
+
+def _decode_zstd(data: Bytes, out: NDArray[Any]) -> None:
+    # The library compares the frame's checksum, but is content with a frame that is shorter than the array.
+    if (size := zstd_content_size(data[:18].tobytes())) != out.nbytes:
+        raise ValueError(f"{size} bytes when decompressed, expected {out.nbytes}")
+    _zstd.decode(data, out=out)
+
+
+def _without_crc(data: Bytes) -> Bytes:
+    """`data` without the CRC-32C at its end, compared."""
+    if len(data) < 4 or google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:].tobytes(), "little"):
+        raise ValueError("its CRC-32C differs")
+    return data[:-4]
+
+
+def _decode_blosc(data: Bytes, out: NDArray[Any]) -> None:
+    body = _without_crc(data)
+    if len(body) < 16 or int.from_bytes(body[4:8].tobytes(), "little") != out.nbytes:
+        raise ValueError(f"no Blosc frame of {out.nbytes} bytes")
+    blosc_decompress(body, out)
+
+
+def _decode_raw(data: Bytes, out: NDArray[Any]) -> None:
+    body = _without_crc(data)
+    if len(body) != out.nbytes:
+        raise ValueError(f"{len(body)} bytes, expected {out.nbytes}")
+    out.reshape(-1).view(np.uint8)[:] = body
+
+
+DECODERS: dict[tuple[str, ...], Decode] = {
+    ("bytes", "zstd"): _decode_zstd,
+    ("bytes", "blosc", "crc32c"): _decode_blosc,
+    ("bytes", "crc32c"): _decode_raw,
+}
+"""Names of a chunk's codecs -> how it is decoded. Each has a checksum (Zstd its own), and any Zarr v3 reader knows it."""
+
+
+class ShardFile:
+    """An open shard and its index; the file is closed when nothing refers to this any more.
+
+    Reads state their position, so that threads, and processes after a fork, may share it.
+    """
+
+    def __init__(self, name: Path, chunks: int, used: int, rows: int) -> None:
+        """Open `name`, a shard of `chunks` chunks, the first `used` of which must be there. `rows`: the array's, for messages.
+
+        Raises:
+            FileError: it is missing, truncated, damaged or incomplete.
+        """
+        self.name, self._file = name, -1
+        try:
+            self._file = os.open(name, os.O_RDONLY)
+            found = os.fstat(self._file)
+            self._identity = (found.st_ino, found.st_mtime_ns, found.st_size)
+            length = chunks * 16 + 4
+            tail = os.pread(self._file, length, found.st_size - length) if found.st_size >= length else b""
+        except FileNotFoundError:
+            raise FileError(f"{name}: no such file, though the array has {rows} rows") from None
+        except OSError as error:
+            raise FileError(f"{name}: cannot be read ({error.strerror or error})") from None
+        if len(tail) != length or google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+            raise FileError(f"{name}: truncated or damaged (the shard's index of {chunks} chunks is not at its end)")
+        self._index = np.frombuffer(tail[:-4], dtype="<u8").reshape(chunks, 2)[:used]
+        room = found.st_size - length
+        if (self._index == _EMPTY).any() or (self._index > room).any() or (self._index.sum(axis=1) > room).any():
+            raise FileError(f"{name}: incomplete (a chunk of rows below {rows} is missing)")
+
+    def __del__(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+
+    def unchanged(self) -> bool:
+        """Whether the name still leads to the file that was opened, as it was then."""
+        try:
+            found = self.name.stat()
+        except OSError:
+            return False
+        return self._identity == (found.st_ino, found.st_mtime_ns, found.st_size)
+
+    def _read(self, buffers: list[Any], offset: int, size: int) -> None:
+        try:
+            count = os.preadv(self._file, buffers, offset)
+        except OSError as error:
+            raise FileError(f"{self.name}: cannot be read ({error.strerror or error})") from None
+        if count != size:
+            raise FileError(f"{self.name}: truncated or damaged ({count} of {size} bytes at byte {offset})")
+
+    def chunks(self, numbers: list[int]) -> Iterator[tuple[int, Bytes]]:
+        """(offset, bytes) of some of the shard's chunks, in the order asked for; what lies together is read together."""
+        places = self._index[numbers].tolist()
+        i = 0
+        while i < len(places):
+            start, end, j = places[i][0], sum(places[i]), i + 1
+            while j < len(places) and places[j][0] == end and end + places[j][1] - start <= _READ_BYTES:
+                end, j = end + places[j][1], j + 1
+            block = np.empty(end - start, dtype=np.uint8)
+            self._read([block], start, end - start)
+            block.flags.writeable = False
+            for offset, size in places[i:j]:
+                yield offset, block[offset - start : offset - start + size]
+            i = j
