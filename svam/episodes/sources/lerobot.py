@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,6 +50,7 @@ from svam.episodes.sources._lerobot_meta import (
 from svam.files import FileError, stamp
 from svam.params import ParamsError
 
+Columns = tuple[str, ...]
 _DEFAULTS: dict[str, Columns] = {"action": ("action",), "proprioception": ("observation.state",)}
 
 
@@ -69,11 +69,11 @@ class Options(Frozen):
     frames: "timestamps" as above; "order": row t is frame t and timestamps are neither used nor stored.
     """
 
-    action: list[str] | None = None
-    expert_action: list[str] = []
-    proprioception: list[str] | None = None
-    state: list[str] = []
-    cameras: list[str] = []
+    action: Columns | None = None
+    expert_action: Columns = ()
+    proprioception: Columns | None = None
+    state: Columns = ()
+    cameras: Columns = ()
     episodes: str = ""
     instruction: str = ""
     instruction_column: str = "task_index"
@@ -373,7 +373,7 @@ class LerobotSource:
             step = float(np.median(np.diff(times)))
             if abs(step * self.info.fps - 1) > 0.25:
                 raise FileError(
-                    f"{file}: timestamps of episode {entry.number} are {step:g} s apart, but info.json says fps = {self.info.fps:g}"
+                    f"{file}: timestamps are {step:g} s apart in episode {entry.number}, info.json: fps {self.info.fps:g}"
                 )
         frames, late = self._frames(entry, file, (start, stop), times)
         joined = {name: _joined(file, table, columns) for name, columns in self.columns.items()}
@@ -414,7 +414,7 @@ class LerobotSource:
             else:
                 pictures = StoredPictures(file, self.root, camera.key, *bounds)
                 height, width = pictures.size()
-            frames[camera.name] = FrameBlocks((rows, height, width, 3), partial(type(pictures).blocks, pictures))
+            frames[camera.name] = FrameBlocks((rows, height, width, 3), pictures.blocks)
         return frames, late
 
 
