@@ -97,6 +97,23 @@ def generator(*parts: object) -> np.random.Generator:
     return np.random.default_rng(seed_of(*parts))
 
 
+def become_worker() -> None:
+    """In a worker process: leave Ctrl-C to the parent, and end with it. A parent that is killed closes nothing: its workers
+    would wait for work, and hold their memory, for ever."""
+    import multiprocessing
+    import signal
+    import threading
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
 def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     """Set threads and seeds, choose the device, print it, and return it.
 

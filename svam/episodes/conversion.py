@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -43,7 +43,7 @@ from svam.episodes.frames import prepared
 from svam.episodes.shards import Layout, Piece, ShardJoiner, WholePiece
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
-from svam.machine import console, generator, progress_bar, track
+from svam.machine import become_worker, console, generator, progress_bar, track
 from svam.params import Convert
 
 UNIT_STEPS = 1024
@@ -164,10 +164,7 @@ def _checked(plan: Plan, number: int) -> Episode:
     Raises:
         ContractError: it breaks the contract or differs in kind from the first one.
     """
-    try:
-        episode = plan.source.read(number)
-    except (ContractError, FileError) as error:
-        raise type(error)(str(error)) from None
+    episode = plan.source.read(number)
     where = f"episode {number} ({episode.provenance.get('file', episode.task)})"
     description, params = plan.description, plan.params
     missing = [camera for camera in description.cameras if camera not in episode.frames]
@@ -246,11 +243,9 @@ _worker: tuple[Plan, Path] | None = None
 
 
 def _set_up(plan: Plan, scratch: Path) -> None:
-    """In a worker: what it works on. Ctrl-C is the parent's business."""
-    import signal
-
+    """In a worker: what it works on."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_worker()
     _worker = (plan, scratch)
 
 
@@ -292,8 +287,11 @@ def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Pa
         shutil.rmtree(folder / ".units", ignore_errors=True)
         return
     place = scratch / key
-    place.mkdir(parents=True, exist_ok=True)
     with locked(scratch / f"{key}.lock"):
+        for stale in [p for p in scratch.iterdir() if p.is_dir() and p != place]:
+            with suppress(FileError), locked(scratch / f"{stale.name}.lock"):  # not where another process is at work
+                shutil.rmtree(stale, ignore_errors=True)
+        place.mkdir(parents=True, exist_ok=True)
         try:
             yield place
         except (ContractError, FileError):

@@ -8,7 +8,6 @@ annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool,
 
 from __future__ import annotations
 
-import signal
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
@@ -21,7 +20,7 @@ import numpy as np
 
 from svam.episodes.instructions import instructions_of
 from svam.files import whole_directory, write_json
-from svam.machine import MachineError, progress_bar
+from svam.machine import MachineError, become_worker, progress_bar
 from svam.params import Collect
 from svam.simulation.experts import demonstrate
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
@@ -35,10 +34,6 @@ RAW_SCHEMA = 1
 def _environment(task: str, image_size: int, cameras: tuple[str, ...], render: Literal["fast", "full"]) -> TaskEnvironment:
     """This worker process's one environment, built at its first episode and reset for each."""
     return TaskEnvironment(task, image_size, cameras, render)
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collect_one(task: str, seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
@@ -70,7 +65,7 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:
         shown = bar.add_task(f"collect {task}", total=episodes, note="")
         pool = ProcessPoolExecutor(
-            min(workers, episodes), mp_context=get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+            min(workers, episodes), mp_context=get_context("spawn"), initializer=become_worker
         )
         try:
             waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in range(episodes)}

@@ -10,8 +10,6 @@ looks (every `execute` steps) and on every step of recorded episodes; scripted e
 from __future__ import annotations
 
 import multiprocessing
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -24,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import Observation
-from svam.machine import MachineError, generator, progress_bar, seed_of
+from svam.machine import MachineError, become_worker, generator, progress_bar, seed_of
 
 Controller = Literal["expert", "random"]
 P = ParamSpec("P")
@@ -104,15 +102,7 @@ _make: list[MakeEnvironment] = []
 
 def _set_up(make: MakeEnvironment) -> None:
     _make[:] = [make]
-    threading.Thread(target=_end_with_the_policy, daemon=True).start()
-
-
-def _end_with_the_policy() -> None:
-    """A policy process that is killed closes nothing: its workers would wait for work, and hold their memory, for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    become_worker()
 
 
 def _environment(slot: int, task: str) -> Environment:

@@ -1,0 +1,222 @@
+"""Conversion by several workers: equal bytes, a kill costs a unit, one writer; resizing; long episodes in blocks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
+from svam.episodes import conversion
+from svam.episodes.checksums import EpisodeDigest
+from svam.episodes.conversion import convert
+from svam.episodes.frames import centre_box, resize_frames, resize_labels
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError, locked, sha256_tree
+from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
+from tests.stage_deps import ROOT
+
+
+class Slow:
+    """Episodes of noise in blocks of seven frames; `pause` seconds before each one, so that a kill comes in between."""
+
+    notes = ()
+
+    def __init__(self, lengths: list[int], pause: float = 0.0) -> None:
+        self.lengths, self.pause = lengths, pause
+
+    def describe(self) -> SourceDescription:
+        return SourceDescription(
+            rate_hz=10.0, cameras=["front"], instructions={"push": {"train": ["push"], "held_out": []}}, provenance={}
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def shape(self, index: int) -> EpisodeShape:
+        return EpisodeShape(self.lengths[index])
+
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        return np.random.default_rng(index).integers(0, 256, (self.lengths[index], 8, 8, 3), dtype=np.uint8)
+
+    def read(self, index: int) -> Episode:
+        time.sleep(self.pause)
+        n = self.lengths[index]
+
+        def blocks() -> Iterator[NDArray[np.uint8]]:
+            frames = self.frames(index)
+            return (frames[k : k + 7] for k in range(0, n, 7))
+
+        return Episode(
+            task="push", instruction="push", rate_hz=10.0, frames={"front": FrameBlocks((n, 8, 8, 3), blocks)},
+            actions=np.arange(n, dtype=np.float32)[:, None] + index, timestamps=np.arange(n) / 10.0,
+        )  # fmt: skip
+
+
+LENGTHS = [700, 1, 513, 40, 1100, 3, 900, 260]
+
+
+@pytest.mark.parametrize("unit_steps", [1, 300, 10**6])
+def test_the_cut_into_units_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_steps: int) -> None:
+    convert(two_tasks(), tmp_path / "a.zarr", SETTINGS, seed=0)
+    monkeypatch.setattr(conversion, "UNIT_STEPS", unit_steps)
+    convert(two_tasks(), tmp_path / "b.zarr", SETTINGS, seed=0)
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+
+
+def test_workers_change_no_byte(tmp_path: Path) -> None:
+    source = Slow(LENGTHS)
+    convert(source, tmp_path / "a.zarr", SETTINGS, seed=0)
+    convert(source, tmp_path / "b.zarr", SETTINGS, seed=0, workers=2, scratch=tmp_path / "scratch")
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+    store = EpisodeStore.open(tmp_path / "b.zarr")
+    for e in range(len(LENGTHS)):
+        rows = np.arange(*store.bounds(e))
+        np.testing.assert_array_equal(store.frames(rows), source.frames(e))
+        np.testing.assert_array_equal(store.vector("actions", rows)[:, 0], np.arange(LENGTHS[e]) + e)
+        np.testing.assert_array_equal(store.timestamps(rows), np.arange(LENGTHS[e]) / 10.0)
+        digest = EpisodeDigest()
+        for name, values in (("frames/front", source.frames(e)), ("actions", store.vector("actions", rows))):
+            digest.update(name, values)
+        digest.update("timestamps", np.arange(LENGTHS[e]) / 10.0)
+        assert store.episode_checksums()[e] == digest.hexdigest()
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_a_kill_costs_a_unit(tmp_path: Path) -> None:
+    """The same conversion in a process of its own, killed when its first units are there, then gone on with."""
+    convert(Slow(LENGTHS), tmp_path / "straight.zarr", SETTINGS, seed=0)
+    code = (
+        "from pathlib import Path\nfrom svam.episodes.conversion import convert\nfrom tests.recorded import SETTINGS\n"
+        "from tests.test_conversion_workers import LENGTHS, Slow\n"
+        f"convert(Slow(LENGTHS, 0.3), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path / 's')!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "s").glob("*/unit_*/episodes.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = [path.stat().st_mtime_ns for path in sorted((tmp_path / "s").glob("*/unit_*/episodes.json"))]
+    assert done and not (tmp_path / "out.zarr").exists()
+    read: list[int] = []
+
+    class Watched(Slow):
+        def read(self, index: int) -> Episode:
+            read.append(index)
+            return super().read(index)
+
+    (tmp_path / "s" / "of_another_day" / "unit_000000").mkdir(parents=True)
+    convert(Watched(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path / "s")
+    assert sha256_tree(tmp_path / "out.zarr") == sha256_tree(tmp_path / "straight.zarr")
+    assert len(set(read[1:])) < len(LENGTHS) and not any((tmp_path / "s").iterdir())
+
+
+def test_changed_work_does_not_go_on_with_the_old(tmp_path: Path) -> None:
+    source = Slow(LENGTHS)
+    plan, shapes = conversion.Plan.of(source, SETTINGS)
+    other = SETTINGS.model_copy(update={"chunk_frames": 8})
+    changed = [*shapes[:-1], EpisodeShape(shapes[-1].steps, stamp="edited")]
+    keys = {plan.key(shapes), conversion.Plan.of(source, other)[0].key(shapes), plan.key(changed)}
+    assert len(keys) == 3 and plan.key(shapes) == conversion.Plan.of(source, SETTINGS)[0].key(shapes)
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    plan, shapes = conversion.Plan.of(two_tasks(), SETTINGS)
+    with locked(tmp_path / f"{plan.key(shapes)}.lock"):
+        code = (
+            "from pathlib import Path\nfrom svam.episodes.conversion import convert\n"
+            "from tests.recorded import SETTINGS, two_tasks\n"
+            f"convert(two_tasks(), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path)!r}))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"process {os.getpid()} is doing the same work; wait for it" in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_an_error_in_a_worker_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    episodes = [make_episode("push", 600, k) for k in range(4)]
+    actions = episodes[2].actions
+    assert actions is not None
+    actions[5, 1] = np.nan
+    with pytest.raises(ContractError, match=r"actions\[5, 1\] is nan, expected a finite number"):
+        convert(Recorded(episodes), tmp_path / "out.zarr", SETTINGS, 0, 2, tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"] and not any((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize("count, message", [(6, "6 frames, expected 9"), (12, "more than 9 frames, expected 9")])
+def test_blocks_must_add_up(tmp_path: Path, count: int, message: str) -> None:
+    source = two_tasks()
+    frames = FrameBlocks((9, 8, 8, 3), lambda: iter([np.zeros((3, 8, 8, 3), np.uint8)] * (count // 3)))
+    wrong = source.changed(0, frames=dict.fromkeys(CAMERAS, frames))
+    with pytest.raises(ContractError, match=f"episode 0 .*: frames/front: {message}"):
+        convert(wrong, tmp_path / "out.zarr", SETTINGS, 0)
+
+
+def test_cameras_are_chosen_and_frames_resized(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"cameras": ["wrist"], "image_size": [4, 2], "crop": "centre"})
+    source = two_tasks()
+    convert(source, tmp_path / "s.zarr", settings, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert store.cameras == ["wrist"] and store.image_size == (4, 2)
+    # 8x8 cut to its middle 8x4, then halved: bilinear with full support weighs a 4x4 footprint 1, 3, 3, 1
+    wrist = np.asarray(source.episodes[3].frames["wrist"])
+    expected = resize_frames(wrist, settings)
+    np.testing.assert_array_equal(store.frames(np.arange(*store.bounds(3))), expected)
+    flat = np.full((1, 8, 8, 3), 7, np.uint8)
+    flat[:, :, :2] = flat[:, :, 6:] = 255  # outside the box: must not bleed in
+    assert (resize_frames(flat, settings) == 7).all()
+    depth = store.annotation("depth")
+    assert depth is not None and depth.values(np.array([0])).shape == (1, 4, 2)
+    labels = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
+    assert set(resize_labels(labels, settings).ravel().tolist()) <= set(labels[:, :, 2:6].ravel().tolist())
+    with pytest.raises(ContractError, match="convert.cameras names 'top'; the source has front, wrist"):
+        convert(source, tmp_path / "t.zarr", SETTINGS.model_copy(update={"cameras": ["top"]}), seed=0)
+
+
+@pytest.mark.parametrize("size, target, box", [
+    ((480, 640), (64, 64), (0, 80, 480, 480)), ((200, 100), (10, 20), (75, 0, 50, 100)), ((8, 8), (3, 3), (0, 0, 8, 8)),
+])  # fmt: skip
+def test_the_centre_box(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    assert centre_box(*size, target) == box
+
+
+def test_a_store_without_actions_says_what_it_is_for(tmp_path: Path) -> None:
+    source = Recorded([make_episode("push", 12, k) for k in range(4)])
+    for k in range(4):
+        source = source.changed(k, actions=None, expert_actions=None)
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert not store.has("actions") and store.frames(np.arange(3)).shape == (3, 8, 8, 3)
+    for ask in (lambda: store.statistics, lambda: store.action_dimensions, lambda: store.vector("actions", np.arange(1))):
+        with pytest.raises(ContractError, match="no actions|no vector 'actions'"):
+            ask()
+
+
+def test_few_files(tmp_path: Path) -> None:
+    """At most one per 256 MB of uncompressed data, plus 30."""
+    settings = SETTINGS.model_copy(update={"shard_megabytes": 1.0})
+    convert(Slow([2000, 2000, 2000, 2000]), tmp_path / "s.zarr", settings, seed=0)
+    files = [file for file in (tmp_path / "s.zarr").rglob("*") if file.is_file()]
+    uncompressed = 8000 * (8 * 8 * 3 + 4 + 8)
+    assert len(files) <= uncompressed / 2**20 + 30
+    assert max(file.stat().st_size for file in files) > 0.9 * 2**20
+
+
+def test_a_truncated_unit_is_noticed(tmp_path: Path) -> None:
+    plan, shapes = conversion.Plan.of(Slow(LENGTHS), SETTINGS)
+    units = tmp_path / plan.key(shapes)
+    conversion._write_units(plan, units, 1, LENGTHS)
+    file = next(units.glob("unit_000001/*.chunks"))
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(FileError, match="truncated; run the same command again"):
+        convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
+    convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
