@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,49 +12,18 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from tests.project import attempt, make_project, ran, run
 from tests.stage_deps import ROOT
-from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(900)
 
 REPORTED = {"success", "video_error_share", "geometric_cosine", "semantic_cosine", "action_error"}
 
 
-def attempt(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project with this interpreter first on the path, as in the activated environment."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-
-
-def run(root: Path, *command: str) -> str:
-    """Run a command in the project; its output. A failure fails the test."""
-    done = attempt(root, *command)
-    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
-    return done.stdout
-
-
-def ran(output: str) -> list[str]:
-    """The stages that a `dvc repro` ran."""
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A git repository with the code as it is here, small params, and nothing that has run."""
-    root = tmp_path_factory.mktemp("toy") / "project"
-    root.mkdir()
-    for folder in ("svam", "stages", ".dvc"):
-        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
-        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
-    for file in (".dvcignore", ".gitignore", "dvc.yaml"):
-        shutil.copy(ROOT / file, root / file)
-    write_toy_params(ROOT / "params.yaml", root / "params.yaml")
-    run(root, "git", "init", "--quiet", ".")
-    run(root, "git", "config", "user.email", "test@example.org")
-    run(root, "git", "config", "user.name", "test")
-    run(root, "git", "add", ".")
-    run(root, "git", "commit", "--quiet", "--message", "toy")
-    return root
+    return make_project(tmp_path_factory.mktemp("toy") / "project")
 
 
 @pytest.fixture(scope="module")

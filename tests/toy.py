@@ -21,7 +21,7 @@ OVERRIDES: dict[str, Any] = {
         "image_size": 32,
         "annotate_every": 8,
     },
-    "convert": {"held_out": 0.34, "chunk_frames": 8, "shard_frames": 64},
+    "convert": {"held_out": 0.34, "chunk_frames": 8, "shard_megabytes": 0.2},
     "prepare_backbones": {
         "autoencoder": {"latent_channels": 4, "channels": [32, 64, 64], "layers": [0, 1, 1], "training": TRAINING},
         "text": {"width": 32, "layers": 1, "heads": 2, "training": TRAINING},
@@ -63,7 +63,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """`base` with `changes`, section by section; a mapping that the params call by names of their own is replaced."""
     result = dict(base)
     for key, value in changes.items():
-        inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key != "episodes_of"
+        inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in ("episodes_of", "options")
         result[key] = merged(base[key], value) if inner else value
     return result
 

@@ -49,7 +49,6 @@ from svam.params import Convert
 UNIT_STEPS = 1024
 """Steps of a unit, rounded up to whole episodes: small enough to share among workers and to lose to a kill."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
-_MEGABYTE = 2**20
 
 
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
@@ -122,11 +121,13 @@ class Plan:
         shapes = [source.shape(e) for e in range(len(source))]
         first = prepared(source.read(0), description.cameras, params)
         first.check()
+        parts = _parts(first)
+        starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in parts}
+        shard_bytes = params.shard_megabytes * 2**20
         layouts = {
-            name: Layout.of(row_shape, dtype, _chunk_rows(name, params), params.shard_megabytes * _MEGABYTE)
-            for name, (row_shape, dtype, _) in _parts(first).items()
+            name: Layout.of(row_shape, dtype, _chunk_rows(name, params), shard_bytes, int(starts[name][-1]))
+            for name, (row_shape, dtype, _) in parts.items()
         }
-        starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in layouts}
         steps = np.cumsum([shape.steps for shape in shapes])
         last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
         edges = sorted({0, *last, len(shapes)})
@@ -134,7 +135,7 @@ class Plan:
 
     def key(self, shapes: Sequence[EpisodeShape]) -> str:
         """Changes with anything that the units depend on: params, description, lengths, the inputs' stamps, this code."""
-        code = sorted((Path(__file__).parent).rglob("*.py"))
+        code = [*sorted((Path(__file__).parent).rglob("*.py")), Path(__file__).parents[1] / "contract.py"]
         layouts = {name: str(layout) for name, layout in self.layouts.items()}
         known = [
             self.params.model_dump_json(), self.description.model_dump_json(), json.dumps(layouts), str(list(shapes)),

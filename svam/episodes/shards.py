@@ -23,6 +23,8 @@ from svam.episodes.arrays import ZSTD_LEVEL, named_failures
 from svam.files import FileError
 
 _EMPTY = 2**64 - 1
+MOST_CHUNKS = 4096
+"""Chunks of a shard, whatever their size: every reader reads a shard's whole index, 16 bytes a chunk."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,11 @@ class Layout:
     shard_rows: int
 
     @classmethod
-    def of(cls, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_bytes: float) -> Layout:
-        """Shards of at least `shard_bytes` uncompressed, in whole chunks."""
+    def of(cls, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_bytes: float, rows: int) -> Layout:
+        """Shards of at least `shard_bytes` uncompressed, in whole chunks; smaller where `rows` or `MOST_CHUNKS` are reached."""
         found = np.dtype(dtype)
         row_bytes = max(1, int(np.prod(row_shape, dtype=np.int64)) * found.itemsize)
-        chunks = max(1, -(-int(shard_bytes) // (row_bytes * chunk_rows)))
+        chunks = max(1, min(-(-int(shard_bytes) // (row_bytes * chunk_rows)), -(-rows // chunk_rows), MOST_CHUNKS))
         return cls(tuple(row_shape), found, chunk_rows, chunks * chunk_rows)
 
     def empty(self, rows: int) -> NDArray[Any]:

@@ -1,0 +1,48 @@
+"""A project of its own for a test: the code as it is here, toy params, git and DVC."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.stage_deps import ROOT
+from tests.toy import write_toy_params
+
+
+def attempt(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the project with this interpreter first on the path, as in the activated environment."""
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+def run(root: Path, *command: str) -> str:
+    """Run a command in the project; its output. A failure fails the test."""
+    done = attempt(root, *command)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    """The stages that a `dvc repro` ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def make_project(root: Path, changes: dict[str, Any] | None = None) -> Path:
+    """A git repository with the code as it is here, small params (with further `changes`), and nothing that has run."""
+    root.mkdir(parents=True)
+    for folder in ("svam", "stages", ".dvc"):
+        ignored = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+        shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
+    for file in (".dvcignore", ".gitignore", "dvc.yaml"):
+        shutil.copy(ROOT / file, root / file)
+    write_toy_params(ROOT / "params.yaml", root / "params.yaml", changes)
+    run(root, "git", "init", "--quiet", ".")
+    run(root, "git", "config", "user.email", "test@example.org")
+    run(root, "git", "config", "user.name", "test")
+    run(root, "git", "add", ".")
+    run(root, "git", "commit", "--quiet", "--message", "toy")
+    return root

@@ -1,0 +1,42 @@
+"""The whole pipeline on a real robot's recordings, with no simulator: a LeRobot set of others, at a small configuration."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.project import make_project, ran, run
+from tests.stage_deps import ROOT
+
+REAL = ROOT.parent / "shared/realdata/lerobot_v2.1/cr5_grasp_cube"
+pytestmark = [
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here: the real recordings are not part of the project"),
+]
+
+
+def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
+    """From parquet and AV1 to offline metrics, by the params that the README shows."""
+    changes = {
+        "collect": {"tasks": [], "episodes_of": {}},
+        "convert": {
+            "source": "lerobot", "path": str(REAL), "depends_on": str(REAL / "meta"), "image_size": 32, "crop": "centre",
+            "action_kind": "absolute", "normalisation": "quantile",
+        },
+        "prepare_backbones": {
+            "geometric": {"objective": "self_supervised", "family": "dinov2"}, "semantic": {"objective": "self_supervised"},
+        },
+        "finetune_video": {"stride_seconds": 0.1},
+        "evaluate": {"protocols": ["offline"]},
+    }  # fmt: skip
+    project = make_project(tmp_path / "project", changes)
+    stages = ran(run(project, "dvc", "repro"))
+    assert not [stage for stage in stages if stage.startswith("collect")] and stages[-1] == "report" and len(stages) == 15
+    results = json.loads((project / "data/results/metrics.json").read_text())
+    assert list(results) == ["offline"]
+    flat = json.loads((project / "data/report/metrics.json").read_text())
+    assert np.isfinite(flat["action_error"]) and "success" not in flat
+    assert ran(run(project, "dvc", "repro")) == []
