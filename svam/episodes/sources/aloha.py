@@ -86,7 +86,7 @@ def _picture(file: Path, where: str, row: Any) -> Any:
     try:
         picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
     except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, Image.DecompressionBombError):
-        raise FileError(f"{file}: {where} is no JPEG or PNG picture") from None
+        raise FileError(f"{file}: {where} is no whole JPEG or PNG picture") from None
     if picture.width * picture.height > MAX_PIXELS:
         raise FileError(f"{file}: {where} claims {picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
     if picture.mode not in ("RGB", "L"):

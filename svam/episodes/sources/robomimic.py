@@ -268,7 +268,7 @@ class RobomimicSource:
             has = "states" if data.is_dataset(f"{where}/states") else "observations" if keys else "actions"
             raise FileError(
                 f"{file}: {where} has {has} but no pictures (obs/<camera>_image or obs/<camera>_rgb): render them first, for "
-                "example with robomimic's dataset_states_to_obs.py --camera_names agentview, and convert its output"
+                "example with robomimic's dataset_states_to_obs.py (for robosuite's own files, convert_robosuite.py before it)"
             )
         for key in cameras.values():
             found, dtype = data.layout(f"{where}/obs/{key}")
