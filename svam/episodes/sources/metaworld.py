@@ -142,7 +142,7 @@ class MetaworldSource:
 class Options(Frozen):
     """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`."""
 
-    tasks: list[str] = []
+    tasks: tuple[str, ...] = ()
 
 
 def open_source(path: Path, options: Options) -> MetaworldSource:
