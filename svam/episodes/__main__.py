@@ -1,0 +1,125 @@
+"""`python -m svam.episodes`: look into an episode store, check it, see its episodes; list a data set's files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from svam.machine import console, one_line_errors, progress_bar
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+Store = Annotated[Path, typer.Argument(help="Episode store that the convert stage wrote, for example data/episodes.zarr.")]
+_WIDTH = 150
+"""Columns where the output is no terminal, such as a file."""
+
+
+def _output() -> Console:
+    """Results go to the standard output; progress, times and errors to the standard error."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+
+
+@app.command()
+@one_line_errors
+def inspect(
+    path: Store,
+    tasks: Annotated[int, typer.Option(min=1, help="Show this many tasks, those of most episodes first.")] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
+) -> None:
+    """Print what is inside the store PATH.
+
+    Episodes, tasks and instructions, split, cameras, vectors with their statistics, labels, provenance, and each array's
+    size on disk. Statistics that the store does not keep are computed from its training episodes; no frame is read.
+    """
+    from svam.episodes.inspection import facts, print_facts
+
+    found = facts(path)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_facts(found, _output(), tasks)
+
+
+@app.command()
+@one_line_errors
+def validate(
+    path: Store,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings are faults too.")] = False,
+) -> None:
+    """Read every byte of the store PATH and check it; exit with status 1 if anything is wrong.
+
+    Faults: missing, damaged or left-over bytes, values out of range or not finite, timestamps that do not increase,
+    episodes that are not as they were converted (checksums) or are there twice, statistics that are not those of the
+    training episodes. Warnings, which may be meant: gaps in time, blank or frozen cameras, action dimensions that never
+    change, outliers, equal frames under different instructions, files that are not the store's.
+    """
+    from svam.episodes.validation import validate as run
+
+    with progress_bar() as bar:
+
+        def begin(total: int) -> Callable[[int], None]:
+            task = bar.add_task("frames", total=total, note="")
+            return lambda rows: bar.advance(task, rows)
+
+        checks = run(path, begin)
+    output = _output()
+    marks = {"fault": ("✗", "red"), "warning": ("!", "yellow"), "fine": ("✓", "green")}
+    if not output.encoding.lower().startswith("utf"):
+        marks = {"fault": ("FAULT", "red"), "warning": ("warning", "yellow"), "fine": ("ok", "green")}
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        mark, style = marks["fault" if check.faults else "warning" if check.warnings else "fine"]
+        output.print(Text.assemble((mark, style), f" {check.name:{width}}  {check.text()}"), soft_wrap=True)
+    faults = sum(len(check.faults) + check.untold_faults for check in checks)
+    warnings = sum(len(check.warnings) + check.untold_warnings for check in checks)
+    output.print(f"{path}: {faults} faults, {warnings} warnings", soft_wrap=True, markup=False)
+    if faults or (strict and warnings):
+        raise typer.Exit(1)
+
+
+@app.command()
+@one_line_errors
+def show(
+    path: Store,
+    episode: Annotated[int, typer.Option(help="Number of the episode, from 0.")],
+    out: Annotated[Path, typer.Option(help="Folder for episode_<number>.png and episode_<number>.mp4.")],
+    camera: Annotated[list[str] | None, typer.Option(help="Show this camera only; may be repeated. Default: all.")] = None,
+    fps: Annotated[
+        float | None, typer.Option(min=1, max=240, help="Frames a second of the film. Default: the data's, at most 30.")
+    ] = None,
+) -> None:
+    """Draw one episode to look at: a contact sheet (PNG), and a film (mp4) of all cameras above the action curves."""
+    from svam.episodes.show import show_episode
+
+    for file in show_episode(path, episode, out, camera or [], fps):
+        console.print(str(file), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+@one_line_errors
+def manifest(
+    path: Annotated[Path, typer.Argument(help="Folder of a recorded data set, in any format.")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write, outside that folder.")],
+) -> None:
+    """List the names and sizes of all files below PATH in OUT, sorted and without times.
+
+    For data sets that are too large for DVC to read and hash file by file: write the manifest, set convert.depends_on to
+    it, and write it again whenever the data may have changed. Equal lists are equal bytes, so nothing runs again without
+    need. What is then trusted: that a file whose name and size did not change has the same contents. A frame edited in place,
+    or a file replaced by another of exactly its size, is not noticed: then convert again with `dvc repro --force convert`.
+    """
+    from svam.episodes.inspection import readable_bytes
+    from svam.episodes.manifest import write_manifest
+
+    count, size = write_manifest(path, out)
+    console.print(f"{out}: {count} files, {readable_bytes(size)}", highlight=False, markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m svam.episodes")
