@@ -14,7 +14,7 @@ is robot_obs, state is scene_obs; all vectors are cast to float32.
 
 Alignment: step t's file holds the frame, robot_obs and scene_obs at t and the action taken there, which is the hand's pose at
 t + 1: `actions` absolutely (metres, Euler angles, gripper -1 or 1), `rel_actions` less the pose in the same file's robot_obs,
-over 0.02 m and 0.05 rad and clipped to [-1, 1] (calvin_env/datarenderer.py). If the first steps contradict this, a note says so.
+over 0.02 m and 0.05 rad and clipped to [-1, 1] (calvin_env/datarenderer.py). If the first steps contradict this, a note tells.
 
 Splits: with training and validation both read, validation is held out; `held_out_scenes` holds out more. A folder's scenes
 come from its own scene_info.npy. The official validation folders mostly have none, and the numbers in training's mean other
