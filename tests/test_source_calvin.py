@@ -336,7 +336,7 @@ def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
 FILES = ["ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy", "episode_0000100.npz"]
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_never_raise_anything_else(fuzzed: Path, data: st.DataObject) -> None:
     """A truncated or flipped file gives an error of ours, or episodes that are whole."""
