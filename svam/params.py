@@ -382,6 +382,23 @@ class Report(Section):
     dpi: Annotated[int, Field(ge=50, le=300)]
 
 
+class Benchmark(Section):
+    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window."""
+
+    parts: list[Literal["store", "teacher_cache", "memory", "conversion"]] = []
+    videos: str | None = None
+    frames: Count = 2048
+    image_sizes: Annotated[list[Count], Field(min_length=1)] = [128]
+    clip_frames: Count = 16
+    strides: Annotated[list[Count], Field(min_length=1)] = [1, 4]
+    action_chunk: Count = 8
+    clips: Count = 32
+    window_shapes: dict[Name, Annotated[list[Count], Field(min_length=4, max_length=4)]]
+    window_megabytes: Positive = 256.0
+    workers: Annotated[list[Count], Field(min_length=1)] = [1, 2]
+    repeats: Count = 5
+
+
 class Params(Section):
     """The whole of `params.yaml`."""
 
@@ -398,6 +415,7 @@ class Params(Section):
     train_policy: TrainPolicy
     evaluate: Evaluate
     report: Report
+    benchmark: Benchmark
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:

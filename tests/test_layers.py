@@ -18,7 +18,7 @@ LAYERS: list[set[str]] = [
     {"svam.episodes"},
     {"svam.models"},
     {"svam.training"},
-    {"svam.simulation", "svam.report"},
+    {"svam.simulation", "svam.report", "svam.benchmark"},
     {"stages"},
 ]
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]

@@ -1,0 +1,41 @@
+"""Stage `benchmark`: what one part of the pipeline costs against its peers, as ratios measured in one run on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.benchmark.store import PARTS, Inputs
+from svam.benchmark.timing import machine
+from svam.files import write_json
+from svam.machine import console, one_line_errors
+from svam.params import ParamsError, load_params
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def main(
+    part: Annotated[str, typer.Argument(help=f"What to measure: {', '.join(PARTS)}.")],
+    out: Annotated[Path, typer.Argument(help="JSON to write.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store whose frames are read.")] = Path("data/episodes.zarr"),
+    videos: Annotated[Path | None, typer.Option(help="Folder of mp4 files to be read as well; else benchmark.videos.")] = None,
+    scratch: Annotated[Path, typer.Option(help="Folder, on the disk to be measured.")] = Path(".cache/benchmark"),
+    params: Annotated[Path, typer.Option(help="Parameter file: `benchmark`, `convert`.")] = Path("params.yaml"),
+) -> None:
+    """Measure PART and write OUT. Timings differ from run to run; ratios, of pairs that take turns, much less."""
+    settings = load_params(params)
+    if part not in PARTS:
+        raise ParamsError(f"benchmark.parts names {part!r}; available: {', '.join(PARTS)}")
+    if videos is None and settings.benchmark.videos is not None:
+        videos = Path(settings.benchmark.videos)
+    found = PARTS[part](Inputs(episodes, videos, scratch), settings)
+    write_json(out, {"part": part, "machine": machine(), "settings": settings.benchmark.model_dump(mode="json")} | found)
+    console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()

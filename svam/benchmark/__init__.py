@@ -1,0 +1,1 @@
+"""What the pipeline's parts cost, as ratios of pairs that one run measures in turn on the same work."""

@@ -1,0 +1,265 @@
+"""How fast the episode store and the teacher cache are read, in what memory, and how fast a store is made."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svam.benchmark import recordings
+from svam.benchmark.peers import (
+    Copying,
+    Decompression,
+    RawFiles,
+    ReplayBuffer,
+    Samples,
+    StoreClips,
+    VideoFiles,
+    ZarrClips,
+    size_of,
+)
+from svam.benchmark.recordings import Recording
+from svam.benchmark.timing import Reader, measure, peak_bytes, summary
+from svam.episodes.arrays import GroupWriter, RowReader
+from svam.episodes.conversion import convert
+from svam.episodes.store import EpisodeStore
+from svam.machine import console, generator
+from svam.params import Params
+
+Data = tuple[Recording, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Where the data lies: an episode store, a folder of videos (or None), and a folder for what is made from them."""
+
+    episodes: Path
+    videos: Path | None
+    scratch: Path
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[Path]:
+    """A fresh folder that is removed afterwards."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _recordings(inputs: Inputs, params: Params, folder: Path, sizes: list[int]) -> Iterator[Data]:
+    """The data of every kind and size, sizes above the data's own once."""
+    seen = set()
+    for kind, path, take in (
+        ("store", inputs.episodes, recordings.from_store), ("videos", inputs.videos, recordings.from_videos)
+    ):  # fmt: skip
+        for size in sizes if path is not None else []:
+            assert path is not None
+            recording, described = take(path, folder / f"{kind}_{size}", params.benchmark.frames, size)
+            if (key := (kind, *described["image_size"])) not in seen:
+                seen.add(key)
+                yield recording, described
+
+
+def _store(recording: Recording, path: Path, params: Params, workers: int = 1) -> Path:
+    """The store that the pipeline's conversion writes from a recording, as large and cut as it is."""
+    plain = params.convert.model_copy(
+        update={"cameras": [], "image_size": None, "crop": "none", "binary_dimensions": [], "held_out": 0.1}
+    )
+    convert(recording, path, plain, params.seed, workers=workers)
+    return path
+
+
+def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Random clips with their action chunks, from our store, its peers and the floors."""
+    settings, results = params.benchmark, []
+    with _folder(inputs.scratch / "clips") as folder:
+        for recording, described in _recordings(inputs, params, folder, settings.image_sizes):
+            place = folder / "formats"
+            store = _store(recording, place / "store", params)
+            written: list[Any] = []
+            for stride in settings.strides:
+                rows = recordings.draw_clips(recording, settings.clips, settings.clip_frames, stride)
+                samples = Samples(place / f"samples_{stride}", tuple(recording.ends.tolist()), settings.action_chunk)
+                recordings.write_samples(recording, rows, settings.action_chunk, samples.folder)
+                peers = [
+                    ReplayBuffer(place / "replay", samples), VideoFiles(place / "h264", samples, "libx264"),
+                    VideoFiles(place / "av1", samples, "libsvtav1"),
+                ]  # fmt: skip
+                for peer in peers if not written else []:
+                    peer.write(recording)
+                    written.append(peer)
+                readers: list[Reader] = [
+                    StoreClips(store, samples), ZarrClips(store, samples), *peers, RawFiles(samples),
+                    Decompression(store, samples), Copying(samples),
+                ]  # fmt: skip
+                described |= {"megabytes": _sizes(readers, settings.clip_frames, recording)}
+                compared = {"data": described, "stride": stride, "difference": _differences(readers, samples)}
+                for found in _timed(readers, settings.clips, params, "store"):
+                    results.append(compared | found)
+            shutil.rmtree(place)
+    return {"clip_frames": settings.clip_frames, "chunk_frames": params.convert.chunk_frames, "results": results}
+
+
+def _sizes(readers: list[Reader], frames: int, recording: Recording) -> dict[str, float]:
+    """Bytes on disk; of files per sample, those of samples that do not overlap (one at each step is `frames` times as much)."""
+    sizes = {reader.name: size_of(reader.path) / 1e6 for reader in readers if hasattr(reader, "path")}
+    one = next(reader for reader in readers if isinstance(reader, RawFiles)).files(0)
+    sizes["npy_per_sample"] = sum(size_of(file) for file in one) * (sum(recording.steps) / frames) / 1e6
+    return {name: round(size, 3) for name, size in sizes.items() if not name.startswith(("floor", "zarr_on"))}
+
+
+def _differences(readers: list[Reader], samples: Samples) -> dict[str, float]:
+    """Mean absolute difference from the recorded frames, in grey levels, of the first samples; 0 is exact."""
+    truth = RawFiles(samples).open()
+    found = {}
+    for reader in readers:
+        if not reader.name.startswith("floor"):
+            read = reader.open()
+            pairs = [(read(i)[0], truth(i)[0]) for i in range(min(4, len(samples.rows())))]
+            found[reader.name] = round(float(np.mean([np.abs(a.astype(np.int16) - b).mean() for a, b in pairs])), 4)
+    return found
+
+
+def _timed(readers: list[Reader], samples: int, params: Params, ours: str) -> Iterator[dict[str, Any]]:
+    """One and two workers, warm and cold."""
+    for workers in params.benchmark.workers:
+        for cold in (False, True):
+            seconds = measure(readers, samples, params.benchmark.repeats, workers, cold)
+            found = summary(seconds, ours)
+            cache = "cold" if cold else "warm"
+            console.print(f"{workers} workers, {cache}: times as long {found['times_as_long']}", highlight=False)
+            yield {"workers": workers, "cache": cache} | found
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of a teacher cache: one row, which is one chunk, of our array."""
+
+    path: Path
+    name: str = "store"
+
+    def open(self) -> Callable[[int], NDArray[np.float16]]:
+        """Through one open array."""
+        reader = RowReader(self.path)
+        return lambda i: reader.read(np.array([i]))
+
+    def files(self, sample: int) -> list[Path]:
+        """All shards: which one holds a window is the array's business."""
+        return [file for file in self.path.rglob("*") if file.is_file()]
+
+
+@dataclass(frozen=True)
+class WindowFiles:
+    """A raw array file per window."""
+
+    path: Path
+    name: str = "npy_per_window"
+
+    def open(self) -> Callable[[int], NDArray[np.float16]]:
+        """`numpy.load`."""
+        return lambda i: np.asarray(np.load(self.path / f"{i}.npy"))
+
+    def files(self, sample: int) -> list[Path]:
+        """Its own."""
+        return [self.path / f"{sample}.npy"]
+
+
+def teacher_cache(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Windows (T, h, w, C) float16 of normal numbers, rounded as `cache_teacher` rounds: the worst case of compression."""
+    results = []
+    for name, shape in params.benchmark.window_shapes.items():
+        row_bytes = 2 * int(np.prod(shape))
+        count = max(4, min(256, int(params.benchmark.window_megabytes * 1e6) // row_bytes))
+        with _folder(inputs.scratch / "teacher_cache") as folder:
+            (folder / "npy").mkdir()
+            with GroupWriter(folder / "ours") as writer:
+                array = writer.array(
+                    "targets", tuple(shape), np.float16, chunk_rows=1, shard_rows=max(1, min(count, (32 << 20) // row_bytes)),
+                    mantissa_bits=params.cache_teacher.mantissa_bits,
+                )  # fmt: skip
+                for i in range(count):
+                    array.append(generator("benchmark windows", i).standard_normal((1, *shape), dtype=np.float32))
+            reader = RowReader(folder / "ours" / "targets")
+            for i in range(count):
+                np.save(folder / "npy" / f"{i}.npy", reader.read(np.array([i])))
+            readers: list[Reader] = [Windows(folder / "ours" / "targets"), WindowFiles(folder / "npy")]
+            sizes = {"store": size_of(folder / "ours") / 1e6, "npy_per_window": size_of(folder / "npy") / 1e6}
+            for found in _timed(readers, count, params, "store"):
+                results.append({"windows": name, "shape": shape, "count": count, "megabytes": sizes} | found)
+    return {"mantissa_bits": params.cache_teacher.mantissa_bits, "results": results}
+
+
+def _apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The result of a function in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _read_clips(path: Path, rows: NDArray[np.int64]) -> tuple[int, int]:
+    """Peak memory before and after reading clips."""
+    before = peak_bytes()
+    store = EpisodeStore.open(path)
+    for clip in rows:
+        store.frames(clip)
+        store.vector("actions", clip)
+    return before, peak_bytes()
+
+
+def _convert(recording: Recording, path: Path, params: Params) -> tuple[int, int]:
+    """Peak memory before and after a conversion."""
+    before = peak_bytes()
+    _store(recording, path, params)
+    return before, peak_bytes()
+
+
+def memory(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Peak resident memory of converting a recording and of one ten times as long, and of reading as many clips of both."""
+    settings, results = params.benchmark, []
+    with _folder(inputs.scratch / "memory") as folder:
+        for recording, described in _recordings(inputs, params, folder, settings.image_sizes[:1]):
+            found: dict[str, list[tuple[int, int]]] = {"convert": [], "read": []}
+            for times in (1, 10):
+                long = Recording(recording.folder, recording.steps, times)
+                rows = recordings.draw_clips(long, 8 * settings.clips, settings.clip_frames, settings.strides[0])
+                found["convert"].append(_apart(_convert, long, folder / f"store_{times}", params))
+                found["read"].append(_apart(_read_clips, folder / f"store_{times}", rows))
+                shutil.rmtree(folder / f"store_{times}")
+            for what, ((_, once), (_, ten)) in found.items():
+                megabytes = [round(value / 2**20, 1) for value in (once, ten)]
+                results.append({"data": described, "what": what, "mebibytes": megabytes, "ratio": round(ten / once, 3)})
+    return {"times_as_long": 10, "results": results}
+
+
+def conversion(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Frames per second of the conversion with two workers and with one, in turn."""
+    settings, results = params.benchmark, []
+    with _folder(inputs.scratch / "conversion") as folder:
+        for recording, described in _recordings(inputs, params, folder, settings.image_sizes[:1]):
+            rates: dict[int, list[float]] = {1: [], 2: []}
+            for _ in range(settings.repeats):
+                for workers, found in rates.items():
+                    start = time.perf_counter()
+                    _store(recording, folder / "store", params, workers)
+                    found.append(len(recording.whole()) / (time.perf_counter() - start))
+                    shutil.rmtree(folder / "store")
+            ratio = np.asarray(rates[2]) / np.asarray(rates[1])
+            per_second = {str(workers): round(float(np.median(found)), 1) for workers, found in rates.items()}
+            results.append({"data": described, "frames_per_second": per_second, "ratio": round(float(np.median(ratio)), 3)})
+    return {"results": results}
+
+
+PARTS: dict[str, Callable[[Inputs, Params], dict[str, Any]]] = {
+    "store": clips, "teacher_cache": teacher_cache, "memory": memory, "conversion": conversion,
+}  # fmt: skip
