@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -497,6 +498,17 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], m
     with pytest.raises(ERRORS, match=message) as caught:
         source(root).read(0)
     assert "\n" not in str(caught.value)
+
+
+def test_missing_columns_and_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_v2(tmp_path)
+    with pytest.raises(ParamsError, match="instruction_column: column 'words' is not in .*episode_000000.parquet"):
+        source(root, instruction_column="words")
+    with pytest.raises(ParamsError, match="options.state: column 'sim' is not in"):
+        source(root, state=["sim"])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MachineError, match="convert.source is 'lerobot', which needs pyarrow: pip install"):
+        source(root)
 
 
 def test_overlapping_clips_of_v3_are_refused(tmp_path: Path) -> None:

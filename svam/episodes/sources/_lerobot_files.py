@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from svam.contract import ContractError
 from svam.files import FileError
 from svam.machine import MachineError
+from svam.params import ParamsError
 
 BLOCK_FRAMES = 64
 BLOCK_BYTES = 2**25
@@ -37,7 +38,7 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             yield parquet
-    except (FileError, ContractError):
+    except (FileError, ContractError, ParamsError):
         raise
     except FileNotFoundError:
         raise FileError(f"{file}: no such file") from None
@@ -255,7 +256,7 @@ def _opened_video(file: Path) -> Iterator[tuple[Any, Any]]:
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
             stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
-    except (FileError, ContractError):
+    except (FileError, ContractError, ParamsError):
         raise
     except FileNotFoundError:
         raise FileError(f"{file}: no such file") from None
@@ -267,7 +268,7 @@ def _opened_video(file: Path) -> Iterator[tuple[Any, Any]]:
 class VideoFrames:
     """The frames of a video file with the presentation times `pts` ((n,) int64, increasing, in the stream's time base).
 
-    size: height and width. seek: the time of a key frame at or before the first one, None for the start of the file.
+    size: height and width. seek: the time from which seeking leads to a key frame before the first one, None for the start.
     """
 
     file: Path
@@ -302,7 +303,7 @@ class VideoFrames:
 
 def _scan(file: Path, span: tuple[float, float] | None) -> tuple[NDArray[np.int64], float, tuple[int, int], int | None]:
     """Presentation times of a video's frames (sorted; those near `span` seconds, or all) without decoding, the time base in
-    seconds, height and width, and the key frame to begin at."""
+    seconds, height and width, and where to seek to."""
     for seeking in (True, False):
         with _opened_video(file) as (container, stream):
             base, size = float(stream.time_base), (stream.codec_context.height, stream.codec_context.width)
@@ -311,20 +312,21 @@ def _scan(file: Path, span: tuple[float, float] | None) -> tuple[NDArray[np.int6
                 raise FileError(f"{file}: truncated, damaged or no video (pictures of {size[0]} x {size[1]})")
             if kind.startswith(("gray9", "gray1", "ya16")):
                 raise FileError(f"{file}: pictures are {kind}, expected colour; leave depth out by options.cameras")
-            if span is not None and seeking:
-                container.seek(max(0, int(span[0] / base) - 1), stream=stream)
+            seek = max(0, int(span[0] / base) - 1) if span is not None and seeking else None
+            if seek is not None:
+                container.seek(seek, stream=stream)
             times: list[int] = []
             for packet in container.demux(stream):
                 if packet.pts is not None and packet.size and not packet.is_discard:
                     times.append(packet.pts)
                 if span is not None and packet.dts is not None and packet.dts * base > span[1]:
                     break
-        if span is None or not seeking or (times and times[0] * base <= span[0]):
+        if span is None or seek is None or (times and times[0] * base <= span[0]):
             break
     pts = np.unique(np.asarray(times, dtype=np.int64))
     if len(pts) != len(times):
         raise FileError(f"{file}: two frames have the same time")
-    return pts, base, size, times[0] if times and span is not None and seeking else None
+    return pts, base, size, seek
 
 
 def find_frames(

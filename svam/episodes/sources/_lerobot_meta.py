@@ -329,7 +329,7 @@ def _check_clips(root: Path, entries: Sequence[Entry], cameras: Sequence[Camera]
                 )
 
 
-def find_cameras(info: Info) -> tuple[list[Camera], list[str]]:
+def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
     """The cameras that `features` declares, in its order, and a note for each depth camera that is left out.
 
     A name is the key without `observation.images.`, or the whole key where two would be called the same.
@@ -342,10 +342,19 @@ def find_cameras(info: Info) -> tuple[list[Camera], list[str]]:
         if any(d.get(flag) for d in about for flag in ("video.is_depth_map", "is_depth_map")):
             notes.append(f"the camera {key!r} holds depth (is_depth_map) and is left out")
             continue
+        if Path(key).is_absolute() or ".." in Path(key).parts or "\0" in key:
+            raise FileError(f"{file}: the camera {key!r} has no name that can be part of a path")
         keys.append(key)
-    short = {key: next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key) for key in keys}
-    names = {key: name if name and list(short.values()).count(name) == 1 else key for key, name in short.items()}
-    return [Camera(key, names[key].replace("/", "."), info.features[key]["dtype"] == "video") for key in keys], notes
+    short = {}
+    for key in keys:
+        name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+        short[key] = re.sub(r"[^\w.-]", "_", name).lstrip(".")
+    names = {
+        key: name if name and list(short.values()).count(name) == 1 else key.replace("/", ".") for key, name in short.items()
+    }
+    if len(set(names.values())) != len(names):
+        raise FileError(f"{file}: the cameras {', '.join(keys)} cannot be told apart by name")
+    return [Camera(key, names[key], info.features[key]["dtype"] == "video") for key in keys], notes
 
 
 def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], list[str]]:

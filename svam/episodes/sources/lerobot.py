@@ -97,7 +97,7 @@ class LerobotSource:
         self.options = options
         self.info = read_info(self.root)
         self._info_file = self.root / "meta" / "info.json"
-        declared, self.notes = find_cameras(self.info)
+        declared, self.notes = find_cameras(self._info_file, self.info)
         declared = self._asked_cameras(declared)
         entries = read_episodes(self.root, self.info, declared)
         if self.info.total_episodes not in (None, len(entries)):
