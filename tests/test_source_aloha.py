@@ -177,6 +177,8 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert source.describe().instructions["press it"] == {"train": ["press it", "push the button"], "held_out": []}
     assert open_source(tmp_path, Options(instruction="x", instructions={"b": "y"})).read(1).instruction == "y"
+    with pytest.raises(FileError, match=r"names 'z', which is not there; it has a, b, c, d, e"):
+        open_source(tmp_path, Options(instruction="x", instructions={"z": "y"}))
     record(tmp_path / "f" / "episode_0.hdf5")
     with pytest.raises(FileError, match=r"no instruction.*with the key 'f'"):
         open_source(tmp_path, Options())

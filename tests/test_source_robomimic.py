@@ -193,6 +193,8 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     assert [source.read(i).instruction for i in range(2)] == ["open it", "close it"]
     named = Options(instruction="a", instructions={"KITCHEN_SCENE3_turn_on_the_stove_demo": "b"})
     assert open_source(tmp_path, named).read(0).instruction == "b"
+    with pytest.raises(FileError, match=r"names 'z', which is not there"):
+        open_source(tmp_path, Options(instructions={"z": "y"}))
     libero(tmp_path / "x.hdf5", 5, {"demo_0": 2})
     with pytest.raises(FileError, match="language_instruction .* is 5, expected a sentence"):
         open_source(tmp_path / "x.hdf5", Options())

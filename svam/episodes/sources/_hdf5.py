@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -79,6 +79,18 @@ def hdf5_files(path: Path) -> list[Path]:
         and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
     return sorted(found, key=lambda file: [by_number(part) for part in file.relative_to(path).parts])
+
+
+def check_named(path: Path, named: Iterable[str], there: Iterable[str]) -> None:
+    """That `convert.options.instructions` names only what there is: a misspelt key would silently say nothing.
+
+    Raises:
+        FileError: it names something else.
+    """
+    known = sorted(set(there))
+    if absent := sorted(set(named) - set(known)):
+        names = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
+        raise FileError(f"{path}: convert.options.instructions names {absent[0]!r}, which is not there; it has {names}")
 
 
 def by_number(name: str) -> list[tuple[int, int, str]]:

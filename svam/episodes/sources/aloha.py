@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.episodes.sources._hdf5 import MAX_PIXELS, Hdf5File, hdf5_files, picture_shape, text_of
+from svam.episodes.sources._hdf5 import MAX_PIXELS, Hdf5File, check_named, hdf5_files, picture_shape, text_of
 from svam.files import FileError, read_json, stamp
 
 _IMAGES = "observations/images"
@@ -129,6 +129,7 @@ class AlohaSource:
         if not files:
             names = f"; it has {found[0].relative_to(self.path)}" if found else ""
             raise FileError(f"{self.path}: no episode_*.hdf5 in it{names}")
+        check_named(self.path, options.instructions, map(self._folder, files))
         self._headers = [self._header(file) for file in files]
         first = self._headers[0]
         for header in self._headers:
@@ -183,8 +184,11 @@ class AlohaSource:
                 compressed=compressed, sentences=self._sentences(file, data),
             )  # fmt: skip
 
+    def _folder(self, file: Path) -> str:
+        return file.parent.relative_to(self.path).as_posix() if self.path.is_dir() else "."
+
     def _sentences(self, file: Path, data: Hdf5File) -> tuple[str, ...]:
-        folder = file.parent.relative_to(self.path).as_posix() if self.path.is_dir() else "."
+        folder = self._folder(file)
         said = self.options.instructions.get(folder, self.options.instruction).strip()
         found = [said] if said else self._own_sentences(file, data)
         found = [sentence for sentence in dict.fromkeys(found) if sentence]

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.episodes.sources._hdf5 import Hdf5File, hdf5_files, picture_shape
+from svam.episodes.sources._hdf5 import Hdf5File, check_named, hdf5_files, picture_shape
 from svam.files import FileError, stamp
 
 _ENDINGS = ("_image", "_rgb")
@@ -153,6 +153,7 @@ class RobomimicSource:
         files = hdf5_files(self.path)
         if not files:
             raise FileError(f"{self.path}: no .hdf5 file in it")
+        check_named(self.path, options.instructions, (file.stem for file in files))
         self.notes: list[str] = []
         self._files: list[_File] = []
         self._demos: list[_Demo] = []
