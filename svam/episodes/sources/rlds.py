@@ -172,9 +172,16 @@ class RldsSource:
     def _facts(self, file: BinaryIO, shard: int, record: int, offset: int, length: int) -> tuple[_Entry, int]:
         where = self._place(shard, record)
         fetch = fetch_from_file(file, where)
-        spans = feature_spans(fetch, offset, offset + length, where)
-        wanted = {name for name in (self._chosen.counter, self._chosen.is_last, self._chosen.instruction) if name in spans}
-        entry = self._entry(shard, record, offset, length, {name: memoryview(fetch(*spans[name])) for name in wanted})
+        path = self.folder / self._shards[shard].name
+        try:
+            spans = feature_spans(fetch, offset, offset + length, where)
+            wanted = {name for name in (self._chosen.counter, self._chosen.is_last, self._chosen.instruction) if name in spans}
+            entry = self._entry(shard, record, offset, length, {name: memoryview(fetch(*spans[name])) for name in wanted})
+        except (FileError, ContractError):
+            read_record(path, offset, length, where)  # a damaged record is told as that
+            raise
+        if not entry.kept or not entry.instruction.strip():  # never left out because it is damaged
+            read_record(path, offset, length, where)
         return entry, sum(end - start for name, (start, end) in spans.items() if name.startswith("steps/"))
 
     def _entry(self, shard: int, record: int, offset: int, length: int, data: Mapping[str, memoryview]) -> _Entry:
