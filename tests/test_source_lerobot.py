@@ -488,6 +488,7 @@ def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (lambda r: (r / "meta/info.json").write_text("[" * 100_000), "not valid JSON"),
         (lambda r: video_of(r, 0).unlink(), "no such file, the video of camera 'top' in episode 0"),
         (lambda r: video_of(r, 0).write_bytes(b""), "truncated, damaged or no video"),
+        (lambda r: video_of(r, 0).write_bytes(video_of(r, 0).read_bytes().replace(b"avc1", b"xxxx")), "codec that PyAV"),
         (lambda r: shutil.copy(r / "data/chunk-000/episode_000001.parquet", r / "data/chunk-000/episode_000000.parquet"),
          "episode 0 is not in it, it holds episodes 1 to 1"),
     ],

@@ -251,6 +251,8 @@ def _opened_video(file: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise FileError(f"{file}: no video in it")
             stream = container.streams.video[0]
+            if stream.codec_context is None or stream.time_base is None:
+                raise FileError(f"{file}: truncated, damaged, or in a codec that PyAV {av.__version__} cannot decode")
             # One decoder thread: the conversion runs an episode a process. Errors in the bit stream end the reading,
             # because the decoder would otherwise paint over them.
             stream.thread_type, stream.codec_context.thread_count = "NONE", 1
