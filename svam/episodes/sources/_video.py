@@ -52,12 +52,13 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise FileError(f"{file}: has no video stream")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise FileError(f"{file}: is of a codec that this build of FFmpeg does not decode")
             stream.codec_context.thread_count = 1  # conversion already runs one worker a core
             yield container, stream
     except FileError:
         raise
-    except (av.FFmpegError, OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError, TypeError) as error:
-        # TypeError: a stream without a codec has no decoder to configure.
+    except (av.FFmpegError, OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError) as error:
         message = f"{file}: truncated, damaged or no video that FFmpeg reads ({type(error).__name__})"
         raise FileError(message) from None
 
@@ -70,8 +71,6 @@ def probe(file: Path) -> VideoFacts:
     """
     with _opened(file) as (container, stream):
         codec = stream.codec_context
-        if codec is None:
-            raise FileError(f"{file}: is of a codec that this build of FFmpeg does not decode")
         height, width = int(codec.height), int(codec.width)
         if not 0 < height * width <= LARGEST_FRAME:
             raise FileError(f"{file}: frames of {width} x {height} pixels, expected 1 to {LARGEST_FRAME}")
