@@ -14,7 +14,9 @@ from rich.text import Text
 
 from svam.machine import console, one_line_errors, progress_bar
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+app = typer.Typer(
+    add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown", help=__doc__
+)
 Store = Annotated[Path, typer.Argument(help="Episode store that the convert stage wrote, for example data/episodes.zarr.")]
 _WIDTH = 150
 """Columns where the output is no terminal, such as a file."""
@@ -88,7 +90,7 @@ def validate(
 def show(
     path: Store,
     episode: Annotated[int, typer.Option(help="Number of the episode, from 0.")],
-    out: Annotated[Path, typer.Option(help="Folder for episode_<number>.png and episode_<number>.mp4.")],
+    out: Annotated[Path, typer.Option(help="Folder for a picture (.png) and a film (.mp4), named by the number.")],
     camera: Annotated[list[str] | None, typer.Option(help="Show this camera only; may be repeated. Default: all.")] = None,
     fps: Annotated[
         float | None, typer.Option(min=1, max=240, help="Frames a second of the film. Default: the data's, at most 30.")

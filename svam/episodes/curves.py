@@ -38,8 +38,8 @@ class Curves:
 
 
 def _steps_of(n: int, width: int) -> list[int]:
-    """Round step numbers to label, some 90 pixels apart."""
-    raw = max(1.0, (n - 1) * 90 / max(1, width))
+    """Round step numbers to label, at least 50 pixels apart."""
+    raw = max(1.0, (n - 1) * 50 / max(1, width))
     power = 10 ** int(np.floor(np.log10(raw)))
     step = next(int(factor * power) for factor in (1, 2, 5, 10) if factor * power >= raw)
     return list(range(0, n, step))
@@ -58,9 +58,9 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     n, dimensions = values.shape
-    columns = min(4, max(1, width // 260), -(-dimensions // 7))
+    columns = min(4, max(1, width // 250), -(-dimensions // 7))
     lines = -(-dimensions // columns)
-    panel_h = int(np.clip(280 / lines - _GAP, 26, 64))
+    panel_h = int(np.clip(320 / lines - _GAP, 26, 64))
     panel_w = width // columns - _GUTTER - _RIGHT
     height = _TITLE + lines * (panel_h + _GAP) + _AXIS
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor="white")

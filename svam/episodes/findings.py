@@ -13,9 +13,9 @@ from svam.contract import VectorStatistics
 from svam.episodes.arrays import RowReader
 from svam.files import FileError
 
-OUTLIER_RANGES = 3.0
+OUTLIER_RANGES = 10.0
 """A value this many times the width of the training rows' 1 %..99 % range beyond that range is an outlier."""
-_BLOCK_BYTES = 1 << 24
+_BLOCK_BYTES = 1 << 22
 _TOLD = 4
 """Findings of one check that are written out; the others are counted."""
 
@@ -74,6 +74,7 @@ class Rows:
     def _load(self, row: int) -> None:
         chunk, rows = self._reader.chunk_rows, len(self._reader)
         self._first = row // chunk * chunk
+        self._block = None  # the old one makes room before the new one is read
         try:
             self._last = min(rows, self._first + self._step)
             self._block = self._reader.read_range(self._first, self._last)

@@ -24,6 +24,8 @@ _COLUMNS, _CELL, _GAP, _MARGIN, _LABEL = 8, 192, 6, 14, 18
 """Of the contact sheet: pictures in a line, their width, the space between, around, and for a frame's number (pixels)."""
 _FILM_WIDTHS = (640, 1280)
 """Least and most width of a film (pixels)."""
+_MANY_DIMENSIONS, _WIDE = 14, 1040
+"""More curves than this make a film at least so wide, so that they stand in several columns."""
 _BLOCK = 32
 """Frames held in memory of each camera."""
 _FASTEST = 30.0
@@ -69,18 +71,21 @@ class Shown:
         ]  # fmt: skip
         return "   ·   ".join(parts)
 
+    def vector(self) -> str | None:
+        """What the curves show: the actions, or where there are none the proprioception or state; None without any."""
+        return next((name for name in ("actions", "proprioception", "state") if self.store.has(name)), None)
+
     def curves(self, width: int, marks: NDArray[np.int64]) -> Curves | None:
-        """Of the actions, or where there are none of the proprioception or state; None without any."""
-        rows = np.arange(*self.store.bounds(self.episode), dtype=np.int64)
-        for name, short in (("actions", "a"), ("proprioception", "p"), ("state", "s")):
-            if self.store.has(name):
-                values, behind = self.store.vector(name, rows), None
-                if short == "a" and self.store.has("expert_actions"):
-                    wanted = self.store.vector("expert_actions", rows)
-                    behind = None if np.array_equal(wanted, values) else wanted
-                caption = f"{name} by step" + (", in grey what the demonstrator wanted" if behind is not None else "")
-                return draw_curves(short, values, behind, width, marks, caption)
-        return None
+        """Of `vector`, and in grey what the demonstrator wanted where that differs from what was executed."""
+        rows, name = np.arange(*self.store.bounds(self.episode), dtype=np.int64), self.vector()
+        if name is None:
+            return None
+        values, behind, caption = self.store.vector(name, rows), None, f"{name} by step"
+        if name == "actions" and self.store.has("expert_actions"):
+            wanted = self.store.vector("expert_actions", rows)
+            if not np.array_equal(wanted, values):
+                behind, caption = wanted, f"{caption}, in grey what the demonstrator wanted"
+        return draw_curves(name[0], values, behind, width, marks, caption)
 
 
 @cache
@@ -129,22 +134,22 @@ def _header(shown: Shown, width: int, note: str = "") -> Picture:
 
 
 def _size_within(frames: Picture, most_height: int, most_width: int) -> tuple[int, int]:
-    """Size on the page of (k, H, W, 3) pictures: small ones in whole multiples, so that pixels stay pixels."""
+    """Size on the page of (k, H, W, 3) pictures: as large as fits; tiny ones in whole multiples, so that pixels stay so."""
     height, width = frames.shape[1:3]
-    factor = min(most_height // height, most_width // width)
-    if factor >= 1:
-        return height * factor, width * factor
     scale = min(most_height / height, most_width / width)
+    scale = float(int(scale)) if scale >= 3 else scale
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
 def _resized(frame: Picture, size: tuple[int, int]) -> Picture:
-    """(H, W, 3) to `size`, by repeating pixels or by averaging them."""
+    """(H, W, 3) to `size`, by repeating pixels where it is a multiple."""
     from PIL import Image
 
     if size == frame.shape[:2]:
         return frame
-    how = Image.Resampling.NEAREST if size[0] > frame.shape[0] else Image.Resampling.BOX
+    multiple = size[0] % frame.shape[0] == 0 and size[1] % frame.shape[1] == 0
+    larger = Image.Resampling.NEAREST if multiple else Image.Resampling.BICUBIC
+    how = larger if size[0] > frame.shape[0] else Image.Resampling.BOX
     return np.asarray(Image.fromarray(frame).resize((size[1], size[0]), how))
 
 
@@ -222,7 +227,9 @@ def film(shown: Shown, fps: float) -> Iterator[Picture]:
     }
     groups = [shown.cameras[i : i + columns] for i in range(0, cameras, columns)]
     widest = max(sum(sizes[camera][1] + _GAP for camera in group) for group in groups)
-    width = max(_FILM_WIDTHS[0], widest + _MARGIN)
+    name = shown.vector()
+    many = name is not None and shown.store.vector(name, one).shape[1] > _MANY_DIMENSIONS
+    width = max(_WIDE if many else _FILM_WIDTHS[0], widest + _MARGIN)
     speed = fps / shown.store.rate_hz
     header = _header(shown, width, "" if abs(speed - 1) < 0.005 else f"   ·   at {speed:.2g} times its speed")
     curves = shown.curves(width, np.zeros(0, dtype=np.int64))
