@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -136,12 +137,12 @@ class ZarrFolder:
             return
         if codec.startswith("imagecodecs_"):  # the pictures of Universal Manipulation Interface buffers: JPEG XL
             try:
-                from imagecodecs.numcodecs import register_codecs
+                codecs = import_module("imagecodecs.numcodecs")
             except ImportError:
                 raise MachineError(
                     f"{self.path}: {name} is compressed by {codec!r}, which needs imagecodecs: pip install imagecodecs"
                 ) from None
-            register_codecs(verbose=False)
+            codecs.register_codecs(verbose=False)
             return
         raise FileError(f"{self.path}: {name} is compressed by {codec!r}, expected one of {', '.join(_COMPRESSORS)}")
 

@@ -304,20 +304,20 @@ class VideoFolderSource:
     def _numbers(self, record: _Record, frames: int) -> tuple[int, NDArray[np.float64] | None, NDArray[np.float64] | None]:
         """Time steps n, actions (n, A) or None, state (n, S) or None."""
         state = [(key, self._vector(record, key)) for key in self._state_keys(record)]
-        for key, values in state:
+        for name, values in state:
             if len(values) != frames:
-                raise FileError(f"{record.file}: {key} has {len(values)} rows, but the video has {frames} frames")
+                raise FileError(f"{record.file}: {name} has {len(values)} rows, but the video has {frames} frames")
         length = record.content.get("video_length")
         if length is not None and length != frames:
             raise FileError(f"{record.file}: video_length is {str(length)[:20]}, but the video has {frames} frames")
         joined = np.concatenate([values for _, values in state], axis=1) if state else None
-        key = self._action_key(record)
-        if key is None:
+        action = self._action_key(record)
+        if action is None:
             return frames, None, joined
-        actions = self._vector(record, key)
+        actions = self._vector(record, action)
         steps = len(actions)
         if steps not in (frames, frames - 1):
-            raise FileError(f"{record.file}: {key} has {steps} rows, expected {frames} or {frames - 1} for {frames} frames")
+            raise FileError(f"{record.file}: {action} has {steps} rows, expected {frames} or {frames - 1} for {frames} frames")
         return steps, actions, None if joined is None else joined[:steps]
 
     def _probe(self, record: _Record) -> dict[str, VideoFacts]:
