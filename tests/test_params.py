@@ -57,7 +57,7 @@ def test_the_committed_params_are_valid_and_complete() -> None:
         ("collect.noisy_share", 1.5, ["collect.noisy_share is 1.5", "less than or equal to 1"]),
         ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
         ("convert.held_out", 0.0, ["convert.held_out is 0.0", "greater than 0"]),
-        ("convert.shard_frames", 1000, ["shard_frames (1000)", "chunk_frames (16)"]),
+        ("convert.shard_megabytes", 0, ["convert.shard_megabytes is 0", "greater than 0"]),
         ("convert.normalisation", "max", ["convert.normalisation is 'max'", "'minmax', 'quantile' or 'meanstd'"]),
         ("prepare_backbones.geometric.source", "pretrained", ["prepare_backbones.geometric", "path"]),
         ("prepare_backbones.semantic.patch", 7, ["image_size (64)", "patch (7)"]),
@@ -89,6 +89,27 @@ def test_an_error_names_key_value_and_what_is_accepted(tmp_path: Path, key: str,
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in [str(file), *said]), message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
+        ("convert.options", {"speed": 2}, ["unknown key 'convert.options.speed'"]),
+        ("convert.options", {"tasks": "reach"}, ["convert.options.tasks is 'reach'", "valid list"]),
+    ],
+)
+def test_an_error_of_the_source_is_found_before_anything_runs(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
+    file = write(tmp_path, key, value)
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.check_params", "--params", str(file)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert all(part in " ".join(done.stderr.split()) for part in said), done.stderr
 
 
 def test_each_of_several_errors_gets_a_line(tmp_path: Path) -> None:

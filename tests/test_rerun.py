@@ -75,6 +75,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("convert.held_out", 0.2, CHECK | CONVERT),
     ("collect.episodes", 41, CHECK | COLLECT),
     ("collect.image_size", 96, CHECK | COLLECT),
+    ("benchmark.repeats", 7, CHECK),
     ("threads", 1, CHECK | BACKBONES),
     ("seed", 7, CHECK | COLLECT),
 ]
@@ -94,7 +95,7 @@ MODULES: list[tuple[str, set[str]]] = [
     ("svam/training/backbones/teacher.py", TEACHERS | CACHE),
     ("svam/training/backbones/autoencoder.py", AUTOENCODER),
     ("svam/episodes/conversion.py", CONVERT),
-    ("svam/episodes/sources/metaworld.py", CONVERT),
+    ("svam/episodes/sources/metaworld.py", CHECK | CONVERT),
     ("svam/params.py", set()),
     ("svam/contract.py", set()),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def success_figure(measured: Measured) -> Any:
         place = np.arange(len(names)) + (k - (len(rows) - 1) / 2) * 0.8 / len(rows)
         style: dict[str, Any] = {"color": COLOURS[row], "label": ROW_NAMES[row], "ecolor": "#777777", "capsize": 2}
         axes.bar(place, rates, 0.8 / len(rows), yerr=ends, **style)
-    axes.set_xticks(np.arange(len(names)), [name.replace(" (", "\n(") for name in names], rotation=20 if len(names) > 6 else 0)
+    axes.set_xticks(np.arange(len(names)), [textwrap.fill(name, 14) for name in names], rotation=20 if len(names) > 6 else 0)
     axes.set_ylim(0.0, 1.05)
     axes.set_ylabel("success at any step")
     axes.set_title("Closed loop, on goals that no demonstration has (95 % Wilson intervals)", fontsize=10)

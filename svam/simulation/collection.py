@@ -64,9 +64,7 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
     entries: dict[int, dict[str, Any]] = {}
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:
         shown = bar.add_task(f"collect {task}", total=episodes, note="")
-        pool = ProcessPoolExecutor(
-            min(workers, episodes), mp_context=get_context("spawn"), initializer=become_worker
-        )
+        pool = ProcessPoolExecutor(min(workers, episodes), mp_context=get_context("spawn"), initializer=become_worker)
         try:
             waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in range(episodes)}
             for done in as_completed(waiting):

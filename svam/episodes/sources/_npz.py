@@ -116,7 +116,7 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
                     f"{LARGEST_MEMBER >> 30} GiB; write shorter episodes"
                 )
             with archive.open(info) as member:
-                arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+                arrays[name] = np.lib.format.read_array(member)
                 if member.read(1):  # also reads on to where the CRC-32 is compared
                     raise ValueError("bytes after the array")
     return arrays
