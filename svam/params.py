@@ -105,6 +105,7 @@ class Convert(Section):
     action_kind: Literal["absolute", "relative"]
     binary_dimensions: list[Annotated[int, Field(ge=0)]] = []
     normalisation: Literal["minmax", "quantile", "meanstd"]
+    vector_dtype: Literal["float32", "float16"] = "float32"
     chunk_frames: Count
     shard_megabytes: Annotated[float, Field(gt=0.0)]
 

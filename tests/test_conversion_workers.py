@@ -220,3 +220,17 @@ def test_a_truncated_unit_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="truncated; run the same command again"):
         convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
     convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
+
+
+def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
+    source = two_tasks()
+    convert(source, tmp_path / "s.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    actions = np.concatenate([np.asarray(episode.actions) for episode in source.episodes])
+    found = store.vector("actions", np.arange(len(store)))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, actions.astype(np.float16).astype(np.float32))
+    assert store.statistics.actions.max == [float(found[store.rows("train")][:, d].max()) for d in range(3)]
+    with pytest.raises(ContractError, match=r"actions\[0, 0\] is inf"):
+        large = source.changed(0, actions=np.full((9, 3), 1e6, np.float32))
+        convert(large, tmp_path / "t.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)

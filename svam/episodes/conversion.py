@@ -125,7 +125,9 @@ class Plan:
         starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in parts}
         shard_bytes = params.shard_megabytes * 2**20
         layouts = {
-            name: Layout.of(row_shape, dtype, _chunk_rows(name, params), shard_bytes, int(starts[name][-1]))
+            name: Layout.of(
+                row_shape, _stored(name, dtype, params), _chunk_rows(name, params), shard_bytes, int(starts[name][-1])
+            )
             for name, (row_shape, dtype, _) in parts.items()
         }
         steps = np.cumsum([shape.steps for shape in shapes])
@@ -142,6 +144,11 @@ class Plan:
             STORE_SCHEMA, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in code),
         ]  # fmt: skip
         return hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:16]
+
+
+def _stored(name: str, dtype: np.dtype[Any], params: Convert) -> np.dtype[Any]:
+    """The dtype on disk of an array whose values have `dtype`."""
+    return np.dtype(params.vector_dtype) if name in VECTORS else dtype
 
 
 def _chunk_rows(name: str, params: Convert) -> int:
@@ -187,7 +194,7 @@ def _checked(plan: Plan, number: int) -> Episode:
         raise ContractError(f"{where}: differs from the first episode: lacks {less or 'nothing'}, adds {more or 'nothing'}")
     for name, (row_shape, dtype, rows) in parts.items():
         layout, expected = plan.layouts[name], int(plan.starts[name][number + 1] - plan.starts[name][number])
-        if (row_shape, dtype) != (layout.row_shape, layout.dtype):
+        if (row_shape, _stored(name, dtype, params)) != (layout.row_shape, layout.dtype):
             raise ContractError(
                 f"{where}: {name} differs from the first episode's: its rows are {dtype} {row_shape}, "
                 f"expected {layout.dtype} {layout.row_shape}"
@@ -224,7 +231,7 @@ def _write_unit(plan: Plan, number: int, scratch: Path) -> None:
                 try:
                     for block in _blocks(episode, name):
                         digest.update(name, block)
-                        piece.append(block + shift if shift else block)
+                        piece.append(block + shift if shift else block.astype(piece.layout.dtype, copy=False))
                 except ContractError as error:
                     raise ContractError(f"{where}: {name}: {error}") from None
             facts.append({
@@ -392,7 +399,7 @@ def _statistics(plan: Plan, path: Path, ends: NDArray[np.int64], split: NDArray[
 
     def of(name: str) -> VectorStatistics:
         reader = RowReader(path / name)
-        return vector_statistics(lambda: (reader.read_range(*bounds) for bounds in training))
+        return vector_statistics(lambda: (reader.read_range(*b).astype(np.float32, copy=False) for b in training))
 
     actions, params = of("actions"), plan.params
     convention = ActionConvention(

@@ -1,4 +1,4 @@
-"""Frames on their way into a store: the chosen cameras, cut and resized."""
+"""Episodes on their way into a store: the chosen cameras, cut and resized, and vectors in the asked precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import Annotation, Episode, FrameBlocks, Frames, frame_blocks
+from svam.contract import VECTORS, Annotation, Episode, FrameBlocks, Frames, frame_blocks
 from svam.params import Convert
 
 
@@ -54,8 +54,14 @@ def resize_labels(values: NDArray[Any], params: Convert) -> NDArray[Any]:
 
 
 def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
-    """The episode with just `cameras`, in that order, and with frames and labels of the asked size."""
+    """The episode with just `cameras`, in that order, with frames and labels of the asked size, and vectors of the asked
+    precision (still float32)."""
     frames = {camera: episode.frames[camera] for camera in cameras}
+    if params.vector_dtype == "float16":
+        vectors = {name: values for name in VECTORS if (values := getattr(episode, name)) is not None}
+        with np.errstate(over="ignore"):  # too large becomes infinite, which the contract refuses
+            rounded = {name: values.astype(np.float16).astype(np.float32) for name, values in vectors.items()}
+        episode = dataclasses.replace(episode, **rounded)
     if params.image_size is None:
         return dataclasses.replace(episode, frames=frames)
     height, width = params.image_size

@@ -4,7 +4,7 @@ Layout of `episodes.zarr` (N rows = time steps of all episodes, E episodes, M an
 
     frames/<camera>                    (N, H, W, 3) uint8     RGB
     actions                            (N, A)  float32        executed, physical units; absent where none were recorded
-    expert_actions, state, proprioception  (N, ...) float32   optional
+    expert_actions, state, proprioception  (N, ...) float32   optional; all vectors may be kept as float16
     timestamps                         (N,)    float64        seconds, increasing within an episode; optional
     episode_ends                       (E,) int64             row after each episode's last; increasing, the last is N
     episode_split                      (E,) uint8             0 train, 1 held out
@@ -159,8 +159,8 @@ class EpisodeStore:
             elif name == "timestamps":
                 fits, expected = reader.shape == (rows,) and reader.dtype == np.float64, f"float64 ({rows},)"
             else:
-                fits = len(reader.shape) == 2 and reader.dtype == np.float32 and len(reader) == rows
-                expected = f"float32 ({rows}, dimensions)"
+                fits = len(reader.shape) == 2 and reader.dtype in (np.float32, np.float16) and len(reader) == rows
+                expected = f"float32 or float16 ({rows}, dimensions)"
             if not fits:
                 raise ContractError(f"{self.path}: {name} is {reader.dtype} {reader.shape}, expected {expected}")
             reader.check()
@@ -285,7 +285,7 @@ class EpisodeStore:
         """
         if name not in self._vectors:
             raise ContractError(f"{self.path}: no vector {name!r}; there are {', '.join(self._vectors)}")
-        return self._vectors[name].read(rows)
+        return self._vectors[name].read(rows).astype(np.float32, copy=False)
 
     def annotation(self, name: str, split: Split | None = None) -> AnnotatedRows | None:
         """The labels `name` ("depth", "segmentation") of one side of the split (or of both), or None if there are none."""
