@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,20 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
-from svam.episodes.arrays import GroupWriter, RowReader, read_attributes
+from svam.episodes.arrays import GroupWriter, RowReader, read_attributes, round_mantissa
 from svam.episodes.chunks import zstd_content_size
 from svam.episodes.conversion import convert
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError
+from svam.files import FileError, sha256_tree
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
 
 Values = dict[str, NDArray[Any]]
-quickly = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quickly = settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def everything(path: Path, store: EpisodeStore | None = None) -> Values:
@@ -199,7 +201,7 @@ def test_numbers_that_are_none(
         assert "\n" not in str(error.value) and not path.exists()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(shape=st.sampled_from([(), (2,), (40, 3)]), chunk=st.sampled_from([1, 3, 8]), count=st.integers(1, 60), data=st.data())
 def test_rows_of_any_pattern(
     tmp_path_factory: pytest.TempPathFactory, shape: tuple[int, ...], chunk: int, count: int, data: st.DataObject
@@ -217,6 +219,54 @@ def test_rows_of_any_pattern(
         rows = np.concatenate(parts if data.draw(st.booleans()) else parts[:1]).astype(np.int64)
         np.testing.assert_array_equal(reader.read(rows), values[rows])
     shutil.rmtree(folder)
+
+
+@pytest.fixture(params=["blosc", "raw"])
+def rounded(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, NDArray[Any]]:
+    """An array of rounded floats in either of the ways they are kept: by their size, which here is small for both."""
+    if request.param == "raw":
+        monkeypatch.setattr("svam.episodes.chunks._RAW_BYTES", 1)
+    monkeypatch.setattr("svam.episodes.chunks._PIECE_BYTES", 100)
+    values = np.random.default_rng(0).normal(size=(19, 5, 40)).astype(np.float16)
+    for name in ("a", "b"):
+        with GroupWriter(tmp_path / name) as group:
+            group.array("x", (5, 40), np.float16, 2, 8, mantissa_bits=7).append(values)
+    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    codecs = json.loads((tmp_path / "a/x/zarr.json").read_text())["codecs"][0]["configuration"]["codecs"]
+    assert [c["name"] for c in codecs] == {"blosc": ["bytes", "blosc", "crc32c"], "raw": ["bytes", "crc32c"]}[request.param]
+    return tmp_path / "a" / "x", round_mantissa(values, 7)
+
+
+def test_rounded_floats(rounded: tuple[Path, NDArray[Any]]) -> None:
+    path, values = rounded
+    reader = RowReader(path)
+    reader.check()
+    for rows in (np.arange(19), np.arange(3, 18, 2), np.array([18, 0, 0, 7]), np.array([4, 5, 2, 3])):
+        np.testing.assert_array_equal(reader.read(rows), values[rows])
+        room = np.full((len(rows), 5, 40), 7, dtype=np.float16)
+        assert reader.read(rows, room) is room
+        np.testing.assert_array_equal(room, values[rows])
+    np.testing.assert_array_equal(zarr.open_array(str(path), mode="r")[:], values)
+    for wrong in (np.empty((2, 5, 40), np.float32), np.empty((3, 5, 40), np.float16), np.empty((40, 5, 2), np.float16).T):
+        with pytest.raises(ContractError, match="x: out is float"):
+            reader.read(np.array([0, 1]), wrong)
+
+
+@quickly
+@given(which=st.integers(0, 2), accident=accidents)
+def test_accidents_to_rounded_floats(rounded: tuple[Path, NDArray[Any]], which: int, accident: tuple[str, float, int]) -> None:
+    path, values = rounded
+    file = sorted(file for file in (path / "c").rglob("*") if file.is_file())[which]
+    whole = file.read_bytes()
+    data = damaged(whole, *accident)
+    if data is None:
+        file.unlink()
+    else:
+        file.write_bytes(data)
+    try:
+        same_or_one_sentence(lambda: {"x": RowReader(path).read_range(0, 19)}, {"x": values})
+    finally:
+        file.write_bytes(whole)
 
 
 def test_more_shards_than_stay_open(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.benchmark.recordings import CAMERA, RATE_HZ, Recording, action_chunks
-from svam.episodes.arrays import ZSTD_LEVEL, RowReader
+from svam.episodes.arrays import RowReader
+from svam.episodes.chunks import ZSTD_LEVEL
 from svam.episodes.store import EpisodeStore
 
 Clip = tuple[NDArray[np.uint8], NDArray[np.float32]]

@@ -123,7 +123,7 @@ def from_videos(path: Path, folder: Path, frames: int, size: int) -> tuple[Recor
         try:
             with av.open(str(file)) as container:
                 codec = container.streams.video[0].codec_context.name
-                images = [_smaller(f.to_ndarray(format="rgb24")[None], size)[0] for f in container.decode(video=0)]
+                images = [_smaller(_rgb(f)[None], size)[0] for f in container.decode(video=0)]
         except (av.FFmpegError, IndexError) as error:
             raise FileError(f"{file}: cannot be decoded as video ({error})") from None
         if images:
@@ -131,6 +131,10 @@ def from_videos(path: Path, folder: Path, frames: int, size: int) -> tuple[Recor
     if not kept:
         raise FileError(f"{path}: its videos hold no frame")
     return Recording(folder, tuple(kept)), _described(folder, kept, f"{path.name}, decoded from {codec}", "synthetic")
+
+
+def _rgb(frame: Any) -> NDArray[np.uint8]:
+    return np.asarray(frame.to_ndarray(format="rgb24"), dtype=np.uint8)
 
 
 def _walk(episode: int, steps: int) -> NDArray[np.float32]:
@@ -179,4 +183,4 @@ def write_samples(recording: Recording, rows: NDArray[np.int64], chunk: int, fol
 def action_chunks(rows: NDArray[np.int64], ends: NDArray[np.int64], chunk: int) -> NDArray[np.int64]:
     """(clips, chunk) rows of the actions from each clip's first frame on; the episode's last is repeated."""
     last = ends[np.searchsorted(ends, rows[:, 0], side="right")] - 1
-    return np.minimum(rows[:, :1] + np.arange(chunk), last[:, None])
+    return np.asarray(np.minimum(rows[:, :1] + np.arange(chunk), last[:, None]), dtype=np.int64)

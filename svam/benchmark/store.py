@@ -88,18 +88,18 @@ def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
         for recording, described in _recordings(inputs, params, folder, settings.image_sizes):
             place = folder / "formats"
             store = _store(recording, place / "store", params)
-            written: list[Any] = []
+            written = False
             for stride in settings.strides:
                 rows = recordings.draw_clips(recording, settings.clips, settings.clip_frames, stride)
                 samples = Samples(place / f"samples_{stride}", tuple(recording.ends.tolist()), settings.action_chunk)
                 recordings.write_samples(recording, rows, settings.action_chunk, samples.folder)
-                peers = [
+                peers: list[ReplayBuffer | VideoFiles] = [
                     ReplayBuffer(place / "replay", samples), VideoFiles(place / "h264", samples, "libx264"),
                     VideoFiles(place / "av1", samples, "libsvtav1"),
                 ]  # fmt: skip
-                for peer in peers if not written else []:
+                for peer in [] if written else peers:
                     peer.write(recording)
-                    written.append(peer)
+                written = True
                 readers: list[Reader] = [
                     StoreClips(store, samples), ZarrClips(store, samples), *peers, RawFiles(samples),
                     Decompression(store, samples), Copying(samples),
@@ -151,9 +151,10 @@ class Windows:
     name: str = "store"
 
     def open(self) -> Callable[[int], NDArray[np.float16]]:
-        """Through one open array."""
+        """Through one open array, into one buffer, as batches are."""
         reader = RowReader(self.path)
-        return lambda i: reader.read(np.array([i]))
+        room = np.empty((1, *reader.shape[1:]), dtype=reader.dtype)
+        return lambda i: reader.read(np.array([i]), room)
 
     def files(self, sample: int) -> list[Path]:
         """All shards: which one holds a window is the array's business."""

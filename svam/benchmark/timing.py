@@ -29,7 +29,10 @@ _barrier: threading.Barrier | None = None
 class Reader(Protocol):
     """One way to have samples on disk. It is sent to worker processes and opened there."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What the figures call it."""
+        ...
 
     def open(self) -> Callable[[int], Any]:
         """A function that reads one sample by number; what it opens may stay open, as in a data loader's worker."""

@@ -1,7 +1,7 @@
 """Time-chunked, sharded Zarr v3 arrays: written row block by row block, each shard once; read by row numbers.
 
 Writing goes through zarr. Reading follows the same published format (Zarr v3 core, `sharding_indexed` with a CRC-32C'd
-index, Zstd with a content checksum) without zarr's asynchronous machinery, whose overhead is several times the cost of
+index, chunks with a checksum each) without zarr's asynchronous machinery, whose overhead is several times the cost of
 decompressing: each touched chunk is read and decoded once, whatever the order of the rows. A missing shard or chunk is
 an error here, where zarr would return fill values. Any other Zarr v3 reader opens these arrays too.
 """
@@ -22,10 +22,9 @@ from numcodecs import BitRound
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
-from svam.episodes.chunks import DECODERS, Bytes, ShardFile
+from svam.episodes.chunks import DECODERS, Bytes, ShardFile, codecs_for
 from svam.files import FileError, read_json, stamp
 
-ZSTD_LEVEL = 3
 _DTYPES = {f"{kind}{8 * size}" for kind in ("int", "uint") for size in (1, 2, 4, 8)} | {"bool", "float16", "float32", "float64"}
 _OPEN_SHARDS = 16
 """Shards that one reader keeps open."""
@@ -62,7 +61,6 @@ class ArrayWriter:
         mantissa_bits: int | None = None,
     ) -> None:  # fmt: skip
         import zarr
-        from zarr.codecs import ZstdCodec
 
         if shard_rows % chunk_rows:
             raise ContractError(f"{path.name}: shard_rows ({shard_rows}) must be a multiple of chunk_rows ({chunk_rows})")
@@ -73,7 +71,7 @@ class ArrayWriter:
             self._array = zarr.create_array(
                 path, shape=(0, *row_shape), dtype=self._buffer.dtype, zarr_format=3, fill_value=0,
                 chunks=(chunk_rows, *row_shape), shards=self._buffer.shape, filters=None,
-                compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
+                compressors=codecs_for(mantissa_bits is not None, self._buffer[:chunk_rows].nbytes),
                 attributes=None if mantissa_bits is None else {"mantissa_bits": mantissa_bits},
                 config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
             )  # fmt: skip
@@ -279,18 +277,27 @@ class RowReader:
         for shard in range(-(-len(self) // self.shard_rows)):
             self._open(shard)
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def read(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Rows (k, ...) by number, in the order asked for; repeats are allowed, each touched chunk is decoded once.
 
+        Args:
+            out: C-contiguous (k, ...) of the array's dtype to read into, and to be returned. A buffer that is used again is
+                half of the speed of large rows, since the system has to clear new memory.
+
         Raises:
-            ContractError: a row number is outside 0..n - 1.
+            ContractError: a row number is outside 0..n - 1, or `out` does not fit.
             FileError: a shard is missing, truncated, damaged or replaced.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.ndim != 1:
             raise ContractError(f"{self.path.name}: row numbers have shape {rows.shape}, expected (k,)")
         k = len(rows)
-        out = np.empty((k, *self.shape[1:]), dtype=self.dtype)
+        if out is None:
+            out = np.empty((k, *self.shape[1:]), dtype=self.dtype)
+        elif out.shape != (k, *self.shape[1:]) or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ContractError(
+                f"{self.path.name}: out is {out.dtype} {out.shape}, expected {self.dtype} {(k, *self.shape[1:])}"
+            )
         if not k:
             return out
         steps = rows[1:] - rows[:-1]
@@ -303,16 +310,17 @@ class RowReader:
         chunks = ordered // self.chunk_rows
         edges = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist(), k]
         numbers: list[int] = chunks[edges[:-1]].tolist()
+
         scratch: NDArray[Any] | None = None
-        for i, (file, offset, data) in enumerate(self._chunks(numbers)):
+        for i, (file, where, data) in enumerate(self._chunks(numbers)):
             first, last = edges[i], edges[i + 1]
             inside = ordered[first:last] - numbers[i] * self.chunk_rows
             at = first if order is None else int(order[first])
             if last - first == self.chunk_rows and self._is_whole(inside, None if order is None else order[first:last]):
-                self._decode(file, offset, data, out[at : at + self.chunk_rows])
+                self._decode(file, where, data, out[at : at + self.chunk_rows])
                 continue
             scratch = self._buffer() if scratch is None else scratch
-            self._decode(file, offset, data, scratch)
+            self._decode(file, where, data, scratch)
             if step is not None:
                 start = int(inside[0])
                 out[first:last] = scratch[start : start + (last - first - 1) * step + 1 : step]
@@ -341,16 +349,23 @@ class RowReader:
         except IndexError:
             return np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.dtype)
 
-    def _chunks(self, numbers: list[int]) -> Iterator[tuple[ShardFile, int, Bytes]]:
-        """The chunks by increasing numbers, still encoded, with the shard and the byte where each lies."""
+    def _chunks(self, numbers: list[int]) -> Iterator[tuple[ShardFile, list[int], Bytes | None]]:
+        """Shard, [offset, size] and encoded bytes of each chunk; raw chunks are not read yet: they go where they belong."""
         per_shard = self.shard_rows // self.chunk_rows
         for shard, members in itertools.groupby(numbers, lambda number: number // per_shard):
             file = self._shard(shard)
-            for offset, data in file.chunks([number - shard * per_shard for number in members]):
-                yield file, offset, data
+            inside = [number - shard * per_shard for number in members]
+            if DECODERS[self._codecs] is None:
+                yield from ((file, where, None) for where in file.places(inside))
+            else:
+                yield from ((file, where, data) for where, data in file.chunks(inside))
 
-    def _decode(self, file: ShardFile, offset: int, data: Bytes, out: NDArray[Any]) -> None:
+    def _decode(self, file: ShardFile, where: list[int], data: Bytes | None, out: NDArray[Any]) -> None:
+        decode = DECODERS[self._codecs]
         try:
-            DECODERS[self._codecs](data, out)
+            if decode is None or data is None:
+                file.read_raw(where[0], where[1], out)
+            else:
+                decode(data, out)
         except (RuntimeError, ValueError) as error:
-            raise FileError(f"{file.name}: the chunk at byte {offset} is damaged ({error})") from None
+            raise FileError(f"{file.name}: the chunk at byte {where[0]} is damaged ({error})") from None

@@ -19,7 +19,8 @@ from numcodecs.zstd import Zstd
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
-from svam.episodes.arrays import ZSTD_LEVEL, named_failures
+from svam.episodes.arrays import named_failures
+from svam.episodes.chunks import ZSTD_LEVEL
 from svam.files import FileError
 
 _EMPTY = 2**64 - 1
