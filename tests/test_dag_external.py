@@ -36,7 +36,7 @@ def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
     stages = ran(run(project, "dvc", "repro"))
     assert not [stage for stage in stages if stage.startswith("collect")] and stages[-1] == "report" and len(stages) == 15
     results = json.loads((project / "data/results/metrics.json").read_text())
-    assert list(results) == ["offline"]
+    assert "offline" in results and "metaworld" not in results
     flat = json.loads((project / "data/report/metrics.json").read_text())
     assert np.isfinite(flat["action_error"]) and "success" not in flat
     assert ran(run(project, "dvc", "repro")) == []

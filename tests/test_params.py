@@ -96,7 +96,7 @@ def test_an_error_names_key_value_and_what_is_accepted(tmp_path: Path, key: str,
     [
         ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
         ("convert.options", {"speed": 2}, ["unknown key 'convert.options.speed'"]),
-        ("convert.options", {"tasks": "reach"}, ["convert.options.tasks is 'reach'", "valid list"]),
+        ("convert.options", {"tasks": "reach"}, ["convert.options.tasks is 'reach'", "valid tuple"]),
     ],
 )
 def test_an_error_of_the_source_is_found_before_anything_runs(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
