@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from stages import cache_teacher, distill, finetune_video
 from stages import collect as collect_stage
+from stages import generate as generate_stage
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
 from svam.machine import console, one_line_errors
@@ -365,3 +367,34 @@ def test_demonstrations_are_recorded_once(tmp_path: Path, settings: Params, monk
     run_stage(collect_stage.app, "reach", tmp_path / "resumed", *options)
     assert len(made) == 2 and sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
     assert not states(tmp_path)
+
+
+def test_stages_between_go_on_to_the_same_bytes(parts: Path, tmp_path: Path, settings: Params) -> None:
+    """Video model, generation, teacher features, decoupler: each killed once, from the commands that DVC runs."""
+    toy(
+        tmp_path, generate={"grid": GRID, "batch": 2}, prepare_backbones={"geometric": {"image_size": 16}},
+        finetune_video={"stride_seconds": 0.1, "frames": 3, "evaluation_steps": 2, "training": {"batch": 2}},
+    )  # fmt: skip
+    shared = ("--episodes", parts / "episodes.zarr", "--backbones", parts / "backbones", "--params", tmp_path / "params.yaml")
+    video = ("--video", tmp_path / "straight/video")
+    generated = ("--generated", tmp_path / "straight/generated")
+    for app, branch, out, after, options in (
+        (finetune_video.app, (), "video", 3, ("--live",)),
+        (generate_stage.app, (), "generated", 3, video),
+        (cache_teacher.app, ("geometric",), "teacher", 4, generated),
+        (
+            distill.app,
+            ("geometric",),
+            "decoupler",
+            2,
+            ("--teacher", tmp_path / "straight/teacher", *generated, *video, "--live"),
+        ),
+    ):
+        for side in ("straight", "resumed"):
+            live = (tmp_path / side / f"{out}_live",) if options[-1] == "--live" else ()
+            command = (app, *branch, tmp_path / side / out, *shared, *options, *live)
+            if side == "resumed":
+                kill(after, run_stage, *command)
+                assert len(states(tmp_path)) == 1
+            run_stage(*command)
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not states(tmp_path)
