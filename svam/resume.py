@@ -79,9 +79,10 @@ class Resume:
         if self.folder is None:
             return
         start = time.monotonic()
-        place, before = self.folder / f"{name}.json", self.folder.glob(f"{name}.data-*")
-        old = sorted(before, key=lambda file: int(file.name.rpartition("-")[2]))
-        data = self.folder / f"{name}.data-{int(old[-1].name.rpartition('-')[2]) + 1 if old else 0}" if write else None
+        place = self.folder / f"{name}.json"
+        # Two names in turn: what the JSON file states is never overwritten, and what it does not state is.
+        old = _data_file(place)
+        data = self.folder / f"{name}.data-{1 if old and old.name.endswith('-0') else 0}" if write else None
         try:
             if write and data:
                 with whole_file(data) as temporary:
@@ -97,8 +98,8 @@ class Resume:
                 f"{self.folder}: saving the state of the run failed: {reason}; what was saved before is whole, so make room "
                 "and run the same command again"
             ) from None
-        for file in old:
-            file.unlink(missing_ok=True)
+        if old is not None:
+            old.unlink(missing_ok=True)
         self._last, self._cost = time.monotonic(), time.monotonic() - start
 
     def kept(self, name: str) -> Kept | None:
@@ -151,6 +152,13 @@ NOTHING_KEPT = Resume(None)
 """For callers that have no run to resume."""
 
 
+def _data_file(place: Path) -> Path | None:
+    """The data file that a record's JSON file states; None where there is no record, or a damaged one."""
+    with suppress(FileError, KeyError, TypeError):
+        return place.with_name(read_json(place)["file"])
+    return None
+
+
 def _checksum(file: Path) -> int:
     """CRC-32C of a file: it finds damage at the speed of memory, which is all that is asked here."""
     value = 0
@@ -189,6 +197,8 @@ def unfinished(
         with locked(_lock_of(folder)):
             _forget(parent, folder)
             folder.mkdir(exist_ok=True)
+            for half_written in folder.glob(".*.partial-*"):
+                half_written.unlink()
             if any(folder.glob("*.json")):
                 console.print(f"{stage}: goes on from what an earlier run kept in {folder}", highlight=False, soft_wrap=True)
             with _removed_at_success(Resume(folder, settings.machine.checkpoint_seconds)) as resume:

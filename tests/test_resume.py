@@ -378,17 +378,12 @@ def test_stages_between_go_on_to_the_same_bytes(parts: Path, tmp_path: Path, set
     shared = ("--episodes", parts / "episodes.zarr", "--backbones", parts / "backbones", "--params", tmp_path / "params.yaml")
     video = ("--video", tmp_path / "straight/video")
     generated = ("--generated", tmp_path / "straight/generated")
+    teacher = ("--teacher", tmp_path / "straight/teacher")
     for app, branch, out, after, options in (
         (finetune_video.app, (), "video", 3, ("--live",)),
         (generate_stage.app, (), "generated", 3, video),
         (cache_teacher.app, ("geometric",), "teacher", 4, generated),
-        (
-            distill.app,
-            ("geometric",),
-            "decoupler",
-            2,
-            ("--teacher", tmp_path / "straight/teacher", *generated, *video, "--live"),
-        ),
+        (distill.app, ("geometric",), "decoupler", 2, (*teacher, *generated, *video, "--live")),
     ):
         for side in ("straight", "resumed"):
             live = (tmp_path / side / f"{out}_live",) if options[-1] == "--live" else ()
