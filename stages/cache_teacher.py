@@ -29,6 +29,7 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.teachers import Teacher
+    from svam.resume import unfinished
     from svam.training.distillation_data import GeneratedWindows
     from svam.training.teacher_cache import cache_windows
 
@@ -36,8 +37,12 @@ def main(
     windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
     teacher = Teacher.load(backbones / branch).to(device)
     section, target = everything.cache_teacher, everything.distill.target
-    with whole_directory(out) as partial:
-        metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device)
+    inputs = [generated, episodes, backbones / branch]
+    with (
+        unfinished(f"cache_teacher-{branch}", everything, ["cache_teacher", "distill.target"], inputs, device) as resume,
+        whole_directory(out) as partial,
+    ):
+        metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)
     for kind, values in metrics["reference"].items():
         used = " (used)" if kind == section.reference else ""
         console.print(f"reference on the {kind}{used}: centred cosine to the targets " + _listed(values), highlight=False)

@@ -9,6 +9,7 @@ import typer
 
 from svam.machine import one_line_errors
 from svam.params import load_params
+from svam.resume import unfinished
 from svam.simulation.collection import collect
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -23,7 +24,8 @@ def main(
 ) -> None:
     """Collect demonstrations of TASK: pictures, state, actions, and depth and segmentation of some frames."""
     settings = load_params(params)
-    collect(task, out, settings.collect, settings.seed, settings.machine.workers)
+    with unfinished(f"collect-{task}", settings, ["collect"], []) as resume:
+        collect(task, out, settings.collect, settings.seed, settings.machine.workers, resume)
 
 
 if __name__ == "__main__":

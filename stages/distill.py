@@ -32,6 +32,7 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
+    from svam.resume import unfinished
     from svam.training.distillation import DistillationData, distill, print_results
     from svam.training.distillation_data import GeneratedWindows, TeacherWindows
     from svam.training.one_step import OneStepFeatures, load_foresight, print_latency
@@ -43,10 +44,12 @@ def main(
     model = load_foresight(windows, cache, backbones, video, branch).to(device)
     one_step = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
     data = DistillationData(windows, cache, one_step if windows.features is None else windows.features)
-    decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live)
-    with whole_directory(out) as partial:
-        decoupler.save(partial)
-        write_json(partial / "metrics.json", metrics)
+    inputs = [generated, teacher, episodes, *(backbones / part for part in ("autoencoder", "text", branch)), video]
+    with unfinished(f"distill-{branch}", everything, ["distill"], inputs, device) as resume:
+        decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
+        with whole_directory(out) as partial:
+            decoupler.save(partial)
+            write_json(partial / "metrics.json", metrics)
     print_results(metrics, branch)
     print_latency(one_step, decoupler, branch)
 

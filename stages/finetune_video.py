@@ -31,6 +31,7 @@ def main(
     from svam.models.autoencoder import Autoencoder
     from svam.models.text import TextEncoder
     from svam.report.clips import save_clip_sheet
+    from svam.resume import unfinished
     from svam.training.video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)
@@ -41,13 +42,15 @@ def main(
     table = TextTable.build(store, text)
     window = (section.frames, model.config.stride)
     clips = LatentClips(store, "train", autoencoder, *window, device)
-    train_video(model, section, clips, autoencoder, table, seed, device, live)
-    held_out = LatentClips(store, "held_out", autoencoder, *window, device)
-    metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
-    with whole_directory(out) as partial:
-        model.save(partial)
-        write_json(partial / "metrics.json", metrics)
-        save_clip_sheet(partial / "samples.png", pictures[:4])
+    inputs = [episodes, backbones / "autoencoder", backbones / "text"]
+    with unfinished("finetune_video", everything, ["finetune_video"], inputs, device) as resume:
+        train_video(model, section, clips, autoencoder, table, seed, device, live, resume)
+        held_out = LatentClips(store, "held_out", autoencoder, *window, device)
+        metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
+        with whole_directory(out) as partial:
+            model.save(partial)
+            write_json(partial / "metrics.json", metrics)
+            save_clip_sheet(partial / "samples.png", pictures[:4])
     console.print({key: round(value, 4) for key, value in metrics.items()})
 
 

@@ -29,6 +29,7 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.files import sha256_tree, whole_directory
     from svam.models.generator import SamplerConfig, VideoForesight
+    from svam.resume import unfinished
     from svam.training.generation import choose_windows, generate_windows
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)
@@ -37,8 +38,11 @@ def main(
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     model = VideoForesight.load(sampler, folders).to(device)
     windows = choose_windows(store, section, model.video_model.config, seed)
-    with whole_directory(out) as partial:
-        generate_windows(partial, store, model, windows, section, seed, sha256_tree(video))
+    with (
+        unfinished("generate", everything, ["generate"], [episodes, *folders.values()], device) as resume,
+        whole_directory(out) as partial,
+    ):
+        generate_windows(partial, store, model, windows, section, seed, sha256_tree(video), resume)
 
 
 if __name__ == "__main__":

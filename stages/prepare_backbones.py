@@ -10,6 +10,7 @@ import typer
 from svam.files import whole_directory, write_json
 from svam.machine import one_line_errors, prepare_torch, seed_of
 from svam.params import load_params
+from svam.resume import unfinished
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -43,10 +44,12 @@ def prepare_backbones(
     section = getattr(settings.prepare_backbones, part.value)
     if live is not None:
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
-    backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live)
-    with whole_directory(out) as folder:
-        backbone.save(folder)
-        write_json(folder / "metrics.json", metrics)
+    inputs = [episodes, *([autoencoder] if autoencoder else [])]
+    with unfinished(f"prepare_backbones-{part}", settings, [f"prepare_backbones.{part}"], inputs, device) as resume:
+        backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live, resume)
+        with whole_directory(out) as folder:
+            backbone.save(folder)
+            write_json(folder / "metrics.json", metrics)
 
 
 if __name__ == "__main__":

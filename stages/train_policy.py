@@ -31,6 +31,7 @@ def main(
     section = everything.train_policy
 
     from svam.episodes.store import EpisodeStore
+    from svam.resume import unfinished
     from svam.training.features import FeatureCache
     from svam.training.policy import load_foresight, train
 
@@ -42,7 +43,9 @@ def main(
     foresight = load_foresight(section, everything.generate, folders).to(device)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
     features = FeatureCache(root / cache, everything.machine.cache_gb)
-    train(store, foresight, folders, section, features, everything.seed, device, live).save(out)
+    sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]
+    with unfinished("train_policy", everything, sections, inputs, device) as resume:
+        train(store, foresight, folders, section, features, everything.seed, device, live, resume).save(out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -16,13 +17,35 @@ class FileError(ValueError):
     """A file is missing, truncated or not what it should be; the message names it."""
 
 
+def clear_leftovers(path: Path) -> None:
+    """Delete what killed processes left half-written beside `path`; put back what one of them had moved aside."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*partial-*") if path.parent.is_dir() else ():
+        pid = leftover.name.rpartition("-")[2]
+        if pid.isdecimal() and int(pid) != os.getpid() and _runs(int(pid)):
+            continue
+        if ".replaced." in leftover.name and not path.exists():
+            leftover.rename(path)
+        elif leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 @contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
     """Yield a fresh temporary directory; when the block ends without an error it takes the place of `path`."""
     path = Path(path)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
     replaced = path.parent / f".{path.name}.replaced.partial-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    clear_leftovers(path)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -61,13 +84,25 @@ def locked(path: Path) -> Iterator[None]:
     """
     import fcntl
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file = path.open("a+")
+        except FileNotFoundError:  # whoever held it has just removed the folder too
+            continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        except FileNotFoundError:  # its holder removed it between our opening and locking
+            pass
         except OSError:
             file.seek(0)
-            raise FileError(f"{path}: process {file.read().strip() or 'unknown'} is doing the same work; wait for it") from None
+            holder = file.read().strip() or "unknown"
+            file.close()
+            raise FileError(f"{path}: process {holder} is doing the same work; wait for it or end it") from None
+        file.close()
+    with file:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -164,8 +164,10 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         try:
             command(*args, **kwargs)
             console.print(f"{time.monotonic() - start:.0f} s; {_peak_memory()}", highlight=False)
-        except KeyboardInterrupt:
-            console.print("interrupted; run the same command again to start over", style="red", highlight=False)
+        except KeyboardInterrupt as stop:
+            # Whoever keeps the state of an unfinished run has noted how to go on.
+            note = getattr(stop, "__notes__", ["interrupted; run the same command again to start over"])[0]
+            console.print(note, style="red", highlight=False, soft_wrap=True)
             sys.exit(130)
         except (ValueError, OSError, MachineError) as error:
             console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)

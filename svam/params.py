@@ -38,6 +38,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     workers: Count = 2
     cache_gb: Positive = 8.0
+    checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 60.0
 
 
 class Optimiser(Section):

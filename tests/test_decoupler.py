@@ -125,7 +125,7 @@ def test_it_overfits_one_batch(anchor: Literal["concat", "add"]) -> None:
     with torch.no_grad():
         before = float(decoupler.loss(*batch))
     settings = Optimiser(steps=150, batch=2, learning_rate=0.01, warmup=5, ema=0.5, weight_decay=0.0)
-    fit(decoupler, lambda b: decoupler.loss(*b), iter(lambda: batch, None), settings, torch.device("cpu"), "decoupler")
+    fit(decoupler, lambda b: decoupler.loss(*b), lambda number: batch, settings, torch.device("cpu"), "decoupler")
     with torch.no_grad():
         assert float(decoupler.loss(*batch)) < 0.1 * before
     assert torch.equal(decoupler.teacher_std, torch.full((6,), 4.0))  # statistics are not trained

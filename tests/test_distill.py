@@ -23,6 +23,7 @@ from svam.training.distillation import DistillationData, TrainingStatistics, bui
 from svam.training.distillation_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, kept
 from svam.training.generation import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_foresight
+from svam.training.order import EndlessOrder
 from tests.tiny_foresight import FRAMES, GRID, make_store, save_parts, write_windows
 
 CPU = torch.device("cpu")
@@ -109,10 +110,11 @@ def test_held_out_windows_leak_into_nothing_that_is_trained(tmp_path: Path, data
 
 
 def test_an_epoch_shows_every_training_window_once(data: DistillationData) -> None:
-    batches = data.batches(8, np.random.default_rng(0), CPU)
+    order_of = EndlessOrder(TRAIN, 8, "seed")
     train = arrays()["features"][:TRAIN]
-    for _ in range(2):
-        seen = np.concatenate([next(batches)[0].numpy() for _ in range(TRAIN // 8)])
+    for epoch in range(2):
+        numbers = [order_of.batch(epoch * TRAIN // 8 + k) for k in range(TRAIN // 8)]
+        seen = np.concatenate([data.batch(data.windows.train[n], CPU)[0].numpy() for n in numbers])
         order = np.lexsort(seen.reshape(TRAIN, -1).T), np.lexsort(train.reshape(TRAIN, -1).T)
         assert np.array_equal(seen[order[0]], train[order[1]])
 

@@ -22,11 +22,14 @@ from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
 from svam.models.svam import SVAM, SVAMConfig
 from svam.params import Params
+from svam.resume import Resume
 from svam.simulation import closed_loop, offline
 from svam.simulation.metaworld import TaskEnvironment
 from svam.simulation.rollout import Outcome
 from svam.simulation.scores import PUBLISHED_TIERS, TIERS, macro_of, rate_of, summary, tier_of, wilson
 from svam.training.policy import load_foresight
+from tests.killing import kill, one_code
+from tests.killing import run_stage as whole_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.stage_deps import ROOT
 from tests.tiny import GENERATE, policy_params, save_all_parts
@@ -173,6 +176,28 @@ def test_the_stage_writes_both_protocols_and_the_same_bytes_again(root: Path, tm
     times = read_json(tmp_path / "latency.json")["milliseconds"]["batch 3"]
     assert {"autoencoder_and_text", "video_model", "teachers", "decouplers", "policy", "total"} <= set(times)
     assert times["total"] >= times["video_model"] > 0
+
+
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 records: offline, four episodes each of expert and random, six of the policy in two slots. What ran is not run again,
+    and the rest finds the slot that it would have had."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "evaluate")
+    monkeypatch.setattr("svam.resume.code", one_code)
+    write_params(tmp_path / "params.yaml", batch=2)
+    options = ("--model", root / "svam", "--episodes", root / "episodes.zarr", "--params", tmp_path / "params.yaml")
+    whole_stage(app, tmp_path / "straight", *options)
+    for after in (5, 7):  # offline and the experts; random, and the policy's episodes in part
+        kill(after, whole_stage, app, tmp_path / "resumed", *options)
+        assert not (tmp_path / "resumed").exists()
+    (state,) = (p for p in (tmp_path / ".ckpt/evaluate").iterdir() if p.is_dir())
+    assert len(list(state.glob("*.json"))) == 12
+    played: list[str] = []
+    keep = Resume.keep
+    monkeypatch.setattr(Resume, "keep", lambda self, name, *rest: (played.append(name), keep(self, name, *rest))[1])
+    whole_stage(app, tmp_path / "resumed", *options)
+    assert len(played) == 3 and all(name.startswith("policy_") for name in played)
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
 
 
 def test_films_hold_one_picture_for_each_step(root: Path, store: EpisodeStore, tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,8 @@ from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rat
 CPU = torch.device("cpu")
 
 
-def batches(size: int = 8) -> Iterator[Tensor]:
-    random = torch.Generator().manual_seed(0)
-    return (torch.randn(size, 3, generator=random) for _ in count())
+def batch_of(number: int) -> Tensor:
+    return torch.randn(8, 3, generator=torch.Generator().manual_seed(number))
 
 
 def linear_loss(module: nn.Linear, batch: Tensor) -> Tensor:
@@ -55,7 +52,7 @@ def test_fit_learns_and_streams_its_curve(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = nn.Linear(3, 1)
     kept = fit(
-        module, lambda b: linear_loss(module, b), batches(), settings(steps=200), CPU, "line", tmp_path / "live",
+        module, lambda b: linear_loss(module, b), batch_of, settings(steps=200), CPU, "line", tmp_path / "live",
         evaluate=lambda: {"error": (module.weight - 1).abs().max().item()}, evaluate_every=50,
     )  # fmt: skip
     assert kept["error"] < 0.05 and not module.training
@@ -72,7 +69,7 @@ def test_selection_keeps_the_lowest_evaluation() -> None:
         return {"error": next(scores)}
 
     kept = fit(
-        module, lambda b: linear_loss(module, b), batches(), settings(), CPU, "line", None, evaluate, 20, select="error"
+        module, lambda b: linear_loss(module, b), batch_of, settings(), CPU, "line", None, evaluate, 20, select="error"
     )  # fmt: skip
     assert kept == {"error": 1.0, "step": 40.0}
     assert torch.equal(module.weight, seen[1]) and not torch.equal(seen[1], seen[2])
@@ -84,8 +81,9 @@ def test_accumulated_small_batches_equal_one_large_batch() -> None:
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
         data = torch.randn(8 * 20, 3, generator=torch.Generator().manual_seed(1))
-        pieces = iter(data.split(size))
-        fit(module, lambda b: linear_loss(module, b), pieces, settings(steps=20, accumulate=accumulate), CPU, "line")  # noqa: B023
+        pieces = data.split(size)
+        short = settings(steps=20, accumulate=accumulate)
+        fit(module, lambda b: linear_loss(module, b), pieces.__getitem__, short, CPU, "line")  # noqa: B023
         results.append(module.weight.detach().clone())
     torch.testing.assert_close(results[0], results[1])
 
@@ -95,7 +93,7 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     for _ in range(2):
         torch.manual_seed(0)
         module = nn.Linear(3, 1)
-        fit(module, lambda b: linear_loss(module, b), batches(), settings(bf16=True), CPU, "line")  # noqa: B023
+        fit(module, lambda b: linear_loss(module, b), batch_of, settings(bf16=True), CPU, "line")  # noqa: B023
         results.append(module.weight.detach().clone())
     assert torch.equal(*results)
 
@@ -103,4 +101,4 @@ def test_the_same_seed_gives_the_same_bits() -> None:
 def test_a_loss_that_is_not_finite_stops_with_the_part_and_step() -> None:
     module = nn.Linear(3, 1)
     with pytest.raises(DivergedError, match=r"line step 1: the loss is nan"):
-        fit(module, lambda b: linear_loss(module, b) * float("nan"), batches(), settings(), CPU, "line")
+        fit(module, lambda b: linear_loss(module, b) * float("nan"), batch_of, settings(), CPU, "line")

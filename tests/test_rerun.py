@@ -49,6 +49,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("machine.device", "cpu", set()),
     ("machine.workers", 1, set()),
     ("machine.cache_gb", 4.0, set()),
+    ("machine.checkpoint_seconds", 10.0, set()),
     ("report.dpi", 90, CHECK | REPORT),
     ("evaluate.episodes", 7, CHECK | EVALUATE),
     ("train_policy.chunk", 9, CHECK | POLICY),

@@ -167,10 +167,10 @@ def test_views_keep_to_their_shares() -> None:
     frames[:, :8] = 255
     rebuilt = torch.full_like(frames, 51)
     views = Views(frames, rebuilt, torch.arange(8))
-    batches = views.batches(section("dinov2", "depth"), np.random.default_rng(0), torch.device("cpu"))
+    rng = np.random.default_rng(0)
     kinds = {"clean": 0, "reconstructed": 0, "blurred": 0}
     for _ in range(200):
-        seen, clean, labels = next(batches)
+        seen, clean, labels = views.batch(section("dinov2", "depth"), rng, torch.device("cpu"))
         assert len(set(labels.tolist())) == 3
         for one, original in zip(seen, clean, strict=True):
             rebuilt_one = torch.allclose(one, torch.full_like(one, 0.2))

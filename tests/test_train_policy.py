@@ -22,6 +22,7 @@ from svam.models.svam import SVAM
 from svam.training import policy as training
 from svam.training.features import FeatureCache
 from svam.training.policy import action_error, choose_rows, load_foresight, observe, train
+from tests.killing import kill, one_code, run_stage
 from tests.stage_deps import ROOT, direct_imports, path_of
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
@@ -236,6 +237,24 @@ def test_the_stage_writes_a_whole_svam(root: Path, store: EpisodeStore, tmp_path
     done = CliRunner().invoke(app, arguments(root, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
     assert done.exit_code == 0, done.output
     assert SVAM.load(tmp_path / "svam").act(observations(store, 2)).shape == (2, 8, 3)
+
+
+def test_a_killed_training_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "train_policy")
+    monkeypatch.setattr("svam.resume.code", one_code)
+    params = write_params(tmp_path / "params.yaml", training=steps(8))
+    params.write_text(params.read_text().replace("checkpoint_seconds: 60.0", "checkpoint_seconds: 0.0"))
+    for out in ("straight", "resumed"):
+        (tmp_path / out).mkdir()
+        if out == "resumed":
+            for after in (3, 2):
+                kill(after, run_stage, app, *arguments(root, tmp_path / out / "svam", params))
+            (state,) = (p for p in (tmp_path / ".ckpt/train_policy").iterdir() if p.is_dir())
+            assert json.loads((state / "training.json").read_text())["value"]["step"] == 5
+        run_stage(app, *arguments(root, tmp_path / out / "svam", params))
+        shutil.rmtree(tmp_path / out / "cache")
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
 
 
 def test_a_missing_part_is_one_line_and_leaves_nothing(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

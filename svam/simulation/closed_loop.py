@@ -7,8 +7,10 @@ drawn goal counts, also one that the expert fails.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -16,15 +18,18 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
-from svam.machine import seed_of
+from svam.machine import console, seed_of
 from svam.models.svam import SVAM
 from svam.params import Evaluate
+from svam.resume import NOTHING_KEPT, Resume
 from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
 from svam.simulation.rollout import Outcome, Plan, Policy, Workers, noise_seed, play_scripted, run_policy
 from svam.simulation.scores import rate_of, summary, tier_of
 
 Row = Literal["policy", "held_out_instruction", "random", "expert"]
+Film = Callable[[Path, NDArray[np.uint8], tuple[int, ...], Mapping[str, NDArray[np.floating]], float], None]
+"""(file, frames, calls, foresight, rate in Hz): draws one recorded episode, as `svam.report.films.film_rollout` does."""
 ROWS: tuple[Row, ...] = ("policy", "held_out_instruction", "random", "expert")
 SAME_DRAW = 1e-5
 """Metres: demonstrations' draws are stored with six decimals, so equal ones differ by less than this."""
@@ -110,13 +115,15 @@ def assert_unseen(outcomes: Sequence[Outcome], store: EpisodeStore) -> int:
 
 
 def run(
-    store: EpisodeStore, policy: Policy, params: Evaluate, *, camera: str, proprioception: bool, seed: int, workers: int
-) -> dict[Row, list[Outcome]]:
+    store: EpisodeStore, policy: Policy, params: Evaluate, *, camera: str, proprioception: bool, seed: int, workers: int,
+    resume: Resume = NOTHING_KEPT,
+) -> dict[Row, list[Outcome]]:  # fmt: skip
     """Run all four rows.
 
     Args:
         camera: the one that the policy sees. proprioception: whether it also reads that.
         seed: the pipeline's seed. workers: simulation processes; their number changes no result.
+        resume: where finished episodes are kept.
 
     Raises:
         ValueError: an unknown task, a goal that a demonstration has, or a policy that returns NaN.
@@ -131,13 +138,14 @@ def run(
     with Workers(make, workers) as pool:
         for controller in ("expert", "random"):
             outcomes[controller] = play_scripted(
-                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed
-            )
+                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed,
+                resume=resume,
+            )  # fmt: skip
         # The scripted rows draw the goals of all rows, so a leak is found before the policy runs at all.
         assert_unseen(outcomes["expert"], store)
         rollouts = run_policy(
             plans["policy"] + plans["held_out_instruction"], policy, pool, seed=seed, batch=params.batch,
-            execute=params.execute, max_steps=params.max_steps, proprioception=proprioception,
+            execute=params.execute, max_steps=params.max_steps, proprioception=proprioception, resume=resume,
         )  # fmt: skip
     outcomes["policy"] = [o for o in rollouts if o.plan.row == "policy"]
     outcomes["held_out_instruction"] = [o for o in rollouts if o.plan.row == "held_out_instruction"]
@@ -180,6 +188,31 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
         "draw": [round(value, 6) for value in outcome.draw], "success": outcome.success, "steps": outcome.steps,
         "policy_calls": len(outcome.calls),
     }  # fmt: skip
+
+
+def write_closed_loop(
+    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, film: Film, seed: int, workers: int, resume: Resume
+) -> dict[str, Any]:
+    """`run` with `model`; write `episodes.jsonl` and `films` of recorded episodes to `folder`; print and return metrics."""
+    outcomes = run(
+        store, model, params, camera=model.camera, proprioception=model.needs_proprioception, seed=seed, workers=workers,
+        resume=resume,
+    )  # fmt: skip
+    metrics = metrics_of(outcomes, params)
+    write_records(folder / "episodes.jsonl", outcomes)
+    for played in outcomes["policy"]:
+        if played.frames is not None:
+            file = folder / "films" / f"{played.plan.task}_{played.plan.index}.mp4"
+            film(file, played.frames, played.calls, foresight_of(model, played, seed, params.batch), store.rate_hz)
+    macro = {row: f"{value['macro']['success']:.0%}" for row, value in metrics["rows"].items()}
+    console.print(f"mean success over tasks: {macro}", highlight=False)
+    return metrics
+
+
+def write_records(file: Path, outcomes: Mapping[Row, Sequence[Outcome]]) -> None:
+    """Write `episodes.jsonl`: a line for each episode, row by row."""
+    lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def foresight_of(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:

@@ -8,12 +8,14 @@ annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool,
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
+from shutil import copyfile
 from typing import Any, Literal
 
 import numpy as np
@@ -22,6 +24,7 @@ from svam.episodes.instructions import instructions_of
 from svam.files import whole_directory, write_json
 from svam.machine import MachineError, become_worker, progress_bar
 from svam.params import Collect
+from svam.resume import NOTHING_KEPT, Resume
 from svam.simulation.experts import demonstrate
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
@@ -44,15 +47,21 @@ def _collect_one(task: str, seed: int, index: int, params: Collect, folder: Path
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
     )  # fmt: skip
     arrays: dict[str, Any] = dict(made.arrays)
-    np.savez_compressed(folder / f"episode_{index:04d}.npz", **arrays)
+    np.savez_compressed(folder / _file_name(index), **arrays)
     return {
         "attempt": made.attempt, "noisy": made.noisy, "steps": len(made.arrays["actions"]),
         "draw": [round(float(x), 6) for x in made.arrays["draw"]],
     }  # fmt: skip
 
 
-def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -> None:
+def _file_name(index: int) -> str:
+    return f"episode_{index:04d}.npz"
+
+
+def collect(task: str, folder: Path, params: Collect, seed: int, workers: int, resume: Resume = NOTHING_KEPT) -> None:
     """Collect `params.episodes_for(task)` demonstrations of `task` into `folder`, which is replaced as a whole at the end.
+
+    `resume` keeps every finished demonstration, so that a killed run costs no more than those that it was at.
 
     Raises:
         ValueError: unknown task or camera, or an expert that keeps failing.
@@ -61,14 +70,17 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
     backend = choose_backend()
     check_task(task)
     episodes = params.episodes_for(task)
-    entries: dict[int, dict[str, Any]] = {}
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:
-        shown = bar.add_task(f"collect {task}", total=episodes, note="")
+        entries = _kept_episodes(episodes, partial, resume)
+        shown = bar.add_task(f"collect {task}", total=episodes, completed=len(entries), note="")
         pool = ProcessPoolExecutor(min(workers, episodes), mp_context=get_context("spawn"), initializer=become_worker)
         try:
-            waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in range(episodes)}
+            missing = [index for index in range(episodes) if index not in entries]
+            waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in missing}
             for done in as_completed(waiting):
-                entries[waiting[done]] = done.result()
+                index = waiting[done]
+                entries[index] = done.result()
+                resume.keep(f"episode_{index}", entries[index], functools.partial(copyfile, partial / _file_name(index)))
                 frames = sum(entry["steps"] for entry in entries.values())
                 bar.update(shown, advance=1, note=f"{frames} frames")
         except BrokenProcessPool:
@@ -86,3 +98,14 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int) -
             "schema_version": RAW_SCHEMA, "task": task, "rate_hz": RATE_HZ, "cameras": list(params.cameras),
             "image_size": params.image_size, "instructions": instructions_of(task), "provenance": provenance,
         })  # fmt: skip
+
+
+def _kept_episodes(episodes: int, folder: Path, resume: Resume) -> dict[int, dict[str, Any]]:
+    """Copy the demonstrations that an earlier run has finished to `folder`; their numbers and entries of `meta.json`."""
+    entries: dict[int, dict[str, Any]] = {}
+    for index in range(episodes):
+        found = resume.kept(f"episode_{index}")
+        if found is not None and found.file is not None:
+            copyfile(found.file, folder / _file_name(index))
+            entries[index] = found.value
+    return entries

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from svam.contract import Observation
+from svam.machine import console
 from svam.models.svam import SVAM
 
 PARTS = {
@@ -71,3 +72,11 @@ def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, floa
         runs.append(times)
     # The first call warms up caches and is left out.
     return {name: 1000.0 * median(run[name] for run in runs[1:]) for name in runs[0]}
+
+
+def measure_latencies(model: SVAM, batch: int) -> dict[str, dict[str, float]]:
+    """`measure_latency` of one observation, as a robot asks, and of `batch`; printed."""
+    times = {f"batch {size}": measure_latency(model, size) for size in sorted({1, batch})}
+    for name, parts in times.items():
+        console.print(f"latency in ms, {name}: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()), highlight=False)
+    return times

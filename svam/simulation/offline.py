@@ -4,20 +4,22 @@ policy may err on every action and still solve the task, or err little and drift
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
-from svam.machine import generator, seed_of, track
+from svam.machine import console, generator, seed_of, track
 from svam.models.svam import SVAM, Inputs
 from svam.params import Evaluate
+from svam.resume import Resume
 
 NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
 KEPT_CLIPS = 8
@@ -182,6 +184,24 @@ def evaluate_offline(
     return metrics, clips_for_pictures(store, model, rows, params.batch, seed)
 
 
+def write_offline(
+    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, resume: Resume
+) -> dict[str, Any]:
+    """Run `evaluate_offline`, write its arrays to `foresight.npz` in `folder`, print the errors, and return the metrics."""
+    found = resume.kept("offline")
+    if found is not None and found.file is not None:
+        metrics: dict[str, Any] = found.value
+        pictures: dict[str, NDArray[Any]] = load_file(found.file)
+    else:
+        metrics, pictures = evaluate_offline(store, model, params, seed)
+        pictures = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
+        resume.keep("offline", metrics, lambda file: save_file(pictures, file))
+    np.savez_compressed(folder / "foresight.npz", **dict(sorted(pictures.items())))  # type: ignore[arg-type]
+    errors = {name: round(metrics[name]["mae"], 4) for name in ("policy", "mean_action", "hold_last")}
+    console.print(f"offline, mean absolute action error: {errors}", highlight=False)
+    return metrics
+
+
 def add_feature_errors(
     features: dict[str, FeatureErrors], store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], inputs: Inputs
 ) -> None:
@@ -217,8 +237,3 @@ def clips_for_pictures(
         if truth is not None:
             arrays[f"truth_{entry}"] = truth.astype(np.float16)
     return arrays
-
-
-def mean_errors(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Predictor -> mean absolute error, for one line on the screen."""
-    return {name: round(metrics[name]["mae"], 4) for name in ("policy", "mean_action", "hold_last")}

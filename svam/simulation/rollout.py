@@ -14,15 +14,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from svam.contract import Observation
 from svam.machine import MachineError, become_worker, generator, progress_bar, seed_of
+from svam.resume import NOTHING_KEPT, Resume
 
 Controller = Literal["expert", "random"]
 P = ParamSpec("P")
@@ -94,6 +96,31 @@ class _View:
     frames: dict[str, NDArray[np.uint8]] | None
     proprioception: NDArray[np.float32] | None
     recorded: list[NDArray[np.uint8]]
+
+
+def _keep(outcome: Outcome, kind: str, resume: Resume) -> None:
+    """Keep a finished episode; `kind` tells rows of one plan apart."""
+    value = {
+        "draw": outcome.draw, "success": outcome.success, "steps": outcome.steps, "calls": outcome.calls,
+        "plan": astuple(outcome.plan),
+    }  # fmt: skip
+    frames = outcome.frames
+    write = None if frames is None else lambda file: save_file({"frames": frames}, file)
+    resume.keep(_name(outcome.plan, kind), value, write)
+
+
+def _kept(plan: Plan, kind: str, resume: Resume) -> Outcome | None:
+    """A finished episode of an earlier run."""
+    found = resume.kept(_name(plan, kind))
+    if found is None or found.value["plan"] != list(astuple(plan)):
+        return None
+    frames = load_file(found.file)["frames"] if found.file else None
+    value = found.value
+    return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], tuple(value["calls"]), frames)
+
+
+def _name(plan: Plan, kind: str) -> str:
+    return f"{kind}_{plan.row}_{plan.task}_{plan.index}"
 
 
 _held: dict[int, tuple[str, Environment]] = {}
@@ -204,18 +231,24 @@ def _wait(future: Future[Result]) -> Result:
 
 
 def play_scripted(
-    plans: Sequence[Plan], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int
-) -> list[Outcome]:
+    plans: Sequence[Plan], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int,
+    resume: Resume = NOTHING_KEPT,
+) -> list[Outcome]:  # fmt: skip
     """Run the scripted expert, or uniformly random actions, on `plans`; any-step success. Outcomes in the order of `plans`."""
     outcomes = []
     with progress_bar() as bar:
         task = bar.add_task(controller, total=len(plans), note="")
-        futures = [
-            workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
+        known = [_kept(plan, controller, resume) for plan in plans]
+        futures = {
+            i: workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
             for i, plan in enumerate(plans)
-        ]
-        for future in futures:
-            outcomes.append(_wait(future))
+            if known[i] is None
+        }
+        for i, finished in enumerate(known):
+            outcome = finished or _wait(futures[i])
+            if finished is None:
+                _keep(outcome, controller, resume)
+            outcomes.append(outcome)
             bar.update(task, advance=1, note=f"success {sum(o.success for o in outcomes)}/{len(outcomes)}")
     return outcomes
 
@@ -271,9 +304,12 @@ def checked_actions(actions: NDArray[Any], slots: Mapping[int, Any], batch: int,
 
 def run_policy(
     plans: Sequence[Plan], policy: Policy, workers: Workers, *, seed: int, batch: int, execute: int, max_steps: int,
-    proprioception: bool,
+    proprioception: bool, resume: Resume = NOTHING_KEPT,
 ) -> list[Outcome]:  # fmt: skip
     """Run `policy` on `plans`, `batch` environments side by side. An episode ends at its first success or after `max_steps`.
+
+    Episodes that an earlier run has finished are not run again, but occupy their slot for as many rounds as they took: so
+    every other episode gets the slot that it would have had, and its row in the batch decides the last bits of its actions.
 
     Args:
         execute: actions executed of each chunk before the policy looks again.
@@ -289,42 +325,63 @@ def run_policy(
     waiting = list(enumerate(plans))
     outcomes: dict[int, Outcome] = {}
     slots: dict[int, _Slot] = {}
+    rounds_left: dict[int, int] = {}  # of the slots whose episode an earlier run has finished
     tasks: dict[int, str] = {}
 
     def refill() -> None:
         started: list[tuple[int, int, Plan, Future[_View]]] = []
         for row in range(batch):
-            if row not in slots and (chosen := take_next(waiting, tasks.get(row))):
-                tasks[row] = chosen[1].task
+            if row in slots or row in rounds_left or not (chosen := take_next(waiting, tasks.get(row))):
+                continue
+            tasks[row] = chosen[1].task
+            known = _kept(chosen[1], "policy", resume)
+            if known is not None:
+                outcomes[chosen[0]], rounds_left[row] = known, len(known.calls)
+                show()
+            else:
                 started.append((row, *chosen, workers.submit(row, _begin, row, chosen[1])))
         for row, position, plan, future in started:
             view = _wait(future)
             slots[row] = _Slot(position, plan, view, recorded=list(view.recorded))
 
+    def play_round() -> None:
+        live = dict(sorted(slots.items()))
+        filler = next(iter(live))
+        rows = [row if row in live else filler for row in range(batch)]
+        seeds = [noise_seed(seed, live[row].plan, live[row].steps) for row in rows]
+        observations = [_observation(live[row], proprioception) for row in rows]
+        actions = checked_actions(policy.act(observations, seeds), live, batch, execute)
+        replies = {}
+        for row, slot in live.items():
+            slot.calls.append(slot.steps)
+            count = min(execute, max_steps - slot.steps)
+            last = slot.steps + count >= max_steps
+            replies[row] = workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
+        for row, reply in replies.items():
+            slot = live[row]
+            slot.view = _wait(reply)
+            slot.steps += slot.view.steps
+            slot.recorded.extend(slot.view.recorded)
+            if slot.view.frames is None:
+                outcomes[slot.position] = slots.pop(row).outcome()
+                _keep(outcomes[slot.position], "policy", resume)
+                show()
+
     with progress_bar() as bar:
         shown = bar.add_task("policy", total=len(plans), note="")
+
+        def show() -> None:
+            bar.update(shown, advance=1, note=f"success {sum(o.success for o in outcomes.values())}/{len(outcomes)}")
+
         refill()
-        while slots:
-            live = dict(sorted(slots.items()))
-            filler = next(iter(live))
-            rows = [row if row in live else filler for row in range(batch)]
-            seeds = [noise_seed(seed, live[row].plan, live[row].steps) for row in rows]
-            observations = [_observation(live[row], proprioception) for row in rows]
-            actions = checked_actions(policy.act(observations, seeds), live, batch, execute)
-            replies = {}
-            for row, slot in live.items():
-                slot.calls.append(slot.steps)
-                count = min(execute, max_steps - slot.steps)
-                last = slot.steps + count >= max_steps
-                replies[row] = workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
-            for row, reply in replies.items():
-                slot = live[row]
-                slot.view = _wait(reply)
-                slot.steps += slot.view.steps
-                slot.recorded.extend(slot.view.recorded)
-                if slot.view.frames is None:
-                    outcomes[slot.position] = slots.pop(row).outcome()
-                    bar.update(shown, advance=1, note=f"success {sum(o.success for o in outcomes.values())}/{len(outcomes)}")
+        while slots or rounds_left:
+            ending = [row for row, left in rounds_left.items() if left == 1]
+            for row in rounds_left:
+                rounds_left[row] -= 1
+            if slots:
+                play_round()
+            for row in ending:
+                del rounds_left[row]
             refill()
     return [outcomes[position] for position in range(len(plans))]
 

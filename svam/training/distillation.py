@@ -6,7 +6,7 @@ transformer. Statistics come from training windows; held-out windows are of othe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from svam.contract import ContractError
-from svam.machine import console, generator, track
+from svam.machine import console, track
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.distillation_data import GeneratedWindows, Rows, TeacherWindows, kept
 from svam.training.foresight_metrics import ForesightScore
 from svam.training.loop import fit
+from svam.training.order import EndlessOrder
 
 RIDGE = 1e-4
 """Of the linear probe, per token and in units of the standardised features' variance: enough to be well posed, no more."""
@@ -51,15 +53,6 @@ class DistillationData:
         arrays = (self.features.read(numbers), self.reference.read(numbers), self.targets.read(numbers))
         features, reference, targets = (torch.from_numpy(a).to(device) for a in arrays)
         return features, reference, targets
-
-    def batches(self, size: int, rng: np.random.Generator, device: torch.device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Endless batches of training windows, each epoch in a new order."""
-        pool: NDArray[np.int64] = np.zeros(0, dtype=np.int64)
-        while True:
-            while len(pool) < size:
-                pool = np.concatenate([pool, rng.permutation(self.windows.train)])
-            yield self.batch(np.sort(pool[:size]), device)
-            pool = pool[size:]
 
 
 class TrainingStatistics:
@@ -138,6 +131,7 @@ def distill(
     device: torch.device,
     name: str = "decoupler",
     live: Path | None = None,
+    resume: Resume = NOTHING_KEPT,
 ) -> tuple[Decoupler, dict[str, Any]]:
     """Train one branch's decoupler; returns it and the metrics of `evaluate`. `live`: folder of DVCLive's curves."""
     torch.manual_seed(seed)
@@ -150,9 +144,13 @@ def distill(
         scores = score(data, statistics, predictors(data, statistics, decoupler, device, bf16, only=("decoupler",)), few)
         return {key: scores["decoupler"][key] for key in ("mse", "explained", "cosine_moved")}
 
-    batches = data.batches(params.training.batch, generator(seed, "batches"), device)
+    train = data.windows.train
+    order = EndlessOrder(len(train), params.training.batch, seed, "batches")
     every = max(1, params.training.steps // EVALUATIONS)
-    fit(decoupler, lambda b: decoupler.loss(*b), batches, params.training, device, name, live, curves, every)
+    fit(
+        decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)], device),
+        params.training, device, name, live, curves, every, resume=resume,
+    )  # fmt: skip
     return decoupler, evaluate(data, statistics, decoupler, device, bf16)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from svam.machine import console, generator, seed_of, track
 from svam.models.generator import VideoForesight
 from svam.models.video import VideoConfig
 from svam.params import Generate
+from svam.resume import NOTHING_KEPT, Resume
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,15 @@ def _create_arrays(writer: GroupWriter, arrays: dict[str, tuple[tuple[int, ...],
 
 
 def generate_windows(
-    path: Path, store: EpisodeStore, model: VideoForesight, windows: Windows, params: Generate, seed: int, video_sha256: str
-) -> None:
+    path: Path, store: EpisodeStore, model: VideoForesight, windows: Windows, params: Generate, seed: int, video_sha256: str,
+    resume: Resume = NOTHING_KEPT,
+) -> None:  # fmt: skip
     """Write `path` (which the caller makes whole): `frames` V^ (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16
     (where kept), `reconstruction` (W, H, W, 3) uint8 of the observed frame, `rows`, `held_out`; and for held-out windows
     `one_step_frames`, the decoded one-step prediction, and `other_noise_frames`, V^ from another noise seed (the ceiling
     of what any distillation of V^ can reach).
     """
-    video = model.video_model
-    config = video.config
+    config = model.video_model.config
     height, width = config.image_size
     clip, grid = (config.frames, height, width, 3), params.grid
     arrays: dict[str, tuple[tuple[int, ...], Any, int | None]] = {
@@ -110,25 +112,35 @@ def generate_windows(
 
     with GroupWriter(path) as writer:
         opened = _create_arrays(writer, arrays)
-        for batch in track(_batches(windows.held_out, params.batch), "generate", -(-len(windows.rows) // params.batch)):
-            first = torch.from_numpy(store.frames(windows.rows[batch, 0])).to(model.device)
-            condition, text = model.prepare(first, [windows.instructions[i] for i in batch])
-            noise = video.initial_noise([windows.seeds[i] for i in batch])
-            generation = model.generate(condition, text, noise)
-            opened["frames"].append(model.decode(generation.latents).cpu().numpy())
-            opened["reconstruction"].append(model.reconstruct(first).cpu().numpy())
-            if params.keep_features:
-                opened["features"].append(generation.features.cpu().numpy())
-            if windows.held_out[batch[0]]:
-                opened["one_step_frames"].append(model.decode(generation.one_step).cpu().numpy())
-                others = video.seeded_noise([seed_of(windows.seeds[i], "other") for i in batch])
-                opened["other_noise_frames"].append(model.decode(model.generate(condition, text, others).latents).cpu().numpy())
+        batches = _batches(windows.held_out, params.batch)
+        for number, batch in enumerate(track(batches, "generate", len(batches))):
+            made = resume.arrays(f"windows_{number}", partial(_generated, store, model, windows, batch, params.keep_features))
+            for name, values in made.items():
+                opened[name].append(values)
         writer.write("rows", windows.rows)
         writer.write("held_out", windows.held_out.astype(np.uint8))
         writer.attributes = {
             "instructions": windows.instructions, "noise_seeds": windows.seeds, "sampler": model.sampler.model_dump(),
             "video_sha256": video_sha256, "seed": seed, "stride": config.stride,
         }  # fmt: skip
+
+
+def _generated(
+    store: EpisodeStore, model: VideoForesight, windows: Windows, batch: NDArray[np.int64], keep_features: bool
+) -> dict[str, NDArray[Any]]:
+    """The rows of the windows `batch`, of one side of the split, by array name."""
+    video = model.video_model
+    first = torch.from_numpy(store.frames(windows.rows[batch, 0])).to(model.device)
+    condition, text = model.prepare(first, [windows.instructions[i] for i in batch])
+    generation = model.generate(condition, text, video.initial_noise([windows.seeds[i] for i in batch]))
+    made = {"frames": model.decode(generation.latents), "reconstruction": model.reconstruct(first)}
+    if keep_features:
+        made["features"] = generation.features
+    if windows.held_out[batch[0]]:
+        others = video.seeded_noise([seed_of(windows.seeds[i], "other") for i in batch])
+        made["one_step_frames"] = model.decode(generation.one_step)
+        made["other_noise_frames"] = model.decode(model.generate(condition, text, others).latents)
+    return {name: values.cpu().numpy() for name, values in made.items()}
 
 
 def _batches(held_out: NDArray[np.bool_], size: int) -> list[NDArray[np.int64]]:

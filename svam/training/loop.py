@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from dvclive import Live
 from torch import Tensor, nn
 
 from svam.machine import progress_bar
 from svam.params import Optimiser
+from svam.resume import NOTHING_KEPT, Resume
+from svam.training.state import AveragedWeights, Curves, TrainingState
 
 
 class DivergedError(ValueError):
@@ -31,38 +31,6 @@ def learning_rate_factor(step: int, optimiser: Optimiser) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * share))
 
 
-class AveragedWeights:
-    """Exponential moving average of a module's trained parameters, with the usual slow start min(decay, (1+n)/(10+n))."""
-
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
-        self.parameters: list[Tensor] = list(parameters)
-        self.decay = decay
-        self.updates = 0
-        self.average = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def update(self) -> None:
-        """Move the average towards the current parameters."""
-        self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
-
-    @contextmanager
-    def applied(self) -> Iterator[None]:
-        """Within the block the module holds the average; afterwards the training weights again."""
-        kept = [p.detach().clone() for p in self.parameters]
-        self.copy_to_module(self.average)
-        try:
-            yield
-        finally:
-            self.copy_to_module(kept)
-
-    @torch.no_grad()
-    def copy_to_module(self, values: list[Tensor]) -> None:
-        """Overwrite the module's parameters with `values`."""
-        torch._foreach_copy_(self.parameters, values)
-
-
 def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW groups: weight decay on matrices and kernels, none on biases, gains and single vectors."""
     return [
@@ -74,7 +42,7 @@ def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[
 def fit(
     module: nn.Module,
     loss: Callable[[Any], Tensor],
-    batches: Iterator[Any],
+    batch_of: Callable[[int], Any],
     optimiser: Optimiser,
     device: torch.device,
     name: str,
@@ -82,69 +50,66 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     select: str | None = None,
+    resume: Resume = NOTHING_KEPT,
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it.
 
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
-        batches: endless iterator; `optimiser.accumulate` batches make one step.
+        batch_of: the n-th batch, from 0 on, a function of n alone, so that a resumed run sees the data that it would have
+            seen; `optimiser.accumulate` batches make one step.
         live_dir: where DVCLive streams `metrics.json` and curves (a DVC out of the stage).
         evaluate: called every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
+        resume: where a killed run's state is found, and this run's is kept. Both runs end with the same bits as one.
 
     Returns:
         The values of the kept evaluation (empty without `evaluate`).
 
     Raises:
         DivergedError: the loss is not finite.
+        FileError: the state cannot be saved.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = decayed_groups(parameters, optimiser.weight_decay)
-    adam = torch.optim.AdamW(groups, lr=optimiser.learning_rate, fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: learning_rate_factor(step, optimiser))
-    average = AveragedWeights(parameters, optimiser.ema)
-    live = Live(str(live_dir), save_dvc_exp=False, dvcyaml=None, report=None) if live_dir else None
-    kept: dict[str, float] = {}
-    best: list[Tensor] | None = None
+    adam = torch.optim.AdamW(decayed_groups(parameters, optimiser.weight_decay), lr=optimiser.learning_rate, fused=True)
+    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema), Curves(live_dir), device)
+    state.restore(resume)
     log_every = max(1, optimiser.steps // 100)
-    recent = 0.0
 
     with progress_bar() as bar:
-        task = bar.add_task(name, total=optimiser.steps, note="")
-        for step in range(1, optimiser.steps + 1):
+        task = bar.add_task(name, total=optimiser.steps, completed=state.step, note="")
+        for step in range(state.step + 1, optimiser.steps + 1):
             module.train()
-            value = _train_step(module, loss, batches, optimiser, device, adam, parameters, f"{name} step {step}")
-            schedule.step()
-            average.update()
-            recent = value if step == 1 else 0.95 * recent + 0.05 * value
-            bar.update(task, note=f"loss {recent:.4f}")
+            for group in adam.param_groups:
+                group["lr"] = optimiser.learning_rate * learning_rate_factor(step - 1, optimiser)
+            batches = map(batch_of, range((step - 1) * optimiser.accumulate, step * optimiser.accumulate))
+            value = _train_step(loss, batches, optimiser, device, adam, parameters, f"{name} step {step}")
+            state.average.update()
+            state.recent = value if step == 1 else 0.95 * state.recent + 0.05 * value
+            state.step = step
+            bar.update(task, note=f"loss {state.recent:.4f}")
             bar.advance(task)
             last = step == optimiser.steps
-            if live and (step % log_every == 0 or last):
-                live.log_metric("train/loss", recent)
-                live.log_metric("train/learning_rate", float(schedule.get_last_lr()[0]))
+            if step % log_every == 0 or last:
+                rate = optimiser.learning_rate * learning_rate_factor(step, optimiser)
+                state.curves.log(step, {"train/loss": state.recent, "train/learning_rate": rate})
             if evaluate and (last or (evaluate_every and step % evaluate_every == 0)):
                 module.eval()
-                with average.applied():
+                with state.average.applied():
                     values = evaluate()
-                if select is None or not kept or values[select] < kept[select]:
-                    kept = {**values, "step": float(step)}
-                    best = [a.clone() for a in average.average] if select else None
-                if live:
-                    for key, number in values.items():
-                        live.log_metric(f"held_out/{key}", number)
-            if live and (step % log_every == 0 or last):
-                live.step = step
-                live.make_summary()
-    average.copy_to_module(best if best is not None else average.average)
+                if select is None or not state.kept or values[select] < state.kept[select]:
+                    state.kept = {**values, "step": float(step)}
+                    state.best = [a.clone() for a in state.average.average] if select else None
+                state.curves.log(step, {f"held_out/{key}": number for key, number in values.items()})
+            if resume.due() or (last and resume.active):  # at the end too: what follows, such as measuring, may take long
+                state.save(resume)
+    state.average.copy_to_module(state.best if state.best is not None else state.average.average)
     module.eval()
-    if live:
-        live.end()
-    return kept
+    state.curves.end()
+    return state.kept
 
 
 def _train_step(
-    module: nn.Module,
     loss: Callable[[Any], Tensor],
     batches: Iterator[Any],
     optimiser: Optimiser,
@@ -156,9 +121,9 @@ def _train_step(
     """One optimiser step over `accumulate` batches; returns the mean loss."""
     adam.zero_grad(set_to_none=True)
     total = 0.0
-    for _ in range(optimiser.accumulate):
+    for batch in batches:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimiser.bf16):
-            value = loss(next(batches))
+            value = loss(batch)
         if not torch.isfinite(value):
             raise DivergedError(f"{where}: the loss is {value.item()}; lower the learning rate or look at the data")
         (value / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]

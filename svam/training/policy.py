@@ -7,7 +7,7 @@ padded, and the padding is masked out of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,15 @@ from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, window_starts
 from svam.files import sha256, sha256_tree
-from svam.machine import console, generator, seed_of
+from svam.machine import console, seed_of
 from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.features import Encode, FeatureCache, Features, Wanted, observation_address
 from svam.training.loop import fit
+from svam.training.order import EndlessOrder
 
 HELD_OUT = 256
 """Held-out observations, evenly spread, on which checkpoints are compared."""
@@ -159,15 +161,6 @@ class TrainingData:
             mask=torch.from_numpy(self.observations.mask[positions]).to(self.device),
         )
 
-    def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        """Endless: all observations once in random order, then again. With fewer observations than `size`, all of them."""
-        rng = generator(seed, "train_policy batches")
-        size = min(size, len(self.observations))
-        while True:
-            order = rng.permutation(len(self.observations))
-            for start in range(0, len(order) - size + 1, size):
-                yield self.batch(np.sort(order[start : start + size]))
-
 
 def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
     """Means and deviations per channel of every frozen entry over training observations, into the policy's buffers."""
@@ -240,6 +233,7 @@ def train(
     seed: int,
     device: torch.device,
     live: Path | None = None,
+    resume: Resume = NOTHING_KEPT,
 ) -> SVAM:
     """Train everything that `train_policy` describes and return the assembled S-VAM with the best averaged weights.
 
@@ -272,12 +266,16 @@ def train(
         learning = TrainingData(sides[0], features.part(0, len(train_rows)), foresight, svam, device)
         judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
         set_input_statistics(svam, learning)
-        noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise"))
-        optimiser = section.training
+        noise, optimiser = torch.Generator(), section.training
+        order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
+
+        def batch_of(number: int) -> Batch:
+            noise.manual_seed(seed_of(seed, "train_policy noise", number))
+            return learning.batch(order.batch(number))
+
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(batch, noise), learning.batches(optimiser.batch, seed), optimiser, device,
-            "train_policy", live, lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
-            select="action_error",
+            svam.network, lambda batch: svam.loss(batch, noise), batch_of, optimiser, device, "train_policy", live,
+            lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every, "action_error", resume,
         )  # fmt: skip
     finally:
         features.close()

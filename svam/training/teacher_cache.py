@@ -6,6 +6,7 @@ Another teacher, or another reference, reads the same `generated.zarr` again: no
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from svam.machine import console, progress_bar
 from svam.models.teachers import Teacher
 from svam.models.tokens import to_grid
 from svam.params import CacheTeacher
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.distillation_data import TEACHER_SCHEMA, GeneratedWindows
 from svam.training.foresight_metrics import ForesightScore, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
@@ -77,6 +79,7 @@ def cache_windows(
     params: CacheTeacher,
     target: Target,
     device: torch.device,
+    resume: Resume = NOTHING_KEPT,
 ) -> dict[str, Any]:
     """Write the arrays that `TeacherWindows` reads to `path` (which the caller makes whole); returns and stores the metrics.
 
@@ -102,27 +105,33 @@ def cache_windows(
         task = bar.add_task(f"cache {branch}", total=len(windows) + 2 * len(windows.test), note="")
         targets, reference = _float_array(writer, "targets", clip, params), _float_array(writer, "reference", clip[1:], params)
         moved = writer.array("moved", clip[:-1], np.uint8, chunk_rows=1, shard_rows=1024)
-        for numbers in _blocks(windows, block):
+
+        def of_windows(numbers: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
             clips = windows.frames.read(numbers) if target == "generated" else _truth(store, windows.rows[numbers])
-            seen = features(clips)
+            kinds = references if windows.held_out[numbers[0]] else [params.reference]
+            found = {kind: features(_current(windows, store, numbers, kind)) for kind in kinds}
+            return {"targets": features(clips), "moved": moved_patches(clips, grid).astype(np.uint8), **found}
+
+        def of_clips(reader: RowReader, start: int) -> dict[str, NDArray[Any]]:
+            return {"features": features(reader.read_range(start, min(start + block, len(reader))))}
+
+        for numbers in _blocks(windows, block):
+            made = resume.arrays(f"windows_{numbers[0]}", partial(of_windows, numbers))
+            seen = made["targets"]
             targets.append(seen)
-            moved.append(moved_patches(clips, grid).astype(np.uint8))
-            held_out = bool(windows.held_out[numbers[0]])
-            wanted = [params.reference] + [k for k in references if held_out and k != params.reference]
-            for kind in wanted:
-                found = features(_current(windows, store, numbers, kind))
-                if kind == params.reference:
-                    reference.append(found)
-                if held_out:
-                    references[kind].append(found)
-            if not held_out:
+            moved.append(made["moved"])
+            reference.append(made[params.reference])
+            if windows.held_out[numbers[0]]:
+                for kind, kept in references.items():
+                    kept.append(made[kind])
+            else:
                 centre += seen[:, 1:].sum(axis=(0, 1), dtype=np.float64)
                 square += np.square(seen[:, 1:], dtype=np.float64).sum(axis=(0, 1, 2, 3))
             bar.advance(task, len(numbers))
         for name, reader in (("one_step", windows.one_step_frames), ("other_noise", windows.other_noise_frames)):
             array = _float_array(writer, name, clip, params)
             for start in range(0, len(reader), block):
-                array.append(features(reader.read_range(start, min(start + block, len(reader)))))
+                array.append(resume.arrays(f"{name}_{start}", partial(of_clips, reader, start))["features"])
                 bar.advance(task, min(block, len(reader) - start))
         writer.write("rows", windows.rows)
         writer.write("held_out", windows.held_out.astype(np.uint8))
@@ -131,8 +140,8 @@ def cache_windows(
         count = len(windows.train) * (frames - 1)
         centre /= count
         scale = np.sqrt(np.maximum(square / (count * grid * grid) - np.square(centre.mean(axis=(0, 1))), 1e-12))
-        kept = {kind: np.concatenate(parts) for kind, parts in references.items()}
-        metrics: dict[str, Any] = {"reference": compare_references(path, windows, kept, centre, scale, block)}
+        whole = {kind: np.concatenate(parts) for kind, parts in references.items()}
+        metrics: dict[str, Any] = {"reference": compare_references(path, windows, whole, centre, scale, block)}
         metrics["dense"] = dense_metrics(windows, store, teacher, params.batch, device)
         writer.attributes = {
             "schema_version": TEACHER_SCHEMA, "branch": branch, "target": target, "reference": params.reference,

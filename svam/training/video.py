@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
 from svam.models.video import VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.loop import fit
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
@@ -141,25 +141,26 @@ def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Ten
 
 def train_video(
     model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
-    device: torch.device, live: Path | None,
+    device: torch.device, live: Path | None, resume: Resume = NOTHING_KEPT,
 ) -> None:  # fmt: skip
     """Fine-tune in place; the averaged weights are in `model` afterwards."""
-    rng, random = generator(seed, "finetune_video"), torch.Generator().manual_seed(seed_of(seed, "finetune_video noise"))
 
-    def batches() -> Iterator[tuple[Tensor, ...]]:
-        while True:
-            places = rng.integers(len(clips), size=params.training.batch)
-            clean = clips.clips(places).to(device)
-            text = table.draw(clips.episodes[places], rng).to(device)
-            condition = autoencoder.condition_of(clean[:, 0])
-            # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
-            kept = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
-            sigma = draw_sigmas(params, len(places), random).to(device)
-            noise = torch.randn(clean.shape, generator=random).to(device)
-            yield clean, sigma, noise, condition * expand_like(kept, condition), text * expand_like(kept, text)
+    def batch_of(number: int) -> tuple[Tensor, ...]:
+        rng = generator(seed, "finetune_video", number)
+        random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
+        places = rng.integers(len(clips), size=params.training.batch)
+        clean = clips.clips(places).to(device)
+        text = table.draw(clips.episodes[places], rng).to(device)
+        condition = autoencoder.condition_of(clean[:, 0])
+        # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
+        kept = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
+        sigma = draw_sigmas(params, len(places), random).to(device)
+        noise = torch.randn(clean.shape, generator=random).to(device)
+        return clean, sigma, noise, condition * expand_like(kept, condition), text * expand_like(kept, text)
 
     fit(
-        model, lambda b: denoising_loss(model, *b).mean(), batches(), params.training, device, "finetune video", live
+        model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
+        resume=resume,
     )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from svam.episodes.store import EpisodeStore
 from svam.machine import generator, track
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import freeze, resolve_weights
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.backbones.frames import evenly, frames_that_fit, load_frames, shuffled
 from svam.training.loop import fit
 
@@ -48,12 +48,13 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
+    resume: Resume = NOTHING_KEPT,
 ) -> tuple[Autoencoder, dict[str, float]]:
     """The autoencoder and its metrics on held-out episodes (none for published weights). `autoencoder` is not used."""
     if section.source == "pretrained":
         folder = resolve_weights(str(section.path), section.revision, "vae", f"prepare_backbones.{key}")
         return Autoencoder.load_published(folder), {}
-    return train(section, EpisodeStore.open(episodes), seed, device, live)
+    return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
 
 
 def build(section: params.Autoencoder, image_size: tuple[int, int]) -> AutoencoderDC:
@@ -109,20 +110,20 @@ def moving_weight(pixels: Tensor, background: Tensor) -> Tensor:
 
 
 def train(
-    section: params.Autoencoder, store: EpisodeStore, seed: int, device: torch.device, live: Path | None
-) -> tuple[Autoencoder, dict[str, float]]:
+    section: params.Autoencoder, store: EpisodeStore, seed: int, device: torch.device, live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[Autoencoder, dict[str, float]]:  # fmt: skip
     """Train on training episodes only; measure the latents' statistics there too, and the errors on held-out episodes."""
     autoencoder = Autoencoder(build(section, store.image_size)).to(device)
     rows = frames_that_fit(store, store.rows("train"))
     frames = load_frames(store, rows)
     pictures = backgrounds(store)
     tasks = torch.from_numpy(task_of_rows(store, rows))
-    rng = generator(seed, "autoencoder batches")
 
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        while True:
-            chosen = torch.from_numpy(shuffled(rng, len(rows), section.training.batch))
-            yield to_pixels(frames[chosen].to(device)), pictures[tasks[chosen]].to(device)
+    def batch_of(number: int) -> tuple[Tensor, Tensor]:
+        rng = generator(seed, "autoencoder batches", number)
+        chosen = torch.from_numpy(shuffled(rng, len(rows), section.training.batch))
+        return to_pixels(frames[chosen].to(device)), pictures[tasks[chosen]].to(device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         pixels, background = batch
@@ -133,7 +134,7 @@ def train(
         difference = decoded.float() - pixels
         return ((difference.abs() + SQUARE_WEIGHT * difference.square()) * weight).mean() / weight.mean()
 
-    fit(autoencoder, loss, batches(), section.training, device, "autoencoder", live)
+    fit(autoencoder, loss, batch_of, section.training, device, "autoencoder", live, resume=resume)
     autoencoder = freeze(with_statistics(autoencoder, frames))
     return autoencoder, measure(autoencoder, store, pictures)
 

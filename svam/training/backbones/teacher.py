@@ -6,7 +6,7 @@ a share of the training frames is seen through the autoencoder and a share blurr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from svam.machine import generator, track
 from svam.models.autoencoder import Autoencoder
 from svam.models.published import freeze, resolve_weights
 from svam.models.teachers import Backbone, Teacher, TeacherConfig, unpatchify
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.backbones.frames import evenly, frames_that_fit, load_frames, shuffled
 from svam.training.loop import fit
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
@@ -52,6 +53,7 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
+    resume: Resume = NOTHING_KEPT,
 ) -> tuple[Teacher, dict[str, Any]]:
     """The teacher of params key `key` ("geometric" or "semantic") and its metrics on held-out episodes (none for published)."""
     if section.source == "pretrained":
@@ -59,7 +61,8 @@ def prepare(
         return Teacher.load_published(folder, section.family, section.image_size), {}
     if autoencoder is None:
         raise ContractError(f"prepare_backbones.{key}: an in-domain teacher trains on reconstructions too; pass --autoencoder")
-    return train(key, section, EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device), seed, device, live)
+    store, seen_through = EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device)
+    return train(key, section, store, seen_through, seed, device, live, resume)
 
 
 def check(key: str, section: params.TeacherModel, store: EpisodeStore) -> None:
@@ -113,18 +116,15 @@ class Views:
     def __init__(self, frames: Tensor, reconstructed: Tensor, labels: Tensor | None) -> None:
         self.frames, self.reconstructed, self.labels = frames, reconstructed, labels
 
-    def batches(
-        self, section: params.TeacherModel, rng: np.random.Generator, device: torch.device
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """Endless (seen (B, 3, H, W) in [0, 1], clean (same), labels): mixed by `reconstructed_share` and `blurred_share`."""
-        while True:
-            chosen = torch.from_numpy(shuffled(rng, len(self.frames), section.training.batch))
-            clean = as_unit(self.frames[chosen].to(device))
-            draw = torch.from_numpy(rng.random(len(chosen))).to(device)[:, None, None, None]
-            seen = torch.where(draw < section.reconstructed_share, as_unit(self.reconstructed[chosen].to(device)), clean)
-            blurry = (draw >= section.reconstructed_share) & (draw < section.reconstructed_share + section.blurred_share)
-            seen = torch.where(blurry, blur(clean, float(rng.uniform(*BLUR))), seen)
-            yield seen, clean, self.labels[chosen].to(device) if self.labels is not None else torch.empty(0)
+    def batch(self, section: params.TeacherModel, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, ...]:
+        """(seen (B, 3, H, W) in [0, 1], clean (same), labels): mixed by `reconstructed_share` and `blurred_share`."""
+        chosen = torch.from_numpy(shuffled(rng, len(self.frames), section.training.batch))
+        clean = as_unit(self.frames[chosen].to(device))
+        draw = torch.from_numpy(rng.random(len(chosen))).to(device)[:, None, None, None]
+        seen = torch.where(draw < section.reconstructed_share, as_unit(self.reconstructed[chosen].to(device)), clean)
+        blurry = (draw >= section.reconstructed_share) & (draw < section.reconstructed_share + section.blurred_share)
+        seen = torch.where(blurry, blur(clean, float(rng.uniform(*BLUR))), seen)
+        return seen, clean, self.labels[chosen].to(device) if self.labels is not None else torch.empty(0)
 
 
 def as_unit(frames: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def annotated(store: EpisodeStore, objective: str, split: Split) -> tuple[NDArra
 def loss_of(
     teacher: Teacher, section: params.TeacherModel, counts: NDArray[np.int64]
 ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    """What is optimised, and its loss on one batch of `Views.batches`. `counts`: pixels per class (segmentation)."""
+    """What is optimised, and its loss on one batch of `Views.batch`. `counts`: pixels per class (segmentation)."""
     if section.objective == "segmentation":
         frequency = np.maximum(counts / counts.sum(), 1e-4)
         weight = torch.from_numpy((frequency**-RARE_CLASS_POWER).astype(np.float32)).to(teacher.mean.device)
@@ -218,6 +218,7 @@ def train(
     seed: int,
     device: torch.device,
     live: Path | None,
+    resume: Resume = NOTHING_KEPT,
 ) -> tuple[Teacher, dict[str, Any]]:
     """Train on annotated frames of training episodes; measure on those of held-out ones.
 
@@ -252,7 +253,11 @@ def train(
     frames = load_frames(store, rows)
     views = Views(frames, reconstruct(autoencoder, frames, device, f"{key}: reconstructions"), labels)
     module, loss = loss_of(teacher, section, counts)
-    fit(module, loss, views.batches(section, generator(seed, key, "batches"), device), section.training, device, key, live)
+
+    def batch_of(number: int) -> tuple[Tensor, ...]:
+        return views.batch(section, generator(seed, key, "batches", number), device)
+
+    fit(module, loss, batch_of, section.training, device, key, live, resume=resume)
     teacher = freeze(teacher)
     return teacher, measure(teacher, store, autoencoder, section.objective, device)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from svam.episodes.store import EpisodeStore
 from svam.machine import generator
 from svam.models.published import freeze, resolve_weights
 from svam.models.text import TextEncoder
+from svam.resume import NOTHING_KEPT, Resume
 from svam.training.backbones.frames import frames_that_fit, load_frames, shuffled
 from svam.training.loop import fit
 
@@ -39,12 +39,13 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
+    resume: Resume = NOTHING_KEPT,
 ) -> tuple[TextEncoder, dict[str, float]]:
     """The text encoder and its metrics (none for published weights). `autoencoder` is not used."""
     if section.source == "pretrained":
         folder = resolve_weights(str(section.path), section.revision, None, f"prepare_backbones.{key}")
         return TextEncoder.load_published(folder, section.tokens), {}
-    return train(section, EpisodeStore.open(episodes), seed, device, live)
+    return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
 
 
 def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
@@ -143,8 +144,9 @@ def training_sentences(store: EpisodeStore, task: str) -> list[str]:
 
 
 def train(
-    section: params.Text, store: EpisodeStore, seed: int, device: torch.device, live: Path | None
-) -> tuple[TextEncoder, dict[str, float]]:
+    section: params.Text, store: EpisodeStore, seed: int, device: torch.device, live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[TextEncoder, dict[str, float]]:  # fmt: skip
     """Train on the training episodes' frames and the training paraphrases of their tasks; held-out paraphrases only measure."""
     sentences = {task: training_sentences(store, task) for task in store.tasks}
     tokenizer = train_tokenizer([s for group in sentences.values() for s in group])
@@ -155,19 +157,18 @@ def train(
     rows = frames_that_fit(store, store.rows("train"))
     frames = load_frames(store, rows)
     task_of = store.episode_task[store.episode_of(rows)]
-    rng = generator(seed, "text batches")
+    side = max(store.image_size)
 
-    def batches() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        side = max(store.image_size)
-        while True:
-            chosen = shuffled(rng, len(rows), section.training.batch)
-            said = [drop_words(str(rng.choice(sentences[store.tasks[t]])), rng) for t in task_of[chosen]]
-            pixels = (frames[torch.from_numpy(chosen)].permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
-            if pixels.shape[-2:] != (side, side):
-                pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
-            yield pixels.to(device), encoder.ids(said).to(device), torch.from_numpy(task_of[chosen]).to(device)
+    def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = generator(seed, "text batches", number)
+        chosen = shuffled(rng, len(rows), section.training.batch)
+        said = [drop_words(str(rng.choice(sentences[store.tasks[t]])), rng) for t in task_of[chosen]]
+        pixels = (frames[torch.from_numpy(chosen)].permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        return pixels.to(device), encoder.ids(said).to(device), torch.from_numpy(task_of[chosen]).to(device)
 
-    fit(contrast, lambda batch: contrast.loss(*batch), batches(), section.training, device, "text", live)
+    fit(contrast, lambda batch: contrast.loss(*batch), batch_of, section.training, device, "text", live, resume=resume)
     held_out = {task: store.instructions.get(task, {}).get("held_out", []) for task in store.tasks}
     return freeze(encoder), measure(encoder, sentences, held_out)
 

@@ -1,0 +1,278 @@
+"""What an unfinished run leaves for the next one: kill a stage at any moment, and the same command goes on where it was.
+
+The state lies outside all outputs, in `$DVC_ROOT/.ckpt/<stage>/<key>/` (without DVC: `.cache/resume/<command>/<key>/`). The
+key is a hash of the params, the code, the inputs and the device, so changed work never meets stale state. A folder holds
+records, each a JSON file and perhaps one data file (safetensors, or whatever a worker wrote); the JSON file is renamed into
+place last and states the checksum of both, so that a record is whole or is not there. The folder goes when the run succeeds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from svam.files import FileError, locked, read_json, sha256, sha256_tree, whole_file
+from svam.machine import console
+from svam.params import Params
+
+COST_SHARE = 0.01
+"""Most of a run's time that saving may take: after a save of s seconds the next waits at least s / COST_SHARE."""
+PENDING_BYTES = 256 << 20
+"""Arrays held in memory between two saves; more are written at once."""
+CONTENT_BYTES = 256 << 20
+"""Inputs up to this size are known by their content, larger ones by the names, sizes and times of their files."""
+OTHERS_KEPT = 2
+"""States of the same stage under other keys that stay (a variant that one goes back to); older ones are deleted."""
+LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "torch", "transformers", "zarr")
+"""Libraries whose version decides numbers."""
+
+
+class Kept(NamedTuple):
+    """A record: its JSON value, and its data file where it has one."""
+
+    value: Any
+    file: Path | None
+
+
+class Resume:
+    """The records of one run. Without a folder it keeps and finds nothing, so callers need not ask."""
+
+    def __init__(self, folder: Path | None, seconds: float = 60.0) -> None:
+        """`seconds`: time between two saves of what is saved as a whole; 0 saves at every opportunity."""
+        self.folder, self.seconds = folder, seconds
+        self._last, self._cost = time.monotonic(), 0.0
+        self._pending: dict[str, dict[str, NDArray[Any]]] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is kept at all."""
+        return self.folder is not None
+
+    def due(self) -> bool:
+        """Whether it is time to save: `seconds` have passed, and enough for saving to cost little."""
+        if self.folder is None or not self.seconds:
+            return self.folder is not None
+        return time.monotonic() - self._last >= max(self.seconds, self._cost / COST_SHARE)
+
+    def keep(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
+        """Keep a record, replacing one of the same name. `write` writes its data file to the path that it is given.
+
+        Raises:
+            FileError: the file system refuses; what was kept before stays.
+        """
+        if self.folder is None:
+            return
+        start = time.monotonic()
+        place = self.folder / f"{name}.json"
+        # Two names in turn: what the JSON file states is never overwritten, and what it does not state is.
+        old = _data_file(place)
+        data = self.folder / f"{name}.data-{1 if old and old.name.endswith('-0') else 0}" if write else None
+        try:
+            if write and data:
+                with whole_file(data) as temporary:
+                    write(temporary)
+            record = {"value": value, "file": data.name if data else None, "crc32c": _checksum(data) if data else 0}
+            with whole_file(place) as temporary:
+                temporary.write_text(json.dumps({**record, "check": _check(record)}), encoding="utf-8")
+        except (OSError, SafetensorError) as error:
+            if data is not None:
+                data.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or error
+            raise FileError(
+                f"{self.folder}: saving the state of the run failed: {reason}; what was saved before is whole, so make room "
+                "and run the same command again"
+            ) from None
+        if old is not None:
+            old.unlink(missing_ok=True)
+        self._last, self._cost = time.monotonic(), time.monotonic() - start
+
+    def kept(self, name: str) -> Kept | None:
+        """The record of that name, or None; a damaged one is deleted with a sentence: that work is done again."""
+        place = self.folder / f"{name}.json" if self.folder else None
+        if self.folder is None or place is None or not place.is_file():
+            return None
+        try:
+            record = read_json(place)
+            file = self.folder / record["file"] if record["file"] else None
+            whole = record.pop("check") == _check(record) and (file is None or _checksum(file) == record["crc32c"])
+        except (FileError, OSError, KeyError, TypeError, AttributeError):
+            whole = False
+        if whole:
+            return Kept(record["value"], file)
+        console.print(
+            f"{place}: truncated or damaged; it is ignored, and the work that it stood for starts over",
+            style="yellow", highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        place.unlink(missing_ok=True)
+        return None
+
+    def arrays(self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
+        """What `compute` returns, or returned in an earlier run; new arrays are held until it is time to save them.
+
+        Always in C order, since sums of floats depend on it.
+        """
+        found = self.kept(name)
+        if found is not None and found.file is not None:
+            return dict(load_file(found.file))
+        values = {key: np.ascontiguousarray(value) for key, value in compute().items()}
+        if self.active:
+            self._pending[name] = values
+            size = sum(array.nbytes for block in self._pending.values() for array in block.values())
+            if self.due() or size > PENDING_BYTES:
+                self.flush()
+        return values
+
+    def flush(self) -> None:
+        """Keep the arrays that were waiting. Raises `FileError` as `keep`."""
+        start = time.monotonic()
+        for name in list(self._pending):
+            values = self._pending[name]
+            self.keep(name, None, lambda file, values=values: save_file(values, file))  # type: ignore[misc]
+            del self._pending[name]
+        self._last, self._cost = time.monotonic(), time.monotonic() - start
+
+
+NOTHING_KEPT = Resume(None)
+"""For callers that have no run to resume."""
+
+
+def _data_file(place: Path) -> Path | None:
+    """The data file that a record's JSON file states; None where there is no record, or a damaged one."""
+    with suppress(FileError, KeyError, TypeError):
+        return place.with_name(read_json(place)["file"])
+    return None
+
+
+def _checksum(file: Path) -> int:
+    """CRC-32C of a file: it finds damage at the speed of memory, which is all that is asked here."""
+    value = 0
+    with file.open("rb") as opened:
+        while block := opened.read(1 << 20):
+            value = int(google_crc32c.extend(value, block))
+    return value
+
+
+def _check(record: Mapping[str, Any]) -> int:
+    return int(google_crc32c.value(json.dumps(record).encode()))
+
+
+@contextmanager
+def unfinished(
+    name: str, settings: Params, sections: Iterable[str], inputs: Iterable[Path], device: object = "any"
+) -> Iterator[Resume]:
+    """Open the state of this run, found or new; delete it when the block ends without an error.
+
+    Args:
+        name: of the run where DVC does not give one (`DVC_STAGE`).
+        sections: dotted keys of the params that decide the result; `seed` and `threads` always count.
+        inputs: files and folders that are read.
+        device: what computes.
+
+    Raises:
+        FileError: another process is doing the same work.
+    """
+    values = {key: _param(settings, key) for key in ("seed", "threads", *sections)}
+    stage = os.environ.get("DVC_STAGE", name).replace("/", "_")
+    parent = Path(os.environ["DVC_ROOT"], ".ckpt") if "DVC_ROOT" in os.environ else Path(".cache/resume")
+    parent = parent / stage
+    what = {"params": values, "code": code(), "libraries": _libraries(), "device": str(device)}
+    folder = parent / _digest({**what, "inputs": [identity(Path(path)) for path in inputs]})[:32]
+    try:
+        with locked(_lock_of(folder)):
+            _forget(parent, folder)
+            folder.mkdir(exist_ok=True)
+            for half_written in folder.glob(".*.partial-*"):
+                half_written.unlink()
+            if any(folder.glob("*.json")):
+                console.print(f"{stage}: goes on from what an earlier run kept in {folder}", highlight=False, soft_wrap=True)
+            with _removed_at_success(Resume(folder, settings.machine.checkpoint_seconds)) as resume:
+                yield resume
+    finally:
+        for empty in (parent, parent.parent):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+@contextmanager
+def _removed_at_success(resume: Resume) -> Iterator[Resume]:
+    folder = resume.folder
+    assert folder is not None
+    try:
+        yield resume
+        shutil.rmtree(folder)
+    except BaseException as error:
+        with suppress(FileError):
+            resume.flush()
+        if not any(folder.glob("*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        elif isinstance(error, KeyboardInterrupt):
+            error.add_note(f"interrupted; run the same command again to go on from the last checkpoint, in {folder}")
+        raise
+
+
+def _param(settings: Params, key: str) -> Any:
+    value: Any = settings
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def code() -> dict[str, str]:
+    """SHA-256 of every module of ours that is loaded, but for `svam.params`, whose values count by themselves."""
+    root = Path(__file__).resolve().parent.parent
+    named = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in ("svam", "stages", "__main__")]
+    files = {Path(str(file)).resolve() for module in named if (file := getattr(module, "__file__", None))}
+    ours = sorted(file for file in files if {root / "svam", root / "stages"} & set(file.parents))
+    return {file.relative_to(root).as_posix(): sha256(file) for file in ours if file != root / "svam/params.py"}
+
+
+def _libraries() -> dict[str, str]:
+    found = {"python": sys.version}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def identity(path: Path) -> str:
+    """What tells one input from another: its content, or for a large one the names, sizes and times of its files."""
+    if not path.exists():
+        return "absent"
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    found = [(file, file.stat()) for file in files]
+    if sum(stat.st_size for _, stat in found) <= CONTENT_BYTES:
+        return sha256_tree(path)
+    return _digest([(file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in found])
+
+
+def _forget(parent: Path, own: Path) -> None:
+    """Delete the states of other params, code or inputs, but for the newest few and those in use."""
+    others = [folder for folder in parent.iterdir() if folder.is_dir() and folder != own]
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[OTHERS_KEPT:]:
+        with suppress(FileError), locked(_lock_of(folder)):
+            shutil.rmtree(folder, ignore_errors=True)
+            console.print(f"{folder}: deleted, it was kept for other params, code or inputs", highlight=False, soft_wrap=True)
+
+
+def _lock_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")

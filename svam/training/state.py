@@ -1,0 +1,140 @@
+"""Everything of a training that changes from step to step: what a checkpoint holds, and what a killed run goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from dvclive import Live
+from torch import Tensor, nn
+
+from svam.checkpoint import load_tensors, restore, save_tensors
+from svam.resume import Resume
+
+RECORD = "training"
+"""Name of the checkpoint among the records of a run."""
+
+
+class AveragedWeights:
+    """Exponential moving average of a module's trained parameters, with the usual slow start min(decay, (1+n)/(10+n))."""
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+        self.parameters: list[Tensor] = list(parameters)
+        self.decay = decay
+        self.updates = 0
+        self.average = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average towards the current parameters."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the module holds the average; afterwards the training weights again."""
+        kept = [p.detach().clone() for p in self.parameters]
+        self.copy_to_module(self.average)
+        try:
+            yield
+        finally:
+            self.copy_to_module(kept)
+
+    @torch.no_grad()
+    def copy_to_module(self, values: list[Tensor]) -> None:
+        """Overwrite the module's parameters with `values`."""
+        torch._foreach_copy_(self.parameters, values)
+
+
+class Curves:
+    """DVCLive's curves in a folder, or none. All that was logged is remembered: a resumed run writes it again, so the files
+    are those of a run that was never interrupted (they hold no times)."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) if folder else None
+        self.history: list[tuple[int, dict[str, float]]] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Append one point to the curve of each name."""
+        self.history.append((step, values))
+        if self.live:
+            self.live.step = step
+            for name, value in values.items():
+                self.live.log_metric(name, value)
+            self.live.make_summary()
+
+    def end(self) -> None:
+        """Finish the files."""
+        if self.live:
+            self.live.end()
+
+
+@dataclass
+class TrainingState:
+    """The module and its optimiser after `step` steps, with what the loop remembers.
+
+    recent: smoothed loss. kept: values of the chosen evaluation, and best: its averaged weights, where one is selected.
+    """
+
+    module: nn.Module
+    adam: torch.optim.Optimizer
+    average: AveragedWeights
+    curves: Curves
+    device: torch.device
+    step: int = 0
+    recent: float = 0.0
+    kept: dict[str, float] = field(default_factory=dict)
+    best: list[Tensor] | None = None
+
+    def save(self, resume: Resume) -> None:
+        """Keep everything, the random state included. Raises `FileError` if the file system refuses."""
+        value = {
+            "step": self.step, "recent": self.recent, "kept": self.kept, "updates": self.average.updates,
+            "history": self.curves.history,
+        }  # fmt: skip
+        resume.keep(RECORD, value, partial(save_tensors, tensors=self._tensors()))
+
+    def restore(self, resume: Resume) -> None:
+        """Take over what was kept, if anything was."""
+        found = resume.kept(RECORD)
+        if found is None or found.file is None:
+            return
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in load_tensors(found.file).items():
+            group, _, rest = name.partition("/")
+            groups.setdefault(group, {})[rest] = tensor
+        self.step, self.recent, self.kept = found.value["step"], found.value["recent"], found.value["kept"]
+        restore(self.module, groups["module"], found.file)
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in groups.get("adam", {}).items():
+            number, _, kind = name.partition("/")
+            moments.setdefault(int(number), {})[kind] = tensor
+        self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
+        self.average.updates = found.value["updates"]
+        self.average.average = self._listed(groups["average"])
+        self.best = self._listed(groups["best"]) if "best" in groups else None
+        torch.set_rng_state(groups["random"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
+        for step, values in found.value["history"]:
+            self.curves.log(step, values)
+
+    def _listed(self, group: dict[str, Tensor]) -> list[Tensor]:
+        return [group[str(number)].to(self.device) for number in range(len(group))]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {f"module/{name}": tensor for name, tensor in self.module.state_dict().items()}
+        moments: dict[int, dict[str, Any]] = self.adam.state_dict()["state"]
+        tensors |= {f"adam/{number}/{kind}": tensor for number, state in moments.items() for kind, tensor in state.items()}
+        for name, weights in (("average", self.average.average), ("best", self.best or [])):
+            tensors |= {f"{name}/{number}": tensor for number, tensor in enumerate(weights)}
+        tensors["random/cpu"] = torch.get_rng_state()
+        if self.device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        return tensors

@@ -1,0 +1,65 @@
+"""Runs that are killed by SIGKILL at a chosen moment of keeping their state."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.testing import CliRunner
+
+import svam.resume
+from svam.resume import Resume
+
+HEAVY = ["svam.training.policy", "svam.training.teacher_cache", "svam.training.video", "svam.simulation.closed_loop"]
+# Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.killing", *HEAVY])
+
+
+def _die(environment: dict[str, str], after: int, while_writing: bool, run: Callable[..., object], *arguments: Any) -> None:
+    """Within its own process: call `run`, with `Resume.keep` replaced by one that kills the process at the right moment."""
+    os.environ.update(environment)
+    svam.resume.code = one_code
+    keep, count = Resume.keep, 0
+
+    def counting(self: Resume, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
+        nonlocal count
+        count += 1
+
+        def half(file: Path) -> None:
+            assert write is not None
+            write(file)
+            os.truncate(file, file.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        keep(self, name, value, half if while_writing and count == after else write)
+        if count == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    Resume.keep = counting  # type: ignore[method-assign]
+    run(*arguments)
+
+
+def kill(after: int, run: Callable[..., object], *arguments: Any, while_writing: bool = False) -> None:
+    """Call `run` in a process that is killed when its `after`-th record has been kept, or when half of it has been written."""
+    environment = {name: value for name, value in os.environ.items() if name.startswith("DVC_")}
+    process = PROCESSES.Process(target=_die, args=(environment, after, while_writing, run, *arguments))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
+
+
+def one_code() -> dict[str, str]:
+    """In place of `svam.resume.code`: a test process has loaded other modules than the stage alone would."""
+    return {"svam": "tested"}
+
+
+def run_stage(app: typer.Typer, *arguments: object) -> None:
+    """Run a stage's command in this process; it must succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output

@@ -1,0 +1,395 @@
+"""Killed and resumed: the bytes of an uninterrupted run, whatever was going on; one writer; stale and damaged state is left."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages import cache_teacher, distill, finetune_video
+from stages import collect as collect_stage
+from stages import generate as generate_stage
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
+from svam.machine import console, one_line_errors
+from svam.models.generator import SamplerConfig, VideoForesight
+from svam.params import CacheTeacher, Generate, Optimiser, Params
+from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
+from svam.simulation import collection
+from svam.training import generation, teacher_cache
+from svam.training.distillation_data import GeneratedWindows
+from svam.training.generation import choose_windows, generate_windows
+from svam.training.loop import fit
+from svam.training.order import EndlessOrder
+from tests.killing import kill, one_code, run_stage
+from tests.stage_deps import ROOT
+from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts
+from tests.toy import write_toy_params
+
+CPU = torch.device("cpu")
+
+
+# --- the training loop ---------------------------------------------------------------------------------------------------
+
+
+class Noisy(nn.Module):
+    """Two layers with dropout, a buffer that changes, and two names of one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.first = self.layers[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)[:, 0]  # type: ignore[no-any-return]
+
+
+def train(out: Path, resume: Resume, steps_seen: list[int] | None = None, **changes: Any) -> None:
+    """Train a `Noisy` on examples in random order; write curves, weights and the selected evaluation to `out`."""
+    torch.manual_seed(0)
+    module = Noisy()
+    data = torch.randn(50, 3, generator=torch.Generator().manual_seed(1))
+    order = EndlessOrder(len(data), 8, "order")
+
+    def batch_of(number: int) -> Tensor:
+        if steps_seen is not None:
+            steps_seen.append(number)
+        return data[torch.from_numpy(order.batch(number))]
+
+    def evaluate() -> dict[str, float]:
+        return {"error": (module(data) - data.sum(1)).abs().mean().item() + torch.rand(1).item(), "other": 1 / 3}
+
+    values = {"steps": 30, "batch": 8, "learning_rate": 0.05, "warmup": 3, "ema": 0.9, "accumulate": 2} | changes
+    kept = fit(
+        module, lambda b: (module(b) + torch.randn(len(b)) - b.sum(1)).square().mean(), batch_of,
+        Optimiser.model_validate(values), CPU, "noisy", out / "live", evaluate, 7, "error", resume,
+    )  # fmt: skip
+    (out / "kept").write_text(repr(kept))
+    for name, tensor in module.state_dict().items():
+        (out / name).write_bytes(tensor.numpy().tobytes())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
+    out = tmp_path_factory.mktemp("straight")
+    train(out, Resume(None))
+    return sha256_tree(out)
+
+
+@pytest.mark.parametrize(("after", "while_writing"), [(1, False), (8, False), (14, True), (22, False), (30, False), (1, True)])
+def test_a_training_goes_on_to_the_same_bytes(straight: str, after: int, while_writing: bool, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    kill(after, train, tmp_path / "killed", Resume(state, 0), while_writing=while_writing)
+    seen: list[int] = []
+    train(tmp_path / "resumed", Resume(state, 0), seen)
+    whole_saves = after - while_writing
+    assert seen == list(range(2 * whole_saves, 60)), "it went on from another step than the last that was saved"
+    assert sha256_tree(tmp_path / "resumed") == straight
+
+
+def test_a_training_that_is_killed_again_and_again(straight: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    for after in (3, 9, 1, 12):
+        kill(after, train, tmp_path / "out", Resume(state, 0))
+    train(tmp_path / "out", Resume(state, 0))
+    assert sha256_tree(tmp_path / "out") == straight
+
+
+def test_a_truncated_checkpoint_starts_over_with_a_sentence(straight: str, tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    for number, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:])):
+        for suffix in ("data-*", "json"):
+            kill(5, train, tmp_path / "killed", Resume(state, 0))
+            (file,) = state.glob(f"training.{suffix}")
+            file.write_bytes(damage(file.read_bytes()))
+            seen: list[int] = []
+            with console.capture() as capture:
+                train(tmp_path / f"{number}{suffix[:4]}", Resume(state, 0), seen)
+            assert seen[0] == 0 and "truncated or damaged; it is ignored" in " ".join(capture.get().split())
+            assert sha256_tree(tmp_path / f"{number}{suffix[:4]}") == straight
+            for left in state.iterdir():
+                left.unlink()
+
+
+def test_an_order_is_each_number_once_and_a_function_of_the_batch() -> None:
+    order = EndlessOrder(10, 4, "key")
+    seen = np.concatenate([order.batch(n) for n in range(5)])
+    assert sorted(seen.tolist()) == sorted([*range(10)] * 2)
+    assert np.array_equal(EndlessOrder(10, 4, "key").batch(3), order.batch(3))
+    assert sorted(EndlessOrder(3, 8, "key").batch(1).tolist()).count(0) in (2, 3)
+
+
+# --- blocks of windows ---------------------------------------------------------------------------------------------------
+
+SECTION = Generate(
+    windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=2, bf16=False, keep_features=True,
+    mantissa_bits=7,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`episodes.zarr`, `backbones/*` and `video`."""
+    folder = tmp_path_factory.mktemp("parts")
+    save_parts(folder, make_store(folder / "episodes.zarr"), "fixed")
+    return folder
+
+
+def generate(parts: Path, out: Path, resume: Resume) -> None:
+    """What the stage does, five batches of windows."""
+    store = EpisodeStore.open(parts / "episodes.zarr")
+    sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
+    folders = {"autoencoder": parts / "backbones/autoencoder", "text": parts / "backbones/text", "video": parts / "video"}
+    model = VideoForesight.load(sampler, folders)
+    windows = choose_windows(store, SECTION, model.video_model.config, 0)
+    with whole_directory(out) as partial:
+        generate_windows(partial, store, model, windows, SECTION, 0, "abc", resume)
+
+
+def look(parts: Path, generated: Path, out: Path, resume: Resume) -> dict[str, Any]:
+    """What the stage `cache_teacher` does."""
+    section, store = CacheTeacher(reference="frame", batch=3, mantissa_bits=7), EpisodeStore.open(parts / "episodes.zarr")
+    with whole_directory(out) as partial:
+        return teacher_cache.cache_windows(
+            partial, GeneratedWindows(generated), store, make_teacher("depth"), "geometric", section, "generated", CPU, resume
+        )
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[int]:
+    """Count the calls of a function of a module."""
+    calls: list[int] = []
+    function = getattr(where, name)
+
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(where, name, counting)
+    return calls
+
+
+def test_windows_are_generated_once(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    generate(parts, tmp_path / "straight", Resume(None))
+    kill(3, generate, parts, tmp_path / "resumed", Resume(state, 0))
+    assert not (tmp_path / "resumed").exists()
+    calls = counted(monkeypatch, generation, "_generated")
+    generate(parts, tmp_path / "resumed", Resume(state, 0))
+    assert len(calls) == 2, "five batches, of which three were kept"
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
+    assert {p.name for p in tmp_path.iterdir()} == {"straight", "resumed", "state"}, "what the killed run left half is gone"
+
+
+def test_teacher_features_are_computed_once(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    generate(parts, tmp_path / "generated", Resume(None))
+    metrics = look(parts, tmp_path / "generated", tmp_path / "straight", Resume(None))
+    for after in (2, 5, 3):
+        kill(after, look, parts, tmp_path / "generated", tmp_path / "resumed", Resume(state, 0))
+    calls = counted(monkeypatch, teacher_cache, "moved_patches")
+    assert look(parts, tmp_path / "generated", tmp_path / "resumed", Resume(state, 0)) == metrics
+    assert not calls and sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
+
+
+# --- the state of a stage ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params]:
+    """Toy params that save at every opportunity; state below `tmp_path/.ckpt/stage@x`."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "stage@x")
+    monkeypatch.setattr("svam.resume.code", one_code)
+    yield toy(tmp_path)
+
+
+def toy(folder: Path, **changes: Any) -> Params:
+    return write_toy_params(ROOT / "params.yaml", folder / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}} | changes)
+
+
+def states(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob(".ckpt/stage@x/*") if p.is_dir())
+
+
+def leave_one(settings: Params, inputs: list[Path], value: Any = 1, sections: tuple[str, ...] = ("generate",)) -> None:
+    """A run that keeps a record and fails."""
+    with pytest.raises(ZeroDivisionError), unfinished("run", settings, sections, inputs) as resume:
+        resume.keep("record", value)
+        raise ZeroDivisionError
+
+
+def found(settings: Params, inputs: list[Path], sections: tuple[str, ...] = ("generate",)) -> Any:
+    with unfinished("run", settings, sections, inputs) as resume:
+        kept = resume.kept("record")
+        return None if kept is None else kept.value
+
+
+def test_state_is_found_and_goes_at_success(settings: Params, tmp_path: Path) -> None:
+    leave_one(settings, [], {"a": [1, 0.1, "ü"]})
+    (state,) = states(tmp_path)
+    assert found(settings, []) == {"a": [1, 0.1, "ü"]} and not state.exists()
+    assert not (tmp_path / ".ckpt").exists(), "nothing is left of a run that has succeeded"
+    assert found(settings, []) is None
+
+
+def test_stale_state_is_not_found(settings: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other params, inputs or code: another key. What no number depends on does not matter."""
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input/a").write_text("a")
+    inputs = [tmp_path / "input"]
+    leave_one(settings, inputs)
+    assert found(settings.model_copy(update={"seed": 9}), inputs) is None
+    changed = settings.generate.model_copy(update={"steps": 9})
+    assert found(settings.model_copy(update={"generate": changed}), inputs) is None
+    with monkeypatch.context() as patch:
+        patch.setattr("svam.resume.code", dict)
+        assert found(settings, inputs) is None
+    (tmp_path / "input/a").write_text("b")
+    assert found(settings, inputs) is None
+    (tmp_path / "input/a").write_text("a")
+    machine = settings.machine.model_copy(update={"workers": 7, "checkpoint_seconds": 1.0})
+    assert found(settings.model_copy(update={"machine": machine}), inputs) == 1
+
+
+def test_the_code_is_what_is_loaded() -> None:
+    found = code()
+    assert {"svam/resume.py", "svam/training/loop.py", "stages/collect.py"} <= set(found) and "svam/params.py" not in found
+    assert found["svam/files.py"] == sha256(ROOT / "svam/files.py")
+
+
+def test_few_stale_states_stay(settings: Params, tmp_path: Path) -> None:
+    for seed in range(OTHERS_KEPT + 3):
+        leave_one(settings.model_copy(update={"seed": seed}), [])
+        newest = max(states(tmp_path), key=lambda p: p.stat().st_mtime_ns)
+        os.utime(newest, (seed, seed))
+    assert len(states(tmp_path)) == OTHERS_KEPT + 1
+    assert found(settings.model_copy(update={"seed": OTHERS_KEPT + 2}), []) == 1
+    assert found(settings.model_copy(update={"seed": 0}), []) is None
+
+
+def test_a_large_input_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("svam.resume.CONTENT_BYTES", 3)
+    (tmp_path / "a").write_text("content")
+    before = identity(tmp_path)
+    os.utime(tmp_path / "a", (1, 1))
+    assert identity(tmp_path) != before and identity(tmp_path / "b") == "absent"
+
+
+def test_a_second_writer_is_refused(settings: Params, tmp_path: Path) -> None:
+    sentence = rf"stage@x/\w+.lock: process {os.getpid()} is doing the same work; wait for it or end it"
+    with unfinished("run", settings, ["generate"], []):
+        with pytest.raises(FileError, match=sentence), unfinished("run", settings, ["generate"], []):
+            pass
+        other = settings.model_copy(update={"seed": 9})
+        assert found(other, []) is None, "other work may run beside it"
+    assert found(settings, []) is None
+
+
+def test_a_killed_run_leaves_no_lock(settings: Params, tmp_path: Path) -> None:
+    kill(1, leave_one, settings, [])
+    assert found(settings, []) == 1
+
+
+def test_control_c_says_how_to_go_on(settings: Params, tmp_path: Path) -> None:
+    @one_line_errors
+    def stage(keep: bool) -> None:
+        with unfinished("run", settings, ["generate"], []) as resume:
+            if keep:
+                resume.arrays("block", lambda: {"a": np.ones(3)})
+            raise KeyboardInterrupt
+
+    for keep, sentence in ((True, "to go on from the last checkpoint, in"), (False, "to start over")):
+        with console.capture() as capture, pytest.raises(SystemExit) as stop:
+            stage(keep)
+        assert stop.value.code == 130 and sentence in " ".join(capture.get().split())
+        for state in states(tmp_path):
+            assert keep and len(list(state.glob("block.json"))) == 1
+            found(settings, [])
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(settings: Params, tmp_path: Path) -> None:
+    def full(file: Path) -> None:
+        file.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(FileError) as failure, unfinished("run", settings, ["generate"], []) as resume:
+        resume.keep("record", 5, lambda file: file.write_bytes(b"before") and None)
+        resume.keep("record", 6, full)
+    assert "saving the state of the run failed: No space left on device" in str(failure.value)
+    assert "\n" not in str(failure.value) and len(list(states(tmp_path)[0].iterdir())) == 2
+    assert found(settings, []) == 5
+
+
+def test_saving_is_spread_over_time(tmp_path: Path) -> None:
+    resume = Resume(tmp_path, 3600.0)
+    assert not resume.due() and Resume(tmp_path, 0.0).due() and not Resume(None, 0.0).due()
+    assert resume.arrays("block", lambda: {"a": np.ones(3).T})["a"].flags.c_contiguous
+    assert not list(tmp_path.iterdir()), "nothing is written before it is time"
+    resume.flush()
+    again = Resume(tmp_path, 3600.0).arrays("block", lambda: pytest.fail("computed twice"))
+    assert np.array_equal(again["a"], np.ones(3))
+
+
+def test_leftovers_of_killed_runs_are_cleared(tmp_path: Path) -> None:
+    dead, alive = f"{2**22 + 1}", f"{os.getppid()}"
+    for name in (f".out.partial-{dead}", f".out.partial-{alive}", f".out.replaced.partial-{dead}", f".other.partial-{dead}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    clear_leftovers(tmp_path / "out")
+    names = {p.name for p in tmp_path.iterdir()}
+    assert names == {"out", f".out.partial-{alive}", f".other.partial-{dead}"}, "what had stepped aside is back"
+    assert (tmp_path / "out/file").read_text() == f".out.replaced.partial-{dead}"
+
+
+# --- whole stages --------------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_are_recorded_once(tmp_path: Path, settings: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    toy(tmp_path, collect={"episodes_of": {}, "episodes": 4, "tasks": ["reach"]}, evaluate={"tasks": ["reach"]})
+    options = ("--params", tmp_path / "params.yaml")
+    run_stage(collect_stage.app, "reach", tmp_path / "straight", *options)
+    kill(2, run_stage, collect_stage.app, "reach", tmp_path / "resumed", *options)
+    (state,) = states(tmp_path)
+    assert len(list(state.glob("episode_*.json"))) == 2
+    made = counted(monkeypatch, collection.ProcessPoolExecutor, "submit")
+    run_stage(collect_stage.app, "reach", tmp_path / "resumed", *options)
+    assert len(made) == 2 and sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
+    assert not states(tmp_path)
+
+
+def test_stages_between_go_on_to_the_same_bytes(parts: Path, tmp_path: Path, settings: Params) -> None:
+    """Video model, generation, teacher features, decoupler: each killed once, from the commands that DVC runs."""
+    toy(
+        tmp_path, generate={"grid": GRID, "batch": 2}, prepare_backbones={"geometric": {"image_size": 16}},
+        finetune_video={"stride_seconds": 0.1, "frames": 3, "evaluation_steps": 2, "training": {"batch": 2}},
+    )  # fmt: skip
+    shared = ("--episodes", parts / "episodes.zarr", "--backbones", parts / "backbones", "--params", tmp_path / "params.yaml")
+    video = ("--video", tmp_path / "straight/video")
+    generated = ("--generated", tmp_path / "straight/generated")
+    teacher = ("--teacher", tmp_path / "straight/teacher")
+    for app, branch, out, after, options in (
+        (finetune_video.app, (), "video", 3, ("--live",)),
+        (generate_stage.app, (), "generated", 3, video),
+        (cache_teacher.app, ("geometric",), "teacher", 4, generated),
+        (distill.app, ("geometric",), "decoupler", 2, (*teacher, *generated, *video, "--live")),
+    ):
+        for side in ("straight", "resumed"):
+            live = (tmp_path / side / f"{out}_live",) if options[-1] == "--live" else ()
+            command = (app, *branch, tmp_path / side / out, *shared, *options, *live)
+            if side == "resumed":
+                kill(after, run_stage, *command)
+                assert len(states(tmp_path)) == 1
+            run_stage(*command)
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not states(tmp_path)
