@@ -9,6 +9,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -21,9 +22,21 @@ PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.killing", *HEAVY])
 
 
-def _die(environment: dict[str, str], after: int, while_writing: bool, run: Callable[..., object], *arguments: Any) -> None:
+def _torch_settings() -> tuple[int, bool, bool]:
+    """What decides the last bits of sums, and what a stage that an earlier test ran in this process may have set."""
+    cuda = torch.backends.cuda
+    return torch.get_num_threads(), cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
+
+
+def _die(
+    environment: dict[str, str], settings: tuple[int, bool, bool], after: int, while_writing: bool, run: Callable[..., object],
+    *arguments: Any,
+) -> None:  # fmt: skip
     """Within its own process: call `run`, with `Resume.keep` replaced by one that kills the process at the right moment."""
     os.environ.update(environment)
+    torch.set_num_threads(settings[0])
+    torch.backends.cuda.enable_flash_sdp(settings[1])
+    torch.backends.cuda.enable_mem_efficient_sdp(settings[2])
     svam.resume.code = one_code
     keep, count = Resume.keep, 0
 
@@ -48,7 +61,7 @@ def _die(environment: dict[str, str], after: int, while_writing: bool, run: Call
 def kill(after: int, run: Callable[..., object], *arguments: Any, while_writing: bool = False) -> None:
     """Call `run` in a process that is killed when its `after`-th record has been kept, or when half of it has been written."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("DVC_")}
-    process = PROCESSES.Process(target=_die, args=(environment, after, while_writing, run, *arguments))
+    process = PROCESSES.Process(target=_die, args=(environment, _torch_settings(), after, while_writing, run, *arguments))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"

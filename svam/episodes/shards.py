@@ -28,6 +28,25 @@ MOST_CHUNKS = 4096
 """Chunks of a shard, whatever their size: every reader reads a shard's whole index, 16 bytes a chunk."""
 
 
+_FAST = Zstd(level=-1, checksum=True)
+_DENSE = Zstd(level=ZSTD_LEVEL, checksum=True)
+_HARD_RATIO, _FAST_GROWTH = 3.0, 1.3
+
+
+def compress(rows: NDArray[Any]) -> bytes:
+    """One chunk as a Zstd frame with a checksum.
+
+    What hardly compresses, such as the sensor noise of a real camera, decodes slowly for what it saves: there a faster level is
+    taken, where it costs less than a third more bytes (128 px robot video: 2.6 times the speed for 22 % more). Any Zstd decoder
+    reads both.
+    """
+    dense = bytes(_DENSE.encode(rows))
+    if len(dense) * _HARD_RATIO < rows.nbytes:
+        return dense
+    fast = bytes(_FAST.encode(rows))
+    return fast if len(fast) < _FAST_GROWTH * len(dense) else dense
+
+
 @dataclass(frozen=True)
 class Layout:
     """One array's rows: `row_shape`, `dtype`, `chunk_rows` compressed together, `shard_rows` (a multiple) in a file."""
@@ -58,7 +77,6 @@ class Piece:
 
     def __init__(self, path: Path, first: int, layout: Layout) -> None:
         self.path, self.layout = path, layout
-        self._zstd = Zstd(level=ZSTD_LEVEL, checksum=True)
         self._sizes: list[int] = []
         self._lead = -first % layout.chunk_rows
         self._head, self._chunk = layout.empty(self._lead), layout.empty(layout.chunk_rows)
@@ -85,7 +103,7 @@ class Piece:
             self._chunk[self._filled : self._filled + k] = values[taken : taken + k]
             self._filled, taken = self._filled + k, taken + k
             if self._filled == layout.chunk_rows:
-                data = bytes(self._zstd.encode(self._chunk))
+                data = compress(self._chunk)
                 with named_failures(self.path):
                     self._file.write(data)
                 self._sizes.append(len(data))
@@ -134,7 +152,6 @@ class ShardJoiner:
         from zarr.codecs import ZstdCodec
 
         self.path, self.layout, self._rows = path, layout, rows
-        self._zstd = Zstd(level=ZSTD_LEVEL, checksum=True)
         self._carry, self._held = layout.empty(layout.chunk_rows), 0
         self._per_shard = layout.shard_rows // layout.chunk_rows
         self._chunk = 0
@@ -166,7 +183,7 @@ class ShardJoiner:
             self._carry[self._held : self._held + k] = values[taken : taken + k]
             self._held, taken = self._held + k, taken + k
             if self._held == self.layout.chunk_rows:
-                self._put(bytes(self._zstd.encode(self._carry)))
+                self._put(compress(self._carry))
                 self._held = 0
 
     def _put(self, data: bytes) -> None:
@@ -204,7 +221,7 @@ class ShardJoiner:
             raise ContractError(f"{self.path.name}: {arrived} rows arrived, {self._rows} were announced")
         if self._held:
             self._carry[self._held :] = 0
-            self._put(bytes(self._zstd.encode(self._carry)))
+            self._put(compress(self._carry))
         self._end_shard()
 
     def abandon(self) -> None:
