@@ -37,7 +37,7 @@ def main(
 
     device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
     store = EpisodeStore.open(episodes)
-    branches = {"geometric", "semantic"}
+    branches = ("geometric", "semantic")  # ordered: the order of the inputs is part of what a killed run is known by
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     folders |= {f"teacher_{b}": backbones / b for b in branches} | {f"decoupler_{b}": decouplers / b for b in branches}
     foresight = load_foresight(section, everything.generate, folders).to(device)
