@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.episodes import conversion
+from svam.episodes.arrays import RowReader
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.conversion import convert
 from svam.episodes.frames import centre_box, resize_frames, resize_labels
+from svam.episodes.shards import Layout, ShardJoiner, compress
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, locked, sha256_tree
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
@@ -234,3 +236,22 @@ def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"actions\[0, 0\] is inf"):
         large = source.changed(0, actions=np.full((9, 3), 1e6, np.float32))
         convert(large, tmp_path / "t.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
+
+
+def test_noise_gets_a_faster_level_and_stays_exact(tmp_path: Path) -> None:
+    """Every Zstd decoder reads both levels; smooth pictures keep the denser one."""
+    import zarr
+
+    rng = np.random.default_rng(0)
+    smooth = np.broadcast_to(np.arange(64, dtype=np.uint8)[None, :, None, None], (16, 64, 64, 3)).copy()
+    noise = (128 + rng.normal(0, 6, (16, 64, 64, 3))).astype(np.uint8)
+    assert len(compress(smooth)) * 3 < smooth.nbytes
+    assert len(compress(noise)) * 3 > noise.nbytes
+    frames = np.concatenate([smooth, noise])
+    layout = Layout.of((64, 64, 3), np.uint8, 16, 2**20, len(frames))
+    joiner = ShardJoiner(tmp_path / "a", len(frames), layout)
+    joiner.append(frames[:20])
+    joiner.append(frames[20:])
+    joiner.close()
+    np.testing.assert_array_equal(RowReader(tmp_path / "a").read_range(0, 32), frames)
+    np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[:]), frames)
