@@ -41,7 +41,7 @@ lock: $(VENV)/.installed
 # Results and the params that differ. Results are the columns without a dot; they stay also where all rows agree.
 table: $(VENV)/.installed
 	@COLUMNS=$${COLUMNS:-240} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created' \
-		--keep '^(?!seed$$|threads$$)[a-z_]+$$'
+		--keep '^(?!(seed|threads|rev|typ|parent)$$)[a-z_]+$$'
 
 # The environment only; DVC's outputs and cache stay.
 clean:
