@@ -38,8 +38,10 @@ lint: $(VENV)/.installed
 lock: $(VENV)/.installed
 	@python .ci/lock_belongs.py
 
+# Results and the params that differ. Results are the columns without a dot; they stay also where all rows agree.
 table: $(VENV)/.installed
-	@COLUMNS=$${COLUMNS:-200} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created'
+	@COLUMNS=$${COLUMNS:-240} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created' \
+		--keep '^(?!(seed|threads|rev|typ|parent)$$)[a-z_]+$$'
 
 # The environment only; DVC's outputs and cache stay.
 clean:

@@ -54,6 +54,14 @@ def test_nothing_is_left_to_do(finished: Path) -> None:
     assert run(finished, "git", "status", "--porcelain") == ""
 
 
+def test_the_table_shows_results_also_of_a_single_run(finished: Path) -> None:
+    """Where all rows agree DVC would hide every column."""
+    table = run(finished, "make", "--file", str(ROOT / "Makefile"), "--assume-old", ".venv/.installed", "table")
+    metrics = json.loads((finished / "data/report/metrics.json").read_text())
+    assert all(name in table for name in metrics)
+    assert "threads" not in table and "svam/" not in table
+
+
 def test_git_and_dvc_share_the_files(finished: Path) -> None:
     """Git has the report and dvc.lock; no weights, data or scratch, and DVC scattered no .gitignore."""
     tracked = run(finished, "git", "ls-files").splitlines()
