@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 SECONDS_PER_LINE = 20.0
+_spent: dict[str, float] = {}
 P = ParamSpec("P")
 Item = TypeVar("Item")
 
@@ -72,12 +75,24 @@ def progress_bar() -> Progress:
     )  # fmt: skip
 
 
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Add the seconds spent inside to the stage's account, see `one_line_errors`. On a GPU, work that is still queued counts
+    where it is waited for."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        _spent[what] = _spent.get(what, 0.0) + time.perf_counter() - start
+
+
 def track(items: Iterable[Item], description: str, total: int) -> Generator[Item, None, None]:
-    """Iterate with a progress bar that shows rate and time left."""
+    """Iterate with a progress bar that shows rate and time left; what is done with the items is `timed`."""
     with progress_bar() as bar:
         task = bar.add_task(description, total=total, note="")
         for item in items:
-            yield item
+            with timed(description):
+                yield item
             bar.advance(task)
 
 
@@ -142,13 +157,24 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     return chosen
 
 
-def _peak_memory() -> str:
-    """Largest resident memory of this process and of any of its finished workers."""
+def _print_account(seconds: float) -> None:
+    """Print time, where it went, and the peak memory of this process and of the largest child that has ended. Within DVC the
+    same is kept as `.cache/times/<stage>.json`, from which `python -m stages.benchmark times` takes a whole run's shares."""
     import resource
 
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
-    own, worker = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return f"peak memory {own:.2f} GiB" + (f", of the largest child process {worker:.2f} GiB" if worker > 0.1 else "")
+    own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    shares = [f"{what} {spent / seconds:.0%}" for what, spent in _spent.items() if spent >= 0.005 * seconds]
+    memory = f"peak memory {own:.2f} GiB" + (f", of the largest child process {child:.2f} GiB" if child > 0.1 else "")
+    console.print("; ".join([f"{seconds:.0f} s", *([", ".join(shares)] if shares else []), memory]), highlight=False)
+    stage = os.environ.get("DVC_STAGE")
+    if stage is not None:
+        record = {"seconds": seconds, "spent": _spent, "peak_gib": own, "peak_gib_of_children": child}
+        with suppress(OSError):  # an account that cannot be kept is no reason to fail
+            folder = scratch_folder("times")
+            folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(record, indent=1, sort_keys=True)
+            (folder / f"{stage.replace('/', '_')}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
@@ -163,7 +189,7 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         start = time.monotonic()
         try:
             command(*args, **kwargs)
-            console.print(f"{time.monotonic() - start:.0f} s; {_peak_memory()}", highlight=False)
+            _print_account(max(time.monotonic() - start, 1e-6))
         except KeyboardInterrupt as stop:
             # Whoever keeps the state of an unfinished run has noted how to go on.
             note = getattr(stop, "__notes__", ["interrupted; run the same command again to start over"])[0]

@@ -340,6 +340,7 @@ class ActionTransformer(Section):
 class TrainPolicy(Section):
     """Uni-Perceiver and action diffusion transformer on cached foresight."""
 
+    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     context: Annotated[list[Context], Field(min_length=1)]
     aggregator: Literal["uni_perceiver", "mean_pool"]
     objective: Literal["edm", "epsilon"]
@@ -390,6 +391,7 @@ class Benchmark(Section):
     parts: list[Literal["store", "teacher_cache", "memory", "conversion"]] = []
     videos: str | None = None
     frames: Count = 2048
+    conversion_frames: Count = 60000
     image_sizes: Annotated[list[Count], Field(min_length=1)] = [128]
     clip_frames: Count = 16
     strides: Annotated[list[Count], Field(min_length=1)] = [1, 4]

@@ -24,7 +24,8 @@ from tests.stage_deps import ROOT
 from tests.toy import write_toy_params
 
 SMALL = {
-    "frames": 60, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2, "workers": [1, 2],
+    "frames": 60, "conversion_frames": 90, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2,
+    "workers": [1, 2],
     "window_shapes": {"small": [2, 2, 2, 8]}, "window_megabytes": 0.001,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner, Result
 
 from svam.contract import Episode
 from svam.episodes.__main__ import app
-from svam.episodes.arrays import GroupWriter, RowReader, read_attributes
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, RowReader, attributes_digest, read_attributes
 from svam.episodes.conversion import convert
 from svam.episodes.findings import Check
 from svam.episodes.store import EpisodeStore
@@ -81,6 +81,7 @@ def replace(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], np.n
 def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     metadata = json.loads((path / "zarr.json").read_text())
     change(metadata["attributes"])
+    metadata["attributes"][ATTRIBUTES_DIGEST] = attributes_digest(metadata["attributes"])
     (path / "zarr.json").write_text(json.dumps(metadata))
 
 

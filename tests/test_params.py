@@ -34,7 +34,7 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     params = load_params(ROOT / "params.yaml")
     written = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     assert set(written) == set(Params.model_fields)
-    assert params.collect.episodes_for("reach") == 150
+    assert params.collect.episodes_for("reach") == 300
     assert params.collect.episodes_for("drawer-open") == 40
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svam.contract import ContractError
-from svam.episodes.arrays import GroupWriter, RowReader, read_attributes, round_mantissa
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, RowReader, attributes_digest, read_attributes, round_mantissa
 from svam.episodes.conversion import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree
@@ -54,6 +54,7 @@ def edit(path: Path, **attributes: Any) -> None:
     file = path / "zarr.json"
     metadata = json.loads(file.read_text())
     metadata["attributes"] |= attributes
+    metadata["attributes"][ATTRIBUTES_DIGEST] = attributes_digest(metadata["attributes"])
     file.write_text(json.dumps(metadata))
 
 

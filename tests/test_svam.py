@@ -16,9 +16,10 @@ import torch
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
-from svam.models.svam import SVAM, Batch, SVAMConfig, frozen_entries
-from svam.params import TrainPolicy
+from svam.models.svam import SVAM, Batch, PolicyNetwork, SVAMConfig, frozen_entries
+from svam.params import TrainPolicy, load_params
 from svam.training.policy import load_foresight
+from tests.stage_deps import ROOT
 from tests.tiny import FRAMES, GENERATE, GRID, TEACHER_CHANNELS, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 
@@ -108,6 +109,20 @@ def test_every_variant_is_params_alone(name: str, store: EpisodeStore, folders: 
     model.save(tmp_path / "svam")
     assert {p.name for p in (tmp_path / "svam").iterdir()} == parts | {"policy", "manifest.json"}
     np.testing.assert_array_equal(SVAM.load(tmp_path / "svam").act(seen), actions)
+
+
+def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -> None:
+    """What is trained with the policy, at the default sizes: comparisons at an equal budget rest on it."""
+    section = load_params(ROOT / "params.yaml").train_policy
+    sizes = {}
+    for context in (["geometric", "semantic", "one_step"], ["one_step"], ["observation"]):
+        shapes = {"geometric": (6, 8, 8, 96), "semantic": (6, 8, 8, 96), "one_step": (6, 8, 8, 192)}
+        config = svam.config.model_copy(update={
+            "context": context, "perceiver": section.perceiver, "transformer": section.transformer, "chunk": section.chunk,
+            "shapes": {entry: shapes[entry] for entry in context if entry in shapes}, "image_size": (64, 64),
+        })  # fmt: skip
+        sizes[context[-1], len(context)] = sum(p.numel() for p in PolicyNetwork(config, store.statistics).parameters())
+    assert max(sizes.values()) < 1.1 * sizes["one_step", 3] and min(sizes.values()) > 0.9 * sizes["one_step", 3], sizes
 
 
 def test_equal_grids_are_concatenated_as_the_paper_does(svam: SVAM, store: EpisodeStore) -> None:

@@ -120,6 +120,16 @@ def test_a_second_run_encodes_nothing_and_gives_the_same_bytes(
     assert len(list((tmp_path / "cache").glob("*/index.json"))) == 3
 
 
+def test_its_own_seed_changes_the_policy_and_no_feature(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Training seeds are compared on the same foresight, which is computed once."""
+    for name, seed in (("global", None), ("zero", 0), ("one", 1)):
+        run(store, folders, tmp_path / "cache", seed=seed).save(tmp_path / name)
+        if name == "global":
+            rows = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/index.json")}
+    assert rows == {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/index.json")}
+    assert sha256_tree(tmp_path / "global") == sha256_tree(tmp_path / "zero") != sha256_tree(tmp_path / "one")
+
+
 def test_cached_features_are_what_act_computes(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
     svam = run(store, folders, tmp_path / "cache")
     section = policy_params()

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from svam.benchmark.recordings import CAMERA, RATE_HZ, Recording, action_chunks
 from svam.episodes.arrays import RowReader
-from svam.episodes.chunks import ZSTD_LEVEL
 from svam.episodes.store import EpisodeStore
 
 Clip = tuple[NDArray[np.uint8], NDArray[np.float32]]
@@ -229,14 +228,9 @@ class Decompression:
         """The compressed chunks in memory, and room for one that is used again and again."""
         from numcodecs.zstd import Zstd
 
-        reader, rows = RowReader(self.path / "frames" / CAMERA), self.samples.rows()
-        codec, length = Zstd(level=ZSTD_LEVEL, checksum=True), reader.chunk_rows
-        encoded: dict[int, bytes] = {}
-        for chunk in np.unique(rows // length).tolist():
-            values = np.zeros((length, *reader.shape[1:]), dtype=np.uint8)
-            found = reader.read_range(chunk * length, min((chunk + 1) * length, len(reader)))
-            values[: len(found)] = found
-            encoded[chunk] = bytes(codec.encode(values))
+        reader, rows, codec = RowReader(self.path / "frames" / CAMERA), self.samples.rows(), Zstd()
+        length = reader.chunk_rows
+        encoded = {chunk: reader.encoded(chunk) for chunk in np.unique(rows // length).tolist()}
         touched = [[encoded[chunk] for chunk in np.unique(clip // length).tolist()] for clip in rows]
         room, nothing = np.empty((length, *reader.shape[1:]), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
 

@@ -8,6 +8,7 @@ an error here, where zarr would return fill values. Any other Zarr v3 reader ope
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from svam.contract import ContractError
 from svam.episodes.chunks import DECODERS, Bytes, ShardFile, codecs_for
 from svam.files import FileError, read_json, stamp
 
+ATTRIBUTES_DIGEST = "attributes_sha256"
 _DTYPES = {f"{kind}{8 * size}" for kind in ("int", "uint") for size in (1, 2, 4, 8)} | {"bool", "float16", "float32", "float64"}
 _OPEN_SHARDS = 16
 """Shards that one reader keeps open."""
@@ -42,6 +44,12 @@ def round_mantissa(values: NDArray[Any], bits: int) -> NDArray[Any]:
         return values
     rounded = np.asarray(BitRound(keepbits=bits).encode(np.ascontiguousarray(values)))
     return rounded.view(values.dtype).reshape(values.shape)
+
+
+def attributes_digest(attributes: Mapping[str, Any]) -> str:
+    """SHA-256 of a group's attributes as sorted JSON, which `GroupWriter` keeps among them: no shard's checksum covers them."""
+    stated = {key: value for key, value in attributes.items() if key != ATTRIBUTES_DIGEST}
+    return hashlib.sha256(json.dumps(stated, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 @contextmanager
@@ -162,6 +170,8 @@ class GroupWriter:
         folders = {parent for name in [*self._arrays, *self._adopted] for parent in Path(name).parents}
         for folder in folders | {Path()}:
             attributes = self.attributes if folder == Path() else {}
+            if attributes:
+                attributes = attributes | {ATTRIBUTES_DIGEST: attributes_digest(attributes)}
             text = json.dumps(
                 {"attributes": attributes, "node_type": "group", "zarr_format": 3}, indent=1, sort_keys=True, allow_nan=False
             )
@@ -171,10 +181,10 @@ class GroupWriter:
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of the Zarr v3 group at `path`.
+    """The attributes of the Zarr v3 group at `path`, which `GroupWriter` wrote.
 
     Raises:
-        FileError: it is missing, or no Zarr v3 group.
+        FileError: it is missing, or no Zarr v3 group, or its attributes are not those that were written.
     """
     path = Path(path)
     if not path.exists():
@@ -184,7 +194,14 @@ def read_attributes(path: Path) -> dict[str, Any]:
     metadata = read_json(path / "zarr.json")
     if not isinstance(metadata, dict) or metadata.get("node_type") != "group" or metadata.get("zarr_format") != 3:
         raise FileError(f"{path / 'zarr.json'}: not the metadata of a Zarr v3 group")
-    return dict(metadata.get("attributes", {}))
+    attributes = dict(metadata.get("attributes", {}))
+    try:
+        same = attributes.pop(ATTRIBUTES_DIGEST, None) == attributes_digest(attributes)
+    except ValueError:  # NaN, which no writer of ours leaves
+        same = False
+    if attributes and not same:
+        raise FileError(f"{path / 'zarr.json'}: its attributes are damaged or were edited; run the stage that writes it again")
+    return attributes
 
 
 class RowReader:
@@ -335,6 +352,16 @@ class RowReader:
     def read_range(self, start: int, end: int) -> NDArray[Any]:
         """Rows start..end - 1."""
         return self.read(np.arange(start, end, dtype=np.int64))
+
+    def encoded(self, chunk: int) -> bytes:
+        """The bytes of chunk `chunk` as they are stored, of an array with a codec.
+
+        Raises:
+            FileError: its shard is missing, truncated, damaged or replaced.
+        """
+        ((_, _, data),) = self._chunks([chunk])
+        assert data is not None
+        return data.tobytes()
 
     def _is_whole(self, inside: NDArray[np.int64], targets: NDArray[np.int64] | None) -> bool:
         """Whether as many rows as a chunk has are the chunk in its own order, so that it can be decoded in place."""

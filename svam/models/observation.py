@@ -33,14 +33,15 @@ class _Block(nn.Module):
 
 
 class ObservationEncoder(nn.Module):
-    """Frames to tokens of an eighth of the crop's side."""
+    """Frames to tokens of an eighth of the crop's side, of three quarters of `width` channels: so a policy that reads nothing
+    else is, at the default sizes, within a tenth of the parameters of one that reads foresight."""
 
     def __init__(self, image_size: tuple[int, int], width: int) -> None:
-        """`image_size` is (H, W) in pixels, `width` the channels of the tokens (a multiple of 4)."""
+        """`image_size` is (H, W) in pixels, `width` that of the policy (a multiple of 16)."""
         super().__init__()
         self.image_size = image_size
         self.crop = (round(image_size[0] * CROP), round(image_size[1] * CROP))
-        channels = [3, *(width // 2 ** (DOWNSAMPLINGS - 1 - i) for i in range(DOWNSAMPLINGS))]
+        channels = [3, *(3 * width // 4 // 2 ** (DOWNSAMPLINGS - 1 - i) for i in range(DOWNSAMPLINGS))]
         self.blocks = nn.Sequential(*(_Block(a, b) for a, b in pairwise(channels)))
         self.channels = channels[-1]
 

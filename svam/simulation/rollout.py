@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from svam.contract import Observation
-from svam.machine import MachineError, become_worker, generator, progress_bar, seed_of
+from svam.machine import MachineError, become_worker, generator, progress_bar, seed_of, timed
 from svam.resume import NOTHING_KEPT, Resume
 
 Controller = Literal["expert", "random"]
@@ -245,7 +245,8 @@ def play_scripted(
             if known[i] is None
         }
         for i, finished in enumerate(known):
-            outcome = finished or _wait(futures[i])
+            with timed("waiting for the simulation"):
+                outcome = finished or _wait(futures[i])
             if finished is None:
                 _keep(outcome, controller, resume)
             outcomes.append(outcome)
@@ -341,7 +342,8 @@ def run_policy(
             else:
                 started.append((row, *chosen, workers.submit(row, _begin, row, chosen[1])))
         for row, position, plan, future in started:
-            view = _wait(future)
+            with timed("waiting for the simulation"):
+                view = _wait(future)
             slots[row] = _Slot(position, plan, view, recorded=list(view.recorded))
 
     def play_round() -> None:
@@ -350,7 +352,8 @@ def run_policy(
         rows = [row if row in live else filler for row in range(batch)]
         seeds = [noise_seed(seed, live[row].plan, live[row].steps) for row in rows]
         observations = [_observation(live[row], proprioception) for row in rows]
-        actions = checked_actions(policy.act(observations, seeds), live, batch, execute)
+        with timed("policy"):
+            actions = checked_actions(policy.act(observations, seeds), live, batch, execute)
         replies = {}
         for row, slot in live.items():
             slot.calls.append(slot.steps)
@@ -359,7 +362,8 @@ def run_policy(
             replies[row] = workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
         for row, reply in replies.items():
             slot = live[row]
-            slot.view = _wait(reply)
+            with timed("waiting for the simulation"):
+                slot.view = _wait(reply)
             slot.steps += slot.view.steps
             slot.recorded.extend(slot.view.recorded)
             if slot.view.frames is None:

@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.files import FileError, read_json, write_json
-from svam.machine import MachineError, console, progress_bar
+from svam.machine import MachineError, console, progress_bar, timed
 
 Encode = Callable[[NDArray[np.uint8], list[str], list[str]], Mapping[str, NDArray[Any]]]
 """(frames (B, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are (B, T, h, w, C) float16."""
@@ -237,7 +237,8 @@ class FeatureCache:
                 for start in range(0, len(positions), batch):
                     real = np.asarray(positions[start : start + batch], dtype=np.int64)
                     padded = np.resize(real, batch)  # repeats the batch's own observations
-                    values = encode(wanted.frames(padded), [wanted.instructions[p] for p in padded], list(lacking))
+                    with timed("encoding features"):
+                        values = encode(wanted.frames(padded), [wanted.instructions[p] for p in padded], list(lacking))
                     for entry in lacking:
                         spaces[entry].append([wanted.addresses[p] for p in real], values[entry][: len(real)])
                     if not room_made and all(space.shape for space in spaces.values()):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svam.machine import progress_bar
+from svam.machine import progress_bar, timed
 from svam.params import Optimiser
 from svam.resume import NOTHING_KEPT, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
@@ -95,14 +95,15 @@ def fit(
                 state.curves.log(step, {"train/loss": state.recent, "train/learning_rate": rate})
             if evaluate and (last or (evaluate_every and step % evaluate_every == 0)):
                 module.eval()
-                with state.average.applied():
+                with timed("held-out evaluation"), state.average.applied():
                     values = evaluate()
                 if select is None or not state.kept or values[select] < state.kept[select]:
                     state.kept = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None
                 state.curves.log(step, {f"held_out/{key}": number for key, number in values.items()})
             if resume.due() or (last and resume.active):  # at the end too: what follows, such as measuring, may take long
-                state.save(resume)
+                with timed("saving"):
+                    state.save(resume)
     state.average.copy_to_module(state.best if state.best is not None else state.average.average)
     module.eval()
     state.curves.end()
@@ -121,13 +122,17 @@ def _train_step(
     """One optimiser step over `accumulate` batches; returns the mean loss."""
     adam.zero_grad(set_to_none=True)
     total = 0.0
-    for batch in batches:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimiser.bf16):
+    for _ in range(optimiser.accumulate):
+        with timed("data"):
+            batch = next(batches)
+        with timed("forward"), torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimiser.bf16):
             value = loss(batch)
-        if not torch.isfinite(value):
-            raise DivergedError(f"{where}: the loss is {value.item()}; lower the learning rate or look at the data")
-        (value / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]
+            if not torch.isfinite(value):
+                raise DivergedError(f"{where}: the loss is {value.item()}; lower the learning rate or look at the data")
+        with timed("backward"):
+            (value / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]
         total += value.item() / optimiser.accumulate
-    nn.utils.clip_grad_norm_(parameters, optimiser.clip)
-    adam.step()
+    with timed("optimiser"):
+        nn.utils.clip_grad_norm_(parameters, optimiser.clip)
+        adam.step()
     return total

@@ -239,6 +239,8 @@ def train(
 
     Args:
         foresight: the frozen parts that the context needs, loaded from `folders` (part name -> directory), on `device`.
+        seed: the global one, which draws each observation's sentence, so that all policies share the cached features;
+            weights, order and noise follow `section.seed` where that is set.
 
     Raises:
         ContractError: the data, the frozen parts and the section do not fit one another.
@@ -258,6 +260,7 @@ def train(
     wanted = Wanted.of(sentences, lambda positions: store.frames(rows[positions]))
     sources = sources_of(kept, foresight, folders, store.cameras[0])
     features = cache.fill(wanted, sources, encoder_of(foresight), section.encode_batch)
+    seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
         config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
