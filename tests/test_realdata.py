@@ -33,7 +33,7 @@ CONVERTED: dict[str, tuple[str, dict[str, Any], int, int]] = {
 }
 """Folder -> source, options, episodes, steps."""
 FOUND = {"lerobot_v3.0/ioai_fixture_v3": "episodes 0 and 1 have the same frames"}
-"""Folder -> what `validate` rightly finds: this fixture's pictures are all one colour, so its held-out episode is no other one."""
+"""Folder -> what `validate` rightly finds: this fixture's pictures are all of one colour."""
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "lerobot_v2.1/screwdriver_panel_novideo": ("lerobot", {}, "have no files; a data set without"),
     "calvin_npz/calvin_text_annotations": ("calvin", {}, "no CALVIN data set"),
