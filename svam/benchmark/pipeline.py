@@ -59,12 +59,18 @@ def read_accounts(folder: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
         )
     accounts = {stage: read_json(file) for stage, file in files.items()}
     for stage, account in accounts.items():
-        numbers = [account.get("seconds"), *account.get("spent", {"": None}).values()] if isinstance(account, dict) else [None]
-        if not all(isinstance(number, float) and number >= 0 for number in numbers) or not account["seconds"]:
+        if not _is_account(account):
             raise FileError(
                 f"{files[stage]}: no account of a stage's time; run the stage again with `dvc repro --force {stage}`"
             )
     return accounts
+
+
+def _is_account(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("spent"), dict):
+        return False
+    seconds, spent = value.get("seconds"), value["spent"].values()
+    return isinstance(seconds, float) and seconds > 0.0 and all(isinstance(part, float) and part >= 0.0 for part in spent)
 
 
 def shares(accounts: dict[str, dict[str, Any]]) -> dict[str, Any]:

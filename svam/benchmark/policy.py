@@ -26,7 +26,7 @@ from svam.models.svam import Inputs as PolicyInputs
 from svam.params import Params
 from svam.simulation.closed_loop import check_tasks, render_settings
 from svam.simulation.latency import timed
-from svam.simulation.metaworld import TaskEnvironment
+from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.simulation.rollout import Outcome, Plan, Workers, run_policy
 from svam.training.features import FeatureCache, Wanted, observation_address
 from svam.training.loop import fit
@@ -312,6 +312,10 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
             acting[name].append(play(name, plans, section.max_steps).seconds)
             return time.perf_counter() - start
 
+        # All processes import the simulator, at the same time.
+        ready = [pool.submit(slot, check_task, section.tasks[0]) for pool in pools.values() for slot in range(pool.count)]
+        for future in ready:
+            future.result()
         for name, (batch, _) in ways.items():
             play(name, plans[:batch], section.execute)
         seconds = in_turn({name: partial(whole, name) for name in ways}, settings.repeats, warm=False)

@@ -103,6 +103,8 @@ def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed:
         pools = {
             style: stack.enter_context(ProcessPoolExecutor(1, context, _begin, (style, task, size, camera))) for style in STYLES
         }
+        for ready in [pool.submit(int) for pool in pools.values()]:  # all start at the same time
+            ready.result()
 
         def one(style: str, number: int) -> float:
             drawn[style].append(pools[style].submit(_draw, seed_of(seed, "benchmark rendering", number), frames).result())
