@@ -105,8 +105,8 @@ def times(inputs: Inputs, params: Params) -> dict[str, Any]:
     for stage, part in sorted(found["stages"].items(), key=lambda item: -item[1]["seconds"]):
         largest = sorted(part["parts"].items(), key=lambda item: -item[1]["seconds"])[:4]
         inside = ", ".join(f"{name} {value['share']:.0%}" for name, value in largest)
-        console.print(f"{stage}: {part['seconds']:.0f} s, {part['share']:.1%} ({inside})", highlight=False)
-    console.print(f"all stages: {found['total_seconds']:.0f} s", highlight=False)
+        console.print(f"{stage}: {part['seconds']:.0f} s, {part['share']:.1%} ({inside})", highlight=False, soft_wrap=True)
+    console.print(f"all stages: {found['total_seconds']:.0f} s", highlight=False, soft_wrap=True)
     return found
 
 
@@ -142,7 +142,7 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
     """
     found = waits(read_accounts(inputs.times, _stages()))
     for stage, wait in found["stages"].items():
-        console.print(f"{stage}: waits {wait['share']:.2%} of {wait['step_seconds']:.0f} s of steps", highlight=False)
+        console.print(f"{stage}: waits {wait['share']:.2%} of {wait['step_seconds']:.0f} s of steps", highlight=False, soft_wrap=True)
     return found
 
 
@@ -178,7 +178,7 @@ def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
     found = imports(_dvc("repro", options=("-X", "importtime")).stderr)
     watched = time.perf_counter() - start
     typical = float(np.median(seconds))
-    console.print(f"no-op `dvc repro`: {typical:.2f} s, of which imports {sum(found.values()) / watched:.0%}", highlight=False)
+    console.print(f"no-op `dvc repro`: {typical:.2f} s, of which imports {sum(found.values()) / watched:.0%}", highlight=False, soft_wrap=True)
     return {
         "median_seconds": round(typical, 3), "seconds": [round(value, 3) for value in seconds], "stages": len(_stages()),
         "imports": {

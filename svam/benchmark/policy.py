@@ -55,7 +55,8 @@ def _finish(svam: SVAM) -> float:
 
 def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any]) -> None:
     values = ", ".join(f"{name} {value:g}" for name, value in seconds.items())
-    console.print(f"{part}: {values} {unit}; ratio {ratio['ratio']:g} ({ratio['range'][0]:g} to {ratio['range'][1]:g})")
+    low, high = ratio["range"]
+    console.print(f"{part}: {values} {unit}; ratio {ratio['ratio']:g} ({low:g} to {high:g})", highlight=False, soft_wrap=True)
 
 
 def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
