@@ -142,7 +142,8 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
     """
     found = waits(read_accounts(inputs.times, _stages()))
     for stage, wait in found["stages"].items():
-        console.print(f"{stage}: waits {wait['share']:.2%} of {wait['step_seconds']:.0f} s of steps", highlight=False, soft_wrap=True)
+        said = f"{stage}: waits {wait['share']:.2%} of {wait['step_seconds']:.0f} s of steps"
+        console.print(said, highlight=False, soft_wrap=True)
     return found
 
 
@@ -178,7 +179,8 @@ def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
     found = imports(_dvc("repro", options=("-X", "importtime")).stderr)
     watched = time.perf_counter() - start
     typical = float(np.median(seconds))
-    console.print(f"no-op `dvc repro`: {typical:.2f} s, of which imports {sum(found.values()) / watched:.0%}", highlight=False, soft_wrap=True)
+    said = f"no-op `dvc repro`: {typical:.2f} s, of which imports {sum(found.values()) / watched:.0%}"
+    console.print(said, highlight=False, soft_wrap=True)
     return {
         "median_seconds": round(typical, 3), "seconds": [round(value, 3) for value in seconds], "stages": len(_stages()),
         "imports": {
