@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
-from svam.benchmark.store import PARTS, Inputs
+from svam.benchmark.inputs import Inputs
+from svam.benchmark.parts import PARTS, part_named
 from svam.benchmark.timing import machine
 from svam.files import write_json
-from svam.machine import console, one_line_errors
+from svam.machine import console, one_line_errors, scratch_folder
 from svam.params import ParamsError, load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -22,9 +23,13 @@ def main(
     part: Annotated[str, typer.Argument(help=f"What to measure: {', '.join(PARTS)}.")],
     out: Annotated[Path, typer.Argument(help="JSON to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store whose frames are read.")] = Path("data/episodes.zarr"),
+    model: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")] = Path("data/svam"),
     videos: Annotated[Path | None, typer.Option(help="Folder of mp4 files to be read as well; else benchmark.videos.")] = None,
+    times: Annotated[Path | None, typer.Option(help="Folder of the stages' accounts of time; else .cache/times.")] = None,
     scratch: Annotated[Path, typer.Option(help="Folder, on the disk to be measured.")] = Path(".cache/benchmark"),
-    params: Annotated[Path, typer.Option(help="Parameter file: `benchmark`, `convert`.")] = Path("params.yaml"),
+    params: Annotated[Path, typer.Option(help="Parameter file: `benchmark`, and the section of what is measured.")] = Path(
+        "params.yaml"
+    ),
 ) -> None:
     """Measure PART and write OUT. Timings differ from run to run; ratios, of pairs that take turns, much less."""
     settings = load_params(params)
@@ -32,7 +37,7 @@ def main(
         raise ParamsError(f"benchmark.parts names {part!r}; available: {', '.join(PARTS)}")
     if videos is None and settings.benchmark.videos is not None:
         videos = Path(settings.benchmark.videos)
-    found = PARTS[part](Inputs(episodes, videos, scratch), settings)
+    found = part_named(part)(Inputs(episodes, videos, scratch, model, times or scratch_folder("times")), settings)
     write_json(out, {"part": part, "machine": machine(), "settings": settings.benchmark.model_dump(mode="json")} | found)
     console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
 

@@ -386,9 +386,14 @@ class Report(Section):
 
 
 class Benchmark(Section):
-    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window."""
+    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window. `parts` are those that can be
+    stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
 
-    parts: list[Literal["store", "teacher_cache", "memory", "conversion"]] = []
+    parts: list[
+        Literal[
+            "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader", "times"
+        ]
+    ] = []
     videos: str | None = None
     frames: Count = 2048
     conversion_frames: Count = 60000
@@ -400,6 +405,11 @@ class Benchmark(Section):
     window_shapes: dict[Name, Annotated[list[Count], Field(min_length=4, max_length=4)]]
     window_megabytes: Positive = 256.0
     workers: Annotated[list[Count], Field(min_length=1)] = [1, 2]
+    policy_steps: Count = 8
+    evaluation_episodes: Count = 10
+    rendered_task: Name = "drawer-open"
+    rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)] = [64, 128]
+    rendered_frames: Count = 24
     repeats: Count = 5
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 
 from stages.benchmark import app
 from svam.benchmark import peers, recordings
+from svam.benchmark.parts import PARTS, part_named
 from svam.benchmark.timing import machine, summary
 from svam.contract import ContractError
 from svam.episodes.conversion import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
-from svam.params import load_params
+from svam.params import Benchmark, load_params
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.stage_deps import ROOT
 from tests.toy import write_toy_params
@@ -151,6 +152,12 @@ def test_a_part_that_is_none(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["nothing", str(tmp_path / "out.json"), "--params", str(ROOT / "params.yaml")])
     assert done.exit_code == 1 and not (tmp_path / "out.json").exists()
     assert load_params(ROOT / "params.yaml").benchmark.parts == []
+
+
+def test_every_part_can_be_asked_for() -> None:
+    assert len({part_named(name) for name in PARTS}) == len(PARTS)
+    (listed,) = get_args(Benchmark.model_fields["parts"].annotation)
+    assert set(get_args(listed)) == set(PARTS) - {"repro"}  # which is no stage
 
 
 def test_the_store_is_what_the_pipeline_reads(recording: recordings.Recording, tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.benchmark import recordings
+from svam.benchmark.inputs import Inputs, fresh_folder
 from svam.benchmark.peers import (
     Copying,
     Decompression,
@@ -36,26 +36,6 @@ from svam.machine import console, generator
 from svam.params import Params
 
 Data = tuple[Recording, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where the data lies: an episode store, a folder of videos (or None), and a folder for what is made from them."""
-
-    episodes: Path
-    videos: Path | None
-    scratch: Path
-
-
-@contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    """A fresh folder that is removed afterwards."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _recordings(inputs: Inputs, params: Params, folder: Path, sizes: list[int]) -> Iterator[Data]:
@@ -84,7 +64,7 @@ def _store(recording: Recording, path: Path, params: Params, workers: int = 1) -
 def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Random clips with their action chunks, from our store, its peers and the floors."""
     settings, results = params.benchmark, []
-    with _folder(inputs.scratch / "clips") as folder:
+    with fresh_folder(inputs.scratch / "clips") as folder:
         for recording, described in _recordings(inputs, params, folder, settings.image_sizes):
             place = folder / "formats"
             store = _store(recording, place / "store", params)
@@ -183,7 +163,7 @@ def teacher_cache(inputs: Inputs, params: Params) -> dict[str, Any]:
     for name, shape in params.benchmark.window_shapes.items():
         row_bytes = 2 * int(np.prod(shape))
         count = max(4, min(256, int(params.benchmark.window_megabytes * 1e6) // row_bytes))
-        with _folder(inputs.scratch / "teacher_cache") as folder:
+        with fresh_folder(inputs.scratch / "teacher_cache") as folder:
             (folder / "npy").mkdir()
             with GroupWriter(folder / "ours") as writer:
                 array = writer.array(
@@ -228,7 +208,7 @@ def _convert(recording: Recording, path: Path, params: Params) -> tuple[int, int
 def memory(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Peak resident memory of converting a recording and of one ten times as long, and of reading as many clips of both."""
     settings, results = params.benchmark, []
-    with _folder(inputs.scratch / "memory") as folder:
+    with fresh_folder(inputs.scratch / "memory") as folder:
         for recording, described in _recordings(inputs, params, folder, settings.image_sizes[:1]):
             found: dict[str, list[tuple[int, int]]] = {"convert": [], "read": []}
             for times in (1, 10):
@@ -248,7 +228,7 @@ def conversion(inputs: Inputs, params: Params) -> dict[str, Any]:
     starting the workers does not count.
     """
     settings, results = params.benchmark, []
-    with _folder(inputs.scratch / "conversion") as folder:
+    with fresh_folder(inputs.scratch / "conversion") as folder:
         for recording, described in _recordings(inputs, params, folder, settings.image_sizes[:1]):
             times = -(-settings.conversion_frames // sum(recording.steps))
             long, rates = Recording(recording.folder, recording.steps, times), dict[int, list[float]]({1: [], 2: []})
@@ -264,8 +244,3 @@ def conversion(inputs: Inputs, params: Params) -> dict[str, Any]:
                 {"data": described, "times": times, "frames_per_second": per_second, "ratio": round(float(np.median(ratio)), 3)}
             )
     return {"results": results}
-
-
-PARTS: dict[str, Callable[[Inputs, Params], dict[str, Any]]] = {
-    "store": clips, "teacher_cache": teacher_cache, "memory": memory, "conversion": conversion,
-}  # fmt: skip

@@ -10,7 +10,7 @@ import os
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -110,6 +110,32 @@ def summary(seconds: dict[str, list[float]], ours: str) -> dict[str, Any]:
         "times_as_long": {name: round(value, 3) for name, value in times.items()},
         "times_as_long_range": {name: spread[name] for name in times},
     }
+
+
+def in_turn(works: Mapping[str, Callable[[int], float]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
+    """Seconds of each work in each repeat, as the work itself says; every other repeat takes the works in reversed order.
+
+    A work is called with the number of the repeat. `warm`: a round before the first repeat, also with number 0, fills caches
+    and is not counted.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for round_ in range(-1 if warm else 0, repeats):
+        for name in list(works) if round_ % 2 == 0 else list(works)[::-1]:
+            found = works[name](max(0, round_))
+            if round_ >= 0:
+                seconds[name].append(found)
+    return seconds
+
+
+def ratio_of(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> dict[str, Any]:
+    """How many times as long `slow` takes as `fast`, taken within each repeat: the median over the repeats, and the range."""
+    found = np.asarray(seconds[slow]) / np.asarray(seconds[fast])
+    return {"ratio": round(float(np.median(found)), 3), "range": np.quantile(found, (0.0, 1.0)).round(3).tolist()}
+
+
+def rounded(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Seconds as they are written down, by work and repeat."""
+    return {name: [round(value, 6) for value in values] for name, values in seconds.items()}
 
 
 def peak_bytes() -> int:

@@ -1,0 +1,37 @@
+"""The parts of the benchmark by name. Each is imported when it is asked for: most need no torch, and few a simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from svam.benchmark.inputs import Inputs
+from svam.params import Params
+
+Part = Callable[[Inputs, Params], dict[str, Any]]
+
+PARTS = (
+    "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader", "times",
+    "repro",
+)  # fmt: skip
+
+
+def part_named(name: str) -> Part:
+    """The function that measures the part `name`, one of `PARTS`, and returns its figures as JSON."""
+    if name in ("store", "teacher_cache", "memory", "conversion"):
+        from svam.benchmark import store
+
+        return {
+            "store": store.clips, "teacher_cache": store.teacher_cache, "memory": store.memory, "conversion": store.conversion,
+        }[name]  # fmt: skip
+    if name in ("encode", "features", "evaluation"):
+        from svam.benchmark import policy
+
+        return {"encode": policy.encode, "features": policy.features, "evaluation": policy.evaluation}[name]
+    if name == "rendering":
+        from svam.benchmark import rendering
+
+        return rendering.rendering
+    from svam.benchmark import pipeline
+
+    return {"loader": pipeline.loader, "times": pipeline.times, "repro": pipeline.repro}[name]

@@ -1,0 +1,333 @@
+"""What the shortcut saves: one step against the generation that it replaces, frozen features that are kept against computing
+them again, and an evaluation side by side against one environment after another; all with a trained policy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svam.benchmark.inputs import Inputs, fresh_folder
+from svam.benchmark.timing import in_turn, ratio_of, rounded
+from svam.contract import ContractError, Observation
+from svam.episodes.store import EpisodeStore
+from svam.files import sha256
+from svam.machine import console, prepare_torch, seed_of
+from svam.models.foresight import needs_of
+from svam.models.svam import SVAM, Batch
+from svam.models.svam import Inputs as PolicyInputs
+from svam.params import Params
+from svam.simulation.closed_loop import check_tasks, render_settings
+from svam.simulation.latency import timed
+from svam.simulation.metaworld import TaskEnvironment, check_task
+from svam.simulation.rollout import Outcome, Plan, Workers, run_policy
+from svam.training.features import FeatureCache, Wanted, observation_address
+from svam.training.loop import fit
+from svam.training.order import EndlessOrder
+from svam.training.policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
+
+
+def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:
+    """The policy, and what identifies it and the computation, as JSON."""
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
+    svam = SVAM.load(inputs.model, device)
+    described = {
+        "policy_sha256": sha256(inputs.model / "manifest.json"),  # which holds the SHA-256 of every other file
+        "context": list(svam.config.context), "device": str(device), "threads": params.threads,
+        "torch": str(torch.__version__),
+    }  # fmt: skip
+    return svam, described
+
+
+def _finish(svam: SVAM) -> float:
+    """The time once the device has done all that was asked of it."""
+    if svam.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any]) -> None:
+    values = ", ".join(f"{name} {value:g}" for name, value in seconds.items())
+    low, high = ratio["range"]
+    console.print(f"{part}: {values} {unit}; ratio {ratio['ratio']:g} ({low:g} to {high:g})", highlight=False, soft_wrap=True)
+
+
+def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
+    """Seconds of `SVAM.encode` of one observation: component -> seconds, `other` and `total`."""
+    parts: dict[str, float] = {}
+    with timed(svam, parts):
+        start = _finish(svam)
+        svam.encode([observation], [seed])
+        total = _finish(svam) - start
+    return parts | {"other": total - sum(parts.values()), "total": total}
+
+
+def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
+    """Seconds of generating the same observation's clip from the same noise, and of decoding it and showing it to the teachers:
+    what a policy on generated video pays."""
+    foresight, parts = svam.foresight, {}
+    moments = [_finish(svam)]
+    frame = torch.from_numpy(observation.frames[svam.camera][None])
+    condition, text = foresight.prepare(frame, [observation.instruction])
+    moments.append(_finish(svam))
+    latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
+    moments.append(_finish(svam))
+    clip = foresight.decode(latents)
+    moments.append(_finish(svam))
+    for branch in foresight.teachers:
+        foresight.teacher_features(branch, clip.flatten(0, 1))
+    moments.append(_finish(svam))
+    for name, spent in zip(("autoencoder_and_text", "video_model", "decoding", "teachers"), np.diff(moments), strict=True):
+        parts[name] = float(spent)
+    return parts | {"total": moments[-1] - moments[0]}
+
+
+def _observations(store: EpisodeStore, svam: SVAM, count: int) -> list[Observation]:
+    """Frames spread evenly over the store, each with its episode's sentence, as a robot would send them."""
+    rows = np.linspace(0, len(store) - 1, count).astype(np.int64)
+    frames = store.frames(rows)
+    state = store.vector("proprioception", rows) if svam.needs_proprioception else [None] * count
+    sentences = [store.instruction_of(int(episode), 0) for episode in store.episode_of(rows)]
+    return [Observation({store.cameras[0]: frames[i]}, sentences[i], state[i]) for i in range(count)]
+
+
+def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """`SVAM.encode` of single observations (one U-Net evaluation, teachers on the frame and decouplers included) against the
+    multi-step generation of the same clips, with the steps that the policy's sampler states, without and with decoding and
+    teachers. `clips` observations a repeat, encoded and generated in turn one by one; the sums of a repeat are compared.
+
+    Raises:
+        ContractError: the policy's context uses no video model, or the store's frames are not what it was trained on.
+    """
+    svam, described = _load(inputs, params)
+    if svam.foresight.video is None:
+        raise ContractError(f"{inputs.model}: its context {described['context']} uses no video model, so nothing is generated")
+    count, repeats = params.benchmark.clips, params.benchmark.repeats
+    observations = _observations(EpisodeStore.open(inputs.episodes), svam, count)
+    runs: dict[str, list[dict[str, float]]] = {"encode": [], "generate": []}
+
+    def one(name: str, number: int) -> float:
+        measured = {"encode": _encoded, "generate": _generated}[name](svam, observations[number % count], number % count)
+        runs[name].append(measured)
+        return measured["total"]
+
+    in_turn({name: partial(one, name) for name in runs}, repeats * count)
+    sums = {  # the first call of each warmed up
+        name: {key: np.reshape([run[key] for run in found[1:]], (repeats, count)).sum(axis=1) for key in found[0]}
+        for name, found in runs.items()
+    }
+    latents = sums["generate"]["autoencoder_and_text"] + sums["generate"]["video_model"]
+    seconds: dict[str, list[float]] = {
+        "encode": sums["encode"]["total"].tolist(), "generate": latents.tolist(),
+        "generate_and_see": sums["generate"]["total"].tolist(),
+    }  # fmt: skip
+
+    def milliseconds(values: Sequence[float]) -> float:
+        return round(1e3 * float(np.median(values)) / count, 3)
+
+    typical = {name: milliseconds(values) for name, values in seconds.items()}
+    ratios = {name: ratio_of(seconds, name, "encode") for name in ("generate", "generate_and_see")}
+    for name, ratio in ratios.items():
+        _print(f"{name} against encode", {key: typical[key] for key in ("encode", name)}, "ms", ratio)
+    return described | {
+        "sampler": svam.config.sampler.model_dump(), "frames": svam.foresight.video_model.config.frames,
+        "teachers": list(svam.foresight.teachers), "observations": count, "milliseconds": typical, "ratios": ratios,
+        "milliseconds_by_part": {
+            name: {key: milliseconds(values) for key, values in found.items() if key != "total"} for name, found in sums.items()
+        },
+        "seconds": rounded(seconds),
+    }  # fmt: skip
+
+
+class _Feeding:
+    """The same training batches from the cache, and with all frozen parts computed for each."""
+
+    def __init__(self, store: EpisodeStore, svam: SVAM, rows: NDArray[np.int64], data: TrainingData) -> None:
+        self.store, self.svam, self.rows, self.data = store, svam, rows, data
+
+    def recomputed(self, positions: NDArray[np.int64]) -> Batch:
+        """The batch of the observations at `positions`, without a cache."""
+        data, svam, observed = self.data, self.svam, self.data.observations
+        frames, sentences = self.store.frames(self.rows[positions]), [observed.instructions[p] for p in positions]
+        seeds = [int(observation_address(f, s)[:15], 16) for f, s in zip(frames, sentences, strict=True)]  # as the cache's
+        found = svam.encode_frames(frames, sentences, svam.config.frozen_entries, seeds)
+        state = observed.proprioception
+        return Batch(
+            inputs=PolicyInputs(
+                entries=found.entries, text=found.text,
+                frames=None if svam.network.observation is None else torch.from_numpy(frames).to(svam.device),
+                proprioception=None if state is None else torch.from_numpy(state[positions]).to(svam.device),
+            ),
+            actions=torch.from_numpy(data.actions[positions]).to(svam.device),
+            mask=torch.from_numpy(observed.mask[positions]).to(svam.device),
+        )  # fmt: skip
+
+    def difference(self, positions: NDArray[np.int64]) -> dict[str, float]:
+        """Context entry -> mean absolute difference between the two, as a share of the mean absolute value. The last bits
+        depend on how many observations are encoded together."""
+        cached, computed = self.data.inputs(positions).entries, self.recomputed(positions).inputs.entries
+        return {
+            entry: float((values.float() - computed[entry].float()).abs().mean() / values.float().abs().mean())
+            for entry, values in cached.items()
+        }
+
+
+def features(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Policy training on cached features against the same steps on the same batches with the frozen parts computed for every
+    batch: `policy_steps` steps of the trained network a repeat. Filling the cache is timed once; `ratio_with_filling` is what
+    remains of the ratio over a whole training that fills it first.
+
+    Raises:
+        ContractError: the policy's context has no frozen entry, or the store is not what the video model was trained on.
+        MachineError: the features do not fit `machine.cache_gb`.
+    """
+    svam, described = _load(inputs, params)
+    section, steps, seed = params.train_policy, params.benchmark.policy_steps, params.seed
+    frozen = svam.config.frozen_entries
+    if not frozen:
+        raise ContractError(f"{inputs.model}: its context {described['context']} has no frozen entry, so nothing is cached")
+    store = EpisodeStore.open(inputs.episodes)
+    check_camera(svam.foresight, store, needs_of(frozen, frozen_observation=True).video)
+    available = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
+    order = EndlessOrder(len(available), min(section.training.batch, len(available)), seed, "benchmark features")
+    drawn = [order.batch(number) for number in range(steps)]
+    places = np.unique(np.concatenate(drawn))
+    batches, rows = [np.searchsorted(places, batch) for batch in drawn], available[places]
+    observed = observe(store, rows, svam.chunk, svam.needs_proprioception, seed)
+    kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
+    sources = sources_of(kept, svam.foresight, {name: inputs.model / name for name in svam.config.needs.parts}, svam.camera)
+    with fresh_folder(inputs.scratch / "features") as folder:
+        wanted = Wanted.of(observed.instructions, lambda positions: store.frames(rows[positions]))
+        cache = FeatureCache(folder, params.machine.cache_gb)
+        start = time.perf_counter()
+        cached = cache.fill(wanted, sources, encoder_of(svam.foresight), section.encode_batch)
+        filling = (time.perf_counter() - start) / len(rows)
+        try:
+            data = TrainingData(observed, cached, svam.foresight, svam, svam.device)
+            feeding = _Feeding(store, svam, rows, data)
+            difference = feeding.difference(batches[0])
+            seconds = _trained(svam, feeding, batches, params)
+        finally:
+            cached.close()
+    samples = steps * len(batches[0])
+    each = {name: float(np.median(values)) / samples for name, values in seconds.items()}
+    uses = section.training.steps * section.training.accumulate * section.training.batch / len(available)
+    rates = {name: round(1.0 / value, 1) for name, value in each.items()}
+    ratio = ratio_of(seconds, "recomputed", "cached")
+    _print("features", rates, "samples/s", ratio)
+    return described | {
+        "steps": steps, "batch": len(batches[0]), "difference": difference, "samples_per_second": rates, **ratio,
+        "filling_samples_per_second": round(1.0 / filling, 1), "uses_of_an_observation": round(uses, 2),
+        "ratio_with_filling": round(uses * each["recomputed"] / (filling + uses * each["cached"]), 3),
+        "seconds": rounded(seconds),
+    }  # fmt: skip
+
+
+def _trained(svam: SVAM, feeding: _Feeding, batches: list[NDArray[np.int64]], params: Params) -> dict[str, list[float]]:
+    """Seconds of one pass of the training loop over `batches`, from the same weights every time."""
+    weights = {name: value.clone() for name, value in svam.network.state_dict().items()}
+    update = {"steps": len(batches), "warmup": 0, "accumulate": 1}
+    optimiser, noise = params.train_policy.training.model_copy(update=update), torch.Generator()
+
+    def run(name: str, number: int) -> float:
+        svam.network.load_state_dict(weights)
+        batch_of = {"cached": feeding.data.batch, "recomputed": feeding.recomputed}[name]
+        noise.manual_seed(seed_of(params.seed, "benchmark features", number))
+        start = _finish(svam)
+        fit(
+            svam.network, lambda batch: svam.loss(batch, noise), lambda step: batch_of(batches[step]), optimiser, svam.device,
+            f"features, {name}",
+        )  # fmt: skip
+        return _finish(svam) - start
+
+    return in_turn({name: partial(run, name) for name in ("cached", "recomputed")}, params.benchmark.repeats)
+
+
+class _Watched:
+    """A policy whose seconds are counted."""
+
+    def __init__(self, svam: SVAM) -> None:
+        self.svam, self.seconds = svam, 0.0
+
+    def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+        """As the policy's."""
+        start = time.perf_counter()
+        try:
+            return self.svam.act(observations, noise_seeds)
+        finally:
+            self.seconds += time.perf_counter() - start
+
+
+def evaluation_plans(store: EpisodeStore, tasks: Sequence[str], episodes: int, seed: int) -> list[Plan]:
+    """`episodes` of each task, the goals drawn from `seed`, with the sentences of the training in turn."""
+    return [
+        Plan(
+            "benchmark", task, index, seed_of(seed, task, index),
+            store.instructions[task]["train"][index % len(store.instructions[task]["train"])],
+        )
+        for task in tasks for index in range(episodes)
+    ]  # fmt: skip
+
+
+def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """Episodes per minute in closed loop: as `evaluate` does it (`evaluate.batch` environments side by side, `machine.workers`
+    processes) against one environment and one observation at a time, on the same plans. The processes are running before the
+    first repeat; building an environment where a slot's task changes counts for both.
+
+    Raises:
+        ValueError: the tasks or the store do not fit the metaworld protocol.
+        MachineError: nothing renders here, or a worker process died.
+    """
+    section, settings = params.evaluate, params.benchmark
+    store = EpisodeStore.open(inputs.episodes)
+    check_tasks(section.tasks, store)
+    size, render = render_settings(store, section.tasks)
+    svam, described = _load(inputs, params)
+    seed = seed_of(params.seed, "benchmark evaluation")
+    plans = evaluation_plans(store, section.tasks, settings.evaluation_episodes, seed)
+    make = partial(TaskEnvironment, image_size=size, cameras=(svam.camera,), render=render)
+    ways = {"batched": (section.batch, params.machine.workers), "one_at_a_time": (1, 1)}
+    acting: dict[str, list[float]] = {name: [] for name in ways}
+    played: dict[str, list[Outcome]] = {}
+
+    with ExitStack() as stack:
+        pools = {name: stack.enter_context(Workers(make, workers)) for name, (_, workers) in ways.items()}
+
+        def play(name: str, some: list[Plan], max_steps: int) -> _Watched:
+            watched = _Watched(svam)
+            played[name] = run_policy(
+                some, watched, pools[name], seed=seed, batch=ways[name][0], execute=section.execute,
+                max_steps=max_steps, proprioception=svam.needs_proprioception,
+            )  # fmt: skip
+            return watched
+
+        def whole(name: str, number: int) -> float:
+            start = time.perf_counter()
+            acting[name].append(play(name, plans, section.max_steps).seconds)
+            return time.perf_counter() - start
+
+        # All processes import the simulator, at the same time.
+        ready = [pool.submit(slot, check_task, section.tasks[0]) for pool in pools.values() for slot in range(pool.count)]
+        for future in ready:
+            future.result()
+        for name, (batch, _) in ways.items():
+            play(name, plans[:batch], section.execute)
+        seconds = in_turn({name: partial(whole, name) for name in ways}, settings.repeats, warm=False)
+    rates = {name: round(60.0 * len(plans) / float(np.median(values)), 3) for name, values in seconds.items()}
+    ratio = ratio_of(seconds, "one_at_a_time", "batched")
+    _print("evaluation", rates, "episodes per minute", ratio)
+    return described | {
+        "tasks": list(section.tasks), "episodes": len(plans), "max_steps": section.max_steps, "execute": section.execute,
+        "render": render, "image_size": size,
+        "batch": {name: batch for name, (batch, _) in ways.items()}, "workers": {name: n for name, (_, n) in ways.items()},
+        "episodes_per_minute": rates, **ratio, "seconds": rounded(seconds), "seconds_of_the_policy": rounded(acting),
+        "success": {name: [outcome.success for outcome in found] for name, found in played.items()},
+        "steps": {name: sum(outcome.steps for outcome in found) for name, found in played.items()},
+    }  # fmt: skip

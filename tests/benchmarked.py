@@ -1,0 +1,50 @@
+"""The stage `benchmark` run by a test, on toy params."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from stages.benchmark import app
+from tests.stage_deps import ROOT
+from tests.toy import write_toy_params
+
+
+def invoke(part: str, folder: Path, changes: dict[str, Any], *options: str) -> Any:
+    """The finished command, its params with `changes` and all that it writes below `folder`."""
+    folder.mkdir(exist_ok=True)
+    write_toy_params(ROOT / "params.yaml", folder / "params.yaml", changes)
+    arguments = [part, str(folder / "out.json"), "--scratch", str(folder / "scratch"), "--params", str(folder / "params.yaml")]
+    return CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+
+
+def measured(part: str, folder: Path, changes: dict[str, Any], *options: str) -> dict[str, Any]:
+    """What the command writes."""
+    done = invoke(part, folder, changes, *options)
+    assert done.exit_code == 0, done.output
+    assert not any((folder / "scratch").glob("*"))
+    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
+    assert found["part"] == part and found["machine"]["cores"] >= 1
+    return found
+
+
+def refused(part: str, folder: Path, changes: dict[str, Any], capfd: pytest.CaptureFixture[str], *options: str) -> str:
+    """The one sentence with which the command stops; nothing is written."""
+    capfd.readouterr()
+    done = invoke(part, folder, changes, *options)
+    said = (done.output + capfd.readouterr().err).strip().splitlines()
+    assert done.exit_code == 1 and not (folder / "out.json").exists()
+    assert [line.startswith("error: ") for line in said].count(True) == 1 and said[-1].startswith("error: ")
+    return said[-1].removeprefix("error: ")
+
+
+def check_ratio(found: dict[str, Any], seconds: dict[str, list[float]], slow: str, fast: str) -> None:
+    """A ratio is the median over the repeats of the quotients of the seconds that stand beside it."""
+    quotients = np.asarray(seconds[slow]) / np.asarray(seconds[fast])
+    assert found["ratio"] == pytest.approx(np.median(quotients), rel=0.01, abs=0.001)
+    assert found["range"] == pytest.approx([quotients.min(), quotients.max()], rel=0.01, abs=0.001)
