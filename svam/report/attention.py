@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 
 from svam.models.svam import SVAM, Inputs
-from svam.report.grid import heat, picture_grid
+from svam.report.grid import PictureGrid, Row, heat, picture_grid
 from svam.training.foresight_metrics import moved_patches
 
 QUERY_COLOURS = ("#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
@@ -75,58 +74,55 @@ def overlay(frames: NDArray[np.uint8], weights: NDArray[np.floating]) -> NDArray
     return np.asarray(np.rint(0.5 * frames + 0.5 * warm), dtype=np.uint8)
 
 
-def mark(axes: NDArray[Any], weights: NDArray[np.floating], height: int, width: int) -> None:
-    """On one row of axes (T), for weights (T, N, h, w): the 3 x 3 cells around the maximum of the queries' mean, and a dot at
-    each query's own maximum."""
+def mark(grid: PictureGrid, row: int, weights: NDArray[np.floating]) -> None:
+    """On the first T cells of one row of pictures, for weights (T, N, h, w): the 3 x 3 cells around the maximum of the queries'
+    mean, and a dot at each query's own maximum."""
     rows, columns = weights.shape[-2:]
-    tall, wide = height / rows, width / columns
     centre, single = peaks(weights.mean(axis=1)), peaks(weights)
-    for t, axis in enumerate(axes):
-        corner = ((centre[t, 1] - 1) * wide - 0.5, (centre[t, 0] - 1) * tall - 0.5)
-        axis.add_patch(Rectangle(corner, 3 * wide, 3 * tall, fill=False, edgecolor="#00e5ff", linewidth=1.0))
-        for n, (row, column) in enumerate(single[t]):
-            colour = QUERY_COLOURS[n % len(QUERY_COLOURS)]
-            place = ((column + 0.5) * wide - 0.5, (row + 0.5) * tall - 0.5)
-            axis.plot(*place, "o", color=colour, markersize=3, markeredgecolor="white", markeredgewidth=0.4)
+    for t, (r, c) in enumerate(centre):
+        top, bottom, left, right = max(0, r - 1), min(rows, r + 2), max(0, c - 1), min(columns, c + 2)
+        corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+        x, y = zip(*(grid.at(row, t, x / columns, y / rows) for x, y in corners), strict=True)
+        grid.axis.plot(x, y, color="#00e5ff", linewidth=1.0)
+        for n, (r, c) in enumerate(single[t]):
+            place = grid.at(row, t, (c + 0.5) / columns, (r + 0.5) / rows)
+            style = {"markersize": 3, "markeredgecolor": "white", "markeredgewidth": 0.4}
+            grid.axis.plot(*place, "o", color=QUERY_COLOURS[n % len(QUERY_COLOURS)], **style)
 
 
-def trajectory(axis: Any, frame: NDArray[np.uint8], weights: NDArray[np.floating]) -> None:
-    """The centre of the neighbourhood around the maximum, frame by frame, as a path from dark to bright on one frame.
-
-    The centre is the attention's own mean place within the 3 x 3 cells, so the path is finer than the grid.
-    """
-    height, width = frame.shape[:2]
-    mean = weights.mean(axis=1)
+def path_of(weights: NDArray[np.floating]) -> NDArray[np.float64]:
+    """Weights (T, N, h, w) to the place (T, 2) of the queries' mean attention in each frame, as fractions (across, down): the
+    mean place within the 3 x 3 cells around the maximum, so the path is finer than the grid."""
+    mean = weights.mean(axis=1, dtype=np.float64)
     rows, columns = mean.shape[-2:]
     path = []
     for weight, (row, column) in zip(mean, peaks(mean), strict=True):
         r = np.arange(max(0, row - 1), min(rows, row + 2))
         c = np.arange(max(0, column - 1), min(columns, column + 2))
-        part = weight[np.ix_(r, c)].astype(np.float64)
-        total = max(float(part.sum()), 1e-12)
-        y, x = float((part.sum(axis=1) * (r + 0.5)).sum()) / total, float((part.sum(axis=0) * (c + 0.5)).sum()) / total
-        path.append((x * width / columns - 0.5, y * height / rows - 0.5))
-    axis.imshow(frame, interpolation="nearest")
-    x_path, y_path = np.asarray(path).T
-    axis.plot(x_path, y_path, color="white", linewidth=1.0)
-    axis.scatter(x_path, y_path, c=np.arange(len(path)), cmap="plasma", s=14, edgecolors="white", linewidths=0.4, zorder=3)
+        part = weight[np.ix_(r, c)]
+        down, across = part.sum(axis=1) @ (r + 0.5), part.sum(axis=0) @ (c + 0.5)
+        path.append(np.asarray([across / columns, down / rows]) / max(float(part.sum()), 1e-12))
+    return np.stack(path)
 
 
 def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], instructions: list[str]) -> Any:
     """Clips (n, T, H, W, 3) uint8 of the recorded future under the attention (n, T, N, h, w) on the foreseen one, and at the
-    right the path of its maximum on the observed frame."""
-    count, steps, height, width = frames.shape[:4]
+    right the path of its maximum, dark to bright, on the observed frame."""
+    count, steps = frames.shape[:2]
     seen = overlay(frames, weights.mean(axis=2))
-    rows = [(f"clip {i}", [*seen[i], None]) for i in range(count)]
+    rows: list[Row] = [(f"clip {i}", [*seen[i], frames[i, 0]]) for i in range(count)]
     titles = ["observed", *(f"+{t}" for t in range(1, steps)), "path"]
     heading = (
         "Attention of the Uni-Perceiver on the foreseen frames, drawn on the recorded ones: maximum and its 3 x 3 cells; a dot "
         "for each query\n" + "; ".join(f"{i}: {text}" for i, text in enumerate(instructions))
     )
-    figure, axes = picture_grid(rows, titles, heading, side=1.3)
+    figure, grid = picture_grid(rows, titles, heading, side=1.3)
     for i in range(count):
-        mark(axes[i, :steps], weights[i], height, width)
-        trajectory(axes[i, steps], frames[i, 0], weights[i])
+        mark(grid, i, weights[i])
+        x, y = zip(*(grid.at(i, steps, *place) for place in path_of(weights[i])), strict=True)
+        grid.axis.plot(x, y, color="white", linewidth=1.0)
+        colours = np.arange(steps)
+        grid.axis.scatter(x, y, c=colours, cmap="plasma", s=14, edgecolors="white", linewidths=0.4, zorder=3)
     return figure
 
 

@@ -1,4 +1,8 @@
-"""Pictures in rows under a time axis: the layout that the foresight figures share."""
+"""Pictures in rows under a time axis: the layout that the foresight figures share.
+
+All pictures stand on one pair of axes, each in a cell one unit wide (an axes object of its own for each costs ten times as
+long to draw), and what is drawn over a picture is placed in fractions of its cell.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,8 @@ from numpy.typing import NDArray
 
 Row = tuple[str, Sequence[NDArray[np.uint8] | None]]
 """A label, and a picture (H, W, 3) uint8 for each column; None leaves the place empty."""
+GAP = 0.06
+"""Between two cells, in their width."""
 
 
 def heat(values: NDArray[np.floating], low: float, high: float, colours: str = "viridis") -> NDArray[np.uint8]:
@@ -22,25 +28,35 @@ def heat(values: NDArray[np.floating], low: float, high: float, colours: str = "
     return pictures
 
 
-def draw_rows(axes: NDArray[Any], rows: Sequence[Row]) -> None:
-    """Put the rows' pictures on axes (rows, columns), labels at the left."""
-    for line, (label, pictures) in zip(axes, rows, strict=True):
-        for axis, picture in zip(line, pictures, strict=True):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_frame_on(False)
-            if picture is not None:
-                axis.imshow(picture, interpolation="nearest")
-        line[0].set_ylabel(label, fontsize=7)
+class PictureGrid:
+    """Rows of pictures on the axes `axis`; every picture is stretched to the shape of the first one."""
+
+    def __init__(self, axis: Any, rows: Sequence[Row], titles: Sequence[str]) -> None:
+        first = next(picture for _, pictures in rows for picture in pictures if picture is not None)
+        self.axis, self.tall = axis, first.shape[0] / first.shape[1]
+        for r, (label, pictures) in enumerate(rows):
+            axis.text(-GAP, self.at(r, 0, 0.0, 0.5)[1], label, ha="right", va="center", fontsize=7, rotation=0)
+            for c, picture in enumerate(pictures):
+                if picture is not None:
+                    (left, top), (right, bottom) = self.at(r, c, 0.0, 0.0), self.at(r, c, 1.0, 1.0)
+                    axis.imshow(picture, extent=(left, right, bottom, top), interpolation="nearest")
+        for c, title in enumerate(titles):
+            axis.text(self.at(0, c, 0.5, 0.0)[0], -GAP, title, ha="center", va="bottom", fontsize=7)
+        axis.set_xlim(-0.2, self.at(0, len(titles) - 1, 1.0, 0.0)[0])
+        axis.set_ylim(self.at(len(rows) - 1, 0, 0.0, 1.0)[1], -0.2)
+        axis.set_aspect("equal")
+        axis.set_axis_off()
+
+    def at(self, row: int, column: int, across: float, down: float) -> tuple[float, float]:
+        """Coordinates on the axes of a place in a cell, both in fractions of it, from its upper left corner."""
+        return column * (1.0 + GAP) + across, (row * (1.0 + GAP) + down) * self.tall
 
 
-def picture_grid(rows: Sequence[Row], titles: Sequence[str], heading: str, side: float = 1.1) -> tuple[Any, NDArray[Any]]:
-    """A figure of rows of pictures and its axes (rows, columns); `side`: inches of a picture."""
-    size = (side * len(titles) + 0.8, side * len(rows) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(len(rows), len(titles), squeeze=False)
-    draw_rows(axes, rows)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title, fontsize=7)
+def picture_grid(rows: Sequence[Row], titles: Sequence[str], heading: str, side: float = 1.1) -> tuple[Any, PictureGrid]:
+    """A figure of rows of pictures under column titles; `side`: inches of a picture's width."""
+    figure = Figure(
+        figsize=(side * len(titles) * (1.0 + GAP) + 0.9, side * len(rows) * (1.0 + GAP) + 0.7), layout="constrained"
+    )
+    grid = PictureGrid(figure.subplots(), rows, titles)
     figure.suptitle(heading, fontsize=8)
-    return figure, axes
+    return figure, grid

@@ -112,24 +112,20 @@ def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floa
     episode's end, and predicted."""
     from matplotlib.figure import Figure
 
-    from svam.report.grid import draw_rows
+    from svam.report.attention import mark
+    from svam.report.grid import GAP, PictureGrid
 
     count, steps = clips.shape[:2]
     rows = [_rows(clips[i], seen, i) for i in range(count)]
-    marked = [(i, k, s) for i in range(count) for k, s in _attention_rows(seen)]
-    height = PICTURE * sum(len(part) for part in rows) + 0.4 * count
-    figure = Figure(figsize=(PICTURE * steps + 5.0, height), layout="constrained")
-    parts = figure.subfigures(count, 1, squeeze=False, hspace=0.02)[:, 0]
-    for i, part in enumerate(parts):
+    height = sum(PICTURE * len(part) * (1.0 + GAP) + 0.7 for part in rows)
+    wide = PICTURE * steps * (1.0 + GAP) + 0.9
+    figure = Figure(figsize=(wide + 4.2, height), layout="constrained")
+    for i, part in enumerate(figure.subfigures(count, 1, squeeze=False)[:, 0]):
         part.suptitle(titles[i], fontsize=9)
-        left, right = part.subfigures(1, 2, width_ratios=[PICTURE * steps + 0.8, 4.2])
-        axes = left.subplots(len(rows[i]), steps, squeeze=False)
-        draw_rows(axes, rows[i])
-        for t, axis in enumerate(axes[0]):
-            axis.set_title("observed" if t == 0 else f"+{t}", fontsize=7)
-        for window, line, one in marked:
-            if window == i and one.attention is not None:
-                _mark(axes[line], one.attention[i], clips.shape[2:4])
+        left, right = part.subfigures(1, 2, width_ratios=[wide, 4.2])
+        grid = PictureGrid(left.subplots(), rows[i], ["observed", *(f"+{t}" for t in range(1, steps))])
+        for row, one in _attention_rows(seen):
+            mark(grid, row, one[i])
         _draw_actions(right, seen, wanted[i], i, legend=i == 0)
     return figure
 
@@ -152,21 +148,15 @@ def _rows(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[An
     return rows
 
 
-def _attention_rows(seen: Sequence[Seen]) -> list[tuple[int, Seen]]:
-    """At which row of `_rows` each policy's attention stands."""
+def _attention_rows(seen: Sequence[Seen]) -> list[tuple[int, NDArray[np.float32]]]:
+    """At which row of `_rows` each policy's attention stands, and its weights."""
     found, row = [], 0
     for one in seen:
         row += len(one.entries)
         if one.attention is not None:
             row += 1
-            found.append((row, one))
+            found.append((row, one.attention))
     return found
-
-
-def _mark(axes: NDArray[Any], weights: NDArray[np.float32], size: tuple[int, ...]) -> None:
-    from svam.report.attention import mark
-
-    mark(axes, weights, size[0], size[1])
 
 
 def _draw_actions(part: Any, seen: Sequence[Seen], wanted: NDArray[np.floating], window: int, legend: bool) -> None:
