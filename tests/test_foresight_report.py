@@ -234,6 +234,13 @@ def test_the_neighbourhood_is_three_cells_wide_and_cut_at_the_border() -> None:
     assert attention.neighbourhood(weights) == pytest.approx([0.9, 0.8])
 
 
+def test_the_path_lies_within_the_cell_of_the_maximum() -> None:
+    weights = np.zeros((2, 2, 5, 5))
+    weights[0, :, 2, 3] = 1.0  # both queries at one cell: its middle
+    weights[1, 0, 0, 1], weights[1, 1, 0, 2] = 1.0, 1.0  # one beside the other: between them
+    np.testing.assert_allclose(attention.path_of(weights), [[0.7, 0.5], [0.4, 0.1]])
+
+
 def test_an_overlay_is_bright_where_attention_is() -> None:
     weights = np.zeros((1, 2, 2))
     weights[0, 1, 0] = 0.5
