@@ -19,7 +19,7 @@ from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
 from svam.models.generator import VideoForesight
 from svam.report import foresight as report
-from svam.report.side_by_side import side_by_side
+from svam.report.side_by_side import Seen, rows_of, side_by_side
 from svam.training.distillation_data import GeneratedWindows
 from svam.training.generation import choose_windows, generate_windows
 from tests.recorded import SETTINGS, Recorded, make_episode
@@ -219,6 +219,17 @@ def test_two_policies_side_by_side(root: Path, tmp_path: Path) -> None:
     assert np.asarray(Image.open(tmp_path / "one.png")).std() > 5
     other = compare(root, tmp_path / "other.png", "--seed=1", "--names=a,b")
     assert other.exit_code == 0 and (tmp_path / "other.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_single_pictures_stand_where_their_time_is() -> None:
+    clip = np.zeros((3, 4, 4, 3), np.uint8)
+    entries = {name: np.ones((1, 1, 2, 2, 5), np.float32) for name in ("observation", "goal_frame")}
+    rows = rows_of(clip, [Seen("x", entries, None, np.zeros((1, 4, 3), np.float32))], 0)
+    assert [label for label, _ in rows] == ["recorded", "x\nobservation", "x\ngoal-frame"]
+    assert [[picture is not None for picture in pictures] for _, pictures in rows[1:]] == [
+        [True, False, False],
+        [False, False, True],
+    ]
 
 
 def test_side_by_side_refuses_in_one_sentence(root: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floa
     from svam.report.grid import GAP, PictureGrid
 
     count, steps = clips.shape[:2]
-    rows = [_rows(clips[i], seen, i) for i in range(count)]
+    rows = [rows_of(clips[i], seen, i) for i in range(count)]
     height = sum(PICTURE * len(part) * (1.0 + GAP) + 0.7 for part in rows)
     wide = PICTURE * steps * (1.0 + GAP) + 0.9
     figure = Figure(figsize=(wide + 4.2, height), layout="constrained")
@@ -130,7 +130,7 @@ def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floa
     return figure
 
 
-def _rows(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[Any]:
+def rows_of(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[Any]:
     """Labelled rows of pictures of one window."""
     from svam.report.attention import overlay
     from svam.report.pca import pca_colours
@@ -149,7 +149,7 @@ def _rows(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[An
 
 
 def _attention_rows(seen: Sequence[Seen]) -> list[tuple[int, NDArray[np.float32]]]:
-    """At which row of `_rows` each policy's attention stands, and its weights."""
+    """At which row of `rows_of` each policy's attention stands, and its weights."""
     found, row = [], 0
     for one in seen:
         row += len(one.entries)
