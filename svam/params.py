@@ -378,6 +378,20 @@ class Evaluate(Section):
     offline_samples: Count
 
 
+class Foresight(Section):
+    """What foresight holds, on held-out windows.
+
+    clips: episodes and clips drawn. probe_frames: annotated frames of each side of the split for the depth probe, at most.
+    resamples: of the episodes, for intervals. batch: frames computed at a time.
+    """
+
+    clips: Count = 3
+    dpi: Annotated[int, Field(ge=50, le=300)] = 100
+    probe_frames: Count = 800
+    resamples: Annotated[int, Field(ge=1000)] = 10000
+    batch: Count = 64
+
+
 class Report(Section):
     """Figures."""
 
@@ -428,6 +442,7 @@ class Params(Section):
     distill: Distill
     train_policy: TrainPolicy
     evaluate: Evaluate
+    foresight: Foresight = Foresight()
     report: Report
     benchmark: Benchmark
 

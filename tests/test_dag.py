@@ -17,6 +17,7 @@ from tests.stage_deps import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 
+KEPT_BY_GIT = ("data/report/", "data/foresight/")
 REPORTED = {"success", "video_error_share", "geometric_cosine", "semantic_cosine", "action_error"}
 
 
@@ -31,7 +32,7 @@ def finished(project: Path) -> Path:
     """The same after `dvc repro`, with dvc.lock and the report committed."""
     expected = run(project, "dvc", "stage", "list", "--name-only").split()
     assert sorted(ran(run(project, "dvc", "repro"))) == sorted(expected)
-    assert len(expected) == 17  # two tasks and two branches; every other stage once
+    assert len(expected) == 18  # two tasks and two branches; every other stage once
     run(project, "git", "add", ".")
     run(project, "git", "commit", "--quiet", "--message", "run")
     return project
@@ -45,6 +46,8 @@ def test_everything_is_made(finished: Path) -> None:
     assert set(results["metaworld"]["rows"]) >= {"policy", "random", "expert", "held_out_instruction"}
     assert list((finished / "data/results/films").glob("*.mp4"))
     assert len(list((finished / "data/report").glob("*.png"))) >= 5
+    foresight = json.loads((finished / "data/foresight/metrics.json").read_text())
+    assert foresight["left_out"] == [] and {"gap", "depth", "attention"} <= set(foresight)
 
 
 def test_nothing_is_left_to_do(finished: Path) -> None:
@@ -63,9 +66,9 @@ def test_the_table_shows_results_also_of_a_single_run(finished: Path) -> None:
 
 
 def test_git_and_dvc_share_the_files(finished: Path) -> None:
-    """Git has the report and dvc.lock; no weights, data or scratch, and DVC scattered no .gitignore."""
+    """Git has the reports and dvc.lock; no weights, data or scratch, and DVC scattered no .gitignore."""
     tracked = run(finished, "git", "ls-files").splitlines()
-    assert not [name for name in tracked if name.startswith("data/") and not name.startswith("data/report/")]
+    assert not [name for name in tracked if name.startswith("data/") and not name.startswith(KEPT_BY_GIT)]
     assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
     assert not list((finished / "data").rglob("*.partial-*"))
 

@@ -34,9 +34,11 @@ def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
     }  # fmt: skip
     project = make_project(tmp_path / "project", changes)
     stages = ran(run(project, "dvc", "repro"))
-    assert not [stage for stage in stages if stage.startswith("collect")] and stages[-1] == "report" and len(stages) == 15
+    assert not [stage for stage in stages if stage.startswith("collect")] and "report" in stages and len(stages) == 16
     results = json.loads((project / "data/results/metrics.json").read_text())
     assert "offline" in results and "metaworld" not in results
     flat = json.loads((project / "data/report/metrics.json").read_text())
     assert np.isfinite(flat["action_error"]) and "success" not in flat
+    # No depth, no segmentation: what they would tell is left out, each with a sentence.
+    assert len(json.loads((project / "data/foresight/metrics.json").read_text())["left_out"]) == 2
     assert ran(run(project, "dvc", "repro")) == []

@@ -26,7 +26,8 @@ TASKS = ["reach", "button-press-topdown", "drawer-open", "window-close"]
 CHECK = {"check_params"}
 REPORT = {"report"}
 EVALUATE = {"evaluate", *REPORT}
-POLICY = {"train_policy", *EVALUATE}
+FORESIGHT = {"foresight"}
+POLICY = {"train_policy", *EVALUATE, *FORESIGHT}
 DISTILL = {"distill@geometric", "distill@semantic", *POLICY}
 CACHE = {"cache_teacher@geometric", "cache_teacher@semantic", *DISTILL}
 GENERATE = {"generate", *CACHE}
@@ -51,6 +52,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("machine.cache_gb", 4.0, set()),
     ("machine.checkpoint_seconds", 10.0, set()),
     ("report.dpi", 90, CHECK | REPORT),
+    ("foresight.dpi", 90, FORESIGHT),
     ("evaluate.episodes", 7, CHECK | EVALUATE),
     ("train_policy.chunk", 9, CHECK | POLICY),
     ("train_policy.training.steps", 2999, CHECK | POLICY),
@@ -83,6 +85,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
 
 MODULES: list[tuple[str, set[str]]] = [
     ("stages/report.py", REPORT),
+    ("svam/report/gap.py", FORESIGHT),
     ("svam/simulation/scores.py", EVALUATE),
     ("svam/models/decoupler.py", DISTILL | POLICY),
     ("svam/models/perceiver.py", POLICY),

@@ -55,6 +55,7 @@ OVERRIDES: dict[str, Any] = {
         "offline_windows": 6,
         "offline_samples": 2,
     },
+    "foresight": {"clips": 2, "dpi": 50, "resamples": 1000},
     "report": {"clips": 2},
 }
 
