@@ -18,7 +18,9 @@ LAYERS: list[set[str]] = [
     {"svam.episodes"},
     {"svam.models"},
     {"svam.training"},
-    {"svam.simulation", "svam.report", "svam.benchmark"},
+    {"svam.simulation", "svam.benchmark"},
+    {"svam.comparison"},
+    {"svam.report"},
     {"stages"},
 ]
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
