@@ -20,7 +20,7 @@ def accounts(folder: Path, since: float = 0.0) -> Seconds:
     for file in sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime):
         if file.stat().st_mtime >= since:
             try:
-                found[file.stem] = float(read_json(file)["seconds"])
+                found[file.stem] = round(float(read_json(file)["seconds"]), 2)
             except (FileError, KeyError, TypeError, ValueError):
                 continue  # an account may be lost
     return found
@@ -51,7 +51,7 @@ class Clock:
 
     def overhead(self) -> float | None:
         """Seconds since the begin outside of stages; None after a kill."""
-        return None if self.resumed else max(0.0, time.time() - self.begin - sum(self.seconds().values()))
+        return None if self.resumed else round(max(0.0, time.time() - self.begin - sum(self.seconds().values())), 2)
 
     def end(self) -> None:
         """The run is recorded."""

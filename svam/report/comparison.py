@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from svam.comparison.plan import REFERENCE, VARIANTS
 from svam.comparison.records import Record
 from svam.comparison.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, holm, mcnemar, paired
 from svam.files import FileError, whole_file
-from svam.report.figures import plt, save
+from svam.report.figures import save
 from svam.report.tables import _grid
 from svam.simulation.scores import rate_of
 
@@ -130,8 +131,8 @@ def markdown(lines: Sequence[Line], latency: Latency, planned: int) -> str:
         "# Variants compared",
         f"{len(lines)} of {planned} planned runs are finished. Success at any step, on goals that no demonstration has, with "
         "95 % Wilson intervals. Differences are paired by goal; their 95 % intervals resample goals within tasks "
-        f"({RESAMPLES} times). p: McNemar's exact test, Holm-corrected for {len(compared)} comparisons; below {LEVEL} the one that "
-        "reached more goals is ahead.",
+        f"({RESAMPLES} times). p: McNemar's exact test, Holm-corrected for all comparisons here ({len(compared)}); below "
+        f"{LEVEL} the one that reached more goals is ahead. Intervals are not corrected.",
         _grid(header, success),
     ]
     means = [[label, str(size), ", ".join(map(str, seeds)), _points(m, i)] for label, size, seeds, m, i in over_seeds(lines)]
@@ -150,9 +151,11 @@ def cautions(lines: Sequence[Line]) -> list[str]:
         "policies on such goals, and so few seeds carry no claim about training in general."
     ]
     if pairs:
+        count = f"{min(pairs)} to {max(pairs)}" if min(pairs) < max(pairs) else str(pairs[0])
         text.append(
-            f'The comparisons rest on {min(pairs)} to {max(pairs)} pairs. "Not distinguishable" is not "equal": 100 pairs cannot '
-            "see a difference of 10 points, since chance alone makes one where only one of two reaches a quarter of the goals."
+            f'The comparisons rest on {count} pairs each. "Not distinguishable" is not "equal": 100 pairs '
+            "cannot see a difference of 10 points, since chance alone makes one where only one of two reaches a quarter of "
+            "the goals."
         )
     return text
 
@@ -212,13 +215,12 @@ def csv_rows(lines: Sequence[Line], latency: Latency) -> list[dict[str, Any]]:
     return rows
 
 
-def figure(lines: Sequence[Line]) -> Any:
+def figure(lines: Sequence[Line]) -> Figure:
     """Success of every run by data size, and paired differences to S-VAM, with their 95 % intervals."""
     variants = sorted({line.record.variant for line in lines}, key=RANK.__getitem__)
     sizes = sorted({line.record.size for line in lines})
-    drawn, (left, right) = plt.subplots(
-        1, 2, figsize=(13.0, max(4.0, 0.28 * len(lines) + 1.5)), layout="constrained", width_ratios=[1.0, 1.2]
-    )
+    drawn = Figure(figsize=(13.0, max(4.0, 0.28 * len(lines) + 1.5)), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=[1.0, 1.2])
     colours = {variant: f"C{number % 10}" for number, variant in enumerate(variants)}
     for number, variant in enumerate(variants):
         mine = [line for line in lines if line.record.variant == variant]
@@ -228,6 +230,7 @@ def figure(lines: Sequence[Line]) -> Any:
         places = [sizes.index(line.record.size) + shift + 0.02 * (k % 2) for k, line in enumerate(mine)]
         left.errorbar(places, rates, yerr=ends, color=colours[variant], label=VARIANTS[variant].label, **POINT)
     left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    left.set_xlim(-0.5, len(sizes) - 0.5)
     left.set_xlabel("demonstrations a task")
     left.set_ylabel("success at any step")
     left.set_ylim(-0.02, 1.02)
