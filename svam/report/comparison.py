@@ -16,14 +16,13 @@ from svam.comparison.records import Record
 from svam.comparison.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, holm, mcnemar, paired
 from svam.files import FileError, whole_file
 from svam.report.figures import save
+from svam.report.latencies import Latency
 from svam.report.tables import _grid
 from svam.simulation.scores import rate_of
 
 RANK = {variant: rank for rank, variant in enumerate(VARIANTS)}
 NOT_MEASURED = "not measured"
 DIFFERENCE = "difference to S-VAM, points"
-Latency = Mapping[str, float]
-"""Variant -> milliseconds from an observation to a chunk of actions."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def _seconds(values: Sequence[float | None]) -> str:
     return f"{float(np.median(known)):.0f}" if known else NOT_MEASURED
 
 
-def markdown(lines: Sequence[Line], latency: Latency, planned: int) -> str:
+def markdown(lines: Sequence[Line], latency: Mapping[str, Latency], planned: int) -> str:
     """The whole comparison as one Markdown page. `planned`: the runs that `params.yaml` asks for."""
     compared = [line for line in lines if line.pairs is not None]
     success = []
@@ -160,26 +159,27 @@ def cautions(lines: Sequence[Line]) -> list[str]:
     return text
 
 
-def _costs(lines: Sequence[Line], latency: Latency) -> str:
+def _costs(lines: Sequence[Line], latency: Mapping[str, Latency]) -> str:
     """Parameters, steps, seconds and latency of each variant; seconds are medians over its runs."""
     rows = []
     for variant in dict.fromkeys(line.record.variant for line in lines):
         mine = [line.record for line in lines if line.record.variant == variant]
-        first, milliseconds = mine[0], latency.get(variant)
-        ratio = f" ({milliseconds / latency[REFERENCE]:.2f})" if milliseconds is not None and REFERENCE in latency else ""
+        first, time = mine[0], latency.get(variant)
+        share = f" ({time.share:.2f})" if time is not None and time.share is not None else ""
         rows.append([
             VARIANTS[variant].label, " / ".join(f"{n:,}" for n in sorted({r.parameters for r in mine})),
             f"{first.budget.policy_steps} x {first.budget.batch}", _seconds([r.video for r in mine]),
             _seconds([r.distillation for r in mine]), _seconds([r.policy_training for r in mine]),
             _seconds([r.evaluation for r in mine]),
-            NOT_MEASURED if milliseconds is None else f"{milliseconds:.1f}{ratio}",
+            NOT_MEASURED if time is None else f"{time.milliseconds:.1f}{share}",
         ])  # fmt: skip
     header = ["variant", "parameters trained with the policy", "policy steps x batch", "video model, s", "distillation, s",
-              "policy, s", "evaluation, s", "latency, ms (of S-VAM's)"]  # fmt: skip
+              "policy, s", "evaluation, s", "latency, ms (share)"]  # fmt: skip
     machines = sorted({line.record.machine for line in lines})
     note = (
         f"Seconds are medians of a variant's runs ({'; '.join(machines)}), with whatever else the machine did; video and "
-        "distillation are shared by all runs that have them. Latency: one observation to one chunk of actions."
+        "distillation are shared by all runs that have them. Latency: one observation to one chunk of actions, all variants in "
+        "turn; in brackets the median share of S-VAM's in the same round."
     )
     return f"{_grid(header, rows)}\n\n{note}"
 
@@ -193,7 +193,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def csv_rows(lines: Sequence[Line], latency: Latency) -> list[dict[str, Any]]:
+def csv_rows(lines: Sequence[Line], latency: Mapping[str, Latency]) -> list[dict[str, Any]]:
     """One row of `COLUMNS` for each run; what was not compared or measured is empty."""
     rows = []
     for line in lines:
@@ -203,7 +203,7 @@ def csv_rows(lines: Sequence[Line], latency: Latency) -> list[dict[str, Any]]:
             "verdict": line.verdict, "parameters": r.parameters, "policy_steps": r.budget.policy_steps, "batch": r.budget.batch,
             "demonstrations": r.budget.demonstrations, "video_seconds": r.video, "distillation_seconds": r.distillation,
             "policy_seconds": r.policy_training, "evaluation_seconds": r.evaluation,
-            "latency_milliseconds": latency.get(r.variant), "policy": r.policy,
+            "latency_milliseconds": latency[r.variant].milliseconds if r.variant in latency else None, "policy": r.policy,
         }  # fmt: skip
         if p is not None:
             row |= {
@@ -249,7 +249,7 @@ def figure(lines: Sequence[Line]) -> Figure:
     return drawn
 
 
-def write(folder: Path, lines: Sequence[Line], latency: Latency, planned: int, dpi: int) -> str:
+def write(folder: Path, lines: Sequence[Line], latency: Mapping[str, Latency], planned: int, dpi: int) -> str:
     """Write table.md, table.csv and figure.png to `folder`; returns the Markdown."""
     text = markdown(lines, latency, planned)
     with whole_file(folder / "table.md") as file:
