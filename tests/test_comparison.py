@@ -25,7 +25,7 @@ from svam.comparison.plan import CORE, VARIANTS, overridden, plan_of, settings_o
 from svam.comparison.records import Budget, Episode, Record, Stage, machine, read_record, read_records, write_record
 from svam.files import FileError, write_json
 from svam.params import ParamsError
-from tests.project import run
+from tests.project import run as run_in
 from tests.stage_deps import ROOT
 
 PROJECT = Project.read(ROOT)
@@ -216,16 +216,19 @@ def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(ROOT)
     plan = Plan(tmp_path)
     runs = {run.name: run for run in plan.runs}
-    assert plan.estimate(runs["svam-10-seed1"]) is None
+    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) is None
     write_json(tmp_path / ".cache/times/train_policy.json", {"seconds": 600.0})
     write_json(tmp_path / ".cache/times/evaluate.json", {"seconds": 140.0})
     # The default evaluation has 4 x (25 + 10) episodes.
-    assert plan.estimate(runs["svam-10-seed1"]) == (600.0 + 200.0, "the last `dvc repro` here")
-    assert plan.estimate(runs["vpp-10-seed1"]) is None
+    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) == (600.0 + 200.0, "the last `dvc repro` here")
+    assert plan.estimate(runs["vpp-10-seed1"], read_records(tmp_path)) is None
     write_record(tmp_path, make_record("vpp"))
     write_record(tmp_path, make_record("diffusion_policy", machine="another computer"))
-    assert plan.estimate(runs["vpp-30-seed2"]) == (30.0 * 1000 + 40.0 * 50 + 5.0, "1 finished of this variant")
-    assert plan.estimate(runs["diffusion_policy-30-seed2"]) is None
+    assert plan.estimate(runs["vpp-30-seed2"], read_records(tmp_path)) == (
+        30.0 * 1000 + 40.0 * 50 + 5.0,
+        "1 finished of this variant",
+    )
+    assert plan.estimate(runs["diffusion_policy-30-seed2"], read_records(tmp_path)) is None
     printed = CliRunner().invoke(app, ["plan", "--records", str(tmp_path), "--only", "*-30-seed2"]).stdout
     assert "-n vpp-30-seed2" in printed and "# about 8 h 53 min (by 1 finished of this variant)" in printed
     assert "# 3 runs, 0 finished; the other 3: about 8 h 53 min and 2 whose variant was not measured here" in printed
@@ -251,10 +254,15 @@ def test_a_killed_run_counts_whole_stages_only(tmp_path: Path, monkeypatch: pyte
     account(tmp_path / "times", "evaluate", 7.0, now + 62)
     assert second.seconds() == {"distill@semantic": 20.0, "evaluate": 7.0}
     assert second.overhead() is None
-    second.end()
-    assert not Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key").resumed
-    # A note of changed work is no note of this run.
-    assert not Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "other key").resumed
+    # Killed once more, within the report; what the second attempt went on with is still not the whole.
+    monkeypatch.setattr(clock.time, "time", lambda: now + 70)
+    third = Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key")
+    account(tmp_path / "times", "report", 3.0, now + 75)
+    assert third.seconds() == {"distill@semantic": 20.0, "evaluate": 7.0}
+    # A note of changed work, or of a run that was recorded, is none of this run.
+    assert Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "other key").begins == [now + 70]
+    third.end()
+    assert Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key").begins == [now + 70]
 
 
 def test_an_uninterrupted_run_knows_the_time_outside_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,15 +296,6 @@ def test_seconds_are_of_the_same_work(tmp_path: Path) -> None:
 
 
 def test_the_makefile_has_both_halves() -> None:
-    printed = run(
-        ROOT,
-        "make",
-        "--dry-run",
-        "--assume-old",
-        ".venv/.installed",
-        "--assume-old",
-        ".venv/.renders",
-        "compare",
-        "COMPARE_ARGS=--limit 1",
-    )
+    up_to_date = ("--assume-old", ".venv/.installed", "--assume-old", ".venv/.renders")
+    printed = run_in(ROOT, "make", "--dry-run", *up_to_date, "compare", "COMPARE_ARGS=--limit 1")
     assert printed.splitlines()[-2:] == ["python -m svam.comparison run --limit 1", "python -m svam.report compare"]

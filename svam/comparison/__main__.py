@@ -47,9 +47,10 @@ def run(
 def _print(asked: Plan, only: list[str]) -> None:
     """The plan, a run a line, and what it will take."""
     from svam.comparison.clock import accounts
+    from svam.comparison.records import read_records
 
-    state = asked.state(only)
-    guesses = {run.name: asked.estimate(run) for run, _, record in state if record is None}
+    state, finished = asked.state(only), read_records(asked.folder)
+    guesses = {run.name: asked.estimate(run, finished) for run, _, record in state if record is None}
     known = [guess[0] for guess in guesses.values() if guess is not None]
     for run, _, record in state:
         guess = guesses.get(run.name)

@@ -29,29 +29,27 @@ def accounts(folder: Path, since: float = 0.0) -> Seconds:
 class Clock:
     """Which stages ran in one run of the loop, and for how long, over several attempts if it was killed.
 
-    A note of the run's begin stays in `folder` until the run is recorded. Of the attempt after a kill, the first stage to
-    end may have gone on from the middle: its seconds are not the whole, and do not count.
+    A note of when attempts began stays in `folder` until the run is recorded. The first stage that ends in an attempt after a
+    kill may have gone on from the middle: its seconds are not the whole, and do not count.
     """
 
     def __init__(self, folder: Path, times: Path, name: str, key: str) -> None:
         """`times`: where stages write their accounts."""
         self.note, self.times = folder / f"{name}.json", times
-        self.begin = time.time()
         earlier = read_json(self.note) if self.note.is_file() else {}
-        self.resumed = earlier.get("key") == key
-        self.first = float(earlier["begin"]) if self.resumed else self.begin
-        if not self.resumed:
-            write_json(self.note, {"key": key, "begin": self.begin})
+        self.begins: list[float] = [*(earlier["begins"] if earlier.get("key") == key else []), time.time()]
+        write_json(self.note, {"key": key, "begins": self.begins})
 
     def seconds(self) -> Seconds:
         """Stage -> seconds, of the stages that this run ran as a whole."""
-        found = accounts(self.times, self.first)
-        partial = next(iter(accounts(self.times, self.begin)), None) if self.resumed else None
-        return {stage: seconds for stage, seconds in found.items() if stage != partial}
+        partial = {next(iter(accounts(self.times, begin)), None) for begin in self.begins[1:]}
+        return {stage: seconds for stage, seconds in accounts(self.times, self.begins[0]).items() if stage not in partial}
 
     def overhead(self) -> float | None:
         """Seconds since the begin outside of stages; None after a kill."""
-        return None if self.resumed else round(max(0.0, time.time() - self.begin - sum(self.seconds().values())), 2)
+        if len(self.begins) > 1:
+            return None
+        return round(max(0.0, time.time() - self.begins[0] - sum(self.seconds().values())), 2)
 
     def end(self) -> None:
         """The run is recorded."""

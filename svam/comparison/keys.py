@@ -93,10 +93,9 @@ def stages_of(pipeline: Mapping[str, Any], values: Mapping[str, Any]) -> dict[st
         for choice in product(*matrix.values()):
             item = dict(zip(matrix, choice, strict=True))
             outs = [out if isinstance(out, str) else next(iter(out)) for out in stage["outs"]]
-            stages["@".join([name, *("-".join(map(str, choice)),) * bool(matrix)])] = Stage(
-                filled(stage["cmd"], item),
-                *(tuple(filled(text, item) for text in texts) for texts in (stage["deps"], outs, stage.get("params", []))),
-            )
+            suffix = "@" + "-".join(map(str, choice)) if matrix else ""
+            texts = (stage["deps"], outs, stage.get("params", []))
+            stages[name + suffix] = Stage(filled(stage["cmd"], item), *(tuple(filled(t, item) for t in part) for part in texts))
     return stages
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -77,16 +76,16 @@ class Plan:
             found.append(Planned(run, key, record if record is not None and record.key == key else None))
         return found
 
-    def estimate(self, run: Run) -> tuple[float, str] | None:
+    def estimate(self, run: Run, records: Sequence[Record]) -> tuple[float, str] | None:
         """Seconds that a run will take here from its policy on, and what says so; None where nothing was measured.
 
-        Finished runs of the variant on this machine, scaled to its steps and episodes; for S-VAM without one, the last
-        `dvc repro` here, which trained it with the params as they are.
+        Finished runs of the variant on this machine, scaled to its steps and episodes; for S-VAM, as long as no run is finished
+        here, the last `dvc repro`, which trained it with the params as they are.
         """
-        section, base = self.settings(run), settings_of(self.raw)
-        steps = section.train_policy.training.steps
-        episodes = len(section.evaluate.tasks) * section.evaluate.episodes
-        here = [record for record in read_records(self.folder) if record.machine == machine()]
+        settings, base = self.settings(run), settings_of(self.raw)
+        steps = settings.train_policy.training.steps
+        episodes = len(settings.evaluate.tasks) * settings.evaluate.episodes
+        here = [record for record in records if record.machine == machine()]
         guesses = [
             record.policy_training * steps / record.budget.policy_steps
             + record.evaluation * episodes / len(record.episodes)
@@ -124,13 +123,12 @@ def run_all(plan: Plan, only: Sequence[str] = (), limit: int | None = None, minu
             console.rule(f"{number + 1} of {len(left)}: {run.name}")
             console.print(run.line, highlight=False, soft_wrap=True, markup=False)
             clock = Clock(scratch, scratch_folder("times"), run.name, key)
-            experiments.forget(run.name)
             try:
-                status = subprocess.run(run.command, check=False).returncode
+                succeeded = experiments.run(run.name, run.command)
             except KeyboardInterrupt as stop:
                 stop.add_note(f"interrupted in {run.name}; the same command goes on with it")
                 raise
-            if status:
+            if not succeeded:
                 raise MachineError(f"`{run.line}` failed, see above; the same command goes on with it")
             record = harvest(plan, run, key, clock)
             file = write_record(plan.folder, record)
