@@ -1,7 +1,8 @@
 # `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests.
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
-#   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest
+#   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest; COMPARE_ARGS
+#                         for the loop of `make compare`, e.g. --limit 3 (first: python -m svam.comparison plan)
 
 SHELL := /bin/bash
 VENV := .venv
@@ -11,14 +12,15 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12; do \
 PIP_ARGS ?=
 DVC_ARGS ?=
 PYTEST_ARGS ?=
+COMPARE_ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONHOME
 
-.PHONY: help setup repro test lint lock table clean
+.PHONY: help setup repro test lint lock table compare clean
 help:
-	@sed -n '1,4s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test lint lock table clean"
+	@sed -n '1,5s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test lint lock table compare clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 
@@ -42,6 +44,11 @@ lock: $(VENV)/.installed
 table: $(VENV)/.installed
 	@COLUMNS=$${COLUMNS:-240} dvc exp show --no-pager --only-changed --drop '^(data|svam|stages)/.*|Created' \
 		--keep '^(?!(seed|threads|rev|typ|parent)$$)[a-z_]+$$'
+
+# Variants at equal budget: experiments that are not finished yet, then the paired table.
+compare: setup
+	python -m svam.comparison run $(COMPARE_ARGS)
+	python -m svam.report compare
 
 # The environment only; DVC's outputs and cache stay.
 clean:

@@ -19,7 +19,8 @@ LAYERS: list[set[str]] = [
     {"svam.models"},
     {"svam.training"},
     {"svam.simulation"},
-    {"svam.report", "svam.benchmark"},
+    {"svam.comparison", "svam.benchmark"},
+    {"svam.report"},
     {"stages"},
 ]
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]

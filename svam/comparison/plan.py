@@ -1,0 +1,150 @@
+"""Which runs `params.yaml`'s section `compare` asks for, and the `dvc exp run` line of each.
+
+Every published variant is a set of `-S` arguments, the same as in the README. Variants without decouplers also empty
+`distill.branches`: stages that are run all the same (video, generation) come from DVC's run cache, nothing is distilled a
+second time, and a later change of the distillation leaves those variants' policies, and so their finished runs, as they are.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from svam.params import Compare, Params, ParamsError, describe, load_params
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published variant: what tables call it, and the `-S` arguments that make it of the defaults."""
+
+    label: str
+    arguments: tuple[str, ...] = ()
+
+
+VARIANTS: Mapping[str, Variant] = {
+    "svam": Variant("S-VAM"),
+    "vpp": Variant("VPP", ("train_policy.context=[one_step]", "distill.branches=[]")),
+    "diffusion_policy": Variant("Diffusion Policy", ("train_policy.context=[observation]", "distill.branches=[]")),
+    "no_geometric": Variant("w/o geometric", ("train_policy.context=[semantic,one_step]", "distill.branches=[semantic]")),
+    "no_semantic": Variant("w/o semantic", ("train_policy.context=[geometric,one_step]", "distill.branches=[geometric]")),
+    "no_self_distillation": Variant("w/o self-distillation", ("distill.target=ground_truth",)),
+    "no_perceiver": Variant("w/o Uni-Perceiver", ("train_policy.aggregator=mean_pool",)),
+    "no_one_step": Variant("w/o original feature", ("train_policy.context=[geometric,semantic]",)),
+    "multi_step": Variant("multi-step (upper bound)", ("train_policy.context=[generated]", "distill.branches=[]")),
+    "goal_frame": Variant("SuSIE-like (goal picture)", ("train_policy.context=[goal_frame]", "distill.branches=[]")),
+}
+"""Name -> variant, in the order of tables. The first is what all others are compared with."""
+REFERENCE = "svam"
+CORE = (REFERENCE, "vpp", "diffusion_policy")
+"""The variants that run at every seed and size."""
+REFERENCE_PARAMS = {
+    "train_policy.context": ["geometric", "semantic", "one_step"], "train_policy.aggregator": "uni_perceiver",
+    "distill.branches": ["geometric", "semantic"], "distill.target": "generated",
+}  # fmt: skip
+"""What makes the defaults S-VAM."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. arguments: of `-S`."""
+
+    variant: str
+    size: int
+    seed: int
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the experiment and of its record."""
+        return f"{self.variant}-{self.size}-seed{self.seed}"
+
+    @property
+    def command(self) -> list[str]:
+        """The experiment's `dvc` command; `--temp` leaves the workspace as it is."""
+        return ["dvc", "exp", "run", "--temp", "-n", self.name, *(part for a in self.arguments for part in ("-S", a))]
+
+    @property
+    def line(self) -> str:
+        """The same, to be copied into a shell."""
+        return shlex.join(self.command)
+
+
+def planned(params: Compare, steps: int) -> list[Run]:
+    """All runs: the core by seed and size, then the ablations. `steps`: of every policy."""
+
+    def run(variant: str, size: int, seed: int, episodes: int) -> Run:
+        arguments = (
+            *params.arguments, *VARIANTS[variant].arguments,
+            f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}", f"train_policy.training.steps={steps}",
+            # Only what is compared: no offline errors, other sentences or films.
+            "evaluate.protocols=[metaworld]", f"evaluate.tasks=[{','.join(params.tasks)}]", f"evaluate.episodes={episodes}",
+            "evaluate.held_out_instruction_episodes=0", "evaluate.videos=0",
+        )  # fmt: skip
+        return Run(variant, size, seed, arguments)
+
+    core = [run(v, n, s, params.episodes) for s in params.seeds for n in params.episodes_per_task for v in CORE]
+    size, seed, episodes = params.ablation_size, params.ablation_seed, params.ablation_episodes
+    return core + [run(v, size, seed, episodes) for v in params.ablations]
+
+
+def plan_of(file: Path) -> tuple[list[Run], dict[str, Any]]:
+    """The runs that a params file asks for, each checked as DVC would meet it, and the file's values.
+
+    Raises:
+        ParamsError: the file or an argument is wrong, or the file's defaults are not S-VAM.
+    """
+    params = load_params(file)
+    raw: dict[str, Any] = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
+    base = settings_of(raw, params.compare.arguments).model_dump(mode="json")
+    for key, expected in REFERENCE_PARAMS.items():
+        section, _, name = key.partition(".")
+        found = base[section][name]
+        if found != expected:
+            raise ParamsError(f"{file}: {key} is {found!r}; the comparison needs S-VAM as the default, which has {expected!r}")
+    steps = params.compare.steps or int(base["train_policy"]["training"]["steps"])
+    runs = planned(params.compare, steps)
+    for run in runs:
+        settings_of(raw, run.arguments)
+    return runs, raw
+
+
+def overridden(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+    """The values of a params file with `-S` arguments applied.
+
+    Raises:
+        ParamsError: an argument is not `key=value`, or names a key that the file does not have.
+    """
+    values: dict[str, Any] = deepcopy(dict(raw))
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        *path, last = key.split(".")
+        section: Any = values
+        for part in path:
+            section = section.get(part) if isinstance(section, dict) else None
+        if not equals or not isinstance(section, dict) or last not in section:
+            raise ParamsError(f"params.yaml: compare: argument {argument!r}, expected key=value with a key of this file")
+        try:
+            section[last] = YAML(typ="safe", pure=True).load(text)
+        except YAMLError:
+            raise ParamsError(f"params.yaml: compare: argument {argument!r} has no readable value") from None
+    return values
+
+
+def settings_of(raw: Mapping[str, Any], arguments: Sequence[str] = ()) -> Params:
+    """The checked params of an experiment with these `-S` arguments.
+
+    Raises:
+        ParamsError: as `overridden`, or a value that is not accepted.
+    """
+    try:
+        return Params.model_validate(overridden(raw, arguments))
+    except ValidationError as error:
+        raise ParamsError(f"{describe(error, Path('params.yaml'))} (with compare's arguments {' '.join(arguments)})") from None

@@ -1,0 +1,55 @@
+"""`python -m svam.report`: tables and figures of more than one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.machine import console, one_line_errors
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
+Folder = Annotated[Path, typer.Option(help="Records of finished runs; table.md, table.csv and figure.png join them.")]
+
+
+@app.callback()
+def commands() -> None:
+    """Tables and figures of more than one run."""
+
+
+@app.command()
+@one_line_errors
+def compare(
+    folder: Folder = Path("data/compare"),
+    latency: Annotated[bool, typer.Option(help="Measure latencies, of those policies that are here.")] = True,
+) -> None:
+    """Print and write the paired table of all finished runs of `python -m svam.comparison run`."""
+    from svam.comparison.loop import Plan
+    from svam.comparison.records import read_records
+    from svam.files import FileError
+    from svam.params import load_params
+
+    settings, plan = load_params(), Plan(folder)
+    records = read_records(folder)
+    if not records:
+        raise FileError(f"{folder}: no finished run; `make compare` runs them")
+    other = [record.name for record in records if plan.keys.get(record.name) != record.key]
+    if other:
+        text = f"of other params or code than are here, or not in the plan: {', '.join(other)}"
+        console.print(text, style="yellow", highlight=False, soft_wrap=True)
+
+    from svam.machine import prepare_torch
+    from svam.report.comparison import lines_of, write
+    from svam.report.latencies import kept_in, measured, representatives
+
+    lines, file = lines_of(records), folder / "latency.json"
+    if latency:
+        milliseconds = measured(records, file, prepare_torch(settings.machine.device, settings.threads, settings.seed))
+    else:
+        milliseconds = kept_in(file, representatives(records))
+    typer.echo(write(folder, lines, milliseconds, len(plan.runs), settings.report.dpi))
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m svam.report")

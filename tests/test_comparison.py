@@ -1,0 +1,301 @@
+"""The comparison before its statistics: the plan, keys, records, what stages cost, and what counts as finished."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import time
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from svam.comparison import clock
+from svam.comparison.__main__ import app
+from svam.comparison.clock import Clock, accounts, total
+from svam.comparison.keys import Project, key_of, stages_of, upstream
+from svam.comparison.loop import Plan
+from svam.comparison.plan import CORE, VARIANTS, overridden, plan_of, settings_of
+from svam.comparison.records import Budget, Episode, Record, Stage, machine, read_record, read_records, write_record
+from svam.files import FileError, write_json
+from svam.params import ParamsError
+from tests.project import run as run_in
+from tests.stage_deps import ROOT
+
+PROJECT = Project.read(ROOT)
+RAW: dict[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+BUDGET = Budget(
+    policy_steps=4, batch=2, learning_rate=0.1, episodes_per_task=5, demonstrations=20, data="d.dir", max_steps=500, execute=8
+)
+
+
+def make_record(variant: str = "svam", size: int = 5, seed: int = 1, wins: str = "1010", **changes: Any) -> Record:
+    """A finished run whose episodes of one task succeeded as `wins` says."""
+    episodes = [Episode(task="reach", index=i, seed=100 + i, success=c == "1", steps=9) for i, c in enumerate(wins)]
+    values: dict[str, Any] = {
+        "name": f"{variant}-{size}-seed{seed}", "variant": variant, "size": size, "seed": seed, "arguments": [], "key": "k",
+        "revision": "r", "machine": machine(), "parameters": 7, "policy": "p.dir",
+        "budget": BUDGET.model_copy(update={"episodes_per_task": size}), "video": 1.0, "distillation": 2.0,
+        "policy_training": 30.0, "evaluation": 40.0, "overhead": 5.0, "stages": {}, "episodes": episodes,
+    }  # fmt: skip
+    return Record(**(values | changes))
+
+
+def write_params(folder: Path, **compare: Any) -> Path:
+    """The project's params with changes to `compare`."""
+    YAML(typ="safe", pure=True).dump(RAW | {"compare": RAW["compare"] | compare}, folder / "params.yaml")
+    return folder / "params.yaml"
+
+
+def readme_variants() -> dict[str, tuple[str, ...]]:
+    """Label -> `-S` arguments, as the README's table of variants states them."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| variant | `-S` arguments of `dvc exp run` |")
+    rows = [line.strip("| ").split(" | ") for line in lines[start + 2 :][: lines[start:].index("") - 2]]
+    return {label: tuple(part for text in re.findall("`(.*)`", cell) for part in text.split()) for label, cell in rows}
+
+
+def test_variants_are_those_of_the_readme() -> None:
+    stated = list(readme_variants().values())
+    assert len(VARIANTS) == 10
+    for variant in VARIANTS.values():
+        assert variant.arguments in stated, variant.label
+
+
+def test_the_plan(tmp_path: Path) -> None:
+    compare = {
+        "seeds": [3, 4], "episodes_per_task": [2, 6], "ablations": ["multi_step"], "ablation_size": 6, "ablation_seed": 4,
+        "tasks": ["reach"], "episodes": 9, "ablation_episodes": 8, "steps": 123,
+    }  # fmt: skip
+    runs, raw = plan_of(write_params(tmp_path, **compare))
+    expected = [f"{variant}-{size}-seed{seed}" for seed in (3, 4) for size in (2, 6) for variant in CORE]
+    assert [run.name for run in runs] == [*expected, "multi_step-6-seed4"]
+    for run in runs:
+        assert run.line.startswith(f"dvc exp run --temp -n {run.name} -S ")
+        assert shlex.split(run.line) == run.command
+        settings = settings_of(raw, run.arguments)
+        assert (settings.train_policy.seed, settings.train_policy.episodes_per_task) == (run.seed, run.size)
+        assert settings.train_policy.training.steps == 123
+        assert settings.evaluate.tasks == ["reach"]
+        assert settings.evaluate.episodes == (8 if run.variant == "multi_step" else 9)
+    assert settings_of(raw, runs[1].arguments).train_policy.context == ["one_step"]
+
+
+def test_equal_steps_by_default(tmp_path: Path) -> None:
+    runs, raw = plan_of(ROOT / "params.yaml")
+    assert len({run.name for run in runs}) == len(runs) == 25
+    assert {settings_of(raw, r.arguments).train_policy.training.steps for r in runs} == {
+        RAW["train_policy"]["training"]["steps"]
+    }
+    core = [settings_of(raw, run.arguments).evaluate for run in runs if run.variant in CORE]
+    assert {len(section.tasks) * section.episodes for section in core} == {200}
+
+
+@pytest.mark.parametrize(
+    ("compare", "sentence"),
+    [
+        ({"ablation_size": 7}, "ablations are compared with S-VAM at ablation_size .7."),
+        ({"ablation_episodes": 51}, "ablation_episodes .51. must not exceed episodes .50."),
+        ({"seeds": [1, 1]}, "seeds names one thing twice"),
+        ({"arguments": ["train_policy.contxt=[one_step]"]}, "'train_policy.contxt=.one_step.', expected key=value"),
+        ({"arguments": ["evaluate.batch=many"]}, "evaluate.batch is 'many'"),
+        ({"arguments": ["distill.target=ground_truth"]}, "distill.target is 'ground_truth'; the comparison needs S-VAM"),
+    ],
+)
+def test_a_wrong_plan_is_one_sentence(tmp_path: Path, compare: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ParamsError, match=sentence):
+        plan_of(write_params(tmp_path, **compare))
+
+
+def test_stages_are_read_as_dvc_reads_them() -> None:
+    with chdir(ROOT), Repo() as repo:
+        theirs = {
+            stage.addressing: (
+                {dep.def_path for dep in stage.deps if dep.def_path != "params.yaml"},
+                {o.def_path for o in stage.outs},
+            )
+            for stage in repo.index.stages
+        }
+    ours = {name: (set(s.deps), set(s.outs)) for name, s in stages_of(PROJECT.pipeline, RAW).items()}
+    assert ours == theirs
+
+
+def test_what_a_policy_without_decouplers_rests_on() -> None:
+    every = upstream(stages_of(PROJECT.pipeline, RAW))
+    assert {"collect@reach", "generate", "distill@geometric", "cache_teacher@semantic", "evaluate"} <= set(every)
+    assert not {"report", "check_params"} & set(every)
+    without = upstream(stages_of(PROJECT.pipeline, overridden(RAW, VARIANTS["vpp"].arguments)))
+    assert set(every) - set(without) == {
+        f"{s}@{b}" for s in ("cache_teacher", "distill") for b in ("geometric", "semantic")
+    } | {"generate"}
+
+
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (["distill.width=64"], {"svam"}),
+        (["train_policy.chunk=9"], {"svam", "vpp"}),
+        (["evaluate.max_steps=400"], {"svam", "vpp"}),
+        (["collect.tail=4"], {"svam", "vpp"}),
+        (["report.dpi=90", "machine.workers=1", "compare.episodes=51"], set()),
+    ],
+)
+def test_keys_follow_the_params_that_matter(change: list[str], changed: set[str]) -> None:
+    found = set()
+    for variant in ("svam", "vpp"):
+        before, after = (overridden(raw, VARIANTS[variant].arguments) for raw in (RAW, overridden(RAW, change)))
+        if key_of(PROJECT, before) != key_of(PROJECT, after):
+            found.add(variant)
+    assert found == changed
+
+
+@pytest.mark.parametrize(
+    ("module", "changed"),
+    [
+        ("svam/training/distillation.py", {"svam"}),
+        ("svam/models/policy.py", {"svam", "vpp"}),
+        ("svam/report/tables.py", set()),
+        ("svam/comparison/loop.py", set()),
+    ],
+)
+def test_keys_follow_the_code_that_matters(tmp_path: Path, module: str, changed: set[str]) -> None:
+    for folder in ("svam", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    before = Project.read(tmp_path)
+    with (tmp_path / module).open("a", encoding="utf-8") as file:
+        file.write("# edited\n")
+    after = Project.read(tmp_path)
+    values = {variant: overridden(RAW, VARIANTS[variant].arguments) for variant in ("svam", "vpp")}
+    assert {variant for variant, v in values.items() if key_of(before, v) != key_of(after, v)} == changed
+
+
+def test_data_from_outside_counts_by_its_hash_in_the_lock_file() -> None:
+    values = overridden(RAW, ["collect.tasks=[]", "collect.episodes_of={}", "convert.depends_on=elsewhere"])
+    keys = []
+    for md5 in ("one", "other"):
+        locked = {"convert": {"deps": [{"path": "elsewhere", "md5": md5}]}}
+        keys.append(key_of(Project(PROJECT.pipeline, locked, PROJECT.code), values))
+    assert keys[0] != keys[1]
+
+
+def test_a_record_comes_back(tmp_path: Path) -> None:
+    record = make_record(wins="110", stages={"evaluate": Stage(work="w", seconds=None)})
+    file = write_record(tmp_path, record)
+    write_json(tmp_path / "latency.json", {})
+    assert file.name == "svam-5-seed1.json"
+    assert read_records(tmp_path) == [record]
+    assert sum('"task"' in line for line in file.read_text(encoding="utf-8").splitlines()) == 3
+    file.write_text(file.read_text(encoding="utf-8").replace('"revision"', '"version"'), encoding="utf-8")
+    with pytest.raises(FileError, match="svam-5-seed1.json: not the record of a run: revision"):
+        read_record(file)
+
+
+def test_finished_is_what_has_a_record_of_the_same_key(tmp_path: Path) -> None:
+    with chdir(ROOT):
+        plan = Plan(tmp_path)
+        assert all(planned.record is None for planned in plan.state())
+        write_record(tmp_path, make_record("vpp", key=plan.keys["vpp-5-seed1"]))
+        write_record(tmp_path, make_record("svam", key="of other params"))
+        assert {run.name for run, _, record in plan.state() if record is not None} == {"vpp-5-seed1"}
+        assert {run.name for run, *_ in plan.state(["vpp-*"])} == {f"vpp-{n}-seed{s}" for n in (5, 10, 30) for s in (1, 2)}
+        assert {run.name for run, *_ in plan.state(["vpp-*"])} == {run.name for run, *_ in plan.state(["vpp"])}
+        with pytest.raises(FileError, match="--only vppp: no run of the plan"):
+            plan.state(["vppp"])
+
+
+def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run of 4 steps and 4 episodes; the planned ones have 4000 steps and 200 episodes."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(ROOT)
+    plan = Plan(tmp_path)
+    runs = {run.name: run for run in plan.runs}
+    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) is None
+    write_json(tmp_path / ".cache/times/train_policy.json", {"seconds": 600.0})
+    write_json(tmp_path / ".cache/times/evaluate.json", {"seconds": 140.0})
+    # The default evaluation has 4 x (25 + 10) episodes.
+    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) == (600.0 + 200.0, "the last `dvc repro` here")
+    assert plan.estimate(runs["vpp-10-seed1"], read_records(tmp_path)) is None
+    write_record(tmp_path, make_record("vpp"))
+    write_record(tmp_path, make_record("diffusion_policy", machine="another computer"))
+    assert plan.estimate(runs["vpp-30-seed2"], read_records(tmp_path)) == (
+        30.0 * 1000 + 40.0 * 50 + 5.0,
+        "1 finished of this variant",
+    )
+    assert plan.estimate(runs["diffusion_policy-30-seed2"], read_records(tmp_path)) is None
+    printed = CliRunner().invoke(app, ["plan", "--records", str(tmp_path), "--only", "*-30-seed2"]).stdout
+    assert "-n vpp-30-seed2" in printed and "# about 8 h 53 min (by 1 finished of this variant)" in printed
+    assert "# 3 runs, 0 finished; the other 3: about 8 h 53 min and 2 whose variant was not measured here" in printed
+
+
+def account(folder: Path, stage: str, seconds: float, ended: float) -> None:
+    """What a stage leaves in `.cache/times` when it ends."""
+    write_json(folder / f"{stage}.json", {"seconds": seconds})
+    os.utime(folder / f"{stage}.json", (ended, ended))
+
+
+def test_a_killed_run_counts_whole_stages_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    account(tmp_path / "times", "train_policy", 1.0, now - 1000)  # of another run
+    account(tmp_path / "times", "report", 1.0, now - 1000)
+    monkeypatch.setattr(clock.time, "time", lambda: now)
+    first = Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key")
+    assert first.seconds() == {}
+    account(tmp_path / "times", "distill@semantic", 20.0, now + 20)  # then killed within train_policy
+    monkeypatch.setattr(clock.time, "time", lambda: now + 50)
+    second = Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key")
+    account(tmp_path / "times", "train_policy", 5.0, now + 55)
+    account(tmp_path / "times", "evaluate", 7.0, now + 62)
+    assert second.seconds() == {"distill@semantic": 20.0, "evaluate": 7.0}
+    assert second.overhead() is None
+    # Killed once more, within the report; what the second attempt went on with is still not the whole.
+    monkeypatch.setattr(clock.time, "time", lambda: now + 70)
+    third = Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key")
+    account(tmp_path / "times", "report", 3.0, now + 75)
+    assert third.seconds() == {"distill@semantic": 20.0, "evaluate": 7.0}
+    # A note of changed work, or of a run that was recorded, is none of this run.
+    assert Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "other key").begins == [now + 70]
+    third.end()
+    assert Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key").begins == [now + 70]
+
+
+def test_an_uninterrupted_run_knows_the_time_outside_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.time()
+    monkeypatch.setattr(clock.time, "time", lambda: now)
+    running = Clock(tmp_path / "notes", tmp_path / "times", "svam-5-seed1", "key")
+    account(tmp_path / "times", "evaluate", 7.0, now + 8)
+    (tmp_path / "times/generate.json").write_text("{")
+    monkeypatch.setattr(clock.time, "time", lambda: now + 10)
+    assert running.seconds() == {"evaluate": 7.0}
+    assert running.overhead() == 3.0
+
+
+def test_seconds_are_of_the_same_work(tmp_path: Path) -> None:
+    """Own measurement; another record's of the same work; the workspace's last account, unless it is another run's."""
+    entries = {name: {"cmd": name, "deps": [], "params": {}} for name in ("video", "distill", "policy")}
+    changed = entries | {"distill": {"cmd": "distill", "deps": [], "params": {"width": 1}}}
+    account(tmp_path, "video", 10.0, 1.0)
+    account(tmp_path, "distill", 20.0, 1.0)
+    first = clock.stages_of(entries, {"policy": 5.0}, [], entries, tmp_path)
+    assert {name: stage.seconds for name, stage in first.items()} == {"video": 10.0, "distill": 20.0, "policy": 5.0}
+    account(tmp_path, "distill", 33.0, 2.0)
+    record = make_record(stages=first)
+    second = clock.stages_of(changed, {"distill": 33.0}, [record], entries, tmp_path)
+    assert {name: stage.seconds for name, stage in second.items()} == {"video": 10.0, "distill": 33.0, "policy": 5.0}
+    assert second["video"].work == first["video"].work and second["distill"].work != first["distill"].work
+    third = clock.stages_of(entries, {}, [make_record(stages=second)], entries, tmp_path)
+    assert third["distill"].seconds is None
+    assert total(second, ["video", "distill"]) == 43.0 and total(third, ["video", "distill"]) is None
+    assert list(accounts(tmp_path)) == ["video", "distill"]
+
+
+def test_the_makefile_has_both_halves() -> None:
+    up_to_date = ("--assume-old", ".venv/.installed", "--assume-old", ".venv/.renders")
+    printed = run_in(ROOT, "make", "--dry-run", *up_to_date, "compare", "COMPARE_ARGS=--limit 1")
+    assert printed.splitlines()[-2:] == ["python -m svam.comparison run --limit 1", "python -m svam.report compare"]
