@@ -16,9 +16,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONHOME
 
-.PHONY: help setup repro test lint lock table clean
+.PHONY: help setup repro test test-all lint lock table clean
 help:
-	@sed -n '1,4s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test lint lock table clean"
+	@sed -n '1,4s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test test-all lint lock table clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 
@@ -27,6 +27,10 @@ repro: setup
 	dvc repro $(DVC_ARGS)
 
 test: setup
+	python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# Also the tests marked `slow`.
+test-all: setup
 	python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
