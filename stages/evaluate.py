@@ -43,14 +43,15 @@ def main(
     device = prepare_torch(everything.machine.device, everything.threads, seed)
     svam = SVAM.load(model, device)
     metrics: dict[str, Any] = {"protocols": list(section.protocols)}
-    with unfinished("evaluate", everything, ["evaluate"], [model, episodes], device) as resume, whole_directory(out) as folder:
-        if "offline" in section.protocols:
-            metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)
-        if "metaworld" in section.protocols:
-            workers = everything.machine.workers
-            metrics["metaworld"] = write_closed_loop(folder, store, svam, section, film_rollout, seed, workers, resume)
-        write_json(folder / "metrics.json", metrics)
-    times = measure_latencies(svam, section.batch)
+    with unfinished("evaluate", everything, ["evaluate"], [model, episodes], device) as resume:
+        with whole_directory(out) as folder:
+            if "offline" in section.protocols:
+                metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)
+            if "metaworld" in section.protocols:
+                workers = everything.machine.workers
+                metrics["metaworld"] = write_closed_loop(folder, store, svam, section, film_rollout, seed, workers, resume)
+            write_json(folder / "metrics.json", metrics)
+        times = measure_latencies(svam, section.batch)
     if latency is not None:
         write_json(latency, {"device": str(device), "threads": everything.threads, "milliseconds": times})
 

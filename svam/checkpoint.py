@@ -15,8 +15,15 @@ from svam.files import FileError, read_json, write_json
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors, contiguous, on the CPU and without metadata, so that equal values are equal bytes."""
-    save_file({name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}, str(file))
+    """Write named tensors, contiguous, on the CPU and without metadata, so that equal values are equal bytes.
+
+    Raises:
+        FileError: the file system refuses.
+    """
+    try:
+        save_file({name: t.detach().cpu().contiguous().clone() for name, t in sorted(tensors.items())}, str(file))
+    except SafetensorError as error:
+        raise FileError(f"{file}: not written: {error}") from None
 
 
 def load_tensors(file: Path) -> dict[str, Tensor]:

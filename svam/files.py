@@ -40,15 +40,31 @@ def _runs(pid: int) -> bool:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk says so without a name (and numpy only counts bytes): say what was being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise FileError(f"{path}: not written: {error.strerror or error}") from error
+
+
+@contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
-    """Yield a fresh temporary directory; when the block ends without an error it takes the place of `path`."""
+    """Yield a fresh temporary directory; when the block ends without an error it takes the place of `path`.
+
+    Raises:
+        FileError: the file system refuses.
+    """
     path = Path(path)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
     replaced = path.parent / f".{path.name}.replaced.partial-{os.getpid()}"
     clear_leftovers(path)
     temporary.mkdir(parents=True)
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         if path.exists():  # a directory cannot be replaced in one step: step aside, so that a whole one is always on disk
             path.rename(replaced)
         try:
@@ -64,12 +80,17 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary file name with the same suffix; when the block ends without an error it becomes `path`."""
+    """Yield a temporary file name with the same suffix; when the block ends without an error it becomes `path`.
+
+    Raises:
+        FileError: the file system refuses.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        yield temporary
+        with _named(path):
+            yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -166,7 +166,9 @@ def _print_account(seconds: float) -> None:
     own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     shares = [f"{what} {spent / seconds:.0%}" for what, spent in _spent.items() if spent >= 0.005 * seconds]
     memory = f"peak memory {own:.2f} GiB" + (f", of the largest child process {child:.2f} GiB" if child > 0.1 else "")
-    console.print("; ".join([f"{seconds:.0f} s", *([", ".join(shares)] if shares else []), memory]), highlight=False)
+    console.print(
+        "; ".join([f"{seconds:.0f} s", *([", ".join(shares)] if shares else []), memory]), highlight=False, soft_wrap=True
+    )
     stage = os.environ.get("DVC_STAGE")
     if stage is not None:
         record = {"seconds": seconds, "spent": _spent, "peak_gib": own, "peak_gib_of_children": child}

@@ -90,10 +90,10 @@ class Resume:
             record = {"value": value, "file": data.name if data else None, "crc32c": _checksum(data) if data else 0}
             with whole_file(place) as temporary:
                 temporary.write_text(json.dumps({**record, "check": _check(record)}), encoding="utf-8")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, FileError) as error:
             if data is not None:
                 data.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error.__cause__ or error, "strerror", None) or error
             raise FileError(
                 f"{self.folder}: saving the state of the run failed: {reason}; what was saved before is whole, so make room "
                 "and run the same command again"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -77,3 +79,16 @@ def test_a_trees_hash_sees_names_and_contents(tmp_path: Path) -> None:
     renamed = sha256_tree(tmp_path / "a")
     (tmp_path / "a" / "y").write_text("2")
     assert len({before, renamed, sha256_tree(tmp_path / "a")}) == 3
+
+
+@pytest.mark.parametrize("whole", [whole_directory, whole_file])
+def test_a_full_disk_is_named(tmp_path: Path, whole: Callable[[Path], AbstractContextManager[Path]]) -> None:
+    """What the system says of a full disk has no name in it."""
+    (tmp_path / "out").write_text("before")
+    with (
+        pytest.raises(FileError, match=r"out: not written: No space left on device"),
+        whole(tmp_path / "out"),
+        Path("/dev/full").open("wb", buffering=0) as full,
+    ):
+        full.write(b"much")
+    assert [file.name for file in tmp_path.iterdir()] == ["out"] and (tmp_path / "out").read_text() == "before"

@@ -40,7 +40,7 @@ from svam.contract import (
 from svam.episodes.arrays import GroupWriter, RowReader
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.frames import prepared
-from svam.episodes.shards import Layout, Piece, ShardJoiner, WholePiece
+from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner, WholePiece
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
 from svam.machine import become_worker, console, generator, progress_bar, track
@@ -289,7 +289,7 @@ def _finished(plan: Plan, todo: Sequence[int], scratch: Path, workers: int) -> I
 
 @contextmanager
 def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Path]:
-    """Where units are kept: with `scratch`, a folder of this work's own that outlives a kill, but no success and no fault."""
+    """Where units are kept: with `scratch`, a folder of this work's own that outlives a kill, but no success or wrong data."""
     if scratch is None:
         yield folder / ".units"
         shutil.rmtree(folder / ".units", ignore_errors=True)
@@ -302,8 +302,11 @@ def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Pa
         place.mkdir(parents=True, exist_ok=True)
         try:
             yield place
-        except (ContractError, FileError):
+        except (ContractError, DamagedPieceError):  # what was made is of no use; after a full disk it is
             shutil.rmtree(place, ignore_errors=True)
+            raise
+        except KeyboardInterrupt as stop:
+            stop.add_note("interrupted; run the same command again to go on with the units that are missing")
             raise
         shutil.rmtree(place, ignore_errors=True)
 

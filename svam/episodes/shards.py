@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 from svam.contract import ContractError
 from svam.episodes.arrays import named_failures
 from svam.episodes.chunks import ZSTD_LEVEL
-from svam.files import FileError
+from svam.files import FileError, read_json
 
 _EMPTY = 2**64 - 1
 MOST_CHUNKS = 4096
@@ -123,24 +123,34 @@ class Piece:
             self._file.close()
 
 
+class DamagedPieceError(FileError):
+    """A piece on disk is not as it was written; it has to be made again."""
+
+
 @dataclass(frozen=True)
 class WholePiece:
-    """A finished piece on disk."""
+    """A finished piece on disk. Its methods raise `DamagedPieceError` where it is not."""
 
     path: Path
 
     def ends(self) -> tuple[NDArray[Any], NDArray[Any]]:
         """Raw rows before its first chunk, and after its last."""
-        return np.load(self.path.with_suffix(".head.npy")), np.load(self.path.with_suffix(".tail.npy"))
+        try:
+            return np.load(self.path.with_suffix(".head.npy")), np.load(self.path.with_suffix(".tail.npy"))
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            raise DamagedPieceError(f"{self.path}.*.npy: damaged ({error}); run the same command again") from None
 
     def chunks(self) -> Iterator[bytes]:
         """Its compressed chunks, in order."""
-        sizes = json.loads(self.path.with_suffix(".json").read_text(encoding="utf-8"))
+        try:
+            sizes = read_json(self.path.with_suffix(".json"))
+        except FileError as error:
+            raise DamagedPieceError(f"{error}; run the same command again") from None
         with self.path.with_suffix(".chunks").open("rb") as file:
             for size in sizes:
                 data = file.read(size)
                 if len(data) != size:
-                    raise FileError(f"{file.name}: truncated; run the same command again")
+                    raise DamagedPieceError(f"{file.name}: truncated; run the same command again")
                 yield data
 
 
@@ -171,7 +181,7 @@ class ShardJoiner:
         self.append(head)
         for data in piece.chunks():
             if self._held:
-                raise FileError(f"{piece.path}: a piece of {self.path.name} begins inside a chunk; convert again")
+                raise DamagedPieceError(f"{piece.path}: a piece of {self.path.name} begins inside a chunk; convert again")
             self._put(data)
         self.append(tail)
 
