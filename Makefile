@@ -1,4 +1,5 @@
-# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests.
+# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests
+#   (`make test-all`: also the slow ones: kills at any moment, a second folder, a real robot's recordings).
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest
@@ -18,7 +19,7 @@ unexport PYTHONHOME
 
 .PHONY: help setup repro test test-all lint lock table clean
 help:
-	@sed -n '1,4s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test test-all lint lock table clean"
+	@sed -n '1,5s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test test-all lint lock table clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 

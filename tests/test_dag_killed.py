@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 import time
 from contextlib import suppress
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from svam.machine import generator
-from tests.project import locked_stages, make_project, run, running_repro
+from tests.project import attempt, locked_stages, make_project, ran, run, running_repro
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -137,3 +138,29 @@ def test_a_second_folder_gives_the_same_bytes(finished: Path, tmp_path: Path) ->
     assert locked_stages(project) == locked_stages(finished)
     for file in sorted(path for path in (finished / "data/report").rglob("*") if path.is_file()):
         assert (project / file.relative_to(finished)).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_what_a_killed_dvc_leaves(finished: Path, tmp_path: Path) -> None:
+    """Its lock files cut in the middle of writing: what the README says to do."""
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    dead = 2**22 + 1
+    rwlock, lock = project / ".dvc/tmp/rwlock", project / "dvc.lock"
+    held = {"write": {"pid": dead, "cmd": "dvc repro"}, "read": [{"pid": dead, "cmd": "dvc repro"}]}
+    rwlock.write_text(json.dumps({str(project / "data/svam"): held}))
+    assert ran(run(project, "dvc", "repro")) == []
+    rwlock.write_text(json.dumps({str(project / "data/svam"): held})[:30])
+    refused = attempt(project, "dvc", "repro")
+    assert refused.returncode != 0 and "JSON structure is corrupted" in refused.stdout + refused.stderr
+    rwlock.unlink()
+    assert ran(run(project, "dvc", "repro")) == []
+
+    whole = lock.read_bytes()
+    for restore in (lambda: run(project, "git", "checkout", "dvc.lock"), lock.unlink):
+        lock.write_bytes(whole[: len(whole) // 2])
+        refused = attempt(project, "dvc", "repro")
+        assert refused.returncode != 0 and "dvc.lock" in refused.stdout + refused.stderr
+        restore()
+        assert set(ran(run(project, "dvc", "repro"))) <= {"report"}, "only what DVC does not cache runs again"
+        assert locked_stages(project) == locked_stages(finished)
