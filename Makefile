@@ -1,4 +1,5 @@
-# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests.
+# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests
+#   (`make test-all`: also the slow ones: kills at any moment, a second folder, a real robot's recordings).
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest; COMPARE_ARGS
@@ -18,9 +19,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONHOME
 
-.PHONY: help setup repro test lint lock table compare clean
+.PHONY: help setup repro test test-all lint lock table compare clean
 help:
-	@sed -n '1,5s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test lint lock table compare clean"
+	@sed -n '1,6s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test test-all lint lock table compare clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 
@@ -29,6 +30,10 @@ repro: setup
 	dvc repro $(DVC_ARGS)
 
 test: setup
+	python -m pytest -m 'not slow' $(PYTEST_ARGS)
+
+# Also the tests marked `slow`.
+test-all: setup
 	python -m pytest $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from ruamel.yaml import YAML
 
 from tests.stage_deps import ROOT
 from tests.toy import write_toy_params
 
 
+def environment() -> dict[str, str]:
+    """This interpreter first on the path, as in the activated environment."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
 def attempt(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project with this interpreter first on the path, as in the activated environment."""
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    """Run a command in the project."""
+    return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
 
 
 def run(root: Path, *command: str) -> str:
@@ -29,6 +38,29 @@ def run(root: Path, *command: str) -> str:
 def ran(output: str) -> list[str]:
     """The stages that a `dvc repro` ran."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@contextmanager
+def running_repro(root: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A `dvc repro` in a process group of its own, which prints to `log`. What of it still runs when the block ends is killed
+    by SIGKILL: DVC, the stage, and the stage's workers."""
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            ["dvc", "repro", *options], cwd=root, env={**environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
+            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def locked_stages(root: Path) -> dict[str, Any]:
+    """What `dvc.lock` says of each stage: its command, and the hashes of its dependencies, params and outputs."""
+    stages: dict[str, Any] = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
+    return stages
 
 
 def make_project(root: Path, changes: dict[str, Any] | None = None) -> Path:

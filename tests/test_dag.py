@@ -12,30 +12,13 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from tests.project import attempt, make_project, ran, run
+from tests.project import attempt, locked_stages, ran, run
 from tests.stage_deps import ROOT
 
 pytestmark = pytest.mark.timeout(900)
 
 KEPT_BY_GIT = ("data/report/", "data/foresight/")
 REPORTED = {"success", "video_error_share", "geometric_cosine", "semantic_cosine", "action_error"}
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A git repository with the code as it is here, small params, and nothing that has run."""
-    return make_project(tmp_path_factory.mktemp("toy") / "project")
-
-
-@pytest.fixture(scope="module")
-def finished(project: Path) -> Path:
-    """The same after `dvc repro`, with dvc.lock and the report committed."""
-    expected = run(project, "dvc", "stage", "list", "--name-only").split()
-    assert sorted(ran(run(project, "dvc", "repro"))) == sorted(expected)
-    assert len(expected) == 18  # two tasks and two branches; every other stage once
-    run(project, "git", "add", ".")
-    run(project, "git", "commit", "--quiet", "--message", "run")
-    return project
 
 
 def test_everything_is_made(finished: Path) -> None:
@@ -111,6 +94,19 @@ def test_a_wrong_param_costs_no_output(finished: Path) -> None:
     finally:
         params.write_text(before)
     assert ran(run(finished, "dvc", "repro")) == []
+
+
+def test_damaged_outputs_are_made_again(finished: Path) -> None:
+    """DVC notices a flipped bit and a cut file in what stages wrote, and puts the same bytes back before they are used."""
+    before = locked_stages(finished)
+    weights = finished / "data/backbones/text/model.safetensors"
+    shard = next(file for file in sorted((finished / "data/generated.zarr/frames/c").rglob("*")) if file.is_file())
+    whole = {file: file.read_bytes() for file in (weights, shard)}
+    weights.write_bytes(whole[weights][:-3] + bytes([whole[weights][-3] ^ 1]) + whole[weights][-2:])
+    shard.write_bytes(whole[shard][: len(whole[shard]) // 2])
+    assert ran(run(finished, "dvc", "repro")) == [], "computed again, though the cache has it"
+    assert {file: file.read_bytes() for file in whole} == whole
+    assert locked_stages(finished) == before
 
 
 def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from tests.stage_deps import ROOT
 
 REAL = ROOT.parent / "shared/realdata/lerobot_v2.1/cr5_grasp_cube"
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not here: the real recordings are not part of the project"),
 ]
