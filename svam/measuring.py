@@ -1,0 +1,91 @@
+"""Sections of `params.yaml` that say what is measured and drawn of what was trained."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from svam.section import Count, Name, Positive, Section, Seed
+
+Ablation = Literal[
+    "no_geometric", "no_semantic", "no_self_distillation", "no_perceiver", "no_one_step", "multi_step", "goal_frame"
+]
+
+
+class Foresight(Section):
+    """What foresight holds, on held-out windows.
+
+    clips: episodes and clips drawn. probe_frames: annotated frames of each side of the split for the depth probe, at most.
+    resamples: of the episodes, for intervals. batch: frames computed at a time.
+    """
+
+    clips: Count = 3
+    dpi: Annotated[int, Field(ge=50, le=300)] = 100
+    probe_frames: Count = 800
+    resamples: Annotated[int, Field(ge=1000)] = 10000
+    batch: Count = 64
+
+
+class Report(Section):
+    """Figures."""
+
+    clips: Count
+    dpi: Annotated[int, Field(ge=50, le=300)]
+
+
+class Benchmark(Section):
+    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window. `parts` are those that can be
+    stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
+
+    parts: list[
+        Literal[
+            "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader", "times"
+        ]
+    ] = []
+    videos: str | None = None
+    frames: Count = 2048
+    conversion_frames: Count = 60000
+    image_sizes: Annotated[list[Count], Field(min_length=1)] = [128]
+    clip_frames: Count = 16
+    strides: Annotated[list[Count], Field(min_length=1)] = [1, 4]
+    action_chunk: Count = 8
+    clips: Count = 32
+    window_shapes: dict[Name, Annotated[list[Count], Field(min_length=4, max_length=4)]]
+    window_megabytes: Positive = 256.0
+    workers: Annotated[list[Count], Field(min_length=1)] = [1, 2]
+    policy_steps: Count = 8
+    evaluation_episodes: Count = 10
+    rendered_task: Name = "drawer-open"
+    rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)] = [64, 128]
+    rendered_frames: Count = 24
+    repeats: Count = 5
+
+
+class Compare(Section):
+    """The runs of `make compare`. No stage lists this section. `steps`: of every policy, null: train_policy.training.steps."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1)] = [1, 2]
+    episodes_per_task: Annotated[list[Count], Field(min_length=1)] = [5, 10, 30]
+    tasks: Annotated[list[Name], Field(min_length=1)] = ["reach", "button-press-topdown", "drawer-open", "window-close"]
+    episodes: Count = 50
+    steps: Count | None = None
+    ablations: list[Ablation] = []
+    ablation_size: Count = 5
+    ablation_seed: Seed = 1
+    ablation_episodes: Count = 25
+    arguments: list[str] = []
+
+    @model_validator(mode="after")
+    def _ablations_have_a_partner(self) -> Compare:
+        for name in ("seeds", "episodes_per_task", "tasks", "ablations"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name} names one thing twice: {getattr(self, name)}")
+        if self.ablations and (self.ablation_size not in self.episodes_per_task or self.ablation_seed not in self.seeds):
+            raise ValueError(
+                f"ablations are compared with S-VAM at ablation_size ({self.ablation_size}) and ablation_seed "
+                f"({self.ablation_seed}), which episodes_per_task {self.episodes_per_task} and seeds {self.seeds} must list"
+            )
+        if self.ablation_episodes > self.episodes:
+            raise ValueError(f"ablation_episodes ({self.ablation_episodes}) must not exceed episodes ({self.episodes})")
+        return self
