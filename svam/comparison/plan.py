@@ -68,8 +68,9 @@ class Run:
 
     @property
     def command(self) -> list[str]:
-        """The experiment's `dvc` command; `--temp` leaves the workspace as it is."""
-        return ["dvc", "exp", "run", "--temp", "-n", self.name, *(part for a in self.arguments for part in ("-S", a))]
+        """The experiment's `dvc` command, up to the report; `--temp` leaves the workspace as it is."""
+        settings = [part for argument in self.arguments for part in ("-S", argument)]
+        return ["dvc", "exp", "run", "--temp", "-n", self.name, *settings, "report"]
 
     @property
     def line(self) -> str:
