@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import cProfile
 import json
 import pstats
 from contextlib import chdir
@@ -136,7 +135,7 @@ def test_time_is_told_by_package() -> None:
     packages = "/x/lib/python3.11/site-packages"
     assert package_of(f"{packages}/dvc/repo/index.py") == "dvc" and package_of(f"{packages}/pygtrie.py") == "pygtrie"
     assert package_of("/x/lib/python3.11/json/decoder.py") == package_of("~") == "python"
-    stats = pstats.Stats(cProfile.Profile())
+    stats = pstats.Stats()
     load, stat = (f"{packages}/ruamel/yaml/main.py", 1, "load"), ("~", 0, "<stat>")
     walk = (f"{packages}/dvc/walk.py", 2, "walk")
     stats.stats = {  # type: ignore[attr-defined]

@@ -168,8 +168,8 @@ def own_shares(stats: pstats.Stats) -> dict[str, float]:
 
 
 def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. Python's profile of
-    one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
+    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. Python's profile
+    of one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
 
     Raises:
         MachineError: something is left to do, or this is no DVC project.
@@ -186,13 +186,11 @@ def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
             raise MachineError("`dvc repro` ran a stage although `dvc status` found no change; run it again until nothing runs")
     with fresh_folder(inputs.scratch / "repro") as folder:
         _dvc("repro", options=("-m", "cProfile", "-o", str(folder / "profile")))
-        shares = own_shares(pstats.Stats(str(folder / "profile")))
-    packages = {name: round(share, 4) for name, share in list(shares.items())[:SHOWN_PACKAGES]}
+        found = own_shares(pstats.Stats(str(folder / "profile")))
+    packages = {name: round(share, 4) for name, share in list(found.items())[:SHOWN_PACKAGES]}
     typical = float(np.median(seconds))
-    said = f"no-op `dvc repro`: {typical:.2f} s, of which about " + ", ".join(
-        f"{n} {s:.0%}" for n, s in list(shares.items())[:4]
-    )
-    console.print(said, highlight=False, soft_wrap=True)
+    inside = ", ".join(f"{name} {share:.0%}" for name, share in list(packages.items())[:4])
+    console.print(f"no-op `dvc repro`: {typical:.2f} s (about {inside})", highlight=False, soft_wrap=True)
     return {
         "median_seconds": round(typical, 3), "seconds": [round(value, 3) for value in seconds], "stages": len(_stages()),
         "profiled_share_by_package": packages,
