@@ -168,8 +168,8 @@ def own_shares(stats: pstats.Stats) -> dict[str, float]:
 
 
 def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. Python's profile
-    of one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
+    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. The profile of
+    one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
 
     Raises:
         MachineError: something is left to do, or this is no DVC project.
