@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import pstats
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from svam.benchmark.inputs import Inputs
+from svam.benchmark.inputs import Inputs, fresh_folder
 from svam.files import FileError, read_json
 from svam.machine import MachineError, console
 from svam.params import Params
@@ -147,20 +147,29 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
     return found
 
 
-def imports(report: str) -> dict[str, float]:
-    """Top-level package -> seconds of importing its modules, largest first, from what `python -X importtime` wrote."""
-    spent = Counter[str]()
-    for line in report.splitlines():
-        head, _, rest = line.partition("import time:")
-        fields = rest.split("|")
-        if not head and len(fields) == 3 and fields[0].strip().isdecimal():
-            spent[fields[2].strip().split(".")[0]] += int(fields[0])
-    return {name: microseconds / 1e6 for name, microseconds in spent.most_common()}
+def package_of(file: str) -> str:
+    """The top-level package of a module's file; "python" for the standard library and what has no file."""
+    parts = Path(file).parts
+    if "site-packages" not in parts or parts[-1] == "site-packages":
+        return "python"
+    return parts[parts.index("site-packages") + 1].removesuffix(".py")
+
+
+def own_shares(stats: pstats.Stats) -> dict[str, float]:
+    """Top-level package -> share of the time in its own functions, largest first. Functions without a file (those written in C)
+    count for the package that calls them."""
+    spent: dict[str, float] = {}
+    for (file, _, _), (_, _, own, _, callers) in stats.stats.items():  # type: ignore[attr-defined]
+        called = {(file, 0, ""): own} if file != "~" else {caller: value[2] for caller, value in callers.items()}
+        for (origin, _, _), seconds in called.items():
+            spent[package_of(origin)] = spent.get(package_of(origin), 0.0) + seconds
+    total = sum(spent.values())
+    return {name: seconds / total for name, seconds in sorted(spent.items(), key=lambda item: -item[1])}
 
 
 def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. One more run,
-    not counted, says how much of it is importing.
+    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. The profile of
+    one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
 
     Raises:
         MachineError: something is left to do, or this is no DVC project.
@@ -175,17 +184,14 @@ def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         if "Running stage" in done.stdout:
             raise MachineError("`dvc repro` ran a stage although `dvc status` found no change; run it again until nothing runs")
-    start = time.perf_counter()
-    found = imports(_dvc("repro", options=("-X", "importtime")).stderr)
-    watched = time.perf_counter() - start
+    with fresh_folder(inputs.scratch / "repro") as folder:
+        _dvc("repro", options=("-m", "cProfile", "-o", str(folder / "profile")))
+        found = own_shares(pstats.Stats(str(folder / "profile")))
+    packages = {name: round(share, 4) for name, share in list(found.items())[:SHOWN_PACKAGES]}
     typical = float(np.median(seconds))
-    said = f"no-op `dvc repro`: {typical:.2f} s, of which imports {sum(found.values()) / watched:.0%}"
-    console.print(said, highlight=False, soft_wrap=True)
+    inside = ", ".join(f"{name} {share:.0%}" for name, share in list(packages.items())[:4])
+    console.print(f"no-op `dvc repro`: {typical:.2f} s (about {inside})", highlight=False, soft_wrap=True)
     return {
         "median_seconds": round(typical, 3), "seconds": [round(value, 3) for value in seconds], "stages": len(_stages()),
-        "imports": {
-            "share": round(sum(found.values()) / watched, 4), "seconds": round(sum(found.values()), 3),
-            "of_seconds": round(watched, 3),
-            "packages": {name: round(value, 3) for name, value in list(found.items())[:SHOWN_PACKAGES]},
-        },
+        "profiled_share_by_package": packages,
     }  # fmt: skip
