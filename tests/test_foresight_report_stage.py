@@ -195,6 +195,13 @@ def test_recordings_without_labels_or_such_a_teacher(root: Path, tmp_path: Path)
         make_teacher().save(tmp_path / "backbones/semantic")
 
 
+def test_examples_come_from_every_task_in_turn() -> None:
+    moved, episodes, tasks = np.array([5, 9, 8, 7, 1, 6]), np.array([0, 0, 1, 2, 3, 3]), np.array([4, 4, 4, 4, 7, 7])
+    assert report.most_moving(moved, episodes, tasks, 2).tolist() == [1, 5]  # the best of task 4, then of task 7
+    assert report.most_moving(moved, episodes, tasks, 3).tolist() == [1, 2, 5]
+    assert report.most_moving(moved, episodes, tasks, 9).tolist() == [1, 2, 3, 5]
+
+
 def test_another_video_model_is_one_sentence(root: Path, tmp_path: Path) -> None:
     for name in ("generated.zarr", "episodes.zarr", "backbones", "decouplers", "svam", "video"):
         shutil.copytree(root / name, tmp_path / name)

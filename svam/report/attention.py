@@ -65,13 +65,14 @@ def score_attention(weights: NDArray[np.floating], frames: NDArray[np.uint8]) ->
 
 
 def overlay(frames: NDArray[np.uint8], weights: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """Clips (..., H, W, 3) uint8 under the heat of weights (..., h, w), each scaled to its own maximum."""
+    """Clips (..., H, W, 3) uint8 under the heat of weights (..., h, w), each scaled to its own maximum; where there is no
+    attention the frame stays as it is."""
     height, width = frames.shape[-3:-1]
     rows, columns = (np.arange(n) * k // n for n, k in zip((height, width), weights.shape[-2:], strict=True))
     large = weights[..., rows[:, None], columns]
     scaled = large / np.maximum(large.max(axis=(-2, -1), keepdims=True), 1e-12)
-    warm = heat(scaled, 0.0, 1.0, "inferno").astype(np.float32)
-    return np.asarray(np.rint(0.5 * frames + 0.5 * warm), dtype=np.uint8)
+    cover = 0.8 * np.sqrt(scaled)[..., None]
+    return np.asarray(np.rint((1.0 - cover) * frames + cover * heat(scaled, 0.0, 1.0, "autumn")), dtype=np.uint8)
 
 
 def mark(grid: PictureGrid, row: int, weights: NDArray[np.floating]) -> None:

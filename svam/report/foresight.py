@@ -34,8 +34,10 @@ from svam.training.foresight_metrics import moved_patches
 from svam.training.one_step import OneStepFeatures
 from svam.training.teacher_metrics import valid_depth
 
-COLUMNS = 8
-"""Moments of an episode in the sequence figure, and examples in the depth figure."""
+MOMENTS = 8
+"""Of an episode, in the sequence figure."""
+EXAMPLES = 6
+"""In the depth figure."""
 
 
 @dataclass
@@ -178,7 +180,7 @@ def probe_depth(subject: Subject) -> tuple[dict[str, Any], Any] | None:
     episodes = store.episode_of(windows.rows[numbers, 0])
     boot = gap.Resampled(episodes, params.resamples, subject.seed)
     scores = depth_probe.score_depth(predicted, test, moved, max(float(valid.std(dtype=np.float64)), 1e-9), boot)
-    shown = most_moving(moved.sum(axis=(1, 2)), episodes, COLUMNS)
+    shown = most_moving(moved.sum(axis=(1, 2)), episodes, store.episode_task[episodes], EXAMPLES)
     figure = depth_probe.depth_figure(
         observed[shown], future[shown], truth[shown], {k: v[shown] for k, v in predicted.items()}, frames[shown].tolist()
     )
@@ -206,11 +208,15 @@ def probe_features(subject: Subject) -> depth_probe.Features:
     return features
 
 
-def most_moving(moved: NDArray[np.integer], episodes: NDArray[np.int64], count: int) -> NDArray[np.int64]:
-    """Places of up to `count` examples: of each episode the one that moves most, those that move most first; in order."""
+def most_moving(
+    moved: NDArray[np.integer], episodes: NDArray[np.int64], tasks: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """Places of up to `count` examples: of each episode the one that moves most, and of these one of each task in turn, those
+    that move most first; in order. `moved`, `episodes`, `tasks`: (n,), of each example."""
     order = np.argsort(-moved, kind="stable")
-    _, first = np.unique(episodes[order], return_index=True)
-    return np.sort(order[np.sort(first)[:count]])
+    best = order[np.sort(np.unique(episodes[order], return_index=True)[1])]
+    turn = np.asarray([int((tasks[best[:i]] == tasks[place]).sum()) for i, place in enumerate(best)], dtype=np.int64)
+    return np.sort(best[np.argsort(turn, kind="stable")[:count]])
 
 
 def look_at_attention(subject: Subject, policy: SVAM) -> tuple[list[dict[str, float]], Any] | None:
@@ -229,8 +235,9 @@ def look_at_attention(subject: Subject, policy: SVAM) -> tuple[list[dict[str, fl
         found.append(weights)
     weights, frames = np.concatenate(found), subject.truth(windows.test)
     moved = moved_patches(frames, weights.shape[-1])
-    shown = most_moving(moved.sum(axis=(1, 2, 3)), subject.held_out_episodes, subject.params.clips)
-    instructions = [subject.store.instruction_of(int(e)) for e in subject.held_out_episodes[shown]]
+    episodes = subject.held_out_episodes
+    shown = most_moving(moved.sum(axis=(1, 2, 3)), episodes, subject.store.episode_task[episodes], subject.params.clips)
+    instructions = [subject.store.instruction_of(int(e)) for e in episodes[shown]]
     lines = attention.score_attention(weights, frames)
     return lines, attention.attention_figure(frames[shown], weights[shown], instructions)
 
@@ -256,7 +263,7 @@ def _sequence(subject: Subject, episode: int) -> Any:
     config = model.video_model.config
     start, end = store.bounds(episode)
     last = max(start, end - 1 - (config.frames - 1) * config.stride)
-    rows = np.unique(np.linspace(start, last, COLUMNS).astype(np.int64))
+    rows = np.unique(np.linspace(start, last, MOMENTS).astype(np.int64))
     instruction = store.instruction_of(episode)
     observed = torch.from_numpy(store.frames(rows))
     seeds = [seed_of(subject.seed, "foresight sequence", int(row)) for row in rows]
