@@ -86,6 +86,6 @@ class Compare(Section):
                 f"ablations are compared with S-VAM at ablation_size ({self.ablation_size}) and ablation_seed "
                 f"({self.ablation_seed}), which episodes_per_task {self.episodes_per_task} and seeds {self.seeds} must list"
             )
-        if self.ablation_episodes > self.episodes:
+        if self.ablations and self.ablation_episodes > self.episodes:
             raise ValueError(f"ablation_episodes ({self.ablation_episodes}) must not exceed episodes ({self.episodes})")
         return self

@@ -6,6 +6,9 @@ import os
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import time
 from contextlib import chdir
 from pathlib import Path
@@ -23,6 +26,7 @@ from svam.comparison.keys import Project, key_of, stages_of, upstream
 from svam.comparison.loop import Plan
 from svam.comparison.plan import CORE, VARIANTS, overridden, plan_of, settings_of
 from svam.comparison.records import Budget, Episode, Record, Stage, machine, read_record, read_records, write_record
+from svam.comparison.workspace import put_back, run_noted
 from svam.files import FileError, write_json
 from svam.params import ParamsError
 from tests.project import run as run_in
@@ -293,6 +297,67 @@ def test_seconds_are_of_the_same_work(tmp_path: Path) -> None:
     assert third["distill"].seconds is None
     assert total(second, ["video", "distill"]) == 43.0 and total(third, ["video", "distill"]) is None
     assert list(accounts(tmp_path)) == ["video", "distill"]
+
+
+def borrowed(root: Path, note: Path) -> None:
+    """Leave the workspace as a DVC does that is killed while it takes up an experiment: the same steps, and no end."""
+    steps = (
+        "git stash push --quiet; git checkout --quiet --detach; git stash apply --quiet; echo changed > params.yaml; git add ."
+    )
+    with chdir(root), pytest.raises(FileNotFoundError):
+        run_noted(["bash", "-c", f"{steps}; cp {note} {note}.kept; rm {note}"], note)
+    Path(f"{note}.kept").rename(note)
+
+
+@pytest.mark.parametrize("dirty", [False, True])
+def test_a_workspace_that_a_killed_dvc_had_is_put_back(tmp_path: Path, dirty: bool) -> None:
+    root, note = tmp_path / "project", tmp_path / "workspace.json"
+    root.mkdir()
+    for name in ("params.yaml", "code.py"):
+        (root / name).write_text("committed\n")
+    for command in (
+        "init --quiet --initial-branch work",
+        "config user.email a@b.c",
+        "config user.name t",
+        "add .",
+        "commit -qm all",
+    ):
+        run_in(root, "git", *command.split())
+    if dirty:
+        (root / "code.py").write_text("edited\n")
+    status = run_in(root, "git", "status", "--porcelain", "--branch")
+    borrowed(root, note)
+    assert (root / "params.yaml").read_text() == "changed\n"
+    assert run_in(root, "git", "status", "--porcelain", "--branch") != status
+    with chdir(root):
+        put_back(note)
+        assert run_in(root, "git", "status", "--porcelain", "--branch") == status
+        assert (root / "params.yaml").read_text() == "committed\n"
+        assert (root / "code.py").read_text() == ("edited\n" if dirty else "committed\n")
+        (stash,) = run_in(root, "git", "stash", "list").splitlines()
+        assert "killed" in stash and not note.exists()
+        put_back(note)
+        assert run_noted(["true"], note) and not run_noted(["false"], note) and not note.exists()
+
+
+def test_an_experiment_that_outlives_its_loop_is_waited_for(tmp_path: Path) -> None:
+    note = tmp_path / "workspace.json"
+    code = "import sys, pathlib, svam.comparison.workspace as w; w.run_noted(['sleep', '60'], pathlib.Path(sys.argv[1]))"
+    loop = subprocess.Popen([sys.executable, "-c", code, str(note)], cwd=ROOT, start_new_session=True)
+    try:
+        while not (note.is_file() and note.stat().st_size and children(loop.pid)):
+            assert loop.poll() is None
+            time.sleep(0.05)
+        loop.kill()
+        loop.wait()
+        with pytest.raises(FileError, match="of a loop that was killed still runs"):
+            put_back(note)
+    finally:
+        os.killpg(loop.pid, signal.SIGKILL)
+
+
+def children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
 
 
 def test_the_makefile_has_both_halves() -> None:

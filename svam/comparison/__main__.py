@@ -35,11 +35,12 @@ def run(
     records: Records = Path("data/compare"),
 ) -> None:
     """Run what is not finished, one experiment after the other. A loop that was killed goes on with the same command."""
-    from svam.comparison.loop import Plan, run_all
+    from svam.comparison.loop import Plan, alone, run_all
 
-    asked = Plan(records)
-    _print(asked, only or [])
-    done = run_all(asked, only or [], limit, minutes)
+    with alone():
+        asked = Plan(records)
+        _print(asked, only or [])
+        done = run_all(asked, only or [], limit, minutes)
     left = sum(planned.record is None for planned in asked.state(only or []))
     console.print(f"{done} runs finished now, {left} left", highlight=False)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from ruamel.yaml import YAML
 from svam.files import FileError
 
 
-def _run(*command: str, quiet: bool = True) -> subprocess.CompletedProcess[str]:
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run(command, capture_output=quiet, text=True, check=False)
+        return subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         raise FileError(f"{command[0]} was not found; activate the project's environment (. .venv/bin/activate)") from None
 
@@ -31,11 +30,9 @@ def reference_of(name: str) -> str:
     return f"refs/exps/{head[:2]}/{head[2:]}/{name}"
 
 
-def run(name: str, command: Sequence[str]) -> bool:
-    """Run a `dvc exp run` command, whose output is shown; whether it succeeded. An experiment of that name on this commit is
-    replaced: DVC refuses to use a name twice."""
+def forget(name: str) -> None:
+    """Remove the experiment of that name on this commit, if there is one: DVC refuses to use a name twice."""
     _run("git", "update-ref", "-d", reference_of(name))
-    return _run(*command, quiet=False).returncode == 0
 
 
 def revision_of(name: str) -> str:

@@ -6,7 +6,8 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from statistics import median
@@ -20,12 +21,14 @@ from svam.comparison.keys import Project, key_of, upstream
 from svam.comparison.keys import stages_of as pipeline_stages
 from svam.comparison.plan import REFERENCE, Run, overridden, plan_of, settings_of
 from svam.comparison.records import Budget, Episode, Record, machine, read_records, write_record
+from svam.comparison.workspace import put_back, run_noted
 from svam.files import FileError, locked
 from svam.machine import MachineError, console, scratch_folder
 from svam.params import Params
 
 PARAMS = Path("params.yaml")
 """The file that `dvc exp run -S` changes."""
+WORKSPACE = "workspace.json"
 BUFFERS = ("mean_", "std_")
 """Names of the policy's arrays that are statistics of its inputs, not trained."""
 
@@ -103,39 +106,52 @@ class Plan:
         return seconds, "the last `dvc repro` here"
 
 
+@contextmanager
+def alone() -> Iterator[None]:
+    """Be the only loop here, in a workspace that a killed one has not left half-way.
+
+    Raises:
+        FileError: another loop, or what it started, is at work.
+    """
+    scratch = scratch_folder("compare")
+    with locked(scratch / "loop.lock"):
+        put_back(scratch / WORKSPACE)
+        yield
+
+
 def run_all(plan: Plan, only: Sequence[str] = (), limit: int | None = None, minutes: float | None = None) -> int:
-    """Run what is not finished; returns how many runs were finished now.
+    """Run what is not finished, which the caller must be `alone` to do; returns how many runs were finished now.
 
     Args:
         only: as `Plan.state`. limit: at most so many. minutes: begin none after this time.
 
     Raises:
-        FileError: another loop is at work here, or DVC does not have what it made.
+        FileError: DVC does not have what it made.
         MachineError: `dvc` failed; what was finished stays recorded.
     """
     scratch = scratch_folder("compare")
     begin, finished = time.monotonic(), 0
-    with locked(scratch / "loop.lock"):
-        left = [planned for planned in plan.state(only) if planned.record is None]
-        for number, (run, key, _) in enumerate(left[:limit]):
-            if minutes is not None and time.monotonic() - begin > 60.0 * minutes:
-                break
-            console.rule(f"{number + 1} of {len(left)}: {run.name}")
-            console.print(run.line, highlight=False, soft_wrap=True, markup=False)
-            clock = Clock(scratch, scratch_folder("times"), run.name, key)
-            try:
-                succeeded = experiments.run(run.name, run.command)
-            except KeyboardInterrupt as stop:
-                stop.add_note(f"interrupted in {run.name}; the same command goes on with it")
-                raise
-            if not succeeded:
-                raise MachineError(f"`{run.line}` failed, see above; the same command goes on with it")
-            record = harvest(plan, run, key, clock)
-            file = write_record(plan.folder, record)
-            clock.end()
-            finished += 1
-            wins = sum(episode.success for episode in record.episodes)
-            console.print(f"{file}: success in {wins} of {len(record.episodes)} episodes", highlight=False, soft_wrap=True)
+    left = [planned for planned in plan.state(only) if planned.record is None]
+    for number, (run, key, _) in enumerate(left[:limit]):
+        if minutes is not None and time.monotonic() - begin > 60.0 * minutes:
+            break
+        console.rule(f"{number + 1} of {len(left)}: {run.name}")
+        console.print(run.line, highlight=False, soft_wrap=True, markup=False)
+        clock = Clock(scratch, scratch_folder("times"), run.name, key)
+        experiments.forget(run.name)
+        try:
+            succeeded = run_noted(run.command, scratch / WORKSPACE)
+        except KeyboardInterrupt as stop:
+            stop.add_note(f"interrupted in {run.name}; the same command goes on with it")
+            raise
+        if not succeeded:
+            raise MachineError(f"`{run.line}` failed, see above; the same command goes on with it")
+        record = harvest(plan, run, key, clock)
+        file = write_record(plan.folder, record)
+        clock.end()
+        finished += 1
+        wins = sum(episode.success for episode in record.episodes)
+        console.print(f"{file}: success in {wins} of {len(record.episodes)} episodes", highlight=False, soft_wrap=True)
     return finished
 
 
