@@ -57,10 +57,11 @@ def kill_at_first_record(root: Path, log: Path, stages: list[str], *options: str
 
 def test_every_long_stage_is_killed_once_and_goes_on(finished: Path, tmp_path: Path) -> None:
     project = make_project(tmp_path / "elsewhere", MACHINE)
-    log, waiting = tmp_path / "log", list(LONG)
+    waiting = list(LONG)
     last: str | None = None  # the stage that the run before was killed in
     options: list[str] = []
-    for _ in range(2 * len(LONG)):
+    for number in range(2 * len(LONG)):
+        log = tmp_path / f"{number}.log"
         killed, status = kill_at_first_record(project, log, waiting, *options)
         said, options = log.read_text(), []
         if last is not None:

@@ -178,6 +178,7 @@ def test_the_stage_writes_both_protocols_and_the_same_bytes_again(root: Path, tm
     assert times["total"] >= times["video_model"] > 0
 
 
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
 def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """15 records: offline, four episodes each of expert and random, six of the policy in two slots. What ran is not run again,
     and the rest finds the slot that it would have had."""

@@ -23,6 +23,12 @@ from tests.stage_deps import ROOT
 from tests.tiny_foresight import make_store
 from tests.toy import write_toy_params
 
+unnamed = pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="safetensors, tokenizers and DVCLive say of a full disk neither in an OSError nor with a name",
+)
+
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
@@ -93,22 +99,34 @@ def test_a_checkpoint_that_finds_no_room(
     assert sha256_tree(tmp_path / "out") == sha256_tree(tmp_path / "straight") and not (disk / ".ckpt").exists()
 
 
+@pytest.mark.parametrize("share", [0.0, pytest.param(0.5, marks=unnamed), pytest.param(0.99, marks=unnamed)])
 def test_a_trained_part_that_finds_no_room(
-    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
 ) -> None:
+    """No room at all, for half of what is written (the weights), or for nearly all (the tokenizer)."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     run_stage(backbones_app, *text, tmp_path / "straight")
     (disk / "out").mkdir()
     (disk / "out/file").write_text("of another run")
     size = sum(file.stat().st_size for file in (tmp_path / "straight").iterdir())
-    for room in (0, size // 2):
-        ballast = fill(disk, room)
-        assert f"{disk}/" in (sentence := refused(backbones_app, *text, disk / "out")) and "No space left" in sentence
-        assert {file.name for file in disk.iterdir()} == {"ballast", "out"}
-        assert (disk / "out/file").read_text() == "of another run" and steps_kept(tmp_path) == 6
-        ballast.unlink()
+    ballast = fill(disk, int(share * size))
+    sentence = refused(backbones_app, *text, disk / "out")
+    assert str(disk / "out") in sentence and "No space left on device" in sentence
+    assert {file.name for file in disk.iterdir()} == {"ballast", "out"}
+    assert (disk / "out/file").read_text() == "of another run" and steps_kept(tmp_path) == 6
+    ballast.unlink()
     run_stage(backbones_app, *text, disk / "out")
     assert sha256_tree(disk / "out") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
+
+
+@unnamed
+def test_curves_that_find_no_room(
+    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    fill(disk, 8192)
+    sentence = refused(backbones_app, *text, tmp_path / "out", "--live", disk / "live")
+    assert str(disk / "live") in sentence and "No space left on device" in sentence and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("scratch_too", [False, True])

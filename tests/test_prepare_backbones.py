@@ -69,6 +69,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
 @pytest.mark.parametrize("part", list(CHANGES))
 def test_a_killed_training_goes_on_to_the_same_bytes(
     part: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -369,6 +369,7 @@ def test_demonstrations_are_recorded_once(tmp_path: Path, settings: Params, monk
     assert not states(tmp_path)
 
 
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
 def test_stages_between_go_on_to_the_same_bytes(parts: Path, tmp_path: Path, settings: Params) -> None:
     """Video model, generation, teacher features, decoupler: each killed once, from the commands that DVC runs."""
     toy(

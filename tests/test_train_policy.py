@@ -249,6 +249,7 @@ def test_the_stage_writes_a_whole_svam(root: Path, store: EpisodeStore, tmp_path
     assert SVAM.load(tmp_path / "svam").act(observations(store, 2)).shape == (2, 8, 3)
 
 
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
 def test_a_killed_training_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.setenv("DVC_STAGE", "train_policy")
