@@ -104,9 +104,10 @@ def test_equal_steps_by_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("compare", "sentence"),
     [
-        ({"ablation_size": 7}, "ablations are compared with S-VAM at ablation_size .7."),
-        ({"ablation_episodes": 51}, "ablation_episodes .51. must not exceed episodes .50."),
-        ({"seeds": [1, 1]}, "seeds names one thing twice"),
+        ({"ablation_size": 7}, "compare.ablation_size is 7 and ablation_seed 1; expected one of episodes_per_task .5"),
+        ({"ablation_episodes": 51}, "compare.ablation_episodes is 51, expected at most episodes .50."),
+        ({"seeds": [1, 1]}, "compare.seeds is .1, 1., expected at least one, and each once"),
+        ({"tasks": []}, "compare.tasks is .., expected at least one"),
         ({"arguments": ["train_policy.contxt=[one_step]"]}, "'train_policy.contxt=.one_step.', expected key=value"),
         ({"arguments": ["evaluate.batch=many"]}, "evaluate.batch is 'many'"),
         ({"arguments": ["distill.target=ground_truth"]}, "distill.target is 'ground_truth'; the comparison needs S-VAM"),

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,10 @@ def start_and_kill(root: Path, until: int) -> None:
             assert loop.poll() is None, (root / "loop.log").read_text()[-6000:]
         os.killpg(loop.pid, signal.SIGKILL)
         loop.wait()
+        with suppress(ProcessLookupError):  # DVC takes a process for alive until it has been waited for
+            while True:
+                os.killpg(loop.pid, 0)
+                time.sleep(0.1)
 
 
 def test_the_loop(tmp_path: Path) -> None:

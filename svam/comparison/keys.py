@@ -44,8 +44,10 @@ class Project:
 
     @classmethod
     def read(cls, root: Path) -> Project:
-        """Raises:
-        FileError: there is no `dvc.yaml`.
+        """The project in a folder.
+
+        Raises:
+            FileError: there is no `dvc.yaml`.
         """
         lock = root / "dvc.lock"
         files = [file for folder in ("svam", "stages") for file in (root / folder).rglob("*.py")]

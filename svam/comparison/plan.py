@@ -103,6 +103,7 @@ def plan_of(file: Path) -> tuple[list[Run], dict[str, Any]]:
         ParamsError: the file or an argument is wrong, or the file's defaults are not S-VAM.
     """
     params = load_params(file)
+    check(params.compare, file)
     raw: dict[str, Any] = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
     base = settings_of(raw, params.compare.arguments).model_dump(mode="json")
     for key, expected in REFERENCE_PARAMS.items():
@@ -115,6 +116,29 @@ def plan_of(file: Path) -> tuple[list[Run], dict[str, Any]]:
     for run in runs:
         settings_of(raw, run.arguments)
     return runs, raw
+
+
+def check(params: Compare, file: Path) -> None:
+    """What the types of the section cannot say.
+
+    Raises:
+        ParamsError: a list is empty or names one thing twice, or ablations have no S-VAM run to be compared with.
+    """
+    for name in ("seeds", "episodes_per_task", "tasks", "ablations"):
+        values = getattr(params, name)
+        if len(set(values)) < len(values) or not (values or name == "ablations"):
+            raise ParamsError(f"{file}: compare.{name} is {values}, expected at least one, and each once")
+    if not params.ablations:
+        return
+    if params.ablation_size not in params.episodes_per_task or params.ablation_seed not in params.seeds:
+        raise ParamsError(
+            f"{file}: compare.ablation_size is {params.ablation_size} and ablation_seed {params.ablation_seed}; expected one "
+            f"of episodes_per_task {params.episodes_per_task} and of seeds {params.seeds}, where S-VAM runs too"
+        )
+    if params.ablation_episodes > params.episodes:
+        raise ParamsError(
+            f"{file}: compare.ablation_episodes is {params.ablation_episodes}, expected at most episodes ({params.episodes})"
+        )
 
 
 def overridden(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
