@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -37,8 +38,10 @@ def main(
         raise ParamsError(f"benchmark.parts names {part!r}; available: {', '.join(PARTS)}")
     if videos is None and settings.benchmark.videos is not None:
         videos = Path(settings.benchmark.videos)
+    busy = os.getloadavg()[0]
     found = part_named(part)(Inputs(episodes, videos, scratch, model, times or scratch_folder("times")), settings)
-    write_json(out, {"part": part, "machine": machine(), "settings": settings.benchmark.model_dump(mode="json")} | found)
+    computer = machine() | {"load_before": round(busy, 2)}
+    write_json(out, {"part": part, "machine": computer, "settings": settings.benchmark.model_dump(mode="json")} | found)
     console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
 
 

@@ -29,7 +29,7 @@ def measured(part: str, folder: Path, changes: dict[str, Any], *options: str) ->
     assert done.exit_code == 0, done.output
     assert not any((folder / "scratch").glob("*"))
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    assert found["part"] == part and found["machine"]["cores"] >= 1
+    assert found["part"] == part and found["machine"]["cores"] >= 1 and found["machine"]["load_before"] >= 0.0
     return found
 
 
