@@ -31,7 +31,7 @@ from tests.toy import write_toy_params
 
 GENERATED = GENERATE.model_copy(update={"windows": 8, "held_out_windows": 6})
 ENTRIES = ["geometric", "semantic", "one_step"]
-FIGURES = {"sequence_0", "sequence_1", "depth", "attention"}
+FIGURES = {"measures", "sequence_0", "sequence_1", "depth", "attention"}
 PLOTS = {"gap", "depth", "attention"}
 
 

@@ -27,6 +27,7 @@ from svam.models.teachers import Teacher
 from svam.params import Foresight
 from svam.report import attention, depth_probe, figures, gap
 from svam.report.grid import Row, picture_grid
+from svam.report.measures import measures_figure
 from svam.report.pca import pca_colours
 from svam.simulation.offline import encode_rows
 from svam.training.distillation_data import GeneratedWindows
@@ -110,10 +111,10 @@ def measure_gap(subject: Subject) -> dict[str, dict[str, gap.Sums]]:
         sums = {row: gap.pixel_sums(clip, truth, reconstruction, windows.grid) for row, clip in made.items()}
         sums["seed_to_seed"] = gap.pixel_sums(many, other, other, windows.grid)
         if teacher is not None:
-            seen = {
-                row: predicted_labels(teacher, clip[:, 1:], batch, model.device)
-                for row, clip in {**made, "truth": truth, "other": other}.items()
-            }
+            shown = {row: clip[:, 1:] for row, clip in {**made, "truth": truth, "other": other}.items()}
+            shown["repeat"] = truth[:, :1]  # one picture: the teacher looks at it once
+            seen = {row: predicted_labels(teacher, frames, batch, model.device) for row, frames in shown.items()}
+            seen["repeat"] = np.broadcast_to(seen["repeat"], seen["truth"].shape)
             everywhere = np.ones(seen["truth"].shape[:2], dtype=bool)
             known, simulated = simulator_labels(labels, windows.rows[numbers], seen["truth"])
             for row in made:
@@ -300,6 +301,7 @@ def write_all(folder: Path, subject: Subject, policy: SVAM) -> dict[str, Any]:
         found["attention"], drawn["attention"] = looked
         plots["attention"] = attention.table(found["attention"])
         pages.append(attention.markdown(found["attention"]))
+    drawn["measures"] = measures_figure(found)
     found["left_out"] = subject.left_out
     if subject.left_out:
         pages.append("\n".join(["## Left out", "", *(f"- {sentence}" for sentence in subject.left_out)]))

@@ -238,8 +238,8 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line for each measure and predictor, for the DVC plots: {what, measure, predictor, value}."""
-    found = [(name, row, result["values"].get(row, {}).get(name)) for name in MEASURES for row in PREDICTORS]
+    """A line for each measure, multi-step and one step, for the DVC plots: {what, measure, predictor, value}."""
+    found = [(name, row, result["values"][row].get(name)) for name in MEASURES for row in ("multi_step", "one_step")]
     return [
         {"what": f"{name}, {PREDICTORS[row]}", "measure": name, "predictor": row, "value": round(value, 6)}
         for name, row, value in found

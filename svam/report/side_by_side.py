@@ -163,10 +163,15 @@ def _draw_actions(part: Any, seen: Sequence[Seen], wanted: NDArray[np.floating],
     """A small plot for each action dimension: what was wanted, and what each policy predicts."""
     shown = min(wanted.shape[-1], DIMENSIONS)
     axes = part.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
+    everything = np.concatenate([wanted[:, :shown], *(one.actions[window, :, :shown] for one in seen)])
+    low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
+    # A dimension that hardly changes must not look as wild as the others: a fifth of the widest span is the least.
+    half = np.maximum(high - low, max(0.2 * float((high - low).max()), 1e-6)) * 0.55
     for d, axis in enumerate(axes):
         axis.plot(wanted[:, d], color="black", marker="o", markersize=2.5, linewidth=1.0, label="demonstration")
         for one, colour in zip(seen, COLOURS, strict=True):
             axis.plot(one.actions[window, :, d], color=colour, linewidth=1.2, label=one.name)
+        axis.set_ylim((low[d] + high[d]) / 2 - half[d], (low[d] + high[d]) / 2 + half[d])
         axis.tick_params(labelsize=6)
         axis.set_ylabel(f"action {d}", fontsize=6)
     axes[-1].set_xlabel("step of the chunk", fontsize=7)
