@@ -1,5 +1,5 @@
 # `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests
-#   (`make test-all`: also the slow ones: kills at any moment, a second folder, a real robot's recordings).
+#   (`make test-all`: also the slow ones: killed stages, the comparison, a real robot's recordings).
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest; COMPARE_ARGS

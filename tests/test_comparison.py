@@ -94,9 +94,10 @@ def test_the_plan(tmp_path: Path) -> None:
 def test_equal_steps_by_default(tmp_path: Path) -> None:
     runs, raw = plan_of(ROOT / "params.yaml")
     assert len({run.name for run in runs}) == len(runs) == 25
-    assert {settings_of(raw, r.arguments).train_policy.training.steps for r in runs} == {
-        RAW["train_policy"]["training"]["steps"]
-    }
+    assert {settings_of(raw, run.arguments).train_policy.training.steps for run in runs} == {RAW["compare"]["steps"]}
+    unsaid, raw = plan_of(write_params(tmp_path, steps=None))
+    own = RAW["train_policy"]["training"]["steps"]
+    assert {settings_of(raw, run.arguments).train_policy.training.steps for run in unsaid} == {own}
     core = [settings_of(raw, run.arguments).evaluate for run in runs if run.variant in CORE]
     assert {len(section.tasks) * section.episodes for section in core} == {200}
 
@@ -216,7 +217,9 @@ def test_finished_is_what_has_a_record_of_the_same_key(tmp_path: Path) -> None:
 
 
 def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished run of 4 steps and 4 episodes; the planned ones have 4000 steps and 200 episodes."""
+    """A finished run of 4 steps and 4 episodes; the planned ones have 200 episodes, and steps as the params say."""
+    share = RAW["compare"]["steps"] / RAW["train_policy"]["training"]["steps"]
+    seconds = 30.0 * RAW["compare"]["steps"] / 4 + 40.0 * 50 + 5.0
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(ROOT)
     plan = Plan(tmp_path)
@@ -225,18 +228,17 @@ def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.Monk
     write_json(tmp_path / ".cache/times/train_policy.json", {"seconds": 600.0})
     write_json(tmp_path / ".cache/times/evaluate.json", {"seconds": 140.0})
     # The default evaluation has 4 x (25 + 10) episodes.
-    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) == (600.0 + 200.0, "the last `dvc repro` here")
+    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) == (600.0 * share + 200.0, "the last `dvc repro` here")
     assert plan.estimate(runs["vpp-10-seed1"], read_records(tmp_path)) is None
     write_record(tmp_path, make_record("vpp"))
     write_record(tmp_path, make_record("diffusion_policy", machine="another computer"))
-    assert plan.estimate(runs["vpp-30-seed2"], read_records(tmp_path)) == (
-        30.0 * 1000 + 40.0 * 50 + 5.0,
-        "1 finished of this variant",
-    )
+    assert plan.estimate(runs["vpp-30-seed2"], read_records(tmp_path)) == (seconds, "1 finished of this variant")
     assert plan.estimate(runs["diffusion_policy-30-seed2"], read_records(tmp_path)) is None
     printed = CliRunner().invoke(app, ["plan", "--records", str(tmp_path), "--only", "*-30-seed2"]).stdout
-    assert "-n vpp-30-seed2" in printed and "# about 8 h 53 min (by 1 finished of this variant)" in printed
-    assert "# 3 runs, 0 finished; the other 3: about 8 h 53 min and 2 whose variant was not measured here" in printed
+    minutes = round(seconds / 60)
+    time = f"about {minutes // 60} h {minutes % 60} min"
+    assert "-n vpp-30-seed2" in printed and f"# {time} (by 1 finished of this variant)" in printed
+    assert f"# 3 runs, 0 finished; the other 3: {time} and 2 whose variant was not measured here" in printed
 
 
 def account(folder: Path, stage: str, seconds: float, ended: float) -> None:
