@@ -365,5 +365,5 @@ def children(pid: int) -> str:
 
 def test_the_makefile_has_both_halves() -> None:
     up_to_date = ("--assume-old", ".venv/.installed", "--assume-old", ".venv/.renders")
-    printed = run_in(ROOT, "make", "--dry-run", *up_to_date, "compare", "COMPARE_ARGS=--limit 1")
+    printed = run_in(ROOT, "make", "--dry-run", "--no-print-directory", *up_to_date, "compare", "COMPARE_ARGS=--limit 1")
     assert printed.splitlines()[-2:] == ["python -m svam.comparison run --limit 1", "python -m svam.report compare"]

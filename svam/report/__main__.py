@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from svam.machine import console, one_line_errors
+from svam.report.side_by_side import side_by_side
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Folder = Annotated[Path, typer.Option(help="Records of finished runs; table.md, table.csv and figure.png join them.")]
@@ -16,6 +17,9 @@ Folder = Annotated[Path, typer.Option(help="Records of finished runs; table.md, 
 @app.callback()
 def commands() -> None:
     """Tables and figures of more than one run."""
+
+
+app.command("side-by-side")(side_by_side)
 
 
 @app.command()
