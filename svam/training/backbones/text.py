@@ -55,6 +55,9 @@ def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
         vocab_size=VOCABULARY,
         min_frequency=1,
         show_progress=False,
+        # Named, so that they are numbered in this order: the trainer would number letters that end a word in the order of its
+        # hash table, another in every process, and merges of equal counts go by these numbers.
+        special_tokens=[f"{letter}</w>" for letter in sorted(ByteLevel.alphabet())],
         initial_alphabet=sorted(ByteLevel.alphabet()),
         end_of_word_suffix="</w>",
     )

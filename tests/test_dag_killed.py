@@ -1,0 +1,168 @@
+"""The whole toy pipeline killed by SIGKILL, in another folder and with other workers: `dvc repro` again ends with the same
+bytes as a run that nothing interrupted."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import time
+from contextlib import suppress
+from glob import glob
+from pathlib import Path
+
+import pytest
+
+from svam.machine import generator
+from tests.project import attempt, locked_stages, make_project, ran, run, running_repro
+
+pytestmark = pytest.mark.timeout(1500)
+
+# One of each kind that keeps state, in the order in which they run.
+LONG = (
+    "collect@reach", "convert", "prepare_backbones_autoencoder", "prepare_backbones_text",
+    "prepare_backbones_teacher@geometric", "finetune_video", "generate", "cache_teacher@geometric", "distill@geometric",
+    "train_policy", "evaluate",
+)  # fmt: skip
+# Listed by no stage, so that no hash differs.
+MACHINE = {"machine": {"checkpoint_seconds": 0.0, "workers": 1}}
+PAUSE = 0.002  # seconds between two looks at a run
+
+
+def found(root: Path, pattern: str) -> list[Path]:
+    """Files below the project, but not those that begin with a dot, which what is half written does. (`Path.glob` would fail
+    where a folder goes while it looks.)"""
+    return [root / name for name in sorted(glob(pattern, root_dir=root))]  # noqa: PTH207
+
+
+def kept(root: Path, stage: str) -> list[Path]:
+    """What an unfinished run of a stage has kept so far."""
+    return found(root, ".cache/convert/*/unit_*/episodes.json" if stage == "convert" else f".ckpt/{stage}/*/*.json")
+
+
+def kill_at_first_record(root: Path, log: Path, stages: list[str], *options: str) -> tuple[str | None, int]:
+    """Run `dvc repro` and kill it when one of `stages` has kept something.
+
+    Returns:
+        That stage, or None if the run or the stage ended before it was killed; and the exit status.
+    """
+    due = None
+    with running_repro(root, log, *options) as process:
+        while process.poll() is None and due is None:
+            due = next((stage for stage in stages if kept(root, stage)), None)
+            time.sleep(PAUSE)
+    return (due if due is not None and kept(root, due) else None), process.returncode
+
+
+def test_every_long_stage_is_killed_once_and_goes_on(finished: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "elsewhere", MACHINE)
+    waiting = list(LONG)
+    last: str | None = None  # the stage that the run before was killed in
+    options: list[str] = []
+    for number in range(2 * len(LONG)):
+        log = tmp_path / f"{number}.log"
+        killed, status = kill_at_first_record(project, log, waiting, *options)
+        said, options = log.read_text(), []
+        if last is not None:
+            went_on = r"convert: going on after [1-9]\d* of \d+ steps" if last == "convert" else f"{last}: goes on from what"
+            assert re.search(went_on, said), f"{last} did not go on: {said[-3000:]}"
+        last = killed
+        if killed is not None:
+            waiting.remove(killed)
+            continue
+        assert status in (0, -signal.SIGKILL), said[-3000:]
+        if status == 0 and not waiting:
+            break
+        if status == 0:  # too quick to be seen at work: once more, from nothing
+            options = ["--single-item", "--force", waiting[0]]
+    assert not waiting, f"never killed while something was kept: {waiting}"
+    assert locked_stages(project) == locked_stages(finished)
+    assert not (project / ".ckpt").exists() and not any((project / ".cache/convert").iterdir())
+    assert not list((project / "data").rglob("*.partial-*")), "what the killed runs left half is gone"
+
+
+def opened_by(root: Path, stage: str) -> set[str]:
+    """The processes that have opened the stage's state, those included that were killed."""
+    processes = set()
+    for file in found(root, ".cache/convert/*.lock" if stage == "convert" else f".ckpt/{stage}/*.lock"):
+        with suppress(OSError):
+            processes.add(file.read_text())
+    return processes - {""}
+
+
+def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | None:
+    """Run one stage and kill it `seconds` after it has opened its state (after DVC has started it, where it keeps none).
+
+    Returns:
+        None, or the seconds that it was at work, where it ended before.
+    """
+    keeps, before = stage not in ("check_params", "foresight", "report"), opened_by(root, stage)
+    begun = seen = 0.0
+    with running_repro(root, log, "--single-item", "--force", stage) as process:
+        while process.poll() is None:
+            if opened_by(root, stage) - before if keeps else f"Running stage '{stage}'" in log.read_text():
+                seen = time.monotonic()
+                begun = begun or seen
+                if seen - begun >= seconds:
+                    return None
+            time.sleep(PAUSE)
+    assert process.returncode == 0 and begun, log.read_text()[-3000:]
+    return seen - begun
+
+
+@pytest.mark.slow
+def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path) -> None:
+    """At seeded times within what the stage took in the uninterrupted run."""
+    project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0}})
+    log, kills = tmp_path / "log", dict[str, int]()
+    for stage in run(project, "dvc", "stage", "list", "--name-only").split():
+        rng = generator(1, "kills", stage)
+        seconds = json.loads((finished / f".cache/times/{stage}.json").read_text())["seconds"]
+        for _ in range(12):
+            lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
+            if lasted is not None:  # it had ended: the next begins from nothing, with less time
+                seconds = min(seconds, lasted)
+                continue
+            kills[stage] = kills.get(stage, 0) + 1
+            if kills[stage] == 3:
+                break
+        run(project, "dvc", "repro", "--single-item", "--force", stage)
+    assert set(kills.values()) == {3} and len(kills) == 18
+    assert locked_stages(project) == locked_stages(finished)
+    assert not (project / ".ckpt").exists() and not list((project / "data").rglob("*.partial-*"))
+
+
+@pytest.mark.slow
+def test_a_second_folder_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    project = make_project(tmp_path / "another folder", {"machine": {"workers": 3}})
+    run(project, "dvc", "repro")
+    assert locked_stages(project) == locked_stages(finished)
+    for file in sorted(path for path in (finished / "data/report").rglob("*") if path.is_file()):
+        assert (project / file.relative_to(finished)).read_bytes() == file.read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_what_a_killed_dvc_leaves(finished: Path, tmp_path: Path) -> None:
+    """Its lock files cut in the middle of writing: what the README says to do."""
+    project = tmp_path / "project"
+    shutil.copytree(finished, project, symlinks=True)
+    dead = 2**22 + 1
+    rwlock, lock = project / ".dvc/tmp/rwlock", project / "dvc.lock"
+    held = {"write": {"pid": dead, "cmd": "dvc repro"}, "read": [{"pid": dead, "cmd": "dvc repro"}]}
+    rwlock.write_text(json.dumps({str(project / "data/svam"): held}))
+    assert ran(run(project, "dvc", "repro")) == []
+    rwlock.write_text(json.dumps({str(project / "data/svam"): held})[:30])
+    refused = attempt(project, "dvc", "repro")
+    assert refused.returncode != 0 and "JSON structure is corrupted" in refused.stdout + refused.stderr
+    rwlock.unlink()
+    assert ran(run(project, "dvc", "repro")) == []
+
+    whole = lock.read_bytes()
+    for restore in (lambda: run(project, "git", "checkout", "dvc.lock"), lock.unlink):
+        lock.write_bytes(whole[: len(whole) // 2])
+        refused = attempt(project, "dvc", "repro")
+        assert refused.returncode != 0 and "dvc.lock" in refused.stdout + refused.stderr
+        restore()
+        assert set(ran(run(project, "dvc", "repro"))) <= {"foresight", "report"}, "only what DVC does not cache runs again"
+        assert locked_stages(project) == locked_stages(finished)
