@@ -40,7 +40,8 @@ def start_and_kill(root: Path, until: int) -> None:
             assert loop.poll() is None, (root / "loop.log").read_text()[-6000:]
             time.sleep(0.2)
         # While DVC takes up the next experiment, for which it borrows the workspace.
-        while "params.yaml" not in run(root, "git", "status", "--porcelain", "--untracked-files=no"):
+        # (Looking takes no lock of git's index, which DVC would run into.)
+        while "params.yaml" not in run(root, "git", "--no-optional-locks", "status", "--porcelain", "--untracked-files=no"):
             assert loop.poll() is None, (root / "loop.log").read_text()[-6000:]
         os.killpg(loop.pid, signal.SIGKILL)
         loop.wait()
