@@ -99,6 +99,7 @@ class Convert(Section):
     normalisation: Literal["minmax", "quantile", "meanstd"]
     vector_dtype: Literal["float32", "float16"] = "float32"
     chunk_frames: Count
+    compression: Literal["lz4", "zstd"] = "lz4"
     shard_megabytes: Annotated[float, Field(gt=0.0)]
 
     @field_validator("image_size", mode="before")

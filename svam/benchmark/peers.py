@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.benchmark.recordings import CAMERA, RATE_HZ, Recording, action_chunks
-from svam.episodes.arrays import RowReader
+from svam.episodes.arrays import RowReader, page_aligned
+from svam.episodes.chunks import ZSTD_LEVEL
 from svam.episodes.store import EpisodeStore
 
 Clip = tuple[NDArray[np.uint8], NDArray[np.float32]]
@@ -218,25 +219,42 @@ class RawFiles:
 
 @dataclass(frozen=True)
 class Decompression:
-    """A floor: decompressing, from memory to memory, the chunks of our store that a sample touches."""
+    """A floor: decompressing, from memory to memory, the chunks that a sample touches: as our store holds them, or, with
+    `zstd`, the same frames compressed by Zstd at its default level.
+    """
 
     path: Path
     samples: Samples
-    name: str = "floor_decompress"
+    zstd: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the codec."""
+        return "floor_zstd" if self.zstd else "floor_decompress"
 
     def open(self) -> Read:
         """The compressed chunks in memory, and room for one that is used again and again."""
+        from numcodecs.blosc import decompress
         from numcodecs.zstd import Zstd
 
-        reader, rows, codec = RowReader(self.path / "frames" / CAMERA), self.samples.rows(), Zstd()
-        length = reader.chunk_rows
-        encoded = {chunk: reader.encoded(chunk) for chunk in np.unique(rows // length).tolist()}
+        reader, rows = RowReader(self.path / "frames" / CAMERA), self.samples.rows()
+        length, codec = reader.chunk_rows, Zstd(level=ZSTD_LEVEL, checksum=True)
+        encoded = {n: reader.encoded(n) for n in np.unique(rows // length).tolist()}
+        if self.zstd:
+            rows_of = {n: np.minimum(np.arange(n * length, (n + 1) * length), len(reader) - 1) for n in encoded}
+            encoded = {n: bytes(codec.encode(reader.read(rows_of[n]))) for n in encoded}
+        of_zstd = self.zstd or reader.compressor == "zstd"
+        if not of_zstd:
+            encoded = {n: data[:-4] for n, data in encoded.items()}  # without the CRC-32C
         touched = [[encoded[chunk] for chunk in np.unique(clip // length).tolist()] for clip in rows]
-        room, nothing = np.empty((length, *reader.shape[1:]), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
+        room, nothing = page_aligned((length, *reader.shape[1:]), np.uint8), np.zeros((0, 0), dtype=np.float32)
 
         def read(sample: int) -> Clip:
             for data in touched[sample]:
-                codec.decode(data, out=room)
+                if of_zstd:
+                    codec.decode(data, out=room)
+                else:
+                    decompress(data, room)
             return room, nothing
 
         return read

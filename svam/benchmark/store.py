@@ -29,7 +29,7 @@ from svam.benchmark.peers import (
 )
 from svam.benchmark.recordings import Recording
 from svam.benchmark.timing import Reader, measure, peak_bytes, summary
-from svam.episodes.arrays import GroupWriter, RowReader
+from svam.episodes.arrays import GroupWriter, RowReader, page_aligned
 from svam.episodes.conversion import convert
 from svam.episodes.store import EpisodeStore
 from svam.machine import console, generator
@@ -82,7 +82,7 @@ def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
                 written = True
                 readers: list[Reader] = [
                     StoreClips(store, samples), ZarrClips(store, samples), *peers, RawFiles(samples),
-                    Decompression(store, samples), Copying(samples),
+                    Decompression(store, samples), Decompression(store, samples, zstd=True), Copying(samples),
                 ]  # fmt: skip
                 described |= {"megabytes": _sizes(readers, settings.clip_frames, recording)}
                 compared = {"data": described, "stride": stride, "difference": _differences(readers, samples)}
@@ -133,7 +133,7 @@ class Windows:
     def open(self) -> Callable[[int], NDArray[np.float16]]:
         """Through one open array, into one buffer, as batches are."""
         reader = RowReader(self.path)
-        room = np.empty((1, *reader.shape[1:]), dtype=reader.dtype)
+        room = page_aligned((1, *reader.shape[1:]), reader.dtype)
         return lambda i: reader.read(np.array([i]), room)
 
     def files(self, sample: int) -> list[Path]:

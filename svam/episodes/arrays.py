@@ -32,6 +32,22 @@ _OPEN_SHARDS = 16
 """Shards that one reader keeps open."""
 _SPARE_BYTES = 8 << 20
 """A buffer for chunks up to this size is kept between reads."""
+_PAGE, _ALIGNED_FROM = 4096, 1 << 16
+
+
+def page_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+    """Uninitialised memory that begins on a page, as a file's contents do in the page cache.
+
+    Copying between places whose addresses differ by a few bytes modulo 4096, as those of numpy's own large arrays do, takes
+    twice the time: each read waits for a write that looks like its own address.
+    """
+    found = np.dtype(dtype)
+    size = math.prod(shape) * found.itemsize
+    if size < _ALIGNED_FROM:
+        return np.empty(shape, found)
+    room = np.empty(size + _PAGE, np.uint8)
+    start = -room.ctypes.data % _PAGE
+    return room[start : start + size].view(found).reshape(shape)
 
 
 def round_mantissa(values: NDArray[Any], bits: int) -> NDArray[Any]:
@@ -230,7 +246,9 @@ class RowReader:
             (sharding,) = metadata["codecs"]
             inner = sharding["configuration"]
             shard, chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"], inner["chunk_shape"]
-            codecs = tuple(codec["name"] for codec in inner["codecs"])
+            first = inner["codecs"][0]
+            interleaved = first["name"] == "transpose" and first["configuration"]["order"] == [1, 0, *range(2, len(chunk))]
+            codecs = tuple(codec["name"] for codec in inner["codecs"][1 if interleaved else 0 :])
             every = [sharding, *inner["codecs"], *inner["index_codecs"]]
             known = (
                 codecs in DECODERS
@@ -252,6 +270,7 @@ class RowReader:
         self.dtype = np.dtype(metadata["data_type"])
         self.chunk_rows, self.shard_rows = int(chunk[0]), int(shard[0])
         self._codecs = codecs
+        self._interleaved = interleaved and len(chunk) > 1
         self._within = np.arange(self.chunk_rows, dtype=np.int64)
         self._files: dict[int, ShardFile] = {}
         self._spare: list[NDArray[Any]] = []
@@ -261,6 +280,11 @@ class RowReader:
 
     def __len__(self) -> int:
         return int(self.shape[0])
+
+    @property
+    def compressor(self) -> str:
+        """The name of what compresses a chunk: `zstd`, `blosc`, or `bytes` where nothing does."""
+        return next((name for name in self._codecs if name in ("zstd", "blosc")), "bytes")
 
     @property
     def row_bytes(self) -> int:
@@ -298,8 +322,8 @@ class RowReader:
         """Rows (k, ...) by number, in the order asked for; repeats are allowed, each touched chunk is decoded once.
 
         Args:
-            out: C-contiguous (k, ...) of the array's dtype to read into, and to be returned. A buffer that is used again is
-                half of the speed of large rows, since the system has to clear new memory.
+            out: C-contiguous (k, ...) of the array's dtype to read into, and to be returned. Large rows are read at twice the
+                speed into a buffer that is used again (the system has to clear new memory) and is `page_aligned`.
 
         Raises:
             ContractError: a row number is outside 0..n - 1, or `out` does not fit.
@@ -310,7 +334,7 @@ class RowReader:
             raise ContractError(f"{self.path.name}: row numbers have shape {rows.shape}, expected (k,)")
         k = len(rows)
         if out is None:
-            out = np.empty((k, *self.shape[1:]), dtype=self.dtype)
+            out = page_aligned((k, *self.shape[1:]), self.dtype)
         elif out.shape != (k, *self.shape[1:]) or out.dtype != self.dtype or not out.flags.c_contiguous:
             raise ContractError(
                 f"{self.path.name}: out is {out.dtype} {out.shape}, expected {self.dtype} {(k, *self.shape[1:])}"
@@ -333,18 +357,20 @@ class RowReader:
             first, last = edges[i], edges[i + 1]
             inside = ordered[first:last] - numbers[i] * self.chunk_rows
             at = first if order is None else int(order[first])
-            if last - first == self.chunk_rows and self._is_whole(inside, None if order is None else order[first:last]):
+            whole = not self._interleaved and last - first == self.chunk_rows
+            if whole and self._is_whole(inside, None if order is None else order[first:last]):
                 self._decode(file, where, data, out[at : at + self.chunk_rows])
                 continue
             scratch = self._buffer() if scratch is None else scratch
             self._decode(file, where, data, scratch)
+            decoded = scratch.swapaxes(0, 1) if self._interleaved else scratch
             if step is not None:
                 start = int(inside[0])
-                out[first:last] = scratch[start : start + (last - first - 1) * step + 1 : step]
-            elif order is None:
-                np.take(scratch, inside, axis=0, out=out[first:last], mode="clip")
+                out[first:last] = decoded[start : start + (last - first - 1) * step + 1 : step]
+            elif order is None and not self._interleaved:
+                np.take(decoded, inside, axis=0, out=out[first:last], mode="clip")
             else:
-                out[order[first:last]] = scratch[inside]
+                out[slice(first, last) if order is None else order[first:last]] = decoded[inside]
         if scratch is not None and scratch.nbytes <= _SPARE_BYTES:
             self._spare[:] = [scratch]
         return out
@@ -370,11 +396,12 @@ class RowReader:
         return np.array_equal(inside, self._within) and (targets is None or np.array_equal(targets - targets[0], self._within))
 
     def _buffer(self) -> NDArray[Any]:
-        """Room for one chunk, which no other thread uses."""
+        """Room for one chunk as it is stored, which no other thread uses."""
         try:
             return self._spare.pop()
         except IndexError:
-            return np.empty((self.chunk_rows, *self.shape[1:]), dtype=self.dtype)
+            stored = (self.chunk_rows, *self.shape[1:])
+            return page_aligned((stored[1], stored[0], *stored[2:]) if self._interleaved else stored, self.dtype)
 
     def _chunks(self, numbers: list[int]) -> Iterator[tuple[ShardFile, list[int], Bytes | None]]:
         """Shard, [offset, size] and encoded bytes of each chunk; raw chunks are not read yet: they go where they belong."""

@@ -126,8 +126,13 @@ class Plan:
         shard_bytes = params.shard_megabytes * 2**20
         layouts = {
             name: Layout.of(
-                row_shape, _stored(name, dtype, params), _chunk_rows(name, params), shard_bytes, int(starts[name][-1])
-            )
+                row_shape,
+                _stored(name, dtype, params),
+                _chunk_rows(name, params),
+                shard_bytes,
+                int(starts[name][-1]),
+                params.compression if name.startswith("frames/") else None,
+            )  # fmt: skip
             for name, (row_shape, dtype, _) in parts.items()
         }
         steps = np.cumsum([shape.steps for shape in shapes])

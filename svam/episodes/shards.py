@@ -1,6 +1,6 @@
 """Arrays written in pieces by several processes: each compresses the chunks it holds whole, one process joins them.
 
-The array is the published format that `svam.episodes.arrays` reads (Zarr v3, `sharding_indexed`, Zstd with a checksum).
+The array is the published format that `svam.episodes.arrays` reads (Zarr v3, `sharding_indexed`, chunks with a checksum each).
 Which rows share a chunk or a shard follows from their number alone, so any cut into pieces gives the same bytes.
 """
 
@@ -15,12 +15,11 @@ from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
-from numcodecs.zstd import Zstd
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
 from svam.episodes.arrays import named_failures
-from svam.episodes.chunks import ZSTD_LEVEL
+from svam.episodes.chunks import Compression, codecs_for, compress, interleaved, picture_codecs
 from svam.files import FileError, read_json
 
 _EMPTY = 2**64 - 1
@@ -28,45 +27,37 @@ MOST_CHUNKS = 4096
 """Chunks of a shard, whatever their size: every reader reads a shard's whole index, 16 bytes a chunk."""
 
 
-_FAST = Zstd(level=-1, checksum=True)
-_DENSE = Zstd(level=ZSTD_LEVEL, checksum=True)
-_HARD_RATIO, _FAST_GROWTH = 3.0, 1.3
-
-
-def compress(rows: NDArray[Any]) -> bytes:
-    """One chunk as a Zstd frame with a checksum.
-
-    What hardly compresses, such as the sensor noise of a real camera, decodes slowly for what it saves: there a faster level is
-    taken, where it costs less than a third more bytes (128 px robot video: 2.6 times the speed for 22 % more). Any Zstd decoder
-    reads both.
-    """
-    dense = bytes(_DENSE.encode(rows))
-    if len(dense) * _HARD_RATIO < rows.nbytes:
-        return dense
-    fast = bytes(_FAST.encode(rows))
-    return fast if len(fast) < _FAST_GROWTH * len(dense) else dense
-
-
 @dataclass(frozen=True)
 class Layout:
-    """One array's rows: `row_shape`, `dtype`, `chunk_rows` compressed together, `shard_rows` (a multiple) in a file."""
+    """One array's rows: `row_shape`, `dtype`, `chunk_rows` compressed together, `shard_rows` (a multiple) in a file.
+
+    pictures: how rows (H, W, 3) are compressed, their lines interleaved; None for anything else, which Zstd compresses.
+    """
 
     row_shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunk_rows: int
     shard_rows: int
+    pictures: Compression | None = None
 
     @classmethod
-    def of(cls, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_bytes: float, rows: int) -> Layout:
+    def of(
+        cls, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_bytes: float, rows: int,
+        pictures: Compression | None = None,
+    ) -> Layout:  # fmt: skip
         """Shards of at least `shard_bytes` uncompressed, in whole chunks; smaller where `rows` or `MOST_CHUNKS` are reached."""
         found = np.dtype(dtype)
         row_bytes = max(1, int(np.prod(row_shape, dtype=np.int64)) * found.itemsize)
         chunks = max(1, min(-(-int(shard_bytes) // (row_bytes * chunk_rows)), -(-rows // chunk_rows), MOST_CHUNKS))
-        return cls(tuple(row_shape), found, chunk_rows, chunks * chunk_rows)
+        return cls(tuple(row_shape), found, chunk_rows, chunks * chunk_rows, pictures)
 
     def empty(self, rows: int) -> NDArray[Any]:
         """Zeroed rows."""
         return np.zeros((rows, *self.row_shape), dtype=self.dtype)
+
+    def encoded(self, chunk: NDArray[Any]) -> bytes:
+        """`chunk_rows` rows as their chunk is stored."""
+        return compress(chunk) if self.pictures is None else compress(interleaved(chunk), self.pictures)
 
 
 class Piece:
@@ -103,7 +94,7 @@ class Piece:
             self._chunk[self._filled : self._filled + k] = values[taken : taken + k]
             self._filled, taken = self._filled + k, taken + k
             if self._filled == layout.chunk_rows:
-                data = compress(self._chunk)
+                data = layout.encoded(self._chunk)
                 with named_failures(self.path):
                     self._file.write(data)
                 self._sizes.append(len(data))
@@ -159,7 +150,6 @@ class ShardJoiner:
 
     def __init__(self, path: Path, rows: int, layout: Layout) -> None:
         import zarr
-        from zarr.codecs import ZstdCodec
 
         self.path, self.layout, self._rows = path, layout, rows
         self._carry, self._held = layout.empty(layout.chunk_rows), 0
@@ -168,11 +158,15 @@ class ShardJoiner:
         self._file: BinaryIO | None = None
         self._index = np.full((self._per_shard, 2), _EMPTY, dtype="<u8")
         self._offset = 0
+        filters: list[Any] | None = None
+        compressors = codecs_for(False, 0)
+        if layout.pictures is not None:
+            filters, compressors = picture_codecs(layout.pictures, 1 + len(layout.row_shape))
         with named_failures(path):
             zarr.create_array(
                 path, shape=(rows, *layout.row_shape), dtype=layout.dtype, zarr_format=3, fill_value=0,
-                chunks=(layout.chunk_rows, *layout.row_shape), shards=(layout.shard_rows, *layout.row_shape), filters=None,
-                compressors=ZstdCodec(level=ZSTD_LEVEL, checksum=True),
+                chunks=(layout.chunk_rows, *layout.row_shape), shards=(layout.shard_rows, *layout.row_shape),
+                filters=filters, compressors=compressors,
             )  # fmt: skip
 
     def join(self, piece: WholePiece) -> None:
@@ -193,7 +187,7 @@ class ShardJoiner:
             self._carry[self._held : self._held + k] = values[taken : taken + k]
             self._held, taken = self._held + k, taken + k
             if self._held == self.layout.chunk_rows:
-                self._put(compress(self._carry))
+                self._put(self.layout.encoded(self._carry))
                 self._held = 0
 
     def _put(self, data: bytes) -> None:
@@ -231,7 +225,7 @@ class ShardJoiner:
             raise ContractError(f"{self.path.name}: {arrived} rows arrived, {self._rows} were announced")
         if self._held:
             self._carry[self._held :] = 0
-            self._put(compress(self._carry))
+            self._put(self.layout.encoded(self._carry))
         self._end_shard()
 
     def abandon(self) -> None:
