@@ -59,7 +59,7 @@ def test_clips(store: Path, tmp_path: Path) -> None:
     assert len(found["results"]) == 4
     for result in found["results"]:
         assert result["data"]["image_size"] == [32, 32] and result["stride"] == 2
-        floors = {"floor_decompress", "floor_zstd", "floor_memcpy"}
+        floors = {"floor_decompress", "floor_zstd", "floor_read", "floor_memcpy"}
         peers = {"zarr_on_store", "zarr_v2_blosc", "mp4_h264", "mp4_av1", "npy_per_sample", *floors}
         assert set(result["times_as_long"]) == peers and set(result["milliseconds"]) == {"store", *peers}
         assert set(result["data"]["megabytes"]) == {"store", "zarr_v2_blosc", "mp4_h264", "mp4_av1", "npy_per_sample"}

@@ -265,6 +265,32 @@ class Decompression:
 
 
 @dataclass(frozen=True)
+class Reading:
+    """A floor: reading the chunks that a sample touches from disk, as they are stored. With a cold cache the disk sets it."""
+
+    path: Path
+    samples: Samples
+    name: str = "floor_read"
+
+    def open(self) -> Read:
+        """Through the store's open shards."""
+        reader, rows = RowReader(self.path / "frames" / CAMERA), self.samples.rows()
+        touched = [np.unique(clip // reader.chunk_rows).tolist() for clip in rows]
+        nothing = np.zeros((0, 0, 0, 0), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
+
+        def read(sample: int) -> Clip:
+            for chunk in touched[sample]:
+                reader.encoded(chunk)
+            return nothing
+
+        return read
+
+    def files(self, sample: int) -> list[Path]:
+        """All shards of the frames."""
+        return [file for file in (self.path / "frames").rglob("*") if file.is_file()]
+
+
+@dataclass(frozen=True)
 class Copying:
     """A floor: copying a sample from memory to memory."""
 

@@ -20,6 +20,7 @@ from svam.benchmark.peers import (
     Copying,
     Decompression,
     RawFiles,
+    Reading,
     ReplayBuffer,
     Samples,
     StoreClips,
@@ -82,7 +83,8 @@ def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
                 written = True
                 readers: list[Reader] = [
                     StoreClips(store, samples), ZarrClips(store, samples), *peers, RawFiles(samples),
-                    Decompression(store, samples), Decompression(store, samples, zstd=True), Copying(samples),
+                    Decompression(store, samples), Decompression(store, samples, zstd=True), Reading(store, samples),
+                    Copying(samples),
                 ]  # fmt: skip
                 described |= {"megabytes": _sizes(readers, settings.clip_frames, recording)}
                 compared = {"data": described, "stride": stride, "difference": _differences(readers, samples)}

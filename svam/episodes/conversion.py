@@ -124,17 +124,11 @@ class Plan:
         parts = _parts(first)
         starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in parts}
         shard_bytes = params.shard_megabytes * 2**20
-        layouts = {
-            name: Layout.of(
-                row_shape,
-                _stored(name, dtype, params),
-                _chunk_rows(name, params),
-                shard_bytes,
-                int(starts[name][-1]),
-                params.compression if name.startswith("frames/") else None,
-            )  # fmt: skip
-            for name, (row_shape, dtype, _) in parts.items()
-        }
+        layouts = {}
+        for name, (row_shape, dtype, _) in parts.items():
+            rows, pictures = int(starts[name][-1]), params.compression if name.startswith("frames/") else None
+            kept, chunk = _stored(name, dtype, params), _chunk_rows(name, params)
+            layouts[name] = Layout.of(row_shape, kept, chunk, shard_bytes, rows, pictures)
         steps = np.cumsum([shape.steps for shape in shapes])
         last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
         edges = sorted({0, *last, len(shapes)})
