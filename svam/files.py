@@ -40,14 +40,23 @@ def _runs(pid: int) -> bool:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """A full disk says so without a name (and numpy only counts bytes): say what was being written."""
+def named_refusals(path: Path) -> Iterator[None]:
+    """A full disk says so without a name (numpy only counts bytes), and libraries written in Rust, such as safetensors and
+    tokenizers, without an OSError: say what was being written.
+
+    Raises:
+        FileError: the file system refused.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is not None:
             raise
         raise FileError(f"{path}: not written: {error.strerror or error}") from error
+    except Exception as error:
+        if isinstance(error, FileError) or "(os error " not in str(error):
+            raise
+        raise FileError(f"{path}: not written: {error}") from error
 
 
 @contextmanager
@@ -63,7 +72,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     clear_leftovers(path)
     temporary.mkdir(parents=True)
     try:
-        with _named(path):
+        with named_refusals(path):
             yield temporary
         if path.exists():  # a directory cannot be replaced in one step: step aside, so that a whole one is always on disk
             path.rename(replaced)
@@ -89,7 +98,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        with _named(path):
+        with named_refusals(path):
             yield temporary
         temporary.replace(path)
     finally:

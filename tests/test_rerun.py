@@ -53,7 +53,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("machine.checkpoint_seconds", 10.0, set()),
     ("compare.episodes", 60, set()),
     ("report.dpi", 90, CHECK | REPORT),
-    ("foresight.dpi", 90, FORESIGHT),
+    ("foresight.dpi", 90, CHECK | FORESIGHT),
     ("evaluate.episodes", 7, CHECK | EVALUATE),
     ("train_policy.chunk", 9, CHECK | POLICY),
     ("train_policy.training.steps", 2999, CHECK | POLICY),

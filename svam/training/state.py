@@ -14,6 +14,7 @@ from dvclive import Live
 from torch import Tensor, nn
 
 from svam.checkpoint import load_tensors, restore, save_tensors
+from svam.files import named_refusals
 from svam.resume import Resume
 
 RECORD = "training"
@@ -57,22 +58,26 @@ class Curves:
     are those of a run that was never interrupted (they hold no times)."""
 
     def __init__(self, folder: Path | None) -> None:
-        self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) if folder else None
+        self.folder = folder
+        with named_refusals(folder or Path()):
+            self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) if folder else None
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Append one point to the curve of each name."""
+        """Append one point to the curve of each name. Raises `FileError` if the file system refuses."""
         self.history.append((step, values))
-        if self.live:
-            self.live.step = step
-            for name, value in values.items():
-                self.live.log_metric(name, value)
-            self.live.make_summary()
+        if self.live and self.folder:
+            with named_refusals(self.folder):
+                self.live.step = step
+                for name, value in values.items():
+                    self.live.log_metric(name, value)
+                self.live.make_summary()
 
     def end(self) -> None:
-        """Finish the files."""
-        if self.live:
-            self.live.end()
+        """Finish the files. Raises `FileError` if the file system refuses."""
+        if self.live and self.folder:
+            with named_refusals(self.folder):
+                self.live.end()
 
 
 @dataclass
