@@ -71,6 +71,11 @@ class Collect(Section):
     max_steps: Annotated[int, Field(ge=10, le=500)]
     attempts: Count
 
+    @field_validator("episodes_of", mode="before")
+    @classmethod
+    def _null_empties(cls, value: Any) -> Any:  # for `-S`, where {} changes nothing: DVC merges mappings
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _tasks_are_unique(self) -> Collect:
         repeated = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
