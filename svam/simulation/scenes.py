@@ -3,7 +3,7 @@
 The stock tasks of one model give themselves away before anything moves: a window to be closed starts open, in another range
 of places, and a marker stands where the handle should go. In a shared scene both tasks draw object places from one range by one
 rule, what slides or turns starts in its middle (half open), and the markers of goals are hidden: the end of the way is where
-the drawer, window, faucet or handle can go no further, and the mug's is below the machine's spout. Success and the scripted
+the drawer, window or faucet can go no further, and the mug's is below the machine's spout. Success and the scripted
 experts are MetaWorld's own.
 """
 
@@ -40,10 +40,10 @@ SCENES: tuple[Scene, ...] = (
     Scene(("faucet-open", "faucet-close"), (-0.05, 0.80, 0.0), (0.05, 0.85, 0.0), "faucet_link2", 0.0),
     Scene(("window-open", "window-close"), (-0.05, 0.75, 0.2), (0.05, 0.90, 0.2), "windowb_a", 0.1),
     Scene(("drawer-open", "drawer-close"), (-0.1, 0.9, 0.0), (0.1, 0.9, 0.0), "drawer_link", -0.08),
-    Scene(("handle-press", "handle-pull"), (-0.1, 0.8, 0.0), (0.1, 0.9, 0.0), "handle_link", -0.05),
     Scene(("coffee-button", "coffee-push"), (-0.1, 0.50, 0.0, -0.05, 0.70, 0.0), (0.1, 0.54, 0.0, 0.05, 0.75, 0.0)),
 )
-"""Ranges lie where both tasks' experts are reliable. A mug and its goal are at least 16 cm apart, where MetaWorld never draws
+"""Ranges lie where both tasks' experts are reliable, and where neither solves the other's task. (A handle half down is no such
+pair: the expert that pulls it up solves the other task in a quarter of the goals, on its way.) A mug and its goal are at least 16 cm apart, where MetaWorld never draws
 again."""
 
 
