@@ -42,9 +42,9 @@ SCENES: tuple[Scene, ...] = (
     Scene(("drawer-open", "drawer-close"), (-0.1, 0.9, 0.0), (0.1, 0.9, 0.0), "drawer_link", -0.08),
     Scene(("coffee-button", "coffee-push"), (-0.1, 0.50, 0.0, -0.05, 0.70, 0.0), (0.1, 0.54, 0.0, 0.05, 0.75, 0.0)),
 )
-"""Ranges lie where both tasks' experts are reliable, and where neither solves the other's task. (A handle half down is no such
-pair: the expert that pulls it up solves the other task in a quarter of the goals, on its way.) A mug and its goal are at least 16 cm apart, where MetaWorld never draws
-again."""
+"""Ranges lie where both tasks' experts are reliable. A mug and its goal are at least 16 cm apart, where MetaWorld never draws
+again. Neither expert solves the other's task, which is why a handle half down is no such pair: pulling it up solves pressing it
+in a quarter of the goals, on the way."""
 
 
 def shared_tasks() -> list[str]:
