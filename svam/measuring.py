@@ -63,15 +63,19 @@ class Benchmark(Section):
 
 
 class Compare(Section):
-    """The runs of `make compare`. No stage lists this section. `steps`: of every policy, null: train_policy.training.steps."""
+    """The runs of `make compare`. No stage lists this section.
 
+    collections: name -> `-S` arguments of the demonstrations and of what is evaluated. collection: the one that is used.
+    steps: of every policy, null: train_policy.training.steps.
+    """
+
+    collections: dict[Name, list[str]] = {"default": []}
+    collection: Name = "default"
     seeds: list[Seed] = [1, 2]
     episodes_per_task: list[Count] = [5, 10, 30]
-    tasks: list[Name] = ["reach", "button-press-topdown", "drawer-open", "window-close"]
     episodes: Count = 50
     steps: Count | None = None
     ablations: list[Ablation] = []
     ablation_size: Count = 5
     ablation_seed: Seed = 1
     ablation_episodes: Count = 25
-    arguments: list[str] = []

@@ -20,6 +20,7 @@ from svam.section import Count, Name, ParamsError, Positive, Section, Seed, Shar
 __all__ = ["Benchmark", "Compare", "Foresight", "ParamsError", "Report", "Section"]
 
 Branch = Literal["geometric", "semantic"]
+Style = Literal["direct", "left", "right", "high"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -53,11 +54,13 @@ class Optimiser(Section):
 
 
 class Collect(Section):
-    """MetaWorld demonstrations by the scripted experts."""
+    """MetaWorld demonstrations by the scripted experts. scenes, styles: `svam.simulation.scenes`, `svam.simulation.experts`."""
 
     tasks: list[Name]
     episodes: Count
     episodes_of: dict[str, Count] = {}
+    scenes: Literal["stock", "shared"] = "stock"
+    styles: Annotated[list[Style], Field(min_length=1)] = ["direct"]
     noisy_share: Share
     noise_scale: Annotated[float, Field(ge=0.0, le=2.0)]
     image_size: Annotated[int, Field(ge=32, le=512)]
@@ -68,6 +71,11 @@ class Collect(Section):
     max_steps: Annotated[int, Field(ge=10, le=500)]
     attempts: Count
 
+    @field_validator("episodes_of", mode="before")
+    @classmethod
+    def _null_empties(cls, value: Any) -> Any:  # for `-S`, where {} changes nothing: DVC merges mappings
+        return {} if value is None else value
+
     @model_validator(mode="after")
     def _tasks_are_unique(self) -> Collect:
         repeated = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
@@ -76,6 +84,8 @@ class Collect(Section):
         unknown = sorted(set(self.episodes_of) - set(self.tasks))
         if unknown and self.tasks:
             raise ValueError(f"episodes_of names {unknown}, which tasks does not list")
+        if len(set(self.styles)) < len(self.styles):
+            raise ValueError(f"styles is {self.styles}, expected each style once")
         return self
 
     def episodes_for(self, task: str) -> int:

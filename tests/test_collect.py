@@ -46,7 +46,9 @@ def test_an_episode_keeps_the_contract(collected: Path) -> None:
     meta = read_json(collected / "meta.json")
     assert meta["task"] == "reach" and meta["rate_hz"] == 80.0 and meta["cameras"] == ["corner2", "topview"]
     assert meta["instructions"]["held_out"] and len(meta["provenance"]["episodes"]) == SMALL.episodes
+    assert not {"scenes", "styles"} & set(meta["provenance"]), "what is MetaWorld's own goes without saying"
     for index, entry in enumerate(meta["provenance"]["episodes"]):
+        assert set(entry) == {"attempt", "noisy", "steps", "draw"}
         a = arrays_of(collected, index)
         n, rows = entry["steps"], a["annotation_index"]
         assert a["state"].shape == (n, 39) and a["proprioception"].shape == (n, 4) and a["success"].shape == (n,)

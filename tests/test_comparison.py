@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from dvc.repo import Repo
+from dvc.utils.hydra import apply_overrides
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
@@ -24,11 +25,12 @@ from svam.comparison.__main__ import app
 from svam.comparison.clock import Clock, accounts, total
 from svam.comparison.keys import Project, key_of, stages_of, upstream
 from svam.comparison.loop import Plan
-from svam.comparison.plan import CORE, VARIANTS, overridden, plan_of, settings_of
+from svam.comparison.plan import CORE, VARIANTS, compare_of, overridden, pipeline_line, plan_of, settings_of
 from svam.comparison.records import Budget, Episode, Record, Stage, machine, read_record, read_records, write_record
 from svam.comparison.workspace import put_back, run_noted
 from svam.files import FileError, write_json
 from svam.params import ParamsError
+from svam.simulation.scenes import scene_of
 from tests.project import run as run_in
 from tests.stage_deps import ROOT
 
@@ -75,7 +77,8 @@ def test_variants_are_those_of_the_readme() -> None:
 def test_the_plan(tmp_path: Path) -> None:
     compare = {
         "seeds": [3, 4], "episodes_per_task": [2, 6], "ablations": ["multi_step"], "ablation_size": 6, "ablation_seed": 4,
-        "tasks": ["reach"], "episodes": 9, "ablation_episodes": 8, "steps": 123,
+        "episodes": 9, "ablation_episodes": 8, "steps": 123, "collections": {"default": ["evaluate.tasks=[reach]"]},
+        "collection": "default",
     }  # fmt: skip
     runs, raw = plan_of(write_params(tmp_path, **compare))
     expected = [f"{variant}-{size}-seed{seed}" for seed in (3, 4) for size in (2, 6) for variant in CORE]
@@ -92,7 +95,7 @@ def test_the_plan(tmp_path: Path) -> None:
 
 
 def test_equal_steps_by_default(tmp_path: Path) -> None:
-    runs, raw = plan_of(ROOT / "params.yaml")
+    runs, raw = plan_of(ROOT / "params.yaml", "default")
     assert len({run.name for run in runs}) == len(runs) == 25
     assert {settings_of(raw, run.arguments).train_policy.training.steps for run in runs} == {RAW["compare"]["steps"]}
     unsaid, raw = plan_of(write_params(tmp_path, steps=None))
@@ -108,15 +111,52 @@ def test_equal_steps_by_default(tmp_path: Path) -> None:
         ({"ablation_size": 7}, "compare.ablation_size is 7 and ablation_seed 1; expected one of episodes_per_task .5"),
         ({"ablation_episodes": 51}, "compare.ablation_episodes is 51, expected at most episodes .50."),
         ({"seeds": [1, 1]}, "compare.seeds is .1, 1., expected at least one, and each once"),
-        ({"tasks": []}, "compare.tasks is .., expected at least one"),
-        ({"arguments": ["train_policy.contxt=[one_step]"]}, "'train_policy.contxt=.one_step.', expected key=value"),
-        ({"arguments": ["evaluate.batch=many"]}, "evaluate.batch is 'many'"),
-        ({"arguments": ["distill.target=ground_truth"]}, "distill.target is 'ground_truth'; the comparison needs S-VAM"),
+        ({"collection": "none"}, "compare.collection is 'none', expected one of compare.collections: ambiguous, default"),
+        (["evaluate.tasks=[]"], "evaluate.tasks is .. in collection 'mine', expected at least one"),
+        (["train_policy.contxt=[one_step]"], "'train_policy.contxt=.one_step.', expected key=value"),
+        (["collect.episodes_of={}"], "'collect.episodes_of=..' sets a mapping, which DVC would merge.*or null"),
+        (["evaluate.batch=many"], "evaluate.batch is 'many'"),
+        (["distill.target=ground_truth"], "distill.target is 'ground_truth'; the comparison needs S-VAM"),
     ],
 )
-def test_a_wrong_plan_is_one_sentence(tmp_path: Path, compare: dict[str, Any], sentence: str) -> None:
+def test_a_wrong_plan_is_one_sentence(tmp_path: Path, compare: dict[str, Any] | list[str], sentence: str) -> None:
+    if isinstance(compare, list):
+        compare = {"collections": {"mine": compare}, "collection": "mine"}
     with pytest.raises(ParamsError, match=sentence):
         plan_of(write_params(tmp_path, **compare))
+
+
+def test_collections_differ_in_names_data_and_folder(tmp_path: Path) -> None:
+    runs, raw = plan_of(ROOT / "params.yaml", "ambiguous")
+    other, _ = plan_of(ROOT / "params.yaml", "default")
+    assert not {run.name for run in runs} & {run.name for run in other}
+    for run in runs:
+        assert run.name == f"{run.variant}-{run.size}-seed{run.seed}-ambiguous"
+        settings = settings_of(raw, run.arguments)
+        collected = settings.collect
+        assert collected.scenes == "shared" and len(collected.styles) > 1 and not collected.episodes_of
+        assert settings.evaluate.tasks == collected.tasks
+        assert run.size < collected.episodes * (1 - settings.convert.held_out), "fewer labels than the video model sees"
+        for task in collected.tasks:
+            assert set(scene_of(task).tasks) <= set(collected.tasks), "both sides of each scene"
+    with chdir(ROOT):
+        plan = Plan(tmp_path, "ambiguous")
+        assert (plan.folder, Plan(tmp_path, "default").folder) == (tmp_path / "ambiguous", tmp_path / "default")
+        assert not set(plan.keys.values()) & set(Plan(tmp_path, "default").keys.values())
+        printed = CliRunner().invoke(
+            app, ["plan", "--records", str(tmp_path), "--collection", "ambiguous", "--only", "vpp-5-*"]
+        )
+    assert f"# the whole pipeline on this collection: {plan.pipeline}" in printed.stdout
+    assert plan.pipeline.startswith("dvc exp run --temp -n ambiguous -S ")
+    assert pipeline_line(compare_of(ROOT / "params.yaml", "default")) == "dvc repro"
+
+
+def test_arguments_mean_to_dvc_what_they_mean_here(tmp_path: Path) -> None:
+    arguments = RAW["compare"]["collections"]["ambiguous"]
+    file = tmp_path / "params.yaml"
+    shutil.copy(ROOT / "params.yaml", file)
+    apply_overrides(file, arguments)
+    assert settings_of(YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))) == settings_of(RAW, arguments)
 
 
 def test_stages_are_read_as_dvc_reads_them() -> None:
@@ -183,7 +223,7 @@ def test_keys_follow_the_code_that_matters(tmp_path: Path, module: str, changed:
 
 
 def test_data_from_outside_counts_by_its_hash_in_the_lock_file() -> None:
-    values = overridden(RAW, ["collect.tasks=[]", "collect.episodes_of={}", "convert.depends_on=elsewhere"])
+    values = overridden(RAW, ["collect.tasks=[]", "collect.episodes_of=null", "convert.depends_on=elsewhere"])
     keys = []
     for md5 in ("one", "other"):
         locked = {"convert": {"deps": [{"path": "elsewhere", "md5": md5}]}}
@@ -205,10 +245,10 @@ def test_a_record_comes_back(tmp_path: Path) -> None:
 
 def test_finished_is_what_has_a_record_of_the_same_key(tmp_path: Path) -> None:
     with chdir(ROOT):
-        plan = Plan(tmp_path)
+        plan = Plan(tmp_path, "default")
         assert all(planned.record is None for planned in plan.state())
-        write_record(tmp_path, make_record("vpp", key=plan.keys["vpp-5-seed1"]))
-        write_record(tmp_path, make_record("svam", key="of other params"))
+        write_record(plan.folder, make_record("vpp", key=plan.keys["vpp-5-seed1"]))
+        write_record(plan.folder, make_record("svam", key="of other params"))
         assert {run.name for run, _, record in plan.state() if record is not None} == {"vpp-5-seed1"}
         assert {run.name for run, *_ in plan.state(["vpp-*"])} == {f"vpp-{n}-seed{s}" for n in (5, 10, 30) for s in (1, 2)}
         assert {run.name for run, *_ in plan.state(["vpp-*"])} == {run.name for run, *_ in plan.state(["vpp"])}
@@ -222,19 +262,24 @@ def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.Monk
     seconds = 30.0 * RAW["compare"]["steps"] / 4 + 40.0 * 50 + 5.0
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(ROOT)
-    plan = Plan(tmp_path)
+    plan = Plan(tmp_path, "default")
     runs = {run.name: run for run in plan.runs}
-    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) is None
+    assert plan.estimate(runs["svam-10-seed1"], read_records(plan.folder)) is None
     write_json(tmp_path / ".cache/times/train_policy.json", {"seconds": 600.0})
     write_json(tmp_path / ".cache/times/evaluate.json", {"seconds": 140.0})
     # The default evaluation has 4 x (25 + 10) episodes.
-    assert plan.estimate(runs["svam-10-seed1"], read_records(tmp_path)) == (600.0 * share + 200.0, "the last `dvc repro` here")
-    assert plan.estimate(runs["vpp-10-seed1"], read_records(tmp_path)) is None
-    write_record(tmp_path, make_record("vpp"))
-    write_record(tmp_path, make_record("diffusion_policy", machine="another computer"))
-    assert plan.estimate(runs["vpp-30-seed2"], read_records(tmp_path)) == (seconds, "1 finished of this variant")
-    assert plan.estimate(runs["diffusion_policy-30-seed2"], read_records(tmp_path)) is None
-    printed = CliRunner().invoke(app, ["plan", "--records", str(tmp_path), "--only", "*-30-seed2"]).stdout
+    assert plan.estimate(runs["svam-10-seed1"], read_records(plan.folder)) == (
+        600.0 * share + 200.0,
+        "the last `dvc repro` here",
+    )
+    assert plan.estimate(runs["vpp-10-seed1"], read_records(plan.folder)) is None
+    write_record(plan.folder, make_record("vpp"))
+    write_record(plan.folder, make_record("diffusion_policy", machine="another computer"))
+    assert plan.estimate(runs["vpp-30-seed2"], read_records(plan.folder)) == (seconds, "1 finished of this variant")
+    assert plan.estimate(runs["diffusion_policy-30-seed2"], read_records(plan.folder)) is None
+    printed = (
+        CliRunner().invoke(app, ["plan", "--records", str(tmp_path), "--collection", "default", "--only", "*-30-seed2"]).stdout
+    )
     minutes = round(seconds / 60)
     time = f"about {minutes // 60} h {minutes % 60} min"
     assert "-n vpp-30-seed2" in printed and f"# {time} (by 1 finished of this variant)" in printed

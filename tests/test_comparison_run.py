@@ -21,14 +21,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 CHANGES = {
     "collect": {"tasks": ["button-press-topdown"], "episodes": 3, "episodes_of": {}},
     "compare": {
-        "seeds": [1], "episodes_per_task": [1], "tasks": ["button-press-topdown"], "episodes": 2, "steps": 4, "ablations": [],
+        "seeds": [1], "episodes_per_task": [1], "episodes": 2, "steps": 4, "ablations": [], "collection": "small",
+        "collections": {"small": ["evaluate.tasks=[button-press-topdown]"]},
     },
 }  # fmt: skip
+RECORDS = Path("data/compare/small")
 LOOP = (sys.executable, "-m", "svam.comparison", "run", "--only", "svam", "--only", "vpp")
 
 
 def records(root: Path) -> list[Path]:
-    return sorted((root / "data/compare").glob(PATTERN))
+    return sorted((root / RECORDS).glob(PATTERN))
 
 
 def start_and_kill(root: Path, until: int) -> None:
@@ -69,7 +71,7 @@ def test_the_loop(tmp_path: Path) -> None:
     assert set(ran) <= {"check_params", "train_policy", "evaluate", "report"}
     assert first.read_bytes() == before
     svam, vpp = (read_record(file) for file in records(root))
-    assert (svam.name, vpp.name) == ("svam-1-seed1", "vpp-1-seed1")
+    assert (svam.name, vpp.name) == ("svam-1-seed1-small", "vpp-1-seed1-small")
     for record in (svam, vpp):
         assert record.budget.policy_steps == 4 and record.budget.demonstrations == 1
         assert [(e.task, e.index) for e in record.episodes] == [("button-press-topdown", 0), ("button-press-topdown", 1)]
@@ -92,8 +94,8 @@ def test_the_loop(tmp_path: Path) -> None:
     # The table, with latencies of the policies that DVC's cache has; the clone keeps those.
     page = run(root, sys.executable, "-m", "svam.report", "compare")
     assert page.count("not distinguishable") == 1 and "not measured" not in page
-    assert set(read_json(root / "data/compare/latency.json")["variants"]) == {"svam", "vpp"}
-    (clone / "data/compare/latency.json").write_bytes((root / "data/compare/latency.json").read_bytes())
+    assert set(read_json(root / RECORDS / "latency.json")["variants"]) == {"svam", "vpp"}
+    (clone / RECORDS / "latency.json").write_bytes((root / RECORDS / "latency.json").read_bytes())
     assert run(clone, sys.executable, "-m", "svam.report", "compare", "--no-latency") == page
 
     # Changed work is run again: the code of the distillation is none of VPP's.

@@ -153,9 +153,11 @@ def test_the_command_writes_all_three(tmp_path: Path) -> None:
         nothing = CliRunner().invoke(app, ["compare", "--folder", str(tmp_path), "--no-latency"])
         assert nothing.exit_code == 1
         for record in some_records():
-            write_record(tmp_path, record)
-        done = CliRunner().invoke(app, ["compare", "--folder", str(tmp_path), "--no-latency"], catch_exceptions=False)
+            write_record(tmp_path / "default", record)
+        arguments = ["compare", "--folder", str(tmp_path), "--collection", "default", "--no-latency"]
+        done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0
+    tmp_path = tmp_path / "default"
     assert (tmp_path / "table.md").read_text(encoding="utf-8") in done.output
     with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
         assert [row["verdict"] for row in csv.DictReader(file)].count("not distinguishable") == 3

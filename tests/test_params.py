@@ -53,6 +53,9 @@ def test_the_committed_params_are_valid_and_complete() -> None:
         ("collect.tasks", "reach", ["collect.tasks is 'reach'", "list"]),
         ("collect.tasks", ["reach", "reach"], ["collect", "['reach']", "more than once"]),
         ("collect.tasks", ["../up"], ["collect.tasks.0 is '../up'"]),
+        ("collect.scenes", "mine", ["collect.scenes is 'mine'", "'stock' or 'shared'"]),
+        ("collect.styles", [], ["collect.styles is []", "at least 1"]),
+        ("collect.styles", ["left", "left"], ["styles is ['left', 'left']", "each style once"]),
         ("collect.cameras", [], ["collect.cameras is []", "at least 1"]),
         ("collect.noisy_share", 1.5, ["collect.noisy_share is 1.5", "less than or equal to 1"]),
         ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
@@ -97,9 +100,10 @@ def test_an_error_names_key_value_and_what_is_accepted(tmp_path: Path, key: str,
         ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
         ("convert.options", {"speed": 2}, ["unknown key 'convert.options.speed'"]),
         ("convert.options", {"tasks": "reach"}, ["convert.options.tasks is 'reach'", "valid tuple"]),
+        ("collect.scenes", "shared", ["collect.scenes is 'shared', but task 'reach' has no shared scene", "faucet-open"]),
     ],
 )
-def test_an_error_of_the_source_is_found_before_anything_runs(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
+def test_a_wrong_source_or_scene_is_found_before_anything_runs(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
     file = write(tmp_path, key, value)
     done = subprocess.run(
         [sys.executable, "-m", "stages.check_params", "--params", str(file)],

@@ -79,6 +79,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("convert.held_out", 0.2, CHECK | CONVERT),
     ("collect.episodes", 41, CHECK | COLLECT),
     ("collect.image_size", 96, CHECK | COLLECT),
+    ("collect.styles", ["left", "right"], CHECK | COLLECT),
     ("benchmark.repeats", 7, CHECK),
     ("threads", 1, CHECK | BACKBONES),
     ("seed", 7, CHECK | COLLECT),

@@ -24,7 +24,7 @@ from svam.models.foresight import needs_of
 from svam.models.svam import SVAM, Batch
 from svam.models.svam import Inputs as PolicyInputs
 from svam.params import Params
-from svam.simulation.closed_loop import check_tasks, render_settings
+from svam.simulation.closed_loop import check_tasks, look_of
 from svam.simulation.latency import timed
 from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.simulation.rollout import Outcome, Plan, Workers, run_policy
@@ -288,11 +288,11 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     section, settings = params.evaluate, params.benchmark
     store = EpisodeStore.open(inputs.episodes)
     check_tasks(section.tasks, store)
-    size, render = render_settings(store, section.tasks)
+    look = look_of(store, section.tasks)
     svam, described = _load(inputs, params)
     seed = seed_of(params.seed, "benchmark evaluation")
     plans = evaluation_plans(store, section.tasks, settings.evaluation_episodes, seed)
-    make = partial(TaskEnvironment, image_size=size, cameras=(svam.camera,), render=render)
+    make = partial(TaskEnvironment, cameras=(svam.camera,), **look)
     ways = {"batched": (section.batch, params.machine.workers), "one_at_a_time": (1, 1)}
     acting: dict[str, list[float]] = {name: [] for name in ways}
     played: dict[str, list[Outcome]] = {}
@@ -325,7 +325,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     _print("evaluation", rates, "episodes per minute", ratio)
     return described | {
         "tasks": list(section.tasks), "episodes": len(plans), "max_steps": section.max_steps, "execute": section.execute,
-        "render": render, "image_size": size,
+        **look,
         "batch": {name: batch for name, (batch, _) in ways.items()}, "workers": {name: n for name, (_, n) in ways.items()},
         "episodes_per_minute": rates, **ratio, "seconds": rounded(seconds), "seconds_of_the_policy": rounded(acting),
         "success": {name: [outcome.success for outcome in found] for name, found in played.items()},

@@ -13,23 +13,25 @@ if TYPE_CHECKING:
     from svam.comparison.loop import Plan
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
-Records = Annotated[Path, typer.Option(help="Folder of the records of finished runs, which git keeps.")]
+Records = Annotated[Path, typer.Option(help="Folder of the records of finished runs, one within it for each collection.")]
+Collection = Annotated[str | None, typer.Option(help="Of compare.collections; without it: compare.collection.")]
 Only = Annotated[list[str] | None, typer.Option(help="Only runs of this name, pattern (vpp-*) or variant; may be repeated.")]
 
 
 @app.command()
 @one_line_errors
-def plan(only: Only = None, records: Records = Path("data/compare")) -> None:
+def plan(only: Only = None, collection: Collection = None, records: Records = Path("data/compare")) -> None:
     """Print each run as the line that can be run alone, and how long it will take here as far as that was measured."""
     from svam.comparison.loop import Plan
 
-    _print(Plan(records), only or [])
+    _print(Plan(records, collection), only or [])
 
 
 @app.command()
 @one_line_errors
 def run(
     only: Only = None,
+    collection: Collection = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many runs.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0, help="Begin no run after this time.")] = None,
     records: Records = Path("data/compare"),
@@ -38,7 +40,7 @@ def run(
     from svam.comparison.loop import Plan, alone, run_all
 
     with alone():
-        asked = Plan(records)
+        asked = Plan(records, collection)
         _print(asked, only or [])
         done = run_all(asked, only or [], limit, minutes)
     left = sum(planned.record is None for planned in asked.state(only or []))
@@ -63,6 +65,7 @@ def _print(asked: Plan, only: list[str]) -> None:
         if 0 < len(known) < len(guesses):
             text += f" and {len(guesses) - len(known)} whose variant was not measured here"
     typer.echo(f"# {text}")
+    typer.echo(f"# the whole pipeline on this collection: {asked.pipeline}")
     own = ("train_policy", "evaluate", "report")
     common = sum(seconds for stage, seconds in accounts(scratch_folder("times")).items() if stage not in own)
     if guesses and common:

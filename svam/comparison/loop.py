@@ -19,7 +19,7 @@ from svam.comparison import experiments
 from svam.comparison.clock import Clock, accounts, stages_of, total
 from svam.comparison.keys import Project, key_of, upstream
 from svam.comparison.keys import stages_of as pipeline_stages
-from svam.comparison.plan import REFERENCE, Run, overridden, plan_of, settings_of
+from svam.comparison.plan import REFERENCE, Run, compare_of, overridden, pipeline_line, plan_of, settings_of
 from svam.comparison.records import Budget, Episode, Record, machine, read_records, write_record
 from svam.comparison.workspace import put_back, run_noted
 from svam.files import FileError, locked
@@ -44,14 +44,15 @@ class Planned(NamedTuple):
 class Plan:
     """What is asked for and what is finished, in one project folder (the current one)."""
 
-    def __init__(self, folder: Path) -> None:
-        """`folder`: of the records.
+    def __init__(self, folder: Path, collection: str | None = None) -> None:
+        """`folder`: of the records, which has one for each collection in it. `collection`: as for `plan_of`.
 
         Raises:
             ParamsError, FileError: `params.yaml` is wrong, or `dvc.yaml` is missing.
         """
-        self.folder = folder
-        self.runs, self.raw = plan_of(PARAMS)
+        self.runs, self.raw = plan_of(PARAMS, collection)
+        compare = compare_of(PARAMS, collection)
+        self.folder, self.pipeline = folder / compare.collection, pipeline_line(compare)
         self.project = Project.read(Path())
         self.keys = {run.name: key_of(self.project, self.values(run)) for run in self.runs}
 

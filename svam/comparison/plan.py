@@ -43,6 +43,8 @@ VARIANTS: Mapping[str, Variant] = {
 }
 """Name -> variant, in the order of tables. The first is what all others are compared with."""
 REFERENCE = "svam"
+DEFAULT = "default"
+"""The collection whose runs are named without it."""
 CORE = (REFERENCE, "vpp", "diffusion_policy")
 """The variants that run at every seed and size."""
 REFERENCE_PARAMS = {
@@ -54,17 +56,19 @@ REFERENCE_PARAMS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. arguments: of `-S`."""
+    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. arguments: of `-S`.
+    collection: of `compare.collections`."""
 
     variant: str
     size: int
     seed: int
     arguments: tuple[str, ...]
+    collection: str = DEFAULT
 
     @property
     def name(self) -> str:
         """Of the experiment and of its record."""
-        return f"{self.variant}-{self.size}-seed{self.seed}"
+        return f"{self.variant}-{self.size}-seed{self.seed}" + (f"-{self.collection}" if self.collection != DEFAULT else "")
 
     @property
     def command(self) -> list[str]:
@@ -83,36 +87,59 @@ def planned(params: Compare, steps: int) -> list[Run]:
 
     def run(variant: str, size: int, seed: int, episodes: int) -> Run:
         arguments = (
-            *params.arguments, *VARIANTS[variant].arguments,
+            *params.collections[params.collection], *VARIANTS[variant].arguments,
             f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}", f"train_policy.training.steps={steps}",
             # Only what is compared: no offline errors, other sentences or films.
-            "evaluate.protocols=[metaworld]", f"evaluate.tasks=[{','.join(params.tasks)}]", f"evaluate.episodes={episodes}",
+            "evaluate.protocols=[metaworld]", f"evaluate.episodes={episodes}",
             "evaluate.held_out_instruction_episodes=0", "evaluate.videos=0",
         )  # fmt: skip
-        return Run(variant, size, seed, arguments)
+        return Run(variant, size, seed, arguments, params.collection)
 
     core = [run(v, n, s, params.episodes) for s in params.seeds for n in params.episodes_per_task for v in CORE]
     size, seed, episodes = params.ablation_size, params.ablation_seed, params.ablation_episodes
     return core + [run(v, size, seed, episodes) for v in params.ablations]
 
 
-def plan_of(file: Path) -> tuple[list[Run], dict[str, Any]]:
+def pipeline_line(params: Compare) -> str:
+    """The line that runs everything, foresight and report included, on the collection that is used."""
+    if not params.collections[params.collection]:
+        return "dvc repro"
+    settings = [part for argument in params.collections[params.collection] for part in ("-S", argument)]
+    return shlex.join(["dvc", "exp", "run", "--temp", "-n", params.collection, *settings])
+
+
+def compare_of(file: Path, collection: str | None = None) -> Compare:
+    """The checked section `compare` of a params file, with `collection` (None: as the file says) as the one that is used.
+
+    Raises:
+        ParamsError: the file is wrong, or a value of the section.
+    """
+    params = load_params(file).compare
+    compare = params if collection is None else params.model_copy(update={"collection": collection})
+    check(compare, file)
+    return compare
+
+
+def plan_of(file: Path, collection: str | None = None) -> tuple[list[Run], dict[str, Any]]:
     """The runs that a params file asks for, each checked as DVC would meet it, and the file's values.
+
+    `collection`: as for `compare_of`.
 
     Raises:
         ParamsError: the file or an argument is wrong, or the file's defaults are not S-VAM.
     """
-    params = load_params(file)
-    check(params.compare, file)
+    compare = compare_of(file, collection)
     raw: dict[str, Any] = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-    base = settings_of(raw, params.compare.arguments).model_dump(mode="json")
+    base = settings_of(raw, compare.collections[compare.collection]).model_dump(mode="json")
     for key, expected in REFERENCE_PARAMS.items():
         section, _, name = key.partition(".")
         found = base[section][name]
         if found != expected:
             raise ParamsError(f"{file}: {key} is {found!r}; the comparison needs S-VAM as the default, which has {expected!r}")
-    steps = params.compare.steps or int(base["train_policy"]["training"]["steps"])
-    runs = planned(params.compare, steps)
+    if not base["evaluate"]["tasks"]:
+        raise ParamsError(f"{file}: evaluate.tasks is [] in collection {compare.collection!r}, expected at least one")
+    steps = compare.steps or int(base["train_policy"]["training"]["steps"])
+    runs = planned(compare, steps)
     for run in runs:
         settings_of(raw, run.arguments)
     return runs, raw
@@ -122,9 +149,13 @@ def check(params: Compare, file: Path) -> None:
     """What the types of the section cannot say.
 
     Raises:
-        ParamsError: a list is empty or names one thing twice, or ablations have no S-VAM run to be compared with.
+        ParamsError: the collection is unknown, a list is empty or names one thing twice, or ablations have no S-VAM run to be
+            compared with.
     """
-    for name in ("seeds", "episodes_per_task", "tasks", "ablations"):
+    if params.collection not in params.collections:
+        names = ", ".join(sorted(params.collections))
+        raise ParamsError(f"{file}: compare.collection is {params.collection!r}, expected one of compare.collections: {names}")
+    for name in ("seeds", "episodes_per_task", "ablations"):
         values = getattr(params, name)
         if len(set(values)) < len(values) or not (values or name == "ablations"):
             raise ParamsError(f"{file}: compare.{name} is {values}, expected at least one, and each once")
@@ -160,6 +191,11 @@ def overridden(raw: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, An
             section[last] = YAML(typ="safe", pure=True).load(text)
         except YAMLError:
             raise ParamsError(f"params.yaml: compare: argument {argument!r} has no readable value") from None
+        if isinstance(section[last], dict):
+            raise ParamsError(
+                f"params.yaml: compare: argument {argument!r} sets a mapping, which DVC would merge with the one "
+                "that is there; expected one of its keys, or null"
+            )
     return values
 
 

@@ -11,7 +11,11 @@ from svam.machine import console, one_line_errors
 from svam.report.side_by_side import side_by_side
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-Folder = Annotated[Path, typer.Option(help="Records of finished runs; table.md, table.csv and figure.png join them.")]
+Folder = Annotated[
+    Path,
+    typer.Option(help="Records of finished runs, a folder for each collection; table.md, table.csv, figure.png join them."),
+]
+Collection = Annotated[str | None, typer.Option(help="Of compare.collections; without it: compare.collection.")]
 
 
 @app.callback()
@@ -26,6 +30,7 @@ app.command("side-by-side")(side_by_side)
 @one_line_errors
 def compare(
     folder: Folder = Path("data/compare"),
+    collection: Collection = None,
     latency: Annotated[bool, typer.Option(help="Measure latencies, of those policies that are here.")] = True,
 ) -> None:
     """Print and write the paired table of all finished runs of `python -m svam.comparison run`."""
@@ -34,7 +39,8 @@ def compare(
     from svam.files import FileError
     from svam.params import load_params
 
-    settings, plan = load_params(), Plan(folder)
+    settings, plan = load_params(), Plan(folder, collection)
+    folder = plan.folder
     records = read_records(folder)
     if not records:
         raise FileError(f"{folder}: no finished run; `make compare` runs them")

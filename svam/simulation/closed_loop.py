@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,21 +52,39 @@ def check_tasks(tasks: Sequence[str], store: EpisodeStore) -> None:
             raise ValueError(f"evaluate.tasks: no episode of {task!r} in {store.path}, which has {', '.join(store.tasks)}")
 
 
-def render_settings(store: EpisodeStore, tasks: Sequence[str]) -> tuple[int, Literal["fast", "full"]]:
-    """(image size, render style) with which the demonstrations were recorded; the policy must see the same pictures.
+class Look(TypedDict):
+    """What of `TaskEnvironment` decides the pictures and where episodes start."""
+
+    image_size: int
+    render: Literal["fast", "full"]
+    scenes: Literal["stock", "shared"]
+
+
+def look_of(store: EpisodeStore, tasks: Sequence[str]) -> Look:
+    """How the demonstrations were recorded, by the store's provenance: the policy must meet the same pictures and scenes.
 
     Raises:
-        ContractError: the store does not come from MetaWorld, its frames are not square, or its tasks differ in style.
+        ContractError: the store does not come from MetaWorld, its frames are not square, or tasks differ in style or scenes.
     """
     height, width = store.image_size
-    styles = {store.provenance.get("tasks", {}).get(task, {}).get("render") for task in tasks}
+    recorded = [store.provenance.get("tasks", {}).get(task, {}) for task in tasks]
+    styles = {entry.get("render") for entry in recorded}
+    scenes = {entry.get("scenes", "stock") for entry in recorded}
     if height != width or not (styles == {"fast"} or styles == {"full"}):
         found = ", ".join(sorted(map(str, styles)))
         raise ContractError(
             f"{store.path}: frames of {height} x {width} pixels, rendered as {found}; the metaworld protocol needs square "
             "frames recorded in one style by the collect stage (or leave 'metaworld' out of evaluate.protocols)"
         )
-    return height, "full" if styles == {"full"} else "fast"
+    if not (scenes == {"stock"} or scenes == {"shared"}):
+        raise ContractError(
+            f"{store.path}: tasks recorded in scenes {', '.join(sorted(map(str, scenes)))}; the metaworld protocol needs "
+            "evaluate.tasks in one kind, stock or shared (collect.scenes)"
+        )
+    return Look(
+        image_size=height, render="full" if styles == {"full"} else "fast",
+        scenes="shared" if scenes == {"shared"} else "stock",
+    )  # fmt: skip
 
 
 def plans_of(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list[Plan]:
@@ -130,10 +148,10 @@ def run(
         MachineError: nothing renders here, or a worker process died.
     """
     check_tasks(params.tasks, store)
-    image_size, render = render_settings(store, params.tasks)
+    look = look_of(store, params.tasks)
     choose_backend()
     plans = {row: plans_of(row, store, params, seed) for row in ROWS}
-    make = partial(TaskEnvironment, image_size=image_size, cameras=(camera,), render=render)
+    make = partial(TaskEnvironment, cameras=(camera,), **look)
     outcomes: dict[Row, list[Outcome]] = {}
     with Workers(make, workers) as pool:
         for controller in ("expert", "random"):

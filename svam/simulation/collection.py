@@ -4,6 +4,7 @@ Layout: `meta.json` and `episode_0000.npz`, ... with the arrays
 frames_<camera> (n, H, W, 3) uint8; state (n, 39), proprioception (n, 4), actions (n, 4) and expert_actions (n, 4) float32, as
 executed and as the expert wanted; depth (m, H, W) float32 metres and segmentation (m, H, W) uint8 of the first camera at frames
 annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool, after the step.
+`meta.json` states `scenes` and `styles`, and an episode's `style`, where they are not MetaWorld's own: `stock` and `direct`.
 """
 
 from __future__ import annotations
@@ -28,29 +29,34 @@ from svam.resume import NOTHING_KEPT, Resume
 from svam.simulation.experts import demonstrate
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
+from svam.simulation.scenes import check_scenes
 
 RAW_SCHEMA = 1
 """Version of this layout, written into `meta.json`."""
 
 
 @cache
-def _environment(task: str, image_size: int, cameras: tuple[str, ...], render: Literal["fast", "full"]) -> TaskEnvironment:
+def _environment(
+    task: str, image_size: int, cameras: tuple[str, ...], render: Literal["fast", "full"], scenes: Literal["stock", "shared"]
+) -> TaskEnvironment:
     """This worker process's one environment, built at its first episode and reset for each."""
-    return TaskEnvironment(task, image_size, cameras, render)
+    return TaskEnvironment(task, image_size, cameras, render, scenes)
 
 
 def _collect_one(task: str, seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
     """Write episode `index` and return its entry of `meta.json`."""
-    environment = _environment(task, params.image_size, tuple(params.cameras), params.render)
+    environment = _environment(task, params.image_size, tuple(params.cameras), params.render, params.scenes)
     made = demonstrate(
         environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
+        styles=params.styles,
     )  # fmt: skip
     arrays: dict[str, Any] = dict(made.arrays)
     np.savez_compressed(folder / _file_name(index), **arrays)
     return {
         "attempt": made.attempt, "noisy": made.noisy, "steps": len(made.arrays["actions"]),
         "draw": [round(float(x), 6) for x in made.arrays["draw"]],
+        **({} if params.styles == ["direct"] else {"style": made.style}),  # the default collection's bytes are older
     }  # fmt: skip
 
 
@@ -64,11 +70,12 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int, r
     `resume` keeps every finished demonstration, so that a killed run costs no more than those that it was at.
 
     Raises:
-        ValueError: unknown task or camera, or an expert that keeps failing.
+        ValueError: unknown task or camera, a task without a shared scene, or an expert that keeps failing.
         MachineError: no GL library draws here, or a worker process died.
     """
     backend = choose_backend()
     check_task(task)
+    check_scenes(params.scenes, [task])
     episodes = params.episodes_for(task)
     with whole_directory(Path(folder)) as partial, progress_bar() as bar:
         entries = _kept_episodes(episodes, partial, resume)
@@ -92,6 +99,8 @@ def collect(task: str, folder: Path, params: Collect, seed: int, workers: int, r
         provenance = {
             "source": "metaworld scripted expert", "metaworld": version("metaworld"), "mujoco": version("mujoco"),
             "render": params.render, "gl": backend, "seed": seed, "noise_scale": params.noise_scale,
+            **({} if params.scenes == "stock" else {"scenes": params.scenes}),
+            **({} if params.styles == ["direct"] else {"styles": params.styles}),
             "episodes": [entries[index] for index in range(episodes)],
         }  # fmt: skip
         write_json(partial / "meta.json", {

@@ -1,7 +1,8 @@
-"""Demonstrations by MetaWorld's scripted experts: one attempt, clean or disturbed, as arrays."""
+"""Demonstrations by MetaWorld's scripted experts: one attempt, in one of several styles, clean or disturbed, as arrays."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,20 +10,67 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.machine import generator, seed_of
+from svam.params import Style
 from svam.simulation.metaworld import ACTION_DIMENSIONS, MAX_STEPS, TaskEnvironment
 
 BURST_CHANCE, BURST_STEPS = 0.08, 6
 """A disturbance starts with this chance at each quiet step and pushes one way for that many steps (at full action 6 cm),
 so that the episode holds errors worth correcting and, between them, the expert's undisturbed corrections."""
 
+DETOUR_METRES, ARRIVED_METRES, DETOUR_STEPS = 0.15, 0.04, 60
+"""A detour goes this far off the middle of the way from hand to object, and ends this near to its turning point, or after that
+many steps: a disturbance may hold it up, and at full action the hand moves 1 cm a step."""
+_GAIN = 10.0
+
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A successful episode: `arrays` as documented in `collection`, its attempt number, and whether it was disturbed."""
+    """A successful episode: `arrays` as documented in `collection`, its attempt number, whether it was disturbed, its style."""
 
     arrays: dict[str, NDArray[Any]]
     attempt: int
     noisy: bool
+    style: Style = "direct"
+
+
+def turning_point(style: Style, state: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(3,) metres, where a detour turns towards the object, for the (39,) state at reset.
+
+    Beside the middle of the way for `left` and `right` (as the robot sees it), at the hand's height; above it for `high`.
+    """
+    hand, thing = state[:3], state[4:7]
+    way = thing[:2] - hand[:2]
+    forward = way / max(float(np.linalg.norm(way)), 1e-6)
+    aside = {"left": (-forward[1], forward[0]), "right": (forward[1], -forward[0])}.get(style, (0.0, 0.0))
+    x, y = hand[:2] + way / 2 + DETOUR_METRES * np.array(aside)
+    return np.array([x, y, hand[2] + (DETOUR_METRES if style == "high" else 0.0)], np.float32)
+
+
+class Expert:
+    """The scripted expert of `env`, which was just reset, in one style: by way of a detour, unless that is `direct`."""
+
+    def __init__(self, env: TaskEnvironment, style: Style) -> None:
+        self._env = env
+        self._left = 0 if style == "direct" else DETOUR_STEPS
+        self._turn = turning_point(style, env.state())
+
+    def action(self) -> NDArray[np.float32]:
+        """(4,) float32 in [-1, 1]: what this expert wants now. To be asked once at each step."""
+        wanted = self._env.expert_action()
+        way = self._turn - self._env.state()[:3]
+        if self._left and float(np.linalg.norm(way)) < ARRIVED_METRES:
+            self._left = 0
+        if self._left:
+            self._left -= 1
+            wanted[:3] = np.clip(_GAIN * way, -1.0, 1.0)
+        return wanted
+
+
+def style_of(styles: Sequence[Style], seed: int, task: str, index: int) -> Style:
+    """The style of demonstration `index`: each run of as many demonstrations as there are styles has every style once, in an
+    order that `seed` and `task` draw."""
+    turn, place = divmod(index, len(styles))
+    return styles[int(generator(seed, "collect-style", task, turn).permutation(len(styles))[place])]
 
 
 def disturbances(random: np.random.Generator, steps: int, scale: float) -> NDArray[np.float32]:
@@ -40,20 +88,24 @@ def disturbances(random: np.random.Generator, steps: int, scale: float) -> NDArr
     return noise
 
 
-def rehearse(env: TaskEnvironment, seed: int, noise: NDArray[np.float32], max_steps: int) -> int | None:
+def rehearse(
+    env: TaskEnvironment, seed: int, noise: NDArray[np.float32], max_steps: int, style: Style = "direct"
+) -> int | None:
     """Run the expert without drawing anything: the step of its first success, or None within `max_steps`."""
     env.reset(seed)
+    expert = Expert(env, style)
     for step in range(max_steps):
-        if env.step(env.expert_action() + noise[step]):
+        if env.step(expert.action() + noise[step]):
             return step
     return None
 
 
 def record(
-    env: TaskEnvironment, seed: int, noise: NDArray[np.float32], steps: int, annotate_every: int
+    env: TaskEnvironment, seed: int, noise: NDArray[np.float32], steps: int, annotate_every: int, style: Style = "direct"
 ) -> dict[str, NDArray[Any]]:
     """Run the expert for `steps` steps and keep everything. Frame t is what is seen before action t."""
     env.reset(seed)
+    expert = Expert(env, style)
     rows: dict[str, list[NDArray[Any]]] = {}
     index = [t for t in range(steps) if t % annotate_every == 0]
 
@@ -68,11 +120,11 @@ def record(
             depth, segmentation = env.annotate()
             keep("depth", depth)
             keep("segmentation", segmentation)
-        expert = env.expert_action()
-        executed = np.clip(expert + noise[t], -1.0, 1.0)
+        wanted = expert.action()
+        executed = np.clip(wanted + noise[t], -1.0, 1.0)
         keep("state", env.state())
         keep("proprioception", env.proprioception())
-        keep("expert_actions", expert)
+        keep("expert_actions", wanted)
         keep("actions", executed)
         success[t] = env.step(executed)
     arrays: dict[str, NDArray[Any]] = {name: np.stack(values) for name, values in rows.items()}
@@ -86,30 +138,32 @@ def is_noisy(index: int, share: float) -> bool:
 
 def demonstrate(
     env: TaskEnvironment, seed: int, index: int, *, noisy_share: float, noise_scale: float, annotate_every: int,
-    tail: int, max_steps: int, attempts: int,
+    tail: int, max_steps: int, attempts: int, styles: Sequence[Style] = ("direct",),
 ) -> Demonstration:  # fmt: skip
     """Demonstration number `index`, a function of `seed`, the task and `index` alone: new goals are tried until one succeeds.
+
+    Its goals do not depend on its style, which is one of `styles` (see `style_of`).
 
     Recorded from the first frame until `tail` steps after the first success.
 
     Raises:
         ValueError: no success in `attempts` goals.
     """
-    noisy = is_noisy(index, noisy_share)
+    noisy, style = is_noisy(index, noisy_share), style_of(styles, seed, env.task, index)
     for attempt in range(attempts):
         key = (env.task, index, attempt)
         noise = np.zeros((MAX_STEPS, ACTION_DIMENSIONS), np.float32)
         if noisy:
             noise = disturbances(generator(seed, "collect-noise", *key), MAX_STEPS, noise_scale)
         drawn = seed_of(seed, "collect", *key)
-        first = rehearse(env, drawn, noise, max_steps)
+        first = rehearse(env, drawn, noise, max_steps, style)
         if first is None:
             continue
-        arrays = record(env, drawn, noise, min(first + 1 + tail, MAX_STEPS), annotate_every)
+        arrays = record(env, drawn, noise, min(first + 1 + tail, MAX_STEPS), annotate_every, style)
         if not arrays["success"][first]:
             raise RuntimeError(f"task {env.task!r}, seed {drawn}: drawing the pictures changed the outcome of the episode")
-        return Demonstration(arrays, attempt, noisy)
-    kind = "disturbed " if noisy else ""
+        return Demonstration(arrays, attempt, noisy, style)
+    kind = ("disturbed " if noisy else "") + (f"{style} " if style != "direct" else "")
     raise ValueError(
         f"task {env.task!r}: the expert failed {attempts} {kind}goals in a row for demonstration {index}; "
         "raise collect.attempts or collect.max_steps" + (", or lower collect.noise_scale" if noisy else "")

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
+from svam.simulation import scenes as shared
 from svam.simulation.rendering import Renderer, choose_backend
 
 RATE_HZ = 80.0
@@ -99,21 +100,24 @@ class TaskEnvironment:
     """One MetaWorld task, to be reset many times. Any number may live in one process.
 
     task: a name of `task_names()`. image_size: side of the square pictures in pixels. cameras: MuJoCo camera names.
-    render: "fast" has no shadows and reflections, "full" is the stock look at a tenth of the speed.
+    render: "fast" has no shadows and reflections, "full" is the stock look at a tenth of the speed. scenes: "stock" is
+    MetaWorld's own start of each task, "shared" one start for the tasks of a scene (see `svam.simulation.scenes`).
 
     Raises:
-        ValueError: unknown task or camera; the message lists what there is.
+        ValueError: unknown task or camera, or a task without a shared scene; the message lists what there is.
         MachineError: no GL library draws on this machine.
     """
 
     def __init__(
-        self, task: str, image_size: int, cameras: Sequence[str] = ("corner2",), render: Literal["fast", "full"] = "fast"
-    ) -> None:
+        self, task: str, image_size: int, cameras: Sequence[str] = ("corner2",), render: Literal["fast", "full"] = "fast",
+        scenes: Literal["stock", "shared"] = "stock",
+    ) -> None:  # fmt: skip
         check_task(task)
+        shared.check_scenes(scenes, [task])
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
-        self.task, self.cameras, self.image_size = task, tuple(cameras), image_size
+        self.task, self.cameras, self.image_size, self.scenes = task, tuple(cameras), image_size, scenes
         env: Any = ALL_V3_ENVIRONMENTS[task + _VERSION]()
         # The state shall hold the goal, for the experts; goals come from the environment's own generator.
         env._partially_observable = False
@@ -121,6 +125,8 @@ class TaskEnvironment:
         env._freeze_rand_vec, env.seeded_rand_vec, env._set_task_called = False, True, True
         expert: Any = ENV_POLICY_MAP[task + _VERSION]
         self._env, self._expert = env, expert()
+        if scenes == "shared":
+            shared.prepare(env, task)
         names = [env.model.camera(k).name for k in range(env.model.ncam)]
         for camera in self.cameras:
             if camera not in names:
@@ -140,6 +146,8 @@ class TaskEnvironment:
         env = self._env
         env.seed(seed)
         env.reset()
+        if self.scenes == "shared":
+            shared.arrange(env, self.task)
         # `reset` draws the goal twice and leaves positions, the goal marker's among them, as the first draw set them:
         # without this the picture shows another goal than the one that counts, and the state a stale arm.
         mujoco.mj_forward(env.model, env.data)
