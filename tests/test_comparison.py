@@ -102,14 +102,16 @@ def test_equal_steps_by_default(tmp_path: Path) -> None:
     own = RAW["train_policy"]["training"]["steps"]
     assert {settings_of(raw, run.arguments).train_policy.training.steps for run in unsaid} == {own}
     core = [settings_of(raw, run.arguments).evaluate for run in runs if run.variant in CORE]
-    assert {len(section.tasks) * section.episodes for section in core} == {200}
+    assert {section.episodes for section in core} == {RAW["compare"]["episodes"]}
+    core = [settings_of(raw, run.arguments).evaluate for run in plan_of(ROOT / "params.yaml")[0] if run.variant in CORE]
+    assert all(len(section.tasks) * section.episodes >= 200 for section in core)
 
 
 @pytest.mark.parametrize(
     ("compare", "sentence"),
     [
         ({"ablation_size": 7}, "compare.ablation_size is 7 and ablation_seed 1; expected one of episodes_per_task .5"),
-        ({"ablation_episodes": 51}, "compare.ablation_episodes is 51, expected at most episodes .50."),
+        ({"ablation_episodes": 51, "episodes": 50}, "compare.ablation_episodes is 51, expected at most episodes .50."),
         ({"seeds": [1, 1]}, "compare.seeds is .1, 1., expected at least one, and each once"),
         ({"collection": "none"}, "compare.collection is 'none', expected one of compare.collections: ambiguous, default"),
         (["evaluate.tasks=[]"], "evaluate.tasks is .. in collection 'mine', expected at least one"),
@@ -257,9 +259,10 @@ def test_finished_is_what_has_a_record_of_the_same_key(tmp_path: Path) -> None:
 
 
 def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A finished run of 4 steps and 4 episodes; the planned ones have 200 episodes, and steps as the params say."""
+    """A finished run of 4 steps and 4 episodes; the planned ones have episodes and steps as the params say."""
+    episodes = 4 * RAW["compare"]["episodes"]
     share = RAW["compare"]["steps"] / RAW["train_policy"]["training"]["steps"]
-    seconds = 30.0 * RAW["compare"]["steps"] / 4 + 40.0 * 50 + 5.0
+    seconds = 30.0 * RAW["compare"]["steps"] / 4 + 40.0 * episodes / 4 + 5.0
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
     monkeypatch.chdir(ROOT)
     plan = Plan(tmp_path, "default")
@@ -267,9 +270,9 @@ def test_times_are_measured_or_not_said(tmp_path: Path, monkeypatch: pytest.Monk
     assert plan.estimate(runs["svam-10-seed1"], read_records(plan.folder)) is None
     write_json(tmp_path / ".cache/times/train_policy.json", {"seconds": 600.0})
     write_json(tmp_path / ".cache/times/evaluate.json", {"seconds": 140.0})
-    # The default evaluation has 4 x (25 + 10) episodes.
+    # The default evaluation has 4 x (25 + 10) = 140 episodes.
     assert plan.estimate(runs["svam-10-seed1"], read_records(plan.folder)) == (
-        600.0 * share + 200.0,
+        600.0 * share + 140.0 * episodes / 140,
         "the last `dvc repro` here",
     )
     assert plan.estimate(runs["vpp-10-seed1"], read_records(plan.folder)) is None
