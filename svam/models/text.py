@@ -14,6 +14,8 @@ from svam.models.published import adapter_record, freeze, load_strict, quiet, re
 
 VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 """Weights of a published CLIP that its text model does not use."""
+REMEMBERED = 4096
+"""Sentences whose token ids are kept: a robot says the same one for a whole episode, a data set a few over and over."""
 
 
 class TextEncoder(nn.Module):
@@ -31,6 +33,7 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.tokens = tokens
+        self._rows: dict[str, list[int]] = {}
 
     @property
     def width(self) -> int:
@@ -69,14 +72,18 @@ class TextEncoder(nn.Module):
         Raises:
             ContractError: an instruction needs more than `tokens` tokens.
         """
-        encoded: list[list[int]] = self.tokenizer(list(instructions))["input_ids"]
-        for instruction, row in zip(instructions, encoded, strict=True):
-            if len(row) > self.tokens:
-                raise ContractError(
-                    f"the instruction {instruction!r} takes {len(row)} tokens, the text encoder has {self.tokens}"
-                )
-        padding = int(self.tokenizer.pad_token_id)
-        return torch.tensor([row + [padding] * (self.tokens - len(row)) for row in encoded])
+        return torch.tensor([self._row(instruction) for instruction in instructions])
+
+    def _row(self, instruction: str) -> list[int]:
+        if (known := self._rows.get(instruction)) is not None:
+            return known
+        row: list[int] = self.tokenizer(instruction)["input_ids"]
+        if len(row) > self.tokens:
+            raise ContractError(f"the instruction {instruction!r} takes {len(row)} tokens, the text encoder has {self.tokens}")
+        row += [int(self.tokenizer.pad_token_id)] * (self.tokens - len(row))
+        if len(self._rows) < REMEMBERED:
+            self._rows[instruction] = row
+        return row
 
     @torch.no_grad()
     def embed(self, instructions: list[str]) -> Tensor:
