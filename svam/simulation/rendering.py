@@ -26,9 +26,12 @@ FAST_SAMPLES = ((96, 3), (256, 2))
 """The fast style draws several samples per pixel and direction and averages them: 3 below 96 pixels, 2 below 256, else 1. A
 goal marker of two pixels then keeps its position and size to a fraction of a pixel, and at any size at least 192 pixels are
 drawn from 64 pixels on."""
-COARSE_METRES, VIEW_METRES = 0.006, 1.15
-"""The fast style merges the vertices of large meshes that lie in one cell of this many metres, or of a drawn sample's width
-at a metre's distance (where a camera of 60 degrees sees `VIEW_METRES`) if that is finer."""
+COARSE_METRES, COARSE_DRAWN = 0.006, 256
+"""The fast style merges the vertices of large meshes that lie in one cell of this many metres where up to `COARSE_DRAWN`
+pixels are drawn, and in finer cells in proportion beyond: about a sample's width at a metre's distance."""
+ROUND = (16, 10)
+"""Slices and stacks of spheres and cylinders in the fast style (MuJoCo's own: 28 and 16): a corner of the outline is then
+off by 2 % of the radius, half a millimetre of a goal marker's."""
 LARGE_MESH = 1000
 """Faces from which a mesh is large: the robot's parts, not the things it handles. They are 98 % of a scene's triangles,
 most of them smaller than a sample, and software rendering spends half of a small picture's time on them."""
@@ -142,8 +145,8 @@ class Renderer:
     """Pictures of one model at one size.
 
     model: `mujoco.MjModel`; it is not changed.
-    style: "fast" draws neither shadows nor reflections, simplifies large meshes below the size of a sample, and averages
-    `fast_samples`^2 samples a pixel; "full" is mujoco's stock look.
+    style: "fast" draws neither shadows nor reflections, simplifies large meshes and round things to about the size of a
+    sample, and averages `fast_samples`^2 samples a pixel; "full" is mujoco's stock look.
     """
 
     def __init__(self, model: Any, size: int, style: Literal["fast", "full"]) -> None:
@@ -158,7 +161,8 @@ class Renderer:
         if style == "fast":
             shown.vis.quality.offsamples = 0
             shown.vis.quality.shadowsize = 0
-            simplify(shown, min(COARSE_METRES, VIEW_METRES / drawn))
+            shown.vis.quality.numslices, shown.vis.quality.numstacks = ROUND
+            simplify(shown, COARSE_METRES * min(1.0, COARSE_DRAWN / drawn))
         # The class is taken from its own module: `mujoco.GLContext` was fixed when mujoco was first imported.
         module = import_module(f"mujoco.{backend}") if backend in BACKENDS else mujoco
         self._gl: Any = module.GLContext(drawn, drawn)
