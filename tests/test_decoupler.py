@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from svam.contract import ContractError
 from svam.files import FileError
-from svam.models.decoupler import Attention, Decoupler, DecouplerConfig, FactorisedBlock, attend
+from svam.models.attention import attend
+from svam.models.decoupler import Attention, Decoupler, DecouplerConfig, FactorisedBlock
 from svam.models.tokens import to_grid
 from svam.params import Optimiser
 from svam.training.loop import fit

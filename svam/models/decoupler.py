@@ -17,6 +17,7 @@ from torch.nn import functional
 from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Frozen
 from svam.files import FileError
+from svam.models.attention import attend
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -45,18 +46,6 @@ class DecouplerConfig(Frozen):
         if self.width % self.heads:
             raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         return self
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (N, heads, L, d), the same shape back.
-
-    Grids and clips are short, and on a CPU the fused kernel is several times slower there than the two matrix products
-    written out (bf16, L = 64: 86 against 19 ms forward and backward).
-    """
-    if q.is_cuda:
-        return functional.scaled_dot_product_attention(q, k, v)
-    weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
-    return torch.matmul(weights, v)
 
 
 class Attention(nn.Module):

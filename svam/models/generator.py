@@ -5,6 +5,7 @@ It knows neither teachers nor decouplers, so that editing those never generates 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from torch import Tensor, nn
 from svam.models.autoencoder import Autoencoder
 from svam.models.text import TextEncoder
 from svam.models.video import Generation, VideoModel
+
+SENTENCES = 256
+"""Sentences whose embedding is kept: a robot says the same one at every step, a published one is 40 kB."""
 
 
 class SamplerConfig(BaseModel):
@@ -44,6 +48,7 @@ class VideoForesight(nn.Module):
         self.sampler = sampler
         self.autoencoder = autoencoder
         self.video = video
+        self._embedded: OrderedDict[tuple[str, torch.device], Tensor] = OrderedDict()
         self.requires_grad_(False)
         self.eval()
 
@@ -83,10 +88,17 @@ class VideoForesight(nn.Module):
 
     def embed_text(self, instructions: Sequence[str]) -> Tensor:
         """(B, L, D) float32 tokens; equal instructions are embedded once, and each alone, so that an instruction's bits do
-        not depend on what came with it."""
-        unique = sorted(set(instructions))
-        tokens = torch.cat([self.text.embed([instruction]) for instruction in unique])
-        return tokens[[unique.index(i) for i in instructions]]
+        not depend on what came with it. The last `SENTENCES` are kept: the text encoder is frozen."""
+        device, found = self.device, {}
+        for instruction in sorted(set(instructions)):
+            key = (instruction, device)
+            if key not in self._embedded:
+                self._embedded[key] = self.text.embed([instruction])
+                if len(self._embedded) > SENTENCES:
+                    self._embedded.popitem(last=False)
+            self._embedded.move_to_end(key)
+            found[instruction] = self._embedded[key]
+        return torch.cat([found[instruction] for instruction in instructions])
 
     @torch.no_grad()
     def prepare(self, frames_BHWC: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:

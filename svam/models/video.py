@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from svam.checkpoint import load_config, load_tensors, save_tensors
 from svam.contract import CHECKPOINT_SCHEMA
 from svam.files import FileError, write_json
+from svam.models.attention import ShortAttention
 from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
 from svam.models.published import load_strict, save_published
 
@@ -76,6 +77,7 @@ class VideoModel(nn.Module):
                 f"the autoencoder's {latent} latent channels need {2 * latent} and {latent}"
             )
         self.unet: Any = unet  # diffusers' classes carry no usable types
+        self.unet.set_attn_processor(ShortAttention())
         self.config = config
         self.edm = EDM(sigma_data=1.0, sign=-1.0)
         self.text_repeats = width // config.text_width
@@ -128,7 +130,8 @@ class VideoModel(nn.Module):
         embedding = unet.time_embedding(unet.time_proj(self.edm.c_noise(sigma_B)).to(noisy.dtype))
         embedding = embedding + unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(noisy.dtype))
         embedding = embedding.repeat_interleave(frames, dim=0)
-        tokens = text.repeat(1, 1, self.text_repeats).repeat_interleave(frames, dim=0)
+        # Of one clip, a view of stride 0, which `ShortAttention` reads once for all frames and positions.
+        tokens = text.repeat(1, 1, self.text_repeats)[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
         image_only = torch.zeros(batch, frames, dtype=noisy.dtype, device=noisy.device)
 
         # The body of diffusers' forward, block by block, because blocks after layer L need not run (S-VAM section 3.2).

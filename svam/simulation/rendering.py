@@ -7,6 +7,7 @@ several environments in one process corrupt one another's pictures.)
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -21,9 +22,19 @@ from svam.machine import MachineError
 
 BACKENDS = ("egl", "osmesa")
 _CHECKED = "SVAM_GL_CHECKED"
-FAST_SAMPLES = 3
-"""The fast style draws this many samples per pixel and direction and averages them. Software rendering hardly notices (7 ms
-a picture at 64 px become 10), and a goal marker of two pixels keeps its position and size to a fraction of a pixel."""
+FAST_SAMPLES = ((96, 3), (256, 2))
+"""The fast style draws several samples per pixel and direction and averages them: 3 below 96 pixels, 2 below 256, else 1. A
+goal marker of two pixels then keeps its position and size to a fraction of a pixel, and at any size at least 192 pixels are
+drawn from 64 pixels on."""
+COARSE_METRES, COARSE_DRAWN = 0.006, 256
+"""The fast style merges the vertices of large meshes that lie in one cell of this many metres where up to `COARSE_DRAWN`
+pixels are drawn, and in finer cells in proportion beyond: about a sample's width at a metre's distance."""
+ROUND = (16, 10)
+"""Slices and stacks of spheres and cylinders in the fast style (MuJoCo's own: 28 and 16): a corner of the outline is then
+off by 2 % of the radius, half a millimetre of a goal marker's."""
+LARGE_MESH = 1000
+"""Faces from which a mesh is large: the robot's parts, not the things it handles. They are 98 % of a scene's triangles,
+most of them smaller than a sample, and software rendering spends half of a small picture's time on them."""
 _PROBE = """
 import mujoco
 model = mujoco.MjModel.from_xml_string(
@@ -73,12 +84,69 @@ def choose_backend(seconds: float = 60.0) -> str:
     )
 
 
+def fast_samples(size: int) -> int:
+    """Samples per pixel and direction of the fast style's pictures of `size` pixels; see `FAST_SAMPLES`."""
+    return next((samples for below, samples in FAST_SAMPLES if size < below), 1)
+
+
+def average(pixels: NDArray[np.uint8], samples: int) -> NDArray[np.uint8]:
+    """(H * samples, W * samples, 3) uint8 to (H, W, 3) uint8: the mean of each square of samples, halves rounded up."""
+    if samples == 1:
+        return pixels
+    height, width = pixels.shape[0] // samples, pixels.shape[1] // samples
+    # Rows first, then columns: whole rows of memory are added, an order of magnitude faster than a sum over two axes.
+    rows = pixels.reshape(height, samples, -1)
+    total = rows[:, 0].astype(np.uint16)
+    for row in range(1, samples):
+        total += rows[:, row]
+    columns = total.reshape(height, width, samples, 3)
+    mean = columns[:, :, 0] + samples**2 // 2
+    for column in range(1, samples):
+        mean += columns[:, :, column]
+    mean //= samples**2
+    return mean.astype(np.uint8)
+
+
+def _row_numbers(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """(n,) numbers that are equal where rows (n, 3) of integers are: sorting them is far cheaper than sorting rows."""
+    if not len(rows):
+        return np.zeros(0, np.int64)
+    spans = rows - rows.min(axis=0)
+    _, y, z = (spans.max(axis=0) + 1).tolist()
+    return np.asarray((spans[:, 0] * y + spans[:, 1]) * z + spans[:, 2], dtype=np.int64)
+
+
+def simplify(model: Any, cell: float) -> None:
+    """Merge the vertices of every mesh of `LARGE_MESH` faces or more that share a cubic cell of `cell` metres, in place.
+
+    For drawing alone: `model` is a copy that no physics sees. A vertex becomes the first of its cell, faces that lose their
+    area or repeat another are left out, and each keeps its normals and texture coordinates. (Rossignac and Borrel 1993.)
+    """
+    for mesh in np.flatnonzero(model.mesh_facenum >= LARGE_MESH):
+        start, count = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
+        cells = np.floor(model.mesh_vert[start : start + count] / cell).astype(np.int64)
+        _, first, cell_of = np.unique(_row_numbers(cells), return_index=True, return_inverse=True)
+        start, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
+        faces = first[cell_of][model.mesh_face[start : start + count]]
+        a, b, c = faces.T
+        kept = np.flatnonzero((a != b) & (b != c) & (a != c))
+        # Equal faces may begin at different corners; turned so that the lowest leads, they are equal rows.
+        turned = np.take_along_axis(faces[kept], (faces[kept].argmin(axis=1)[:, None] + np.arange(3)) % 3, axis=1)
+        kept = kept[np.sort(np.unique(_row_numbers(turned), return_index=True)[1])]
+        if not len(kept):  # smaller than a cell: drawn as it is
+            continue
+        model.mesh_face[start : start + len(kept)] = faces[kept]
+        for array in (model.mesh_facenormal, model.mesh_facetexcoord):
+            array[start : start + len(kept)] = array[start : start + count][kept]
+        model.mesh_facenum[mesh] = len(kept)
+
+
 class Renderer:
     """Pictures of one model at one size.
 
-    model: `mujoco.MjModel`; its off-screen buffer settings are changed to fit.
-    style: "fast" draws neither shadows nor reflections and averages `FAST_SAMPLES`^2 samples a pixel; "full" is mujoco's
-    stock look.
+    model: `mujoco.MjModel`; it is not changed.
+    style: "fast" draws neither shadows nor reflections, simplifies large meshes and round things to about the size of a
+    sample, and averages `fast_samples`^2 samples a pixel; "full" is mujoco's stock look.
     """
 
     def __init__(self, model: Any, size: int, style: Literal["fast", "full"]) -> None:
@@ -86,12 +154,15 @@ class Renderer:
         import mujoco
 
         self._mujoco, self._model, self._size = mujoco, model, size
-        self._samples = FAST_SAMPLES if style == "fast" else 1
+        self._samples = fast_samples(size) if style == "fast" else 1
         drawn = size * self._samples
-        model.vis.global_.offwidth = model.vis.global_.offheight = drawn
+        shown = copy.deepcopy(model)  # what is uploaded for drawing
+        shown.vis.global_.offwidth = shown.vis.global_.offheight = drawn
         if style == "fast":
-            model.vis.quality.offsamples = 0
-            model.vis.quality.shadowsize = 0
+            shown.vis.quality.offsamples = 0
+            shown.vis.quality.shadowsize = 0
+            shown.vis.quality.numslices, shown.vis.quality.numstacks = ROUND
+            simplify(shown, COARSE_METRES * min(1.0, COARSE_DRAWN / drawn))
         # The class is taken from its own module: `mujoco.GLContext` was fixed when mujoco was first imported.
         module = import_module(f"mujoco.{backend}") if backend in BACKENDS else mujoco
         self._gl: Any = module.GLContext(drawn, drawn)
@@ -104,7 +175,7 @@ class Renderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._fine, self._coarse = mujoco.MjrRect(0, 0, drawn, drawn), mujoco.MjrRect(0, 0, size, size)
-        self._context: Any = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._context: Any = mujoco.MjrContext(shown, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         # Also runs when the renderer is garbage or the interpreter ends, while the GL modules are still whole.
@@ -121,13 +192,9 @@ class Renderer:
     def colour(self, data: Any, camera: int) -> NDArray[np.uint8]:
         """(H, W, 3) uint8 RGB seen by camera number `camera`, rows from the bottom up as GL gives them."""
         self._draw(data, camera, self._fine)
-        size, samples = self._size, self._samples
-        pixels = np.empty((size * samples, size * samples, 3), np.uint8)
+        pixels = np.empty((self._fine.height, self._fine.width, 3), np.uint8)
         self._mujoco.mjr_readPixels(pixels, None, self._fine, self._context)
-        if samples == 1:
-            return pixels
-        total = pixels.reshape(size, samples, size, samples, 3).sum(axis=(1, 3), dtype=np.uint16)
-        return np.asarray((total + samples**2 // 2) // samples**2, dtype=np.uint8)
+        return average(pixels, self._samples)
 
     def annotations(self, data: Any, camera: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Depth (H, W) float32 in metres along the optical axis, and what is drawn, (H, W, 2) int32 as (mjtObj, number)
