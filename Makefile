@@ -13,6 +13,8 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12; do \
 PIP_ARGS ?=
 DVC_ARGS ?=
 PYTEST_ARGS ?=
+# Test files that run at the same time.
+JOBS ?= 2
 COMPARE_ARGS ?=
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
@@ -30,11 +32,11 @@ repro: setup
 	dvc repro $(DVC_ARGS)
 
 test: setup
-	python -m pytest -m 'not slow' $(PYTEST_ARGS)
+	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
 
 # Also the tests marked `slow`.
 test-all: setup
-	python -m pytest $(PYTEST_ARGS)
+	python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	ruff check .

@@ -7,8 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,17 @@ def running_repro(root: Path, log: Path, *options: str) -> Iterator[subprocess.P
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            await_end(process.pid)
+
+
+def await_end(group: int, seconds: float = 60.0) -> None:
+    """Wait until no process of the group is left, not even one that nobody has asked about since it died: until then its
+    number counts as taken, and what it left half written as somebody's."""
+    end = time.monotonic() + seconds
+    with suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(group, 0)
+            time.sleep(0.02)
 
 
 def locked_stages(root: Path) -> dict[str, Any]:
