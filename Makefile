@@ -13,7 +13,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12; do \
 PIP_ARGS ?=
 DVC_ARGS ?=
 PYTEST_ARGS ?=
-# Test files that run at the same time.
+# Test files that run at the same time, in the order of their names: the longest do not begin last.
 JOBS ?= 2
 COMPARE_ARGS ?=
 
@@ -32,11 +32,11 @@ repro: setup
 	dvc repro $(DVC_ARGS)
 
 test: setup
-	python -m pytest -n $(JOBS) --dist loadfile -m 'not slow' $(PYTEST_ARGS)
+	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(PYTEST_ARGS)
 
 # Also the tests marked `slow`.
 test-all: setup
-	python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	ruff check .
