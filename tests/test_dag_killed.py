@@ -149,10 +149,11 @@ def test_what_a_killed_dvc_leaves(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, project, symlinks=True)
     dead = 2**22 + 1
     rwlock, lock = project / ".dvc/tmp/rwlock", project / "dvc.lock"
-    held = {"write": {"pid": dead, "cmd": "dvc repro"}, "read": [{"pid": dead, "cmd": "dvc repro"}]}
-    rwlock.write_text(json.dumps({str(project / "data/svam"): held}))
+    by, out = {"pid": dead, "cmd": "dvc repro"}, str(project / "data/svam")
+    held = json.dumps({"write": {out: by}, "read": {out: [by]}})
+    rwlock.write_text(held)
     assert ran(run(project, "dvc", "repro")) == []
-    rwlock.write_text(json.dumps({str(project / "data/svam"): held})[:30])
+    rwlock.write_text(held[:30])
     refused = attempt(project, "dvc", "repro")
     assert refused.returncode != 0 and "JSON structure is corrupted" in refused.stdout + refused.stderr
     rwlock.unlink()
