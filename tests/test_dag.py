@@ -42,7 +42,7 @@ def test_nothing_is_left_to_do(finished: Path) -> None:
 
 def test_the_table_shows_results_also_of_a_single_run(finished: Path) -> None:
     """Where all rows agree DVC would hide every column."""
-    table = run(finished, "make", "--file", str(ROOT / "Makefile"), "--assume-old", ".venv/.installed", "table")
+    table = run(finished, "make", "--file", str(ROOT / "Makefile"), "--assume-old", ".venv/.installed", "COLUMNS=240", "table")
     metrics = json.loads((finished / "data/report/metrics.json").read_text())
     assert all(name in table for name in metrics)
     assert "threads" not in table and "svam/" not in table
