@@ -36,7 +36,11 @@ def _runs(pid: int) -> bool:
         return False
     except PermissionError:
         pass
-    return True
+    try:  # a killed process keeps its number until its parent asks for it, which in a container may be never
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return True
+    return state not in ("Z", "X")
 
 
 @contextmanager

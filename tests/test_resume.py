@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -344,10 +345,14 @@ def test_saving_is_spread_over_time(tmp_path: Path) -> None:
 
 def test_leftovers_of_killed_runs_are_cleared(tmp_path: Path) -> None:
     dead, alive = f"{2**22 + 1}", f"{os.getppid()}"
-    for name in (f".out.partial-{dead}", f".out.partial-{alive}", f".out.replaced.partial-{dead}", f".other.partial-{dead}"):
+    unburied = subprocess.Popen(["true"])  # its parent has not asked how it ended
+    os.waitid(os.P_PID, unburied.pid, os.WEXITED | os.WNOWAIT)
+    left = [dead, alive, unburied.pid]
+    for name in (*(f".out.partial-{pid}" for pid in left), f".out.replaced.partial-{dead}", f".other.partial-{dead}"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     clear_leftovers(tmp_path / "out")
+    unburied.wait()
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"out", f".out.partial-{alive}", f".other.partial-{dead}"}, "what had stepped aside is back"
     assert (tmp_path / "out/file").read_text() == f".out.replaced.partial-{dead}"

@@ -62,13 +62,14 @@ def write_folder(
     np.save(folder / "lang_annotations/auto_lang_ann.npy", value, allow_pickle=True)  # type: ignore[arg-type]
 
 
+ANNOTATED = {"training": (INDX, TASKS, SENTENCES), "validation": ([(100, 102)], ["open_drawer"], ["open it, please"])}
+
+
 def write_set(root: Path, validation: bool = True, **step: Any) -> Path:
     scenes = {"calvin_scene_A": [100, 109], "calvin_scene_B": [110, 125]}
-    write_folder(root / "training", [(100, 109), (110, 111), (120, 125)], INDX, TASKS, SENTENCES, scenes, **step)
+    write_folder(root / "training", [(100, 109), (110, 111), (120, 125)], *ANNOTATED["training"], scenes, **step)
     if validation:  # the official validation folders have no scene_info.npy, and numbers that training has too
-        write_folder(
-            root / "validation", [(100, 103)], [(100, 102)], ["open_drawer"], ["open it, please"], None, **step
-        )  # fmt: skip
+        write_folder(root / "validation", [(100, 103)], *ANNOTATED["validation"], None, **step)
     return root
 
 
@@ -93,8 +94,7 @@ def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segm
     expected = []
     for folder in (dataset / "training", dataset / "validation"):
         if segments == "annotated":
-            found = np.load(folder / "lang_annotations/auto_lang_ann.npy", allow_pickle=True).item()
-            rows = zip(found["info"]["indx"], found["language"]["task"], found["language"]["ann"], strict=True)
+            rows = zip(*ANNOTATED[folder.name], strict=True)
             expected += [(folder, first, last, task, sentence) for (first, last), task, sentence in rows]
         else:
             bounds = np.load(folder / "ep_start_end_ids.npy").tolist()

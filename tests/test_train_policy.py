@@ -92,7 +92,6 @@ def test_without_expert_actions_the_executed_ones_are_targets(store: EpisodeStor
         observe(store, np.array([3], dtype=np.int64), 2, True, seed=0)
 
 
-@pytest.mark.xfail(strict=True, reason="svam/models/attention.py is not in FORESIGHT_CODE")
 def test_the_caches_address_covers_all_code_that_computes_features() -> None:
     """An edit of a module that foresight is built from must not leave stale features behind."""
     reached, todo = {"foresight"}, [ROOT / "svam/models/foresight.py"]

@@ -44,10 +44,10 @@ class ShortAttention:
         """(N, L, D) hidden states attend to (N, S, E) encoder states, or to themselves: (N, L, D).
 
         Raises:
-            NotImplementedError: an attention mask, which these U-Nets do not use.
+            ValueError: an attention mask, which these U-Nets do not use.
         """
         if attention_mask is not None:
-            raise NotImplementedError("the attention of a spatio-temporal U-Net has no mask")
+            raise ValueError("the attention of a spatio-temporal U-Net has no mask")
         n, length, _width = hidden_states.shape
         query, context = attn.to_q(hidden_states), hidden_states
         if encoder_hidden_states is not None:

@@ -72,18 +72,15 @@ class TextEncoder(nn.Module):
         Raises:
             ContractError: an instruction needs more than `tokens` tokens.
         """
-        return torch.tensor([self._row(instruction) for instruction in instructions])
-
-    def _row(self, instruction: str) -> list[int]:
-        if (known := self._rows.get(instruction)) is not None:
-            return known
-        row: list[int] = self.tokenizer(instruction)["input_ids"]
-        if len(row) > self.tokens:
-            raise ContractError(f"the instruction {instruction!r} takes {len(row)} tokens, the text encoder has {self.tokens}")
-        row += [int(self.tokenizer.pad_token_id)] * (self.tokens - len(row))
-        if len(self._rows) < REMEMBERED:
-            self._rows[instruction] = row
-        return row
+        rows = {said: self._rows[said] for said in instructions if said in self._rows}
+        new = [said for said in dict.fromkeys(instructions) if said not in rows]
+        for said, row in zip(new, self.tokenizer(new)["input_ids"] if new else [], strict=True):  # one call for all
+            if len(row) > self.tokens:
+                raise ContractError(f"the instruction {said!r} takes {len(row)} tokens, the text encoder has {self.tokens}")
+            rows[said] = row + [int(self.tokenizer.pad_token_id)] * (self.tokens - len(row))
+            if len(self._rows) < REMEMBERED:
+                self._rows[said] = rows[said]
+        return torch.tensor([rows[said] for said in instructions])
 
     @torch.no_grad()
     def embed(self, instructions: list[str]) -> Tensor:

@@ -37,7 +37,8 @@ STATISTICS_ROWS = 512
 FRAMES = "frames"
 """Name under which the cache keeps the frames that a trained observation encoder reads."""
 FORESIGHT_CODE = (
-    "autoencoder", "decoupler", "diffusion", "foresight", "generator", "published", "teachers", "text", "tokens", "video",
+    "attention", "autoencoder", "decoupler", "diffusion", "foresight", "generator", "published", "teachers", "text", "tokens",
+    "video",
 )  # fmt: skip
 """Modules of `svam.models` that decide the frozen features; their source is part of the cache's address."""
 

@@ -165,7 +165,8 @@ def train(
     def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = generator(seed, "text batches", number)
         chosen = shuffled(rng, len(rows), section.training.batch)
-        said = [drop_words(str(rng.choice(sentences[store.tasks[t]])), rng) for t in task_of[chosen]]
+        spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
+        said = [drop_words(choices[rng.integers(len(choices))], rng) for choices in spoken]
         pixels = (frames[torch.from_numpy(chosen)].permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
