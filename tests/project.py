@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -10,13 +11,17 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from tests.stage_deps import ROOT
 from tests.toy import write_toy_params
+
+PAUSE = 0.002  # seconds between two looks at a run
 
 
 def environment() -> dict[str, str]:
@@ -67,6 +72,23 @@ def await_end(group: int, seconds: float = 60.0) -> None:
         while time.monotonic() < end:
             os.killpg(group, 0)
             time.sleep(0.02)
+
+
+def found(root: Path, pattern: str) -> list[Path]:
+    """Files below the project, but not those that begin with a dot, which what is half written does. (`Path.glob` would fail
+    where a folder goes while it looks.)"""
+    return [root / name for name in sorted(glob(pattern, root_dir=root))]  # noqa: PTH207
+
+
+def mend(root: Path) -> None:
+    """What the README says to do about a file that DVC was killed in the middle of writing."""
+    rwlock, lock = root / ".dvc/tmp/rwlock", root / "dvc.lock"
+    for file, parse in ((rwlock, json.loads), (lock, YAML(typ="safe", pure=True).load)):
+        try:
+            if file.exists():
+                parse(file.read_text(encoding="utf-8"))
+        except (ValueError, YAMLError):
+            file.unlink()
 
 
 def locked_stages(root: Path) -> dict[str, Any]:

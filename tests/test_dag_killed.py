@@ -1,5 +1,5 @@
-"""The whole toy pipeline killed by SIGKILL, in another folder and with other workers: `dvc repro` again ends with the same
-bytes as a run that nothing interrupted."""
+"""The whole toy pipeline killed by SIGKILL while it keeps something, in another folder and with other workers: `dvc repro`
+again ends with the same bytes as a run that nothing interrupted."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ import re
 import shutil
 import signal
 import time
-from contextlib import suppress
-from glob import glob
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from svam.machine import generator
-from tests.project import attempt, locked_stages, make_project, ran, run, running_repro
+from tests.project import PAUSE, attempt, found, locked_stages, make_project, mend, ran, run, running_repro
 
 pytestmark = pytest.mark.timeout(1500)
 
@@ -29,29 +24,11 @@ LONG = (
 )  # fmt: skip
 # Listed by no stage, so that no hash differs.
 MACHINE = {"machine": {"checkpoint_seconds": 0.0, "workers": 1}}
-PAUSE = 0.002  # seconds between two looks at a run
-
-
-def found(root: Path, pattern: str) -> list[Path]:
-    """Files below the project, but not those that begin with a dot, which what is half written does. (`Path.glob` would fail
-    where a folder goes while it looks.)"""
-    return [root / name for name in sorted(glob(pattern, root_dir=root))]  # noqa: PTH207
 
 
 def kept(root: Path, stage: str) -> list[Path]:
     """What an unfinished run of a stage has kept so far."""
     return found(root, ".cache/convert/*/unit_*/episodes.json" if stage == "convert" else f".ckpt/{stage}/*/*.json")
-
-
-def mend(root: Path) -> None:
-    """What the README says to do about a file that DVC was killed in the middle of writing."""
-    rwlock, lock = root / ".dvc/tmp/rwlock", root / "dvc.lock"
-    for file, parse in ((rwlock, json.loads), (lock, YAML(typ="safe", pure=True).load)):
-        try:
-            if file.exists():
-                parse(file.read_text(encoding="utf-8"))
-        except (ValueError, YAMLError):
-            file.unlink()
 
 
 def kill_at_first_record(root: Path, log: Path, stages: list[str], *options: str) -> tuple[str | None, int]:
@@ -94,59 +71,6 @@ def test_every_long_stage_is_killed_once_and_goes_on(finished: Path, tmp_path: P
     assert locked_stages(project) == locked_stages(finished)
     assert not (project / ".ckpt").exists() and not any((project / ".cache/convert").iterdir())
     assert not list((project / "data").rglob("*.partial-*")), "what the killed runs left half is gone"
-
-
-def opened_by(root: Path, stage: str) -> set[str]:
-    """The processes that have opened the stage's state, those included that were killed."""
-    processes = set()
-    for file in found(root, ".cache/convert/*.lock" if stage == "convert" else f".ckpt/{stage}/*.lock"):
-        with suppress(OSError):
-            processes.add(file.read_text())
-    return processes - {""}
-
-
-def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | None:
-    """Run one stage and kill it `seconds` after it has opened its state (after DVC has started it, where it keeps none).
-
-    Returns:
-        None, or the seconds that it was at work, where it ended before.
-    """
-    keeps, before = stage not in ("check_params", "foresight", "report"), opened_by(root, stage)
-    begun = seen = 0.0
-    with running_repro(root, log, "--single-item", "--force", stage) as process:
-        while process.poll() is None:
-            if opened_by(root, stage) - before if keeps else f"Running stage '{stage}'" in log.read_text():
-                seen = time.monotonic()
-                begun = begun or seen
-                if seen - begun >= seconds:
-                    return None
-            time.sleep(PAUSE)
-    assert process.returncode == 0 and begun, log.read_text()[-3000:]
-    return seen - begun
-
-
-@pytest.mark.slow
-def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path) -> None:
-    """At seeded times within what the stage took in the uninterrupted run."""
-    project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0}})
-    log, kills = tmp_path / "log", dict[str, int]()
-    for stage in run(project, "dvc", "stage", "list", "--name-only").split():
-        rng = generator(1, "kills", stage)
-        seconds = json.loads((finished / f".cache/times/{stage}.json").read_text())["seconds"]
-        for _ in range(12):
-            lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
-            if lasted is not None:  # it had ended: the next begins from nothing, with less time
-                seconds = min(seconds, lasted)
-                continue
-            mend(project)
-            kills[stage] = kills.get(stage, 0) + 1
-            if kills[stage] == 3:
-                break
-        run(project, "dvc", "repro", "--single-item", "--force", stage)
-    run(project, "dvc", "repro")  # nothing but what a mended `dvc.lock` no longer names
-    assert set(kills.values()) == {3} and len(kills) == 18
-    assert locked_stages(project) == locked_stages(finished)
-    assert not (project / ".ckpt").exists() and not list((project / "data").rglob("*.partial-*"))
 
 
 @pytest.mark.slow

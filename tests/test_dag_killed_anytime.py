@@ -1,0 +1,69 @@
+"""Every stage of the toy pipeline killed by SIGKILL three times, at any moment: `dvc repro` again ends with the same bytes as a
+run that nothing interrupted. Beside `test_dag_killed.py`, because files run two at a time and this takes long."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from svam.machine import generator
+from tests.project import PAUSE, found, locked_stages, make_project, mend, run, running_repro
+
+pytestmark = pytest.mark.timeout(1500)
+
+
+def opened_by(root: Path, stage: str) -> set[str]:
+    """The processes that have opened the stage's state, those included that were killed."""
+    processes = set()
+    for file in found(root, ".cache/convert/*.lock" if stage == "convert" else f".ckpt/{stage}/*.lock"):
+        with suppress(OSError):
+            processes.add(file.read_text())
+    return processes - {""}
+
+
+def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | None:
+    """Run one stage and kill it `seconds` after it has opened its state (after DVC has started it, where it keeps none).
+
+    Returns:
+        None, or the seconds that it was at work, where it ended before.
+    """
+    keeps, before = stage not in ("check_params", "foresight", "report"), opened_by(root, stage)
+    begun = seen = 0.0
+    with running_repro(root, log, "--single-item", "--force", stage) as process:
+        while process.poll() is None:
+            if opened_by(root, stage) - before if keeps else f"Running stage '{stage}'" in log.read_text():
+                seen = time.monotonic()
+                begun = begun or seen
+                if seen - begun >= seconds:
+                    return None
+            time.sleep(PAUSE)
+    assert process.returncode == 0 and begun, log.read_text()[-3000:]
+    return seen - begun
+
+
+@pytest.mark.slow
+def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path) -> None:
+    """At seeded times within what the stage took in the uninterrupted run."""
+    project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0}})
+    log, kills = tmp_path / "log", dict[str, int]()
+    for stage in run(project, "dvc", "stage", "list", "--name-only").split():
+        rng = generator(1, "kills", stage)
+        seconds = json.loads((finished / f".cache/times/{stage}.json").read_text())["seconds"]
+        for _ in range(12):
+            lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
+            if lasted is not None:  # it had ended: the next begins from nothing, with less time
+                seconds = min(seconds, lasted)
+                continue
+            mend(project)
+            kills[stage] = kills.get(stage, 0) + 1
+            if kills[stage] == 3:
+                break
+        run(project, "dvc", "repro", "--single-item", "--force", stage)
+    run(project, "dvc", "repro")  # nothing but what a mended `dvc.lock` no longer names
+    assert set(kills.values()) == {3} and len(kills) == 18
+    assert locked_stages(project) == locked_stages(finished)
+    assert not (project / ".ckpt").exists() and not list((project / "data").rglob("*.partial-*"))
