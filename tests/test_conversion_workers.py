@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -264,3 +265,24 @@ def test_pictures_are_exact_for_every_reader(tmp_path: Path, compression: Compre
         copy = zarr.open_array(tmp_path / "a", mode="r+")
         copy[:] = frames
     assert written.stat().st_size > 0 and RowReader(tmp_path / "a").read_range(0, rows).tobytes() == frames.tobytes()
+
+
+def test_auto_compresses_few_noisy_frames_and_many_that_repeat(tmp_path: Path) -> None:
+    """By camera: `front` shows one picture with a dot that moves, `wrist` the same under noise."""
+    rng = np.random.default_rng(0)
+    still = np.repeat(rng.integers(0, 200, (1, 56, 56, 3), dtype=np.uint8), 40, axis=0)
+    for t, picture in enumerate(still):
+        picture[t, t] = 255
+    noise = rng.integers(0, 40, still.shape, dtype=np.uint8)
+    first = dataclasses.replace(make_episode("push", 40, 0), frames={"front": still, "wrist": still + noise}, annotations={})
+    others = [dataclasses.replace(make_episode("push", 5, k, size=56), annotations={}) for k in (1, 2)]
+    settings = SETTINGS.model_copy(update={"chunk_frames": "auto", "shard_megabytes": 1.0})
+    for number, episodes in enumerate(([first, *others], [others[0], first])):
+        out = tmp_path / f"{number}.zarr"
+        convert(Recorded(episodes), out, settings, seed=0)
+        chosen = [RowReader(out / "frames" / camera).chunk_rows for camera in CAMERAS]
+        assert chosen == ([16, 2] if number == 0 else [16, 16])  # five frames are too few to tell
+        store, rows = EpisodeStore.open(out), np.arange(0, 45, 4)
+        for camera in CAMERAS:
+            truth = np.concatenate([np.asarray(episode.frames[camera]) for episode in episodes])
+            np.testing.assert_array_equal(store.frames(rows, camera), truth[rows])

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from svam.contract import ContractError
+from svam.episodes import arrays
 from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, RowReader, attributes_digest, read_attributes, round_mantissa
+from svam.episodes.chunks import _neighbours
 from svam.episodes.conversion import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree
@@ -324,3 +326,26 @@ def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         array.append(np.array([[0, 0], [0, 1e6]], dtype=np.float32))
     with pytest.raises(ContractError, match="must be a multiple of chunk_rows"):
         GroupWriter(tmp_path / "h").array("x", (2,), np.float16, 3, 8)
+
+
+def test_vectors_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "_KEPT_BYTES", 3 * 4 * 2 * 4)  # three chunks
+    values = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    with GroupWriter(tmp_path / "g") as group:
+        group.array("a", (2,), np.float32, chunk_rows=4, shard_rows=8).append(values)
+    reader, rng = RowReader(tmp_path / "g" / "a"), np.random.default_rng(1)
+    for rows in (np.arange(50), *(rng.integers(0, 50, int(k)) for k in rng.integers(1, 30, 40))):
+        np.testing.assert_array_equal(reader.read(rows), values[rows])
+        assert len(reader._kept) <= 3
+    reader.read(rows := np.array([9, 8]))
+    for shard in (tmp_path / "g" / "a" / "c").rglob("*"):
+        if shard.is_file():
+            shard.unlink()
+    with pytest.raises(FileError, match="replaced or changed while it was in use"):  # though both rows are kept
+        reader.read(rows)
+
+
+def test_chunks_are_read_in_runs_of_neighbours() -> None:
+    places = [[0, 10], [10, 10], [20, 10], [40, 10], [50, 100], [150, 10], [5, 5]]
+    assert _neighbours(places, 20) == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+    assert _neighbours(places, 1000) == [(0, 3), (3, 6), (6, 7)] and _neighbours([], 20) == []

@@ -86,12 +86,15 @@ def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
                     Decompression(store, samples), Decompression(store, samples, zstd=True), Reading(store, samples),
                     Copying(samples),
                 ]  # fmt: skip
-                described |= {"megabytes": _sizes(readers, settings.clip_frames, recording)}
+                described |= {
+                    "megabytes": _sizes(readers, settings.clip_frames, recording),
+                    "chunk_frames": RowReader(store / "frames" / recordings.CAMERA).chunk_rows,
+                }
                 compared = {"data": described, "stride": stride, "difference": _differences(readers, samples)}
                 for found in _timed(readers, settings.clips, params, "store"):
                     results.append(compared | found)
             shutil.rmtree(place)
-    return {"clip_frames": settings.clip_frames, "chunk_frames": params.convert.chunk_frames, "results": results}
+    return {"clip_frames": settings.clip_frames, "results": results}
 
 
 def _sizes(readers: list[Reader], frames: int, recording: Recording) -> dict[str, float]:

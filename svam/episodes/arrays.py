@@ -32,6 +32,8 @@ _OPEN_SHARDS = 16
 """Shards that one reader keeps open."""
 _SPARE_BYTES = 8 << 20
 """A buffer for chunks up to this size is kept between reads."""
+_SHORT_ROW, _KEPT_BYTES, _KEPT_CHUNKS = 1024, 16 << 20, 4096
+"""Of arrays with rows up to `_SHORT_ROW` bytes (vectors, never pictures) a reader keeps decoded chunks, at most so many."""
 _PAGE, _ALIGNED_FROM = 4096, 1 << 16
 
 
@@ -270,13 +272,15 @@ class RowReader:
         self.dtype = np.dtype(metadata["data_type"])
         self.chunk_rows, self.shard_rows = int(chunk[0]), int(shard[0])
         self._codecs = codecs
-        self._interleaved = interleaved and len(chunk) > 1
+        self._interleaved = interleaved and len(chunk) > 1 and self.chunk_rows > 1  # one frame's lines are in its own order
+        self._short = len(self.shape) <= 2 and self.row_bytes <= _SHORT_ROW
         self._within = np.arange(self.chunk_rows, dtype=np.int64)
         self._files: dict[int, ShardFile] = {}
         self._spare: list[NDArray[Any]] = []
+        self._kept: dict[int, NDArray[Any]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_spare": []}
+        return self.__dict__ | {"_files": {}, "_spare": [], "_kept": {}}
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -351,6 +355,11 @@ class RowReader:
         chunks = ordered // self.chunk_rows
         edges = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist(), k]
         numbers: list[int] = chunks[edges[:-1]].tolist()
+        if self._short:
+            for i, chunk in enumerate(self._decoded(numbers)):
+                inside = ordered[edges[i] : edges[i + 1]] - numbers[i] * self.chunk_rows
+                out[slice(edges[i], edges[i + 1]) if order is None else order[edges[i] : edges[i + 1]]] = chunk[inside]
+            return out
 
         scratch: NDArray[Any] | None = None
         for i, (file, where, data) in enumerate(self._chunks(numbers)):
@@ -374,6 +383,22 @@ class RowReader:
         if scratch is not None and scratch.nbytes <= _SPARE_BYTES:
             self._spare[:] = [scratch]
         return out
+
+    def _decoded(self, numbers: list[int]) -> Iterator[NDArray[Any]]:
+        """Whole chunks (chunk_rows, ...) of an array of short rows, in the order asked for; the ones decoded last are kept."""
+        for shard in {number * self.chunk_rows // self.shard_rows for number in numbers}:
+            self._shard(shard)  # also where all of it is kept: a replaced array is an error
+        known = {number: chunk for number in numbers if (chunk := self._kept.get(number)) is not None}
+        missing = self._chunks([number for number in numbers if number not in known])
+        most = max(1, min(_KEPT_CHUNKS, _KEPT_BYTES // (self.chunk_rows * max(1, self.row_bytes))))
+        for number in numbers:
+            if (chunk := known.get(number)) is None:
+                stored = self._new_buffer()
+                self._decode(*next(missing), stored)
+                chunk = self._kept[number] = stored.swapaxes(0, 1) if self._interleaved else stored
+                for oldest in list(itertools.islice(self._kept, max(0, len(self._kept) - most))):
+                    self._kept.pop(oldest, None)
+            yield chunk
 
     def read_range(self, start: int, end: int) -> NDArray[Any]:
         """Rows start..end - 1."""
@@ -400,8 +425,12 @@ class RowReader:
         try:
             return self._spare.pop()
         except IndexError:
-            stored = (self.chunk_rows, *self.shape[1:])
-            return page_aligned((stored[1], stored[0], *stored[2:]) if self._interleaved else stored, self.dtype)
+            return self._new_buffer()
+
+    def _new_buffer(self) -> NDArray[Any]:
+        """Room for one chunk as it is stored."""
+        stored = (self.chunk_rows, *self.shape[1:])
+        return page_aligned((stored[1], stored[0], *stored[2:]) if self._interleaved else stored, self.dtype)
 
     def _chunks(self, numbers: list[int]) -> Iterator[tuple[ShardFile, list[int], Bytes | None]]:
         """Shard, [offset, size] and encoded bytes of each chunk; raw chunks are not read yet: they go where they belong."""

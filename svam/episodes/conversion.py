@@ -39,6 +39,7 @@ from svam.contract import (
 )
 from svam.episodes.arrays import GroupWriter, RowReader
 from svam.episodes.checksums import EpisodeDigest
+from svam.episodes.chunks import frames_together
 from svam.episodes.frames import prepared
 from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner, WholePiece
 from svam.episodes.statistics import vector_statistics
@@ -49,6 +50,8 @@ from svam.params import Convert
 UNIT_STEPS = 1024
 """Steps of a unit, rounded up to whole episodes: small enough to share among workers and to lose to a kill."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
+_SAMPLE_FRAMES = 64
+"""Of the first episode, by which `convert.chunk_frames: auto` chooses."""
 
 
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
@@ -127,7 +130,7 @@ class Plan:
         layouts = {}
         for name, (row_shape, dtype, _) in parts.items():
             rows, pictures = int(starts[name][-1]), params.compression if name.startswith("frames/") else None
-            kept, chunk = _stored(name, dtype, params), _chunk_rows(name, params)
+            kept, chunk = _stored(name, dtype, params), _chunk_rows(name, first, params)
             layouts[name] = Layout.of(row_shape, kept, chunk, shard_bytes, rows, pictures)
         steps = np.cumsum([shape.steps for shape in shapes])
         last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
@@ -150,11 +153,19 @@ def _stored(name: str, dtype: np.dtype[Any], params: Convert) -> np.dtype[Any]:
     return np.dtype(params.vector_dtype) if name in VECTORS else dtype
 
 
-def _chunk_rows(name: str, params: Convert) -> int:
-    """Rows compressed together: frames along time; labels in random order, so few; vectors are small."""
-    if name.startswith("frames/"):
+def _chunk_rows(name: str, first: Episode, params: Convert) -> int:
+    """Rows compressed together: frames along time, by the first episode's if so asked; labels in random order, so few; vectors
+    are small."""
+    if not name.startswith("frames/"):
+        return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
+    if params.chunk_frames != "auto":
         return params.chunk_frames
-    return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
+    blocks: list[NDArray[np.uint8]] = []
+    for block in frame_blocks(first.frames[name.removeprefix("frames/")]):
+        blocks.append(block[:_SAMPLE_FRAMES])
+        if sum(map(len, blocks)) >= _SAMPLE_FRAMES:
+            break
+    return frames_together(np.concatenate(blocks)[:_SAMPLE_FRAMES], params.compression)
 
 
 def _chosen_cameras(description: SourceDescription, params: Convert) -> SourceDescription:

@@ -23,7 +23,7 @@ from svam.episodes.chunks import Compression, codecs_for, compress, interleaved,
 from svam.files import FileError, read_json
 
 _EMPTY = 2**64 - 1
-MOST_CHUNKS = 4096
+MOST_CHUNKS = 16384
 """Chunks of a shard, whatever their size: every reader reads a shard's whole index, 16 bytes a chunk."""
 
 

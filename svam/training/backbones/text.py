@@ -121,9 +121,13 @@ class Contrast(nn.Module):
         self.clip = clip
         self.mean_projection = nn.Linear(clip.config.text_config.hidden_size, clip.config.projection_dim, bias=False)
 
-    def loss(self, pixels: Tensor, ids: Tensor, tasks: Tensor) -> Tensor:
-        """pixels (B, 3, S, S) normalised, ids (B, tokens), tasks (B,) -> scalar."""
+    def loss(self, frames: Tensor, ids: Tensor, tasks: Tensor) -> Tensor:
+        """frames (B, H, W, 3) uint8, ids (B, tokens), tasks (B,) -> scalar."""
         clip = self.clip
+        pixels = (frames.permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
+        side = clip.config.vision_config.image_size
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
         images = F.normalize(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output), dim=-1)
         text = clip.text_model(input_ids=ids)
         last = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
@@ -160,17 +164,14 @@ def train(
     rows = frames_that_fit(store, store.rows("train"))
     frames = load_frames(store, rows)
     task_of = store.episode_task[store.episode_of(rows)]
-    side = max(store.image_size)
 
     def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng = generator(seed, "text batches", number)
         chosen = shuffled(rng, len(rows), section.training.batch)
         spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
         said = [drop_words(choices[rng.integers(len(choices))], rng) for choices in spoken]
-        pixels = (frames[torch.from_numpy(chosen)].permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
-        if pixels.shape[-2:] != (side, side):
-            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
-        return pixels.to(device), encoder.ids(said).to(device), torch.from_numpy(task_of[chosen]).to(device)
+        seen = frames[torch.from_numpy(chosen)]  # as bytes: a quarter of what a device would be sent as floats
+        return seen.to(device), encoder.ids(said).to(device), torch.from_numpy(task_of[chosen]).to(device)
 
     fit(contrast, lambda batch: contrast.loss(*batch), batch_of, section.training, device, "text", live, resume=resume)
     held_out = {task: store.instructions.get(task, {}).get("held_out", []) for task in store.tasks}
