@@ -13,7 +13,16 @@ from svam.files import FileError
 from svam.machine import generator
 from svam.models.published import save_published
 from svam.models.text import TextEncoder
-from svam.training.backbones.text import BEGIN, END, contrastive_loss, drop_words, measure, train_tokenizer
+from svam.training.backbones.text import (
+    BEGIN,
+    END,
+    contrastive_loss,
+    drop_words,
+    measure,
+    padded_ids,
+    train_tokenizer,
+    word_ids,
+)
 
 SENTENCES = ["open the drawer", "pull the drawer open", "close the window", "slide the window shut"]
 
@@ -108,6 +117,13 @@ def test_words_are_dropped_but_never_all() -> None:
     dropped = [drop_words("one two three", rng) for _ in range(200)]
     assert set(" ".join(dropped).split()) == {"one", "two", "three"} and all(dropped)
     assert 100 < sum(d == "one two three" for d in dropped) < 180  # 0.9 cubed is 0.73
+
+
+def test_ids_of_words_make_up_those_of_sentences(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
+    said = [*SENTENCES, "Don't  open it; push (twice) 12.5 cm!", "ouvre-le où tu veux, \tça va", "x"]
+    whole = published[2](said)["input_ids"]
+    ids = padded_ids(published[2], word_ids(published[2], said), said, 64).tolist()
+    assert ids == [row + [published[2].pad_token_id] * (64 - len(row)) for row in whole]
 
 
 def test_measure_of_a_random_encoder(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:

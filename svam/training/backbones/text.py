@@ -143,6 +143,20 @@ def drop_words(sentence: str, rng: np.random.Generator) -> str:
     return " ".join(kept or words)
 
 
+def word_ids(tokenizer: CLIPTokenizer, sentences: list[str]) -> dict[str, list[int]]:
+    """Each word of some sentences -> its token ids, which do not depend on its neighbours: CLIP splits at spaces first."""
+    words = sorted({word for said in sentences for word in said.split()})
+    return dict(zip(words, tokenizer(words, add_special_tokens=False)["input_ids"], strict=True))
+
+
+def padded_ids(tokenizer: CLIPTokenizer, words: dict[str, list[int]], sentences: list[str], tokens: int) -> Tensor:
+    """What `TextEncoder.ids` gives (B, tokens), put together from the ids of words: with some of them left out, nearly every
+    sentence of a batch is a new one."""
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [[begin, *(number for word in said.split() for number in words[word]), end] for said in sentences]
+    return torch.tensor([row + [pad] * (tokens - len(row)) for row in rows])
+
+
 def training_sentences(store: EpisodeStore, task: str) -> list[str]:
     """The training paraphrases of a task; without a list of them, the instructions of its training episodes."""
     listed = store.instructions.get(task, {}).get("train", [])
@@ -161,8 +175,10 @@ def train(
     encoder = TextEncoder(CLIPTextModel(contrast.clip.config.text_config), tokenizer, section.tokens)
     encoder.model = contrast.clip.text_model  # the half that is kept
 
+    encoder.ids([said for group in sentences.values() for said in group])  # one that is too long is an error
+    words = word_ids(tokenizer, [said for group in sentences.values() for said in group])
     rows = frames_that_fit(store, store.rows("train"))
-    frames = load_frames(store, rows)
+    frames = load_frames(store, rows).numpy()
     task_of = store.episode_task[store.episode_of(rows)]
 
     def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -170,8 +186,9 @@ def train(
         chosen = shuffled(rng, len(rows), section.training.batch)
         spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
         said = [drop_words(choices[rng.integers(len(choices))], rng) for choices in spoken]
-        seen = frames[torch.from_numpy(chosen)]  # as bytes: a quarter of what a device would be sent as floats
-        return seen.to(device), encoder.ids(said).to(device), torch.from_numpy(task_of[chosen]).to(device)
+        ids = padded_ids(tokenizer, words, said, section.tokens)
+        seen = torch.from_numpy(frames[chosen])  # as bytes: a quarter of what a device would be sent as floats
+        return seen.to(device), ids.to(device), torch.from_numpy(task_of[chosen]).to(device)
 
     fit(contrast, lambda batch: contrast.loss(*batch), batch_of, section.training, device, "text", live, resume=resume)
     held_out = {task: store.instructions.get(task, {}).get("held_out", []) for task in store.tasks}
