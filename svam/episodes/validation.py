@@ -134,9 +134,12 @@ class Validation:
                 if not file.is_file():
                     check.fault(f"{file}: no such file, though the array has {len(reader)} rows")
                     continue
+                if (size := file.stat().st_size) < index_bytes:
+                    check.fault(f"{file}: truncated ({size} bytes; its index alone has {index_bytes})")
+                    continue
                 with file.open("rb") as opened:
-                    opened.seek(-min(index_bytes, file.stat().st_size), 2)
-                    index = np.frombuffer(opened.read()[: index_bytes - 4], dtype="<u8")
+                    opened.seek(-index_bytes, 2)
+                    index = np.frombuffer(opened.read(index_bytes - 4), dtype="<u8")
                 used = int(index[1::2][index[1::2] != np.uint64(2**64 - 1)].sum())
                 if used + index_bytes != file.stat().st_size:
                     check.fault(f"{file}: {file.stat().st_size - used - index_bytes} bytes belong to no chunk")
