@@ -66,7 +66,8 @@ class Compare(Section):
     """The runs of `make compare`. No stage lists this section.
 
     collections: name -> `-S` arguments of the demonstrations and of what is evaluated. collection: the one that is used.
-    steps: of every policy, null: train_policy.training.steps.
+    steps: of every policy, null: train_policy.training.steps. trail: name -> `-S` arguments of what is distilled and measured
+    on held-out windows, without a policy; the first is what the others are compared with.
     """
 
     collections: dict[Name, list[str]] = {"default": []}
@@ -79,3 +80,4 @@ class Compare(Section):
     ablation_size: Count = 5
     ablation_seed: Seed = 1
     ablation_episodes: Count = 25
+    trail: dict[Name, list[str]] = {}

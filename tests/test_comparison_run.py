@@ -23,6 +23,7 @@ CHANGES = {
     "compare": {
         "seeds": [1], "episodes_per_task": [1], "episodes": 2, "steps": 4, "ablations": [], "collection": "small",
         "collections": {"small": ["evaluate.tasks=[button-press-topdown]"]},
+        "trail": {"as_it_is": [], "shorter": ["distill.training.steps=3"]},
     },
 }  # fmt: skip
 RECORDS = Path("data/compare/small")
@@ -97,6 +98,14 @@ def test_the_loop(tmp_path: Path) -> None:
     assert set(read_json(root / RECORDS / "latency.json")["variants"]) == {"svam", "vpp"}
     (clone / RECORDS / "latency.json").write_bytes((root / RECORDS / "latency.json").read_bytes())
     assert run(clone, sys.executable, "-m", "svam.report", "compare", "--no-latency") == page
+
+    # The trail distils and measures, in a workspace that stays as it was; its records are enough for the page.
+    page = run(root, sys.executable, "-m", "svam.report", "trail")
+    assert "2 of 2 entries" in page and page.count("not distinguishable") == 2  # of each branch
+    assert run(root, "git", "status", "--porcelain", "--untracked-files=no", "--branch") == status
+    again = run(root, sys.executable, "-m", "svam.report", "trail", "--minutes", "0")
+    assert again.endswith(page[page.index("# The trail") :])
+    assert not list((root / ".cache/compare").glob("tmp*"))
 
     # Changed work is run again: the code of the distillation is none of VPP's.
     with (root / "svam/training/distillation.py").open("a", encoding="utf-8") as file:

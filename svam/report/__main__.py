@@ -13,7 +13,7 @@ from svam.report.side_by_side import side_by_side
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Folder = Annotated[
     Path,
-    typer.Option(help="Records of finished runs, a folder for each collection; table.md, table.csv, figure.png join them."),
+    typer.Option(help="Records of finished runs, a folder for each collection; tables and figures join them."),
 ]
 Collection = Annotated[str | None, typer.Option(help="Of compare.collections; without it: compare.collection.")]
 
@@ -59,6 +59,28 @@ def compare(
     else:
         milliseconds = kept_in(file, representatives(records))
     typer.echo(write(folder, lines, milliseconds, len(plan.runs), settings.report.dpi))
+
+
+@app.command()
+@one_line_errors
+def trail(
+    only: Annotated[list[str] | None, typer.Option(help="Only entries of this name or pattern; may be repeated.")] = None,
+    folder: Folder = Path("data/compare"),
+    collection: Collection = None,
+    minutes: Annotated[float | None, typer.Option(min=0, help="Begin no entry after this time; 0: only print.")] = None,
+) -> None:
+    """What limits foresight: run what of compare.trail is not finished, measure it, and print and write the table."""
+    from svam.comparison.loop import alone
+    from svam.comparison.trail import Trail, run_trail
+    from svam.params import load_params
+    from svam.report.trail import measure_experiment, write
+
+    with alone():
+        asked = Trail(folder, collection)
+        for entry in asked.left(only or []):
+            typer.echo(entry.line)
+        run_trail(asked, measure_experiment, only or [], minutes)
+    typer.echo(write(asked.folder, asked.finished(), len(asked.entries), load_params().foresight.resamples))
 
 
 if __name__ == "__main__":

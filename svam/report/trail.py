@@ -1,0 +1,282 @@
+"""The trail's measurement and its tables: how near each kind of foresight comes to the future that was recorded.
+
+`distill` measures a decoupler against its own target. Here everything, the target included, is measured against what the
+teacher sees in the recorded frames, so that entries with other targets, features or decouplers can be compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svam.comparison import experiments
+from svam.comparison.keys import digest
+from svam.comparison.trail import BranchTrail, Measured, TrailRecord
+from svam.files import FileError, read_json, whole_file
+from svam.machine import prepare_torch, scratch_folder, track
+from svam.params import Params
+from svam.report import gap
+from svam.report.foresight import Subject, load_model
+from svam.report.tables import _grid
+from svam.training.distillation_data import GeneratedWindows
+from svam.training.foresight_metrics import moved_patches
+from svam.training.one_step import OneStepFeatures
+
+SOURCES = {
+    "foresight": "foresight (distilled, one step)",
+    "generation": "teacher on the generation",
+    "other_seed": "teacher on another seed's generation",
+    "one_step": "teacher on the decoded one-step prediction",
+    "reconstruction": "teacher on the recorded future through the autoencoder",
+}
+"""What is compared with the teacher on the recorded future, in the order of the tables. Repeating the teacher on the observed
+frame is the unit of all errors."""
+OUTS = ("data/episodes.zarr", "data/generated.zarr", "data/backbones", "data/models/video")
+Array = NDArray[np.float32]
+
+
+def measure_experiment(revision: str, params: Params) -> Measured:
+    """Measure what an experiment made; its outputs are copied from DVC's cache for that time.
+
+    Raises:
+        FileError: DVC does not have them, or a file is damaged.
+    """
+    from svam.episodes.store import EpisodeStore
+
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
+    branches, scratch = params.distill.branches, scratch_folder("compare")
+    scratch.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        root = Path(name)
+        for out in (*OUTS, *(f"data/models/decouplers/{branch}" for branch in branches)):
+            (root / out).parent.mkdir(parents=True, exist_ok=True)
+            experiments.fetch(out, revision, root / out)
+        windows = GeneratedWindows(root / "data/generated.zarr")
+        model = load_model(windows, root / "data/backbones", root / "data/models", branches).to(device)
+        store = EpisodeStore.open(root / "data/episodes.zarr")
+        decouplers = root / "data/models/decouplers"
+        own: dict[str, Any] = {branch: read_json(decouplers / branch / "metrics.json") for branch in branches}
+        return measure(Subject(windows, store, model, branches, params.foresight, params.seed), own)
+
+
+def measure(subject: Subject, own: Mapping[str, Mapping[str, Any]]) -> Measured:
+    """All sources and branches on the held-out windows. `own`: branch -> metrics.json of its decoupler."""
+    windows = subject.windows
+    pixels = gap.joined([
+        {"error": gap.pixel_sums(windows.frames.read(numbers), truth := subject.truth(numbers), truth, windows.grid)["error"]}
+        for numbers, _ in blocks(subject)
+    ])["error"]  # fmt: skip
+    return Measured(
+        windows=digest(windows.rows[windows.test].tolist()), episodes=subject.held_out_episodes.tolist(),
+        pixels=pixels.numerator.tolist(), pixels_repeat=pixels.denominator.tolist(),
+        branches={branch: measure_branch(subject, branch, own[branch]) for branch in subject.branches},
+    )  # fmt: skip
+
+
+def blocks(subject: Subject) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(window numbers, their places among the held-out ones), some windows at a time."""
+    test, size = subject.windows.test, max(1, subject.params.batch // subject.windows.frames_per_clip)
+    places = np.arange(len(test), dtype=np.int64)
+    return [(test[start : start + size], places[start : start + size]) for start in range(0, len(test), size)]
+
+
+def teacher_on(subject: Subject, branch: str, clips: NDArray[np.uint8]) -> Array:
+    """Teacher features (k, n, h, w, C) of clips (k, n, H, W, 3)."""
+    flat = torch.from_numpy(np.ascontiguousarray(clips).reshape(-1, *clips.shape[2:]))
+    parts = [subject.model.teacher_features(branch, part).cpu() for part in torch.split(flat, subject.params.batch)]
+    found = torch.cat(parts).numpy()
+    return found.reshape(*clips.shape[:2], *found.shape[1:])
+
+
+class Unit(NamedTuple):
+    """Of the teacher on the recorded future of all held-out windows: the mean at each position (h, w, C), and the deviation of
+    each channel (C,)."""
+
+    centre: NDArray[np.float64]
+    scale: NDArray[np.float64]
+
+
+def unit_of(subject: Subject, branch: str) -> Unit:
+    """What errors and cosines are measured in; it does not depend on anything that was trained but the teacher."""
+    total: NDArray[np.float64] | float = 0.0
+    square: NDArray[np.float64] | float = 0.0
+    count = 0
+    for numbers, _ in blocks(subject):
+        seen = teacher_on(subject, branch, subject.truth(numbers)[:, 1:]).astype(np.float64)
+        total, square = total + seen.sum(axis=(0, 1)), square + np.square(seen).sum(axis=(0, 1, 2, 3))
+        count += seen.shape[0] * seen.shape[1]
+    centre = np.asarray(total) / count
+    patches = centre.shape[0] * centre.shape[1]
+    variance = np.asarray(square) / (count * patches) - np.square(centre.mean(axis=(0, 1)))
+    return Unit(centre, np.sqrt(np.maximum(variance, 1e-12)))
+
+
+def measure_branch(subject: Subject, branch: str, own: Mapping[str, Any]) -> BranchTrail:
+    """One branch, see `BranchTrail`."""
+    windows, model, store = subject.windows, subject.model, subject.store
+    one_step = windows.features if windows.features is not None else OneStepFeatures(windows, store, model)
+    unit = unit_of(subject, branch)
+    moved: list[NDArray[np.int64]] = []
+    errors: dict[str, list[NDArray[np.float64]]] = {}
+    cosines: dict[str, list[NDArray[np.float64]]] = {}
+
+    def foresee(numbers: NDArray[np.int64]) -> Array:
+        reference = model.reference_features(branch, torch.from_numpy(store.frames(windows.rows[numbers, 0])))
+        features = torch.from_numpy(one_step.read(numbers)).to(model.device).float()
+        return np.asarray(model.decouple(branch, features, reference)[:, 1:].cpu().numpy())
+
+    parts = blocks(subject)
+    for numbers, places in track(parts, f"trail {branch}", len(parts)):
+        truth = subject.truth(numbers)
+        flat = torch.from_numpy(truth.reshape(-1, *truth.shape[2:]))
+        reconstructed = model.reconstruct(flat).cpu().numpy().reshape(truth.shape)
+        clips = {
+            "generation": windows.frames.read(numbers), "other_seed": windows.other_noise_frames.read(places),
+            "one_step": windows.one_step_frames.read(places), "reconstruction": reconstructed,
+        }  # fmt: skip
+        expected = teacher_on(subject, branch, truth[:, 1:])
+        guesses = {name: teacher_on(subject, branch, clip[:, 1:]) for name, clip in clips.items()}
+        guesses["foresight"] = foresee(numbers)
+        guesses["repeat"] = np.broadcast_to(teacher_on(subject, branch, truth[:, :1]), expected.shape)
+        where = moved_patches(truth, windows.grid)[:, 1:]
+        moved.append(where.sum(axis=(1, 2, 3)))
+        for name, guess in guesses.items():
+            errors.setdefault(name, []).append(squared_error(guess, expected, unit))
+            cosines.setdefault(name, []).append(cosine(guess, expected, where, unit))
+    error = {name: np.concatenate(values) for name, values in errors.items()}
+    return BranchTrail(
+        own={name: metrics for name, metrics in own.items() if isinstance(metrics, dict) and "explained" in metrics},
+        repeat=_short(error["repeat"].sum(axis=1)), repeat_by_frame=_short(error["repeat"].sum(axis=0)),
+        error={name: _short(error[name].sum(axis=1)) for name in SOURCES},
+        error_by_frame={name: _short(error[name].sum(axis=0)) for name in SOURCES},
+        moved=np.concatenate(moved).tolist(),
+        cosine={name: _short(np.concatenate(cosines[name])) for name in SOURCES},
+    )  # fmt: skip
+
+
+def squared_error(guess: Array, truth: Array, unit: Unit) -> NDArray[np.float64]:
+    """(k, n) of features (k, n, h, w, C): the mean over channels in units of their variance, summed over patches."""
+    return np.asarray(np.square((guess - truth) / unit.scale).mean(axis=-1, dtype=np.float64).sum(axis=(2, 3)))
+
+
+def cosine(guess: Array, truth: Array, moved: NDArray[np.bool_], unit: Unit) -> NDArray[np.float64]:
+    """(k,) of features (k, n, h, w, C): the cosine after subtracting the centre, summed over patches `moved` (k, n, h, w)."""
+    a, b = guess - unit.centre, truth - unit.centre
+    norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.asarray(((a * b).sum(axis=-1) / np.maximum(norms, 1e-12) * moved).sum(axis=(1, 2, 3), dtype=np.float64))
+
+
+def _short(values: NDArray[np.float64]) -> list[float]:
+    """Six digits of each, which is more than is shown."""
+    return [float(f"{value:.6g}") for value in values]
+
+
+def explained(trail: BranchTrail, source: str) -> gap.Sums:
+    """The share of "repeat" that a source's error is (1 minus it is explained), to be divided or resampled."""
+    return gap.Sums(np.asarray(trail.error[source], np.float64), np.asarray(trail.repeat, np.float64))
+
+
+class Difference(NamedTuple):
+    """Of the share that foresight explains, to the first entry's: value, interval (all of them hold together), finding."""
+
+    value: float
+    low: float
+    high: float
+    finding: str
+
+
+def difference(record: TrailRecord, base: TrailRecord, branch: str, comparisons: int, resamples: int) -> Difference | None:
+    """`record` minus `base`, resampled by episode; None where their windows or branches are not the same."""
+    ours, theirs = record.measured, base.measured
+    if ours.windows != theirs.windows or branch not in ours.branches or branch not in theirs.branches:
+        return None
+    boot = gap.Resampled(np.asarray(ours.episodes, np.int64), resamples, 0)
+    pair = [explained(measured.branches[branch], "foresight") for measured in (ours, theirs)]
+    value = (gap.value_of(pair[1]) or 0.0) - (gap.value_of(pair[0]) or 0.0)
+    low, high = boot.interval(boot.ratios(pair[1]) - boot.ratios(pair[0]), comparisons)
+    finding = "not distinguishable"
+    if boot.count >= gap.FEWEST_EPISODES and (low > 0 or high < 0):
+        finding = "better" if low > 0 else "worse"
+    return Difference(value, low, high, finding)
+
+
+def _share(sums: gap.Sums) -> str:
+    value = gap.value_of(sums)
+    return "" if value is None else f"{1.0 - value:.3f}"
+
+
+def markdown(records: Sequence[TrailRecord], planned: int, resamples: int) -> str:
+    """The trail as one Markdown page. The first record is what the others are compared with.
+
+    Raises:
+        FileError: there is no record.
+    """
+    if not records:
+        raise FileError("no entry of compare.trail is finished; `python -m svam.report trail` runs them")
+    base, branches = records[0], list(dict.fromkeys(branch for r in records for branch in r.measured.branches))
+    comparisons = max(1, (len(records) - 1) * len(branches))
+    windows, episodes = len(base.measured.episodes), len(set(base.measured.episodes))
+    parts = [
+        "# The trail: what limits foresight",
+        f"{len(records)} of {planned} entries of `compare.trail`, each of which changes one thing, on {windows} held-out "
+        f"windows of {episodes} episodes, frames after the observed one. What is explained is 1 minus the squared error as a "
+        "share of that of repeating the observed frame; against the recorded future unless it says otherwise, so that entries "
+        f"with other targets can be compared. Differences to `{base.name}` are bootstrapped over episodes ({resamples} times) "
+        f"and hold for all {comparisons} of them together at {gap.LEVEL:.0%}.",
+    ]
+    for branch in branches:
+        parts += [f"## {branch.capitalize()} foresight", branch_table(records, branch, comparisons, resamples)]
+    parts += ["## By the frame's distance", f"`{base.name}`, share explained of each frame.", frames_table(base)]
+    return "\n\n".join(parts) + "\n"
+
+
+def branch_table(records: Sequence[TrailRecord], branch: str, comparisons: int, resamples: int) -> str:
+    """One branch: a line for each entry."""
+    header = [
+        "entry", "decoupler, of its own target", "foresight", "difference", "foresight is", "generation", "another seed's",
+        "decoded one step", "recorded, through the autoencoder", "cosine on moved patches: foresight", "generation",
+        "decoded one step", "pixels of the generation",
+    ]  # fmt: skip
+    lines = []
+    for record in records:
+        trail = record.measured.branches.get(branch)
+        if trail is None:
+            continue
+        cells = [f"`{record.name}`", f"{trail.own['decoupler']['explained']:.3f}", _share(explained(trail, "foresight"))]
+        found = None if record is records[0] else difference(record, records[0], branch, comparisons, resamples)
+        if found is None:
+            cells += ["", "" if record is records[0] else "of other windows"]
+        else:
+            cells += [f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]", found.finding]
+        cells += [_share(explained(trail, source)) for source in ("generation", "other_seed", "one_step", "reconstruction")]
+        moved = max(1, sum(trail.moved))
+        cells += [f"{sum(trail.cosine[source]) / moved:.3f}" for source in ("foresight", "generation", "one_step")]
+        measured = record.measured
+        cells.append(_share(gap.Sums(np.asarray(measured.pixels), np.asarray(measured.pixels_repeat))))
+        lines.append(cells)
+    return _grid(header, lines)
+
+
+def frames_table(record: TrailRecord) -> str:
+    """What each source explains of each frame."""
+    lines = []
+    for branch, trail in record.measured.branches.items():
+        for source, title in SOURCES.items():
+            pairs = zip(trail.error_by_frame[source], trail.repeat_by_frame, strict=True)
+            lines.append([f"{branch}: {title}", *(f"{1.0 - e / r:.3f}" if r > 0 else "" for e, r in pairs)])
+    count = len(next(iter(record.measured.branches.values())).repeat_by_frame)
+    return _grid(["", *(f"frame {number + 1}" for number in range(count))], lines)
+
+
+def write(folder: Path, records: Sequence[TrailRecord], planned: int, resamples: int) -> str:
+    """Write trail.md to `folder`; returns the Markdown."""
+    text = markdown(records, planned, resamples)
+    with whole_file(folder / "trail.md") as file:
+        file.write_text(text, encoding="utf-8")
+    return text
