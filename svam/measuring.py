@@ -67,7 +67,8 @@ class Compare(Section):
 
     collections: name -> `-S` arguments of the demonstrations and of what is evaluated. collection: the one that is used.
     steps: of every policy, null: train_policy.training.steps. trail: name -> `-S` arguments of what is distilled and measured
-    on held-out windows, without a policy; the first is what the others are compared with.
+    on held-out windows; the first is what the others are compared with. trail_policies: entries that also get a policy, of the
+    ablations' size and seed, whose goals are drawn from trail_seed.
     """
 
     collections: dict[Name, list[str]] = {"default": []}
@@ -81,3 +82,5 @@ class Compare(Section):
     ablation_seed: Seed = 1
     ablation_episodes: Count = 25
     trail: dict[Name, list[str]] = {}
+    trail_policies: list[Name] = []
+    trail_seed: Seed = 77

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ CHANGES = {
     "compare": {
         "seeds": [1], "episodes_per_task": [1], "episodes": 2, "steps": 4, "ablations": [], "collection": "small",
         "collections": {"small": ["evaluate.tasks=[button-press-topdown]"]},
-        "trail": {"as_it_is": [], "shorter": ["distill.training.steps=3"]},
+        "trail": {"as_it_is": [], "shorter": ["distill.training.steps=3"]}, "trail_policies": ["shorter"],
+        "ablation_size": 1, "ablation_episodes": 1,
     },
 }  # fmt: skip
 RECORDS = Path("data/compare/small")
@@ -99,9 +101,10 @@ def test_the_loop(tmp_path: Path) -> None:
     (clone / RECORDS / "latency.json").write_bytes((root / RECORDS / "latency.json").read_bytes())
     assert run(clone, sys.executable, "-m", "svam.report", "compare", "--no-latency") == page
 
-    # The trail distils and measures, in a workspace that stays as it was; its records are enough for the page.
+    # The trail distils, measures and acts, in a workspace that stays as it was; its records are enough for the page.
     page = run(root, sys.executable, "-m", "svam.report", "trail")
     assert "2 of 2 entries" in page and page.count("not distinguishable") == 2  # of each branch
+    assert re.search(r"\| `shorter` \| \d+% \[\d+, \d+\] of 1 \|", page[page.index("## Success") :])
     assert run(root, "git", "status", "--porcelain", "--untracked-files=no", "--branch") == status
     again = run(root, sys.executable, "-m", "svam.report", "trail", "--minutes", "0")
     assert again.endswith(page[page.index("# The trail") :])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from svam.comparison.records import Episode
 from svam.comparison.trail import BranchTrail, Measured, Trail, TrailRecord, read, write
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
@@ -18,7 +19,7 @@ from svam.report.foresight import Subject, load_model
 from svam.training.distillation_data import GeneratedWindows
 from svam.training.foresight_metrics import moved_patches
 from tests.stage_deps import ROOT
-from tests.test_comparison import write_params
+from tests.test_comparison import RAW, write_params
 from tests.test_foresight_report_stage import write_run, write_store
 from tests.tiny_foresight import FRAMES, GRID
 
@@ -35,7 +36,14 @@ def make_trail(folder: Path, **compare: Any) -> Trail:
         return Trail(folder / "records")
 
 
-def make_record(name: str = "as_it_is", share: float = 0.5, episodes: int = 12, **changes: Any) -> TrailRecord:
+def goals(reached: int, count: int = 20, seed: int = 0) -> tuple[Episode, ...]:
+    """Episodes of one task, the first of which reach their goals."""
+    return tuple(Episode(task="a", index=k, seed=seed + k, success=k < reached, steps=9) for k in range(count))
+
+
+def make_record(
+    name: str = "as_it_is", share: float = 0.5, episodes: int = 12, goals: tuple[Episode, ...] = (), **changes: Any
+) -> TrailRecord:
     """A record whose foresight leaves `share` of the error, about, in two windows of each episode."""
     count = 2 * episodes
     noise = np.random.default_rng(1).normal(0.0, 0.02, count)
@@ -47,7 +55,7 @@ def make_record(name: str = "as_it_is", share: float = 0.5, episodes: int = 12, 
     )  # fmt: skip
     measured = Measured(
         windows="w", episodes=[k // 2 for k in range(count)], pixels=[0.5] * count, pixels_repeat=[2.0] * count,
-        branches={"geometric": branch},
+        branches={"geometric": branch}, goals=goals,
     )  # fmt: skip
     values: dict[str, Any] = {"name": name, "arguments": [], "key": "k", "revision": "r", "measured": measured}
     return TrailRecord(**(values | changes))
@@ -62,6 +70,29 @@ def test_entries_are_the_collection_and_one_change(tmp_path: Path) -> None:
     assert make_trail(tmp_path).entries[0].experiment == "trail-as_it_is"
 
 
+def test_policies_are_of_other_goals(tmp_path: Path) -> None:
+    before = make_trail(tmp_path).keys
+    trail = make_trail(tmp_path, trail_policies=["smaller"], trail_seed=5, ablation_episodes=3)
+    entry = trail.entries[2]
+    assert [e.policy for e in trail.entries] == [False, False, True]
+    assert (
+        entry.command[-1] == "train_policy"
+        and "evaluate.episodes=3" in entry.arguments
+        and "train_policy.seed=1" in entry.arguments
+    )
+    # What is only measured on windows stays as it is; a policy counts with its goals.
+    keys = trail.keys
+    assert {name for name in keys if keys[name] != before[name]} == {"smaller"}
+    assert (
+        make_trail(tmp_path, trail_policies=["smaller"], trail_seed=6, ablation_episodes=3).keys["smaller"] != keys["smaller"]
+    )
+    longer = ["train_policy.evaluate_every=3", "distill.width=48"]
+    changed = make_trail(
+        tmp_path, trail=ENTRIES | {"smaller": longer}, trail_policies=["smaller"], trail_seed=5, ablation_episodes=3
+    )
+    assert changed.keys["smaller"] != keys["smaller"]
+
+
 def test_the_projects_own_trail_changes_one_thing_each(tmp_path: Path) -> None:
     with chdir(ROOT):
         trail = Trail(tmp_path)
@@ -69,6 +100,7 @@ def test_the_projects_own_trail_changes_one_thing_each(tmp_path: Path) -> None:
     base = trail.settings(trail.entries[0]).model_dump()
     for entry in trail.entries[1:]:
         changed = {k for k, v in trail.settings(entry).model_dump().items() if v != base[k]}
+        changed -= {"train_policy", "evaluate"}  # of those that have a policy
         assert len(changed) == 1 and changed <= {"distill", "cache_teacher", "generate", "finetune_video"}
 
 
@@ -105,9 +137,24 @@ def test_wrong_entries_are_named(tmp_path: Path, entries: dict[str, list[str]], 
         make_trail(tmp_path, trail=entries)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trail_policies": ["none"]}, r"compare\.trail_policies names 'none', expected entries of compare\.trail"),
+        (
+            {"trail_policies": ["smaller"], "trail_seed": RAW["seed"]},
+            r"compare\.trail_seed is 1, as seed; expected another number, since nothing may be chosen on the goals",
+        ),
+    ],
+)
+def test_wrong_policies_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ParamsError, match=message):
+        make_trail(tmp_path, **changes)
+
+
 def test_records_are_read_back_and_checked(tmp_path: Path) -> None:
-    file = write(tmp_path, make_record())
-    assert read(file) == make_record()
+    file = write(tmp_path, make_record(goals=goals(5)))
+    assert read(file) == make_record(goals=goals(5)) != make_record()
     assert file.read_text().count("\n") < 50
     file.write_text(file.read_text().replace('"pixels"', '"pictures"'))
     with pytest.raises(FileError, match=r"as_it_is\.json: not the record of a trail: measured\.pixels: Field required"):
@@ -189,3 +236,25 @@ def test_the_page(tmp_path: Path) -> None:
     assert "| geometric: foresight (distilled, one step) | 0.750 |  |" in page
     with pytest.raises(FileError, match="no entry of compare.trail is finished"):
         report.markdown([], 3, 1000)
+
+
+def test_success_is_compared_with_the_first_that_acts() -> None:
+    records = [
+        make_record(),
+        make_record("a", goals=goals(4)),
+        make_record("b", goals=goals(18)),
+        make_record("c", goals=goals(5)),
+    ]
+    page = report.markdown([*records, make_record("d", goals=goals(5, seed=1))], 5, 1000)
+    section = page[page.index("## Success") : page.index("## By the frame's distance")]
+    lines = {
+        line.split("`")[1]: [cell.strip() for cell in line.strip("|").split("|")]
+        for line in section.splitlines()
+        if line.startswith("| `")
+    }
+    assert list(lines) == ["a", "b", "c", "d"]
+    assert lines["a"][1].startswith("20% [") and lines["a"][2:] == ["", "", "", ""]
+    assert lines["b"][2].startswith("+70.0 [") and lines["b"][3] == "14 : 0" and lines["b"][5] == "`b` ahead"
+    assert float(lines["b"][4]) == pytest.approx(2 * 2 * 0.5**14, rel=1e-2)  # of two comparisons
+    assert lines["c"][3] == "1 : 0" and lines["c"][5] == "not distinguishable" and lines["d"][5] == "of other goals"
+    assert "## Success" not in report.markdown(records[:1], 5, 1000)

@@ -82,17 +82,27 @@ class Run:
         return shlex.join(self.command)
 
 
+def policy_arguments(size: int, seed: int, steps: int, episodes: int) -> tuple[str, ...]:
+    """`-S` arguments of a policy that is compared with others, and of its evaluation. `episodes`: per task."""
+    return (
+        f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}", f"train_policy.training.steps={steps}",
+        # Only what is compared: no offline errors, other sentences or films.
+        "evaluate.protocols=[metaworld]", f"evaluate.episodes={episodes}",
+        "evaluate.held_out_instruction_episodes=0", "evaluate.videos=0",
+    )  # fmt: skip
+
+
+def steps_of(params: Compare, values: Mapping[str, Any]) -> int:
+    """Training steps of every policy. `values`: those of the params file."""
+    return params.steps or int(values["train_policy"]["training"]["steps"])
+
+
 def planned(params: Compare, steps: int) -> list[Run]:
     """All runs: the core by seed and size, then the ablations. `steps`: of every policy."""
 
     def run(variant: str, size: int, seed: int, episodes: int) -> Run:
-        arguments = (
-            *params.collections[params.collection], *VARIANTS[variant].arguments,
-            f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}", f"train_policy.training.steps={steps}",
-            # Only what is compared: no offline errors, other sentences or films.
-            "evaluate.protocols=[metaworld]", f"evaluate.episodes={episodes}",
-            "evaluate.held_out_instruction_episodes=0", "evaluate.videos=0",
-        )  # fmt: skip
+        policy = policy_arguments(size, seed, steps, episodes)
+        arguments = (*params.collections[params.collection], *VARIANTS[variant].arguments, *policy)
         return Run(variant, size, seed, arguments, params.collection)
 
     core = [run(v, n, s, params.episodes) for s in params.seeds for n in params.episodes_per_task for v in CORE]
@@ -138,8 +148,7 @@ def plan_of(file: Path, collection: str | None = None) -> tuple[list[Run], dict[
             raise ParamsError(f"{file}: {key} is {found!r}; the comparison needs S-VAM as the default, which has {expected!r}")
     if not base["evaluate"]["tasks"]:
         raise ParamsError(f"{file}: evaluate.tasks is [] in collection {compare.collection!r}, expected at least one")
-    steps = compare.steps or int(base["train_policy"]["training"]["steps"])
-    runs = planned(compare, steps)
+    runs = planned(compare, steps_of(compare, base))
     for run in runs:
         settings_of(raw, run.arguments)
     return runs, raw

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binomtest
 
-from svam.comparison.records import Record
+from svam.comparison.records import Episode, Record
 from svam.files import FileError
 from svam.machine import generator
 
@@ -59,13 +59,21 @@ def paired(variant: Record, reference: Record) -> Pairs:
                 f"{variant.name} and {reference.name} are not to be compared: {key} is {value} and {theirs[key]}, "
                 "expected equal budgets; run both again with the same params"
             )
-    found, known = ({(e.task, e.index): e for e in record.episodes} for record in (variant, reference))
-    shared = sorted(found.keys() & known.keys())
-    if len(shared) < min(len(found), len(known)) or any(found[goal].seed != known[goal].seed for goal in shared):
+    pairs = pairs_of(variant.episodes, reference.episodes)
+    if pairs is None:
         raise FileError(
             f"{variant.name} and {reference.name} are not to be compared: they were evaluated on different goals, "
             "expected the goals of one to be among the other's; run both again with the same params"
         )
+    return pairs
+
+
+def pairs_of(ours: Sequence[Episode], theirs: Sequence[Episode]) -> Pairs | None:
+    """Outcomes on the goals of the shorter evaluation; None where not all of them are among the other's."""
+    found, known = ({(e.task, e.index): e for e in episodes} for episodes in (ours, theirs))
+    shared = sorted(found.keys() & known.keys())
+    if len(shared) < min(len(found), len(known)) or any(found[goal].seed != known[goal].seed for goal in shared):
+        return None
     tasks: dict[str, list[tuple[bool, bool]]] = {}
     for task, index in shared:
         tasks.setdefault(task, []).append((found[task, index].success, known[task, index].success))

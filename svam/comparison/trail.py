@@ -1,7 +1,8 @@
-"""The trail: what limits foresight, told by held-out windows before any policy is trained.
+"""The trail: what limits foresight, told by held-out windows first and by success second.
 
 Each entry of `compare.trail` changes one thing of the video model, its generations, the targets or the decouplers. It is run
-up to `distill` and measured against the future that was recorded, which is the same for all entries.
+up to `distill` and measured against the future that was recorded, which is the same for all entries. Those named in
+`compare.trail_policies` also get a policy, which is evaluated on other goals than the comparison's.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from ruamel.yaml import YAML
 from svam.comparison import experiments
 from svam.comparison.keys import Project, digest, work_of
 from svam.comparison.loop import PARAMS, WORKSPACE
-from svam.comparison.plan import DEFAULT, compare_of, settings_of
+from svam.comparison.plan import DEFAULT, compare_of, policy_arguments, settings_of, steps_of
 from svam.comparison.plan import overridden as with_arguments
+from svam.comparison.records import Episode
 from svam.comparison.workspace import run_noted
 from svam.contract import Frozen
 from svam.files import FileError, read_json, whole_file
@@ -53,13 +55,15 @@ class BranchTrail(Frozen):
 
 class Measured(Frozen):
     """What an entry was measured to be. windows: a hash of their rows; episodes (W,): each window's; pixels, pixels_repeat
-    (W,): squared error of the generated clips, and of repeating the observed frame."""
+    (W,): squared error of the generated clips, and of repeating the observed frame. goals: the policy's evaluation episodes,
+    where the entry has one."""
 
     windows: str
     episodes: list[int]
     pixels: list[float]
     pixels_repeat: list[float]
     branches: dict[str, BranchTrail]
+    goals: tuple[Episode, ...] = ()
 
 
 class TrailRecord(Frozen):
@@ -74,18 +78,28 @@ class TrailRecord(Frozen):
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of `compare.trail`. arguments: of `-S`, those of the collection first."""
+    """An entry of `compare.trail`. arguments: of `-S`, those of the collection first. policy: whether it has one."""
 
     name: str
     arguments: tuple[str, ...]
     collection: str
+    policy: bool
 
     @property
     def command(self) -> list[str]:
-        """The experiment's `dvc` command, up to the decouplers."""
+        """The experiment's `dvc` command, up to the decouplers or the policy."""
         settings = [part for argument in self.arguments for part in ("-S", argument)]
         suffix = f"-{self.collection}" if self.collection != DEFAULT else ""
-        return ["dvc", "exp", "run", "--temp", "-n", f"trail-{self.name}{suffix}", *settings, "distill"]
+        return [
+            "dvc",
+            "exp",
+            "run",
+            "--temp",
+            "-n",
+            f"trail-{self.name}{suffix}",
+            *settings,
+            "train_policy" if self.policy else "distill",
+        ]
 
     @property
     def experiment(self) -> str:
@@ -98,8 +112,8 @@ class Entry:
         return shlex.join(self.command)
 
 
-Measure = Callable[[str, Params], Measured]
-"""Measures an experiment by its commit and its params."""
+Measure = Callable[[str, Params, int | None], Measured]
+"""Measures an experiment by its commit, its params, and the seed of its policy's goals, None where it has no policy."""
 
 
 class Trail:
@@ -109,23 +123,43 @@ class Trail:
         """`folder`: of the comparison's records, which has one for each collection in it. `collection`: as for `plan_of`.
 
         Raises:
-            ParamsError, FileError: `params.yaml` is wrong, has no trail, or `dvc.yaml` is missing.
+            ParamsError, FileError: `params.yaml` is wrong, has no trail, policies of no entry or goals of the comparison, or
+                `dvc.yaml` is missing.
         """
         compare = compare_of(PARAMS, collection)
         if not compare.trail:
             raise ParamsError(f"{PARAMS}: compare.trail is empty, expected at least one entry (name: list of -S arguments)")
         self.folder = folder / compare.collection / FOLDER
         self.raw: dict[str, Any] = YAML(typ="safe", pure=True).load(PARAMS.read_text(encoding="utf-8"))
-        common = compare.collections[compare.collection]
-        self.entries = [Entry(name, (*common, *own), compare.collection) for name, own in compare.trail.items()]
+        if unknown := [name for name in compare.trail_policies if name not in compare.trail]:
+            raise ParamsError(f"{PARAMS}: compare.trail_policies names {unknown[0]!r}, expected entries of compare.trail")
+        if compare.trail_policies and compare.trail_seed == self.raw["seed"]:
+            raise ParamsError(
+                f"{PARAMS}: compare.trail_seed is {compare.trail_seed}, as seed; expected another number, since nothing may be "
+                "chosen on the goals that variants are compared on"
+            )
+        self.seed = compare.trail_seed
+        common, steps = compare.collections[compare.collection], steps_of(compare, self.raw)
+        policy = policy_arguments(compare.ablation_size, compare.ablation_seed, steps, compare.ablation_episodes)
+        self.entries = []
+        for name, own in compare.trail.items():
+            acts = name in compare.trail_policies
+            self.entries.append(Entry(name, (*common, *own, *(policy if acts else ())), compare.collection, acts))
         project = Project.read(Path())
-        self.keys: dict[str, str] = {}
-        for entry in self.entries:
-            branches = self.settings(entry).distill.branches
-            if not branches:
-                raise ParamsError(f"{PARAMS}: compare.trail.{entry.name}: distill.branches is [], expected at least one")
-            values = with_arguments(self.raw, entry.arguments)
-            self.keys[entry.name] = digest([work_of(project, values, f"distill@{branch}") for branch in branches])
+        self.keys = {entry.name: self.key(entry, project) for entry in self.entries}
+
+    def key(self, entry: Entry, project: Project) -> str:
+        """A hash of everything that decides what an entry is measured to be, but for the measurement itself.
+
+        Raises:
+            ParamsError: the entry distils nothing, or a value of it is wrong.
+        """
+        branches = self.settings(entry).distill.branches
+        if not branches:
+            raise ParamsError(f"{PARAMS}: compare.trail.{entry.name}: distill.branches is [], expected at least one")
+        values = with_arguments(self.raw, entry.arguments)
+        work: list[Any] = [work_of(project, values, f"distill@{branch}") for branch in branches]
+        return digest([*work, work_of(project, values), self.seed] if entry.policy else work)
 
     def settings(self, entry: Entry) -> Params:
         """The entry's params, checked."""
@@ -212,7 +246,7 @@ def run_trail(trail: Trail, measure: Measure, only: Sequence[str] = (), minutes:
         revision = experiments.revision_of(entry.experiment)
         record = TrailRecord(
             name=entry.name, arguments=list(entry.arguments), key=trail.keys[entry.name], revision=revision,
-            measured=measure(revision, trail.settings(entry)),
+            measured=measure(revision, trail.settings(entry), trail.seed if entry.policy else None),
         )  # fmt: skip
         console.print(f"{write(trail.folder, record)}: written", highlight=False, soft_wrap=True)
         finished += 1

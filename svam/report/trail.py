@@ -17,13 +17,19 @@ from numpy.typing import NDArray
 
 from svam.comparison import experiments
 from svam.comparison.keys import digest
+from svam.comparison.records import Episode
+from svam.comparison.statistics import LEVEL, Pairs, bootstrap, holm, mcnemar, pairs_of
 from svam.comparison.trail import BranchTrail, Measured, TrailRecord
+from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, whole_file
 from svam.machine import prepare_torch, scratch_folder, track
+from svam.models.svam import SVAM
 from svam.params import Params
 from svam.report import gap
 from svam.report.foresight import Subject, load_model
 from svam.report.tables import _grid
+from svam.simulation import closed_loop
+from svam.simulation.scores import rate_of
 from svam.training.distillation_data import GeneratedWindows
 from svam.training.foresight_metrics import moved_patches
 from svam.training.one_step import OneStepFeatures
@@ -41,14 +47,15 @@ OUTS = ("data/episodes.zarr", "data/generated.zarr", "data/backbones", "data/mod
 Array = NDArray[np.float32]
 
 
-def measure_experiment(revision: str, params: Params) -> Measured:
+def measure_experiment(revision: str, params: Params, seed: int | None) -> Measured:
     """Measure what an experiment made; its outputs are copied from DVC's cache for that time.
+
+    `seed`: of the goals that its policy is evaluated on; None: it has no policy.
 
     Raises:
         FileError: DVC does not have them, or a file is damaged.
+        MachineError: the policy is to be evaluated, and nothing renders here.
     """
-    from svam.episodes.store import EpisodeStore
-
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     branches, scratch = params.distill.branches, scratch_folder("compare")
     scratch.mkdir(parents=True, exist_ok=True)
@@ -62,7 +69,22 @@ def measure_experiment(revision: str, params: Params) -> Measured:
         store = EpisodeStore.open(root / "data/episodes.zarr")
         decouplers = root / "data/models/decouplers"
         own: dict[str, Any] = {branch: read_json(decouplers / branch / "metrics.json") for branch in branches}
-        return measure(Subject(windows, store, model, branches, params.foresight, params.seed), own)
+        measured = measure(Subject(windows, store, model, branches, params.foresight, params.seed), own)
+        if seed is None:
+            return measured
+        folder = experiments.fetch("data/svam", revision, root / "data/svam")
+        return measured.model_copy(update={"goals": play(SVAM.load(folder, device), store, params, seed)})
+
+
+def play(policy: SVAM, store: EpisodeStore, params: Params, seed: int) -> tuple[Episode, ...]:
+    """A policy's episodes in simulation, as `evaluate` plays them, with goals and noise drawn from `seed`."""
+    outcomes = closed_loop.run(
+        store, policy, params.evaluate, camera=policy.camera, proprioception=policy.needs_proprioception, seed=seed,
+        workers=params.machine.workers,
+    )["policy"]  # fmt: skip
+    return tuple(
+        Episode(task=o.plan.task, index=o.plan.index, seed=o.plan.seed, success=o.success, steps=o.steps) for o in outcomes
+    )
 
 
 def measure(subject: Subject, own: Mapping[str, Mapping[str, Any]]) -> Measured:
@@ -232,6 +254,7 @@ def markdown(records: Sequence[TrailRecord], planned: int, resamples: int) -> st
     ]
     for branch in branches:
         parts += [f"## {branch.capitalize()} foresight", branch_table(records, branch, comparisons, resamples)]
+    parts += success(records)
     parts += ["## By the frame's distance", f"`{base.name}`, share explained of each frame.", frames_table(base)]
     return "\n\n".join(parts) + "\n"
 
@@ -261,6 +284,46 @@ def branch_table(records: Sequence[TrailRecord], branch: str, comparisons: int, 
         cells.append(_share(gap.Sums(np.asarray(measured.pixels), np.asarray(measured.pixels_repeat))))
         lines.append(cells)
     return _grid(header, lines)
+
+
+def success(records: Sequence[TrailRecord]) -> list[str]:
+    """Of the entries that have a policy, a line each, compared with the first of them; nothing where none has."""
+    acting = [record for record in records if record.measured.goals]
+    if not acting:
+        return []
+    first, *others = acting
+    pairs = {r.name: p for r in others if (p := pairs_of(r.measured.goals, first.measured.goals)) is not None}
+    corrected = holm([mcnemar(p.only_variant, p.only_reference) for p in pairs.values()])
+    chances = dict(zip(pairs, corrected, strict=True))
+    lines = []
+    for record in acting:
+        rate = rate_of([goal.success for goal in record.measured.goals])
+        share = f"{rate['success']:.0%} [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']}"
+        cells = [f"`{record.name}`", share, "", "", "", "" if record is first else "of other goals"]
+        if record.name in pairs:
+            cells[2:] = _compared(pairs[record.name], chances[record.name], record.name, first.name)
+        lines.append(cells)
+    header = [
+        "entry",
+        "success",
+        f"difference to `{first.name}`, points",
+        f"only it : only `{first.name}`",
+        "p, corrected",
+        "verdict",
+    ]
+    return [
+        "## Success",
+        "At any step, on goals of another seed than the comparison's, one policy of each entry; intervals and p as in the "
+        "comparison's table.",
+        _grid(header, lines),
+    ]  # fmt: skip
+
+
+def _compared(pairs: Pairs, p: float, name: str, first: str) -> list[str]:
+    low, high = bootstrap([pairs])
+    ahead = f"`{name if pairs.difference > 0 else first}` ahead" if p < LEVEL else "not distinguishable"
+    points = f"{100 * pairs.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+    return [points, f"{pairs.only_variant} : {pairs.only_reference}", f"{p:.3g}", ahead]
 
 
 def frames_table(record: TrailRecord) -> str:
