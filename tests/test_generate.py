@@ -15,7 +15,7 @@ from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
 from svam.params import FinetuneVideo, Generate
 from svam.training.generation import choose_windows, generate_windows
-from svam.training.video import LatentClips, TextTable, evaluate_video
+from svam.training.video import LatentClips, TextTable, _psnr, evaluate_video
 from tests.tiny_foresight import GRID, OPTIMISER, make_store, save_parts
 
 SECTION = Generate(
@@ -112,3 +112,11 @@ def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeS
     assert metrics["repeated_mse"] == pytest.approx(expected, rel=0.02)
     assert metrics["error_share_of_repeat"] == pytest.approx(metrics["generated_mse"] / metrics["repeated_mse"])
     assert {"loss_sigma_first", "loss_sigma_0.2_1", "generated_psnr", "generated_ssim"} <= set(metrics)
+
+
+def test_equal_pictures_have_a_finite_psnr() -> None:
+    truth = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    near = truth + torch.tensor([0.1, 0.01])[:, None, None, None]
+    assert float(_psnr(near, truth)) == pytest.approx((20.0 + 40.0) / 2, abs=1e-3)
+    near[1] = truth[1]
+    assert float(_psnr(near, truth)) == pytest.approx((20.0 + 100.0) / 2, abs=1e-3)

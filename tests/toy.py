@@ -60,11 +60,15 @@ OVERRIDES: dict[str, Any] = {
 }
 
 
+NAMED = ("episodes_of", "options", "collections", "trail")
+"""Mappings that the params call by names of their own: changes replace them whole."""
+
+
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with `changes`, section by section; a mapping that the params call by names of their own is replaced."""
+    """`base` with `changes`, section by section, but for what is `NAMED`."""
     result = dict(base)
     for key, value in changes.items():
-        inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in ("episodes_of", "options")
+        inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in NAMED
         result[key] = merged(base[key], value) if inner else value
     return result
 

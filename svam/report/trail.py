@@ -44,6 +44,7 @@ SOURCES = {
 """What is compared with the teacher on the recorded future, in the order of the tables. Repeating the teacher on the observed
 frame is the unit of all errors."""
 OUTS = ("data/episodes.zarr", "data/generated.zarr", "data/backbones", "data/models/video")
+POLICY = "data/svam"
 Array = NDArray[np.float32]
 
 
@@ -56,24 +57,29 @@ def measure_experiment(revision: str, params: Params, seed: int | None) -> Measu
         FileError: DVC does not have them, or a file is damaged.
         MachineError: the policy is to be evaluated, and nothing renders here.
     """
-    device = prepare_torch(params.machine.device, params.threads, params.seed)
     branches, scratch = params.distill.branches, scratch_folder("compare")
     scratch.mkdir(parents=True, exist_ok=True)
+    policy = () if seed is None else (POLICY,)
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         root = Path(name)
-        for out in (*OUTS, *(f"data/models/decouplers/{branch}" for branch in branches)):
+        for out in (*OUTS, *(f"data/models/decouplers/{branch}" for branch in branches), *policy):
             (root / out).parent.mkdir(parents=True, exist_ok=True)
             experiments.fetch(out, revision, root / out)
-        windows = GeneratedWindows(root / "data/generated.zarr")
-        model = load_model(windows, root / "data/backbones", root / "data/models", branches).to(device)
-        store = EpisodeStore.open(root / "data/episodes.zarr")
-        decouplers = root / "data/models/decouplers"
-        own: dict[str, Any] = {branch: read_json(decouplers / branch / "metrics.json") for branch in branches}
-        measured = measure(Subject(windows, store, model, branches, params.foresight, params.seed), own)
-        if seed is None:
-            return measured
-        folder = experiments.fetch("data/svam", revision, root / "data/svam")
-        return measured.model_copy(update={"goals": play(SVAM.load(folder, device), store, params, seed)})
+        return measure_outputs(root, params, seed)
+
+
+def measure_outputs(root: Path, params: Params, seed: int | None) -> Measured:
+    """Measure the outputs below `root`, which has them where `dvc.yaml` puts them; otherwise as `measure_experiment`."""
+    device, branches = prepare_torch(params.machine.device, params.threads, params.seed), params.distill.branches
+    windows = GeneratedWindows(root / "data/generated.zarr")
+    model = load_model(windows, root / "data/backbones", root / "data/models", branches).to(device)
+    store = EpisodeStore.open(root / "data/episodes.zarr")
+    decouplers = root / "data/models/decouplers"
+    own: dict[str, Any] = {branch: read_json(decouplers / branch / "metrics.json") for branch in branches}
+    measured = measure(Subject(windows, store, model, branches, params.foresight, params.seed), own)
+    if seed is None:
+        return measured
+    return measured.model_copy(update={"goals": play(SVAM.load(root / POLICY, device), store, params, seed)})
 
 
 def play(policy: SVAM, store: EpisodeStore, params: Params, seed: int) -> tuple[Episode, ...]:

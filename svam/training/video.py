@@ -26,6 +26,9 @@ from svam.training.loop import fit
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
 """Noise levels between which the held-out denoising loss is reported, beside the first inference sigma."""
+EXACT_PSNR = 100.0
+"""Decibels that an exactly equal picture counts for, as in the autoencoder's metrics; JSON has no infinity. A GPU decodes equal
+latents to equal pixels, so a clip that stands still has such pictures where its first frame is repeated."""
 
 
 class LatentClips:
@@ -174,7 +177,7 @@ def evaluate_video(
     Errors of generated clips are against the autoencoder's reconstruction of the truth, over frames 1..T-1, beside
     "repeat the first frame". Returns (metrics, pictures (clips, 2, T, H, W, 3) uint8: truth and generation).
     """
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+    from torchmetrics.functional.image import structural_similarity_index_measure
 
     rng = generator(seed, "finetune_video held out")
     places = np.sort(rng.choice(len(clips), size=min(params.evaluation_clips, len(clips)), replace=False))
@@ -206,7 +209,7 @@ def evaluate_video(
             for key, value in (
                 ("latent_mse", (latents[:, 1:] - clean[:, 1:]).square().mean()),
                 ("mse", (future - wanted).square().mean()),
-                ("psnr", peak_signal_noise_ratio(future, wanted, data_range=1.0, dim=(1, 2, 3), reduction="elementwise_mean")),
+                ("psnr", _psnr(future, wanted)),
                 ("ssim", structural_similarity_index_measure(future, wanted, data_range=1.0)),
             ):
                 sums[f"{name}_{key}"] = sums.get(f"{name}_{key}", 0.0) + share * float(value)
@@ -216,6 +219,14 @@ def evaluate_video(
     metrics["error_share_of_repeat"] = sums["generated_mse"] / max(sums["repeated_mse"], 1e-12)
     metrics["latent_error_share_of_repeat"] = sums["generated_latent_mse"] / max(sums["repeated_latent_mse"], 1e-12)
     return metrics, torch.cat(pictures).numpy()
+
+
+def _psnr(pictures: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (k, 3, H, W) in [0, 1], in decibels, averaged over them; see `EXACT_PSNR`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    each = peak_signal_noise_ratio(pictures, truth, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return each.nan_to_num(posinf=EXACT_PSNR).mean()
 
 
 def _decoded(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
