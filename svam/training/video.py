@@ -225,7 +225,7 @@ def _psnr(pictures: Tensor, truth: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of pictures (k, 3, H, W) in [0, 1], in decibels, averaged over them; see `EXACT_PSNR`."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    each = peak_signal_noise_ratio(pictures, truth, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    each: Tensor = peak_signal_noise_ratio(pictures, truth, data_range=1.0, dim=(1, 2, 3), reduction="none")
     return each.nan_to_num(posinf=EXACT_PSNR).mean()
 
 
