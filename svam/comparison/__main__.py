@@ -47,6 +47,26 @@ def run(
     console.print(f"{done} runs finished now, {left} left", highlight=False)
 
 
+@app.command()
+@one_line_errors
+def vouch(
+    revision: Annotated[str, typer.Argument(help="Commit whose code made the records.")],
+    collection: Collection = None,
+    records: Records = Path("data/compare"),
+) -> None:
+    """Keep records valid over a change of code: you vouch that what changed since that commit decides no number of theirs."""
+    from svam.comparison.loop import PARAMS, Plan, alone
+    from svam.comparison.plan import compare_of
+    from svam.comparison.trail import Trail
+    from svam.comparison.vouch import vouch as take
+
+    with alone():
+        trail = Trail(records, collection) if compare_of(PARAMS, collection).trail else None
+        changed, taken = take(Plan(records, collection), trail, revision)
+    typer.echo(f"code that differs from {revision}: {', '.join(changed) or 'none'}")
+    typer.echo(f"records that count as made by the code that is here now: {', '.join(taken) or 'none'}")
+
+
 def _print(asked: Plan, only: list[str]) -> None:
     """The plan, a run a line, and what it will take."""
     from svam.comparison.clock import accounts

@@ -1,0 +1,67 @@
+"""Records of earlier code taken for records of the code that is here, by somebody who vouches that no number changes.
+
+A key holds every module that a run's stages import, so a mended message or a case that no run met makes it another key, and
+hours of computing would be done again for the same bytes. Nothing here can check that: the one who calls it states it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import tarfile
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from typing import NamedTuple
+
+from svam.comparison import trail
+from svam.comparison.keys import Project, key_of
+from svam.comparison.loop import Plan
+from svam.comparison.records import read_records, write_record
+from svam.files import FileError
+
+
+class Vouched(NamedTuple):
+    """Code files that differ, and names of the records whose keys were changed."""
+
+    changed: list[str]
+    records: list[str]
+
+
+def project_at(revision: str) -> Project:
+    """What decides keys, as it was at a commit of the repository in the current folder.
+
+    Raises:
+        FileError: git has no such commit, or it has no pipeline.
+    """
+    done = subprocess.run(["git", "archive", revision], capture_output=True, check=False)
+    if done.returncode:
+        raise FileError(f"revision {revision!r}: {done.stderr.decode(errors='replace').strip() or 'git cannot read it'}")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
+            archive.extractall(folder, filter="data")
+        return Project.read(Path(folder))
+
+
+def vouch(plan: Plan, entries: trail.Trail | None, revision: str) -> Vouched:
+    """Give every record (of runs, and of the trail where there is one) whose key is that of the code at `revision`, with the
+    params that are here, the key of the code that is here.
+
+    Raises:
+        FileError: as `project_at`; or a record is damaged.
+    """
+    before, now = project_at(revision), plan.project
+    changed = sorted(f for f in before.code.keys() | now.code.keys() if before.code.get(f) != now.code.get(f))
+    keys = {run.name: key_of(before, plan.values(run)) for run in plan.runs}
+    taken = []
+    for record in read_records(plan.folder):
+        if record.key == keys.get(record.name) != plan.keys[record.name]:
+            write_record(plan.folder, record.model_copy(update={"key": plan.keys[record.name]}))
+            taken.append(record.name)
+    if entries is None:
+        return Vouched(changed, taken)
+    for entry in entries.entries:
+        file, key = entries.folder / f"{entry.name}.json", entries.keys[entry.name]
+        if file.is_file() and (kept := trail.read(file)).key == entries.key(entry, before) != key:
+            trail.write(entries.folder, kept.model_copy(update={"key": key}))
+            taken.append(f"{trail.FOLDER}/{entry.name}")
+    return Vouched(changed, taken)

@@ -1,0 +1,49 @@
+"""Records that somebody vouches for over a change of code."""
+
+from __future__ import annotations
+
+from contextlib import chdir
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from svam.comparison.__main__ import app
+from svam.comparison.loop import Plan
+from svam.comparison.records import write_record
+from svam.comparison.trail import Trail, write
+from svam.comparison.vouch import vouch
+from svam.files import FileError
+from tests.project import make_project
+from tests.test_comparison import make_record
+from tests.test_trail import make_record as make_entry
+
+COMPARE = {"collection": "default", "collections": {"default": []}, "seeds": [1], "episodes_per_task": [1], "ablations": []}
+TRAIL = {"trail": {"as_it_is": [], "smaller": ["distill.width=16"]}, "trail_policies": []}
+
+
+def test_a_change_that_decides_no_number(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project", {"compare": COMPARE | TRAIL})
+    with chdir(root):
+        plan, entries = Plan(Path("records")), Trail(Path("records"))
+        first, second, third = plan.runs
+        for run, key in ((first, plan.keys[first.name]), (second, "of other work"), (third, plan.keys[third.name])):
+            write_record(plan.folder, make_record(run.variant, run.size, run.seed, name=run.name, key=key))
+        write(entries.folder, make_entry(key=entries.keys["as_it_is"]))
+        write(entries.folder, make_entry("smaller", key="of other work"))
+        assert vouch(plan, entries, "HEAD") == ([], [])
+
+        with Path("svam/training/video.py").open("a", encoding="utf-8") as file:
+            file.write("# a comment\n")
+        assert not [p for p in Plan(Path("records")).state() if p.record] and not Trail(Path("records")).finished()
+        done = CliRunner().invoke(app, ["vouch", "HEAD", "--records", "records"])
+        assert done.exit_code == 0, done.output
+        assert done.stdout.splitlines() == [
+            "code that differs from HEAD: svam/training/video.py",
+            f"records that count as made by the code that is here now: {third.name}, {first.name}, trail/as_it_is",
+        ]
+        finished = [p.run.name for p in Plan(Path("records")).state() if p.record]
+        assert sorted(finished) == sorted([first.name, third.name])
+        assert [record.name for record in Trail(Path("records")).finished()] == ["as_it_is"]
+        with pytest.raises(FileError, match="revision 'nothing': "):
+            vouch(Plan(Path("records")), None, "nothing")
