@@ -55,7 +55,7 @@ def make_record(
     )  # fmt: skip
     measured = Measured(
         windows="w", episodes=[k // 2 for k in range(count)], pixels=[0.5] * count, pixels_repeat=[2.0] * count,
-        branches={"geometric": branch}, goals=goals,
+        branches={"geometric": branch}, machine="2 x a", goals=goals,
     )  # fmt: skip
     values: dict[str, Any] = {"name": name, "arguments": [], "key": "k", "revision": "r", "measured": measured}
     return TrailRecord(**(values | changes))
@@ -220,6 +220,13 @@ def test_few_episodes_and_other_windows_conclude_nothing() -> None:
     other = other.model_copy(update={"measured": other.measured.model_copy(update={"windows": "v"})})
     assert report.difference(other, make_record(), "geometric", 1, 1000) is None
     assert "of other windows" in report.markdown([make_record(), other], 3, 1000)
+
+
+def test_machines_are_named() -> None:
+    other = make_record("other")
+    other = other.model_copy(update={"measured": other.measured.model_copy(update={"machine": "a GPU"})})
+    assert "Run on 2 x a.\n" in report.markdown([make_record()], 1, 1000)
+    assert "Run on 2 x a: `as_it_is`; a GPU: `other`.\n" in report.markdown([make_record(), other], 2, 1000)
 
 
 def test_the_page(tmp_path: Path) -> None:

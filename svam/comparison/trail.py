@@ -55,14 +55,15 @@ class BranchTrail(Frozen):
 
 class Measured(Frozen):
     """What an entry was measured to be. windows: a hash of their rows; episodes (W,): each window's; pixels, pixels_repeat
-    (W,): squared error of the generated clips, and of repeating the observed frame. goals: the policy's evaluation episodes,
-    where the entry has one."""
+    (W,): squared error of the generated clips, and of repeating the observed frame. machine: its GPU, or cores and processor.
+    goals: the policy's evaluation episodes, where the entry has one."""
 
     windows: str
     episodes: list[int]
     pixels: list[float]
     pixels_repeat: list[float]
     branches: dict[str, BranchTrail]
+    machine: str
     goals: tuple[Episode, ...] = ()
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from svam.comparison import experiments
 from svam.comparison.keys import digest
-from svam.comparison.records import Episode
+from svam.comparison.records import Episode, machine
 from svam.comparison.statistics import LEVEL, Pairs, bootstrap, holm, mcnemar, pairs_of
 from svam.comparison.trail import BranchTrail, Measured, TrailRecord
 from svam.episodes.store import EpisodeStore
@@ -104,6 +104,7 @@ def measure(subject: Subject, own: Mapping[str, Mapping[str, Any]]) -> Measured:
         windows=digest(windows.rows[windows.test].tolist()), episodes=subject.held_out_episodes.tolist(),
         pixels=pixels.numerator.tolist(), pixels_repeat=pixels.denominator.tolist(),
         branches={branch: measure_branch(subject, branch, own[branch]) for branch in subject.branches},
+        machine=torch.cuda.get_device_name() if subject.model.device.type == "cuda" else machine(),
     )  # fmt: skip
 
 
@@ -234,6 +235,15 @@ def difference(record: TrailRecord, base: TrailRecord, branch: str, comparisons:
     return Difference(value, low, high, finding)
 
 
+def _machines(records: Sequence[TrailRecord]) -> str:
+    """What ran the entries."""
+    names = dict.fromkeys(record.measured.machine for record in records)
+    if len(names) == 1:
+        return f"Run on {next(iter(names))}."
+    on = {name: ", ".join(f"`{r.name}`" for r in records if r.measured.machine == name) for name in names}
+    return "Run on " + "; ".join(f"{name}: {entries}" for name, entries in on.items()) + "."
+
+
 def _share(sums: gap.Sums) -> str:
     value = gap.value_of(sums)
     return "" if value is None else f"{1.0 - value:.3f}"
@@ -256,7 +266,7 @@ def markdown(records: Sequence[TrailRecord], planned: int, resamples: int) -> st
         f"windows of {episodes} episodes, frames after the observed one. What is explained is 1 minus the squared error as a "
         "share of that of repeating the observed frame; against the recorded future unless it says otherwise, so that entries "
         f"with other targets can be compared. Differences to `{base.name}` are bootstrapped over episodes ({resamples} times) "
-        f"and hold for all {comparisons} of them together at {gap.LEVEL:.0%}.",
+        f"and hold for all {comparisons} of them together at {gap.LEVEL:.0%}. {_machines(records)}",
     ]
     for branch in branches:
         parts += [f"## {branch.capitalize()} foresight", branch_table(records, branch, comparisons, resamples)]
