@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from svam.comparison.__main__ import app
 from svam.comparison.loop import Plan
-from svam.comparison.records import write_record
-from svam.comparison.trail import Trail, write
+from svam.comparison.records import read_records, write_record
+from svam.comparison.trail import Trail, read, write
 from svam.comparison.vouch import vouch
 from svam.files import FileError
-from tests.project import make_project
+from tests.project import make_project, run
 from tests.test_comparison import make_record
 from tests.test_trail import make_record as make_entry
 
@@ -27,8 +27,8 @@ def test_a_change_that_decides_no_number(tmp_path: Path) -> None:
     with chdir(root):
         plan, entries = Plan(Path("records")), Trail(Path("records"))
         first, second, third = plan.runs
-        for run, key in ((first, plan.keys[first.name]), (second, "of other work"), (third, plan.keys[third.name])):
-            write_record(plan.folder, make_record(run.variant, run.size, run.seed, name=run.name, key=key))
+        for planned, key in ((first, plan.keys[first.name]), (second, "of other work"), (third, plan.keys[third.name])):
+            write_record(plan.folder, make_record(planned.variant, planned.size, planned.seed, name=planned.name, key=key))
         write(entries.folder, make_entry(key=entries.keys["as_it_is"]))
         write(entries.folder, make_entry("smaller", key="of other work"))
         assert vouch(plan, entries, "HEAD") == ([], [])
@@ -44,6 +44,10 @@ def test_a_change_that_decides_no_number(tmp_path: Path) -> None:
         ]
         finished = [p.run.name for p in Plan(Path("records")).state() if p.record]
         assert sorted(finished) == sorted([first.name, third.name])
+        commit = run(root, "git", "rev-parse", "HEAD").strip()
+        states = {record.name: record.vouched for record in read_records(plan.folder)}
+        assert states == {first.name: (commit,), second.name: (), third.name: (commit,)}
+        assert read(entries.folder / "as_it_is.json").vouched == (commit,)
         assert [record.name for record in Trail(Path("records")).finished()] == ["as_it_is"]
         with pytest.raises(FileError, match="revision 'nothing': "):
             vouch(Plan(Path("records")), None, "nothing")

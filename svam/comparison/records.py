@@ -53,7 +53,8 @@ class Record(Frozen):
     key: see `svam.comparison.keys`. revision: the experiment's commit, which only repositories that have the experiment know.
     machine: cores and processor. parameters: trained with the policy. policy: DVC's hash of the S-VAM folder.
     video, distillation, policy_training, evaluation: seconds of those stages, 0 where the variant does without, None where not
-    measured; overhead: seconds of the experiment outside stages.
+    measured; overhead: seconds of the experiment outside stages. vouched: commits whose code the key was of, before somebody
+    vouched that what changed since decides no number (`svam.comparison.vouch`).
     """
 
     name: str
@@ -73,6 +74,7 @@ class Record(Frozen):
     evaluation: float | None
     overhead: float | None
     stages: dict[str, Stage]
+    vouched: tuple[str, ...] = ()
     episodes: list[Episode]
 
 

@@ -68,12 +68,14 @@ class Measured(Frozen):
 
 
 class TrailRecord(Frozen):
-    """A finished entry. key, revision: as in `svam.comparison.records.Record`."""
+    """A finished entry. key, revision, vouched: as in `svam.comparison.records.Record`; where the stages were run
+    without DVC, revision is the commit of their code."""
 
     name: str
     arguments: list[str]
     key: str
     revision: str
+    vouched: tuple[str, ...] = ()
     measured: Measured
 
 

@@ -27,41 +27,43 @@ class Vouched(NamedTuple):
     records: list[str]
 
 
-def project_at(revision: str) -> Project:
-    """What decides keys, as it was at a commit of the repository in the current folder.
+def project_at(revision: str) -> tuple[Project, str]:
+    """What decides keys, as it was at a commit of the repository in the current folder, and the commit's full name.
 
     Raises:
         FileError: git has no such commit, or it has no pipeline.
     """
-    done = subprocess.run(["git", "archive", revision], capture_output=True, check=False)
+    done = subprocess.run(["git", "archive", "--format=tar", f"{revision}^{{commit}}"], capture_output=True, check=False)
     if done.returncode:
         raise FileError(f"revision {revision!r}: {done.stderr.decode(errors='replace').strip() or 'git cannot read it'}")
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=BytesIO(done.stdout)) as archive:
+            commit = str(archive.pax_headers["comment"])  # git writes it there
             archive.extractall(folder, filter="data")
-        return Project.read(Path(folder))
+        return Project.read(Path(folder)), commit
 
 
 def vouch(plan: Plan, entries: trail.Trail | None, revision: str) -> Vouched:
     """Give every record (of runs, and of the trail where there is one) whose key is that of the code at `revision`, with the
-    params that are here, the key of the code that is here.
+    params that are here, the key of the code that is here; the record names that commit.
 
     Raises:
         FileError: as `project_at`; or a record is damaged.
     """
-    before, now = project_at(revision), plan.project
+    (before, commit), now = project_at(revision), plan.project
     changed = sorted(f for f in before.code.keys() | now.code.keys() if before.code.get(f) != now.code.get(f))
     keys = {run.name: key_of(before, plan.values(run)) for run in plan.runs}
     taken = []
     for record in read_records(plan.folder):
         if record.key == keys.get(record.name) != plan.keys[record.name]:
-            write_record(plan.folder, record.model_copy(update={"key": plan.keys[record.name]}))
+            update = {"key": plan.keys[record.name], "vouched": (*record.vouched, commit)}
+            write_record(plan.folder, record.model_copy(update=update))
             taken.append(record.name)
     if entries is None:
         return Vouched(changed, taken)
     for entry in entries.entries:
         file, key = entries.folder / f"{entry.name}.json", entries.keys[entry.name]
         if file.is_file() and (kept := trail.read(file)).key == entries.key(entry, before) != key:
-            trail.write(entries.folder, kept.model_copy(update={"key": key}))
+            trail.write(entries.folder, kept.model_copy(update={"key": key, "vouched": (*kept.vouched, commit)}))
             taken.append(f"{trail.FOLDER}/{entry.name}")
     return Vouched(changed, taken)
