@@ -109,7 +109,7 @@ class Convert(Section):
     normalisation: Literal["minmax", "quantile", "meanstd"]
     vector_dtype: Literal["float32", "float16"] = "float32"
     chunk_frames: Count | Literal["auto"] = "auto"
-    compression: Literal["lz4", "zstd"] = "lz4"
+    compression: Literal["lz4", "zstd", "keyed"] = "keyed"
     shard_megabytes: Annotated[float, Field(gt=0.0)]
 
     @field_validator("image_size", mode="before")

@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.episodes import conversion
-from svam.episodes.arrays import RowReader
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.chunks import Compression
 from svam.episodes.conversion import convert
 from svam.episodes.frames import centre_box, resize_frames, resize_labels
+from svam.episodes.rows import RowReader
 from svam.episodes.shards import Layout, ShardJoiner
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, locked, sha256_tree
@@ -241,7 +241,7 @@ def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
         convert(large, tmp_path / "t.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
 
 
-@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+@pytest.mark.parametrize("compression", ["lz4", "zstd", "keyed"])
 @pytest.mark.parametrize("rows", [1, 16, 33])
 def test_pictures_are_exact_for_every_reader(tmp_path: Path, compression: Compression, rows: int) -> None:
     """Smooth and noisy pictures, read by us in any order and by zarr itself."""
@@ -276,7 +276,7 @@ def test_auto_compresses_few_noisy_frames_and_many_that_repeat(tmp_path: Path) -
     noise = rng.integers(0, 40, still.shape, dtype=np.uint8)
     first = dataclasses.replace(make_episode("push", 40, 0), frames={"front": still, "wrist": still + noise}, annotations={})
     others = [dataclasses.replace(make_episode("push", 5, k, size=56), annotations={}) for k in (1, 2)]
-    settings = SETTINGS.model_copy(update={"chunk_frames": "auto", "shard_megabytes": 1.0})
+    settings = SETTINGS.model_copy(update={"chunk_frames": "auto", "compression": "lz4", "shard_megabytes": 1.0})
     for number, episodes in enumerate(([first, *others], [others[0], first])):
         out = tmp_path / f"{number}.zarr"
         convert(Recorded(episodes), out, settings, seed=0)

@@ -20,9 +20,10 @@ from typer.testing import CliRunner, Result
 
 from svam.contract import Episode
 from svam.episodes.__main__ import app
-from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, RowReader, attributes_digest, read_attributes
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, attributes_digest, read_attributes
 from svam.episodes.conversion import convert
 from svam.episodes.findings import Check
+from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.episodes.validation import validate
 from svam.files import FileError, sha256_tree

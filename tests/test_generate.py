@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from svam.episodes.arrays import RowReader, read_attributes
+from svam.episodes.arrays import read_attributes
+from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, needs_of

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
-from svam.episodes.arrays import GroupWriter, RowReader, read_attributes, round_mantissa
+from svam.episodes.arrays import GroupWriter, read_attributes, round_mantissa
 from svam.episodes.chunks import zstd_content_size
 from svam.episodes.conversion import convert
+from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
@@ -53,10 +54,10 @@ def same_or_one_sentence(read: Callable[[], Values], truth: Values) -> None:
         np.testing.assert_array_equal(found[name], values)
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Values]:
+@pytest.fixture(scope="module", params=["lz4", "keyed"])
+def kept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Values]:
     path = tmp_path_factory.mktemp("faults") / "episodes.zarr"
-    convert(two_tasks(), path, SETTINGS, seed=0)
+    convert(two_tasks(), path, SETTINGS.model_copy(update={"compression": request.param}), seed=0)
     return path, everything(path)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.benchmark.recordings import CAMERA, RATE_HZ, Recording, action_chunks
-from svam.episodes.arrays import RowReader, page_aligned
+from svam.episodes import keyed
 from svam.episodes.chunks import ZSTD_LEVEL
+from svam.episodes.rows import RowReader, page_aligned
 from svam.episodes.store import EpisodeStore
 
 Clip = tuple[NDArray[np.uint8], NDArray[np.float32]]
@@ -76,7 +77,7 @@ def _zarr_clip(frames: Any, actions: Any, rows: NDArray[np.int64], action_rows: 
 
 @dataclass(frozen=True)
 class ZarrClips:
-    """Our store, through plain zarr, opened once."""
+    """Our store of whole chunks, through plain zarr, opened once."""
 
     path: Path
     samples: Samples
@@ -219,18 +220,19 @@ class RawFiles:
 
 @dataclass(frozen=True)
 class Decompression:
-    """A floor: decompressing, from memory to memory, the chunks that a sample touches: as our store holds them, or, with
-    `zstd`, the same frames compressed by Zstd at its default level.
+    """A floor: decompressing, from memory to memory, what a sample touches: as our store holds it, or, with `zstd`, the same
+    chunks compressed by Zstd at its default level.
     """
 
     path: Path
     samples: Samples
     zstd: bool = False
+    of: str = ""
 
     @property
     def name(self) -> str:
         """Of the codec."""
-        return "floor_zstd" if self.zstd else "floor_decompress"
+        return ("floor_zstd" if self.zstd else "floor_decompress") + self.of
 
     def open(self) -> Read:
         """The compressed chunks in memory, and room for one that is used again and again."""
@@ -238,6 +240,8 @@ class Decompression:
         from numcodecs.zstd import Zstd
 
         reader, rows = RowReader(self.path / "frames" / CAMERA), self.samples.rows()
+        if reader.compressor == keyed.CODEC and not self.zstd:
+            return _decode_keyed(reader, rows)
         length, codec = reader.chunk_rows, Zstd(level=ZSTD_LEVEL, checksum=True)
         encoded = {n: reader.encoded(n) for n in np.unique(rows // length).tolist()}
         if self.zstd:
@@ -264,9 +268,38 @@ class Decompression:
         return []
 
 
+def _decode_keyed(reader: RowReader, rows: NDArray[np.int64]) -> Read:
+    """Decompress the frames of each clip and their keys, compressed in memory, and nothing else."""
+    from lz4.block import decompress
+
+    clips = []
+    for clip in rows:
+        jobs: list[tuple[bytes, int, int]] = []  # LZ4 block, length, the job that gives its dictionary or -1
+        for chunk, part in reader.parts(clip):
+            first: dict[int, int] = {}
+            for frame in part.order:
+                reference, offset, *sizes = part.entries[frame]
+                first[frame] = len(jobs)
+                for band, ((start, end), size) in enumerate(zip(keyed.band_edges(reader.row_bytes), sizes, strict=True)):
+                    block = chunk.read(offset, offset + size - 4)
+                    jobs.append((block, end - start, first[reference - 1] + band if reference else -1))
+                    offset += size
+        clips.append(jobs)
+    nothing = np.zeros((0, 0, 0, 0), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
+
+    def read(sample: int) -> Clip:
+        found: list[bytes] = []
+        for block, length, key in clips[sample]:
+            options = {"dict": found[key]} if key >= 0 else {}
+            found.append(decompress(block, uncompressed_size=length, **options))
+        return nothing
+
+    return read
+
+
 @dataclass(frozen=True)
 class Reading:
-    """A floor: reading the chunks that a sample touches from disk, as they are stored. With a cold cache the disk sets it."""
+    """A floor: reading what a sample touches from disk, as it is stored. With a cold cache the disk sets it."""
 
     path: Path
     samples: Samples
@@ -275,8 +308,18 @@ class Reading:
     def open(self) -> Read:
         """Through the store's open shards."""
         reader, rows = RowReader(self.path / "frames" / CAMERA), self.samples.rows()
-        touched = [np.unique(clip // reader.chunk_rows).tolist() for clip in rows]
         nothing = np.zeros((0, 0, 0, 0), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
+        if reader.compressor == keyed.CODEC:
+            parts = [reader.parts(clip) for clip in rows]
+
+            def read_runs(sample: int) -> Clip:
+                for chunk, part in parts[sample]:
+                    for start, end in part.runs:
+                        chunk.read(start, end)
+                return nothing
+
+            return read_runs
+        touched = [np.unique(clip // reader.chunk_rows).tolist() for clip in rows]
 
         def read(sample: int) -> Clip:
             for chunk in touched[sample]:

@@ -30,8 +30,9 @@ from svam.benchmark.peers import (
 )
 from svam.benchmark.recordings import Recording
 from svam.benchmark.timing import Reader, measure, peak_bytes, summary
-from svam.episodes.arrays import GroupWriter, RowReader, page_aligned
+from svam.episodes.arrays import GroupWriter
 from svam.episodes.conversion import convert
+from svam.episodes.rows import RowReader, page_aligned
 from svam.episodes.store import EpisodeStore
 from svam.machine import console, generator
 from svam.params import Params
@@ -53,22 +54,29 @@ def _recordings(inputs: Inputs, params: Params, folder: Path, sizes: list[int]) 
                 yield recording, described
 
 
-def _store(recording: Recording, path: Path, params: Params, workers: int = 1) -> Path:
-    """The store that the pipeline's conversion writes from a recording, as large and cut as it is."""
+def _store(recording: Recording, path: Path, params: Params, workers: int = 1, **changes: Any) -> Path:
+    """The store that the pipeline's conversion writes from a recording, as large and cut as it is, but for `changes`."""
     plain = params.convert.model_copy(
-        update={"cameras": [], "image_size": None, "crop": "none", "binary_dimensions": [], "held_out": 0.1}
+        update={"cameras": [], "image_size": None, "crop": "none", "binary_dimensions": [], "held_out": 0.1} | changes
     )
     convert(recording, path, plain, params.seed, workers=workers)
     return path
 
 
 def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Random clips with their action chunks, from our store, its peers and the floors."""
+    """Random clips with their action chunks, from our store, kept as `convert` says (`store`) and by the other ways to compress
+    frames, from its peers and the floors.
+    """
     settings, results = params.benchmark, []
     with fresh_folder(inputs.scratch / "clips") as folder:
         for recording, described in _recordings(inputs, params, folder, settings.image_sizes):
             place = folder / "formats"
             store = _store(recording, place / "store", params)
+            others = {
+                name: _store(recording, place / name, params, compression=name, chunk_frames="auto")
+                for name in ("keyed", "lz4") if name != params.convert.compression
+            }  # fmt: skip
+            portable = others.get("lz4", store)
             written = False
             for stride in settings.strides:
                 rows = recordings.draw_clips(recording, settings.clips, settings.clip_frames, stride)
@@ -81,10 +89,13 @@ def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
                 for peer in [] if written else peers:
                     peer.write(recording)
                 written = True
+                floors = {"": store} | {f"_{name}": path for name, path in others.items()}
                 readers: list[Reader] = [
-                    StoreClips(store, samples), ZarrClips(store, samples), *peers, RawFiles(samples),
-                    Decompression(store, samples), Decompression(store, samples, zstd=True), Reading(store, samples),
-                    Copying(samples),
+                    StoreClips(store, samples), *(StoreClips(path, samples, f"store_{name}") for name, path in others.items()),
+                    ZarrClips(portable, samples), *peers, RawFiles(samples),
+                    *(Decompression(path, samples, of=of) for of, path in floors.items()),
+                    Decompression(portable, samples, zstd=True),
+                    *(Reading(path, samples, f"floor_read{of}") for of, path in floors.items()), Copying(samples),
                 ]  # fmt: skip
                 described |= {
                     "megabytes": _sizes(readers, settings.clip_frames, recording),

@@ -1,4 +1,4 @@
-"""Chunks of sharded arrays: the open shard files they lie in, and their decoding. `svam.episodes.arrays` reads rows with it.
+"""Chunks of sharded arrays: the open shard files they lie in, and their decoding. `svam.episodes.rows` reads rows with it.
 
 A shard ends with its index: for each of its chunks offset and size, 2 x uint64, and a CRC-32C of all of them. A chunk carries
 a checksum of its own, so that a damaged one is an error and never other values.
@@ -20,6 +20,7 @@ from numcodecs.blosc import decompress as blosc_decompress
 from numcodecs.zstd import Zstd
 from numpy.typing import NDArray
 
+from svam.episodes import keyed
 from svam.files import FileError
 
 _EMPTY = 2**64 - 1
@@ -35,8 +36,8 @@ Bytes = NDArray[np.uint8]
 Decode = Callable[[Bytes, NDArray[Any]], None]
 """Decodes one chunk into a C-contiguous array of its size. Raises ValueError or RuntimeError where it holds anything else."""
 
-Compression = Literal["lz4", "zstd"]
-"""How pictures are kept, see `compress`."""
+Compression = Literal["lz4", "zstd", "keyed"]
+"""How pictures are kept: whole chunks by LZ4 or Zstd, their lines interleaved, or `svam.episodes.keyed`."""
 
 # Several threads of Blosc write a chunk's blocks in the order in which they get ready, which differs from run to run; and
 # readers are processes, which share the cores already.
@@ -44,7 +45,7 @@ blosc.use_threads = False
 _PICTURE_BLOCK = 1 << 19
 """Blosc compresses a chunk in blocks; small ones would cut off the earlier frames that a later one repeats."""
 CHUNK_FRAMES, CHUNK_ROOM, CHUNK_BYTES = (2, 4, 8, 16), 1.1, 1 << 14
-_PICTURE_CODECS: dict[Compression, Blosc | Zstd] = {
+_PICTURE_CODECS: dict[str, Blosc | Zstd] = {
     "lz4": Blosc(cname="lz4hc", clevel=3, shuffle=Blosc.NOSHUFFLE, blocksize=_PICTURE_BLOCK),
     "zstd": Zstd(level=ZSTD_LEVEL, checksum=True),
 }
@@ -52,12 +53,15 @@ _PICTURE_CODECS: dict[Compression, Blosc | Zstd] = {
 _zstd = Zstd()
 
 
-def compress(rows: NDArray[Any], compression: Compression = "zstd") -> bytes:
-    """One chunk (k, ...) as `picture_codecs(compression)`, or for any array `codecs_for`, have zarr write it: LZ4 in Blosc's
-    frame and a CRC-32C, or a Zstd frame with its checksum.
-
-    Memory order is kept: pictures come with their lines interleaved, see `interleaved`.
+def compress(rows: NDArray[Any], compression: Compression | None = None) -> bytes:
+    """One chunk (k, ...) as it is stored: pictures (k, H, W, 3) uint8 as `picture_codecs(compression)` have zarr write them,
+    any other array (None) as `codecs_for` do.
     """
+    if compression == "keyed":
+        return keyed.encode(rows)
+    if compression is None:
+        return bytes(_PICTURE_CODECS["zstd"].encode(rows))
+    rows = interleaved(rows)
     data = bytes(_PICTURE_CODECS[compression].encode(rows))
     return data + google_crc32c.value(data).to_bytes(4, "little") if compression == "lz4" else data
 
@@ -77,30 +81,36 @@ def frames_together(sample: NDArray[np.uint8], compression: Compression) -> int:
 
     Frames of a simulated camera repeat each other, and take nearly half the bytes with every doubling. What most of a real
     camera's bytes hold is its noise, which no neighbour repeats; and the fewer frames have to be decoded beside those of a
-    clip, the faster it is read.
+    clip, the faster it is read. Keyed chunks need not be decoded whole; they have `KEYED_FRAMES`.
     """
+    if compression == "keyed":
+        return keyed.KEYED_FRAMES
     most = CHUNK_FRAMES[-1]
     sample = sample[: len(sample) // most * most]
     if not len(sample):
         return most  # too short to tell
 
     def bytes_of(count: int) -> int:
-        return sum(len(compress(interleaved(sample[i : i + count]), compression)) for i in range(0, len(sample), count))
+        return sum(len(compress(sample[i : i + count], compression)) for i in range(0, len(sample), count))
 
     large = [count for count in CHUNK_FRAMES if sample[:count].nbytes >= CHUNK_BYTES]
     enough = CHUNK_ROOM * bytes_of(most)
     return next((count for count in large if bytes_of(count) <= enough), most)
 
 
-def picture_codecs(compression: Compression, axes: int) -> tuple[list[Any], list[Any]]:
-    """(filters, compressors) of an array of pictures with `axes` axes in all, as zarr takes them."""
+def picture_codecs(compression: Compression, axes: int) -> dict[str, Any]:
+    """The codecs of an array of pictures with `axes` axes in all, as `zarr.create_array` takes them."""
+    if compression == "keyed":
+        from svam.episodes.zarr_codec import KeyedLz4
+
+        return {"filters": [], "serializer": KeyedLz4(), "compressors": []}
     from zarr.codecs import BloscCodec, Crc32cCodec, TransposeCodec, ZstdCodec
 
     filters = [TransposeCodec(order=(1, 0, *range(2, axes)))]
     if compression == "zstd":
-        return filters, [ZstdCodec(level=ZSTD_LEVEL, checksum=True)]
+        return {"filters": filters, "compressors": [ZstdCodec(level=ZSTD_LEVEL, checksum=True)]}
     lz4 = BloscCodec(cname="lz4hc", clevel=3, shuffle="noshuffle", typesize=1, blocksize=_PICTURE_BLOCK)
-    return filters, [lz4, Crc32cCodec()]
+    return {"filters": filters, "compressors": [lz4, Crc32cCodec()]}
 
 
 def zstd_content_size(header: bytes) -> int:
@@ -138,9 +148,10 @@ def _decode_blosc(data: Bytes, out: NDArray[Any]) -> None:
 
 DECODERS: dict[tuple[str, ...], Decode | None] = {
     ("bytes", "zstd"): _decode_zstd, ("bytes", "blosc", "crc32c"): _decode_blosc, ("bytes", "crc32c"): None,
+    (keyed.CODEC,): keyed.decode,
 }  # fmt: skip
 """Names of a chunk's codecs -> how it is decoded; None: it is the values, see `ShardFile.read_raw`. Each has a checksum (Zstd
-its own), and any Zarr v3 reader knows it."""
+its own), and any Zarr v3 reader knows all but the keyed one."""
 
 
 def codecs_for(rounded: bool, chunk_bytes: int) -> list[Any]:
@@ -201,7 +212,8 @@ class ShardFile:
             return False
         return self._identity == (found.st_ino, found.st_mtime_ns, found.st_size)
 
-    def _read(self, offset: int, size: int) -> bytes:
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset` on; raises `FileError` where there are fewer."""
         try:
             data = os.pread(self._file, size, offset)
         except OSError as error:
@@ -230,7 +242,7 @@ class ShardFile:
             if count != end - start:
                 raise ValueError("the file ends within it")
             crc = google_crc32c.extend(crc, fixed[start:end])
-        if self._read(offset + len(view), 4) != crc.to_bytes(4, "little"):
+        if self.read(offset + len(view), 4) != crc.to_bytes(4, "little"):
             raise ValueError("its CRC-32C differs")
 
     def places(self, numbers: list[int]) -> list[list[int]]:
@@ -243,19 +255,18 @@ class ShardFile:
         places = self.places(numbers)
         reads = _neighbours(places, _READ_BYTES)
         if len(reads) > 1:
-            self._announce(places)
+            self.announce([(places[a][0], sum(places[b - 1])) for a, b in _neighbours(places, sys.maxsize)])
         for first, end in reads:
             start = places[first][0]
-            block = np.frombuffer(self._read(start, sum(places[end - 1]) - start), dtype=np.uint8)
+            block = np.frombuffer(self.read(start, sum(places[end - 1]) - start), dtype=np.uint8)
             for offset, size in places[first:end]:
                 yield [offset, size], block[offset - start : offset - start + size]
 
-    def _announce(self, places: list[list[int]]) -> None:
-        """Let the system fetch all of these chunks from the disk at once, while the first ones are decoded."""
+    def announce(self, ranges: list[tuple[int, int]]) -> None:
+        """Let the system fetch all of these (offset, end) from the disk at once, while the first ones are decoded."""
         if hasattr(os, "posix_fadvise"):  # Linux
-            for first, end in _neighbours(places, sys.maxsize):
-                start = places[first][0]
-                os.posix_fadvise(self._file, start, sum(places[end - 1]) - start, os.POSIX_FADV_WILLNEED)
+            for start, end in ranges:
+                os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_WILLNEED)
 
 
 def _neighbours(places: list[list[int]], most: int) -> list[tuple[int, int]]:

@@ -37,10 +37,11 @@ from svam.contract import (
     VectorStatistics,
     frame_blocks,
 )
-from svam.episodes.arrays import GroupWriter, RowReader
+from svam.episodes.arrays import GroupWriter
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.chunks import frames_together
 from svam.episodes.frames import prepared
+from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner, WholePiece
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import VectorStatistics
-from svam.episodes.arrays import RowReader
+from svam.episodes.rows import RowReader
 from svam.files import FileError
 
 OUTLIER_RANGES = 10.0

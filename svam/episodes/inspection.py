@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from svam.contract import VECTORS
-from svam.episodes.arrays import RowReader
+from svam.episodes.rows import RowReader
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import FileError, read_json

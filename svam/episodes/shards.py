@@ -1,6 +1,6 @@
 """Arrays written in pieces by several processes: each compresses the chunks it holds whole, one process joins them.
 
-The array is the published format that `svam.episodes.arrays` reads (Zarr v3, `sharding_indexed`, chunks with a checksum each).
+The array is the published format that `svam.episodes.rows` reads (Zarr v3, `sharding_indexed`, chunks with a checksum each).
 Which rows share a chunk or a shard follows from their number alone, so any cut into pieces gives the same bytes.
 """
 
@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
 from svam.episodes.arrays import named_failures
-from svam.episodes.chunks import Compression, codecs_for, compress, interleaved, picture_codecs
+from svam.episodes.chunks import Compression, codecs_for, compress, picture_codecs
 from svam.files import FileError, read_json
 
 _EMPTY = 2**64 - 1
@@ -31,7 +31,7 @@ MOST_CHUNKS = 16384
 class Layout:
     """One array's rows: `row_shape`, `dtype`, `chunk_rows` compressed together, `shard_rows` (a multiple) in a file.
 
-    pictures: how rows (H, W, 3) are compressed, their lines interleaved; None for anything else, which Zstd compresses.
+    pictures: how rows (H, W, 3) are compressed; None for anything else, which Zstd compresses.
     """
 
     row_shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class Layout:
 
     def encoded(self, chunk: NDArray[Any]) -> bytes:
         """`chunk_rows` rows as their chunk is stored."""
-        return compress(chunk) if self.pictures is None else compress(interleaved(chunk), self.pictures)
+        return compress(chunk, self.pictures)
 
 
 class Piece:
@@ -158,15 +158,14 @@ class ShardJoiner:
         self._file: BinaryIO | None = None
         self._index = np.full((self._per_shard, 2), _EMPTY, dtype="<u8")
         self._offset = 0
-        filters: list[Any] | None = None
-        compressors = codecs_for(False, 0)
+        codecs: dict[str, Any] = {"filters": None, "compressors": codecs_for(False, 0)}
         if layout.pictures is not None:
-            filters, compressors = picture_codecs(layout.pictures, 1 + len(layout.row_shape))
+            codecs = picture_codecs(layout.pictures, 1 + len(layout.row_shape))
         with named_failures(path):
             zarr.create_array(
                 path, shape=(rows, *layout.row_shape), dtype=layout.dtype, zarr_format=3, fill_value=0,
                 chunks=(layout.chunk_rows, *layout.row_shape), shards=(layout.shard_rows, *layout.row_shape),
-                filters=filters, compressors=compressors,
+                **codecs,
             )  # fmt: skip
 
     def join(self, piece: WholePiece) -> None:

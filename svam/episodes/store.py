@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDescription, Statistics
-from svam.episodes.arrays import RowReader, read_attributes
+from svam.episodes.arrays import read_attributes
+from svam.episodes.rows import RowReader
 from svam.files import FileError
 from svam.machine import seed_of
 

@@ -17,7 +17,7 @@ from svam.comparison.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, holm,
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.latencies import Latency
-from svam.report.tables import _grid
+from svam.report.tables import markdown_table
 from svam.simulation.scores import rate_of
 
 RANK = {variant: rank for rank, variant in enumerate(VARIANTS)}
@@ -132,11 +132,11 @@ def markdown(lines: Sequence[Line], latency: Mapping[str, Latency], planned: int
         "95 % Wilson intervals. Differences are paired by goal; their 95 % intervals resample goals within tasks "
         f"({RESAMPLES} times). p: McNemar's exact test, Holm-corrected for all comparisons here ({len(compared)}); below "
         f"{LEVEL} the one that reached more goals is ahead. Intervals are not corrected.",
-        _grid(header, success),
+        markdown_table(header, success),
     ]
     means = [[label, str(size), ", ".join(map(str, seeds)), _points(m, i)] for label, size, seeds, m, i in over_seeds(lines)]
     if means:
-        parts += ["## Mean of the training seeds", _grid([*which, "seeds", DIFFERENCE], means)]
+        parts += ["## Mean of the training seeds", markdown_table([*which, "seeds", DIFFERENCE], means)]
     parts += ["## What can be said", *cautions(lines), "## Costs", _costs(lines, latency)]
     return "\n\n".join(parts) + "\n"
 
@@ -181,7 +181,7 @@ def _costs(lines: Sequence[Line], latency: Mapping[str, Latency]) -> str:
         "distillation are shared by all runs that have them. Latency: one observation to one chunk of actions, all variants in "
         "turn; in brackets the median share of S-VAM's in the same round."
     )
-    return f"{_grid(header, rows)}\n\n{note}"
+    return f"{markdown_table(header, rows)}\n\n{note}"
 
 
 POINT: Mapping[str, Any] = {"fmt": "o", "capsize": 2, "markersize": 4}

@@ -205,7 +205,7 @@ def plot_tables(
     }
 
 
-def _grid(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table, its first column left-aligned."""
     rule = ["---", *["---:"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
@@ -223,7 +223,9 @@ def markdown(measured: Measured) -> str:
             line = cells.get((name, row))
             return "" if line is None else f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
 
-        grid = _grid(["", *(ROW_NAMES[row] for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names])
+        grid = markdown_table(
+            ["", *(ROW_NAMES[row] for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
+        )
         count = measured.success["policy"]["micro"]["episodes"]
         text = (
             f"{count} episodes on goals that no demonstration has; success at any step; 95 % Wilson intervals. "
@@ -237,7 +239,7 @@ def markdown(measured: Measured) -> str:
             for line in distillation_table(measured)
         ]
         header = ["", "centred cosine, moved patches", "explained share", "explained share, moved patches", "MSE"]
-        parts += ["## Foresight on held-out episodes", _grid(header, lines)]
+        parts += ["## Foresight on held-out episodes", markdown_table(header, lines)]
     video = measured.video
     lines = [
         [name, *(f"{video[f'{key}_{column}']:.4f}" for column in ("mse", "psnr", "ssim"))]
@@ -245,13 +247,13 @@ def markdown(measured: Measured) -> str:
         if f"{key}_mse" in video
     ]
     share = f"Generated clips keep {video['error_share_of_repeat']:.1%} of the error of repeating the first frame."
-    parts += ["## Generated clips against the reconstructed truth", share, _grid(["", "MSE", "PSNR", "SSIM"], lines)]
+    parts += ["## Generated clips against the reconstructed truth", share, markdown_table(["", "MSE", "PSNR", "SSIM"], lines)]
     teachers = [
         [f"{line['branch']}: {line['view'].replace('_', '-')} frames", line["measure"], f"{line['value']:.3f}"]
         for line in teacher_table(measured)
     ]
     if teachers:
-        parts += ["## Teachers", _grid(["", "measure", "value"], teachers)]
+        parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers)]
     offline = measured.results.get("offline")
     if offline is not None:
         dimensions = range(len(offline["policy"]["mae_per_dimension"]))
@@ -262,5 +264,5 @@ def markdown(measured: Measured) -> str:
         ]
         text = f"{offline['windows']} windows, {offline['samples']} samples each: {offline['notice']}."
         header = ["mean absolute error", "all", *(f"dimension {d}" for d in dimensions)]
-        parts += ["## Offline, on held-out episodes", text, _grid(header, lines)]
+        parts += ["## Offline, on held-out episodes", text, markdown_table(header, lines)]
     return "\n\n".join(parts) + "\n"

@@ -27,7 +27,7 @@ from svam.models.svam import SVAM
 from svam.params import Params
 from svam.report import gap
 from svam.report.foresight import Subject, load_model
-from svam.report.tables import _grid
+from svam.report.tables import markdown_table
 from svam.simulation import closed_loop
 from svam.simulation.scores import rate_of
 from svam.training.distillation_data import GeneratedWindows
@@ -299,7 +299,7 @@ def branch_table(records: Sequence[TrailRecord], branch: str, comparisons: int, 
         measured = record.measured
         cells.append(_share(gap.Sums(np.asarray(measured.pixels), np.asarray(measured.pixels_repeat))))
         lines.append(cells)
-    return _grid(header, lines)
+    return markdown_table(header, lines)
 
 
 def success(records: Sequence[TrailRecord]) -> list[str]:
@@ -331,7 +331,7 @@ def success(records: Sequence[TrailRecord]) -> list[str]:
         "## Success",
         "At any step, on goals of another seed than the comparison's, one policy of each entry; intervals and p as in the "
         "comparison's table.",
-        _grid(header, lines),
+        markdown_table(header, lines),
     ]  # fmt: skip
 
 
@@ -350,7 +350,7 @@ def frames_table(record: TrailRecord) -> str:
             pairs = zip(trail.error_by_frame[source], trail.repeat_by_frame, strict=True)
             lines.append([f"{branch}: {title}", *(f"{1.0 - e / r:.3f}" if r > 0 else "" for e, r in pairs)])
     count = len(next(iter(record.measured.branches.values())).repeat_by_frame)
-    return _grid(["", *(f"frame {number + 1}" for number in range(count))], lines)
+    return markdown_table(["", *(f"frame {number + 1}" for number in range(count))], lines)
 
 
 def write(folder: Path, records: Sequence[TrailRecord], planned: int, resamples: int) -> str:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
-from svam.episodes.arrays import RowReader, read_attributes
+from svam.episodes.arrays import read_attributes
+from svam.episodes.rows import RowReader
 from svam.files import FileError
 from svam.machine import track
 

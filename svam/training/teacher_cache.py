@@ -15,7 +15,8 @@ import torch
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES, ContractError
-from svam.episodes.arrays import ArrayWriter, GroupWriter, RowReader
+from svam.episodes.arrays import ArrayWriter, GroupWriter
+from svam.episodes.rows import RowReader
 from svam.episodes.store import AnnotatedRows, EpisodeStore
 from svam.machine import console, progress_bar
 from svam.models.teachers import Teacher

@@ -1,0 +1,206 @@
+"""Keyed chunks: exact, of any few frames, reading nothing else; for zarr too; and never other values."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import google_crc32c
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from svam.contract import ContractError
+from svam.episodes import keyed
+from svam.episodes.chunks import ShardFile
+from svam.episodes.rows import RowReader
+from svam.episodes.shards import Layout, ShardJoiner
+from svam.files import FileError
+
+Pictures = NDArray[np.uint8]
+
+
+def moving(count: int, height: int, width: int, seed: int = 0) -> Pictures:
+    """A still scene with a small square that moves one pixel a frame."""
+    rng = np.random.default_rng(seed)
+    frames = np.repeat(rng.integers(0, 256, (1, height, width, 3), dtype=np.uint8), count, axis=0)
+    for t, frame in enumerate(frames):
+        frame[t % (height - 3) : t % (height - 3) + 3, t % (width - 3) : t % (width - 3) + 3] = 255
+    return frames
+
+
+def noise(count: int, height: int, width: int) -> Pictures:
+    return np.random.default_rng(1).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def write(path: Path, frames: Pictures, chunk: int = keyed.KEYED_FRAMES, shard_bytes: float = 2**30) -> RowReader:
+    layout = Layout.of(frames.shape[1:], np.uint8, chunk, shard_bytes, len(frames), "keyed")
+    joiner = ShardJoiner(path, len(frames), layout)
+    for start in range(0, len(frames), 7):
+        joiner.append(frames[start : start + 7])
+    joiner.close()
+    return RowReader(path)
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(8, 8), (145, 150), (128, 171), (256, 256)], ids=["small", "65,250 bytes", "65,664 bytes", "256 px"]
+)
+def test_every_frame_is_exact(tmp_path: Path, height: int, width: int) -> None:
+    """Also where a frame is larger than LZ4's reach and is cut into bands, and where the last chunk is not full."""
+    frames = np.concatenate([moving(20, height, width), noise(3, height, width), moving(18, height, width, 2)])
+    reader = write(tmp_path / "a", frames, chunk=32)
+    rng = np.random.default_rng(0)
+    some = rng.integers(0, len(frames), 30)
+    for rows in (np.arange(len(frames)), np.arange(40, -1, -3), np.arange(1, 41, 4), some, np.sort(some), np.array([33])):
+        np.testing.assert_array_equal(reader.read(rows), frames[rows])
+    out = np.empty((5, height, width, 3), np.uint8)
+    assert reader.read(np.array([30, 31, 32, 33, 0]), out) is out
+    np.testing.assert_array_equal(out, frames[[30, 31, 32, 33, 0]])
+    with pytest.raises(ContractError, match=r"rows 0\.\.41 asked for, there are 0\.\.40"):
+        reader.read(np.array([0, 41]))
+
+
+def test_bands_stay_within_the_reach_of_lz4() -> None:
+    for size in (1, 65535, 65536, 131070, 131071, 196608):
+        edges = keyed.band_edges(size)
+        assert edges[0][0] == 0 and edges[-1][1] == size and all(0 < end - start <= 65535 for start, end in edges)
+        assert [end for _, end in edges[:-1]] == [start for start, _ in edges[1:]]
+    assert len(keyed.band_edges(65535)) == 1 and len(keyed.band_edges(65536)) == 2
+
+
+def rests_on(data: bytes, frames: Pictures) -> list[int]:
+    """The frame that each one is decoded with, or -1."""
+    head = data[: keyed.directory_bytes(len(frames), frames[0].nbytes)]
+    directory = keyed.directory_of(head, len(frames), frames[0].nbytes, len(data))
+    return [int(reference) - 1 for reference in directory[:, 0]]
+
+
+def test_a_frame_rests_on_few_keys() -> None:
+    """Keys follow one another every `KEY_EVERY` frames; where a scene is cut, the first frame of the next one is a key."""
+    frames = np.concatenate([moving(40, 24, 24), moving(24, 24, 24, seed=5)])
+    references = rests_on(keyed.encode(frames), frames)
+    assert references[0] == -1 and references[1:17] == [0] * 16 and references[17:33] == [16] * 16
+    assert references[33:40] == [32] * 7 and references[40] == -1 and references[41:57] == [40] * 16
+    assert rests_on(keyed.encode(noise(20, 24, 24)), noise(20, 24, 24)) == [-1] * 20
+
+
+def test_a_clip_reads_its_frames_and_their_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of still scenes that is less than half of the chunk for every 4th frame; of noise not a byte of another frame."""
+    asked: list[int] = []
+    read = ShardFile.read
+
+    def counted(self: ShardFile, offset: int, size: int) -> bytes:
+        asked.append(size)
+        return read(self, offset, size)
+
+    monkeypatch.setattr(ShardFile, "read", counted)
+    for name, frames in (("still", moving(64, 48, 48)), ("noise", noise(64, 48, 48))):
+        reader = write(tmp_path / name, frames)
+        head = keyed.directory_bytes(64, frames[0].nbytes)
+        size = len(reader.encoded(0))
+        for rows in (np.arange(1, 62, 4), np.arange(3, 19)):
+            parts = reader.parts(rows)  # reads the directory, the first time
+            (needed,) = [part.order for _, part in parts]
+            asked.clear()
+            np.testing.assert_array_equal(reader.read(rows), frames[rows])
+            entries = parts[0][1].entries
+            assert sum(asked) == sum(sum(entries[frame][2:]) for frame in needed) < size - head
+            assert set(needed) - set(rows.tolist()) <= ({0, 16, 32, 48} if name == "still" else set())
+        asked.clear()
+        reader.read(np.arange(1, 62, 4))
+        assert len(asked) <= 5  # frames at equal distances lie side by side
+
+
+def test_directories_that_are_kept_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyed, "_DIRECTORIES_BYTES", 1)
+    frames = moving(80, 8, 8)
+    reader = write(tmp_path / "a", frames, chunk=4)
+    np.testing.assert_array_equal(reader.read(np.arange(80)), frames)
+    assert reader._keyed is not None and len(reader._keyed._directories) == 16
+    np.testing.assert_array_equal(reader.read(np.arange(79, 0, -5)), frames[79:0:-5])
+
+
+def test_a_pickled_reader_opens_its_own_files(tmp_path: Path) -> None:
+    frames = moving(70, 8, 8)
+    reader = write(tmp_path / "a", frames)
+    reader.read(np.arange(70))
+    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 - of this test's own making
+    assert not copy._keyed._directories and not copy._files
+    np.testing.assert_array_equal(copy.read(np.arange(69, -1, -1)), frames[::-1])
+
+
+def test_zarr_reads_and_writes_it(tmp_path: Path) -> None:
+    """In a process that knows nothing of this package but what is installed; the same bytes as ours."""
+    frames = moving(70, 40, 24)
+    write(tmp_path / "ours", frames, chunk=16, shard_bytes=frames[:32].nbytes)
+    np.save(tmp_path / "frames.npy", frames)
+    program = (
+        "import sys, numpy, zarr\n"
+        "folder = sys.argv[1]\n"
+        "ours, frames = zarr.open_array(folder + '/ours', mode='r'), numpy.load(folder + '/frames.npy')\n"
+        "assert (ours[:] == frames).all() and (ours[3:60:4] == frames[3:60:4]).all()\n"
+        "assert not any(name.startswith('svam.episodes.rows') for name in sys.modules)\n"
+        "zarr.config.set({'array.write_empty_chunks': True})\n"
+        "zarr.create_array(folder + '/zarrs', data=frames, chunks=ours.chunks, shards=ours.shards,\n"
+        "                  serializer=ours.metadata.codecs[0].codecs[0], filters=[], compressors=[])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    np.testing.assert_array_equal(RowReader(tmp_path / "zarrs").read_range(0, 70), frames)
+    for number in range(3):
+        name = f"c/{number}/0/0/0"
+        ours, theirs = (sorted((tmp_path / folder / name).read_bytes()) for folder in ("ours", "zarrs"))
+        assert ours[:-4] == theirs[:-4] or (number < 3 and len(ours) == len(theirs))
+
+
+@settings(deadline=None, max_examples=60)
+@given(share=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), cut=st.booleans())
+def test_a_damaged_chunk_is_an_error(share: float, bit: int, cut: bool) -> None:
+    frames = moving(20, 12, 12)
+    data = bytearray(keyed.encode(frames))
+    out = np.empty_like(frames)
+    keyed.decode(np.frombuffer(bytes(data), np.uint8), out)
+    np.testing.assert_array_equal(out, frames)
+    at = int(share * len(data))
+    if cut:
+        del data[at:]
+    else:
+        data[at] ^= 1 << bit
+    with pytest.raises(ValueError, match=r"CRC-32C|contradicts itself|damaged"):
+        keyed.decode(np.frombuffer(bytes(data), np.uint8), out)
+
+
+@pytest.mark.parametrize(
+    ("frame", "column", "value"),
+    [(3, 0, 4), (3, 0, 99), (0, 0, 1), (2, 1, 2**32 - 1), (2, 1, 0), (5, 2, 2**31), (5, 2, 3)],
+    ids=["on itself", "on none", "a key on itself", "behind the chunk", "in the directory", "too large", "too small"],
+)
+def test_a_directory_that_contradicts_itself(tmp_path: Path, frame: int, column: int, value: int) -> None:
+    """With a right CRC-32C, as a faulty writer would leave it."""
+    frames = moving(8, 12, 12)
+    reader = write(tmp_path / "a", frames, chunk=8)
+    file = tmp_path / "a" / "c" / "0" / "0" / "0" / "0"
+    data = bytearray(file.read_bytes())
+    head = keyed.directory_bytes(8, 432)
+    directory = np.frombuffer(bytes(data[: head - 4]), "<u4").reshape(8, 3).copy()
+    directory[frame, column] = value
+    data[: head - 4] = directory.tobytes()
+    data[head - 4 : head] = google_crc32c.value(directory.tobytes()).to_bytes(4, "little")
+    file.write_bytes(data)
+    with pytest.raises(FileError, match="the chunk at byte 0 is damaged .its directory contradicts itself"):
+        RowReader(tmp_path / "a").read(np.array([1]))
+    with pytest.raises(FileError, match="the chunk at byte 0 is damaged .its directory contradicts itself"):
+        reader.read(np.array([1]))
+
+
+def test_a_band_of_another_length() -> None:
+    """A right CRC-32C over an LZ4 block of too few bytes or too many: the frame is not what its shape says."""
+    data = np.frombuffer(keyed.encode(moving(4, 12, 12)), np.uint8)
+    with pytest.raises(ValueError, match="frame 0 has 432 bytes in a band, expected 864"):
+        keyed.decode(data, np.empty((4, 12, 24, 3), np.uint8))
+    with pytest.raises(ValueError, match="frame 0: Decompression failed"):
+        keyed.decode(data, np.empty((4, 12, 6, 3), np.uint8))
