@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import pickle
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -124,13 +124,14 @@ def test_directories_that_are_kept_are_limited(tmp_path: Path, monkeypatch: pyte
     np.testing.assert_array_equal(reader.read(np.arange(79, 0, -5)), frames[79:0:-5])
 
 
-def test_a_pickled_reader_opens_its_own_files(tmp_path: Path) -> None:
+def test_a_copied_reader_opens_its_own_files(tmp_path: Path) -> None:
+    """As a data loader's worker gets it."""
     frames = moving(70, 8, 8)
     reader = write(tmp_path / "a", frames)
     reader.read(np.arange(70))
-    copy = pickle.loads(pickle.dumps(reader))  # noqa: S301 - of this test's own making
-    assert not copy._keyed._directories and not copy._files
-    np.testing.assert_array_equal(copy.read(np.arange(69, -1, -1)), frames[::-1])
+    other = copy.deepcopy(reader)
+    assert other._keyed is not None and not other._keyed._directories and not other._files
+    np.testing.assert_array_equal(other.read(np.arange(69, -1, -1)), frames[::-1])
 
 
 def test_zarr_reads_and_writes_it(tmp_path: Path) -> None:
@@ -150,11 +151,9 @@ def test_zarr_reads_and_writes_it(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    np.testing.assert_array_equal(RowReader(tmp_path / "zarrs").read_range(0, 70), frames)
-    for number in range(3):
-        name = f"c/{number}/0/0/0"
-        ours, theirs = (sorted((tmp_path / folder / name).read_bytes()) for folder in ("ours", "zarrs"))
-        assert ours[:-4] == theirs[:-4] or (number < 3 and len(ours) == len(theirs))
+    ours, theirs = RowReader(tmp_path / "ours"), RowReader(tmp_path / "zarrs")
+    np.testing.assert_array_equal(theirs.read_range(0, 70), frames)
+    assert [theirs.encoded(chunk) for chunk in range(5)] == [ours.encoded(chunk) for chunk in range(5)]
 
 
 @settings(deadline=None, max_examples=60)
