@@ -108,7 +108,7 @@ class Convert(Section):
     binary_dimensions: list[Annotated[int, Field(ge=0)]] = []
     normalisation: Literal["minmax", "quantile", "meanstd"]
     vector_dtype: Literal["float32", "float16"] = "float32"
-    chunk_frames: Count | Literal["auto"] = "auto"
+    chunk_frames: Annotated[int, Field(ge=1, le=65534)] | Literal["auto"] = "auto"
     compression: Literal["lz4", "zstd", "keyed"] = "keyed"
     shard_megabytes: Annotated[float, Field(gt=0.0)]
 

@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 from svam.benchmark.recordings import CAMERA, RATE_HZ, Recording, action_chunks
 from svam.episodes import keyed
 from svam.episodes.chunks import ZSTD_LEVEL
-from svam.episodes.rows import RowReader, page_aligned
+from svam.episodes.lz4_blocks import decompress_to
+from svam.episodes.memory import page_aligned
+from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 
 Clip = tuple[NDArray[np.uint8], NDArray[np.float32]]
@@ -270,28 +272,37 @@ class Decompression:
 
 def _decode_keyed(reader: RowReader, rows: NDArray[np.int64]) -> Read:
     """Decompress the frames of each clip and their keys, compressed in memory, and nothing else."""
-    from lz4.block import decompress
-
+    edges, length = keyed.band_edges(reader.row_bytes), reader.row_bytes
+    parts = [reader.parts(clip) for clip in rows]
+    room = page_aligned((max(sum(len(part.frames) for _, part in clip) for clip in parts) * length,), np.uint8)
+    held: list[NDArray[Any]] = [room]
     clips = []
-    for clip in rows:
-        jobs: list[tuple[bytes, int, int]] = []  # LZ4 block, length, the job that gives its dictionary or -1
-        for chunk, part in reader.parts(clip):
-            first: dict[int, int] = {}
-            for frame in part.order:
-                reference, offset, *sizes = part.entries[frame]
-                first[frame] = len(jobs)
-                for band, ((start, end), size) in enumerate(zip(keyed.band_edges(reader.row_bytes), sizes, strict=True)):
-                    block = chunk.read(offset, offset + size - 4)
-                    jobs.append((block, end - start, first[reference - 1] + band if reference else -1))
-                    offset += size
+    for clip in parts:
+        jobs: list[tuple[int, int, int, int, int, int]] = []  # as `decompress_to` takes them
+        target = room.ctypes.data
+        for chunk, part in clip:
+            held.append(np.empty(part.read_bytes, np.uint8))
+            source, start = held[-1].ctypes.data, 0
+            for first, end in part.runs:
+                chunk.fetch(first, end, held[-1].data[start : start + end - first])
+                start += end - first
+            decoded: dict[tuple[int, ...], int] = {(): 0}
+            for frame, keys, _, at, sizes in part.frames:
+                if keys not in decoded:  # two keys side by side
+                    held.append(reader.read(np.array(keys) + chunk.number * reader.chunk_rows))
+                    decoded[keys] = held[-1].ctypes.data
+                for (first, end), size in zip(edges, sizes, strict=True):
+                    dictionary = decoded[keys] + first, (end - first) * len(keys)
+                    jobs.append((source + at, target + first, size - 4, end - first, *dictionary))
+                    at += size
+                decoded[(frame,)] = target
+                target += length
         clips.append(jobs)
     nothing = np.zeros((0, 0, 0, 0), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
 
-    def read(sample: int) -> Clip:
-        found: list[bytes] = []
-        for block, length, key in clips[sample]:
-            options = {"dict": found[key]} if key >= 0 else {}
-            found.append(decompress(block, uncompressed_size=length, **options))
+    def read(sample: int, held: list[NDArray[Any]] = held) -> Clip:  # `held` owns what the addresses lead to
+        for job in clips[sample]:
+            decompress_to(*job)
         return nothing
 
     return read
@@ -311,11 +322,12 @@ class Reading:
         nothing = np.zeros((0, 0, 0, 0), dtype=np.uint8), np.zeros((0, 0), dtype=np.float32)
         if reader.compressor == keyed.CODEC:
             parts = [reader.parts(clip) for clip in rows]
+            room = page_aligned((max(part.read_bytes for clip in parts for _, part in clip),), np.uint8)
 
             def read_runs(sample: int) -> Clip:
                 for chunk, part in parts[sample]:
                     for start, end in part.runs:
-                        chunk.read(start, end)
+                        chunk.fetch(start, end, room.data[: end - start])
                 return nothing
 
             return read_runs

@@ -32,7 +32,8 @@ from svam.benchmark.recordings import Recording
 from svam.benchmark.timing import Reader, measure, peak_bytes, summary
 from svam.episodes.arrays import GroupWriter
 from svam.episodes.conversion import convert
-from svam.episodes.rows import RowReader, page_aligned
+from svam.episodes.memory import page_aligned
+from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.machine import console, generator
 from svam.params import Params

@@ -6,6 +6,7 @@ a checksum of its own, so that a damaged one is an error and never other values.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -81,10 +82,10 @@ def frames_together(sample: NDArray[np.uint8], compression: Compression) -> int:
 
     Frames of a simulated camera repeat each other, and take nearly half the bytes with every doubling. What most of a real
     camera's bytes hold is its noise, which no neighbour repeats; and the fewer frames have to be decoded beside those of a
-    clip, the faster it is read. Keyed chunks need not be decoded whole; they have `KEYED_FRAMES`.
+    clip, the faster it is read. Keyed chunks need not be decoded whole; see `keyed.frames_of_chunk`.
     """
     if compression == "keyed":
-        return keyed.KEYED_FRAMES
+        return keyed.frames_of_chunk(math.prod(sample.shape[1:]))
     most = CHUNK_FRAMES[-1]
     sample = sample[: len(sample) // most * most]
     if not len(sample):
@@ -222,6 +223,15 @@ class ShardFile:
             raise FileError(f"{self.name}: truncated or damaged ({len(data)} of {size} bytes at byte {offset})")
         return data
 
+    def read_into(self, offset: int, into: memoryview) -> None:
+        """The bytes from `offset` on, as many as `into` has; raises `FileError` where there are fewer."""
+        try:
+            count = os.preadv(self._file, [into], offset)
+        except OSError as error:
+            raise FileError(f"{self.name}: cannot be read ({error.strerror or error})") from None
+        if count != len(into):
+            raise FileError(f"{self.name}: truncated or damaged ({count} of {len(into)} bytes at byte {offset})")
+
     def read_raw(self, offset: int, size: int, out: NDArray[Any]) -> None:
         """Read the values of an uncompressed chunk into a C-contiguous array.
 
@@ -255,7 +265,7 @@ class ShardFile:
         places = self.places(numbers)
         reads = _neighbours(places, _READ_BYTES)
         if len(reads) > 1:
-            self.announce([(places[a][0], sum(places[b - 1])) for a, b in _neighbours(places, sys.maxsize)])
+            self.announce([(offset, offset + size) for offset, size in places])
         for first, end in reads:
             start = places[first][0]
             block = np.frombuffer(self.read(start, sum(places[end - 1]) - start), dtype=np.uint8)
@@ -263,9 +273,13 @@ class ShardFile:
                 yield [offset, size], block[offset - start : offset - start + size]
 
     def announce(self, ranges: list[tuple[int, int]]) -> None:
-        """Let the system fetch all of these (offset, end) from the disk at once, while the first ones are decoded."""
+        """Let the system fetch all of these (offset, end) from the disk at once, while the first ones are decoded.
+
+        A call for each takes a tenth of the time that the disk does; neighbours are one.
+        """
         if hasattr(os, "posix_fadvise"):  # Linux
-            for start, end in ranges:
+            for first, last in _neighbours([[start, end - start] for start, end in ranges], sys.maxsize):
+                start, end = ranges[first][0], ranges[last - 1][1]
                 os.posix_fadvise(self._file, start, end - start, os.POSIX_FADV_WILLNEED)
 
 

@@ -1,55 +1,57 @@
 """Keyed LZ4: pictures of which any few can be decoded without the rest of their chunk, though they share what repeats.
 
-The first frame of a chunk is compressed alone: it is a key. The following ones are compressed with a key as LZ4's dictionary
-and hold little more than what moved; a frame that the key does not help (the next episode begins, or a camera's noise is all
-there is) becomes the next key, compressed alone. After `KEY_EVERY` frames the next one becomes the key too, itself compressed
-with the last. So to decode a frame takes a few keys, never the frames beside it.
+Most frames are compressed with another one, their key, as LZ4's dictionary, and hold little more than what moved. Keys are
+compressed with keys at a greater distance, and the one in the middle of all of them alone. A frame that has little in common
+with those before it (the next episode begins, or a camera's noise is all there is) begins the keys anew. So to decode a frame
+takes a few keys, never the frames beside it. `_keys` says which, by the size of the pictures.
 
 A chunk of k frames of F bytes, each cut into B bands of ceil(F / B) bytes (LZ4 reaches 64 KB back, B = ceil(F / 65,535)):
 
-    k x (2 + B) uint32, little endian     1 + the frame that is its dictionary (an earlier one), or 0; offset of its bands in
-                                          the chunk; stored size of each band
+    k x (2 + B) uint32, little endian     in the lower half 1 + the frame that is its dictionary, or 0; in the upper half 1 +
+                                          the frame whose bytes follow in the dictionary, or 0 (other than 0 only where two
+                                          frames are within reach); offset of its bands in the chunk; stored size of each band
     uint32                                CRC-32C of the above
-    bands of all frames                   an LZ4 block, whose dictionary is the same band of the other frame, and its CRC-32C
+    bands of all frames                   an LZ4 block, whose dictionary is the same band of the other frames, and its CRC-32C
 
 Frames lie in the order of `_stored_order`: frames at equal distances, which clips with a stride ask for, are neighbours.
 """
 
 from __future__ import annotations
 
+import ctypes
 import itertools
+import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import google_crc32c
 import numpy as np
-from lz4 import block as lz4_block
 from numpy.typing import NDArray
 
-from svam.files import FileError
-
-if TYPE_CHECKING:
-    from svam.episodes.chunks import ShardFile
+from svam.episodes import lz4_blocks
+from svam.episodes.memory import page_aligned
 
 CODEC = "svam.keyed_lz4"
 """The codec's name in `zarr.json`."""
-KEYED_FRAMES, KEY_EVERY = 64, 16
-LEVEL = 5
-_HELPS = 0.7
-"""A key helps while a frame takes at most this share of what the key's last frame without a dictionary took."""
-_MOST_BAND = 65535
+MOST_FRAMES = 65534
+"""Of a chunk, for their numbers have two bytes."""
+LEVEL, LARGE_LEVEL = 5, 9
+"""Of LZ4's high compression, for frames of one band and larger ones. Level 9 is read a tenth faster and takes 1 to 3 % fewer
+bytes, but compresses at half the speed; of large frames decompressing is nearly all that takes time."""
+_ALIKE = 0.35
+"""A frame rests on a key that has the same values in this share of its places. Where fewer are the same, a dictionary saves
+less than a third of the bytes, and the key would have to be read too."""
+_CRC = struct.Struct("<I")
 _READ_BYTES = 1 << 16
 """Neighbouring frames are read in one call up to this many bytes."""
-_DIRECTORIES_BYTES = 4 << 20
-"""Of the directories of chunks read last a reader keeps so many bytes: those of 300,000 frames of 128 px."""
 
 Directory = NDArray[np.uint32]
 
 
 def band_edges(frame_bytes: int) -> list[tuple[int, int]]:
     """(first byte, end) of each band of a frame."""
-    count = -(-frame_bytes // _MOST_BAND)
+    count = -(-frame_bytes // lz4_blocks.REACH)
     width = -(-frame_bytes // count)
     return [(start, min(start + width, frame_bytes)) for start in range(0, frame_bytes, width)]
 
@@ -60,37 +62,87 @@ def _stored_order(frames: int) -> list[int]:
     return [frame for rest in (0, 4, 2, 6, 1, 5, 3, 7) for frame in range(rest, frames, 8)]
 
 
-def _pack(band: bytes, dictionary: bytes | None) -> bytes:
-    options = {} if dictionary is None else {"dict": dictionary}
-    data: bytes = lz4_block.compress(band, mode="high_compression", compression=LEVEL, store_size=False, **options)
-    crc: bytes = google_crc32c.value(data).to_bytes(4, "little")
-    return data + crc
+def frames_of_chunk(frame_bytes: int) -> int:
+    """How many frames to keep together, unless somebody says. The more, the fewer are compressed alone; but zarr decodes all
+    of a chunk, and a conversion has it in memory."""
+    return 256 if frame_bytes <= lz4_blocks.REACH else 64
+
+
+def _paired(frame_bytes: int) -> bool:
+    """Whether two frames are within reach."""
+    return 2 * frame_bytes <= lz4_blocks.REACH
+
+
+def _distances(frame_bytes: int) -> tuple[int, ...]:
+    """Of keys from one another, the farthest first.
+
+    Fewer levels are fewer keys to decode, more are fewer bytes. Decoding large frames is what takes time; frames of less than
+    one band are decoded within microseconds.
+    """
+    if frame_bytes > lz4_blocks.REACH:
+        return (64,)
+    return (64, 16, 4) if _paired(frame_bytes) else (64, 16)
+
+
+def _keys(frame: int, frames: int, frame_bytes: int) -> tuple[int, ...]:
+    """The keys that one of `frames` frames, all of them alike, is compressed with.
+
+    The middle frame rests on none, every 64th from there on it. Any other rests on the frame at the next greater distance that
+    is nearest to it: every 16th, say, on a 64th. Where two frames are within LZ4's reach it rests on those at both sides of it,
+    which takes a sixth fewer bytes and half as many frames again to decode.
+    """
+    place = frame - frames // 2
+    distances = _distances(frame_bytes)
+    if place % distances[0] == 0:
+        return (frames // 2,) if place else ()
+    distance = min(distance for distance in distances if place % distance)
+    before = frame - place % distance
+    around = [key for key in (before, before + distance) if 0 <= key < frames]
+    return tuple(around) if _paired(frame_bytes) else (min(around, key=lambda key: abs(key - frame)),)
+
+
+def _references(frames: NDArray[np.uint8]) -> list[tuple[int, ...]]:
+    """The keys (none, one or two) that each of a chunk's frames (k, H, W, C) is compressed with."""
+    flat = frames.reshape(len(frames), -1)
+    distances = _distances(flat.shape[1])
+    apart = distances[min(1, len(distances) - 1)]  # about as far as a frame is from its key
+    starts = [0]
+    for frame in range(1, len(flat)):
+        earlier = frame - 1 - (frame - 1 - starts[-1]) % apart
+        if np.count_nonzero(flat[frame] == flat[earlier]) < _ALIKE * flat.shape[1]:
+            starts.append(frame)
+    found: list[tuple[int, ...]] = []
+    for start, end in itertools.pairwise([*starts, len(flat)]):
+        alike = (_keys(frame, end - start, flat.shape[1]) for frame in range(end - start))
+        found += [tuple(start + key for key in keys) for keys in alike]
+    return found
 
 
 def encode(frames: NDArray[np.uint8]) -> bytes:
-    """One chunk of pictures (k, H, W, C) uint8 as it is stored."""
+    """One chunk of pictures (k, H, W, C) uint8 as it is stored.
+
+    Raises:
+        ValueError: there are more than `MOST_FRAMES`.
+    """
     k = len(frames)
+    if k > MOST_FRAMES:
+        raise ValueError(f"{k} frames in a keyed chunk, expected at most {MOST_FRAMES}")
+    frames = np.ascontiguousarray(frames)
     edges = band_edges(frames[0].nbytes)
-    cut = [[row[start:end].tobytes() for start, end in edges] for row in np.ascontiguousarray(frames).reshape(k, -1)]
+    cut = [[row[start:end].tobytes() for start, end in edges] for row in frames.reshape(k, -1)]
+    references, level = _references(frames), LEVEL if len(edges) == 1 else LARGE_LEVEL
     stored: list[list[bytes]] = []
-    references = []
-    key, alone = -1, 0
-    for frame, bands in enumerate(cut):
-        packed, reference = [], -1
-        if key >= 0:
-            packed, reference = [_pack(*pair) for pair in zip(bands, cut[key], strict=True)], key
-        if key < 0 or sum(map(len, packed)) > _HELPS * alone:
-            packed, reference = [_pack(band, None) for band in bands], -1
-            key, alone = frame, sum(map(len, packed))
-        elif frame - key >= KEY_EVERY:
-            key = frame
-        stored.append(packed)
-        references.append(reference)
+    for frame, keys in enumerate(references):
+        stored.append([])
+        for band, data in enumerate(cut[frame]):
+            block = lz4_blocks.compress(data, b"".join(cut[key][band] for key in keys), level)
+            stored[-1].append(block + google_crc32c.value(block).to_bytes(4, "little"))
     directory = np.zeros((k, 2 + len(edges)), dtype="<u4")
     order = _stored_order(k)
     offset = directory.nbytes + 4
     for frame in order:
-        directory[frame] = [references[frame] + 1, offset, *map(len, stored[frame])]
+        packed = sum(key + 1 << 16 * i for i, key in enumerate(references[frame]))
+        directory[frame] = [packed, offset, *map(len, stored[frame])]
         offset += sum(map(len, stored[frame]))
     head = directory.tobytes()
     return b"".join([head, google_crc32c.value(head).to_bytes(4, "little"), *itertools.chain(*(stored[f] for f in order))])
@@ -99,6 +151,12 @@ def encode(frames: NDArray[np.uint8]) -> bytes:
 def directory_bytes(frames: int, frame_bytes: int) -> int:
     """How many bytes a chunk's directory and its CRC-32C take."""
     return frames * (2 + len(band_edges(frame_bytes))) * 4 + 4
+
+
+def keys_of(packed: int) -> tuple[int, ...]:
+    """The keys that a directory's first column names."""
+    first, second = packed & 0xFFFF, packed >> 16
+    return (first - 1, second - 1) if second else (first - 1,) if first else ()
 
 
 def directory_of(head: bytes, frames: int, frame_bytes: int, chunk_bytes: int) -> Directory:
@@ -112,97 +170,143 @@ def directory_of(head: bytes, frames: int, frame_bytes: int, chunk_bytes: int) -
         raise ValueError("the CRC-32C of its directory differs")
     directory = np.frombuffer(head[:-4], dtype="<u4").reshape(frames, -1)
     whole = directory.astype(np.int64)
-    earlier = (whole[:, 0] <= np.arange(frames)).all()
+    first, second = whole[:, 0] & 0xFFFF, whole[:, 0] >> 16
+    itself = np.arange(1, frames + 1)
+    there = (np.maximum(first, second) <= frames).all() and (first[second > 0] > 0).all()
+    there = there and (first != itself).all() and (second != itself).all()
+    paired = (second == 0).all() or _paired(frame_bytes)
     inside = (whole[:, 1] >= len(head)).all() and (whole[:, 1] + whole[:, 2:].sum(axis=1) <= chunk_bytes).all()
-    if not earlier or not inside or (whole[:, 2:] < 4).any():
+    if not there or not paired or not inside or (whole[:, 2:] < 4).any():
         raise ValueError("its directory contradicts itself")
     return directory
+
+
+Stored = tuple[int, tuple[int, ...], int, int, list[int]]
+"""One frame of a chunk: its number; the keys it rests on; the number of the run that has it, and where in all runs together
+its bands begin; the bands' stored sizes."""
+
+Fetch = Callable[[int, int, memoryview], None]
+"""Puts a chunk's bytes from one offset to another to a place."""
 
 
 @dataclass(frozen=True)
 class Part:
     """What some frames of one chunk take: they and the keys they rest on.
 
-    `order`: frames in the order of decoding, as they are stored but keys first; `runs`: (offset, end) in the chunk of what is
-    read in one call; `places`: for each frame its run and where it begins in it; `entries`: the directory's rows as lists.
+    `frames`: in the order of decoding, as they are stored but keys first; `runs`: (offset, end) in the chunk of what is read in
+    one call; `read_bytes`: of all runs.
     """
 
-    entries: list[list[int]]
-    order: list[int]
+    frames: list[Stored]
     runs: list[tuple[int, int]]
-    places: dict[int, tuple[int, int]]
+    read_bytes: int
 
     @classmethod
     def of(cls, directory: Directory, wanted: Iterable[int]) -> Part:
-        """Of the frames `wanted`."""
-        entries: list[list[int]] = directory.tolist()
-        needed = set(wanted)
-        for frame in list(needed):
-            while (frame := entries[frame][0] - 1) >= 0 and frame not in needed:
-                needed.add(frame)
-        stored = sorted(needed, key=lambda frame: entries[frame][1])
+        """Of the frames `wanted`.
+
+        Raises:
+            ValueError: a frame rests on itself, by way of others.
+        """
+        references: list[int] = directory[:, 0].tolist()
+        keys: dict[int, tuple[int, ...]] = {}
+        pending = list(wanted)
+        for frame in pending:  # which grows meanwhile
+            if frame not in keys:
+                keys[frame] = keys_of(references[frame])
+                pending += keys[frame]
+        numbers = list(keys)
         runs: list[tuple[int, int]] = []
-        places: dict[int, tuple[int, int]] = {}
-        for frame in stored:
-            _, offset, *sizes = entries[frame]
-            end = offset + sum(sizes)
-            if runs and runs[-1][1] == offset and end - runs[-1][0] <= _READ_BYTES:
-                runs[-1] = (runs[-1][0], end)
-            else:
-                runs.append((offset, end))
-            places[frame] = len(runs) - 1, offset - runs[-1][0]
-        order: dict[int, None] = {}
-        for frame in stored:
-            chain = []
-            while frame >= 0 and frame not in order:
-                chain.append(frame)
-                frame = entries[frame][0] - 1
-            order.update(dict.fromkeys(reversed(chain)))
-        return cls(entries, list(order), runs, places)
+        places: dict[int, Stored] = {}
+        at = begin = end = 0
+        for (offset, *sizes), frame in sorted(zip(directory[numbers, 1:].tolist(), numbers, strict=True)):
+            size = sum(sizes)
+            if offset != end or offset + size - begin > _READ_BYTES:
+                begin = offset
+                runs.append((begin, begin))
+            end = offset + size
+            runs[-1] = begin, end
+            places[frame] = frame, keys[frame], len(runs) - 1, at, sizes
+            at += size
+        order: dict[int, Stored] = {}
+        for frame in places:
+            path = [] if frame in order else [frame]
+            while path:
+                for key in keys[path[-1]]:
+                    if key not in order:
+                        path.append(key)
+                        break
+                else:
+                    order[path[-1]] = places[path[-1]]
+                    path.pop()
+                if len(path) > len(keys):
+                    raise ValueError("its directory contradicts itself")
+        return cls(list(order.values()), runs, at)
 
-    def decode(
-        self, read: Callable[[int, int], bytes], frame_bytes: int, targets: Mapping[int, Sequence[int]], out: memoryview
-    ) -> None:
-        """Decode the frames of `targets` (frame -> its rows) into `out`, rows of `frame_bytes` bytes.
+    def decode(self, fetch: Fetch, frame_bytes: int, targets: Mapping[int, Sequence[int]], out: NDArray[np.uint8]) -> None:
+        """Decode the frames of `targets` (frame -> its rows) into C-contiguous `out`, rows of `frame_bytes` bytes.
 
-        `read`: gives the bytes of a run, (offset, end) in the chunk; called when the run's first frame is decoded, so that the
-        disk goes on meanwhile.
+        `fetch`: asked for a run when its first frame is decoded, so that the disk goes on meanwhile.
 
         Raises:
             ValueError: a band is damaged.
         """
-        edges = band_edges(frame_bytes)
-        keys = {self.entries[frame][0] - 1 for frame in self.order}
-        decoded: dict[int, list[bytes]] = {}
-        blocks: dict[int, bytes] = {}
-        crc, decompress = google_crc32c.value, lz4_block.decompress
-        for frame in self.order:
-            reference, _, *sizes = self.entries[frame]
-            run, at = self.places[frame]
-            if (data := blocks.get(run)) is None:
-                data = blocks[run] = read(*self.runs[run])
-            known = decoded[reference - 1] if reference else None
-            bands = []
-            for band, ((first, last), size) in enumerate(zip(edges, sizes, strict=True)):
-                body, stated = data[at : at + size - 4], data[at + size - 4 : at + size]
-                at += size
-                if crc(body) != int.from_bytes(stated, "little"):
+        # Keys that are a pair lie side by side, the nearest ones as they are decoded, others as copies.
+        pairs = sorted({keys for _, keys, *_ in self.frames if len(keys) == 2}, key=lambda pair: abs(pair[1] - pair[0]))
+        after: dict[int, int] = {}
+        follows: set[int] = set()
+        for first, second in pairs:
+            if first not in after and second not in follows:
+                after[first] = second
+                follows.add(second)
+        aside = len(self.frames) + len(follows.union(after)) + 2 * len(pairs)
+        room: NDArray[np.uint8] = page_aligned((self.read_bytes + aside * frame_bytes,), np.uint8)
+        fixed = room[:]
+        fixed.flags.writeable = False  # as the checksum wants it
+        view, source, result = room.data, room.ctypes.data, out.ctypes.data
+        spare = source + self.read_bytes
+        decoded: dict[tuple[int, ...], int] = {(): 0}  # keys, one or two -> where they lie
+        for first in after.keys() - follows:
+            frame: int | None = first
+            while frame is not None:
+                decoded[(frame,)] = spare
+                if frame in after:
+                    decoded[(frame, after[frame])] = spare
+                frame, spare = after.get(frame), spare + frame_bytes
+        bands = [(first, end - first) for first, end in band_edges(frame_bytes)]
+        starts = [0, *itertools.accumulate(end - start for start, end in self.runs)]
+        fetched: set[int] = set()
+        crc, stated, decompress = google_crc32c.value, _CRC.unpack_from, lz4_blocks.decompress_to
+        for frame, keys, run, at, sizes in self.frames:
+            if run not in fetched:
+                fetched.add(run)
+                fetch(*self.runs[run], view[starts[run] : starts[run + 1]])
+            rows: Sequence[int] = targets.get(frame, ())
+            target = decoded.get((frame,))
+            if target is None:
+                if rows:
+                    target, rows = result + rows[0] * frame_bytes, rows[1:]
+                else:
+                    target, spare = spare, spare + frame_bytes
+                decoded[(frame,)] = target
+            dictionary = decoded.get(keys)
+            if dictionary is None:
+                dictionary = decoded[keys] = spare
+                for key in keys:
+                    ctypes.memmove(spare, decoded[(key,)], frame_bytes)
+                    spare += frame_bytes
+            for (first, length), size in zip(bands, sizes, strict=True):
+                end = at + size - 4
+                if crc(fixed[at:end]) != stated(view, end)[0]:
                     raise ValueError(f"the CRC-32C of frame {frame} differs")
-                length = last - first
-                try:
-                    if known is None:
-                        values = decompress(body, uncompressed_size=length)
-                    else:
-                        values = decompress(body, uncompressed_size=length, dict=known[band])
-                except lz4_block.LZ4BlockError as error:
-                    raise ValueError(f"frame {frame}: {error}") from None
-                if len(values) != length:
-                    raise ValueError(f"frame {frame} has {len(values)} bytes in a band, expected {length}")
-                for row in targets.get(frame, ()):
-                    out[row * frame_bytes + first : row * frame_bytes + last] = values
-                bands.append(values)
-            if frame in keys:
-                decoded[frame] = bands
+                # Of a pair all is the dictionary: its frames have one band.
+                made = decompress(source + at, target + first, size - 4, length, dictionary + first, length * len(keys))
+                if made != length:
+                    found = f"{made} bytes in a band" if made >= 0 else "a band that is damaged or too long"
+                    raise ValueError(f"frame {frame} has {found}, expected {length} bytes")
+                at = end + 4
+            for row in rows:
+                ctypes.memmove(result + row * frame_bytes, target, frame_bytes)
 
 
 def decode(data: NDArray[np.uint8], out: NDArray[Any]) -> None:
@@ -213,85 +317,9 @@ def decode(data: NDArray[np.uint8], out: NDArray[Any]) -> None:
     """
     whole, frame_bytes = data.tobytes(), out[0].nbytes
     directory = directory_of(whole[: directory_bytes(len(out), frame_bytes)], len(out), frame_bytes, len(whole))
-    part = Part.of(directory, range(len(out)))
     targets = {frame: [frame] for frame in range(len(out))}
-    part.decode(lambda start, end: whole[start:end], frame_bytes, targets, out.reshape(-1).view(np.uint8).data)
 
+    def fetch(start: int, end: int, into: memoryview) -> None:
+        into[:] = whole[start:end]
 
-@dataclass(frozen=True)
-class Touched:
-    """Frames to read out of one chunk: its number in the array, the shard it lies in, its offset and size there; `targets`,
-    for each frame of the chunk that is asked for the rows of the result."""
-
-    number: int
-    file: ShardFile
-    offset: int
-    size: int
-    targets: dict[int, list[int]]
-
-    def read(self, start: int, end: int) -> bytes:
-        """The chunk's bytes from `start` to `end`; raises `FileError` where the shard has fewer."""
-        return self.file.read(self.offset + start, end - start)
-
-
-class KeyedReader:
-    """Reads frames out of the keyed chunks of one array, and nothing that they do not rest on."""
-
-    def __init__(self, frames: int, frame_bytes: int) -> None:
-        self._frames, self._frame_bytes = frames, frame_bytes
-        self._head = directory_bytes(frames, frame_bytes)
-        self._most = max(16, _DIRECTORIES_BYTES // self._head)
-        self._directories: dict[int, Directory] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_directories": {}}
-
-    def _directory(self, chunk: Touched) -> Directory:
-        found = self._directories.get(chunk.number)
-        if found is None:
-            head = chunk.read(0, min(self._head, chunk.size))
-            found = directory_of(head, self._frames, self._frame_bytes, chunk.size)
-            for oldest in list(itertools.islice(self._directories, max(0, len(self._directories) + 1 - self._most))):
-                self._directories.pop(oldest, None)
-            self._directories[chunk.number] = found
-        return found
-
-    def parts(self, touched: list[Touched]) -> list[Part]:
-        """What is to be read of each chunk.
-
-        Raises:
-            FileError: a chunk is damaged.
-        """
-        unknown = [chunk for chunk in touched if chunk.number not in self._directories]
-        if len(unknown) > 1:
-            for chunk in unknown:
-                chunk.file.announce([(chunk.offset, chunk.offset + self._head)])
-        found = []
-        for chunk in touched:
-            try:
-                found.append(Part.of(self._directory(chunk), chunk.targets))
-            except ValueError as error:
-                raise damaged(chunk, error) from None
-        return found
-
-    def read(self, touched: list[Touched], out: NDArray[np.uint8]) -> None:
-        """Read into C-contiguous `out` (n, H, W, C), whose rows are the targets.
-
-        Raises:
-            FileError: a shard is truncated, or a chunk damaged.
-        """
-        room = out.reshape(-1).data
-        parts = self.parts(touched)
-        if sum(len(part.runs) for part in parts) > 1:  # the disk can fetch all of them at once
-            for chunk, part in zip(touched, parts, strict=True):
-                chunk.file.announce([(chunk.offset + start, chunk.offset + end) for start, end in part.runs])
-        for chunk, part in zip(touched, parts, strict=True):
-            try:
-                part.decode(chunk.read, self._frame_bytes, chunk.targets, room)
-            except ValueError as error:
-                raise damaged(chunk, error) from None
-
-
-def damaged(chunk: Touched, error: Exception) -> FileError:
-    """One sentence about a chunk that cannot be decoded."""
-    return FileError(f"{chunk.file.name}: the chunk at byte {chunk.offset} is damaged ({error})")
+    Part.of(directory, targets).decode(fetch, frame_bytes, targets, out.reshape(-1).view(np.uint8))

@@ -16,36 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from svam.contract import ContractError
 from svam.episodes.chunks import DECODERS, Bytes, ShardFile
-from svam.episodes.keyed import CODEC, KeyedReader, Part, Touched
+from svam.episodes.keyed import CODEC, Part
+from svam.episodes.keyed_reader import KeyedReader, Touched
+from svam.episodes.memory import page_aligned
 from svam.files import FileError, read_json, stamp
 
 _DTYPES = {f"{kind}{8 * size}" for kind in ("int", "uint") for size in (1, 2, 4, 8)} | {"bool", "float16", "float32", "float64"}
 _OPEN_SHARDS = 16
 """Shards that one reader keeps open."""
-_SPARE_BYTES = 8 << 20
-"""A buffer for chunks up to this size is kept between reads."""
 _SHORT_ROW, _KEPT_BYTES, _KEPT_CHUNKS = 1024, 16 << 20, 4096
 """Of arrays with rows up to `_SHORT_ROW` bytes (vectors, never pictures) a reader keeps decoded chunks, at most so many."""
-_PAGE, _ALIGNED_FROM = 4096, 1 << 16
-
-
-def page_aligned(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """Uninitialised memory that begins on a page, as a file's contents do in the page cache.
-
-    Copying between places whose addresses differ by a few bytes modulo 4096, as those of numpy's own large arrays do, takes
-    twice the time: each read waits for a write that looks like its own address.
-    """
-    found = np.dtype(dtype)
-    size = math.prod(shape) * found.itemsize
-    if size < _ALIGNED_FROM:
-        return np.empty(shape, found)
-    room = np.empty(size + _PAGE, np.uint8)
-    start = -room.ctypes.data % _PAGE
-    return room[start : start + size].view(found).reshape(shape)
 
 
 class RowReader:
@@ -103,12 +87,11 @@ class RowReader:
         self._short = len(self.shape) <= 2 and self.row_bytes <= _SHORT_ROW
         self._within = np.arange(self.chunk_rows, dtype=np.int64)
         self._files: dict[int, ShardFile] = {}
-        self._spare: list[NDArray[Any]] = []
         self._kept: dict[int, NDArray[Any]] = {}
         self._keyed = KeyedReader(self.chunk_rows, self.row_bytes) if codecs == (CODEC,) else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_files": {}, "_spare": [], "_kept": {}}
+        return self.__dict__ | {"_files": {}, "_kept": {}}
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -154,8 +137,8 @@ class RowReader:
         """Rows (k, ...) by number, in the order asked for; repeats are allowed, each touched chunk is decoded once.
 
         Args:
-            out: C-contiguous (k, ...) of the array's dtype to read into, and to be returned. Large rows are read at twice the
-                speed into a buffer that is used again (the system has to clear new memory) and is `page_aligned`.
+            out: C-contiguous (k, ...) of the array's dtype to read into, and to be returned. Without it the result is
+                `page_aligned` memory, which the next result may have when nothing refers to this one any more.
 
         Raises:
             ContractError: a row number is outside 0..n - 1, or `out` does not fit.
@@ -212,8 +195,6 @@ class RowReader:
                 np.take(decoded, inside, axis=0, out=out[first:last], mode="clip")
             else:
                 out[slice(first, last) if order is None else order[first:last]] = decoded[inside]
-        if scratch is not None and scratch.nbytes <= _SPARE_BYTES:
-            self._spare[:] = [scratch]
         return out
 
     def _touched(
@@ -241,7 +222,7 @@ class RowReader:
         most = max(1, min(_KEPT_CHUNKS, _KEPT_BYTES // (self.chunk_rows * max(1, self.row_bytes))))
         for number in numbers:
             if (chunk := known.get(number)) is None:
-                stored = self._new_buffer()
+                stored = self._buffer()
                 self._decode(*next(missing), stored)
                 chunk = self._kept[number] = stored.swapaxes(0, 1) if self._interleaved else stored
                 for oldest in list(itertools.islice(self._kept, max(0, len(self._kept) - most))):
@@ -281,13 +262,6 @@ class RowReader:
         return np.array_equal(inside, self._within) and (targets is None or np.array_equal(targets - targets[0], self._within))
 
     def _buffer(self) -> NDArray[Any]:
-        """Room for one chunk as it is stored, which no other thread uses."""
-        try:
-            return self._spare.pop()
-        except IndexError:
-            return self._new_buffer()
-
-    def _new_buffer(self) -> NDArray[Any]:
         """Room for one chunk as it is stored."""
         stored = (self.chunk_rows, *self.shape[1:])
         return page_aligned((stored[1], stored[0], *stored[2:]) if self._interleaved else stored, self.dtype)
