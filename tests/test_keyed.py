@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,33 @@ def test_a_clip_reads_its_frames_and_their_keys(tmp_path: Path, monkeypatch: pyt
         asked.clear()
         reader.read(np.arange(1, 62, 4))
         assert len(asked) <= 5  # frames at equal distances lie side by side
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), side=st.sampled_from([12, 110]))
+def test_whatever_frames_rest_on(seed: int, side: int) -> None:
+    """Another version may choose other keys: on none, one or, where they are small, two, earlier or later."""
+    rng = np.random.default_rng(seed)
+    frames = moving(20, side, side, seed)
+    references: list[tuple[int, ...]] = [()] * 20
+    order = rng.permutation(20).tolist()
+    for i, frame in enumerate(order):
+        most = min(i, 2 if side == 12 else 1)
+        references[frame] = tuple(rng.choice(order[:i], rng.integers(0, most + 1), replace=False).tolist()) if i else ()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyed, "_references", lambda _: references)
+        data = keyed.encode(frames)
+    out = np.empty_like(frames)
+    keyed.decode(np.frombuffer(data, np.uint8), out)
+    np.testing.assert_array_equal(out, frames)
+
+
+def test_near_ranges_are_fetched_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = write(tmp_path / "a", moving(8, 8, 8))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, start + size)))
+    reader._shard(0).announce([(0, 10), (10, 20), (20 + 8192, 9000), (9000 + 8193, 20000), (100, 200)])
+    assert asked == [(0, 9000), (9000 + 8193, 20000), (100, 200)]
 
 
 def test_long_chunks_of_many_keys(tmp_path: Path) -> None:
