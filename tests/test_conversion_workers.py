@@ -22,10 +22,10 @@ from svam.episodes.chunks import Compression
 from svam.episodes.conversion import convert
 from svam.episodes.frames import centre_box, resize_frames, resize_labels
 from svam.episodes.rows import RowReader
-from svam.episodes.shards import Layout, ShardJoiner
+from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, locked, sha256_tree
-from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
+from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks, write_rows
 from tests.stage_deps import ROOT
 
 
@@ -215,16 +215,69 @@ def test_few_files(tmp_path: Path) -> None:
     assert max(file.stat().st_size for file in files) > 0.9 * 2**20
 
 
-@pytest.mark.parametrize("name", ["*.chunks", "*.head.npy", "*.json"])
+@pytest.mark.parametrize("name", ["*.rows", "*.json"])
 def test_a_truncated_unit_is_noticed(tmp_path: Path, name: str) -> None:
     plan, shapes = conversion.Plan.of(Slow(LENGTHS), SETTINGS)
     units = tmp_path / plan.key(shapes)
-    conversion._write_units(plan, units, 1, LENGTHS)
+    for number in range(len(plan.units)):
+        conversion._write_unit(plan, number, units)
     file = sorted(file for file in units.glob(f"unit_000001/{name}") if file.stat().st_size and file.stem != "episodes")[0]
     file.write_bytes(file.read_bytes()[:-5])
     with pytest.raises(FileError, match="; run the same command again"):
         convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
     convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
+
+
+def test_a_missing_or_foreign_piece_is_noticed(tmp_path: Path) -> None:
+    rows, layout = np.arange(20, dtype=np.float32).reshape(20, 1), Layout.of((1,), np.float32, 4, 64, 20)
+    pieces = [tmp_path / "first", tmp_path / "second"]
+    for path, start in zip(pieces, (0, 8), strict=True):
+        piece = Piece(path, start, layout)  # the second as if the first ended with row 7
+        piece.append(rows[start : start + 10])
+        piece.close()
+    with pytest.raises(DamagedPieceError, match=r"second\.rows: a piece of a begins inside a chunk"):
+        joiner = ShardJoiner(tmp_path / "a", 20, layout)
+        joiner.join(pieces[0])
+        joiner.join(pieces[1])
+    joiner.abandon()
+    pieces[0].with_suffix(".rows").unlink()
+    with pytest.raises(DamagedPieceError, match=r"first\.rows: cannot be read \(No such file or directory\); run the same"):
+        ShardJoiner(tmp_path / "b", 20, layout).join(pieces[0])
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 9], [8, 16], [5, 6, 7, 18]])
+def test_pieces_may_end_anywhere(tmp_path: Path, cuts: list[int]) -> None:
+    """Also several within one chunk."""
+    rows = np.random.default_rng(0).normal(size=(19, 3)).astype(np.float32)
+    layout = Layout.of((3,), np.float32, 8, 100, 19)
+    np.testing.assert_array_equal(write_rows(tmp_path / "a", rows, layout, cuts).read_range(0, 19), rows)
+
+
+def test_units_have_many_chunks() -> None:
+    """The joining process compresses a chunk for each unit."""
+    units = {}
+    for chunk in (16, 128):
+        settings = SETTINGS.model_copy(update={"chunk_frames": chunk})
+        units[chunk] = conversion.Plan.of(Slow([100] * 200), settings)[0].units
+    assert [len(units[16]), len(units[128])] == [20, 10]
+    assert all(units[chunk][0][0] == 0 and units[chunk][-1][1] == 200 for chunk in units)
+
+
+def test_a_set_that_cannot_be_split_costs_nothing(tmp_path: Path) -> None:
+    """All episodes are held out by the source itself, which their lengths say before any but the first is read."""
+    read: list[int] = []
+
+    class HeldOut(Slow):
+        def shape(self, index: int) -> EpisodeShape:
+            return EpisodeShape(self.lengths[index], held_out=True)
+
+        def read(self, index: int) -> Episode:
+            read.append(index)
+            return super().read(index)
+
+    with pytest.raises(ContractError, match="own split has 0 training and 3 held-out episodes"):
+        convert(HeldOut([9, 9, 9]), tmp_path / "out.zarr", SETTINGS, 0)
+    assert read == [0]
 
 
 def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
@@ -251,11 +304,7 @@ def test_pictures_are_exact_for_every_reader(tmp_path: Path, compression: Compre
     frames = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :, None, None], (rows, 24, 40, 3)).copy()
     frames[rows // 2 :] = rng.integers(0, 256, (rows - rows // 2, 24, 40, 3), dtype=np.uint8)
     layout = Layout.of((24, 40, 3), np.uint8, 16, 2**14, rows, compression)
-    joiner = ShardJoiner(tmp_path / "a", rows, layout)
-    joiner.append(frames[:20])
-    joiner.append(frames[20:])
-    joiner.close()
-    reader = RowReader(tmp_path / "a")
+    reader = write_rows(tmp_path / "a", frames, layout, [cut for cut in (5, 12, 20) if cut < rows])
     np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[:]), frames)
     some = rng.integers(0, rows, 40)
     for wanted in (np.arange(rows), np.arange(rows)[::-1], np.arange(0, rows, 5), some, np.sort(some[:9])):

@@ -19,8 +19,9 @@ from svam.contract import ContractError
 from svam.episodes import keyed, keyed_reader, lz4_blocks
 from svam.episodes.chunks import ShardFile
 from svam.episodes.rows import RowReader
-from svam.episodes.shards import Layout, ShardJoiner
+from svam.episodes.shards import Layout
 from svam.files import FileError
+from tests.recorded import write_rows
 
 Pictures = NDArray[np.uint8]
 
@@ -40,11 +41,7 @@ def noise(count: int, height: int, width: int) -> Pictures:
 
 def write(path: Path, frames: Pictures, chunk: int = 64, shard_bytes: float = 2**30) -> RowReader:
     layout = Layout.of(frames.shape[1:], np.uint8, chunk, shard_bytes, len(frames), "keyed")
-    joiner = ShardJoiner(path, len(frames), layout)
-    for start in range(0, len(frames), 7):
-        joiner.append(frames[start : start + 7])
-    joiner.close()
-    return RowReader(path)
+    return write_rows(path, frames, layout)
 
 
 SIZES = pytest.mark.parametrize(
@@ -102,10 +99,10 @@ def test_a_frame_rests_on_few_keys() -> None:
     assert small[1] == small[3] == (0, 4) and small[21] == small[23] == (20, 24) and small[39] == (36,)
     assert small[52] == () and small[40] == small[48] == (52,) and small[41] == small[43] == (40, 44)
 
-    middle = rests_on(moving(150, 110, 110))
-    assert middle[75] == () and middle[11] == middle[139] == (75,)
-    assert middle[27] == middle[43] == (11,) and middle[59] == middle[91] == (75,) and middle[107] == (75,)
-    assert middle[50] == (43,) and middle[68] == (75,) and middle[149] == (139,)
+    middle = rests_on(moving(280, 110, 110))
+    assert middle[140] == () and middle[12] == middle[268] == (140,)
+    assert middle[28] == middle[60] == (12,) and middle[92] == middle[188] == (140,) and middle[220] == (268,)
+    assert middle[35] == (28,) and middle[37] == (44,) and middle[133] == (140,) and middle[279] == (268,)
 
     large = rests_on(moving(90, 150, 150))
     assert large[45] == () and {keys for frame, keys in enumerate(large) if frame != 45} == {(45,)}

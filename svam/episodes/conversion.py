@@ -1,8 +1,9 @@
 """Any source of episodes to one store, by several processes, in memory that does not grow with the data set.
 
 The episodes are cut into units of about a thousand steps. A worker turns a unit into pieces of the store's arrays (see
-`svam.episodes.shards`) in a scratch folder; when all units are there, one process joins them. Bytes do not depend on the
-number of workers, and a conversion that was killed goes on with the units that are missing. The store appears when it is whole.
+`svam.episodes.shards`) in a scratch folder; meanwhile one process joins the units that are there, in order. Bytes do not depend
+on the number of workers, and a conversion that was killed goes on with the units that are missing. The store appears when it is
+whole.
 """
 
 from __future__ import annotations
@@ -42,14 +43,15 @@ from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.chunks import frames_together
 from svam.episodes.frames import prepared
 from svam.episodes.rows import RowReader
-from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner, WholePiece
+from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
-from svam.machine import become_worker, console, generator, progress_bar, track
+from svam.machine import become_worker, console, generator, progress_bar, timed
 from svam.params import Convert
 
-UNIT_STEPS = 1024
-"""Steps of a unit, rounded up to whole episodes: small enough to share among workers and to lose to a kill."""
+UNIT_STEPS, UNIT_CHUNKS = 1024, 16
+"""About so many steps are a unit, or chunks of frames where those are more, in whole episodes: few enough to share among
+workers and to lose to a kill; enough for the joining process, which compresses a chunk a unit, to keep up with many."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
 _SAMPLE_FRAMES = 64
 """Of the first episode, by which `convert.chunk_frames: auto` chooses."""
@@ -134,7 +136,8 @@ class Plan:
             kept, chunk = _stored(name, dtype, params), _chunk_rows(name, first, params)
             layouts[name] = Layout.of(row_shape, kept, chunk, shard_bytes, rows, pictures)
         steps = np.cumsum([shape.steps for shape in shapes])
-        last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
+        size = max(UNIT_STEPS, *(UNIT_CHUNKS * layout.chunk_rows for layout in layouts.values() if layout.pictures))
+        last = np.unique(steps // size, return_index=True)[1].tolist()  # the first episode that ends in each stretch
         edges = sorted({0, *last, len(shapes)})
         return cls(source, description, params, layouts, starts, list(pairwise(edges))), shapes
 
@@ -335,51 +338,45 @@ def convert(
         FileError: a file of the source is damaged, or writing fails.
     """
     plan, shapes = Plan.of(source, params)
-    # The split is drawn before the long part, so that a wrong one costs nothing; tasks are known for sure only after it.
-    with whole_directory(Path(out)) as folder, _scratch_folder(scratch, folder, plan.key(shapes)) as units:
-        _write_units(plan, units, workers, [shape.steps for shape in shapes])
+    # Whether there can be a split follows from the lengths; the tasks are known when all episodes have been read.
+    split_episodes([""] * len(shapes), shapes, params.held_out, seed)
+    with (
+        whole_directory(Path(out)) as folder, _scratch_folder(scratch, folder, plan.key(shapes)) as units,
+        GroupWriter(folder) as group,
+    ):  # fmt: skip
+        _write_arrays(plan, group, units, workers, [shape.steps for shape in shapes])
         facts = [fact for n in range(len(plan.units)) for fact in _facts(units, n)]
-        tasks = [fact["task"] for fact in facts]
-        split = split_episodes(tasks, shapes, params.held_out, seed)
-        with GroupWriter(folder) as group:
-            _join(plan, group, units)
-            _describe(plan, group, facts, split)
-        if scratch is None:
-            shutil.rmtree(units, ignore_errors=True)
+        _describe(plan, group, facts, split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed))
 
 
-def _write_units(plan: Plan, units: Path, workers: int, steps: Sequence[int]) -> None:
-    """Write the units that are not there yet, with a bar in frames."""
+def _write_arrays(plan: Plan, group: GroupWriter, units: Path, workers: int, steps: Sequence[int]) -> None:
+    """Write the units that are not there yet, with a bar in frames, and every array as the units it consists of are there."""
     sizes = [sum(steps[a:b]) for a, b in plan.units]
     todo = [n for n in range(len(sizes)) if not (_unit_folder(units, n) / "episodes.json").is_file()]
-    with progress_bar() as bar:
-        done = sum(sizes) - sum(sizes[n] for n in todo)
-        if done:
+    with ExitStack() as stack, progress_bar() as bar:
+        joiners = []
+        for name, layout in plan.layouts.items():
+            joiners.append(ShardJoiner(group.adopt(name), int(plan.starts[name][-1]), layout))
+            stack.callback(joiners[-1].abandon)
+        if done := sum(sizes) - sum(sizes[n] for n in todo):
             console.print(f"convert: going on after {done} of {sum(sizes)} steps", highlight=False)
         task = bar.add_task("convert, steps", total=sum(sizes[n] for n in todo), note="")
-        with closing(_finished(plan, todo, units, workers)) as finished:  # type: ignore[type-var]
-            for number in finished:
-                bar.advance(task, sizes[number])
+        finished = stack.enter_context(closing(_finished(plan, todo, units, workers)))  # type: ignore[type-var]
+        missing = set(todo)
+        for number, size in enumerate(sizes):
+            if number in missing:
+                next(finished)
+                bar.advance(task, size)
+            with timed("join"):
+                for at, joiner in enumerate(joiners):
+                    joiner.join(_unit_folder(units, number) / str(at))
+        for joiner in joiners:
+            joiner.close()
 
 
 def _facts(units: Path, number: int) -> list[dict[str, Any]]:
     text = (_unit_folder(units, number) / "episodes.json").read_text(encoding="utf-8")
     return list(json.loads(text))
-
-
-def _join(plan: Plan, group: GroupWriter, units: Path) -> None:
-    """Write every array from its pieces."""
-    total = len(plan.layouts) * len(plan.units)
-    arrays = ((at, name, n) for at, name in enumerate(plan.layouts) for n in range(len(plan.units)))
-    with ExitStack() as stack, closing(track(arrays, "join", total)) as pieces:
-        joiner: ShardJoiner | None = None
-        for at, name, number in pieces:
-            if number == 0 or joiner is None:
-                joiner = ShardJoiner(group.adopt(name), int(plan.starts[name][-1]), plan.layouts[name])
-                stack.callback(joiner.abandon)
-            joiner.join(WholePiece(_unit_folder(units, number) / str(at)))
-            if number == len(plan.units) - 1:
-                joiner.close()
 
 
 def _describe(plan: Plan, group: GroupWriter, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:

@@ -45,6 +45,10 @@ less than a third of the bytes, and the key would have to be read too."""
 _CRC = struct.Struct("<I")
 _READ_BYTES = 1 << 16
 """Neighbouring frames are read in one call up to this many bytes."""
+_CHUNK_BYTES = 32 << 20
+"""Frames of up to this many bytes in all, uncompressed, are kept together, where there is a choice."""
+_FARTHEST = 128
+"""How far keys are apart that rest on none but the middle frame."""
 
 Directory = NDArray[np.uint32]
 
@@ -63,9 +67,9 @@ def _stored_order(frames: int) -> list[int]:
 
 
 def frames_of_chunk(frame_bytes: int) -> int:
-    """How many frames to keep together, unless somebody says. The more, the fewer are compressed alone; but zarr decodes all
-    of a chunk, and a conversion has it in memory."""
-    return 256 if frame_bytes <= lz4_blocks.REACH else 64
+    """How many frames to keep together, unless somebody says. The more, the fewer clips lie in two chunks, which have keys of
+    their own, and the fewer frames are compressed alone; but zarr decodes all of a chunk, and a conversion has it in memory."""
+    return 128 if 128 * frame_bytes <= _CHUNK_BYTES else 64
 
 
 def _paired(frame_bytes: int) -> bool:
@@ -80,16 +84,16 @@ def _distances(frame_bytes: int) -> tuple[int, ...]:
     one band are decoded within microseconds.
     """
     if frame_bytes > lz4_blocks.REACH:
-        return (64,)
-    return (64, 16, 4) if _paired(frame_bytes) else (64, 16)
+        return (_FARTHEST,)
+    return (_FARTHEST, 16, 4) if _paired(frame_bytes) else (_FARTHEST, 16)
 
 
 def _keys(frame: int, frames: int, frame_bytes: int) -> tuple[int, ...]:
     """The keys that one of `frames` frames, all of them alike, is compressed with.
 
-    The middle frame rests on none, every 64th from there on it. Any other rests on the frame at the next greater distance that
-    is nearest to it: every 16th, say, on a 64th. Where two frames are within LZ4's reach it rests on those at both sides of it,
-    which takes a sixth fewer bytes and half as many frames again to decode.
+    The middle frame rests on none, every 128th from there on it. Any other rests on the frame at the next greater distance that
+    is nearest to it: every 16th, say, on a 128th. Where two frames are within LZ4's reach it rests on those at both sides of
+    it, which takes a sixth fewer bytes and half as many frames again to decode.
     """
     place = frame - frames // 2
     distances = _distances(frame_bytes)
@@ -104,8 +108,8 @@ def _keys(frame: int, frames: int, frame_bytes: int) -> tuple[int, ...]:
 def _references(frames: NDArray[np.uint8]) -> list[tuple[int, ...]]:
     """The keys (none, one or two) that each of a chunk's frames (k, H, W, C) is compressed with."""
     flat = frames.reshape(len(frames), -1)
-    distances = _distances(flat.shape[1])
-    apart = distances[min(1, len(distances) - 1)]  # about as far as a frame is from its key
+    farthest, *nearer = _distances(flat.shape[1])
+    apart = nearer[0] if nearer else farthest // 2  # as far as a frame is from its key, at most
     starts = [0]
     for frame in range(1, len(flat)):
         earlier = frame - 1 - (frame - 1 - starts[-1]) % apart
@@ -128,24 +132,22 @@ def encode(frames: NDArray[np.uint8]) -> bytes:
     if k > MOST_FRAMES:
         raise ValueError(f"{k} frames in a keyed chunk, expected at most {MOST_FRAMES}")
     frames = np.ascontiguousarray(frames)
-    edges = band_edges(frames[0].nbytes)
-    cut = [[row[start:end].tobytes() for start, end in edges] for row in frames.reshape(k, -1)]
+    edges, flat = band_edges(frames[0].nbytes), frames.reshape(k, -1)
     references, level = _references(frames), LEVEL if len(edges) == 1 else LARGE_LEVEL
-    stored: list[list[bytes]] = []
-    for frame, keys in enumerate(references):
-        stored.append([])
-        for band, data in enumerate(cut[frame]):
-            block = lz4_blocks.compress(data, b"".join(cut[key][band] for key in keys), level)
-            stored[-1].append(block + google_crc32c.value(block).to_bytes(4, "little"))
     directory = np.zeros((k, 2 + len(edges)), dtype="<u4")
-    order = _stored_order(k)
-    offset = directory.nbytes + 4
-    for frame in order:
-        packed = sum(key + 1 << 16 * i for i, key in enumerate(references[frame]))
-        directory[frame] = [packed, offset, *map(len, stored[frame])]
-        offset += sum(map(len, stored[frame]))
+    stored = bytearray(directory.nbytes + 4)
+    for frame in _stored_order(k):
+        keys, offset, sizes = references[frame], len(stored), []
+        for start, end in edges:
+            dictionary = b"".join(flat[key, start:end].tobytes() for key in keys)
+            block = lz4_blocks.compress(flat[frame, start:end].tobytes(), dictionary, level)
+            stored += block
+            stored += google_crc32c.value(block).to_bytes(4, "little")
+            sizes.append(len(block) + 4)
+        directory[frame] = [sum(key + 1 << 16 * i for i, key in enumerate(keys)), offset, *sizes]
     head = directory.tobytes()
-    return b"".join([head, google_crc32c.value(head).to_bytes(4, "little"), *itertools.chain(*(stored[f] for f in order))])
+    stored[: len(head) + 4] = head + google_crc32c.value(head).to_bytes(4, "little")
+    return bytes(stored)
 
 
 def directory_bytes(frames: int, frame_bytes: int) -> int:
