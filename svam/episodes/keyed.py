@@ -43,7 +43,7 @@ _ALIKE = 0.35
 """A frame rests on a key that has the same values in this share of its places. Where fewer are the same, a dictionary saves
 less than a third of the bytes, and the key would have to be read too."""
 _CRC = struct.Struct("<I")
-_READ_BYTES = 1 << 16
+_READ_BYTES = 1 << 17
 """Neighbouring frames are read in one call up to this many bytes."""
 _CHUNK_BYTES = 32 << 20
 """Frames of up to this many bytes in all, uncompressed, are kept together, where there is a choice."""
@@ -215,8 +215,8 @@ class Part:
         pending = list(wanted)
         for frame in pending:  # which grows meanwhile
             if frame not in keys:
-                keys[frame] = keys_of(references[frame])
-                pending += keys[frame]
+                keys[frame] = found = keys_of(references[frame]) if references[frame] else ()
+                pending += found
         numbers = list(keys)
         runs: list[tuple[int, int]] = []
         places: dict[int, Stored] = {}
@@ -230,6 +230,8 @@ class Part:
             runs[-1] = begin, end
             places[frame] = frame, keys[frame], len(runs) - 1, at, sizes
             at += size
+        if len(pending) == len(places):  # no frame rests on another
+            return cls(list(places.values()), runs, at)
         order: dict[int, Stored] = {}
         for frame in places:
             path = [] if frame in order else [frame]

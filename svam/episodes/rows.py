@@ -156,12 +156,14 @@ class RowReader:
             )
         if not k:
             return out
+        if self._keyed is not None:
+            self._keyed.read(self._touched(rows), out)
+            return out
         steps = rows[1:] - rows[:-1]
         low, high = (int(steps.min()), int(steps.max())) if k > 1 else (1, 1)
         order = None if low >= 0 else np.argsort(rows, kind="stable")
         ordered = rows if order is None else rows[order]
-        if ordered[0] < 0 or ordered[-1] >= len(self):
-            raise ContractError(f"{self.path.name}: rows {ordered[0]}..{ordered[-1]} asked for, there are 0..{len(self) - 1}")
+        self._check_within(int(ordered[0]), int(ordered[-1]))
         step = low if low == high and low > 0 else None  # rows at equal distances, the usual clip, are copied as a slice
         chunks = ordered // self.chunk_rows
         edges = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist(), k]
@@ -170,10 +172,6 @@ class RowReader:
             for i, chunk in enumerate(self._decoded(numbers)):
                 inside = ordered[edges[i] : edges[i + 1]] - numbers[i] * self.chunk_rows
                 out[slice(edges[i], edges[i + 1]) if order is None else order[edges[i] : edges[i + 1]]] = chunk[inside]
-            return out
-
-        if self._keyed is not None:
-            self._keyed.read(self._touched(ordered, order, numbers, edges), out)
             return out
 
         scratch: NDArray[Any] | None = None
@@ -197,20 +195,29 @@ class RowReader:
                 out[slice(first, last) if order is None else order[first:last]] = decoded[inside]
         return out
 
-    def _touched(
-        self, ordered: NDArray[np.int64], order: NDArray[np.int64] | None, numbers: list[int], edges: list[int]
-    ) -> list[Touched]:
-        """Where the frames of sorted rows lie in their keyed chunks, and which rows of the result they are."""
-        per_shard, rows = self.shard_rows // self.chunk_rows, ordered.tolist()
-        results = range(len(rows)) if order is None else order.tolist()
+    def _check_within(self, first: int, last: int) -> None:
+        if first < 0 or last >= len(self):
+            raise ContractError(f"{self.path.name}: rows {first}..{last} asked for, there are 0..{len(self) - 1}")
+
+    def _touched(self, rows: NDArray[np.int64]) -> list[Touched]:
+        """Where the frames `rows` (k,) lie in their keyed chunks, chunk by chunk, and which rows of the result they are."""
+        found: dict[int, dict[int, list[int]]] = {}
+        wanted = rows.tolist()
+        self._check_within(min(wanted), max(wanted))
+        for result, row in enumerate(wanted):
+            number, frame = divmod(row, self.chunk_rows)
+            if (targets := found.get(number)) is None:
+                targets = found[number] = {}
+            if frame in targets:
+                targets[frame].append(result)
+            else:
+                targets[frame] = [result]
+        per_shard = self.shard_rows // self.chunk_rows
         touched = []
-        for number, first, end in zip(numbers, edges[:-1], edges[1:], strict=True):
+        for number in sorted(found):
             file = self._shard(number // per_shard)
             ((offset, size),) = file.places([number % per_shard])
-            targets: dict[int, list[int]] = {}
-            for row, result in zip(rows[first:end], results[first:end], strict=True):
-                targets.setdefault(row - number * self.chunk_rows, []).append(result)
-            touched.append(Touched(number, file, offset, size, targets))
+            touched.append(Touched(number, file, offset, size, found[number]))
         return touched
 
     def _decoded(self, numbers: list[int]) -> Iterator[NDArray[Any]]:
@@ -244,15 +251,13 @@ class RowReader:
         return data.tobytes()
 
     def parts(self, rows: NDArray[np.int64]) -> list[tuple[Touched, Part]]:
-        """What reading increasing `rows` of a keyed array reads and decodes, chunk by chunk.
+        """What reading `rows` (k,) of a keyed array reads and decodes, chunk by chunk.
 
         Raises:
             FileError: a shard is missing, truncated, damaged or replaced.
         """
         assert self._keyed is not None
-        chunks = rows // self.chunk_rows
-        edges = [0, *(np.flatnonzero(np.diff(chunks)) + 1).tolist(), len(rows)]
-        touched = self._touched(rows, None, chunks[edges[:-1]].tolist(), edges)
+        touched = self._touched(rows)
         return list(zip(touched, self._keyed.parts(touched), strict=True))
 
     def _is_whole(self, inside: NDArray[np.int64], targets: NDArray[np.int64] | None) -> bool:
