@@ -230,7 +230,7 @@ class Part:
             runs[-1] = begin, end
             places[frame] = frame, keys[frame], len(runs) - 1, at, sizes
             at += size
-        if len(pending) == len(places):  # no frame rests on another
+        if not any(keys.values()):  # in any order
             return cls(list(places.values()), runs, at)
         order: dict[int, Stored] = {}
         for frame in places:
