@@ -163,6 +163,38 @@ def test_near_ranges_are_fetched_as_one(tmp_path: Path, monkeypatch: pytest.Monk
     assert asked == [(0, 9000), (9000 + 8193, 20000), (100, 200)]
 
 
+@pytest.mark.parametrize("large", [False, True])
+def test_the_disk_is_asked_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool) -> None:
+    """For all of a small clip at once, for a large one part after part; each byte once, before it is read."""
+    frames = noise(30, 256, 256) if large else moving(30, 48, 48)
+    reader = write(tmp_path / "a", frames, chunk=15)
+    reader.read(np.array([0, 20]))  # directories
+    asked: list[tuple[int, int]] = []
+    read: list[tuple[int, int]] = []
+    waiting: list[int] = []
+
+    def read_into(file: ShardFile, offset: int, into: memoryview) -> None:
+        into[:] = file.read(offset, len(into))
+        assert any(start <= offset and offset + len(into) <= end for start, end in asked)
+        read.append((offset, offset + len(into)))
+        waiting.append(size_of(asked) - size_of(read))
+
+    def size_of(ranges: list[tuple[int, int]]) -> int:
+        return sum(end - start for start, end in ranges)
+
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, size, __: asked.append((start, start + size)))
+    monkeypatch.setattr(ShardFile, "read_into", read_into)
+    rows = np.arange(3, 27)
+    np.testing.assert_array_equal(reader.read(rows), frames[3:27])
+    assert size_of(asked) >= size_of(read) and len(set(read)) == len(read) > 1
+    if large:
+        limits = keyed_reader._FIRST_BYTES, 2 * keyed_reader._AHEAD_BYTES
+        assert waiting[0] <= limits[0] and max(waiting) <= limits[1] + frames[0].nbytes < size_of(read)
+        assert size_of(asked) == size_of(read)
+    else:
+        assert waiting == [size_of(asked) - size_of(read[: n + 1]) for n in range(len(read))]
+
+
 def test_long_chunks_of_many_keys(tmp_path: Path) -> None:
     """More than a thousand keys: nothing here is as deep as they are many."""
     frames = moving(keyed.frames_of_chunk(192) * 70, 8, 8)
