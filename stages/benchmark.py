@@ -11,8 +11,8 @@ import typer
 from svam.benchmark.inputs import Inputs
 from svam.benchmark.parts import PARTS, part_named
 from svam.benchmark.timing import machine
-from svam.files import write_json
-from svam.machine import console, one_line_errors, scratch_folder
+from svam.console import console, one_line_errors
+from svam.files import scratch_folder, write_json
 from svam.params import ParamsError, load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

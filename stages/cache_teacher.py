@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import console, one_line_errors, prepare_torch
+from svam.console import console, one_line_errors
+from svam.device import prepare_torch
 from svam.params import Branch, load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -30,8 +31,8 @@ def main(
     from svam.files import whole_directory
     from svam.models.teachers import Teacher
     from svam.resume import unfinished
-    from svam.training.distillation_data import GeneratedWindows
-    from svam.training.teacher_cache import cache_windows
+    from svam.training.cache_teacher import cache_windows
+    from svam.training.distill_data import GeneratedWindows
 
     device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
     windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)

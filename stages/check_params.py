@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from svam.console import one_line_errors
 from svam.episodes.options import source_options
 from svam.files import whole_file
-from svam.machine import one_line_errors
 from svam.params import load_params
 from svam.simulation.scenes import check_scenes
 

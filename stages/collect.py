@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import one_line_errors
+from svam.console import one_line_errors
 from svam.params import load_params
 from svam.resume import unfinished
-from svam.simulation.collection import collect
+from svam.simulation.collect import collect
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from svam.episodes.conversion import convert
+from svam.console import console, one_line_errors
+from svam.episodes.convert import convert
 from svam.episodes.options import open_named_source
-from svam.machine import console, one_line_errors, scratch_folder
+from svam.files import scratch_folder
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

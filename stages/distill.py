@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import one_line_errors, prepare_torch, seed_of
+from svam.console import one_line_errors
+from svam.device import prepare_torch
 from svam.params import Branch, load_params
+from svam.seeds import seed_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,8 +35,8 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.resume import unfinished
-    from svam.training.distillation import DistillationData, distill, print_results
-    from svam.training.distillation_data import GeneratedWindows, TeacherWindows
+    from svam.training.distill import DistillationData, distill, print_results
+    from svam.training.distill_data import GeneratedWindows, TeacherWindows
     from svam.training.one_step import OneStepFeatures, load_foresight, print_latency
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)

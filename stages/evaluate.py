@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from svam.console import one_line_errors
+from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
-from svam.machine import one_line_errors, prepare_torch
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -29,15 +30,15 @@ def main(
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
+    from svam.evaluation.latency import measure_latencies
+    from svam.evaluation.offline import write_offline
     from svam.models.svam import SVAM
     from svam.resume import unfinished
-    from svam.simulation.latency import measure_latencies
-    from svam.simulation.offline import write_offline
 
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
+        from svam.evaluation.closed_loop import check_tasks, write_closed_loop
         from svam.report.films import film_rollout
-        from svam.simulation.closed_loop import check_tasks, write_closed_loop
 
         check_tasks(section.tasks, store)
     device = prepare_torch(everything.machine.device, everything.threads, seed)

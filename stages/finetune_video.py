@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import console, one_line_errors, prepare_torch
+from svam.console import console, one_line_errors
+from svam.device import prepare_torch
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -32,7 +33,7 @@ def main(
     from svam.models.text import TextEncoder
     from svam.report.clips import save_clip_sheet
     from svam.resume import unfinished
-    from svam.training.video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
+    from svam.training.finetune_video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)
     store = EpisodeStore.open(episodes)

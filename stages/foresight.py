@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import console, one_line_errors, prepare_torch
+from svam.console import console, one_line_errors
+from svam.device import prepare_torch
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -27,11 +28,11 @@ def main(
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
     everything = load_params(params)
 
+    from svam.analysis.foresight import Subject, load_model, write_all
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.svam import SVAM
-    from svam.report.foresight import Subject, load_model, write_all
-    from svam.training.distillation_data import GeneratedWindows
+    from svam.training.distill_data import GeneratedWindows
 
     device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
     windows, branches = GeneratedWindows(generated), everything.distill.branches

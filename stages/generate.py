@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import one_line_errors, prepare_torch
+from svam.console import one_line_errors
+from svam.device import prepare_torch
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -30,7 +31,7 @@ def main(
     from svam.files import sha256_tree, whole_directory
     from svam.models.generator import SamplerConfig, VideoForesight
     from svam.resume import unfinished
-    from svam.training.generation import choose_windows, generate_windows
+    from svam.training.generate import choose_windows, generate_windows
 
     device = prepare_torch(everything.machine.device, everything.threads, seed)
     store = EpisodeStore.open(episodes)

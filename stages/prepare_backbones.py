@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 
+from svam.console import one_line_errors
+from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
-from svam.machine import one_line_errors, prepare_torch, seed_of
 from svam.params import load_params
 from svam.resume import unfinished
+from svam.seeds import seed_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -40,7 +42,7 @@ def prepare_backbones(
     device = prepare_torch(settings.machine.device, settings.threads, seed)
     # One module per kind, so that a change to the teachers' training does not re-run the autoencoder's.
     kind = "teacher" if part in (Part.geometric, Part.semantic) else part.value
-    module = import_module(f"svam.training.backbones.{kind}")
+    module = import_module(f"svam.training.prepare_backbones.{kind}")
     section = getattr(settings.prepare_backbones, part.value)
     if live is not None:
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
+from svam.console import console, one_line_errors
 from svam.files import whole_directory, write_json
-from svam.machine import console, one_line_errors
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

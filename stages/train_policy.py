@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import one_line_errors, prepare_torch
+from svam.console import one_line_errors
+from svam.device import prepare_torch
 from svam.params import load_params
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -32,8 +33,8 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.resume import unfinished
-    from svam.training.features import FeatureCache
-    from svam.training.policy import load_foresight, train
+    from svam.training.feature_cache import FeatureCache
+    from svam.training.train_policy import load_foresight, train
 
     device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
     store = EpisodeStore.open(episodes)

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from svam.errors import SvamError
+
 if TYPE_CHECKING:
     import torch
 
@@ -28,7 +30,7 @@ VECTORS = ("actions", "expert_actions", "state", "proprioception")
 """The float32 vectors of an episode, one row per time step; all are optional, but a policy needs actions."""
 
 
-class ContractError(ValueError):
+class ContractError(SvamError, ValueError):
     """Data that does not keep the contract; the message names the field, what was found and what was expected."""
 
 
@@ -300,7 +302,7 @@ class EpisodeShape:
 class EpisodeSource(Protocol):
     """A reader of one data set format. It is sent to worker processes, so it holds no open file.
 
-    `svam.episodes.sources.<name>` defines `Options`, a pydantic model of what `convert.options` may say, and
+    `svam.sources.<name>` defines `Options`, a pydantic model of what `convert.options` may say, and
     `open_source(path: Path, options: Options) -> EpisodeSource`. Libraries beyond the project's own are imported in functions.
     """
 

@@ -12,9 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from svam.errors import SvamError
 
-class FileError(ValueError):
+
+class FileError(SvamError, ValueError):
     """A file is missing, truncated or not what it should be; the message names it."""
+
+
+def scratch_folder(name: str) -> Path:
+    """`.cache/<name>` in the project (in the original one where DVC runs an experiment in a copy): what may be lost."""
+    return Path(os.environ.get("DVC_ROOT", ".")) / ".cache" / name
 
 
 def clear_leftovers(path: Path) -> None:

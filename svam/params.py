@@ -14,8 +14,9 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from svam.errors import ParamsError
 from svam.measuring import Benchmark, Compare, Foresight, Report
-from svam.section import Count, Name, ParamsError, Positive, Section, Seed, Share
+from svam.section import Count, Name, Positive, Section, Seed, Share
 
 __all__ = ["Benchmark", "Compare", "Foresight", "ParamsError", "Report", "Section"]
 

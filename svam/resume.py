@@ -27,8 +27,8 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from svam.console import console
 from svam.files import FileError, locked, read_json, sha256, sha256_tree, whole_file
-from svam.machine import console
 from svam.params import Params
 
 COST_SHARE = 0.01

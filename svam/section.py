@@ -13,10 +13,6 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class ParamsError(ValueError):
-    """A parameter is missing, unknown or out of range; the message names the key, its value and what is accepted."""
-
-
 class Section(BaseModel):
     """Base of all sections: immutable; an unknown key, or a value of another type (`"5"`, `yes`), is an error."""
 

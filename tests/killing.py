@@ -16,7 +16,12 @@ from typer.testing import CliRunner
 import svam.resume
 from svam.resume import Resume
 
-HEAVY = ["svam.training.policy", "svam.training.teacher_cache", "svam.training.video", "svam.simulation.closed_loop"]
+HEAVY = [
+    "svam.training.train_policy",
+    "svam.training.cache_teacher",
+    "svam.training.finetune_video",
+    "svam.evaluation.closed_loop",
+]
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.killing", *HEAVY])

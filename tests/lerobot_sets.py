@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from svam.contract import ContractError, Episode, FrameBlocks, frame_blocks
-from svam.episodes.sources.lerobot import LerobotSource, Options, open_source
+from svam.errors import MachineError
 from svam.files import FileError
-from svam.machine import MachineError
 from svam.params import ParamsError
+from svam.sources.lerobot import LerobotSource, Options, open_source
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 CAMERA = "observation.images.top"

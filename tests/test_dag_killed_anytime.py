@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from svam.machine import generator
+from svam.seeds import generator
 from tests.project import PAUSE, found, locked_stages, make_project, mend, run, running_repro
 
 pytestmark = pytest.mark.timeout(1500)

@@ -20,26 +20,33 @@ LAYERS: list[set[str]] = [
         "svam.params",
         "svam.contract",
         "svam.files",
-        "svam.machine",
+        "svam.errors",
+        "svam.console",
+        "svam.seeds",
+        "svam.device",
         "svam.checkpoint",
         "svam.resume",
     },
+    {"svam.sources"},
     {"svam.episodes"},
     {"svam.models"},
     {"svam.training"},
     {"svam.simulation"},
-    {"svam.comparison", "svam.benchmark"},
+    {"svam.evaluation"},
     {"svam.report"},
+    {"svam.analysis"},
+    {"svam.experiments"},
+    {"svam.benchmark"},
     {"stages"},
 ]
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
 # Modules of `models` that others there may be built from; only these assemble.
 ASSEMBLERS = {"generator", "foresight", "svam"}
-SHARED_IN_MODELS = {"attention", "diffusion", "parts", "published"}
+SHARED_IN_MODELS = {"attention", "diffusion", "manifest", "published"}
 # A library that is heavy or may be absent -> the files that may import it, and only within functions or lazily loaded modules.
 LAZY = {
-    "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collection.py"},
-    "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collection.py"},
+    "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collect.py"},
+    "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collect.py"},
 }
 SOURCES = sorted(p for folder in ("svam", "stages") for p in (ROOT / folder).rglob("*.py"))
 NAMES = [p.relative_to(ROOT).as_posix() for p in SOURCES]

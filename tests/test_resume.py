@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from stages import cache_teacher, distill, finetune_video
 from stages import collect as collect_stage
 from stages import generate as generate_stage
+from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
-from svam.machine import console, one_line_errors
 from svam.models.generator import SamplerConfig, VideoForesight
 from svam.params import CacheTeacher, Generate, Optimiser, Params
 from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
-from svam.simulation import collection
-from svam.training import generation, teacher_cache
-from svam.training.distillation_data import GeneratedWindows
-from svam.training.generation import choose_windows, generate_windows
+from svam.simulation import collect as collection
+from svam.training import cache_teacher as teacher_cache
+from svam.training import generate as generation
+from svam.training.batch_order import EndlessOrder
+from svam.training.distill_data import GeneratedWindows
+from svam.training.generate import choose_windows, generate_windows
 from svam.training.loop import fit
-from svam.training.order import EndlessOrder
 from tests.killing import kill, one_code, run_stage
 from tests.stage_deps import ROOT
 from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts

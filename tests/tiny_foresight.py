@@ -11,14 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 
 from svam import params
 from svam.episodes.arrays import GroupWriter
-from svam.episodes.conversion import convert
+from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder
 from svam.models.teachers import Objective, Teacher, TeacherConfig
 from svam.models.text import TextEncoder
 from svam.models.video import VideoConfig, VideoModel, build_unet
-from svam.training.backbones import autoencoder as autoencoder_training
-from svam.training.backbones.text import train_tokenizer
+from svam.training.prepare_backbones import autoencoder as autoencoder_training
+from svam.training.prepare_backbones.text import train_tokenizer
 from tests.recorded import SETTINGS, Recorded, make_episode
 
 SIZE, FRAMES, GRID = 16, 3, 2

@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from svam.benchmark.inputs import Inputs, fresh_folder
+from svam.console import console
+from svam.errors import MachineError
 from svam.files import FileError, read_json
-from svam.machine import MachineError, console
 from svam.params import Params
 
 STEP = ("data", "forward", "backward", "optimiser")

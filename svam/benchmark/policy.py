@@ -16,22 +16,24 @@ from numpy.typing import NDArray
 
 from svam.benchmark.inputs import Inputs, fresh_folder
 from svam.benchmark.timing import in_turn, ratio_of, rounded
+from svam.console import console
 from svam.contract import ContractError, Observation
+from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
+from svam.evaluation.closed_loop import check_tasks, look_of
+from svam.evaluation.latency import timed
+from svam.evaluation.rollout import Outcome, Plan, Workers, run_policy
 from svam.files import sha256
-from svam.machine import console, prepare_torch, seed_of
 from svam.models.foresight import needs_of
 from svam.models.svam import SVAM, Batch
 from svam.models.svam import Inputs as PolicyInputs
 from svam.params import Params
-from svam.simulation.closed_loop import check_tasks, look_of
-from svam.simulation.latency import timed
+from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
-from svam.simulation.rollout import Outcome, Plan, Workers, run_policy
-from svam.training.features import FeatureCache, Wanted, observation_address
+from svam.training.batch_order import EndlessOrder
+from svam.training.feature_cache import FeatureCache, Wanted, observation_address
 from svam.training.loop import fit
-from svam.training.order import EndlessOrder
-from svam.training.policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
+from svam.training.train_policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
 
 
 def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:

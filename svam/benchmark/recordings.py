@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from svam.contract import ContractError, Episode, EpisodeShape, SourceDescription
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
-from svam.machine import generator
+from svam.seeds import generator
 
 RATE_HZ, CAMERA, TASK = 10.0, "front", "benchmark"
 SYNTHETIC_ACTIONS = 7

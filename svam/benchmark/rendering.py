@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 
 from svam.benchmark.inputs import Inputs
 from svam.benchmark.timing import in_turn, ratio_of, rounded
-from svam.machine import become_worker, console, seed_of
+from svam.console import console
+from svam.device import become_worker
 from svam.params import Params
+from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
 
 STYLES = ("fast", "full", "gymnasium")

@@ -30,13 +30,14 @@ from svam.benchmark.peers import (
 )
 from svam.benchmark.recordings import Recording
 from svam.benchmark.timing import Reader, measure, peak_bytes, summary
+from svam.console import console
 from svam.episodes.arrays import GroupWriter
-from svam.episodes.conversion import convert
+from svam.episodes.convert import convert
 from svam.episodes.memory import page_aligned
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
-from svam.machine import console, generator
 from svam.params import Params
+from svam.seeds import generator
 
 Data = tuple[Recording, dict[str, Any]]
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from svam.machine import generator
+from svam.seeds import generator
 
 BARRIER_SECONDS = 600.0
 LIBRARIES = ("numpy", "numcodecs", "zarr", "av")

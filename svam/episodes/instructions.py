@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from svam.errors import ParamsError
+
 # task -> training paraphrases, then, last, the held-out one.
 _TABLE: Mapping[str, tuple[str, ...]] = {
     "assembly": (
@@ -371,7 +373,7 @@ def instructions_of(task: str) -> dict[str, list[str]]:
         ValueError: the table has no such task.
     """
     if task not in _TABLE:
-        raise ValueError(f"no instruction for task {task!r}: the table knows {', '.join(sorted(_TABLE))}")
+        raise ParamsError(f"no instruction for task {task!r}: the table knows {', '.join(sorted(_TABLE))}")
     *train, held_out = _TABLE[task]
     return {"train": train, "held_out": [held_out]}
 

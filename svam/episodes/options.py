@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from svam import sources
 from svam.contract import EpisodeSource
-from svam.episodes import sources
 from svam.params import Params, ParamsError, describe
 
 
@@ -28,7 +28,7 @@ def source_options(params: Params, file: Path = Path("params.yaml")) -> tuple[An
     name = params.convert.source
     if name not in available_sources():
         raise ParamsError(f"convert.source is {name!r}; available: {', '.join(available_sources())}")
-    module = import_module(f"svam.episodes.sources.{name}")
+    module = import_module(f"svam.sources.{name}")
     given = dict(params.convert.options)
     if name == "metaworld":  # what was collected last may be less than what lies in the folder
         given.setdefault("tasks", params.collect.tasks)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.console import track
 from svam.contract import ContractError
 from svam.episodes.curves import Curves, draw_curves
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import whole_file
-from svam.machine import track
 
 Picture = NDArray[np.uint8]
 _INK, _PALE = "#222222", "#777777"

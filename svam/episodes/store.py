@@ -27,7 +27,7 @@ from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDe
 from svam.episodes.arrays import read_attributes
 from svam.episodes.rows import RowReader
 from svam.files import FileError
-from svam.machine import seed_of
+from svam.seeds import seed_of
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")

@@ -11,6 +11,8 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from svam.errors import ParamsError
+
 
 def stride_of(seconds: float, rate_hz: float) -> int:
     """The whole number of steps that last `seconds` at `rate_hz`.
@@ -20,14 +22,14 @@ def stride_of(seconds: float, rate_hz: float) -> int:
     """
     steps = seconds * rate_hz
     if not math.isfinite(steps) or steps < 0.99:
-        raise ValueError(
+        raise ParamsError(
             f"stride_seconds is {seconds:g} s, less than one step at the data's {rate_hz:g} Hz; "
             f"use a multiple of {1 / rate_hz:g} s"
         )
     whole = round(steps)
     if abs(steps - whole) > 0.01:
         near = sorted({max(1, math.floor(steps)), math.ceil(steps)})
-        raise ValueError(
+        raise ParamsError(
             f"stride_seconds is {seconds:g} s, which is {steps:g} steps at the data's {rate_hz:g} Hz; "
             f"use a whole number of steps, for example {' or '.join(f'{n / rate_hz:g}' for n in near)} s"
         )

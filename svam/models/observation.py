@@ -13,6 +13,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from svam.errors import ParamsError
+
 CROP = 0.9
 """Side of the crop as a share of the frame's side."""
 DOWNSAMPLINGS = 3
@@ -60,7 +62,7 @@ class ObservationEncoder(nn.Module):
             ValueError: the frames are not of the size that the encoder was built for.
         """
         if tuple(frames_BHWC.shape[1:3]) != self.image_size:
-            raise ValueError(f"observation: frames are {tuple(frames_BHWC.shape[1:3])} pixels, expected {self.image_size}")
+            raise ParamsError(f"observation: frames are {tuple(frames_BHWC.shape[1:3])} pixels, expected {self.image_size}")
         margin = (self.image_size[0] - self.crop[0], self.image_size[1] - self.crop[1])
         batch = len(frames_BHWC)
         if self.training:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from svam.errors import ParamsError
+
 Aggregator = Literal["uni_perceiver", "mean_pool"]
 
 
@@ -95,7 +97,7 @@ class TokenEmbedding(nn.Module):
             ValueError: T, h, w or C differ from what the module was built for.
         """
         if tuple(context_BTHWC.shape[1:]) != (*self.shape, self.channels):
-            raise ValueError(
+            raise ParamsError(
                 f"context: found (T, h, w, C) = {tuple(context_BTHWC.shape[1:])}, expected {(*self.shape, self.channels)}"
             )
         projected = self.project(context_BTHWC.flatten(2, 3))

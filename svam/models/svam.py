@@ -22,8 +22,8 @@ from svam.contract import ContractError, Foresight, Frozen, Observation, Statist
 from svam.files import FileError, whole_directory
 from svam.models.foresight import ForesightModel, Needs, needs_of
 from svam.models.generator import SamplerConfig
+from svam.models.manifest import verify_manifest, write_manifest
 from svam.models.observation import ObservationEncoder
-from svam.models.parts import verify_manifest, write_manifest
 from svam.models.perceiver import UniPerceiver, build_aggregator
 from svam.models.policy import ActionDiffusion
 from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy

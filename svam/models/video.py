@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from svam.checkpoint import load_config, load_tensors, save_tensors
 from svam.contract import CHECKPOINT_SCHEMA
+from svam.errors import ParamsError
 from svam.files import FileError, write_json
 from svam.models.attention import ShortAttention
 from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
@@ -67,12 +68,12 @@ class VideoModel(nn.Module):
         sizes: Any = unet.config
         width = sizes["cross_attention_dim"]
         if not isinstance(width, int) or width % config.text_width:
-            raise ValueError(
+            raise ParamsError(
                 f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text width {config.text_width}"
             )
         found, latent = (sizes["in_channels"], sizes["out_channels"]), config.latent_channels
         if found != (2 * latent, latent):
-            raise ValueError(
+            raise ParamsError(
                 f"the U-Net has {found[0]} input and {found[1]} output channels; "
                 f"the autoencoder's {latent} latent channels need {2 * latent} and {latent}"
             )
@@ -92,7 +93,7 @@ class VideoModel(nn.Module):
         """Channels C of the one-step features of the first `up_blocks` up blocks."""
         widths = list(reversed(self.unet.config["block_out_channels"]))
         if not 1 <= up_blocks <= len(widths):
-            raise ValueError(f"generate.up_blocks is {up_blocks}, but this U-Net has {len(widths)} up blocks")
+            raise ParamsError(f"generate.up_blocks is {up_blocks}, but this U-Net has {len(widths)} up blocks")
         return int(sum(widths[:up_blocks]))
 
     def initial_noise(self, seeds: list[int] | int) -> Tensor:
@@ -101,7 +102,7 @@ class VideoModel(nn.Module):
         if self.config.noise == "fixed":
             return self.fixed_noise.expand(batch, *self.latent_shape)
         if isinstance(seeds, int):
-            raise ValueError("finetune_video.noise is 'fresh': one noise seed per observation is needed")
+            raise ParamsError("finetune_video.noise is 'fresh': one noise seed per observation is needed")
         return self.seeded_noise(seeds)
 
     def seeded_noise(self, seeds: list[int]) -> Tensor:

@@ -7,8 +7,7 @@ from typing import Annotated
 
 import typer
 
-from svam.machine import console, one_line_errors
-from svam.report.side_by_side import side_by_side
+from svam.console import console, one_line_errors
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 Folder = Annotated[
@@ -23,9 +22,6 @@ def commands() -> None:
     """Tables and figures of more than one run."""
 
 
-app.command("side-by-side")(side_by_side)
-
-
 @app.command()
 @one_line_errors
 def compare(
@@ -33,9 +29,9 @@ def compare(
     collection: Collection = None,
     latency: Annotated[bool, typer.Option(help="Measure latencies, of those policies that are here.")] = True,
 ) -> None:
-    """Print and write the paired table of all finished runs of `python -m svam.comparison run`."""
-    from svam.comparison.loop import Plan
-    from svam.comparison.records import read_records
+    """Print and write the paired table of all finished runs of `python -m svam.experiments run`."""
+    from svam.experiments.loop import Plan
+    from svam.experiments.records import read_records
     from svam.files import FileError
     from svam.params import load_params
 
@@ -49,7 +45,7 @@ def compare(
         text = f"of other params or code than are here, or not in the plan: {', '.join(other)}"
         console.print(text, style="yellow", highlight=False, soft_wrap=True)
 
-    from svam.machine import prepare_torch
+    from svam.device import prepare_torch
     from svam.report.comparison import lines_of, write
     from svam.report.latencies import kept_in, measured, representatives
 
@@ -70,8 +66,8 @@ def trail(
     minutes: Annotated[float | None, typer.Option(min=0, help="Begin no entry after this time; 0: only print.")] = None,
 ) -> None:
     """What limits foresight: run what of compare.trail is not finished, measure it, and print and write the table."""
-    from svam.comparison.loop import alone
-    from svam.comparison.trail import Trail, run_trail
+    from svam.experiments.loop import alone
+    from svam.experiments.trail import Trail, run_trail
     from svam.params import load_params
     from svam.report.trail import measure_experiment, write
 

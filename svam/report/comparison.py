@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from svam.comparison.plan import REFERENCE, VARIANTS
-from svam.comparison.records import Record
-from svam.comparison.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, holm, mcnemar, paired
+from svam.evaluation.scores import rate_of
+from svam.experiments.plan import REFERENCE, VARIANTS
+from svam.experiments.records import Record
+from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, holm, mcnemar, paired
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.latencies import Latency
 from svam.report.tables import markdown_table
-from svam.simulation.scores import rate_of
 
 RANK = {variant: rank for rank, variant in enumerate(VARIANTS)}
 NOT_MEASURED = "not measured"

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from svam.comparison.experiments import fetch
-from svam.comparison.plan import REFERENCE
-from svam.comparison.records import Record, machine
+from svam.console import console, track
+from svam.evaluation.latency import measure_latency
+from svam.experiments.experiments import fetch
+from svam.experiments.plan import REFERENCE
+from svam.experiments.records import Record, machine
 from svam.files import FileError, read_json, write_json
-from svam.machine import console, track
 from svam.models.svam import SVAM
-from svam.simulation.latency import measure_latency
 
 ROUNDS = 15
 

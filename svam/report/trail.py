@@ -15,22 +15,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.comparison import experiments
-from svam.comparison.keys import digest
-from svam.comparison.records import Episode, machine
-from svam.comparison.statistics import LEVEL, Pairs, bootstrap, holm, mcnemar, pairs_of
-from svam.comparison.trail import BranchTrail, Measured, TrailRecord
+from svam.analysis import gap
+from svam.analysis.foresight import Subject, load_model
+from svam.console import track
+from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, read_json, whole_file
-from svam.machine import prepare_torch, scratch_folder, track
+from svam.evaluation import closed_loop
+from svam.evaluation.scores import rate_of
+from svam.experiments import experiments
+from svam.experiments.keys import digest
+from svam.experiments.records import Episode, machine
+from svam.experiments.statistics import LEVEL, Pairs, bootstrap, holm, mcnemar, pairs_of
+from svam.experiments.trail import BranchTrail, Measured, TrailRecord
+from svam.files import FileError, read_json, scratch_folder, whole_file
 from svam.models.svam import SVAM
 from svam.params import Params
-from svam.report import gap
-from svam.report.foresight import Subject, load_model
 from svam.report.tables import markdown_table
-from svam.simulation import closed_loop
-from svam.simulation.scores import rate_of
-from svam.training.distillation_data import GeneratedWindows
+from svam.training.distill_data import GeneratedWindows
 from svam.training.foresight_metrics import moved_patches
 from svam.training.one_step import OneStepFeatures
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.machine import generator, seed_of
+from svam.errors import ParamsError
 from svam.params import Style
+from svam.seeds import generator, seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, MAX_STEPS, TaskEnvironment
 
 BURST_CHANCE, BURST_STEPS = 0.08, 6
@@ -164,7 +165,7 @@ def demonstrate(
             raise RuntimeError(f"task {env.task!r}, seed {drawn}: drawing the pictures changed the outcome of the episode")
         return Demonstration(arrays, attempt, noisy, style)
     kind = ("disturbed " if noisy else "") + (f"{style} " if style != "direct" else "")
-    raise ValueError(
+    raise ParamsError(
         f"task {env.task!r}: the expert failed {attempts} {kind}goals in a row for demonstration {index}; "
         "raise collect.attempts or collect.max_steps" + (", or lower collect.noise_scale" if noisy else "")
     )

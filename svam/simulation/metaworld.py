@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
+from svam.errors import ParamsError
 from svam.simulation import scenes as shared
 from svam.simulation.rendering import Renderer, choose_backend
 
@@ -48,7 +49,7 @@ def check_task(task: str) -> None:
     if task not in names:
         close = get_close_matches(task.removesuffix(_VERSION), names, n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
-        raise ValueError(f"unknown MetaWorld task {task!r}: {hint}")
+        raise ParamsError(f"unknown MetaWorld task {task!r}: {hint}")
 
 
 def random_action(generator: np.random.Generator) -> NDArray[np.float32]:
@@ -130,7 +131,7 @@ class TaskEnvironment:
         names = [env.model.camera(k).name for k in range(env.model.ncam)]
         for camera in self.cameras:
             if camera not in names:
-                raise ValueError(f"unknown camera {camera!r}: MetaWorld has {', '.join(names)}")
+                raise ParamsError(f"unknown camera {camera!r}: MetaWorld has {', '.join(names)}")
             if camera in _MOVED_CAMERAS:
                 env.model.camera(camera).pos[:] = _MOVED_CAMERAS[camera]
         self._camera_numbers = {camera: names.index(camera) for camera in self.cameras}

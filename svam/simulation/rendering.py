@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.machine import MachineError
+from svam.errors import MachineError
 
 BACKENDS = ("egl", "osmesa")
 _CHECKED = "SVAM_GL_CHECKED"

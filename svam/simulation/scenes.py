@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from svam.errors import ParamsError
+
 HIDDEN_GROUP = 5
 """Sites of this group are in no picture and under no label: MuJoCo draws groups 0 to 2 unless told otherwise."""
 _MOUTH = np.array([0.0, 0.22, 0.0])
@@ -61,7 +63,9 @@ def scene_of(task: str) -> Scene:
     for scene in SCENES:
         if task in scene.tasks:
             return scene
-    raise ValueError(f"collect.scenes is 'shared', but task {task!r} has no shared scene; expected {', '.join(shared_tasks())}")
+    raise ParamsError(
+        f"collect.scenes is 'shared', but task {task!r} has no shared scene; expected {', '.join(shared_tasks())}"
+    )
 
 
 def check_scenes(scenes: str, tasks: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.contract import ContractError
+
 MOVED_LEVELS = 8.0
 """A patch has moved when its pixels differ from the same patch of the clip's first frame by more than this many of the 255
 grey levels, on average over its pixels and colours: about what a dark edge crossing a tenth of the patch changes."""
@@ -22,7 +24,7 @@ def moved_patches(frames: NDArray[np.uint8], grid: int) -> NDArray[np.bool_]:
     """
     height, width = frames.shape[2:4]
     if height < grid or width < grid:
-        raise ValueError(f"frames of {height} x {width} pixels cannot be cut into {grid} x {grid} patches")
+        raise ContractError(f"frames of {height} x {width} pixels cannot be cut into {grid} x {grid} patches")
     change = np.abs(frames.astype(np.int16) - frames[:, :1].astype(np.int16)).mean(axis=-1, dtype=np.float32)
     rows, columns = np.arange(grid) * height // grid, np.arange(grid) * width // grid
     sums = np.add.reduceat(np.add.reduceat(change, rows, axis=2), columns, axis=3)

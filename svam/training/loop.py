@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from svam.machine import progress_bar, timed
+from svam.console import progress_bar, timed
+from svam.errors import SvamError
 from svam.params import Optimiser
 from svam.resume import NOTHING_KEPT, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
 
 
-class DivergedError(ValueError):
+class DivergedError(SvamError, ValueError):
     """The loss became NaN or infinite; the message names the part and the step."""
 
 

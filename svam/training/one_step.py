@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svam.console import console
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
-from svam.machine import console
 from svam.models.decoupler import Decoupler
 from svam.models.foresight import ForesightModel, Needs
 from svam.models.generator import SamplerConfig
-from svam.training.distillation_data import GeneratedWindows, TeacherWindows
+from svam.training.distill_data import GeneratedWindows, TeacherWindows
 
 
 def load_foresight(

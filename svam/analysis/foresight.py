@@ -1,0 +1,325 @@
+"""What foresight holds: the gap that distillation could close, depth and features of the future, and where the policy looks.
+
+All of it is measured on held-out windows of `generated.zarr`. What a variant or a data set lacks is left out, and a sentence
+in `left_out` says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svam.analysis import attention, depth_probe, gap
+from svam.analysis.measures import measures_figure
+from svam.console import track
+from svam.contract import ContractError
+from svam.episodes.store import AnnotatedRows, EpisodeStore
+from svam.episodes.windows import clip_rows
+from svam.evaluation.offline import encode_rows
+from svam.files import sha256_tree, write_json
+from svam.models.foresight import BRANCHES, ForesightModel, Needs
+from svam.models.generator import SamplerConfig
+from svam.models.svam import SVAM
+from svam.models.teachers import Teacher
+from svam.params import Foresight
+from svam.report import figures
+from svam.report.grid import Row, picture_grid
+from svam.report.pca import pca_colours
+from svam.seeds import seed_of
+from svam.training.distill_data import GeneratedWindows
+from svam.training.foresight_metrics import moved_patches
+from svam.training.one_step import OneStepFeatures
+from svam.training.teacher_metrics import valid_depth
+
+MOMENTS = 8
+"""Of an episode, in the sequence figure."""
+EXAMPLES = 6
+"""In the depth figure."""
+
+
+@dataclass
+class Subject:
+    """What is looked at: the windows and the store they are of, the frozen parts that made them, the distilled branches, the
+    seed, and the sentences about what could not be measured."""
+
+    windows: GeneratedWindows
+    store: EpisodeStore
+    model: ForesightModel
+    branches: Sequence[str]
+    params: Foresight
+    seed: int
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def held_out_episodes(self) -> NDArray[np.int64]:
+        """(Wh,) the episode of each held-out window."""
+        return self.store.episode_of(self.windows.rows[self.windows.test, 0])
+
+    def truth(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Recorded frames (k, T, H, W, 3) of windows."""
+        rows = self.windows.rows[numbers]
+        frames = self.store.frames(rows.reshape(-1))
+        return frames.reshape(*rows.shape, *frames.shape[1:])
+
+
+def load_model(windows: GeneratedWindows, backbones: Path, models: Path, branches: Sequence[str]) -> ForesightModel:
+    """The frozen parts that made the windows, both teachers, and the decouplers of `branches`.
+
+    Raises:
+        ContractError: the video model is not the one that the windows were generated with.
+        FileError: a part is missing or damaged.
+    """
+    if sha256_tree(models / "video") != windows.attributes.get("video_sha256"):
+        raise ContractError(f"{models}/video: not the video model that {windows.path} was generated with; run generate again")
+    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": models / "video"}
+    folders |= {f"teacher_{branch}": backbones / branch for branch in BRANCHES}
+    folders |= {f"decoupler_{branch}": models / "decouplers" / branch for branch in branches}
+    needs = Needs(video=True, teachers=BRANCHES, decouplers=tuple(b for b in BRANCHES if b in branches))
+    model = ForesightModel.load_parts(needs, SamplerConfig.model_validate(windows.attributes["sampler"]), folders, "frame")
+    for branch in branches:  # what a decoupler was trained on decides what it must see; they all share `cache_teacher`
+        model.reference = model.decouplers[branch].config.reference  # type: ignore[assignment, union-attr]
+    return model
+
+
+def measure_gap(subject: Subject) -> dict[str, dict[str, gap.Sums]]:
+    """Predictor -> measure -> sums over the held-out windows, see `svam.analysis.gap`."""
+    windows, model, batch = subject.windows, subject.model, subject.params.batch
+    teachers = (teacher for teacher in model.teachers.values() if isinstance(teacher, Teacher))
+    teacher = next((teacher for teacher in teachers if teacher.config.objective == "segmentation"), None)
+    labels = subject.store.annotation("segmentation")
+    if teacher is None:
+        subject.left_out.append("IoU of robot and object: no teacher was trained on segmentation.")
+    elif labels is None or not len(labels.rows):
+        subject.left_out.append("IoU against the simulator: the episodes have no segmentation; the teacher's own view remains.")
+    starts = range(0, len(windows.test), max(1, batch // windows.frames_per_clip))
+    parts: dict[str, list[dict[str, gap.Sums]]] = {}
+    for start in track(starts, "gap", len(starts)):
+        numbers = windows.test[start : start + starts.step]
+        places = np.arange(start, start + len(numbers), dtype=np.int64)
+        truth = subject.truth(numbers)
+        flat = torch.from_numpy(truth.reshape(-1, *truth.shape[2:]))
+        reconstruction = model.reconstruct(flat).cpu().numpy().reshape(truth.shape)
+        many, other = windows.frames.read(numbers), windows.other_noise_frames.read(places)
+        made = {
+            "multi_step": many, "one_step": windows.one_step_frames.read(places),
+            "repeat": np.broadcast_to(truth[:, :1], truth.shape), "reconstruction": reconstruction,
+        }  # fmt: skip
+        sums = {row: gap.pixel_sums(clip, truth, reconstruction, windows.grid) for row, clip in made.items()}
+        sums["seed_to_seed"] = gap.pixel_sums(many, other, other, windows.grid)
+        if teacher is not None:
+            shown = {row: clip[:, 1:] for row, clip in {**made, "truth": truth, "other": other}.items()}
+            shown["repeat"] = truth[:, :1]  # one picture: the teacher looks at it once
+            seen = {row: predicted_labels(teacher, frames, batch, model.device) for row, frames in shown.items()}
+            seen["repeat"] = np.broadcast_to(seen["repeat"], seen["truth"].shape)
+            everywhere = np.ones(seen["truth"].shape[:2], dtype=bool)
+            known, simulated = simulator_labels(labels, windows.rows[numbers], seen["truth"])
+            for row in made:
+                sums[row] |= gap.label_sums(seen[row], simulated, known, "iou")
+                sums[row] |= gap.label_sums(seen[row], seen["truth"], ~known, "agree")
+            sums["seed_to_seed"] |= gap.label_sums(seen["multi_step"], seen["other"], everywhere, "agree")
+        for row, found in sums.items():
+            parts.setdefault(row, []).append(found)
+    return {row: gap.joined(blocks) for row, blocks in parts.items()}
+
+
+@torch.no_grad()
+def predicted_labels(teacher: Teacher, frames: NDArray[np.uint8], batch: int, device: torch.device) -> NDArray[np.uint8]:
+    """Classes (..., H, W) that the teacher's head sees in frames (..., H, W, 3)."""
+    flat = torch.from_numpy(np.ascontiguousarray(frames).reshape(-1, *frames.shape[-3:]))
+    parts = [
+        teacher.predict(part.to(device).permute(0, 3, 1, 2).float() / 255.0).argmax(dim=1).byte().cpu()
+        for part in torch.split(flat, batch)
+    ]
+    return np.asarray(torch.cat(parts).numpy().reshape(frames.shape[:-1]), dtype=np.uint8)
+
+
+def simulator_labels(
+    labels: AnnotatedRows | None, rows: NDArray[np.int64], like: NDArray[np.uint8]
+) -> tuple[NDArray[np.bool_], NDArray[np.uint8]]:
+    """Which future frames (k, T - 1) of `rows` (k, T) the simulator annotated, and its labels there (0 elsewhere), of the
+    shape of `like`.
+
+    Raises:
+        ContractError: the annotations are of another size than the frames.
+    """
+    known, values = np.zeros(like.shape[:2], dtype=bool), np.zeros_like(like)
+    if labels is not None and len(labels.rows):
+        w, t = gap.annotated_frames(rows, labels.rows).T
+        found = labels.values(np.searchsorted(labels.rows, rows[w, t]))
+        if found.shape[1:] != like.shape[2:]:
+            raise ContractError(f"segmentation is {found.shape[1:]} pixels, the frames are {like.shape[2:]}; expected the same")
+        known[w, t - 1], values[w, t - 1] = True, found
+    return known, values
+
+
+def probe_depth(subject: Subject) -> tuple[dict[str, Any], Any] | None:
+    """Depth of the future read from frozen features: `depth_probe.score_depth`'s numbers and a figure; None where the
+    episodes have too little depth for either side of the split."""
+    windows, store, params = subject.windows, subject.store, subject.params
+    labels = store.annotation("depth")
+    known = labels.rows if labels is not None else np.empty(0, dtype=np.int64)
+    both = (windows.train, windows.test)
+    sides = [depth_probe.choose_frames(windows.rows, numbers, known, params.probe_frames) for numbers in both]
+    if labels is None or not all(len(numbers) for numbers, _ in sides):
+        subject.left_out.append("Depth of the future: the windows hold no frame with depth on both sides of the split.")
+        return None
+    if "geometric" not in subject.branches:
+        subject.left_out.append("Depth from geometric foresight: that branch is not distilled (distill.branches).")
+    train, test = ((n, t, labels.values(np.searchsorted(labels.rows, windows.rows[n, t])).astype(np.float32)) for n, t in sides)
+    features = probe_features(subject)
+    heads = depth_probe.fit_heads(features, train, windows.grid, params.batch)
+    predicted = depth_probe.read_depth(heads, features, test, windows.grid, params.batch)
+    numbers, frames, truth = test
+    future = store.frames(windows.rows[numbers, frames])
+    observed = store.frames(windows.rows[numbers, 0])
+    moved = moved_patches(np.stack([observed, future], axis=1), windows.grid)[:, 1]
+    valid = train[2][valid_depth(train[2])]
+    episodes = store.episode_of(windows.rows[numbers, 0])
+    boot = gap.Resampled(episodes, params.resamples, subject.seed)
+    scores = depth_probe.score_depth(predicted, test, moved, max(float(valid.std(dtype=np.float64)), 1e-9), boot)
+    shown = most_moving(moved.sum(axis=(1, 2)), episodes, store.episode_task[episodes], EXAMPLES)
+    figure = depth_probe.depth_figure(
+        observed[shown], future[shown], truth[shown], {k: v[shown] for k, v in predicted.items()}, frames[shown].tolist()
+    )
+    return scores | {"training_frames": len(train[0])}, figure
+
+
+def probe_features(subject: Subject) -> depth_probe.Features:
+    """What depth is read from, by source: each (n, h, w, C) at frames t of windows n."""
+    windows, model, store = subject.windows, subject.model, subject.store
+    one_step = windows.features if windows.features is not None else OneStepFeatures(windows, store, model)
+
+    def features(numbers: NDArray[np.int64], frames: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        each = np.arange(len(numbers))
+        step = torch.from_numpy(one_step.read(numbers)).to(model.device).float()
+        reference = model.reference_features("geometric", torch.from_numpy(store.frames(windows.rows[numbers, 0])))
+        recorded = torch.from_numpy(store.frames(windows.rows[numbers, frames]))
+        generated = torch.from_numpy(windows.frames.read(numbers)[each, frames])
+        found = {"repeat": reference, "one_step": step[each, frames]}
+        if "geometric" in subject.branches:
+            found["geometric"] = model.decouple("geometric", step, reference)[each, frames]
+        found["generated"] = model.teacher_features("geometric", generated)
+        found["truth"] = model.reference_features("geometric", recorded)
+        return {name: values.cpu().numpy() for name, values in found.items()}
+
+    return features
+
+
+def most_moving(
+    moved: NDArray[np.integer], episodes: NDArray[np.int64], tasks: NDArray[np.int64], count: int
+) -> NDArray[np.int64]:
+    """Places of up to `count` examples: of each episode the one that moves most, and of these one of each task in turn, those
+    that move most first; in order. `moved`, `episodes`, `tasks`: (n,), of each example."""
+    order = np.argsort(-moved, kind="stable")
+    best = order[np.sort(np.unique(episodes[order], return_index=True)[1])]
+    turn = np.asarray([int((tasks[best[:i]] == tasks[place]).sum()) for i, place in enumerate(best)], dtype=np.int64)
+    return np.sort(best[np.argsort(turn, kind="stable")[:count]])
+
+
+def look_at_attention(subject: Subject, policy: SVAM) -> tuple[list[dict[str, float]], Any] | None:
+    """`attention.score_attention` on held-out windows, and a figure; None where the policy has no Uni-Perceiver over time."""
+    windows, batch = subject.windows, subject.params.batch
+    starts = range(0, len(windows.test), batch)
+    found = []
+    for start in track(starts, "attention", len(starts)):
+        rows = windows.rows[windows.test[start : start + batch], 0]
+        weights = attention.attention_of(policy, encode_rows(subject.store, policy, rows, subject.seed))
+        if weights is None:
+            subject.left_out.append(
+                f"Attention over foreseen frames: context {policy.config.context} with {policy.config.aggregator} has none."
+            )
+            return None
+        found.append(weights)
+    weights, frames = np.concatenate(found), subject.truth(windows.test)
+    moved = moved_patches(frames, weights.shape[-1])
+    episodes = subject.held_out_episodes
+    shown = most_moving(moved.sum(axis=(1, 2, 3)), episodes, subject.store.episode_task[episodes], subject.params.clips)
+    instructions = [subject.store.instruction_of(int(e)) for e in episodes[shown]]
+    lines = attention.score_attention(weights, frames)
+    return lines, attention.attention_figure(frames[shown], weights[shown], instructions)
+
+
+def sequence_figures(subject: Subject) -> list[Any]:
+    """For a held-out episode of each task in turn: the last foreseen frame of every branch at moments along the episode, above
+    what the teacher sees in the frame that was really recorded then. Components are computed over the whole sequence, foreseen
+    and real."""
+    if not subject.branches:
+        subject.left_out.append("Foresight beside the teacher along an episode: no branch is distilled (distill.branches).")
+        return []
+    store = subject.store
+    by_task: dict[str, list[int]] = {}
+    for episode in store.episodes("held_out").tolist():
+        by_task.setdefault(store.task_of(episode), []).append(episode)
+    rounds = max(len(episodes) for episodes in by_task.values())
+    turns = [episodes[k] for k in range(rounds) for episodes in by_task.values() if k < len(episodes)]
+    return [_sequence(subject, episode) for episode in turns[: subject.params.clips]]
+
+
+def _sequence(subject: Subject, episode: int) -> Any:
+    store, model = subject.store, subject.model
+    config = model.video_model.config
+    start, end = store.bounds(episode)
+    last = max(start, end - 1 - (config.frames - 1) * config.stride)
+    rows = np.unique(np.linspace(start, last, MOMENTS).astype(np.int64))
+    instruction = store.instruction_of(episode)
+    observed = torch.from_numpy(store.frames(rows))
+    seeds = [seed_of(subject.seed, "foresight sequence", int(row)) for row in rows]
+    entries = [branch for branch in BRANCHES if branch in subject.branches]
+    foreseen = model.encode(observed, [instruction] * len(rows), entries, seeds).entries
+    future = clip_rows(rows, start, end, config.frames, config.stride)
+    recorded = store.frames(future.reshape(-1))
+    pictures: list[Row] = [
+        ("observed", list(observed.numpy())),
+        ("recorded\nfuture", list(recorded.reshape(*future.shape, *recorded.shape[1:])[:, -1])),
+    ]
+    for branch in entries:
+        made = foreseen[branch].float().cpu().numpy()
+        real = model.reference_features(branch, torch.from_numpy(recorded)).cpu().numpy().reshape(made.shape)
+        colours = pca_colours(np.stack([made, real]))
+        pictures += [(f"{branch}\nforesight", list(colours[0, :, -1])), (f"{branch}\nteacher", list(colours[1, :, -1]))]
+    ahead = (config.frames - 1) * config.stride / store.rate_hz
+    heading = f"{store.task_of(episode)}: '{instruction}'; foresight {ahead:.2g} s ahead, beside the teacher on what came"
+    return picture_grid(pictures, [f"{(row - start) / store.rate_hz:.2f} s" for row in rows], heading)[0]
+
+
+def write_all(folder: Path, subject: Subject, policy: SVAM) -> dict[str, Any]:
+    """Write `metrics.json`, `foresight.md`, `plots/*.json` and the figures into `folder`; returns the metrics."""
+    found: dict[str, Any] = {"gap": gap.summary(
+        measure_gap(subject), subject.held_out_episodes, subject.params.resamples, subject.seed
+    )}  # fmt: skip
+    drawn: dict[str, Any] = {f"sequence_{i}": figure for i, figure in enumerate(sequence_figures(subject))}
+    pages, plots = [gap.markdown(found["gap"])], {"gap": gap.table(found["gap"])}
+    if (depth := probe_depth(subject)) is not None:
+        found["depth"], drawn["depth"] = depth
+        plots["depth"] = depth_probe.table(found["depth"])
+        pages.append(depth_probe.markdown(found["depth"]))
+    if (looked := look_at_attention(subject, policy)) is not None:
+        found["attention"], drawn["attention"] = looked
+        plots["attention"] = attention.table(found["attention"])
+        pages.append(attention.markdown(found["attention"]))
+    drawn["measures"] = measures_figure(found)
+    found["left_out"] = subject.left_out
+    if subject.left_out:
+        pages.append("\n".join(["## Left out", "", *(f"- {sentence}" for sentence in subject.left_out)]))
+    write_json(folder / "metrics.json", rounded(found))
+    (folder / "foresight.md").write_text("\n\n".join(["# What foresight holds", *pages]) + "\n", encoding="utf-8")
+    for name in ("gap", "depth", "attention"):  # empty where left out: the plots of dvc.yaml name every file
+        write_json(folder / "plots" / f"{name}.json", plots.get(name, []))
+    for name, figure in drawn.items():
+        figures.save(figure, folder / f"{name}.png", subject.params.dpi)
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """JSON values with six digits after the point."""
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 6) if isinstance(value, float) else value

@@ -1,0 +1,210 @@
+"""Two policies on the same held-out windows: what each foresees, where it looks, and what it would do (S-VAM beside VPP)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from numpy.typing import NDArray
+
+from svam.console import console, one_line_errors
+from svam.contract import ContractError
+from svam.device import prepare_torch
+from svam.seeds import generator, seed_of
+
+if TYPE_CHECKING:
+    from svam.episodes.store import EpisodeStore
+    from svam.models.svam import SVAM
+
+COLOURS = ("#1f77b4", "#d6604d")
+"""Of the two policies' actions."""
+DIMENSIONS = 8
+"""Action dimensions drawn, the first ones."""
+PICTURE = 1.0
+"""Inches of a picture's side."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One policy on n windows.
+
+    entries: context entry -> (n, T, h, w, C) features. attention: (n, T, N, h, w) or None. actions: (n, K, A) physical units.
+    """
+
+    name: str
+    entries: dict[str, NDArray[np.float32]]
+    attention: NDArray[np.float32] | None
+    actions: NDArray[np.float32]
+
+
+def look(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64], seed: int) -> Seen:
+    """What the policy foresees and would do at store rows (n,).
+
+    Raises:
+        ContractError: the store's camera, image size, proprioception or actions are not what the policy was trained on.
+    """
+    from svam.analysis.attention import attention_of
+    from svam.evaluation.offline import encode_rows
+
+    dimensions = model.statistics.convention.dimensions
+    if dimensions != store.action_dimensions:
+        raise ContractError(f"{name}: acts in {dimensions} dimensions, but {store.path} has {store.action_dimensions}")
+    inputs = encode_rows(store, model, rows, seed)
+    actions = model.sample(inputs, [seed_of(seed, "side by side", int(row)) for row in rows])
+    entries = {entry: values.float().cpu().numpy() for entry, values in inputs.entries.items()}
+    return Seen(name, entries, attention_of(model, inputs), actions)
+
+
+def horizon(models: Sequence[SVAM]) -> tuple[int, int]:
+    """(frames, stride in steps) of the policies' foresight; (1, 1) where none of them foresees.
+
+    Raises:
+        ContractError: they foresee other moments, so that their frames cannot stand in one column.
+    """
+    found = {(c.frames, c.stride) for m in models if m.foresight.video is not None for c in [m.foresight.video.config]}
+    if len(found) > 1:
+        raise ContractError(f"the two policies foresee different (frames, stride): {sorted(found)}; expected the same")
+    return found.pop() if found else (1, 1)
+
+
+def choose_rows(store: EpisodeStore, count: int, span: int, seed: int) -> NDArray[np.int64]:
+    """Rows of held-out episodes, one of each task in turn, each with `span` further steps where its episode has as many."""
+    draws = generator(seed, "side by side")
+    by_task: dict[str, list[int]] = {}
+    for episode in store.episodes("held_out").tolist():
+        by_task.setdefault(store.task_of(episode), []).append(episode)
+    longest = max(len(episodes) for episodes in by_task.values())
+    turns = [episodes[k] for k in range(longest) for episodes in by_task.values() if k < len(episodes)]
+    bounds = [store.bounds(episode) for episode in turns[:count]]
+    return np.asarray([draws.integers(start, max(start + 1, end - span)) for start, end in bounds], dtype=np.int64)
+
+
+def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[str], count: int, seed: int) -> Any:
+    """A figure of `count` held-out windows of the store, see `side_by_side`.
+
+    Raises:
+        ContractError: a policy does not fit the store, or the two do not fit each other.
+    """
+    from svam.episodes.windows import action_rows, clip_rows
+    from svam.evaluation.offline import target_name
+
+    cameras = {model.camera for model in models}
+    if len(cameras) > 1:
+        raise ContractError(f"the two policies look through different cameras: {sorted(cameras)}; expected the same")
+    frames, stride = horizon(models)
+    rows = choose_rows(store, count, (frames - 1) * stride, seed)
+    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
+    future = clip_rows(rows, starts, ends, frames, stride)
+    recorded = store.frames(future.reshape(-1), cameras.pop())
+    clips = recorded.reshape(*future.shape, *recorded.shape[1:])
+    seen = [look(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
+    chunk, real = action_rows(rows, starts, ends, max(model.chunk for model in models))
+    wanted = store.vector(target_name(store), chunk.reshape(-1)).reshape(*chunk.shape, -1)
+    titles = [store.instruction_of(int(episode)) for episode in store.episode_of(rows)]
+    return draw(clips, seen, np.where(real[..., None], wanted, np.nan), titles)
+
+
+def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floating], titles: Sequence[str]) -> Any:
+    """The figure: for each window the recorded frames (n, T, H, W, 3), below them every policy's foresight as principal
+    components (of that entry's whole sequence) and its attention, and beside them the actions wanted (n, K, A), NaN past the
+    episode's end, and predicted."""
+    from matplotlib.figure import Figure
+
+    from svam.analysis.attention import mark
+    from svam.report.grid import GAP, PictureGrid
+
+    count, steps = clips.shape[:2]
+    rows = [rows_of(clips[i], seen, i) for i in range(count)]
+    height = sum(PICTURE * len(part) * (1.0 + GAP) + 0.7 for part in rows)
+    wide = PICTURE * steps * (1.0 + GAP) + 0.9
+    figure = Figure(figsize=(wide + 4.2, height), layout="constrained")
+    for i, part in enumerate(figure.subfigures(count, 1, squeeze=False)[:, 0]):
+        part.suptitle(titles[i], fontsize=9)
+        left, right = part.subfigures(1, 2, width_ratios=[wide, 4.2])
+        grid = PictureGrid(left.subplots(), rows[i], ["observed", *(f"+{t}" for t in range(1, steps))])
+        for row, one in _attention_rows(seen):
+            mark(grid, row, one[i])
+        _draw_actions(right, seen, wanted[i], i, legend=i == 0)
+    return figure
+
+
+def rows_of(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[Any]:
+    """Labelled rows of pictures of one window."""
+    from svam.analysis.attention import overlay
+    from svam.report.pca import pca_colours
+
+    steps = len(clip)
+    rows: list[Any] = [("recorded", list(clip))]
+    for one in seen:
+        for entry, values in one.entries.items():
+            pictures = list(pca_colours(values[window]))
+            # A single picture (the goal frame) stands where its time is: at the end.
+            places = [None] * (steps - len(pictures)) + pictures if entry != "observation" else pictures
+            rows.append((f"{one.name}\n{entry.replace('_', '-')}", (places + [None] * steps)[:steps]))
+        if one.attention is not None:
+            rows.append((f"{one.name}\nattention", list(overlay(clip, one.attention[window].mean(axis=1)))))
+    return rows
+
+
+def _attention_rows(seen: Sequence[Seen]) -> list[tuple[int, NDArray[np.float32]]]:
+    """At which row of `rows_of` each policy's attention stands, and its weights."""
+    found, row = [], 0
+    for one in seen:
+        row += len(one.entries)
+        if one.attention is not None:
+            row += 1
+            found.append((row, one.attention))
+    return found
+
+
+def _draw_actions(part: Any, seen: Sequence[Seen], wanted: NDArray[np.floating], window: int, legend: bool) -> None:
+    """A small plot for each action dimension: what was wanted, and what each policy predicts."""
+    shown = min(wanted.shape[-1], DIMENSIONS)
+    axes = part.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
+    everything = np.concatenate([wanted[:, :shown], *(one.actions[window, :, :shown] for one in seen)])
+    low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
+    # A dimension that hardly changes must not look as wild as the others: a fifth of the widest span is the least.
+    half = np.maximum(high - low, max(0.2 * float((high - low).max()), 1e-6)) * 0.55
+    for d, axis in enumerate(axes):
+        axis.plot(wanted[:, d], color="black", marker="o", markersize=2.5, linewidth=1.0, label="demonstration")
+        for one, colour in zip(seen, COLOURS, strict=True):
+            axis.plot(one.actions[window, :, d], color=colour, linewidth=1.2, label=one.name)
+        axis.set_ylim((low[d] + high[d]) / 2 - half[d], (low[d] + high[d]) / 2 + half[d])
+        axis.tick_params(labelsize=6)
+        axis.set_ylabel(f"action {d}", fontsize=6)
+    axes[-1].set_xlabel("step of the chunk", fontsize=7)
+    if legend:
+        axes[0].legend(fontsize=6, ncol=1 + len(seen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+@one_line_errors
+def side_by_side(
+    first: Annotated[Path, typer.Argument(help="An S-VAM folder, as train_policy writes it.")],
+    second: Annotated[Path, typer.Argument(help="Another one, for example of VPP.")],
+    episodes: Annotated[Path, typer.Option(help="Episode store; held-out episodes are shown.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    names: Annotated[str, typer.Option(help="What the two are called, with a comma between.")] = "S-VAM,VPP",
+    windows: Annotated[int, typer.Option(min=1, help="Windows shown, of one task after the other.")] = 3,
+    seed: Annotated[int, typer.Option(help="Which windows, and all noise.")] = 0,
+    dpi: Annotated[int, typer.Option(min=50, max=300, help="Dots per inch.")] = 100,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
+) -> None:
+    """Draw two policies side by side on held-out windows: foresight, attention, and predicted against wanted actions."""
+    called = [name.strip() for name in names.split(",")]
+    if len(called) != 2 or not all(called):
+        raise ContractError(f"--names is {names!r}, expected two names with a comma between")
+
+    from svam.episodes.store import EpisodeStore
+    from svam.models.svam import SVAM
+    from svam.report.figures import save
+
+    chosen = prepare_torch(device, threads, seed)
+    models = [SVAM.load(folder, chosen) for folder in (first, second)]
+    figure = compare_models(EpisodeStore.open(episodes), models, called, windows, seed)
+    save(figure, out, dpi)
+    console.print(f"{' and '.join(called)} side by side: {out}", highlight=False)

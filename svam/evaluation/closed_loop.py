@@ -1,0 +1,253 @@
+"""The `metaworld` protocol: any-step success on goals that no demonstration has, in four rows.
+
+policy: the model, reading a training paraphrase. held_out_instruction: the same goals and noise, reading the paraphrase that
+no training saw. random and expert: uniformly random actions and MetaWorld's scripted expert, on the policy's own seeds. Every
+drawn goal counts, also one that the expert fails.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from svam.console import console
+from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore
+from svam.errors import ParamsError
+from svam.evaluation.rollout import Outcome, Plan, Policy, Workers, noise_seed, play_scripted, run_policy
+from svam.evaluation.scores import rate_of, summary, tier_of
+from svam.models.svam import SVAM
+from svam.params import Evaluate
+from svam.resume import NOTHING_KEPT, Resume
+from svam.seeds import seed_of
+from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
+from svam.simulation.rendering import choose_backend
+
+Row = Literal["policy", "held_out_instruction", "random", "expert"]
+Film = Callable[[Path, NDArray[np.uint8], tuple[int, ...], Mapping[str, NDArray[np.floating]], float], None]
+"""(file, frames, calls, foresight, rate in Hz): draws one recorded episode, as `svam.report.films.film_rollout` does."""
+ROWS: tuple[Row, ...] = ("policy", "held_out_instruction", "random", "expert")
+SAME_DRAW = 1e-5
+"""Metres: demonstrations' draws are stored with six decimals, so equal ones differ by less than this."""
+
+
+def check_tasks(tasks: Sequence[str], store: EpisodeStore) -> None:
+    """Every task must exist in MetaWorld and in the store, which holds its instructions.
+
+    Raises:
+        ValueError: one does not; the sentence names it and what there is.
+    """
+    if not tasks:
+        raise ParamsError("evaluate.tasks is empty; name tasks, or leave 'metaworld' out of evaluate.protocols")
+    for task in tasks:
+        try:
+            check_task(task)
+        except ValueError as error:
+            raise ParamsError(f"evaluate.tasks: {error}") from None
+        if task not in store.tasks:
+            raise ParamsError(f"evaluate.tasks: no episode of {task!r} in {store.path}, which has {', '.join(store.tasks)}")
+
+
+class Look(TypedDict):
+    """What of `TaskEnvironment` decides the pictures and where episodes start."""
+
+    image_size: int
+    render: Literal["fast", "full"]
+    scenes: Literal["stock", "shared"]
+
+
+def look_of(store: EpisodeStore, tasks: Sequence[str]) -> Look:
+    """How the demonstrations were recorded, by the store's provenance: the policy must meet the same pictures and scenes.
+
+    Raises:
+        ContractError: the store does not come from MetaWorld, its frames are not square, or tasks differ in style or scenes.
+    """
+    height, width = store.image_size
+    recorded = [store.provenance.get("tasks", {}).get(task, {}) for task in tasks]
+    styles = {entry.get("render") for entry in recorded}
+    scenes = {entry.get("scenes", "stock") for entry in recorded}
+    if height != width or not (styles == {"fast"} or styles == {"full"}):
+        found = ", ".join(sorted(map(str, styles)))
+        raise ContractError(
+            f"{store.path}: frames of {height} x {width} pixels, rendered as {found}; the metaworld protocol needs square "
+            "frames recorded in one style by the collect stage (or leave 'metaworld' out of evaluate.protocols)"
+        )
+    if not (scenes == {"stock"} or scenes == {"shared"}):
+        raise ContractError(
+            f"{store.path}: tasks recorded in scenes {', '.join(sorted(map(str, scenes)))}; the metaworld protocol needs "
+            "evaluate.tasks in one kind, stock or shared (collect.scenes)"
+        )
+    return Look(
+        image_size=height, render="full" if styles == {"full"} else "fast",
+        scenes="shared" if scenes == {"shared"} else "stock",
+    )  # fmt: skip
+
+
+def plans_of(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list[Plan]:
+    """The episodes of one row. Environment seeds depend on `seed`, task and index alone, so rows share their goals.
+
+    Raises:
+        ContractError: a task lacks the paraphrases that the row needs.
+    """
+    count = params.held_out_instruction_episodes if row == "held_out_instruction" else params.episodes
+    kind = "held_out" if row == "held_out_instruction" else "train"
+    plans = []
+    for task in params.tasks:
+        sentences = store.instructions[task].get(kind, [])
+        if count and not sentences:
+            raise ContractError(f"{store.path}: task {task!r} has no {kind} instruction")
+        for index in range(count):
+            sentence = sentences[seed_of(seed, "evaluation instruction", kind, task, index) % len(sentences)]
+            record = row == "policy" and index < params.videos
+            plans.append(Plan(row, task, index, seed_of(seed, "evaluate", task, index), sentence, record))
+    return plans
+
+
+def assert_unseen(outcomes: Sequence[Outcome], store: EpisodeStore) -> int:
+    """Check on the drawn goals that no evaluated episode is a demonstration (training or held out); returns how many
+    demonstrations were compared.
+
+    Raises:
+        ContractError: two draws of one task are equal, or a demonstration of an evaluated task does not state its draw.
+    """
+    compared = 0
+    for task in dict.fromkeys(outcome.plan.task for outcome in outcomes):
+        episodes = [e for e in range(len(store.episode_ends)) if store.task_of(e) == task]
+        unknown = [e for e in episodes if not store.episode_provenance[e].get("draw")]
+        if unknown:
+            raise ContractError(f"{store.path}: episode {unknown[0]} ({task}) does not state its draw; run collect and convert")
+        seen = np.asarray([store.episode_provenance[e]["draw"] for e in episodes], dtype=np.float64)
+        compared += len(seen)
+        for outcome in (o for o in outcomes if o.plan.task == task):
+            same = np.flatnonzero((np.abs(seen - np.asarray(outcome.draw)) < SAME_DRAW).all(axis=1))
+            if len(same):
+                raise ContractError(
+                    f"evaluation episode {outcome.plan.index} of {task!r} draws {list(outcome.draw)}, which is demonstration "
+                    f"{episodes[int(same[0])]} of {store.path}; evaluation must use goals that no demonstration has"
+                )
+    return compared
+
+
+def run(
+    store: EpisodeStore, policy: Policy, params: Evaluate, *, camera: str, proprioception: bool, seed: int, workers: int,
+    resume: Resume = NOTHING_KEPT,
+) -> dict[Row, list[Outcome]]:  # fmt: skip
+    """Run all four rows.
+
+    Args:
+        camera: the one that the policy sees. proprioception: whether it also reads that.
+        seed: the pipeline's seed. workers: simulation processes; their number changes no result.
+        resume: where finished episodes are kept.
+
+    Raises:
+        ValueError: an unknown task, a goal that a demonstration has, or a policy that returns NaN.
+        MachineError: nothing renders here, or a worker process died.
+    """
+    check_tasks(params.tasks, store)
+    look = look_of(store, params.tasks)
+    choose_backend()
+    plans = {row: plans_of(row, store, params, seed) for row in ROWS}
+    make = partial(TaskEnvironment, cameras=(camera,), **look)
+    outcomes: dict[Row, list[Outcome]] = {}
+    with Workers(make, workers) as pool:
+        for controller in ("expert", "random"):
+            outcomes[controller] = play_scripted(
+                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed,
+                resume=resume,
+            )  # fmt: skip
+        # The scripted rows draw the goals of all rows, so a leak is found before the policy runs at all.
+        assert_unseen(outcomes["expert"], store)
+        rollouts = run_policy(
+            plans["policy"] + plans["held_out_instruction"], policy, pool, seed=seed, batch=params.batch,
+            execute=params.execute, max_steps=params.max_steps, proprioception=proprioception, resume=resume,
+        )  # fmt: skip
+    outcomes["policy"] = [o for o in rollouts if o.plan.row == "policy"]
+    outcomes["held_out_instruction"] = [o for o in rollouts if o.plan.row == "held_out_instruction"]
+    assert_unseen(rollouts, store)
+    return outcomes
+
+
+def successes(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
+    """Task -> any-step success of its episodes."""
+    table: dict[str, list[bool]] = {}
+    for outcome in outcomes:
+        table.setdefault(outcome.plan.task, []).append(outcome.success)
+    return table
+
+
+def metrics_of(outcomes: Mapping[Row, Sequence[Outcome]], params: Evaluate) -> dict[str, Any]:
+    """Row -> `scores.summary`, and `same_goals`: the policy row on the goals of the held-out paraphrase, to compare it with."""
+    rows: dict[str, Any] = {row: summary(successes(group)) for row, group in outcomes.items() if group}
+    paraphrased = params.held_out_instruction_episodes
+    if paraphrased:
+        rows["same_goals"] = summary(successes([o for o in outcomes["policy"] if o.plan.index < paraphrased]))
+    steps = [o.steps for o in outcomes["policy"] if o.success]
+    return {
+        "rows": rows,
+        "tier_of_task": {task: tier_of(task) for task in params.tasks},
+        "success_counts": "any step of the episode",
+        "intervals": "95 % Wilson",
+        "mean_steps_to_success": float(np.mean(steps)) if steps else None,
+        "expert_failed_goals_kept": rate_of([not o.success for o in outcomes["expert"]])["successes"],
+        "max_steps": params.max_steps,
+        "execute": params.execute,
+    }
+
+
+def record_of(outcome: Outcome) -> dict[str, Any]:
+    """One line of `episodes.jsonl`."""
+    plan = outcome.plan
+    return {
+        "row": plan.row, "task": plan.task, "index": plan.index, "seed": plan.seed, "instruction": plan.instruction,
+        "draw": [round(value, 6) for value in outcome.draw], "success": outcome.success, "steps": outcome.steps,
+        "policy_calls": len(outcome.calls),
+    }  # fmt: skip
+
+
+def write_closed_loop(
+    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, film: Film, seed: int, workers: int, resume: Resume
+) -> dict[str, Any]:
+    """`run` with `model`; write `episodes.jsonl` and `films` of recorded episodes to `folder`; print and return metrics."""
+    outcomes = run(
+        store, model, params, camera=model.camera, proprioception=model.needs_proprioception, seed=seed, workers=workers,
+        resume=resume,
+    )  # fmt: skip
+    metrics = metrics_of(outcomes, params)
+    write_records(folder / "episodes.jsonl", outcomes)
+    for played in outcomes["policy"]:
+        if played.frames is not None:
+            file = folder / "films" / f"{played.plan.task}_{played.plan.index}.mp4"
+            film(file, played.frames, played.calls, foresight_of(model, played, seed, params.batch), store.rate_hz)
+    macro = {row: f"{value['macro']['success']:.0%}" for row, value in metrics["rows"].items()}
+    console.print(f"mean success over tasks: {macro}", highlight=False)
+    return metrics
+
+
+def write_records(file: Path, outcomes: Mapping[Row, Sequence[Outcome]]) -> None:
+    """Write `episodes.jsonl`: a line for each episode, row by row."""
+    lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def foresight_of(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
+    """What the policy foresaw in a recorded episode, encoded again: context entry -> (calls, T, h, w, C), from the same
+    frames, sentence and noise. The policy's proprioception was not recorded and is no part of the foresight."""
+    if outcome.frames is None or not model.config.frozen_entries:
+        return {}
+    found: dict[str, list[NDArray[np.float16]]] = {}
+    for start in range(0, len(outcome.calls), batch):
+        calls = outcome.calls[start : start + batch]
+        filled = [*calls, *[calls[-1]] * (batch - len(calls))]
+        frames = outcome.frames[filled]
+        seeds = [noise_seed(seed, outcome.plan, call) for call in filled]
+        sentences = [outcome.plan.instruction] * batch
+        entries = model.encode_frames(frames, sentences, model.config.frozen_entries, seeds).entries
+        for entry, values in entries.items():
+            found.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
+    return {entry: np.concatenate(parts) for entry, parts in found.items()}

@@ -1,0 +1,240 @@
+"""The `offline` protocol, for data without a simulator: errors on held-out episodes, beside baselines. It is not success: a
+policy may err on every action and still solve the task, or err little and drift away from all that it has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from svam.console import console, track
+from svam.contract import ContractError, Observation
+from svam.episodes.store import EpisodeStore
+from svam.episodes.windows import action_rows, clip_rows
+from svam.models.svam import SVAM, Inputs
+from svam.params import Evaluate
+from svam.resume import Resume
+from svam.seeds import generator, seed_of
+
+NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
+KEPT_CLIPS = 8
+"""Windows whose foresight is kept for pictures."""
+
+
+def choose_windows(store: EpisodeStore, count: int, seed: int) -> NDArray[np.int64]:
+    """Up to `count` rows of held-out episodes, increasing, each with a row before it in its episode (which hold-last needs).
+
+    Raises:
+        ContractError: no held-out episode has two time steps.
+    """
+    bounds = [store.bounds(int(e)) for e in store.episodes("held_out")]
+    rows = np.concatenate([np.arange(start + 1, end, dtype=np.int64) for start, end in bounds])
+    if not len(rows):
+        raise ContractError(f"{store.path}: no held-out episode has two time steps; the offline protocol needs one")
+    if len(rows) > count:
+        rows = np.sort(generator(seed, "offline windows").choice(rows, count, replace=False))
+    return rows
+
+
+@dataclass
+class ActionErrors:
+    """Absolute errors (windows, K, A) in physical units of one predictor; padded steps count nothing."""
+
+    errors: list[NDArray[np.float64]] = field(default_factory=list)
+
+    def summary(self, valid: NDArray[np.bool_]) -> dict[str, Any]:
+        """{mae, mae_per_dimension (A), mae_per_step (K)}; `valid` (windows, K) says which steps the episodes really have."""
+        errors = np.concatenate(self.errors)
+        weight = valid.astype(np.float64)
+        per_step = np.einsum("wka,wk->ka", errors, weight) / np.maximum(weight.sum(axis=0), 1.0)[:, None]
+        per_dimension = np.einsum("wka,wk->a", errors, weight) / weight.sum()
+        return {
+            "mae": float(per_dimension.mean()),
+            "mae_per_dimension": [float(value) for value in per_dimension],
+            "mae_per_step": [float(value) for value in per_step.mean(axis=1)],
+        }
+
+
+class FeatureErrors:
+    """Squared errors of predicted (…, C) teacher features, channel by channel, in units of the truth's variance."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, NDArray[np.float64]] = {}
+
+    def add(self, predicted: NDArray[np.float32], repeated: NDArray[np.float32], truth: NDArray[np.float32]) -> None:
+        """Add a batch; all three have the same shape, the observed frame left out."""
+        channels = truth.shape[-1]
+        t = truth.reshape(-1, channels).astype(np.float64)
+        values = {
+            "error": np.square(predicted.reshape(-1, channels) - t).sum(axis=0),
+            "repeat": np.square(repeated.reshape(-1, channels) - t).sum(axis=0),
+            "sum": t.sum(axis=0),
+            "square": np.square(t).sum(axis=0),
+        }
+        self.sums = {name: value + self.sums.get(name, 0.0) for name, value in values.items()}
+        self.count += len(t)
+
+    def summary(self) -> dict[str, float]:
+        """{mse, repeat_reference_mse, explained}: `explained` = 1 - mse / repeat_reference_mse."""
+        mean = self.sums["sum"] / self.count
+        variance = np.maximum(self.sums["square"] / self.count - mean**2, 1e-12)
+        error = float((self.sums["error"] / self.count / variance).mean())
+        repeat = float((self.sums["repeat"] / self.count / variance).mean())
+        return {"mse": error, "repeat_reference_mse": repeat, "explained": 1.0 - error / max(repeat, 1e-12)}
+
+
+def observations_of(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) -> list[Observation]:
+    """What the policy would have seen at some rows, with each episode's own instruction."""
+    frames = store.frames(rows, model.camera)
+    extra = store.vector("proprioception", rows) if model.needs_proprioception else None
+    episodes = store.episode_of(rows)
+    return [
+        Observation({model.camera: frame}, store.instruction_of(int(e)), None if extra is None else extra[i])
+        for i, (frame, e) in enumerate(zip(frames, episodes, strict=True))
+    ]
+
+
+def encode_rows(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], seed: int) -> Inputs:
+    """The policy's inputs at some rows; fresh video noise, where there is such, is keyed by seed and row."""
+    return model.encode(observations_of(store, model, rows), [seed_of(seed, "offline", int(row)) for row in rows])
+
+
+def target_name(store: EpisodeStore) -> str:
+    """The vector that the policy imitates: what the expert wanted where the data states it, else what was executed."""
+    return "expert_actions" if store.has("expert_actions") else "actions"
+
+
+def true_features(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], entry: str) -> NDArray[np.float32] | None:
+    """What the teachers see in the recorded future, (B, T, h, w, C), prepared as the reference of the current frame is; None
+    for an entry that no teacher answers for. `generated` and `goal_frame` hold all teachers' channels."""
+    foresight = model.foresight
+    branches = [entry] if entry in ("geometric", "semantic") else list(foresight.teachers)
+    if entry in ("one_step", "observation") or foresight.video is None:
+        return None
+    config = foresight.video.config
+    episodes = store.episode_of(rows)
+    starts, ends = np.asarray([store.bounds(int(e)) for e in episodes]).T
+    future = clip_rows(rows, starts, ends, config.frames, config.stride)
+    frames = torch.from_numpy(store.frames(future.reshape(-1), model.camera))
+    parts = [foresight.reference_features(branch, frames).cpu() for branch in branches]
+    features = torch.cat(parts, dim=-1).numpy()
+    return np.asarray(features.reshape(*future.shape, *features.shape[1:]), dtype=np.float32)
+
+
+def evaluate_offline(
+    store: EpisodeStore, model: SVAM, params: Evaluate, seed: int
+) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
+    """Action error over `params.offline_samples` samples per window, baselines, and foresight error.
+
+    Samples share their window's foresight and differ in the action sampler's noise. Baselines: the mean training action,
+    and hold-last, which repeats the action executed just before the observation.
+
+    Returns:
+        Metrics, and arrays for pictures of the first windows, evenly spread: `frames` (n, T, H, W, 3) uint8, and for each
+        entry `foresight_<entry>` and, where there is a truth, `truth_<entry>` (n, T, h, w, C) float16.
+
+    Raises:
+        ContractError: the store has no held-out window, or the model returned NaN.
+    """
+    rows = choose_windows(store, params.offline_windows, seed)
+    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
+    chunk, valid = action_rows(rows, starts, ends, model.chunk)
+    name = target_name(store)
+    truth = store.vector(name, chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
+    last = store.vector("actions", rows - 1).astype(np.float64)[:, None]
+    mean = np.asarray(store.statistics.actions.mean, dtype=np.float64)
+    policy, centre, best, spread = ActionErrors(), ActionErrors(), ActionErrors(), []
+    features: dict[str, FeatureErrors] = {}
+    blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // params.batch))
+    for block in track(blocks, "offline", len(blocks)):
+        padded = np.concatenate([block, np.repeat(block[-1:], params.batch - len(block))])
+        inputs = encode_rows(store, model, rows[padded], seed)
+        samples = np.stack(
+            [
+                model.sample(inputs, [seed_of(seed, "offline", int(row), sample) for row in rows[padded]])[: len(block)]
+                for sample in range(params.offline_samples)
+            ]
+        ).astype(np.float64)
+        errors = np.abs(samples - truth[block])
+        policy.errors.append(errors.mean(axis=0))
+        centre.errors.append(np.abs(samples.mean(axis=0) - truth[block]))
+        nearest = (errors * valid[block][..., None]).sum(axis=(2, 3)).argmin(axis=0)
+        best.errors.append(errors[nearest, np.arange(len(block))])
+        spread.append(samples.std(axis=0).mean(axis=(0, 1)) * len(block))
+        add_feature_errors(features, store, model, rows[block], inputs)
+    metrics = {
+        "notice": NOTICE,
+        "windows": len(rows),
+        "samples": params.offline_samples,
+        "target": name,
+        "policy": policy.summary(valid),
+        "mean_of_samples": centre.summary(valid),
+        "best_sample": best.summary(valid),
+        "sample_spread_per_dimension": [float(value) for value in np.sum(spread, axis=0) / len(rows)],
+        "mean_action": ActionErrors([np.abs(mean - truth)]).summary(valid),
+        "hold_last": ActionErrors([np.abs(last - truth)]).summary(valid),
+        "foresight": {entry: errors.summary() for entry, errors in features.items()},
+    }
+    return metrics, clips_for_pictures(store, model, rows, params.batch, seed)
+
+
+def write_offline(
+    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, resume: Resume
+) -> dict[str, Any]:
+    """Run `evaluate_offline`, write its arrays to `foresight.npz` in `folder`, print the errors, and return the metrics."""
+    found = resume.kept("offline")
+    if found is not None and found.file is not None:
+        metrics: dict[str, Any] = found.value
+        pictures: dict[str, NDArray[Any]] = load_file(found.file)
+    else:
+        metrics, pictures = evaluate_offline(store, model, params, seed)
+        pictures = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
+        resume.keep("offline", metrics, lambda file: save_file(pictures, file))
+    np.savez_compressed(folder / "foresight.npz", **dict(sorted(pictures.items())))  # type: ignore[arg-type]
+    errors = {name: round(metrics[name]["mae"], 4) for name in ("policy", "mean_action", "hold_last")}
+    console.print(f"offline, mean absolute action error: {errors}", highlight=False)
+    return metrics
+
+
+def add_feature_errors(
+    features: dict[str, FeatureErrors], store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], inputs: Inputs
+) -> None:
+    """Add the foresight errors of some windows, entry by entry."""
+    for entry, values in inputs.entries.items():
+        truth = true_features(store, model, rows, entry)
+        if truth is None:
+            continue
+        predicted = values[: len(rows)].float().cpu().numpy()
+        # The reference is what the teacher sees in the current frame, which is frame 0 of the clip.
+        future = truth[:, -1:] if entry == "goal_frame" else truth[:, 1:]
+        repeated = np.broadcast_to(truth[:, :1], future.shape)
+        features.setdefault(entry, FeatureErrors()).add(predicted[:, -future.shape[1] :], repeated, future)
+
+
+def clips_for_pictures(
+    store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], batch: int, seed: int
+) -> dict[str, NDArray[Any]]:
+    """`evaluate_offline`'s second result."""
+    if model.foresight.video is None:
+        return {}
+    kept = rows[np.unique(np.linspace(0, len(rows) - 1, min(KEPT_CLIPS, len(rows), batch)).astype(np.int64))]
+    padded = np.concatenate([kept, np.repeat(kept[-1:], batch - len(kept))])
+    inputs = encode_rows(store, model, padded, seed)
+    config = model.foresight.video.config
+    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(kept)]).T
+    future = clip_rows(kept, starts, ends, config.frames, config.stride)
+    frames = store.frames(future.reshape(-1), model.camera)
+    arrays: dict[str, NDArray[Any]] = {"frames": frames.reshape(*future.shape, *frames.shape[1:])}
+    for entry, values in inputs.entries.items():
+        arrays[f"foresight_{entry}"] = values[: len(kept)].half().cpu().numpy()
+        truth = true_features(store, model, kept, entry)
+        if truth is not None:
+            arrays[f"truth_{entry}"] = truth.astype(np.float16)
+    return arrays

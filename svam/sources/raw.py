@@ -1,0 +1,296 @@
+"""The project's own raw layout, for people with their own recorder: one `.npz` an episode and one `meta.json`.
+
+```
+my_recordings/
+  meta.json
+  pick_001.npz            any name; episodes are read in the order of their names
+  pick_001.front.mp4      optional: the frames of the camera "front" as a video instead of `frames_front` in the .npz
+  pick_002.npz            ...
+```
+
+`meta.json`, at its shortest and with everything:
+
+```
+{"schema_version": 1, "rate_hz": 10, "cameras": ["front"], "tasks": {"pick": {"train": ["pick up the cup"]}}}
+
+{"schema_version": 1, "rate_hz": 10, "cameras": ["front", "wrist"],
+ "tasks": {"pick": {"train": ["pick up the cup", "lift the cup"], "held_out": ["take the cup"]}, "push": {"train": [...]}},
+ "episodes": {"pick_001": {"task": "pick", "instruction": "lift the cup", "held_out": false}, "pick_002": {"task": "pick"}}}
+```
+
+- `rate_hz`: time steps a second. `cameras`: the first one is the foresight camera.
+- `tasks`: the sentences for each task; `held_out` sentences are kept for evaluation. May be left out if every episode has an
+  instruction of its own; it is then a task by itself.
+- `episodes`: by file name without `.npz`; each key is optional. The task is the only one of `tasks` where nothing says which.
+  The instruction is that of `episodes`, or the field `instruction` of the `.npz`, or a training sentence of the task (one
+  after the other, by the episode's number). If an episode says `held_out`, those that do not are training episodes;
+  if none does, the convert stage draws a split.
+
+The `.npz` (numpy.savez or savez_compressed), n time steps:
+
+- `frames_<camera>` uint8 (n, H, W, 3) RGB for each camera without a video; a video has exactly n frames, row t is frame t.
+- `actions` (n, A): what was executed from the state that frame t shows, in physical units.
+- optional `state` (n, S), `proprioception` (n, P), `expert_actions` (n, A); all of these are floating
+  point (16, 32 or 64 bits) and become float32.
+- optional `timestamps` (n,) seconds, float32 or 64, increasing.
+- optional `instruction`: one sentence, as numpy writes `instruction="pick up the cup"`.
+- optional labels of some frames: `annotation_index` int64 (m,), with `depth` float16 or 32 (m, H, W) metres and/or
+  `segmentation` uint8 (m, H, W), of the first camera; the classes are `svam.contract.SEGMENTATION_CLASSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+
+from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frames, Frozen, SourceDescription
+from svam.files import FileError, read_json, stamp
+from svam.sources._npz import Header, field, frame_blocks_of, headers, load
+from svam.sources._video import probe, video_blocks
+
+RAW_SCHEMA = 1
+"""The version of the layout above."""
+_VECTORS = ("actions", "expert_actions", "state", "proprioception")
+_FLOATS = ("float16", "float32", "float64")
+_LABELS: dict[str, Sequence[str]] = {"depth": ("float16", "float32"), "segmentation": ("uint8",)}
+_Sentence = Annotated[str, Field(pattern=r"\S")]
+
+
+class _Task(Frozen):
+    train: Annotated[list[_Sentence], Field(min_length=1)]
+    held_out: tuple[_Sentence, ...] = ()
+
+
+class _EpisodeFacts(Frozen):
+    task: str | None = None
+    instruction: _Sentence | None = None
+    held_out: bool | None = None
+
+
+class _Meta(Frozen):
+    schema_version: Literal[1]
+    rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1)]
+    tasks: dict[str, _Task] = Field(default_factory=dict)
+    episodes: dict[str, _EpisodeFacts] = Field(default_factory=dict)
+
+
+def _read_meta(file: Path) -> _Meta:
+    try:
+        meta = _Meta.model_validate(read_json(file))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "its content"
+        found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
+        raise FileError(f"{file}: {where}: {first['msg'].lower()}{found}") from None
+    except (RecursionError, OSError) as error:
+        raise FileError(f"{file}: cannot be read ({type(error).__name__})") from None
+    if len(set(meta.cameras)) != len(meta.cameras):
+        raise FileError(f"{file}: cameras: {meta.cameras} names one twice")
+    return meta
+
+
+class RawSource:
+    """The episodes of a folder, in the order of their names."""
+
+    def __init__(self, path: Path) -> None:
+        """See `open_source`."""
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise FileError(f"{self.path}: no such directory")
+        self._meta_file = self.path / "meta.json"
+        self._meta = _read_meta(self._meta_file)
+        self._names = sorted(file.stem for file in self.path.glob("*.npz"))
+        if not self._names:
+            raise FileError(f"{self.path}: no <name>.npz in it")
+        absent = sorted(set(self._meta.episodes) - set(self._names))
+        if absent:
+            raise FileError(f"{self._meta_file}: episodes names {absent[0]!r}, but there is no {absent[0]}.npz")
+        self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
+
+    @cached_property
+    def notes(self) -> Sequence[str]:
+        """What of the folder is not read: fields of the first episode, and videos of no episode."""
+        notes = []
+        known = {*_VECTORS, *_LABELS, "annotation_index", "timestamps", "instruction"}
+        known |= {f"frames_{camera}" for camera in self._meta.cameras}
+        first = self._file(0)
+        if unknown := sorted(set(headers(first)) - known):
+            notes.append(
+                f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
+            )
+        used = {f"{name}.{camera}.mp4" for name in self._names for camera in self._meta.cameras}
+        if unused := sorted({file.name for file in self.path.glob("*.mp4")} - used):
+            notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
+        return notes
+
+    def _file(self, index: int) -> Path:
+        return self.path / f"{self._names[index]}.npz"
+
+    def _told(self, index: int) -> tuple[str, str]:
+        """Task and instruction of an episode.
+
+        Raises:
+            FileError: it has no instruction, two different ones, or a task that `meta.json` does not know.
+        """
+        name, file, tasks = self._names[index], self._file(index), self._meta.tasks
+        facts = self._meta.episodes.get(name, _EpisodeFacts())
+        instruction = facts.instruction
+        own = self._own_instruction(file)
+        if own is not None and instruction is not None and own != instruction:
+            raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {instruction!r}")
+        instruction = instruction or own
+        task = facts.task
+        if task is not None and task not in tasks:
+            raise FileError(
+                f"{self._meta_file}: episodes.{name}.task is {task!r}, which is not one of tasks: {', '.join(tasks)}"
+            )
+        if task is None and len(tasks) == 1:
+            task = next(iter(tasks))
+        if task is None and tasks:
+            raise FileError(f"{self._meta_file}: episodes.{name}.task is missing; tasks are {', '.join(tasks)}")
+        if task is None and instruction is None:
+            raise FileError(
+                f"{file}: no instruction: meta.json has no tasks, and neither it nor the .npz an instruction for it"
+            )
+        if instruction is None:
+            sentences = tasks[str(task)].train
+            instruction = sentences[index % len(sentences)]
+        return task or instruction, instruction
+
+    @staticmethod
+    def _own_instruction(file: Path) -> str | None:
+        arrays = load(file, ("instruction",))
+        if "instruction" not in arrays:
+            return None
+        values = arrays["instruction"]
+        if values.dtype.kind not in "US" or values.size != 1:
+            raise FileError(f"{file}: field 'instruction' is {values.dtype} {values.shape}, expected one string")
+        value = values.reshape(-1)[0]
+        try:
+            text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+            text.encode("utf-8")  # numpy keeps any code point, a lone surrogate too
+        except UnicodeError:
+            raise FileError(f"{file}: field 'instruction' is not UTF-8 text") from None
+        if not text.strip():
+            raise FileError(f"{file}: field 'instruction' is empty, expected a sentence")
+        return text
+
+    def describe(self) -> SourceDescription:
+        """Rate, cameras and sentences; reads the instruction fields, no frame."""
+        instructions: dict[str, dict[str, list[str]]] = {
+            task: {"train": list(sentences.train), "held_out": list(sentences.held_out)}
+            for task, sentences in self._meta.tasks.items()
+        }
+        for index in range(len(self)):
+            task, instruction = self._told(index)
+            listed = instructions.setdefault(task, {"train": [], "held_out": []})
+            if instruction not in listed["train"] + listed["held_out"]:
+                listed["train"].append(instruction)
+        return SourceDescription(
+            rate_hz=self._meta.rate_hz, cameras=self._meta.cameras, instructions=instructions, provenance={"source": "raw"}
+        )
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _video(self, index: int, camera: str, found: dict[str, Header]) -> Path | None:
+        """The video of a camera, or None where its frames are in the archive."""
+        file, video = self._file(index), self.path / f"{self._names[index]}.{camera}.mp4"
+        inside = f"frames_{camera}" in found
+        if inside and video.is_file():
+            raise FileError(f"{file}: has field 'frames_{camera}', and {video.name} is there too; keep one")
+        if not inside and not video.is_file():
+            raise FileError(f"{file}: field 'frames_{camera}' is missing, and there is no {video.name}")
+        return None if inside else video
+
+    def shape(self, index: int) -> EpisodeShape:
+        """Lengths, from the headers of the archive.
+
+        Raises:
+            FileError: the archive is damaged, lacks a field, or a video is missing.
+        """
+        file = self._file(index)
+        found = headers(file)
+        steps = field(file, found, "actions", _FLOATS, 2).shape[0]
+        annotated = {}
+        if "annotation_index" in found:
+            labelled = field(file, found, "annotation_index", ("int64",), 1).shape[0]
+            annotated = {name: labelled for name in _LABELS if name in found}
+        facts = self._meta.episodes.get(self._names[index], _EpisodeFacts())
+        held_out = bool(facts.held_out) if self._has_split else None
+        videos = [video for camera in self._meta.cameras if (video := self._video(index, camera, found))]
+        return EpisodeShape(steps, annotated, held_out, " ".join(stamp(part) for part in (file, self._meta_file, *videos)))
+
+    def read(self, index: int) -> Episode:
+        """One episode; its frames are read from the archive or decoded when they are asked for.
+
+        Raises:
+            FileError: the archive or a video is damaged, or lacks a field.
+            ContractError: the episode breaks the contract.
+        """
+        file = self._file(index)
+        found = headers(file)
+        task, instruction = self._told(index)
+        steps = field(file, found, "actions", _FLOATS, 2).shape[0]
+        frames: dict[str, Frames] = {}
+        for camera in self._meta.cameras:
+            video = self._video(index, camera, found)
+            if video is None:
+                frames[camera] = frame_blocks_of(file, f"frames_{camera}", found[f"frames_{camera}"])
+            else:
+                facts = probe(video)
+                if facts.frames != steps:
+                    raise FileError(
+                        f"{video}: {facts.frames} frames, but {file.name} has {steps} actions; expected a frame a row"
+                    )
+                frames[camera] = video_blocks(video, facts)
+        arrays = load(file, [*_VECTORS, *_LABELS, "annotation_index", "timestamps"])
+        vectors: dict[str, NDArray[np.float32]] = {}
+        for name in _VECTORS:
+            if name in arrays:
+                with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
+                    vectors[name] = field(file, arrays, name, _FLOATS, 2).astype(np.float32)
+        times = None
+        if "timestamps" in arrays:
+            times = field(file, arrays, "timestamps", ("float32", "float64"), 1).astype(np.float64)
+        episode = Episode(
+            task=task, instruction=instruction, rate_hz=self._meta.rate_hz, frames=frames, timestamps=times,
+            annotations=self._annotations(file, arrays), provenance={"file": file.name}, **vectors,
+        )  # fmt: skip
+        try:
+            episode.check()
+        except ContractError as error:
+            raise ContractError(f"{file}: {error}") from None
+        return episode
+
+    @staticmethod
+    def _annotations(file: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, Annotation]:
+        present = [name for name in _LABELS if name in arrays]
+        if not present:
+            return {}
+        index = field(file, arrays, "annotation_index", ("int64",), 1).astype(np.int64)
+        annotations = {}
+        for name in present:
+            values = field(file, arrays, name, _LABELS[name], 3)
+            annotations[name] = Annotation(values.astype(np.float32) if name == "depth" else values, index)
+        return annotations
+
+
+class Options(Frozen):
+    """None: `meta.json` says it all."""
+
+
+def open_source(path: Path, options: Options) -> RawSource:
+    """Open a folder of the layout above.
+
+    Raises:
+        FileError: the folder or its `meta.json` is missing, or `meta.json` is not as described.
+    """
+    return RawSource(path)

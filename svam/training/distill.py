@@ -1,0 +1,234 @@
+"""Training a decoupler and measuring it beside its baselines (S-VAM section 3.3).
+
+The video model and the teacher are frozen and their outputs were computed before, so a step is a read and a small
+transformer. Statistics come from training windows; held-out windows are of other episodes and select nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svam.console import console, track
+from svam.contract import ContractError
+from svam.models.decoupler import Decoupler, DecouplerConfig
+from svam.params import Distill
+from svam.resume import NOTHING_KEPT, Resume
+from svam.training.batch_order import EndlessOrder
+from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, kept
+from svam.training.foresight_metrics import ForesightScore
+from svam.training.loop import fit
+
+RIDGE = 1e-4
+"""Of the linear probe, per token and in units of the standardised features' variance: enough to be well posed, no more."""
+EVALUATIONS = 5
+"""Points of the held-out curves."""
+
+
+class DistillationData:
+    """Everything that is read per window: `features`, `reference`, `targets`, `moved`; in memory where it fits."""
+
+    def __init__(self, windows: GeneratedWindows, teacher: TeacherWindows, features: Rows) -> None:
+        count, example = len(windows), features.read(np.zeros(1, dtype=np.int64))
+        self.windows, self.teacher = windows, teacher
+        self.feature_shape: tuple[int, ...] = example.shape[1:]
+        expected = (windows.frames_per_clip, windows.grid, windows.grid)
+        if self.feature_shape[:3] != expected or teacher.targets.shape[1:4] != expected:
+            raise ContractError(
+                f"features of {windows.path} are {self.feature_shape} per window and targets of {teacher.path} "
+                f"{teacher.targets.shape[1:]}; both must begin with {expected}"
+            )
+        self.features = kept(features, count, example.nbytes, "read features")
+        self.targets = kept(teacher.targets, count, teacher.targets.row_bytes, "read targets")
+        self.reference = kept(teacher.reference, count, teacher.reference.row_bytes, "read references")
+
+    def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """(F, reference, targets) float16 of the windows `numbers`."""
+        arrays = (self.features.read(numbers), self.reference.read(numbers), self.targets.read(numbers))
+        features, reference, targets = (torch.from_numpy(a).to(device) for a in arrays)
+        return features, reference, targets
+
+
+class TrainingStatistics:
+    """Per-channel mean and deviation of F and targets, the targets' mean per position, and the closed-form linear probe.
+
+    One pass over the training windows; nothing larger than (C_F + 1)^2 is kept. Statistics are over all frames; the centre
+    and the probe over frames after the first, which is what metrics look at.
+
+    Attributes: feature_mean, feature_std (C_F,), teacher_mean, teacher_std (C_i,), centre (h, w, C_i), and the probe's
+    weight (C_F, C_i) and bias (C_i,) in physical units; float32.
+    """
+
+    def __init__(self, data: DistillationData, block: int = 16) -> None:
+        train = data.windows.train
+        c_f, c_i = data.feature_shape[-1], data.teacher.channels
+        gram, cross = np.zeros((c_f + 1, c_f + 1)), np.zeros((c_f + 1, c_i))
+        moments_f, moments_y = np.zeros((2, c_f)), np.zeros((2, c_i))
+        centre = np.zeros((*data.feature_shape[1:3], c_i))
+        # Sums of squares around a value near the mean keep their digits in float32 products.
+        shift = data.features.read(train[:1]).astype(np.float32).reshape(-1, c_f).mean(axis=0)
+        count = 0
+        starts = range(0, len(train), block)
+        for start in track(starts, "statistics", len(starts)):
+            numbers = train[start : start + block]
+            f, y = data.features.read(numbers).astype(np.float32), data.targets.read(numbers).astype(np.float32)
+            for moments, values in ((moments_f, f), (moments_y, y)):
+                flat = values.reshape(-1, values.shape[-1])
+                moments += np.stack([flat.sum(axis=0, dtype=np.float64), np.square(flat).sum(axis=0, dtype=np.float64)])
+            centre += y[:, 1:].sum(axis=(0, 1), dtype=np.float64)
+            x = np.concatenate([(f[:, 1:] - shift).reshape(-1, c_f), np.ones((f[:, 1:].size // c_f, 1), np.float32)], axis=1)
+            gram += x.T @ x
+            cross += x.T @ y[:, 1:].reshape(-1, c_i)
+            count += len(numbers)
+        tokens = count * int(np.prod(data.feature_shape[:3]))
+        self.feature_mean, self.feature_std = _moments(moments_f, tokens)
+        self.teacher_mean, self.teacher_std = _moments(moments_y, tokens)
+        self.centre = (centre / (count * (data.feature_shape[0] - 1))).astype(np.float32)
+        penalty = RIDGE * gram[-1, -1] * np.append(np.square(self.feature_std, dtype=np.float64), 0.0)
+        solution = np.linalg.solve(gram + np.diag(penalty), cross)
+        self.weight = solution[:-1].astype(np.float32)
+        self.bias = (solution[-1] - shift.astype(np.float64) @ solution[:-1]).astype(np.float32)
+
+    def probe(self, features: NDArray[np.float16]) -> NDArray[np.float32]:
+        """The linear probe's prediction (..., C_i) from F (..., C_F)."""
+        return np.asarray(features.astype(np.float32) @ self.weight + self.bias, dtype=np.float32)
+
+    def tensors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(mean, deviation) of `feature` or `teacher`."""
+        return torch.from_numpy(getattr(self, f"{name}_mean")), torch.from_numpy(getattr(self, f"{name}_std"))
+
+
+def _moments(sums: NDArray[np.float64], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean and deviation from sums and sums of squares; a constant channel gets deviation 1."""
+    mean = sums[0] / count
+    std = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
+    return mean.astype(np.float32), np.where(std < 1e-6, 1.0, std).astype(np.float32)
+
+
+def build(data: DistillationData, statistics: TrainingStatistics, params: Distill) -> Decoupler:
+    """A fresh decoupler of the sizes that data and params give, with its statistics."""
+    frames, height, width, channels = data.feature_shape
+    config = DecouplerConfig(
+        feature_channels=channels, teacher_channels=data.teacher.channels, frames=frames, grid=(height, width),
+        reference=data.teacher.attributes["reference"], anchor=params.anchor, width=params.width, blocks=params.blocks,
+        heads=params.heads, dropout=params.dropout,
+    )  # fmt: skip
+    decoupler = Decoupler(config)
+    decoupler.set_statistics(statistics.tensors("feature"), statistics.tensors("teacher"))
+    return decoupler
+
+
+def distill(
+    data: DistillationData,
+    params: Distill,
+    seed: int,
+    device: torch.device,
+    name: str = "decoupler",
+    live: Path | None = None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[Decoupler, dict[str, Any]]:
+    """Train one branch's decoupler; returns it and the metrics of `evaluate`. `live`: folder of DVCLive's curves."""
+    torch.manual_seed(seed)
+    statistics = TrainingStatistics(data)
+    decoupler = build(data, statistics, params).to(device)
+    bf16 = params.training.bf16
+    few = data.windows.test[np.unique(np.linspace(0, len(data.windows.test) - 1, 48).astype(np.int64))]
+
+    def curves() -> dict[str, float]:
+        scores = score(data, statistics, predictors(data, statistics, decoupler, device, bf16, only=("decoupler",)), few)
+        return {key: scores["decoupler"][key] for key in ("mse", "explained", "cosine_moved")}
+
+    train = data.windows.train
+    order = EndlessOrder(len(train), params.training.batch, seed, "batches")
+    every = max(1, params.training.steps // EVALUATIONS)
+    fit(
+        decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)], device),
+        params.training, device, name, live, curves, every, resume=resume,
+    )  # fmt: skip
+    return decoupler, evaluate(data, statistics, decoupler, device, bf16)
+
+
+Predictor = Callable[[NDArray[np.int64]], NDArray[np.float32]]
+"""Places among the held-out windows (k,) -> predicted teacher features (k, T, h, w, C_i)."""
+
+
+def predictors(
+    data: DistillationData,
+    statistics: TrainingStatistics,
+    decoupler: Decoupler,
+    device: torch.device,
+    bf16: bool,
+    only: tuple[str, ...] = ("decoupler", "linear_probe", "decoded_one_step", "other_noise"),
+) -> dict[str, Predictor]:
+    """The decoupler and its baselines, by name. `repeat_reference` is always among them: others are measured against it."""
+    test, teacher, frames = data.windows.test, data.teacher, data.feature_shape[0]
+
+    @torch.no_grad()
+    def decoupled(places: NDArray[np.int64]) -> NDArray[np.float32]:
+        features, reference, _ = data.batch(test[places], device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            return decoupler(features, reference).float().cpu().numpy()  # type: ignore[no-any-return]
+
+    def repeated(places: NDArray[np.int64]) -> NDArray[np.float32]:
+        reference = data.reference.read(test[places]).astype(np.float32)
+        return np.broadcast_to(reference[:, None], (len(places), frames, *reference.shape[1:]))
+
+    every: dict[str, Predictor] = {
+        "decoupler": decoupled,
+        "linear_probe": lambda places: statistics.probe(data.features.read(test[places])),
+        "decoded_one_step": lambda places: teacher.one_step.read(places).astype(np.float32),
+        "other_noise": lambda places: teacher.other_noise.read(places).astype(np.float32),
+    }
+    return {"repeat_reference": repeated} | {name: every[name] for name in only}
+
+
+def score(
+    data: DistillationData,
+    statistics: TrainingStatistics,
+    guesses: dict[str, Predictor],
+    numbers: NDArray[np.int64],
+    block: int = 16,
+) -> dict[str, dict[str, float]]:
+    """`ForesightScore.result` of each predictor on the held-out windows `numbers`, frames after the first."""
+    scores = {name: ForesightScore(statistics.centre, statistics.teacher_std) for name in guesses}
+    places = np.searchsorted(data.windows.test, numbers)
+    for start in range(0, len(places), block):
+        part = places[start : start + block]
+        chosen = data.windows.test[part]
+        truth = data.targets.read(chosen)[:, 1:].astype(np.float32)
+        moved = data.teacher.moved.read(chosen)[:, 1:].astype(bool)
+        for name, guess in guesses.items():
+            scores[name].add(guess(part)[:, 1:], truth, moved)
+    return {name: s.result(scores["repeat_reference"]) for name, s in scores.items()}
+
+
+def evaluate(
+    data: DistillationData, statistics: TrainingStatistics, decoupler: Decoupler, device: torch.device, bf16: bool
+) -> dict[str, Any]:
+    """Every predictor on all held-out windows, the share of patches that moved there, and what the teacher cache measured."""
+    result: dict[str, Any] = dict(
+        score(data, statistics, predictors(data, statistics, decoupler, device, bf16), data.windows.test)
+    )
+    moved = [data.teacher.moved.read(data.windows.test[i : i + 64])[:, 1:] for i in range(0, len(data.windows.test), 64)]
+    result["moved_share"] = float(np.concatenate(moved).mean())
+    result["held_out_windows"] = len(data.windows.test)
+    result["target"] = data.teacher.attributes["target"]
+    result["teacher"] = data.teacher.attributes["metrics"]
+    return result
+
+
+def print_results(metrics: dict[str, Any], branch: str) -> None:
+    """The table that answers whether distillation was worth it."""
+    console.print(f"{branch}: {metrics['held_out_windows']} held-out windows, {metrics['moved_share']:.1%} of patches moved")
+    for name in ("decoupler", "repeat_reference", "linear_probe", "decoded_one_step", "other_noise"):
+        row = metrics[name]
+        console.print(
+            f"  {name:17s} centred cosine on moved patches {row['cosine_moved']:6.3f}   explained {row['explained']:6.3f} "
+            f"(moved {row['explained_moved']:6.3f})   mse {row['mse']:.4f}", highlight=False,
+        )  # fmt: skip

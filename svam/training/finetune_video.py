@@ -1,0 +1,236 @@
+"""Fine-tuning the video model on robot clips (S-VAM section 4.1; EDM training as in Stable Video Diffusion)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import UNetSpatioTemporalConditionModel
+from numpy.typing import NDArray
+from torch import Tensor
+
+from svam.console import track
+from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore
+from svam.episodes.windows import clip_rows, stride_of
+from svam.models.autoencoder import Autoencoder
+from svam.models.diffusion import expand_like, log_normal_sigmas
+from svam.models.published import load_strict, resolve_weights
+from svam.models.text import TextEncoder
+from svam.models.video import VideoConfig, VideoModel, build_unet
+from svam.params import FinetuneVideo
+from svam.resume import NOTHING_KEPT, Resume
+from svam.seeds import generator, seed_of
+from svam.training.loop import fit
+
+SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
+"""Noise levels between which the held-out denoising loss is reported, beside the first inference sigma."""
+EXACT_PSNR = 100.0
+"""Decibels that an exactly equal picture counts for, as in the autoencoder's metrics; JSON has no infinity. A GPU decodes equal
+latents to equal pixels, so a clip that stands still has such pictures where its first frame is repeated."""
+
+
+class LatentClips:
+    """Latents of one side of the split, encoded once, and the clips that can be cut from them.
+
+    Latents are kept as float16 on the CPU: 2 bytes x c x h' x w' a frame (2 kB at the default, 8 kB for SVD at 256 px).
+    """
+
+    def __init__(
+        self, store: EpisodeStore, split: str, autoencoder: Autoencoder, frames: int, stride: int, device: torch.device
+    ) -> None:
+        self.store, self.frames, self.stride = store, frames, stride
+        episodes = store.episodes(split)  # type: ignore[arg-type]
+        bounds = [store.bounds(int(e)) for e in episodes]
+        lengths = np.array([end - start for start, end in bounds])
+        self.episodes = np.repeat(episodes, lengths)
+        self.first = np.repeat(np.cumsum(lengths) - lengths, lengths)
+        self.last = np.repeat(np.cumsum(lengths), lengths)
+        self.rows = np.concatenate([np.arange(start, end) for start, end in bounds])
+        blocks = np.array_split(self.rows, max(1, len(self.rows) // 256))
+        encoded = [
+            autoencoder.encode(torch.from_numpy(store.frames(block)).to(device)).half().cpu()
+            for block in track(blocks, f"encode {split} frames", len(blocks))
+        ]
+        self.latents = torch.cat(encoded)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def clip_rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Store rows (B, T) of the clips whose observed frames are the `places`-th frames of this split."""
+        return self.rows[self._places(places)]
+
+    def _places(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return clip_rows(places, self.first[places], self.last[places], self.frames, self.stride)
+
+    def clips(self, places: NDArray[np.int64]) -> Tensor:
+        """(B, T, c, h', w') float32."""
+        return self.latents[torch.from_numpy(self._places(places))].float()
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """The sentences that training may speak, embedded once: tokens (sentences, L, D), and which ones each episode may use."""
+
+    tokens: Tensor
+    of_episode: list[list[int]]
+
+    @classmethod
+    def build(cls, store: EpisodeStore, text: TextEncoder) -> TextTable:
+        """An episode may use its task's training paraphrases; where there is no such list, its own instruction."""
+        choices = [
+            store.instructions[store.task_of(e)].get("train", []) or [store.episode_instructions[e]]
+            for e in range(len(store.episode_ends))
+        ]
+        sentences = sorted({s for options in choices for s in options})
+        number = {s: i for i, s in enumerate(sentences)}
+        return cls(text.embed(sentences), [[number[s] for s in options] for options in choices])
+
+    def draw(self, episodes: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
+        """(B, L, D): a random allowed sentence for each episode."""
+        choices = [self.of_episode[int(e)] for e in episodes]
+        return self.tokens[[options[int(rng.integers(len(options)))] for options in choices]]
+
+
+def new_video_model(
+    params: FinetuneVideo, store: EpisodeStore, autoencoder: Autoencoder, text: TextEncoder, seed: int
+) -> VideoModel:
+    """A fresh or published U-Net with the sizes that follow from the data and the frozen backbones.
+
+    Raises:
+        ValueError: the stride does not fit the store's rate, the image does not divide by the autoencoder's factor, or a
+            published U-Net does not fit the autoencoder or the text encoder.
+    """
+    height, width = store.image_size
+    if height % autoencoder.factor or width % autoencoder.factor:
+        raise ContractError(f"frames are {height}x{width}; the autoencoder needs multiples of {autoencoder.factor}")
+    config = VideoConfig(
+        frames=params.frames, stride=stride_of(params.stride_seconds, store.rate_hz), rate_hz=store.rate_hz,
+        latent_channels=autoencoder.latent_channels, latent_size=(height // autoencoder.factor, width // autoencoder.factor),
+        text_tokens=text.tokens, text_width=text.width, sigma_min=params.sigma_min, sigma_max=params.sigma_max,
+        noise=params.noise, camera=store.cameras[0], image_size=(height, width),
+    )  # fmt: skip
+    if params.unet.pretrained:
+        folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet")
+        unet = load_strict(UNetSpatioTemporalConditionModel, folder)
+        unet.requires_grad_(True)
+    else:
+        unet = build_unet(
+            params.unet.channels, params.unet.layers, params.unet.heads, config.latent_channels, text.width, params.frames,
+            min(config.latent_size),
+        )  # fmt: skip
+    noise_shape = (config.frames, config.latent_channels, *config.latent_size)
+    noise = torch.randn(noise_shape, generator=torch.Generator().manual_seed(seed_of(seed, "initial noise")))
+    return VideoModel(unet, config, noise)
+
+
+def draw_sigmas(params: FinetuneVideo, batch: int, random: torch.Generator) -> Tensor:
+    """(batch,) noise levels: log-normal, and a fixed share at sigma_max, where the one-step features are read."""
+    sigma = log_normal_sigmas(batch, params.log_sigma_mean, params.log_sigma_std, random)
+    sigma = sigma.clamp(params.sigma_min, params.sigma_max)
+    first = torch.rand(batch, generator=random) < params.first_sigma_share
+    return torch.where(first, torch.full_like(sigma, params.sigma_max), sigma)
+
+
+def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Tensor, condition: Tensor, text: Tensor) -> Tensor:
+    """(B,) squared error of the raw output against EDM's target: EDM's weighted loss on the denoised clip."""
+    noisy = clean + expand_like(sigma_B, clean) * noise
+    _, output = model.raw(noisy, sigma_B, condition, text)
+    assert output is not None
+    return (output.float() - model.edm.target(clean, noisy, sigma_B)).square().flatten(1).mean(1)
+
+
+def train_video(
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
+    device: torch.device, live: Path | None, resume: Resume = NOTHING_KEPT,
+) -> None:  # fmt: skip
+    """Fine-tune in place; the averaged weights are in `model` afterwards."""
+
+    def batch_of(number: int) -> tuple[Tensor, ...]:
+        rng = generator(seed, "finetune_video", number)
+        random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
+        places = rng.integers(len(clips), size=params.training.batch)
+        clean = clips.clips(places).to(device)
+        text = table.draw(clips.episodes[places], rng).to(device)
+        condition = autoencoder.condition_of(clean[:, 0])
+        # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
+        kept = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
+        sigma = draw_sigmas(params, len(places), random).to(device)
+        noise = torch.randn(clean.shape, generator=random).to(device)
+        return clean, sigma, noise, condition * expand_like(kept, condition), text * expand_like(kept, text)
+
+    fit(
+        model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
+        resume=resume,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def evaluate_video(
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
+    device: torch.device,
+) -> tuple[dict[str, float], NDArray[np.uint8]]:  # fmt: skip
+    """Metrics on held-out episodes, and sample pictures.
+
+    Errors of generated clips are against the autoencoder's reconstruction of the truth, over frames 1..T-1, beside
+    "repeat the first frame". Returns (metrics, pictures (clips, 2, T, H, W, 3) uint8: truth and generation).
+    """
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    rng = generator(seed, "finetune_video held out")
+    places = np.sort(rng.choice(len(clips), size=min(params.evaluation_clips, len(clips)), replace=False))
+    text = table.draw(clips.episodes[places], rng)
+    losses: dict[str, list[Tensor]] = {}
+    sums: dict[str, float] = {}
+    pictures = []
+    blocks = np.array_split(np.arange(len(places)), -(-len(places) // params.training.batch))
+    for block in track(blocks, "evaluate video", len(blocks)):
+        random = torch.Generator().manual_seed(seed_of(seed, "finetune_video held out", int(block[0])))
+        clean, tokens = clips.clips(places[block]).to(device), text[torch.from_numpy(block)].to(device)
+        condition = autoencoder.condition_of(clean[:, 0])
+        noise = torch.randn(clean.shape, generator=random).to(device)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.training.bf16):
+            for low, high in (*SIGMA_BANDS, (params.sigma_max, params.sigma_max)):
+                level = torch.rand(len(block), generator=random) * np.log(high / low) + np.log(low)
+                key = f"loss_sigma_{low:g}_{high:g}" if high > low else "loss_sigma_first"
+                losses.setdefault(key, []).append(
+                    denoising_loss(model, clean, level.exp().to(device), noise, condition, tokens).cpu()
+                )
+            seeds = [seed_of(seed, "held-out noise", int(p)) for p in places[block]]
+            made = model.generate(condition, tokens, model.initial_noise(seeds), params.evaluation_steps, 1.0, 1, 2)
+        repeated = clean[:, :1].expand_as(clean)
+        truth = _decoded(autoencoder, clean)
+        for name, latents in (("generated", made.latents), ("repeated", repeated), ("one_step", made.one_step)):
+            pixels = _decoded(autoencoder, latents)
+            future, wanted = pixels[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)
+            share = len(block) / len(places)
+            for key, value in (
+                ("latent_mse", (latents[:, 1:] - clean[:, 1:]).square().mean()),
+                ("mse", (future - wanted).square().mean()),
+                ("psnr", _psnr(future, wanted)),
+                ("ssim", structural_similarity_index_measure(future, wanted, data_range=1.0)),
+            ):
+                sums[f"{name}_{key}"] = sums.get(f"{name}_{key}", 0.0) + share * float(value)
+            if name == "generated":
+                pictures.append(torch.stack([truth, pixels], dim=1).mul(255).round().byte().permute(0, 1, 2, 4, 5, 3).cpu())
+    metrics = {key: float(torch.cat(values).mean()) for key, values in losses.items()} | sums
+    metrics["error_share_of_repeat"] = sums["generated_mse"] / max(sums["repeated_mse"], 1e-12)
+    metrics["latent_error_share_of_repeat"] = sums["generated_latent_mse"] / max(sums["repeated_latent_mse"], 1e-12)
+    return metrics, torch.cat(pictures).numpy()
+
+
+def _psnr(pictures: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures (k, 3, H, W) in [0, 1], in decibels, averaged over them; see `EXACT_PSNR`."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
+    each: Tensor = peak_signal_noise_ratio(pictures, truth, data_range=1.0, dim=(1, 2, 3), reduction="none")
+    return each.nan_to_num(posinf=EXACT_PSNR).mean()
+
+
+def _decoded(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """(B, T, 3, H, W) in [0, 1]."""
+    pixels = autoencoder.decode(latents.flatten(0, 1), frames=latents.shape[1])
+    return pixels.reshape(*latents.shape[:2], *pixels.shape[1:])

@@ -1,0 +1,294 @@
+"""Teachers: small DINOv2-family models trained on the data set's own frames, or published ones imported.
+
+A teacher of S-VAM looks at *generated* frames. One that has seen clean frames only takes those for something foreign, so
+a share of the training frames is seen through the autoencoder and a share blurred; the labels stay those of the clean frame.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import (
+    DepthAnythingConfig,
+    DepthAnythingForDepthEstimation,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+)
+
+from svam import params
+from svam.console import track
+from svam.contract import SEGMENTATION_CLASSES, ContractError
+from svam.episodes.store import EpisodeStore, Split
+from svam.models.autoencoder import Autoencoder
+from svam.models.published import freeze, resolve_weights
+from svam.models.teachers import Backbone, Teacher, TeacherConfig, unpatchify
+from svam.resume import NOTHING_KEPT, Resume
+from svam.seeds import generator
+from svam.training.loop import fit
+from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames, shuffled
+from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
+
+MASKED_SHARE = 0.5
+"""Share of patches hidden from a self-supervised teacher (SimMIM, Xie et al. 2022: half to two thirds work alike)."""
+BLUR = (0.4, 1.2)
+"""Range of the Gaussian blur's standard deviation, in pixels of a 64-pixel frame."""
+RARE_CLASS_POWER = 0.5
+"""Class weights are frequency to minus this power, so that a goal marker of a few pixels counts beside the table."""
+
+
+def prepare(
+    key: str,
+    section: params.TeacherModel,
+    episodes: Path,
+    autoencoder: Path | None,
+    seed: int,
+    device: torch.device,
+    live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[Teacher, dict[str, Any]]:
+    """The teacher of params key `key` ("geometric" or "semantic") and its metrics on held-out episodes (none for published)."""
+    if section.source == "pretrained":
+        folder = resolve_weights(str(section.path), section.revision, None, f"prepare_backbones.{key}")
+        return Teacher.load_published(folder, section.family, section.image_size), {}
+    if autoencoder is None:
+        raise ContractError(f"prepare_backbones.{key}: an in-domain teacher trains on reconstructions too; pass --autoencoder")
+    store, seen_through = EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device)
+    return train(key, section, store, seen_through, seed, device, live, resume)
+
+
+def check(key: str, section: params.TeacherModel, store: EpisodeStore) -> None:
+    """Raise `ContractError`, in one sentence with the alternatives, unless `store` and `section` allow in-domain training."""
+    where = f"prepare_backbones.{key}"
+    if section.objective != "self_supervised" and store.annotation(section.objective) is None:
+        raise ContractError(
+            f"{where}.source is 'in_domain' with objective {section.objective!r}, but the data set has no {section.objective} "
+            f"annotations: set {where}.source to 'pretrained' with a path, or its objective to 'self_supervised' (with family "
+            f"dinov2 or dinov2_registers), or take {key!r} out of distill.branches and train_policy.context"
+        )
+
+
+def build(section: params.TeacherModel) -> Backbone:
+    """An untrained model of the family's own library class, at the sizes of the params."""
+    vit: dict[str, Any] = {
+        "image_size": section.image_size,
+        "patch_size": section.patch,
+        "hidden_size": section.width,
+        "num_hidden_layers": section.layers,
+        "num_attention_heads": section.heads,
+    }
+    if section.family == "dinov2":
+        return Dinov2Model(Dinov2Config(**vit))
+    if section.family == "dinov2_registers":
+        return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vit, num_register_tokens=4))
+    # Four layers feed the dense head, as in the published model; a shallower one feeds it fewer. Published factors start at
+    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2.
+    taken = sorted({round(section.layers * part / 4) or 1 for part in (1, 2, 3, 4)})
+    fusion = max(16, section.width // 3)
+    return DepthAnythingForDepthEstimation(
+        DepthAnythingConfig(
+            backbone_config=Dinov2Config(**vit, out_indices=taken, apply_layernorm=True, reshape_hidden_states=False),
+            patch_size=section.patch,
+            reassemble_hidden_size=section.width,
+            reassemble_factors=[2, 1, 0.5, 0.25][: len(taken)],
+            neck_hidden_sizes=[fusion // 2, fusion, section.width, section.width][-len(taken) :],
+            fusion_hidden_size=fusion,
+            head_hidden_size=16,
+        )
+    )
+
+
+class Views:
+    """The frames a teacher trains on, each as it is or seen through the autoencoder, and their labels.
+
+    frames, reconstructed: (m, H, W, 3) uint8. labels: (m, S, S), inverse depth in 1/metres float32 (NaN: no measurement),
+    class uint8, or None for self-supervised training.
+    """
+
+    def __init__(self, frames: Tensor, reconstructed: Tensor, labels: Tensor | None) -> None:
+        self.frames, self.reconstructed, self.labels = frames, reconstructed, labels
+
+    def batch(self, section: params.TeacherModel, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, ...]:
+        """(seen (B, 3, H, W) in [0, 1], clean (same), labels): mixed by `reconstructed_share` and `blurred_share`."""
+        chosen = torch.from_numpy(shuffled(rng, len(self.frames), section.training.batch))
+        clean = as_unit(self.frames[chosen].to(device))
+        draw = torch.from_numpy(rng.random(len(chosen))).to(device)[:, None, None, None]
+        seen = torch.where(draw < section.reconstructed_share, as_unit(self.reconstructed[chosen].to(device)), clean)
+        blurry = (draw >= section.reconstructed_share) & (draw < section.reconstructed_share + section.blurred_share)
+        seen = torch.where(blurry, blur(clean, float(rng.uniform(*BLUR))), seen)
+        return seen, clean, self.labels[chosen].to(device) if self.labels is not None else torch.empty(0)
+
+
+def as_unit(frames: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
+    return frames.permute(0, 3, 1, 2).float() / 255.0
+
+
+def blur(frames: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (B, 3, H, W); `sigma` in pixels of a 64-pixel frame."""
+    sigma = sigma * frames.shape[-1] / 64.0
+    reach = max(1, int(np.ceil(3 * sigma)))
+    offsets = torch.arange(-reach, reach + 1, dtype=frames.dtype, device=frames.device)
+    kernel = torch.exp(-(offsets**2) / (2 * sigma**2))
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+    padded = F.pad(frames, (reach, reach, reach, reach), mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel[:, :, None, :], groups=3), kernel[:, :, :, None], groups=3)
+
+
+def reconstruct(autoencoder: Autoencoder, frames: Tensor, device: torch.device, what: str) -> Tensor:
+    """(m, H, W, 3) uint8 -> the same through the autoencoder, on the CPU."""
+    parts = torch.split(frames, 64)
+    rebuilt = (autoencoder.decode_u8(autoencoder.encode(part.to(device))).cpu() for part in parts)
+    return torch.cat(list(track(rebuilt, what, len(parts))))
+
+
+def inverse_depth(depth: NDArray[Any], side: int) -> Tensor:
+    """(m, H, W) metres -> (m, side, side) float32 in 1/metres, as Depth Anything predicts it: the sky is 0, a hole is NaN.
+
+    A renderer's sky lies at its far plane, a hundred times the scene's size: in metres it would be all that the loss sees.
+    """
+    hole = ~(np.isfinite(depth) & (depth > 0))
+    values = np.where(hole, np.nan, 1.0 / np.where(hole, 1.0, depth.astype(np.float32))).astype(np.float32)
+    return F.interpolate(torch.from_numpy(values)[:, None], (side, side), mode="nearest")[:, 0]
+
+
+def annotated(store: EpisodeStore, objective: str, split: Split) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    """Rows of one split that have annotations (as many as fit in memory), and their values (m, H, W)."""
+    found = store.annotation(objective, split)
+    if found is None or len(found.rows) == 0:
+        raise ContractError(f"the data set has no {objective} annotations of {split.replace('_', '-')} episodes")
+    places = frames_that_fit(store, np.arange(len(found.rows)))
+    return found.rows[places], found.values(places)
+
+
+def loss_of(
+    teacher: Teacher, section: params.TeacherModel, counts: NDArray[np.int64]
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """What is optimised, and its loss on one batch of `Views.batch`. `counts`: pixels per class (segmentation)."""
+    if section.objective == "segmentation":
+        frequency = np.maximum(counts / counts.sum(), 1e-4)
+        weight = torch.from_numpy((frequency**-RARE_CLASS_POWER).astype(np.float32)).to(teacher.mean.device)
+
+        def segmentation(batch: tuple[Tensor, ...]) -> Tensor:
+            logits, _ = teacher.dense(teacher.prepare(batch[0]))
+            return F.cross_entropy(logits.float(), batch[2].long(), weight=weight)
+
+        return teacher, segmentation
+    if section.objective == "self_supervised":
+        rng = torch.Generator().manual_seed(int(counts.sum()))
+
+        def masked(batch: tuple[Tensor, ...]) -> Tensor:
+            hidden = torch.rand(len(batch[0]), teacher.grid**2, generator=rng) < MASKED_SHARE
+            dense, _ = teacher.dense(teacher.prepare(batch[0]), hidden.to(batch[0].device))
+            return (dense.float() - teacher.prepare(batch[1])).abs().mean()
+
+        return teacher, masked
+
+    # Depth Anything's head reads four layers, but distillation sees only the last one's tokens: a second, linear head makes
+    # those hold the depth by themselves. It is dropped afterwards.
+    linear = nn.Linear(teacher.channels, teacher.patch**2).to(teacher.mean.device)
+    nn.init.constant_(linear.bias, teacher.config.inverse_mean)
+
+    def depth(batch: tuple[Tensor, ...]) -> Tensor:
+        inverse, tokens = teacher.dense(teacher.prepare(batch[0]))
+        known = torch.isfinite(batch[2])
+        truth = batch[2].nan_to_num(0.0)
+        value = ((inverse[:, 0].float() - truth).abs() * known).sum() / known.sum().clamp(min=1)
+        if teacher.head is not None:
+            return value
+        second = unpatchify(linear(tokens), teacher.patch)[:, 0].float()
+        return value + ((second - truth).abs() * known).sum() / known.sum().clamp(min=1)
+
+    return (teacher if teacher.head is not None else nn.ModuleList([teacher, linear])), depth
+
+
+def train(
+    key: str,
+    section: params.TeacherModel,
+    store: EpisodeStore,
+    autoencoder: Autoencoder,
+    seed: int,
+    device: torch.device,
+    live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[Teacher, dict[str, Any]]:
+    """Train on annotated frames of training episodes; measure on those of held-out ones.
+
+    Raises:
+        ContractError: the data set lacks the objective's annotations (one sentence with the alternatives).
+    """
+    check(key, section, store)
+    config = TeacherConfig(section.family, section.image_size, section.objective)
+    counts = np.zeros(len(SEGMENTATION_CLASSES), np.int64)
+    labels: Tensor | None = None
+    if section.objective == "self_supervised":
+        rows = frames_that_fit(store, store.rows("train"))
+        config = replace(config, outputs=3)
+    else:
+        rows, values = annotated(store, section.objective, "train")
+        if section.objective == "depth":
+            labels = inverse_depth(values, section.image_size)
+            near = values[valid_depth(values)].astype(np.float64)
+            known = labels[torch.isfinite(labels)].double()
+            config = replace(
+                config, outputs=0 if section.family == "depth_anything_v2" else 1, depth_std=round(float(near.std()), 6),
+                inverse_mean=round(float(known.mean()), 6), inverse_std=round(float(known.std()), 6),
+            )  # fmt: skip
+        else:
+            counts = np.bincount(values.ravel(), minlength=len(counts))
+            labels = F.interpolate(torch.from_numpy(values)[:, None], (section.image_size,) * 2, mode="nearest")[:, 0]
+            config = replace(config, outputs=len(counts))
+    teacher = Teacher(build(section), config).to(device)
+    if isinstance(teacher.model, DepthAnythingForDepthEstimation):
+        # The head ends in a ReLU: started below zero everywhere it would never learn.
+        nn.init.constant_(teacher.model.head.conv3.bias, config.inverse_mean)
+    frames = load_frames(store, rows)
+    views = Views(frames, reconstruct(autoencoder, frames, device, f"{key}: reconstructions"), labels)
+    module, loss = loss_of(teacher, section, counts)
+
+    def batch_of(number: int) -> tuple[Tensor, ...]:
+        return views.batch(section, generator(seed, key, "batches", number), device)
+
+    fit(module, loss, batch_of, section.training, device, key, live, resume=resume)
+    teacher = freeze(teacher)
+    return teacher, measure(teacher, store, autoencoder, section.objective, device)
+
+
+def measure(
+    teacher: Teacher, store: EpisodeStore, autoencoder: Autoencoder, objective: str, device: torch.device, most: int = 1024
+) -> dict[str, dict[str, float]]:
+    """Errors on frames of held-out episodes, by view: `real`, `reconstructed` (by the autoencoder), `blurred` (1 pixel of 64).
+
+    Depth: `rmse_m`, `rmse_std`, `abs_rel`. Segmentation: IoU per class, `mean`, `accuracy`. Self-supervised: `rmse` of unmasked
+    reconstruction, in normalised pixel values.
+    """
+    if objective == "self_supervised":
+        rows, values = store.rows("held_out"), None
+    else:
+        rows, values = annotated(store, objective, "held_out")
+    chosen = evenly(np.arange(len(rows)), most)
+    frames = load_frames(store, rows[chosen])
+    rebuilt = reconstruct(autoencoder, frames, device, f"{objective}: held-out frames")
+    results: dict[str, dict[str, float]] = {}
+    for view in ("real", "reconstructed", "blurred"):
+        parts = [as_unit(part.to(device)) for part in torch.split(rebuilt if view == "reconstructed" else frames, 64)]
+        dense = torch.cat([teacher.predict(blur(part, 1.0) if view == "blurred" else part).cpu() for part in parts])
+        if objective == "self_supervised":
+            truth = teacher.prepare(as_unit(frames).to(device)).cpu()
+            dense = F.interpolate(dense, truth.shape[-2:], mode="bilinear", align_corners=False)
+            results[view] = {"rmse": float((dense - truth).square().mean().sqrt())}
+        elif objective == "depth" and values is not None:
+            results[view] = depth_error(dense.numpy(), values[chosen], teacher.config.depth_std)
+        elif values is not None:
+            labels = dense.argmax(dim=1).numpy()
+            results[view] = intersection_over_union(confusion(labels, values[chosen], dense.shape[1]), SEGMENTATION_CLASSES)
+    return results

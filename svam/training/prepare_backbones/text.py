@@ -1,0 +1,233 @@
+"""Text encoder: a small CLIP trained on instructions and frames, whose text half is kept and frozen; or CLIP's own imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from svam import params
+from svam.episodes.store import EpisodeStore
+from svam.models.published import freeze, resolve_weights
+from svam.models.text import TextEncoder
+from svam.resume import NOTHING_KEPT, Resume
+from svam.seeds import generator
+from svam.training.loop import fit
+from svam.training.prepare_backbones.frames import frames_that_fit, load_frames, shuffled
+
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+VOCABULARY = 2048
+"""Largest vocabulary of the in-domain tokenizer; a few dozen sentences need a tenth of it beyond the 512 byte tokens."""
+WORD_DROPOUT = 0.1
+"""Share of an instruction's words left out while training, so that no single word carries a task: a paraphrase may lack it."""
+FRAME_MEAN, FRAME_STD = 0.45, 0.27
+"""CLIP's normalisation of pixels, averaged over channels; only the vision half, which is thrown away, sees it."""
+
+
+def prepare(
+    key: str,
+    section: params.Text,
+    episodes: Path,
+    autoencoder: Path | None,
+    seed: int,
+    device: torch.device,
+    live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[TextEncoder, dict[str, float]]:
+    """The text encoder and its metrics (none for published weights). `autoencoder` is not used."""
+    if section.source == "pretrained":
+        folder = resolve_weights(str(section.path), section.revision, None, f"prepare_backbones.{key}")
+        return TextEncoder.load_published(folder, section.tokens), {}
+    return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
+
+
+def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE with `</w>` word ends) whose merges are learnt from `sentences` (lower-cased)."""
+    tokenizer = CLIPTokenizer()
+    trainer = BpeTrainer(
+        vocab_size=VOCABULARY,
+        min_frequency=1,
+        show_progress=False,
+        # Named, so that they are numbered in this order: the trainer would number letters that end a word in the order of its
+        # hash table, another in every process, and merges of equal counts go by these numbers.
+        special_tokens=[f"{letter}</w>" for letter in sorted(ByteLevel.alphabet())],
+        initial_alphabet=sorted(ByteLevel.alphabet()),
+        end_of_word_suffix="</w>",
+    )
+    learner = tokenizer.backend_tokenizer
+    learner.model = BPE(end_of_word_suffix="</w>")
+    learner.train_from_iterator(sorted(set(sentences)), trainer=trainer)
+    merges = [tuple(pair) for pair in _merges(learner.to_str())]
+    # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens with the highest numbers.
+    letters = sorted(ByteLevel.alphabet())
+    words = letters + [f"{letter}</w>" for letter in letters] + [a + b for a, b in merges]
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*words, BEGIN, END]))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges)
+
+
+def _merges(serialised: str) -> list[list[str]]:
+    import json
+
+    merges: list[list[str]] = json.loads(serialised)["model"]["merges"]
+    return merges
+
+
+def build(section: params.Text, tokenizer: CLIPTokenizer, image_size: tuple[int, int]) -> CLIPModel:
+    """An untrained CLIP: text model as the params say, vision model of the same width on square frames."""
+    shared = {
+        "hidden_size": section.width,
+        "intermediate_size": 4 * section.width,
+        "num_attention_heads": section.heads,
+        "projection_dim": section.width,
+    }
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    side = max(image_size)
+    return CLIPModel(
+        CLIPConfig(
+            text_config={
+                **shared, **special, "num_hidden_layers": section.layers, "vocab_size": len(tokenizer),
+                "max_position_embeddings": section.tokens,
+            },
+            vision_config={**shared, "num_hidden_layers": 2, "image_size": side, "patch_size": max(8, side // 8)},
+            projection_dim=section.width,
+        )
+    )  # fmt: skip
+
+
+def contrastive_loss(images: Tensor, texts: Tensor, scale: Tensor, tasks: Tensor) -> Tensor:
+    """CLIP's symmetric loss where every pair of the same task is a positive: cross-entropy to a uniform spread over them.
+
+    images, texts: (B, D), of unit length. scale: scalar, the inverse temperature. tasks: (B,) int64.
+    """
+    logits = scale * images @ texts.T
+    same = (tasks[:, None] == tasks[None, :]).float()
+    target = same / same.sum(dim=1, keepdim=True)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+class Contrast(nn.Module):
+    """CLIP, and a second projection of the mean over all text tokens, so that every position learns and not the last alone:
+    policy and U-Net attend to all of them, padding included."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+        self.mean_projection = nn.Linear(clip.config.text_config.hidden_size, clip.config.projection_dim, bias=False)
+
+    def loss(self, frames: Tensor, ids: Tensor, tasks: Tensor) -> Tensor:
+        """frames (B, H, W, 3) uint8, ids (B, tokens), tasks (B,) -> scalar."""
+        clip = self.clip
+        pixels = (frames.permute(0, 3, 1, 2).float() / 255.0 - FRAME_MEAN) / FRAME_STD
+        side = clip.config.vision_config.image_size
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        images = F.normalize(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output), dim=-1)
+        text = clip.text_model(input_ids=ids)
+        last = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
+        mean = F.normalize(self.mean_projection(text.last_hidden_state.mean(dim=1)), dim=-1)
+        scale = clip.logit_scale.exp().clamp(max=100.0)
+        return contrastive_loss(images, last, scale, tasks) + contrastive_loss(images, mean, scale, tasks)
+
+
+def drop_words(sentence: str, rng: np.random.Generator) -> str:
+    """`sentence` without about WORD_DROPOUT of its words, but never without all."""
+    words = sentence.split()
+    kept = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= WORD_DROPOUT]
+    return " ".join(kept or words)
+
+
+def word_ids(tokenizer: CLIPTokenizer, sentences: list[str]) -> dict[str, list[int]]:
+    """Each word of some sentences -> its token ids, which do not depend on its neighbours: CLIP splits at spaces first."""
+    words = sorted({word for said in sentences for word in said.split()})
+    return dict(zip(words, tokenizer(words, add_special_tokens=False)["input_ids"], strict=True))
+
+
+def padded_ids(tokenizer: CLIPTokenizer, words: dict[str, list[int]], sentences: list[str], tokens: int) -> Tensor:
+    """What `TextEncoder.ids` gives (B, tokens), put together from the ids of words: with some of them left out, nearly every
+    sentence of a batch is a new one."""
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    rows = [[begin, *(number for word in said.split() for number in words[word]), end] for said in sentences]
+    return torch.tensor([row + [pad] * (tokens - len(row)) for row in rows])
+
+
+def training_sentences(store: EpisodeStore, task: str) -> list[str]:
+    """The training paraphrases of a task; without a list of them, the instructions of its training episodes."""
+    listed = store.instructions.get(task, {}).get("train", [])
+    own = {store.episode_instructions[int(e)] for e in store.episodes("train") if store.task_of(int(e)) == task}
+    return list(listed) or sorted(own)
+
+
+def train(
+    section: params.Text, store: EpisodeStore, seed: int, device: torch.device, live: Path | None,
+    resume: Resume = NOTHING_KEPT,
+) -> tuple[TextEncoder, dict[str, float]]:  # fmt: skip
+    """Train on the training episodes' frames and the training paraphrases of their tasks; held-out paraphrases only measure."""
+    sentences = {task: training_sentences(store, task) for task in store.tasks}
+    tokenizer = train_tokenizer([s for group in sentences.values() for s in group])
+    contrast = Contrast(build(section, tokenizer, store.image_size)).to(device)
+    encoder = TextEncoder(CLIPTextModel(contrast.clip.config.text_config), tokenizer, section.tokens)
+    encoder.model = contrast.clip.text_model  # the half that is kept
+
+    encoder.ids([said for group in sentences.values() for said in group])  # one that is too long is an error
+    words = word_ids(tokenizer, [said for group in sentences.values() for said in group])
+    rows = frames_that_fit(store, store.rows("train"))
+    frames = load_frames(store, rows).numpy()
+    task_of = store.episode_task[store.episode_of(rows)]
+
+    def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        rng = generator(seed, "text batches", number)
+        chosen = shuffled(rng, len(rows), section.training.batch)
+        spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
+        said = [drop_words(choices[rng.integers(len(choices))], rng) for choices in spoken]
+        ids = padded_ids(tokenizer, words, said, section.tokens)
+        seen = torch.from_numpy(frames[chosen])  # as bytes: a quarter of what a device would be sent as floats
+        return seen.to(device), ids.to(device), torch.from_numpy(task_of[chosen]).to(device)
+
+    fit(contrast, lambda batch: contrast.loss(*batch), batch_of, section.training, device, "text", live, resume=resume)
+    held_out = {task: store.instructions.get(task, {}).get("held_out", []) for task in store.tasks}
+    return freeze(encoder), measure(encoder, sentences, held_out)
+
+
+def measure(encoder: TextEncoder, sentences: dict[str, list[str]], held_out: dict[str, list[str]]) -> dict[str, float]:
+    """How far tasks lie apart and paraphrases together, in the mean over all tokens of `embed`, centred on the training mean.
+
+    Returns:
+        `cosine_within`, `cosine_between`: mean over pairs of training paraphrases of one task, of different tasks;
+        `held_out_accuracy`: share of held-out paraphrases whose nearest task mean (of training paraphrases) is their own;
+        `held_out_cosine`: their mean cosine to it. What cannot be computed (one task, nothing held out) is absent.
+    """
+    tasks = [task for task, spoken in sentences.items() if spoken]
+    vectors = {task: encoder.embed(sentences[task]).mean(dim=1) for task in tasks}
+    centre = torch.cat(list(vectors.values())).mean(dim=0)
+    unit = {task: F.normalize(v - centre, dim=-1) for task, v in vectors.items()}
+    result: dict[str, float] = {}
+    if len(tasks) < 2:
+        return result
+    within = [_pairs(v @ v.T) for v in unit.values() if len(v) > 1]
+    if within:
+        result["cosine_within"] = float(torch.cat(within).mean())
+    between = [(unit[a] @ unit[b].T).flatten() for k, a in enumerate(tasks) for b in tasks[k + 1 :]]
+    result["cosine_between"] = float(torch.cat(between).mean())
+    means = F.normalize(torch.stack([v.mean(dim=0) for v in unit.values()]), dim=-1)
+    hits: list[float] = []
+    cosines: list[float] = []
+    for number, task in enumerate(tasks):
+        for sentence in held_out.get(task, []):
+            similar = means @ F.normalize(encoder.embed([sentence]).mean(dim=1)[0] - centre, dim=-1)
+            hits.append(float(int(similar.argmax()) == number))
+            cosines.append(float(similar[number]))
+    if hits:
+        result["held_out_accuracy"], result["held_out_cosine"] = float(np.mean(hits)), float(np.mean(cosines))
+    return result
+
+
+def _pairs(similarities: Tensor) -> Tensor:
+    """Entries above the diagonal of a square matrix."""
+    return similarities[torch.triu(torch.ones_like(similarities, dtype=torch.bool), diagonal=1)]

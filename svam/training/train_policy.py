@@ -1,0 +1,287 @@
+"""Training of the policy: demonstrations -> cached foresight -> Uni-Perceiver and action diffusion (S-VAM section 3.4).
+
+An observation is every n-th step of a demonstration. Its target is the chunk of K actions from that step on: the expert's,
+where the data records what the expert wanted beside what was executed. Past the end of the demonstration the chunk is
+padded, and the padding is masked out of the loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svam.console import console
+from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore, Split
+from svam.episodes.windows import action_rows, window_starts
+from svam.files import sha256, sha256_tree
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
+from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
+from svam.params import Generate, TrainPolicy
+from svam.resume import NOTHING_KEPT, Resume
+from svam.seeds import seed_of
+from svam.training.batch_order import EndlessOrder
+from svam.training.feature_cache import Encode, FeatureCache, Features, Wanted, observation_address
+from svam.training.loop import fit
+
+HELD_OUT = 256
+"""Held-out observations, evenly spread, on which checkpoints are compared."""
+STATISTICS_ROWS = 512
+"""Training observations, evenly spread, from which the inputs' means and deviations are computed."""
+FRAMES = "frames"
+"""Name under which the cache keeps the frames that a trained observation encoder reads."""
+FORESIGHT_CODE = (
+    "attention", "autoencoder", "decoupler", "diffusion", "foresight", "generator", "published", "teachers", "text", "tokens",
+    "video",
+)  # fmt: skip
+"""Modules of `svam.models` that decide the frozen features; their source is part of the cache's address."""
+
+
+@dataclass(frozen=True)
+class Observations:
+    """Observed steps of one side of the split.
+
+    rows (n,) int64 store rows; instructions: n sentences; actions (n, K, A) float32 physical; mask (n, K) bool, true where
+    the action is real; proprioception (n, P) float32 normalised, or None.
+    """
+
+    rows: NDArray[np.int64]
+    instructions: list[str]
+    actions: NDArray[np.float32]
+    mask: NDArray[np.bool_]
+    proprioception: NDArray[np.float32] | None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def choose_rows(store: EpisodeStore, split: Split, stride: int, episodes_per_task: int | None) -> NDArray[np.int64]:
+    """Every `stride`-th row of the episodes of one side, from each episode's first; at most the first
+    `episodes_per_task` episodes of every task."""
+    used: dict[str, int] = {}
+    rows = []
+    for episode in store.episodes(split).tolist():
+        task = store.task_of(episode)
+        used[task] = used.get(task, 0) + 1
+        if episodes_per_task is None or used[task] <= episodes_per_task:
+            rows.append(window_starts(*store.bounds(episode), every=stride))
+    return np.concatenate(rows)
+
+
+def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, proprioception: bool, seed: int) -> Observations:
+    """Instructions (a training paraphrase drawn for each row), targets and proprioception of the given store rows."""
+    episodes = store.episode_of(rows)
+    bounds = np.asarray([store.bounds(int(e)) for e in episodes], dtype=np.int64)
+    wanted, mask = action_rows(rows, bounds[:, 0], bounds[:, 1], chunk)
+    values = store.vector("expert_actions" if store.has("expert_actions") else "actions", wanted.reshape(-1))
+    state = None
+    if proprioception:
+        if not store.has("proprioception"):
+            raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
+        state = store.statistics.normalise_proprioception(store.vector("proprioception", rows))
+    instructions = [
+        store.instruction_of(int(e), seed_of(seed, "train_policy", int(r))) for e, r in zip(episodes, rows, strict=True)
+    ]
+    return Observations(rows, instructions, values.reshape(len(rows), chunk, -1), mask, state)
+
+
+def sources_of(
+    entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], camera: str
+) -> dict[str, dict[str, Any]]:
+    """Entry -> everything that decides its cached numbers: the parts' bytes, the code, the sampler, device and threads."""
+    models = Path(__file__).parent.parent / "models"
+    code = {name: sha256(models / f"{name}.py") for name in FORESIGHT_CODE}
+    parts: dict[str, str] = {}
+    sources: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if entry == FRAMES:
+            sources[entry] = {"entry": entry, "camera": camera}
+            continue
+        needs = needs_of([entry], frozen_observation=True).parts
+        for name in needs:
+            parts.setdefault(name, sha256_tree(folders[name]))
+        sources[entry] = {
+            "entry": entry, "camera": camera, "parts": {n: parts[n] for n in needs if n != "text" or "video" in needs},
+            "code": code, "sampler": foresight.sampler.model_dump(), "reference": foresight.reference,
+            "device": foresight.device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+        }  # fmt: skip
+    return sources
+
+
+def encoder_of(foresight: ForesightModel) -> Encode:
+    """What fills the cache. A video model with fresh noise gets a seed from the observation itself, since rows are
+    addressed by content."""
+
+    def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
+        found: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
+        frozen = [e for e in entries if e != FRAMES]
+        if frozen:
+            seeds = [int(observation_address(f, i)[:15], 16) for f, i in zip(frames, instructions, strict=True)]
+            encoded = foresight.encode(torch.from_numpy(frames), instructions, frozen, seeds).entries
+            found |= {e: v.half().cpu().numpy() for e, v in encoded.items()}
+        return found
+
+    return encode
+
+
+class TrainingData:
+    """Observations with their cached features and text, as batches on a device."""
+
+    def __init__(
+        self, observations: Observations, features: Features, foresight: ForesightModel, svam: SVAM, device: torch.device
+    ) -> None:
+        self.observations, self.features, self.device = observations, features, device
+        sentences = sorted(set(observations.instructions))
+        self.text = foresight.embed_text(sentences).to(device)
+        place = {sentence: i for i, sentence in enumerate(sentences)}
+        self.sentence = np.asarray([place[i] for i in observations.instructions])
+        self.actions = svam.statistics.normalise_actions(observations.actions)
+
+    def inputs(self, positions: NDArray[np.int64]) -> Inputs:
+        """What the policy sees of the observations at `positions`."""
+        values = {entry: torch.from_numpy(v).to(self.device) for entry, v in self.features.read(positions).items()}
+        state = self.observations.proprioception
+        return Inputs(
+            entries={entry: v for entry, v in values.items() if entry != FRAMES},
+            text=self.text[self.sentence[positions]],
+            frames=values.get(FRAMES),
+            proprioception=None if state is None else torch.from_numpy(state[positions]).to(self.device),
+        )
+
+    def batch(self, positions: NDArray[np.int64]) -> Batch:
+        """Inputs, normalised targets and mask."""
+        return Batch(
+            inputs=self.inputs(positions),
+            actions=torch.from_numpy(self.actions[positions]).to(self.device),
+            mask=torch.from_numpy(self.observations.mask[positions]).to(self.device),
+        )
+
+
+def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
+    """Means and deviations per channel of every frozen entry over training observations, into the policy's buffers."""
+    count = min(STATISTICS_ROWS, len(data.observations))
+    positions = np.linspace(0, len(data.observations) - 1, count).round().astype(np.int64)
+    for entry in svam.config.frozen_entries:
+        space, numbers = data.features.spaces[entry], data.features.numbers[entry]
+        total = square = np.zeros(svam.config.shapes[entry][3])
+        count_values = 0
+        for part in np.array_split(positions, max(1, count // 32)):
+            values = space.read(numbers[part]).astype(np.float64).reshape(-1, len(total))
+            total, square, count_values = total + values.sum(0), square + (values**2).sum(0), count_values + len(values)
+        mean = total / count_values
+        std = np.sqrt(np.maximum(square / count_values - mean**2, 0.0))
+        svam.network.set_input_statistics(entry, torch.from_numpy(mean), torch.from_numpy(std))
+
+
+def action_error(svam: SVAM, data: TrainingData, batch: int, seed: int) -> dict[str, float]:
+    """Mean absolute error of sampled chunks against the target, over real actions, in physical units: of the whole chunk
+    (`action_error`) and of its first action."""
+    count = len(data.observations)
+    total, first = 0.0, 0.0
+    for start in range(0, count, batch):
+        positions = np.arange(start, min(start + batch, count), dtype=np.int64)
+        padded = np.resize(positions, batch)
+        seeds = [seed_of(seed, "action error", int(p)) for p in padded]
+        error = np.abs(svam.sample(data.inputs(padded), seeds)[: len(positions)] - data.observations.actions[positions])
+        total += float((error * data.observations.mask[positions, :, None]).sum())
+        first += float(error[:, 0].sum())
+    dimensions = data.observations.actions.shape[2]
+    real = int(data.observations.mask.sum())
+    return {"action_error": total / (real * dimensions), "first_action_error": first / (count * dimensions)}
+
+
+def load_foresight(section: TrainPolicy, sampling: Generate, folders: Mapping[str, Path]) -> ForesightModel:
+    """Just the frozen parts that the context needs, read and sampled as `generate` says, but for the policy's own precision.
+
+    `folders`: part name -> directory. What the decouplers' reference is computed on, they state themselves.
+
+    Raises:
+        ValueError: a part is missing or damaged, or the decouplers were distilled with different references.
+    """
+    needs = needs_of(frozen_entries(section.context, section.observation_encoder), frozen_observation=True)
+    sampler = SamplerConfig(**sampling.model_dump(include=set(SamplerConfig.model_fields) - {"bf16"}), bf16=section.encode_bf16)
+    foresight = ForesightModel.load_parts(needs, sampler, folders)
+    configs: dict[str, Any] = {branch: foresight.part(f"decoupler_{branch}").config for branch in needs.decouplers}
+    references = {branch: config.reference for branch, config in configs.items()}
+    if len(set(references.values())) > 1:
+        raise ContractError(f"the decouplers were distilled with different references: {references}; run cache_teacher again")
+    foresight.reference = next(iter(references.values()), foresight.reference)
+    return foresight
+
+
+def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) -> None:
+    """Raise `ContractError` unless the video model was trained on the store's foresight camera at its size."""
+    if not video:
+        return
+    config = foresight.video_model.config
+    found, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
+    if found != expected:
+        raise ContractError(f"{store.path}: the first camera is {found}, but the video model was trained on {expected}")
+
+
+def train(
+    store: EpisodeStore,
+    foresight: ForesightModel,
+    folders: Mapping[str, Path],
+    section: TrainPolicy,
+    cache: FeatureCache,
+    seed: int,
+    device: torch.device,
+    live: Path | None = None,
+    resume: Resume = NOTHING_KEPT,
+) -> SVAM:
+    """Train everything that `train_policy` describes and return the assembled S-VAM with the best averaged weights.
+
+    Args:
+        foresight: the frozen parts that the context needs, loaded from `folders` (part name -> directory), on `device`.
+        seed: the global one, which draws each observation's sentence, so that all policies share the cached features;
+            weights, order and noise follow `section.seed` where that is set.
+
+    Raises:
+        ContractError: the data, the frozen parts and the section do not fit one another.
+        MachineError: the features do not fit `machine.cache_gb`.
+    """
+    frozen = frozen_entries(section.context, section.observation_encoder)
+    check_camera(foresight, store, needs_of(frozen).video)
+    kept = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
+    train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
+    held_rows = choose_rows(store, "held_out", section.observation_stride, None)
+    held_rows = held_rows[np.linspace(0, len(held_rows) - 1, min(HELD_OUT, len(held_rows))).round().astype(np.int64)]
+    sides = [observe(store, rows, section.chunk, section.proprioception, seed) for rows in (train_rows, held_rows)]
+    console.print(f"train_policy: {len(sides[0])} observations to learn from, {len(sides[1])} held out", highlight=False)
+
+    rows = np.concatenate([train_rows, held_rows])
+    sentences = sides[0].instructions + sides[1].instructions
+    wanted = Wanted.of(sentences, lambda positions: store.frames(rows[positions]))
+    sources = sources_of(kept, foresight, folders, store.cameras[0])
+    features = cache.fill(wanted, sources, encoder_of(foresight), section.encode_batch)
+    seed = seed if section.seed is None else section.seed
+    try:
+        shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
+        config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
+        torch.manual_seed(seed_of(seed, "train_policy weights"))
+        svam = SVAM(config, store.statistics, foresight).to(device)
+        learning = TrainingData(sides[0], features.part(0, len(train_rows)), foresight, svam, device)
+        judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
+        set_input_statistics(svam, learning)
+        noise, optimiser = torch.Generator(), section.training
+        order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
+
+        def batch_of(number: int) -> Batch:
+            noise.manual_seed(seed_of(seed, "train_policy noise", number))
+            return learning.batch(order.batch(number))
+
+        svam.selected = fit(
+            svam.network, lambda batch: svam.loss(batch, noise), batch_of, optimiser, device, "train_policy", live,
+            lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every, "action_error", resume,
+        )  # fmt: skip
+    finally:
+        features.close()
+    return svam

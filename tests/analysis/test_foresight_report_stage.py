@@ -1,0 +1,245 @@
+"""The stage `foresight` and the side-by-side command on tiny parts: whole outputs, the same bytes, and what is absent."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import typer
+from PIL import Image
+from tests.test_svam import build
+from typer.testing import CliRunner
+
+from stages.foresight import app
+from svam.analysis import foresight as report
+from svam.analysis.side_by_side import Seen, rows_of, side_by_side
+from svam.episodes.convert import convert
+from svam.episodes.store import EpisodeStore
+from svam.files import read_json, sha256_tree
+from svam.models.generator import VideoForesight
+from svam.training.distill_data import GeneratedWindows
+from svam.training.generate import choose_windows, generate_windows
+from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.stage_deps import ROOT
+from tests.tiny import GENERATE, save_all_parts
+from tests.tiny_foresight import FRAMES, SIZE, make_teacher
+from tests.toy import write_toy_params
+
+GENERATED = GENERATE.model_copy(update={"windows": 8, "held_out_windows": 6})
+ENTRIES = ["geometric", "semantic", "one_step"]
+FIGURES = {"measures", "sequence_0", "sequence_1", "depth", "attention"}
+PLOTS = {"gap", "depth", "attention"}
+
+
+def write_store(path: Path, **changes: Any) -> EpisodeStore:
+    """Six episodes of two tasks, 12 steps each, every third frame annotated; `changes` of each episode."""
+    episodes = [make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]
+    told = [dataclasses.replace(e, instruction=f"{e.task} a", **changes) for e in episodes]  # the text encoder has 8 tokens
+    convert(Recorded(told), path, SETTINGS, 0)
+    return EpisodeStore.open(path)
+
+
+def write_run(root: Path, store: EpisodeStore, keep_features: bool = True) -> dict[str, Path]:
+    """Generated windows and every frozen part of the store `root`/episodes.zarr; part name -> folder."""
+    folders = save_all_parts(root, store)
+    model = VideoForesight.load(sampler_of(), folders)
+    params = GENERATED.model_copy(update={"keep_features": keep_features})
+    windows = choose_windows(store, params, model.video_model.config, 0)
+    generate_windows(root / "generated.zarr", store, model, windows, params, 0, sha256_tree(root / "video"))
+    return folders
+
+
+def sampler_of() -> Any:
+    from svam.models.generator import SamplerConfig
+
+    return SamplerConfig(**GENERATED.model_dump(include=set(SamplerConfig.model_fields)))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("foresight")
+    store = write_store(root / "episodes.zarr")
+    folders = write_run(root, store)
+    build(store, folders).save(root / "svam")
+    build(store, folders, context=["one_step"]).save(root / "vpp")
+    return root
+
+
+def invoke(root: Path, out: Path, policy: str = "svam", branches: tuple[str, ...] = ("geometric", "semantic")) -> Any:
+    changes = {"distill": {"branches": list(branches)}, "train_policy": {"context": ["one_step"]}}
+    write_toy_params(ROOT / "params.yaml", root / "params.yaml", changes)
+    options = {
+        "episodes": "episodes.zarr",
+        "generated": "generated.zarr",
+        "backbones": "backbones",
+        "models": ".",
+        "policy": policy,
+    }
+    arguments = [f"--{name}={root / file}" for name, file in options.items()]
+    return CliRunner().invoke(app, [str(out), *arguments, f"--params={root / 'params.yaml'}"])
+
+
+def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        result = invoke(root, tmp_path / name)
+        assert result.exit_code == 0, result.output
+    out = tmp_path / "one"
+    assert sha256_tree(out) == sha256_tree(tmp_path / "two")
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    assert names == ({"metrics.json", "foresight.md"} | {f"{n}.png" for n in FIGURES} | {f"plots/{n}.json" for n in PLOTS})
+    for name in FIGURES:
+        picture = Image.open(out / f"{name}.png")
+        assert "Software" not in picture.info and np.asarray(picture).std() > 5
+    found = read_json(out / "metrics.json")
+    assert found["left_out"] == [] and found["gap"]["windows"] == 6 and found["gap"]["episodes"] == 2
+    values = found["gap"]["values"]
+    assert values["repeat"]["error"] == values["repeat"]["change_error"] == 1.0 and values["repeat"]["motion_found"] == 0.0
+    assert values["reconstruction"]["sharpness"] == values["reconstruction"]["sharpness_moved"] == 1.0
+    assert set(values["seed_to_seed"]) >= {"agree_robot", "error"} and "iou_robot" not in values["seed_to_seed"]
+    assert {"iou_robot", "agree_object"} <= set(found["gap"]["difference"])
+    assert found["gap"]["verdict"].startswith("No verdict: 2 held-out episodes")
+    assert set(found["depth"]["sources"]) == {"geometric", "repeat", "one_step", "generated", "truth", "mean"}
+    assert [line["frame"] for line in found["attention"]] == list(range(1, FRAMES))
+    page = (out / "foresight.md").read_text()
+    assert "## Depth of the future" in page and "## Attention of the policy" in page and "Left out" not in page
+    assert len(read_json(out / "plots/depth.json")) == 6
+
+
+def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
+    """Errors of V^ and of the decoded one-step prediction, and IoU against the simulator, computed again from the arrays."""
+    store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated.zarr")
+    model = report.load_model(windows, root / "backbones", root, ["geometric"])
+    subject = report.Subject(windows, store, model, ["geometric"], report.Foresight(batch=5), 0)
+    found = report.measure_gap(subject)
+    truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
+    unit = np.square(truth[:, 1:] - truth[:, :1]).sum(axis=(1, 2, 3, 4))
+    made = {"multi_step": windows.frames.read(windows.test), "one_step": windows.one_step_frames.read(np.arange(6))}
+    for row, clips in made.items():
+        np.testing.assert_allclose(
+            found[row]["error"].numerator, np.square(clips - truth)[:, 1:].sum(axis=(1, 2, 3, 4)), rtol=1e-5
+        )
+        np.testing.assert_allclose(found[row]["error"].denominator, unit, rtol=1e-5)
+    labels = store.annotation("segmentation")
+    assert labels is not None
+    seen = report.predicted_labels(model.teachers["semantic"], made["multi_step"], 64, model.device)  # type: ignore[arg-type]
+    both = np.zeros(2)
+    for w, rows in enumerate(windows.rows[windows.test]):
+        for t in range(1, FRAMES):
+            if rows[t] in labels.rows and rows[t] != rows[t - 1]:
+                (known,) = labels.values(np.flatnonzero(labels.rows == rows[t]))
+                a, b = np.isin(seen[w, t], (2, 3)), np.isin(known, (2, 3))
+                both += (a & b).sum(), (a | b).sum()
+    sums = found["multi_step"]["iou_robot"]
+    assert (sums.numerator.sum(), sums.denominator.sum()) == tuple(both) and both[1] > 0
+
+
+def test_features_that_were_not_kept_are_computed_again(root: Path, tmp_path: Path) -> None:
+    store, numbers, frames = EpisodeStore.open(root / "episodes.zarr"), np.array([1, 9]), np.array([1, 2])
+    write_run(tmp_path, store, keep_features=False)
+    found = []
+    for folder in (root, tmp_path):
+        windows = GeneratedWindows(folder / "generated.zarr")
+        model = report.load_model(windows, root / "backbones", root, ["geometric"])
+        subject = report.Subject(windows, store, model, ["geometric"], report.Foresight(), 0)
+        found.append(report.probe_features(subject)(numbers, frames))
+    assert set(found[0]) == set(found[1]) == {"repeat", "one_step", "geometric", "generated", "truth"}
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, atol=0.02 * np.abs(values).max())
+
+
+@pytest.mark.parametrize(
+    ("policy", "branches", "absent", "sentences"),
+    [
+        ("vpp", (), {"sequence_0", "sequence_1"}, ["no branch is distilled", "that branch is not distilled"]),
+        ("vpp", ("semantic",), set(), ["that branch is not distilled"]),
+        ("pooled", ("geometric",), {"attention"}, ["Attention over foreseen frames: context ['one_step'] with mean_pool"]),
+        ("blind", ("geometric",), {"attention"}, ["context ['observation'] with uni_perceiver has none"]),
+    ],
+)
+def test_what_a_variant_does_not_have_is_absent(
+    root: Path, tmp_path: Path, policy: str, branches: tuple[str, ...], absent: set[str], sentences: list[str]
+) -> None:
+    others = {"pooled": {"context": ["one_step"], "aggregator": "mean_pool"}, "blind": {"context": ["observation"]}}
+    if policy in others and not (root / policy).exists():
+        folders = {p.name: p for p in (root / "backbones").iterdir()} | {"video": root / "video"}
+        build(EpisodeStore.open(root / "episodes.zarr"), folders, **others[policy]).save(root / policy)
+    result = invoke(root, tmp_path / "out", policy, branches)
+    assert result.exit_code == 0, result.output
+    found = read_json(tmp_path / "out/metrics.json")
+    assert len(found["left_out"]) == len(sentences)
+    assert all(sentence in " ".join(found["left_out"]) for sentence in sentences)
+    assert {p.stem for p in (tmp_path / "out").glob("*.png")} == FIGURES - absent
+    assert ("geometric" in found["depth"]["sources"]) == ("geometric" in branches)
+    assert {p.stem for p in (tmp_path / "out/plots").glob("*.json")} == PLOTS
+
+
+def test_recordings_without_labels_or_such_a_teacher(root: Path, tmp_path: Path) -> None:
+    """As of a real robot: no depth, no segmentation, self-supervised teachers."""
+    write_store(tmp_path / "episodes.zarr", annotations={})
+    for name in ("generated.zarr", "backbones", "video", "decouplers", "svam"):
+        shutil.copytree(root / name, tmp_path / name)
+    for labels, sentence in ((True, "the teacher's own view remains"), (False, "no teacher was trained on segmentation")):
+        result = invoke(tmp_path, tmp_path / "out")
+        assert result.exit_code == 0, result.output
+        found = read_json(tmp_path / "out/metrics.json")
+        assert sentence in found["left_out"][0] and "no frame with depth" in found["left_out"][1]
+        assert ("agree_robot" in found["gap"]["difference"]) == labels
+        assert "depth" not in found and "iou_robot" not in found["gap"]["difference"]
+        assert not (tmp_path / "out/depth.png").exists() and read_json(tmp_path / "out/plots/depth.json") == []
+        shutil.rmtree(tmp_path / "backbones/semantic")
+        (tmp_path / "backbones/semantic").mkdir()
+        make_teacher().save(tmp_path / "backbones/semantic")
+
+
+def test_examples_come_from_every_task_in_turn() -> None:
+    moved, episodes, tasks = np.array([5, 9, 8, 7, 1, 6]), np.array([0, 0, 1, 2, 3, 3]), np.array([4, 4, 4, 4, 7, 7])
+    assert report.most_moving(moved, episodes, tasks, 2).tolist() == [1, 5]  # the best of task 4, then of task 7
+    assert report.most_moving(moved, episodes, tasks, 3).tolist() == [1, 2, 5]
+    assert report.most_moving(moved, episodes, tasks, 9).tolist() == [1, 2, 3, 5]
+
+
+def test_another_video_model_is_one_sentence(root: Path, tmp_path: Path) -> None:
+    for name in ("generated.zarr", "episodes.zarr", "backbones", "decouplers", "svam", "video"):
+        shutil.copytree(root / name, tmp_path / name)
+    (tmp_path / "video/metrics.json").write_text("{}")
+    result = invoke(tmp_path, tmp_path / "out")
+    assert result.exit_code == 1 and "not the video model that" in result.output.replace("\n", "")
+    assert not (tmp_path / "out").exists()
+
+
+def compare(root: Path, out: Path, *more: str, second: str = "vpp") -> Any:
+    command = typer.Typer()
+    command.command()(side_by_side)
+    arguments = [str(root / "svam"), str(root / second), f"--episodes={root / 'episodes.zarr'}", f"--out={out}", "--dpi=50"]
+    return CliRunner().invoke(command, [*arguments, "--windows=2", "--threads=1", *more])
+
+
+def test_two_policies_side_by_side(root: Path, tmp_path: Path) -> None:
+    for name in ("one.png", "two.png"):
+        result = compare(root, tmp_path / name)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert np.asarray(Image.open(tmp_path / "one.png")).std() > 5
+    other = compare(root, tmp_path / "other.png", "--seed=1", "--names=a,b")
+    assert other.exit_code == 0 and (tmp_path / "other.png").read_bytes() != (tmp_path / "one.png").read_bytes()
+
+
+def test_single_pictures_stand_where_their_time_is() -> None:
+    clip = np.zeros((3, 4, 4, 3), np.uint8)
+    entries = {name: np.ones((1, 1, 2, 2, 5), np.float32) for name in ("observation", "goal_frame")}
+    rows = rows_of(clip, [Seen("x", entries, None, np.zeros((1, 4, 3), np.float32))], 0)
+    assert [label for label, _ in rows] == ["recorded", "x\nobservation", "x\ngoal-frame"]
+    assert [[picture is not None for picture in pictures] for _, pictures in rows[1:]] == [
+        [True, False, False],
+        [False, False, True],
+    ]
+
+
+def test_side_by_side_refuses_in_one_sentence(root: Path, tmp_path: Path) -> None:
+    assert "expected two names with a comma" in compare(root, tmp_path / "x.png", "--names=S-VAM").output.replace("\n", " ")
+    missing = compare(root, tmp_path / "x.png", second="nowhere")
+    assert missing.exit_code == 1 and "nowhere" in missing.output.replace("\n", "") and not (tmp_path / "x.png").exists()

@@ -1,0 +1,146 @@
+"""Where the pipeline's time goes: accounts that stages keep, and DVC with nothing to do, in a project of two commands."""
+
+from __future__ import annotations
+
+import json
+import pstats
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from dvc.repo import Repo
+
+from svam import console as machine
+from svam.benchmark.pipeline import own_shares, package_of, read_accounts, shares, waits
+from svam.files import FileError
+from tests.benchmarked import measured, refused
+
+PIPELINE = """
+stages:
+  train:
+    matrix:
+      part: [one, two]
+    cmd: echo ${item.part} > ${item.part}
+    outs:
+      - ${item.part}
+  benchmark:
+    matrix:
+      part: [times]
+    cmd: echo times > times
+    outs: [times]
+"""
+TRAINED = {"seconds": 10.0, "spent": {"data": 0.1, "forward": 3.0, "backward": 4.5, "optimiser": 0.4, "saving": 1.0}}
+WAITED = {"seconds": 30.0, "spent": {"data": 2.0, "forward": 3.0, "backward": 4.0, "optimiser": 1.0, "statistics": 15.0}}
+CONVERTED = {"seconds": 60.0, "spent": {"join": 45.0}}
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished pipeline, with an account of each stage."""
+    root = tmp_path_factory.mktemp("project")
+    (root / "dvc.yaml").write_text(PIPELINE)
+    with chdir(root):
+        Repo.init(no_scm=True).close()
+        with Repo() as repo:
+            repo.reproduce()
+    write_accounts(root / ".cache/times", {"train@one": TRAINED, "train@two": WAITED})
+    return root
+
+
+def write_accounts(folder: Path, accounts: dict[str, Any]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for stage, account in accounts.items():
+        (folder / f"{stage}.json").write_text(json.dumps(account))
+    return folder
+
+
+def test_times_and_waits_of_a_project(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    found = measured("times", tmp_path, {})
+    assert found["total_seconds"] == 40.0 and set(found["stages"]) == {"train@one", "train@two"}
+    found = measured("loader", tmp_path, {}, "--times", str(project / ".cache/times"))
+    assert set(found["stages"]) == {"train@one", "train@two"} and found["largest"]["stage"] == "train@two"
+
+
+def test_shares_by_hand() -> None:
+    found = shares({"a": TRAINED, "b": WAITED, "c": CONVERTED})
+    assert {stage: part["share"] for stage, part in found["stages"].items()} == {"a": 0.1, "b": 0.3, "c": 0.6}
+    assert found["total_seconds"] == 100.0
+    assert found["stages"]["a"]["parts"]["backward"] == {"seconds": 4.5, "share": 0.45}
+    assert found["stages"]["b"]["parts"]["other"] == {"seconds": 5.0, "share": pytest.approx(1 / 6, abs=1e-5)}
+    assert found["parts"]["forward"] == {"seconds": 6.0, "share": 0.06}
+    assert found["parts"]["other"] == {"seconds": 21.0, "share": 0.21}
+    for part in found["stages"].values():
+        assert sum(value["seconds"] for value in part["parts"].values()) == pytest.approx(part["seconds"])
+    assert sum(value["share"] for value in found["parts"].values()) == pytest.approx(1.0)
+
+
+def test_waiting_is_a_share_of_steps_alone() -> None:
+    found = waits({"a": TRAINED, "b": WAITED, "c": CONVERTED})
+    assert {stage: wait["share"] for stage, wait in found["stages"].items()} == {"a": 0.0125, "b": 0.2}
+    assert found["largest"] == {"stage": "b", "share": 0.2} and found["share"] == pytest.approx(2.1 / 18, abs=1e-6)
+    with pytest.raises(FileError, match="no account of a training"):
+        waits({"c": CONVERTED})
+
+
+def test_accounts_are_those_that_stages_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "train@one")
+    monkeypatch.setattr(machine, "_spent", {})
+
+    @machine.one_line_errors
+    def stage() -> None:
+        for part in ("data", "forward", "backward", "optimiser"):
+            with machine.timed(part):
+                sum(range(1000))
+
+    stage()
+    accounts = read_accounts(machine.scratch_folder("times"), ["train@one"])
+    assert set(waits(accounts)["stages"]) == {"train@one"}
+    assert set(shares(accounts)["stages"]["train@one"]["parts"]) == {"data", "forward", "backward", "optimiser", "other"}
+
+
+def test_missing_or_broken_accounts_are_one_sentence(tmp_path: Path) -> None:
+    folder = write_accounts(
+        tmp_path / "times", {"a": TRAINED, "b": {"seconds": 1.0}, "c": [1], "d": {"seconds": 0.0, "spent": {}}}
+    )
+    with pytest.raises(FileError, match=r"times: no account of the time of x, y, z and 2 more; run `dvc repro` first"):
+        read_accounts(folder, ["a", "x", "y", "z", "v", "w"])
+    for stage in "bcd":
+        with pytest.raises(FileError, match=rf"{stage}\.json: no account of a stage's time"):
+            read_accounts(folder, ["a", stage])
+    assert read_accounts(folder, ["a"]) == {"a": TRAINED}
+
+
+def test_a_repro_that_has_nothing_to_do(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(project)
+    found = measured("repro", tmp_path / "done", {"benchmark": {"repeats": 1}})
+    assert found["stages"] == 2 and found["median_seconds"] == found["seconds"][0] > 0.1
+    inside = found["profiled_share_by_package"]
+    assert {"dvc", "python"} < set(inside) and 0.3 < sum(inside.values()) <= 1.001
+
+    (project / "one").write_text("changed")
+    said = refused("repro", tmp_path / "changed", {}, capfd)
+    assert said == "`dvc status` finds changes, so `dvc repro` has something to do; run it first"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert refused("repro", tmp_path / "none", {}, capfd).startswith("`dvc status --json` failed: ERROR: you are not inside")
+
+
+def test_time_is_told_by_package() -> None:
+    """What is written in C counts for who calls it."""
+    packages = "/x/lib/python3.11/site-packages"
+    assert package_of(f"{packages}/dvc/repo/index.py") == "dvc" and package_of(f"{packages}/pygtrie.py") == "pygtrie"
+    assert package_of("/x/lib/python3.11/json/decoder.py") == package_of("~") == "python"
+    stats = pstats.Stats()
+    load, stat = (f"{packages}/ruamel/yaml/main.py", 1, "load"), ("~", 0, "<stat>")
+    walk = (f"{packages}/dvc/walk.py", 2, "walk")
+    stats.stats = {  # type: ignore[attr-defined]
+        load: (1, 1, 5.0, 9.0, {}),
+        walk: (1, 1, 2.0, 3.0, {}),
+        stat: (4, 4, 3.0, 3.0, {load: (1, 1, 1.0, 1.0), walk: (3, 3, 2.0, 2.0)}),
+    }
+    assert own_shares(stats) == {"ruamel": 0.6, "dvc": 0.4}

@@ -1,0 +1,164 @@
+"""The benchmark's parts that need a policy: they run on a tiny one, and their figures agree with one another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svam.benchmark.policy import evaluation_plans
+from svam.benchmark.timing import in_turn, ratio_of
+from svam.contract import Episode, SourceDescription
+from svam.episodes.convert import convert
+from svam.episodes.store import EpisodeStore
+from svam.evaluation.closed_loop import ROWS, plans_of
+from svam.files import sha256
+from svam.models.svam import SVAM, SVAMConfig
+from svam.params import Evaluate
+from svam.training.train_policy import choose_rows, load_foresight
+from tests.benchmarked import check_ratio, measured, refused
+from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.tiny import GENERATE, policy_params, save_all_parts
+from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store
+
+TASKS = ["reach", "window-close"]
+EVALUATE = {"tasks": TASKS[:1], "max_steps": 10, "execute": 4, "batch": 2}
+
+
+class Demonstrations(Recorded):
+    """Random pictures and actions under MetaWorld's names."""
+
+    def __init__(self) -> None:
+        super().__init__([self.made(task, seed) for task in TASKS for seed in range(3)])
+
+    @staticmethod
+    def made(task: str, seed: int) -> Episode:
+        episode, rng = make_episode(task, 12, seed, SIZE), np.random.default_rng(seed)
+        actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
+        frames = {"corner2": episode.frames["front"]}
+        return replace(episode, frames=frames, actions=actions, expert_actions=actions, rate_hz=80.0)
+
+    def describe(self) -> SourceDescription:
+        return SourceDescription(
+            rate_hz=80.0, cameras=["corner2"],
+            instructions={task: {"train": [f"{task} a", f"{task} b"], "held_out": [f"{task} c"]} for task in TASKS},
+            provenance={"source": "metaworld", "tasks": {task: {"render": "fast"} for task in TASKS}},
+        )  # fmt: skip
+
+
+def save_policy(root: Path, store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> Path:
+    """An untrained but whole policy in `root/svam`."""
+    section = policy_params(**changes)
+    foresight = load_foresight(section, GENERATE, folders)
+    frozen = [entry for entry in section.context if entry != "observation"]
+    shapes = {entry: (FRAMES, GRID, GRID, foresight.entry_channels(entry)) for entry in frozen}
+    config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
+    torch.manual_seed(0)
+    SVAM(config, store.statistics, foresight).save(root / "svam")
+    return root / "svam"
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`episodes.zarr`, `parts` and `svam`."""
+    root = tmp_path_factory.mktemp("benchmark")
+    convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
+    store = EpisodeStore.open(root / "episodes.zarr")
+    save_policy(root, store, save_all_parts(root / "parts", store))
+    return root
+
+
+def options(root: Path) -> list[str]:
+    return ["--episodes", str(root / "episodes.zarr"), "--model", str(root / "svam")]
+
+
+def changes(**benchmark: Any) -> dict[str, Any]:
+    policy = policy_params().model_dump(exclude_none=True)
+    return {"train_policy": policy, "evaluate": EVALUATE, "benchmark": {"clips": 3, "repeats": 1} | benchmark}
+
+
+def test_encode_is_one_step_and_what_it_is_compared_with_is_all_of_them(root: Path, tmp_path: Path) -> None:
+    found = measured("encode", tmp_path, changes(), *options(root))
+    assert found["policy_sha256"] == sha256(root / "svam/manifest.json") and found["device"] == "cpu"
+    assert found["sampler"]["steps"] == GENERATE.steps and found["frames"] == FRAMES and found["observations"] == 3
+    for name in ("generate", "generate_and_see"):
+        check_ratio(found["ratios"][name], found["seconds"], name, "encode")
+    times, parts = found["milliseconds"], found["milliseconds_by_part"]
+    assert set(parts["encode"]) == {"autoencoder_and_text", "video_model", "teachers", "decouplers", "other"}
+    assert set(parts["generate"]) == {"autoencoder_and_text", "video_model", "decoding", "teachers"}
+    assert times == pytest.approx({name: 1e3 * value[0] / 3 for name, value in found["seconds"].items()}, abs=2e-3)
+    assert sum(parts["encode"].values()) == pytest.approx(times["encode"], abs=0.01)
+    assert sum(parts["generate"].values()) == pytest.approx(times["generate_and_see"], abs=0.01)
+    before = parts["generate"]["autoencoder_and_text"] + parts["generate"]["video_model"]
+    assert before == pytest.approx(times["generate"], abs=0.01) and times["generate"] < times["generate_and_see"]
+
+
+def test_features_are_the_same_batches_with_and_without_the_cache(root: Path, tmp_path: Path) -> None:
+    found = measured("features", tmp_path, changes(policy_steps=2, repeats=2), *options(root))
+    available = len(choose_rows(EpisodeStore.open(root / "episodes.zarr"), "train", 3, None))
+    assert (found["steps"], found["batch"]) == (2, 4) and len(found["seconds"]["cached"]) == 2
+    check_ratio(found, found["seconds"], "recomputed", "cached")
+    each = {name: float(np.median(seconds)) / 8 for name, seconds in found["seconds"].items()}
+    assert found["samples_per_second"] == pytest.approx({name: 1 / value for name, value in each.items()}, rel=0.01)
+    uses, filling = 4 * 4 / available, 1 / found["filling_samples_per_second"]
+    assert found["uses_of_an_observation"] == pytest.approx(uses, abs=0.005)
+    expected = uses * each["recomputed"] / (filling + uses * each["cached"])
+    assert found["ratio_with_filling"] == pytest.approx(expected, rel=0.01)
+    assert set(found["difference"]) == {"geometric", "semantic", "one_step"}
+    assert all(value < 1e-3 for value in found["difference"].values())
+
+
+def test_evaluation_plays_the_same_episodes_side_by_side_and_one_after_another(root: Path, tmp_path: Path) -> None:
+    found = measured("evaluation", tmp_path, changes(evaluation_episodes=3) | {"machine": {"workers": 1}}, *options(root))
+    assert found["episodes"] == 3 and found["batch"] == {"batched": 2, "one_at_a_time": 1}
+    assert found["workers"] == {"batched": 1, "one_at_a_time": 1}
+    check_ratio(found, found["seconds"], "one_at_a_time", "batched")
+    for name, seconds in found["seconds"].items():
+        assert found["episodes_per_minute"][name] == pytest.approx(180 / seconds[0], rel=0.01)
+        assert 0 < found["seconds_of_the_policy"][name][0] < seconds[0]
+        assert len(found["success"][name]) == 3 and 3 <= found["steps"][name] <= 30
+
+
+def test_evaluated_goals_are_used_nowhere_else(root: Path) -> None:
+    store = EpisodeStore.open(root / "episodes.zarr")
+    section = Evaluate(
+        protocols=["metaworld"], tasks=TASKS, episodes=9, held_out_instruction_episodes=9, max_steps=10, execute=1, batch=1,
+        videos=0, offline_windows=1, offline_samples=1,
+    )  # fmt: skip
+    plans = evaluation_plans(store, TASKS, 9, 1)
+    assert len({plan.seed for plan in plans}) == 18 and {plan.instruction for plan in plans} == {
+        f"{task} {kind}" for task in TASKS for kind in "ab"
+    }
+    assert not {plan.seed for plan in plans} & {plan.seed for row in ROWS for plan in plans_of(row, store, section, 1)}
+
+
+def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    said = refused("encode", tmp_path, changes(), capfd, "--model", str(tmp_path / "nowhere"))
+    assert str(tmp_path / "nowhere") in said
+    store = make_store(tmp_path / "episodes.zarr")
+    save_policy(tmp_path, store, {"text": root / "parts/backbones/text"}, context=["observation"])
+    said = refused("encode", tmp_path, changes(), capfd, *options(tmp_path))
+    assert "its context ['observation'] uses no video model" in said
+    said = refused("features", tmp_path, changes(), capfd, *options(tmp_path))
+    assert "its context ['observation'] has no frozen entry" in said
+    said = refused("evaluation", tmp_path, changes(), capfd, *options(tmp_path))
+    assert said == f"evaluate.tasks: no episode of 'reach' in {tmp_path}/episodes.zarr, which has push, pull"
+
+
+def test_pairs_take_turns_and_ratios_are_taken_within_repeats() -> None:
+    called: list[tuple[str, int]] = []
+
+    def work(name: str, number: int) -> float:
+        called.append((name, number))
+        return {"one": 1.0, "two": 2.0}[name] * (1 + number)
+
+    works = {name: lambda number, name=name: work(name, number) for name in ("one", "two")}
+    seconds = in_turn(works, 2)  # type: ignore[arg-type]
+    assert called == [("two", 0), ("one", 0), ("one", 0), ("two", 0), ("two", 1), ("one", 1)]
+    assert seconds == {"one": [1.0, 2.0], "two": [2.0, 4.0]}
+    assert ratio_of(seconds, "two", "one") == {"ratio": 2.0, "range": [2.0, 2.0]}
+    assert ratio_of({"a": [1.0, 1.0, 1.0], "b": [2.0, 3.0, 7.0]}, "b", "a") == {"ratio": 3.0, "range": [2.0, 7.0]}

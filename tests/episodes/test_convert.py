@@ -1,0 +1,346 @@
+"""Conversion: split, statistics of training episodes only, equal bytes, and one clear sentence when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import resource
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner, Result
+
+from stages.convert import app
+from svam.console import console
+from svam.contract import Annotation, ContractError, Episode, EpisodeShape, SourceDescription
+from svam.episodes.convert import convert, split_episodes
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError, sha256_tree
+from svam.sources.metaworld import Options, open_source
+from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
+
+SOURCE = two_tasks()
+
+
+def drawn(tasks: list[str], held_out: float, seed: int) -> np.ndarray[Any, Any]:
+    return split_episodes(tasks, [EpisodeShape(9)] * len(tasks), held_out, seed)
+
+
+def test_the_split_holds_out_a_share_of_each_task() -> None:
+    tasks = ["a"] * 20 + ["b"] * 2 + ["c"] * 7
+    split = drawn(tasks, 0.15, seed=0)
+    assert [int(split[:20].sum()), int(split[20:22].sum()), int(split[22:].sum())] == [3, 1, 1]
+    assert (split == drawn(tasks, 0.15, seed=0)).all()
+    assert (split != drawn(tasks, 0.15, seed=1)).any()
+    # A task's split does not depend on which other tasks there are, or on their order.
+    assert (drawn(tasks[22:] + tasks[:20], 0.15, seed=0) == np.concatenate([split[22:], split[:20]])).all()
+    assert drawn(["a"] * 3, 0.99, seed=0).sum() == 2
+
+
+def test_a_tasks_only_episode_is_trained_on() -> None:
+    assert drawn(["a", "a", "b"], 0.1, seed=0)[2] == 0
+    assert drawn(["a", "b", "c", "d"], 0.25, seed=0).sum() == 1  # no task has two: all are one pool
+    with pytest.raises(ContractError, match="1 episode in all; at least 2 are needed"):
+        drawn(["a"], 0.1, seed=0)
+
+
+def test_a_sources_own_split_is_kept() -> None:
+    shapes = [EpisodeShape(9, held_out=side) for side in (False, True, False)]
+    assert split_episodes(["a", "a", "a"], shapes, 0.9, seed=0).tolist() == [0, 1, 0]
+    with pytest.raises(ContractError, match="own split has 0 training and 3 held-out episodes"):
+        split_episodes(["a"] * 3, [EpisodeShape(9, held_out=True)] * 3, 0.9, seed=0)
+
+
+def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
+    convert(SOURCE, tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    training = np.concatenate([SOURCE.episodes[e].actions for e in store.episodes("train")]).astype(np.float64)
+    statistics = store.statistics
+    assert statistics.actions.count == len(training)
+    np.testing.assert_allclose(statistics.actions.mean, training.mean(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(statistics.actions.std, training.std(axis=0), rtol=1e-9)
+    np.testing.assert_allclose(statistics.actions.q99, np.quantile(training, 0.99, axis=0), rtol=1e-12)
+    assert statistics.proprioception is not None and len(statistics.proprioception.mean) == 2
+    assert (statistics.convention.kind, statistics.convention.normalisation) == ("relative", "minmax")
+
+
+def test_a_changed_held_out_episode_changes_no_statistic(tmp_path: Path) -> None:
+    convert(SOURCE, tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    held_out, trained = int(store.episodes("held_out")[0]), int(store.episodes("train")[0])
+    for number, equal in ((held_out, True), (trained, False)):
+        episode = make_episode(SOURCE.episodes[number].task, 40, seed=99)  # another length too, so that all rows shift
+        convert(SOURCE.changed(number, **vars(episode)), tmp_path / "t.zarr", SETTINGS, seed=0)
+        changed = EpisodeStore.open(tmp_path / "t.zarr")
+        assert (changed.statistics.model_dump_json() == store.statistics.model_dump_json()) is equal
+
+
+def test_equal_input_gives_equal_bytes_and_few_files(tmp_path: Path) -> None:
+    for name in ("a.zarr", "b.zarr"):
+        convert(two_tasks(), tmp_path / name, SETTINGS, seed=0)
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+    rows = len(EpisodeStore.open(tmp_path / "a.zarr"))
+    shards = [file for file in (tmp_path / "a.zarr" / "frames" / "front" / "c").rglob("*") if file.is_file()]
+    assert len(shards) == -(-rows // 16)
+    convert(two_tasks(), tmp_path / "c.zarr", SETTINGS, seed=1)
+    assert sha256_tree(tmp_path / "a.zarr") != sha256_tree(tmp_path / "c.zarr")
+
+
+def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def bad_actions(value: float) -> np.ndarray[Any, Any]:
+    actions = SOURCE.episodes[2].actions.copy()
+    actions[4, 1] = value
+    return actions
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"actions": bad_actions(np.nan)}, r"episode push/2 of task 'push': actions\[4, 1\] is nan, expected a finite number"),
+    ({"actions": bad_actions(np.inf)}, r"actions\[4, 1\] is inf"),
+    ({name: np.zeros((15, 4), np.float32) for name in ("actions", "expert_actions")}, "actions differs from the first"),
+    ({"actions": np.zeros((15, 3))}, r"actions is float64 \(15, 3\), expected float32 \(15, dimensions\)"),
+    ({"actions": np.zeros((0, 3), np.float32)}, r"actions is float32 \(0, 3\), expected float32 \(15, dimensions\)"),
+    ({"frames": {n: np.zeros((0, 8, 8, 3), np.uint8) for n in ("front", "wrist")}}, "no time steps"),
+    ({"instruction": " "}, "the instruction is empty"),
+    ({"timestamps": np.arange(15.0)}, r"lacks nothing, adds \['timestamps'\]"),
+    ({"proprioception": None}, "differs from the first episode: lacks"),
+    ({"frames": {"front": SOURCE.episodes[2].frames["front"]}}, r"cameras are \['front'\], expected \['front', 'wrist'\]"),
+    ({"frames": {n: np.zeros((15, 9, 8, 3), np.uint8) for n in ("front", "wrist")}}, "frames/front differs from the first"),
+    ({"frames": {n: np.zeros((14, 8, 8, 3), np.uint8) for n in ("front", "wrist")}}, r"actions is float32 \(15, 3\), expected"),
+    ({"rate_hz": 30.0}, "rate_hz is 30, expected 20"),
+    ({"annotations": {}}, "differs from the first episode: lacks"),
+]
+
+
+@pytest.mark.parametrize("fields, message", WRONG, ids=[message[:30] for _, message in WRONG])
+def test_an_episode_that_breaks_the_contract_leaves_nothing(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ContractError, match=message) as error:
+        convert(SOURCE.changed(2, **fields), tmp_path / "s.zarr", SETTINGS, seed=0)
+    one_sentence(error)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("index, classes, message", [
+    ([0, 5, 5], 0, "index must increase"), ([0, 1, 99], 0, "index must increase"), ([0, 1], 0, r"index is int64 \(2,\)"),
+    ([0, 1, 2], 7, r"class 7, expected 0\.\.6"),
+])  # fmt: skip
+def test_wrong_annotations(tmp_path: Path, index: list[int], classes: int, message: str) -> None:
+    annotation = Annotation(np.full((3, 8, 8), classes, np.uint8), np.array(index, dtype=np.int64))
+    source = SOURCE.changed(1, annotations=SOURCE.episodes[1].annotations | {"segmentation": annotation})
+    with pytest.raises(ContractError, match=message):
+        convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+
+
+def test_binary_dimensions_are_checked(tmp_path: Path) -> None:
+    binary = [e.actions.copy() for e in SOURCE.episodes]
+    for actions in binary:
+        actions[:, 2] = np.where(actions[:, 2] > 0, 1, -1)
+    source = SOURCE
+    for number, actions in enumerate(binary):
+        source = source.changed(number, actions=actions)
+    settings = SETTINGS.model_copy(update={"binary_dimensions": [2]})
+    convert(source, tmp_path / "s.zarr", settings, seed=0)
+    assert EpisodeStore.open(tmp_path / "s.zarr").statistics.convention.binary_dimensions == [2]
+    with pytest.raises(ContractError, match=r"actions\[:, 2\] must be -1 or 1"):
+        convert(SOURCE, tmp_path / "t.zarr", settings, seed=0)
+    with pytest.raises(ContractError, match=r"convert: binary_dimensions \[7\] are outside 0\.\.2") as error:
+        convert(SOURCE, tmp_path / "t.zarr", SETTINGS.model_copy(update={"binary_dimensions": [7]}), seed=0)
+    one_sentence(error)
+
+
+@contextmanager
+def file_size_limit(limit: int) -> Iterator[None]:
+    """Writing past `limit` bytes of one file fails with an OSError of the operating system, as on a full disk."""
+    console.quiet = True  # the captured screen is a file as well
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        console.quiet = False
+
+
+@pytest.mark.parametrize("limit", [0, 2000])
+def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, limit: int) -> None:
+    out = tmp_path / "s.zarr"
+    with file_size_limit(limit), pytest.raises(FileError, match="writing failed: File too large; nothing was kept") as error:
+        convert(SOURCE, out, SETTINGS, seed=0)
+    one_sentence(error)
+    assert list(tmp_path.iterdir()) == []
+    convert(SOURCE, out, SETTINGS, seed=0)
+    before = sha256_tree(out)
+    with file_size_limit(limit), pytest.raises(FileError):
+        convert(SOURCE, out, SETTINGS, seed=1)
+    assert sha256_tree(out) == before and list(tmp_path.iterdir()) == [out]
+
+
+def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> None:
+    class Long(Recorded):
+        """Makes its episodes one at a time."""
+
+        def __init__(self, count: int) -> None:
+            super().__init__([make_episode("push", 20, 0, 64)])
+            self.count = count
+
+        def describe(self) -> SourceDescription:
+            return super().describe()
+
+        def __len__(self) -> int:
+            return self.count
+
+        def shape(self, index: int) -> EpisodeShape:
+            return super().shape(0)
+
+        def read(self, index: int) -> Episode:
+            return make_episode("push", 20, index, 64)
+
+    peaks = []
+    for count in (2, 3, 15):  # the first run also fills caches
+        tracemalloc.start()
+        convert(Long(count), tmp_path / "s.zarr", SETTINGS, seed=0)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < 1.1 * peaks[1]
+
+
+# The stage and its source of collected demonstrations
+
+
+def run(path: Path, out: Path, params: Path) -> Result:
+    return CliRunner().invoke(app, [str(path), str(out), "--params", str(params)])
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    write_raw(tmp_path / "raw", ["reach", "drawer-open"])
+    return tmp_path / "raw"
+
+
+@pytest.fixture
+def params(tmp_path: Path) -> Path:
+    return write_params(tmp_path / "params.yaml", tasks=["reach", "drawer-open"])
+
+
+def write_params(file: Path, tasks: list[str], source: str = "metaworld") -> Path:
+    yaml = YAML()
+    values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
+    values["collect"]["tasks"], values["collect"]["episodes_of"] = tasks, {}
+    values["convert"]["source"] = source
+    with file.open("w", encoding="utf-8") as stream:
+        yaml.dump(values, stream)
+    return file
+
+
+def test_the_stage_converts_what_collect_wrote(raw: Path, params: Path, tmp_path: Path) -> None:
+    result = run(raw, tmp_path / "s.zarr", params)
+    assert result.exit_code == 0, result.output
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert store.tasks == ["reach", "drawer-open"] and store.rate_hz == 80.0 and len(store.episode_ends) == 8
+    with np.load(raw / "drawer-open" / "episode_0002.npz") as archive:
+        rows = np.arange(*store.bounds(6))
+        np.testing.assert_array_equal(store.frames(rows), archive["frames_corner2"])
+        np.testing.assert_array_equal(store.vector("state", rows), archive["state"])
+    assert store.instruction_of(5) == "do drawer-open"
+    assert store.instructions["reach"]["held_out"] == ["please reach"]
+    assert store.episode_provenance[5] == {"attempt": 0, "file": "drawer-open/episode_0001.npz", "noisy": True}
+
+
+def test_stale_folders_are_named_and_ignored(raw: Path, tmp_path: Path) -> None:
+    result = run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=["reach"]))
+    assert result.exit_code == 0 and "ignoring drawer-open, which collect.tasks does not list" in result.output
+    assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["reach"]
+
+
+def test_with_no_tasks_to_collect_all_folders_are_read(raw: Path, tmp_path: Path) -> None:
+    assert run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=[])).exit_code == 0
+    assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["drawer-open", "reach"]
+
+
+def test_an_unknown_source_lists_those_there_are(raw: Path, tmp_path: Path) -> None:
+    result = run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=["reach"], source="betamax"))
+    assert result.exit_code == 1 and "convert.source is 'betamax'; available: " in result.output
+    assert "metaworld" in result.output and "Traceback" not in result.output
+
+
+def damage(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "truncated":
+        del data[len(data) // 2 :]
+    elif how == "cut by a byte":
+        del data[-1:]
+    elif how == "empty":
+        data.clear()
+    elif how == "text":
+        data = bytearray(b"hello")
+    elif how == "flipped":
+        data[len(data) // 3] ^= 16
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("how", ["truncated", "cut by a byte", "empty", "text", "flipped"])
+def test_a_damaged_archive_is_named(raw: Path, params: Path, tmp_path: Path, how: str) -> None:
+    file = raw / "reach" / "episode_0001.npz"
+    damage(file, how)
+    result = run(raw, tmp_path / "s.zarr", params)
+    assert result.exit_code == 1 and f"error: {file}: truncated, damaged or no .npz archive" in result.output
+    assert "Traceback" not in result.output and not (tmp_path / "s.zarr").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml", "raw"]
+
+
+def rewrite(file: Path, **fields: np.ndarray[Any, Any] | None) -> None:
+    with np.load(file) as archive:
+        arrays = {name: archive[name] for name in archive.files} | fields
+    np.savez(file, **{name: values for name, values in arrays.items() if values is not None})
+
+
+def test_fields_are_named(raw: Path) -> None:
+    file = raw / "reach" / "episode_0003.npz"
+    source = open_source(raw, Options(tasks=["reach"]))
+    rewrite(file, actions=np.zeros((13, 4)))
+    with pytest.raises(FileError, match=r"0003\.npz: field 'actions' is float64 \(13, 4\), expected float32 with 2 axes"):
+        source.read(3)
+    rewrite(file, actions=None)
+    with pytest.raises(FileError, match="field 'actions' is missing; it has annotation_index, depth"):
+        source.read(3)
+    rewrite(file, actions=np.full((13, 4), np.nan, np.float32))
+    with pytest.raises(ContractError, match=r"episode_0003\.npz.*actions\[0, 0\] is nan") as error:
+        source.read(3)
+    one_sentence(error)
+    rewrite(file, actions=np.array([{}], dtype=object))
+    with pytest.raises(FileError, match=r"truncated, damaged or no \.npz archive of plain arrays"):
+        source.read(3)
+    file.unlink()
+    with pytest.raises(FileError, match=r"episode_0003\.npz: no such file, though meta\.json lists its episode"):
+        source.read(3)
+
+
+def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no such directory"):
+        open_source(tmp_path / "nowhere", Options())
+    with pytest.raises(FileError, match=r"sweep/meta\.json: no such file; collect task 'sweep' first"):
+        open_source(raw, Options(tasks=["reach", "sweep"]))
+    meta = json.loads((raw / "reach" / "meta.json").read_text())
+    for change, message in (
+        ({"rate_hz": 40.0}, r"rate_hz is 40\.0, but 80\.0 in drawer-open"),
+        ({"schema_version": 7}, "schema_version is 7, this code reads 1; collect again"),
+        ({"instructions": {"train": []}}, r"instructions\.train is missing or empty"),
+        ({"provenance": {}}, r"provenance\.episodes is missing"),
+        ({"task": "push"}, "task is 'push', expected 'reach'"),
+    ):
+        (raw / "reach" / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(ValueError, match=message) as error:
+            open_source(raw, Options())
+        one_sentence(error)
+    (raw / "reach" / "meta.json").write_text("[]")
+    with pytest.raises(FileError, match="key 'schema_version' is missing"):
+        open_source(raw, Options())

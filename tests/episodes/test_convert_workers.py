@@ -1,0 +1,337 @@
+"""Conversion by several workers: equal bytes, a kill costs a unit, one writer; resizing; long episodes in blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
+from svam.episodes import convert as conversion
+from svam.episodes.checksums import EpisodeDigest
+from svam.episodes.chunks import Compression
+from svam.episodes.convert import convert
+from svam.episodes.frames import centre_box, resize_frames, resize_labels
+from svam.episodes.rows import RowReader
+from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError, locked, sha256_tree
+from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks, write_rows
+from tests.stage_deps import ROOT
+
+
+class Slow:
+    """Episodes of noise in blocks of seven frames; `pause` seconds before each one, so that a kill comes in between."""
+
+    notes = ()
+
+    def __init__(self, lengths: list[int], pause: float = 0.0) -> None:
+        self.lengths, self.pause = lengths, pause
+
+    def describe(self) -> SourceDescription:
+        return SourceDescription(
+            rate_hz=10.0, cameras=["front"], instructions={"push": {"train": ["push"], "held_out": []}}, provenance={}
+        )
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def shape(self, index: int) -> EpisodeShape:
+        return EpisodeShape(self.lengths[index])
+
+    def frames(self, index: int) -> NDArray[np.uint8]:
+        return np.random.default_rng(index).integers(0, 256, (self.lengths[index], 8, 8, 3), dtype=np.uint8)
+
+    def read(self, index: int) -> Episode:
+        time.sleep(self.pause)
+        n = self.lengths[index]
+
+        def blocks() -> Iterator[NDArray[np.uint8]]:
+            frames = self.frames(index)
+            return (frames[k : k + 7] for k in range(0, n, 7))
+
+        return Episode(
+            task="push", instruction="push", rate_hz=10.0, frames={"front": FrameBlocks((n, 8, 8, 3), blocks)},
+            actions=np.arange(n, dtype=np.float32)[:, None] + index, timestamps=np.arange(n) / 10.0,
+        )  # fmt: skip
+
+
+LENGTHS = [700, 1, 513, 40, 1100, 3, 900, 260]
+
+
+@pytest.mark.parametrize("unit_steps", [1, 300, 10**6])
+def test_the_cut_into_units_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_steps: int) -> None:
+    convert(two_tasks(), tmp_path / "a.zarr", SETTINGS, seed=0)
+    monkeypatch.setattr(conversion, "UNIT_STEPS", unit_steps)
+    convert(two_tasks(), tmp_path / "b.zarr", SETTINGS, seed=0)
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+
+
+def test_workers_change_no_byte(tmp_path: Path) -> None:
+    source = Slow(LENGTHS)
+    convert(source, tmp_path / "a.zarr", SETTINGS, seed=0)
+    convert(source, tmp_path / "b.zarr", SETTINGS, seed=0, workers=2, scratch=tmp_path / "scratch")
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+    store = EpisodeStore.open(tmp_path / "b.zarr")
+    for e in range(len(LENGTHS)):
+        rows = np.arange(*store.bounds(e))
+        np.testing.assert_array_equal(store.frames(rows), source.frames(e))
+        np.testing.assert_array_equal(store.vector("actions", rows)[:, 0], np.arange(LENGTHS[e]) + e)
+        np.testing.assert_array_equal(store.timestamps(rows), np.arange(LENGTHS[e]) / 10.0)
+        digest = EpisodeDigest()
+        for name, values in (("frames/front", source.frames(e)), ("actions", store.vector("actions", rows))):
+            digest.update(name, values)
+        digest.update("timestamps", np.arange(LENGTHS[e]) / 10.0)
+        assert store.episode_checksums()[e] == digest.hexdigest()
+    assert not any((tmp_path / "scratch").iterdir())
+
+
+def test_a_kill_costs_a_unit(tmp_path: Path) -> None:
+    """The same conversion in a process of its own, killed when its first units are there, then gone on with."""
+    convert(Slow(LENGTHS), tmp_path / "straight.zarr", SETTINGS, seed=0)
+    code = (
+        "from pathlib import Path\nfrom svam.episodes.convert import convert\nfrom tests.recorded import SETTINGS\n"
+        "from tests.test_conversion_workers import LENGTHS, Slow\n"
+        f"convert(Slow(LENGTHS, 0.3), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path / 's')!r}))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "s").glob("*/unit_*/episodes.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = [path.stat().st_mtime_ns for path in sorted((tmp_path / "s").glob("*/unit_*/episodes.json"))]
+    assert done and not (tmp_path / "out.zarr").exists()
+    read: list[int] = []
+
+    class Watched(Slow):
+        def read(self, index: int) -> Episode:
+            read.append(index)
+            return super().read(index)
+
+    (tmp_path / "s" / "of_another_day" / "unit_000000").mkdir(parents=True)
+    convert(Watched(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path / "s")
+    assert sha256_tree(tmp_path / "out.zarr") == sha256_tree(tmp_path / "straight.zarr")
+    assert len(set(read[1:])) < len(LENGTHS) and not any((tmp_path / "s").iterdir())
+
+
+def test_changed_work_does_not_go_on_with_the_old(tmp_path: Path) -> None:
+    source = Slow(LENGTHS)
+    plan, shapes = conversion.Plan.of(source, SETTINGS)
+    other = SETTINGS.model_copy(update={"chunk_frames": 8})
+    changed = [*shapes[:-1], EpisodeShape(shapes[-1].steps, stamp="edited")]
+    keys = {plan.key(shapes), conversion.Plan.of(source, other)[0].key(shapes), plan.key(changed)}
+    assert len(keys) == 3 and plan.key(shapes) == conversion.Plan.of(source, SETTINGS)[0].key(shapes)
+
+
+def test_a_second_writer_is_refused(tmp_path: Path) -> None:
+    plan, shapes = conversion.Plan.of(two_tasks(), SETTINGS)
+    with locked(tmp_path / f"{plan.key(shapes)}.lock"):
+        code = (
+            "from pathlib import Path\nfrom svam.episodes.convert import convert\n"
+            "from tests.recorded import SETTINGS, two_tasks\n"
+            f"convert(two_tasks(), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path)!r}))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert f"process {os.getpid()} is doing the same work; wait for it" in done.stderr
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_an_error_in_a_worker_is_one_sentence_and_leaves_nothing(tmp_path: Path) -> None:
+    episodes = [make_episode("push", 600, k) for k in range(4)]
+    actions = episodes[2].actions
+    assert actions is not None
+    actions[5, 1] = np.nan
+    with pytest.raises(ContractError, match=r"actions\[5, 1\] is nan, expected a finite number"):
+        convert(Recorded(episodes), tmp_path / "out.zarr", SETTINGS, 0, 2, tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["s"] and not any((tmp_path / "s").iterdir())
+
+
+@pytest.mark.parametrize("count, message", [(6, "6 frames, expected 9"), (12, "more than 9 frames, expected 9")])
+def test_blocks_must_add_up(tmp_path: Path, count: int, message: str) -> None:
+    source = two_tasks()
+    frames = FrameBlocks((9, 8, 8, 3), lambda: iter([np.zeros((3, 8, 8, 3), np.uint8)] * (count // 3)))
+    wrong = source.changed(0, frames=dict.fromkeys(CAMERAS, frames))
+    with pytest.raises(ContractError, match=f"episode 0 .*: frames/front: {message}"):
+        convert(wrong, tmp_path / "out.zarr", SETTINGS, 0)
+
+
+def test_cameras_are_chosen_and_frames_resized(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"cameras": ["wrist"], "image_size": [4, 2], "crop": "centre"})
+    source = two_tasks()
+    convert(source, tmp_path / "s.zarr", settings, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert store.cameras == ["wrist"] and store.image_size == (4, 2)
+    # 8x8 cut to its middle 8x4, then halved: bilinear with full support weighs a 4x4 footprint 1, 3, 3, 1
+    wrist = np.asarray(source.episodes[3].frames["wrist"])
+    expected = resize_frames(wrist, settings)
+    np.testing.assert_array_equal(store.frames(np.arange(*store.bounds(3))), expected)
+    flat = np.full((1, 8, 8, 3), 7, np.uint8)
+    flat[:, :, :2] = flat[:, :, 6:] = 255  # outside the box: must not bleed in
+    assert (resize_frames(flat, settings) == 7).all()
+    depth = store.annotation("depth")
+    assert depth is not None and depth.values(np.array([0])).shape == (1, 4, 2)
+    labels = np.arange(64, dtype=np.uint8).reshape(1, 8, 8)
+    assert set(resize_labels(labels, settings).ravel().tolist()) <= set(labels[:, :, 2:6].ravel().tolist())
+    with pytest.raises(ContractError, match="convert.cameras names 'top'; the source has front, wrist"):
+        convert(source, tmp_path / "t.zarr", SETTINGS.model_copy(update={"cameras": ["top"]}), seed=0)
+
+
+@pytest.mark.parametrize("size, target, box", [
+    ((480, 640), (64, 64), (0, 80, 480, 480)), ((200, 100), (10, 20), (75, 0, 50, 100)), ((8, 8), (3, 3), (0, 0, 8, 8)),
+])  # fmt: skip
+def test_the_centre_box(size: tuple[int, int], target: tuple[int, int], box: tuple[int, int, int, int]) -> None:
+    assert centre_box(*size, target) == box
+
+
+def test_a_store_without_actions_says_what_it_is_for(tmp_path: Path) -> None:
+    source = Recorded([make_episode("push", 12, k) for k in range(4)])
+    for k in range(4):
+        source = source.changed(k, actions=None, expert_actions=None)
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert not store.has("actions") and store.frames(np.arange(3)).shape == (3, 8, 8, 3)
+    for ask in (lambda: store.statistics, lambda: store.action_dimensions, lambda: store.vector("actions", np.arange(1))):
+        with pytest.raises(ContractError, match="no actions|no vector 'actions'"):
+            ask()
+
+
+def test_few_files(tmp_path: Path) -> None:
+    """At most one per 256 MB of uncompressed data, plus 30."""
+    settings = SETTINGS.model_copy(update={"shard_megabytes": 1.0})
+    convert(Slow([2000, 2000, 2000, 2000]), tmp_path / "s.zarr", settings, seed=0)
+    files = [file for file in (tmp_path / "s.zarr").rglob("*") if file.is_file()]
+    uncompressed = 8000 * (8 * 8 * 3 + 4 + 8)
+    assert len(files) <= uncompressed / 2**20 + 30
+    assert max(file.stat().st_size for file in files) > 0.9 * 2**20
+
+
+@pytest.mark.parametrize("name", ["*.rows", "*.json"])
+def test_a_truncated_unit_is_noticed(tmp_path: Path, name: str) -> None:
+    plan, shapes = conversion.Plan.of(Slow(LENGTHS), SETTINGS)
+    units = tmp_path / plan.key(shapes)
+    for number in range(len(plan.units)):
+        conversion._write_unit(plan, number, units)
+    file = sorted(file for file in units.glob(f"unit_000001/{name}") if file.stat().st_size and file.stem != "episodes")[0]
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(FileError, match="; run the same command again"):
+        convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
+    convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
+
+
+def test_a_missing_or_foreign_piece_is_noticed(tmp_path: Path) -> None:
+    rows, layout = np.arange(20, dtype=np.float32).reshape(20, 1), Layout.of((1,), np.float32, 4, 64, 20)
+    pieces = [tmp_path / "first", tmp_path / "second"]
+    for path, start in zip(pieces, (0, 8), strict=True):
+        piece = Piece(path, start, layout)  # the second as if the first ended with row 7
+        piece.append(rows[start : start + 10])
+        piece.close()
+    with pytest.raises(DamagedPieceError, match=r"second\.rows: a piece of a begins inside a chunk"):
+        joiner = ShardJoiner(tmp_path / "a", 20, layout)
+        joiner.join(pieces[0])
+        joiner.join(pieces[1])
+    joiner.abandon()
+    pieces[0].with_suffix(".rows").unlink()
+    with pytest.raises(DamagedPieceError, match=r"first\.rows: cannot be read \(No such file or directory\); run the same"):
+        ShardJoiner(tmp_path / "b", 20, layout).join(pieces[0])
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 9], [8, 16], [5, 6, 7, 18]])
+def test_pieces_may_end_anywhere(tmp_path: Path, cuts: list[int]) -> None:
+    """Also several within one chunk."""
+    rows = np.random.default_rng(0).normal(size=(19, 3)).astype(np.float32)
+    layout = Layout.of((3,), np.float32, 8, 100, 19)
+    np.testing.assert_array_equal(write_rows(tmp_path / "a", rows, layout, cuts).read_range(0, 19), rows)
+
+
+def test_units_have_many_chunks() -> None:
+    """The joining process compresses a chunk for each unit."""
+    units = {}
+    for chunk in (16, 128):
+        settings = SETTINGS.model_copy(update={"chunk_frames": chunk})
+        units[chunk] = conversion.Plan.of(Slow([100] * 200), settings)[0].units
+    assert [len(units[16]), len(units[128])] == [20, 10]
+    assert all(units[chunk][0][0] == 0 and units[chunk][-1][1] == 200 for chunk in units)
+
+
+def test_a_set_that_cannot_be_split_costs_nothing(tmp_path: Path) -> None:
+    """All episodes are held out by the source itself, which their lengths say before any but the first is read."""
+    read: list[int] = []
+
+    class HeldOut(Slow):
+        def shape(self, index: int) -> EpisodeShape:
+            return EpisodeShape(self.lengths[index], held_out=True)
+
+        def read(self, index: int) -> Episode:
+            read.append(index)
+            return super().read(index)
+
+    with pytest.raises(ContractError, match="own split has 0 training and 3 held-out episodes"):
+        convert(HeldOut([9, 9, 9]), tmp_path / "out.zarr", SETTINGS, 0)
+    assert read == [0]
+
+
+def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
+    source = two_tasks()
+    convert(source, tmp_path / "s.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    actions = np.concatenate([np.asarray(episode.actions) for episode in source.episodes])
+    found = store.vector("actions", np.arange(len(store)))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, actions.astype(np.float16).astype(np.float32))
+    assert store.statistics.actions.max == [float(found[store.rows("train")][:, d].max()) for d in range(3)]
+    with pytest.raises(ContractError, match=r"actions\[0, 0\] is inf"):
+        large = source.changed(0, actions=np.full((9, 3), 1e6, np.float32))
+        convert(large, tmp_path / "t.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd", "keyed"])
+@pytest.mark.parametrize("rows", [1, 16, 33])
+def test_pictures_are_exact_for_every_reader(tmp_path: Path, compression: Compression, rows: int) -> None:
+    """Smooth and noisy pictures, read by us in any order and by zarr itself."""
+    import zarr
+
+    rng = np.random.default_rng(0)
+    frames = np.broadcast_to(np.arange(24, dtype=np.uint8)[None, :, None, None], (rows, 24, 40, 3)).copy()
+    frames[rows // 2 :] = rng.integers(0, 256, (rows - rows // 2, 24, 40, 3), dtype=np.uint8)
+    layout = Layout.of((24, 40, 3), np.uint8, 16, 2**14, rows, compression)
+    reader = write_rows(tmp_path / "a", frames, layout, [cut for cut in (5, 12, 20) if cut < rows])
+    np.testing.assert_array_equal(np.asarray(zarr.open_array(tmp_path / "a", mode="r")[:]), frames)
+    some = rng.integers(0, rows, 40)
+    for wanted in (np.arange(rows), np.arange(rows)[::-1], np.arange(0, rows, 5), some, np.sort(some[:9])):
+        np.testing.assert_array_equal(reader.read(wanted), frames[wanted])
+    written = next(p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file())
+    with zarr.config.set({"array.write_empty_chunks": True}):  # what zarr itself writes of the same rows
+        copy = zarr.open_array(tmp_path / "a", mode="r+")
+        copy[:] = frames
+    assert written.stat().st_size > 0 and RowReader(tmp_path / "a").read_range(0, rows).tobytes() == frames.tobytes()
+
+
+def test_auto_compresses_few_noisy_frames_and_many_that_repeat(tmp_path: Path) -> None:
+    """By camera: `front` shows one picture with a dot that moves, `wrist` the same under noise."""
+    rng = np.random.default_rng(0)
+    still = np.repeat(rng.integers(0, 200, (1, 56, 56, 3), dtype=np.uint8), 40, axis=0)
+    for t, picture in enumerate(still):
+        picture[t, t] = 255
+    noise = rng.integers(0, 40, still.shape, dtype=np.uint8)
+    first = dataclasses.replace(make_episode("push", 40, 0), frames={"front": still, "wrist": still + noise}, annotations={})
+    others = [dataclasses.replace(make_episode("push", 5, k, size=56), annotations={}) for k in (1, 2)]
+    settings = SETTINGS.model_copy(update={"chunk_frames": "auto", "compression": "lz4", "shard_megabytes": 1.0})
+    for number, episodes in enumerate(([first, *others], [others[0], first])):
+        out = tmp_path / f"{number}.zarr"
+        convert(Recorded(episodes), out, settings, seed=0)
+        chosen = [RowReader(out / "frames" / camera).chunk_rows for camera in CAMERAS]
+        assert chosen == ([16, 2] if number == 0 else [16, 16])  # five frames are too few to tell
+        store, rows = EpisodeStore.open(out), np.arange(0, 45, 4)
+        for camera in CAMERAS:
+            truth = np.concatenate([np.asarray(episode.frames[camera]) for episode in episodes])
+            np.testing.assert_array_equal(store.frames(rows, camera), truth[rows])

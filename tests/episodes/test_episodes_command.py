@@ -1,0 +1,442 @@
+"""`python -m svam.episodes`: what it prints is what is there, what is wrong is found and named, and pictures are pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner, Result
+
+from svam.console import console
+from svam.contract import Episode
+from svam.episodes.__main__ import app
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, attributes_digest, read_attributes
+from svam.episodes.convert import convert
+from svam.episodes.findings import Check
+from svam.episodes.rows import RowReader
+from svam.episodes.store import EpisodeStore
+from svam.episodes.validation import validate
+from svam.files import FileError, sha256_tree
+from tests.recorded import SETTINGS, Recorded, two_tasks
+
+SOURCE = two_tasks()
+
+
+def timed(episode: Episode, gap: int | None = None, rate: float = 20.0) -> dict[str, Any]:
+    stamps = 3.0 + np.arange(episode.steps) / rate
+    if gap is not None:
+        stamps[gap:] += 0.4
+    return vars(episode) | {"timestamps": stamps}
+
+
+def with_timestamps() -> Recorded:
+    source = two_tasks()
+    for number, episode in enumerate(source.episodes):
+        source = source.changed(number, **timed(episode))
+    return source
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "episodes.zarr"
+    convert(with_timestamps(), path, SETTINGS, seed=0)
+    return path
+
+
+@pytest.fixture
+def path(kept: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(kept, tmp_path / "episodes.zarr")
+    return tmp_path / "episodes.zarr"
+
+
+def replace(path: Path, name: str, change: Callable[[np.ndarray[Any, Any]], np.ndarray[Any, Any]]) -> None:
+    """Write an array anew, as nobody should: with valid bytes and other values."""
+    reader = RowReader(path / name)
+    values = change(reader.read_range(0, len(reader)))
+    shutil.rmtree(path / name)
+    folders = {file: file.read_bytes() for file in path.rglob("zarr.json")}
+    with GroupWriter(path) as group:
+        group.attributes = read_attributes(path)
+        # Past `append`, which refuses what is not finite.
+        array = group.array(name, values.shape[1:], values.dtype, reader.chunk_rows, reader.shard_rows)
+        with np.errstate(invalid="ignore"):
+            array._buffer = np.zeros((max(len(values), 1), *values.shape[1:]), values.dtype)
+            array._array.resize(values.shape)
+            array._array[:] = values
+    for file, text in folders.items():
+        file.write_bytes(text)
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    metadata = json.loads((path / "zarr.json").read_text())
+    change(metadata["attributes"])
+    metadata["attributes"][ATTRIBUTES_DIGEST] = attributes_digest(metadata["attributes"])
+    (path / "zarr.json").write_text(json.dumps(metadata))
+
+
+def checks_of(path: Path) -> dict[str, Check]:
+    return {check.name: check for check in validate(path, lambda total: lambda rows: None)}
+
+
+def faults_of(path: Path) -> dict[str, str]:
+    return {name: check.text() for name, check in checks_of(path).items() if check.faults}
+
+
+def warnings_of(path: Path) -> dict[str, str]:
+    return {name: check.text() for name, check in checks_of(path).items() if check.warnings}
+
+
+def call(*arguments: object) -> Result:
+    console.width = 4000
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_inspect_says_what_is_there(kept: Path) -> None:
+    found = json.loads(call("inspect", kept, "--json").stdout)
+    store = EpisodeStore.open(kept)
+    assert (found["episodes"], found["rows"], found["rate_hz"], found["schema_version"]) == (9, len(store), 20.0, 2)
+    assert found["hours"] == len(store) / 20 / 3600 and found["timestamps"] and found["checksums"] == 9
+    assert found["cameras"] == {"front": [8, 8], "wrist": [8, 8]}
+    assert sum(side["episodes"] for side in found["split"].values()) == 9
+    assert found["split"]["train"]["rows"] == len(store.rows("train"))
+    by_task = {entry["task"]: entry for entry in found["tasks"]}
+    assert by_task["push"]["episodes"] == 4 and by_task["pull"]["said"]["pull please, number 8"] == 1
+    assert by_task["push"]["instructions"]["held_out"] == ["push c"]
+    actions = np.concatenate([store.vector("actions", np.arange(*store.bounds(int(e)))) for e in store.episodes("train")])
+    assert found["vectors"]["actions"]["stored"] and not found["vectors"]["expert_actions"]["stored"]
+    np.testing.assert_allclose(found["vectors"]["actions"]["q01"], np.quantile(actions.astype(float), 0.01, axis=0))
+    assert found["convention"]["normalisation"] == "minmax"
+    labelled = store.annotation("depth")
+    assert labelled is not None and found["annotations"]["depth"] == {"frames": len(labelled.rows), "size": [8, 8]}
+    files = [file for file in kept.rglob("*") if file.is_file()]
+    assert (found["files"], found["bytes"]) == (len(files), sum(file.stat().st_size for file in files))
+    front = found["arrays"]["frames/front"]
+    assert front["uncompressed_bytes"] == len(store) * 192 and (front["chunk_rows"], front["shard_rows"]) == (4, 16)
+
+
+def test_inspect_prints_tables(kept: Path) -> None:
+    text = call("inspect", kept, "--tasks", 1).stdout
+    for part in (
+        "189 at 20 Hz", "front 8 x 8, wrist 8 x 8", "pull please, number 4", "and 1 more", "computed now", "frames/wrist",
+        "relative, normalised by minmax", "times smaller", "schema version 2", "1 paraphrases held out", "source",
+    ):  # fmt: skip
+        assert part in text, part
+
+
+def test_a_whole_store_is_valid(kept: Path) -> None:
+    checks = checks_of(kept)
+    assert not any(check.faults or check.warnings for check in checks.values()), checks
+    assert {"files", "frames/front", "frames/wrist", "actions", "timestamps", "statistics", "checksums", "duplicates"} <= set(
+        checks
+    )
+    result = call("validate", kept, "--strict")
+    assert result.exit_code == 0 and "0 faults, 0 warnings" in result.stdout
+    assert result.stdout.count("✓") == len(checks)
+
+
+def test_it_reads_each_frame_chunk_once(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[Path] = []
+    original = RowReader.read_range
+
+    def counted(self: RowReader, start: int, end: int) -> np.ndarray[Any, Any]:
+        decoded.extend([self.path] * len({row // self.chunk_rows for row in range(start, end)}))
+        return original(self, start, end)
+
+    monkeypatch.setattr(RowReader, "read_range", counted)
+    validate(kept, lambda total: lambda rows: None)
+    assert decoded.count(kept / "frames" / "front") == -(-len(EpisodeStore.open(kept)) // 4)
+
+
+def shards(path: Path, array: str) -> list[Path]:
+    return sorted((file for file in (path / array / "c").rglob("*") if file.is_file()), key=lambda file: int(file.parts[-4]))
+
+
+def test_a_damaged_chunk_is_named_and_the_rest_still_read(path: Path) -> None:
+    file = shards(path, "frames/wrist")[1]  # rows 16..31, four chunks
+    data = bytearray(file.read_bytes())
+    data[10] ^= 255
+    file.write_bytes(data)
+    replace(path, "actions", lambda values: np.where(np.arange(len(values))[:, None] == 120, np.float32(0.123), values))
+    found = faults_of(path)
+    assert re.match(r"rows 16\.\.19 \(episode 1\) cannot be read: .*/c/1/0/0/0: ", found["frames/wrist"])
+    assert {"frames/wrist", "checksums"} <= set(found) <= {"frames/wrist", "checksums", "statistics"}  # if 6 is a training one
+    assert "episode 6" in found["checksums"] and "episode 1 " not in found["checksums"]
+
+
+def test_changed_values_are_found(path: Path) -> None:
+    store = EpisodeStore.open(path)
+    row = store.bounds(int(store.episodes("train")[1]))[0] + 3
+    replace(path, "proprioception", lambda values: values + (np.arange(len(values))[:, None] == row) * np.float32(0.5))
+    found = faults_of(path)
+    assert set(found) == {"checksums", "statistics"} and "proprioception: mean[0] is" in found["statistics"]
+    assert f"episode {store.episodes('train')[1]} (push/" in found["checksums"]
+
+
+@pytest.mark.parametrize("array", ["actions", "expert_actions"])
+def test_what_is_not_finite_is_named(path: Path, array: str) -> None:
+    replace(
+        path, array, lambda values: np.where((np.arange(len(values)) == 40)[:, None] & [False, True, False], np.nan, values)
+    )
+    found = faults_of(path)
+    assert "episode 3, row 40 (its step 4): " + array + "[1] is nan, expected a finite number" in found[array]
+    assert ("statistics" in found) == (array == "actions") and "episode 3" in found["checksums"]
+
+
+def test_labels_out_of_range(path: Path) -> None:
+    replace(
+        path,
+        "annotations/segmentation/values",
+        lambda values: np.where(np.arange(len(values))[:, None, None] == 5, 9, values).astype(np.uint8),
+    )
+    replace(path, "annotations/depth/values", lambda values: -values)
+    found = faults_of(path)
+    assert "pixel (0, 0): 9, expected classes 0..6" in found["annotations/segmentation/values"]
+    assert "expected metres" in found["annotations/depth/values"] and "and" in found["annotations/depth/values"]
+
+
+def test_timestamps(path: Path, tmp_path: Path) -> None:
+    source = with_timestamps()
+    source = source.changed(2, **timed(source.episodes[2], gap=7)).changed(4, **timed(source.episodes[4], rate=10.0))
+    convert(source, tmp_path / "gap.zarr", SETTINGS, seed=0)
+    found = warnings_of(tmp_path / "gap.zarr")["timestamps"]
+    assert "episode 2 has 1 gaps, the longest 0.45 s (9.0 steps) before row 28" in found
+    result = call("validate", tmp_path / "gap.zarr")
+    assert result.exit_code == 0 and "! timestamps" in result.stdout
+    assert call("validate", tmp_path / "gap.zarr", "--strict").exit_code == 1
+    replace(path, "timestamps", lambda values: np.where(np.arange(len(values)) == 30, 0.0, values))
+    assert "episode 2, row 30 (its step 9): 0 s, expected a finite number above" in faults_of(path)["timestamps"]
+
+
+def test_a_wrong_rate_is_noticed(tmp_path: Path) -> None:
+    source = with_timestamps()
+    convert(source.changed(4, **timed(source.episodes[4], rate=15.0)), tmp_path / "s.zarr", SETTINGS, seed=0)
+    assert warnings_of(tmp_path / "s.zarr") == {"timestamps": "episode 4 runs at 15 Hz, the store says 20 Hz"}
+
+
+def test_episodes_that_are_there_twice(tmp_path: Path) -> None:
+    episodes = list(SOURCE.episodes)
+    other = vars(episodes[5]) | {"instruction": "pull it, will you"}
+    source = Recorded([*episodes, episodes[1], Episode(**other)])
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    check = checks_of(tmp_path / "s.zarr")["duplicates"]
+    text = "; ".join(check.faults + check.warnings)
+    split = EpisodeStore.open(tmp_path / "s.zarr").episode_split
+    assert f"episodes 1 and 9 are the same{', and one of them is held out' if split[1] != split[9] else ''}" in text
+    assert (
+        "episodes 5 and 10 have the same frames with the instructions 'pull please, number 5' and 'pull it, will you'" in text
+    )
+    assert len(check.faults) == 1 + (split[5] != split[10])
+
+
+def test_what_a_person_should_look_at(tmp_path: Path) -> None:
+    black = SOURCE.episodes[1].frames["front"].copy()
+    black[4:7] = 0
+    still = np.repeat(SOURCE.episodes[3].frames["wrist"][:1], SOURCE.episodes[3].steps, axis=0)
+    source = SOURCE.changed(1, frames=dict(SOURCE.episodes[1].frames) | {"front": black})
+    source = source.changed(3, frames=dict(SOURCE.episodes[3].frames) | {"wrist": still})
+    for number, episode in enumerate(source.episodes):
+        assert episode.actions is not None
+        actions = episode.actions.copy()
+        actions[:, 1] = 0.25
+        proprioception = np.asarray(episode.proprioception).copy()
+        if number == 8:
+            proprioception[5, 1] = 1e4
+        source = source.changed(number, actions=actions, proprioception=proprioception)
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    found = warnings_of(tmp_path / "s.zarr")
+    assert found.pop("frames/front") == "3 of 12 frames of episode 1 are one colour, the first at row 13"
+    assert found.pop("frames/wrist") == "all 18 frames of episode 3 are the same"
+    assert found.pop("actions") == "dimensions that never change: 1"
+    assert "outliers in dimension 1, the furthest 10000 at episode 8, row 161 (its step 5)" in found.pop("proprioception")
+    assert not found
+
+
+def test_wrong_statistics_instructions_and_strange_files(path: Path) -> None:
+    (path / "note.txt").write_text("hello")
+
+    def change(attributes: dict[str, Any]) -> None:
+        attributes["statistics"]["actions"]["q99"][2] += 0.01
+        attributes["statistics"]["actions"]["count"] += 1
+        attributes["episode_instructions"][3] = " "
+        attributes["episode_instructions"][0] = "push c"
+
+    edit(path, change)
+    checks = checks_of(path)
+    assert "note.txt is no file of the store" in checks["files"].warnings[0]
+    assert "actions: q99[2] is" in checks["statistics"].text() and "training rows stated" in checks["statistics"].text()
+    assert checks["instructions"].faults == ["episode 3: the instruction is empty"]
+    assert checks["instructions"].warnings == ["episode 0: its instruction 'push c' is one of those held out"]
+
+
+def test_memory_does_not_grow_with_the_store(tmp_path: Path) -> None:
+    peaks = []
+    params = SETTINGS.model_copy(update={"chunk_frames": 32, "shard_megabytes": 8.0})
+    for times in (2, 8):  # of an episode longer than the blocks it is read in
+        frames = np.broadcast_to(np.uint8(9), (400 * times, 64, 64, 3))
+        vectors = np.broadcast_to(np.float32(1), (400 * times, 3))
+        episode = vars(SOURCE.episodes[0]) | {"frames": dict.fromkeys(("front", "wrist"), frames), "annotations": {}}
+        episode |= dict.fromkeys(("actions", "expert_actions", "proprioception"), vectors)
+        convert(Recorded([Episode(**episode)] * 3), tmp_path / f"{times}.zarr", params, seed=0)
+        tracemalloc.start()
+        validate(tmp_path / f"{times}.zarr", lambda total: lambda rows: None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
+def test_bytes_between_the_chunks_are_noticed(path: Path) -> None:
+    file = shards(path, "frames/front")[0]
+    data = file.read_bytes()
+    index = len(data) - (4 * 16 + 4)
+    file.write_bytes(data[:index] + b"hidden" + data[index:])
+    assert faults_of(path) == {"files": f"{file}: 6 bytes belong to no chunk"}
+
+
+def test_a_store_that_does_not_open_has_one_fault(path: Path, tmp_path: Path) -> None:
+    shards(path, "frames/front")[2].unlink()
+    for store in (path, tmp_path / "nothing.zarr"):
+        result = call("validate", store)
+        assert result.exit_code == 1 and "✗ store" in result.stdout and "1 faults, 0 warnings" in result.stdout
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(which=160115, position=1, bit=0, cut=True)  # less of a shard is left than its index takes
+@example(which=0, position=0, bit=0, cut=True)
+@given(which=st.integers(0, 10**6), position=st.integers(0, 10**9), bit=st.integers(0, 7), cut=st.booleans())
+def test_no_flipped_bit_or_lost_byte_goes_unnoticed(
+    kept: Path, tmp_path: Path, which: int, position: int, bit: int, cut: bool
+) -> None:
+    """Of the arrays' shards; a bit that is neither a fault nor a change carries nothing."""
+    files = sorted(file for file in kept.rglob("*") if file.is_file() and file.name != "zarr.json")
+    victim = files[which % len(files)].relative_to(kept)
+    copy = tmp_path / "copy.zarr"
+    shutil.copytree(kept, copy, dirs_exist_ok=True)
+    data = bytearray((copy / victim).read_bytes())
+    if cut:
+        data = data[: position % len(data)]
+    else:
+        data[position % len(data)] ^= 1 << bit
+    (copy / victim).write_bytes(data)
+    if not any(check.faults for check in validate(copy, lambda total: lambda rows: None)):
+        array = victim.as_posix().split("/c/")[0]
+        before, after = (RowReader(store / array) for store in (kept, copy))
+        np.testing.assert_array_equal(before.read_range(0, len(before)), after.read_range(0, len(after)))
+
+
+def test_show_draws_a_sheet_and_a_film(kept: Path, tmp_path: Path) -> None:
+    import av
+    from PIL import Image
+
+    for folder in ("a", "b"):
+        assert call("show", kept, "--episode", 3, "--out", tmp_path / folder).exit_code == 0
+    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    with Image.open(tmp_path / "a" / "episode_0003.png") as sheet:
+        assert sheet.width > 1500 and sheet.height > 600
+        # The first frame of the first camera, 24 times as large, below the header: its colours are there.
+        colours = {colour for _, colour in sheet.convert("RGB").getcolors(1 << 20) or []}
+    frame = SOURCE.episodes[3].frames["front"]
+    assert {tuple(pixel) for pixel in np.asarray(frame)[0].reshape(-1, 3).tolist()} <= colours
+    with av.open(str(tmp_path / "a" / "episode_0003.mp4")) as film:
+        pages = [page.to_ndarray(format="rgb24") for page in film.decode(video=0)]
+        assert film.streams.video[0].average_rate == 20.0
+    assert len(pages) == SOURCE.episodes[3].steps
+    assert all(page.shape == pages[0].shape and page.shape[0] % 2 == 0 for page in pages)
+    assert np.abs(pages[0].astype(int) - pages[9]).mean() > 1
+
+
+def test_show_one_camera_at_a_rate(kept: Path, tmp_path: Path) -> None:
+    import av
+
+    both, one = tmp_path / "both", tmp_path / "one"
+    assert call("show", kept, "--episode", 0, "--out", both).exit_code == 0
+    assert call("show", kept, "--episode", 0, "--out", one, "--camera", "wrist", "--fps", 5).exit_code == 0
+    with av.open(str(both / "episode_0000.mp4")) as film, av.open(str(one / "episode_0000.mp4")) as other:
+        assert film.streams.video[0].width > other.streams.video[0].width
+        assert other.streams.video[0].average_rate == 5.0
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--episode", 9), r"no episode 9; there are 0..8"), (("--episode", -1), r"no episode -1; there are 0..8"),
+    (("--episode", 0, "--camera", "top"), "no camera 'top'; there are front, wrist"),
+])  # fmt: skip
+def test_show_says_what_is_there_instead(kept: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
+    result = call("show", kept, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 1 and f"error: {kept}: {message}" in result.stderr and "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("fields", [
+    {"frames": {"front": np.full((1, 480, 640, 3), 7, np.uint8), "wrist": np.full((1, 31, 47, 3), 9, np.uint8)}},
+    {"frames": {name: np.zeros((1, 700, 96, 3), np.uint8) for name in ("front", "wrist")},
+     "instruction": "a word of " + "extraordinary" * 30 + " length; 打开抽屉 [bold]"},
+])  # fmt: skip
+def test_show_takes_any_size_and_one_frame(tmp_path: Path, fields: dict[str, Any]) -> None:
+    import av
+
+    bare = dict.fromkeys(("actions", "expert_actions", "proprioception"))
+    source = Recorded([
+        Episode(**(vars(episode) | bare | {"annotations": {}} | fields)) for episode in (SOURCE.episodes[0], SOURCE.episodes[1])
+    ])  # fmt: skip
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    assert call("show", tmp_path / "s.zarr", "--episode", 1, "--out", tmp_path).exit_code == 0
+    with av.open(str(tmp_path / "episode_0001.mp4")) as film:
+        assert len(list(film.decode(video=0))) == 1 and film.streams.video[0].width <= 1280
+    text = call("inspect", tmp_path / "s.zarr").stdout
+    assert "none: good for the video model" in text and "vectors      none" in text
+    assert call("validate", tmp_path / "s.zarr").exit_code == 1  # the same episode twice
+
+
+def test_the_manifest_lists_names_and_sizes(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "b" / "deep").mkdir(parents=True)
+    (data / "b" / "deep" / "x.npz").write_bytes(b"12345")
+    (data / "a.json").write_bytes(b"")
+    (data / "loop").symlink_to(data)
+    (data / "link.npz").symlink_to(data / "b" / "deep" / "x.npz")
+    for name in ("one.json", "two.json"):
+        assert call("manifest", data, tmp_path / name).exit_code == 0
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
+    found = json.loads((tmp_path / "one.json").read_text())
+    assert found == {
+        "schema_version": 1, "count": 3, "bytes": 10, "files": {"a.json": 0, "b/deep/x.npz": 5, "link.npz": 5},
+    }  # fmt: skip
+    for folder, out, message in (
+        (data, data / "m.json", "lies below"), (tmp_path / "no", tmp_path / "m.json", "no such directory"),
+    ):  # fmt: skip
+        result = call("manifest", folder, out)
+        assert result.exit_code == 1 and message in result.stderr
+    (data / "broken").symlink_to(data / "nowhere")
+    result = call("manifest", data, tmp_path / "m.json")
+    assert result.exit_code == 1 and "broken: No such file" in result.stderr
+
+
+def test_help_is_quick_and_names_the_commands() -> None:
+    code = (
+        "import sys; from svam.episodes.__main__ import app; app(['--help'], standalone_mode=False); print(sorted(sys.modules))"
+    )
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for name in ("inspect", "validate", "show", "manifest"):
+        assert name in text
+    assert not {"'zarr'", "'matplotlib'", "'av'", "'torch'"} & set(re.findall(r"'\w+'", text))
+
+
+def test_a_damaged_array_description_is_one_sentence(path: Path) -> None:
+    (path / "frames" / "zarr.json").write_text("[]")
+    result = call("validate", path)
+    assert result.exit_code == 1 and "neither the metadata of a Zarr v3 group nor of an array" in result.output
+    with pytest.raises(FileError):
+        from svam.episodes.inspection import facts
+
+        facts(path)

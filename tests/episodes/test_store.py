@@ -1,0 +1,353 @@
+"""The store returns exactly what went in, whatever the order of the rows, and refuses what is not whole."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from svam.contract import ContractError
+from svam.episodes import rows as rows_module
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, attributes_digest, read_attributes, round_mantissa
+from svam.episodes.chunks import _neighbours
+from svam.episodes.convert import convert
+from svam.episodes.rows import RowReader
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError, sha256_tree
+from tests.recorded import CAMERAS, SETTINGS, two_tasks
+
+SOURCE = two_tasks()
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "episodes.zarr"
+    convert(SOURCE, path, SETTINGS, seed=0)
+    return path
+
+
+@pytest.fixture
+def path(kept: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    copy = tmp_path / "episodes.zarr"
+    for file in kept.rglob("*"):
+        if file.is_file():
+            target = copy / file.relative_to(kept)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())
+    return copy
+
+
+def replace(path: Path, name: str, values: np.ndarray[Any, Any]) -> None:
+    shutil.rmtree(path / name)
+    with GroupWriter(path) as group:
+        group.attributes = read_attributes(path)
+        group.write(name, values)
+
+
+def edit(path: Path, **attributes: Any) -> None:
+    file = path / "zarr.json"
+    metadata = json.loads(file.read_text())
+    metadata["attributes"] |= attributes
+    metadata["attributes"][ATTRIBUTES_DIGEST] = attributes_digest(metadata["attributes"])
+    file.write_text(json.dumps(metadata))
+
+
+def test_everything_comes_back_exactly(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
+    assert (store.rate_hz, store.cameras, store.tasks) == (20.0, CAMERAS, ["push", "pull"])
+    assert (store.image_size, store.action_dimensions, store.proprioception_dimensions) == ((8, 8), 3, 2)
+    assert len(store) == sum(len(e.actions) for e in SOURCE.episodes)
+    assert not store.has("state")
+    for number, episode in enumerate(SOURCE.episodes):
+        start, end = store.bounds(number)
+        rows = np.arange(start, end)
+        assert end - start == len(episode.actions)
+        assert store.task_of(number) == episode.task and store.instruction_of(number) == episode.instruction
+        assert store.episode_provenance[number] == episode.provenance
+        assert (store.episode_of(rows) == number).all()
+        np.testing.assert_array_equal(store.frames(rows), episode.frames["front"])
+        np.testing.assert_array_equal(store.frames(rows, "wrist"), episode.frames["wrist"])
+        for name in ("actions", "expert_actions", "proprioception"):
+            np.testing.assert_array_equal(store.vector(name, rows), getattr(episode, name))
+        for name, annotation in episode.annotations.items():
+            annotated = store.annotation(name)
+            assert annotated is not None
+            mine = np.flatnonzero((annotated.rows >= start) & (annotated.rows < end))
+            np.testing.assert_array_equal(annotated.rows[mine], annotation.index + start)
+            np.testing.assert_array_equal(annotated.values(mine), annotation.values)
+            assert annotated.values(mine).dtype == annotation.values.dtype
+
+
+def test_any_zarr_library_reads_the_same(kept: Path) -> None:
+    group = zarr.open_group(str(kept), mode="r")
+    store = EpisodeStore.open(kept)
+    everything = np.arange(len(store))
+    np.testing.assert_array_equal(group["frames/wrist"][:], store.frames(everything, "wrist"))  # type: ignore[index]
+    np.testing.assert_array_equal(group["actions"][:], store.vector("actions", everything))  # type: ignore[index]
+    assert sorted(name for name, _ in group.groups()) == ["annotations", "frames"]
+
+
+@settings(deadline=None, max_examples=60)
+@given(rows=st.lists(st.integers(0, sum(len(e.actions) for e in SOURCE.episodes) - 1), max_size=40))
+def test_any_rows_in_any_order_with_repeats(kept: Path, rows: list[int]) -> None:
+    whole = np.concatenate([e.frames["front"] for e in SOURCE.episodes])
+    np.testing.assert_array_equal(EpisodeStore.open(kept).frames(np.array(rows, dtype=np.int64)), whole[rows])
+
+
+def test_each_chunk_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(two_tasks(), tmp_path / "lz4.zarr", SETTINGS.model_copy(update={"compression": "lz4"}), seed=0)
+    reader = RowReader(tmp_path / "lz4.zarr" / "frames" / "front")
+    decoded: list[int] = []
+    original = reader._decode
+    monkeypatch.setattr(reader, "_decode", lambda file, name, place, out: (decoded.append(1), original(file, name, place, out)))
+    reader.read(np.array([0, 50, 1, 51, 3, 49, 17, 48, 2, 0]))  # chunks of 4: 0, 12, 4
+    assert len(decoded) == 3
+
+
+def test_training_and_held_out_rows_are_disjoint_and_complete(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
+    train, held_out = store.rows("train"), store.rows("held_out")
+    assert sorted([*train, *held_out]) == list(range(len(store)))
+    assert sorted([*store.episodes("train"), *store.episodes("held_out")]) == list(range(9))
+    both, mine = store.annotation("depth"), store.annotation("depth", "train")
+    assert both is not None and mine is not None
+    assert set(mine.rows) == set(both.rows) & set(train) and len(mine.rows) < len(both.rows)
+    np.testing.assert_array_equal(mine.values(np.array([5, 1])), both.values(np.searchsorted(both.rows, mine.rows[[5, 1]])))
+    assert store.annotation("normals") is None
+
+
+def test_paraphrases_are_drawn_from_the_training_ones_by_seed(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
+    drawn = [store.instruction_of(5, seed) for seed in range(30)]
+    assert set(drawn) == {"pull a", "pull b"}
+    assert drawn == [store.instruction_of(5, seed) for seed in range(30)]
+
+
+def test_it_crosses_process_borders(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
+    store.frames(np.array([3]))
+    twin = copy.deepcopy(store)  # by the protocol that also sends objects to other processes
+    np.testing.assert_array_equal(twin.frames(np.array([7])), store.frames(np.array([7])))
+
+
+def test_wrong_questions(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
+    with pytest.raises(ContractError, match=r"no camera 'top'; there are front, wrist"):
+        store.frames(np.array([0]), "top")
+    with pytest.raises(ContractError, match="no vector 'state'; there are actions, expert_actions, proprioception"):
+        store.vector("state", np.array([0]))
+    with pytest.raises(ContractError, match=rf"rows -1\.\.0 asked for, there are 0\.\.{len(store) - 1}"):
+        store.frames(np.array([0, -1]))
+    with pytest.raises(ContractError, match=r"expected \(k,\)"):
+        store.frames(np.array([[0]]))
+
+
+def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
+    text = str(error.value)
+    assert "\n" not in text and len(text) < 400
+    return text
+
+
+def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no such directory"):
+        EpisodeStore.open(tmp_path / "nothing.zarr")
+    (tmp_path / "empty.zarr").mkdir()
+    with pytest.raises(FileError, match="not a Zarr v3 group"):
+        EpisodeStore.open(tmp_path / "empty.zarr")
+    (path / "zarr.json").write_text("{")
+    with pytest.raises(FileError, match="not valid JSON"):
+        EpisodeStore.open(path)
+
+
+def test_another_schema_version(path: Path) -> None:
+    edit(path, schema_version=99)
+    with pytest.raises(FileError, match=r"schema_version is 99, this code reads 2; run the convert stage again"):
+        EpisodeStore.open(path)
+
+
+def test_a_wrong_attribute_is_named(path: Path) -> None:
+    edit(path, tasks="push")
+    with pytest.raises(FileError, match="attribute tasks") as error:
+        EpisodeStore.open(path)
+    one_sentence(error)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(-5, 200), max_size=12))
+def test_ends_that_do_not_increase_are_refused(tmp_path_factory: pytest.TempPathFactory, kept: Path, ends: list[int]) -> None:
+    store = EpisodeStore.open(kept)
+    true = store.episode_ends
+    store.episode_ends = np.array(ends, dtype=np.int64)
+    if len(ends) == len(true) and all(b > a for a, b in zip([0, *ends], ends, strict=False)):
+        store._check_episodes()
+    else:
+        with pytest.raises(ContractError, match="episode_ends"):
+            store._check_episodes()
+
+
+def test_numbers_that_contradict_one_another(path: Path) -> None:
+    ends = EpisodeStore.open(path).episode_ends
+    replace(path, "episode_ends", np.where(np.arange(len(ends)) == 3, ends[2], ends))
+    with pytest.raises(ContractError, match=f"episode_ends must increase from above 0, but episode 3 ends at row {ends[2]}"):
+        EpisodeStore.open(path)
+    replace(path, "episode_ends", ends[:-1])
+    with pytest.raises(ContractError, match="episode_split has 9 entries, episode_ends has 8"):
+        EpisodeStore.open(path)
+    replace(path, "episode_ends", ends + 1)
+    with pytest.raises(ContractError, match=rf"frames/front is uint8 .*, expected uint8 \({ends[-1] + 1}, H, W, 3\)"):
+        EpisodeStore.open(path)
+    replace(path, "episode_ends", ends.astype(np.int32))
+    with pytest.raises(ContractError, match="episode_ends is int32"):
+        EpisodeStore.open(path)
+    replace(path, "episode_ends", ends)
+    replace(path, "episode_split", np.zeros(9, dtype=np.uint8))
+    with pytest.raises(ContractError, match="has no held_out episode"):
+        EpisodeStore.open(path)
+    replace(path, "episode_split", np.full(9, 2, dtype=np.uint8))
+    with pytest.raises(ContractError, match=r"episode_split holds 2\.\.2, expected 0\.\.1"):
+        EpisodeStore.open(path)
+
+
+def shards(path: Path, array: str) -> list[Path]:
+    return sorted(file for file in (path / array / "c").rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("array", ["frames/front", "actions", "annotations/depth/values", "episode_ends"])
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_truncated_shard_is_found_on_opening(path: Path, array: str, share: float) -> None:
+    file = shards(path, array)[-1]
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
+    with pytest.raises(FileError, match="truncated or damaged") as error:
+        EpisodeStore.open(path)
+    assert str(file) in one_sentence(error)
+
+
+def test_a_missing_shard_is_not_zeros(path: Path) -> None:
+    file = shards(path, "frames/front")[1]
+    file.unlink()
+    with pytest.raises(FileError, match="no such file, though the array has") as error:
+        EpisodeStore.open(path)
+    assert str(file) in one_sentence(error)
+
+
+def test_a_flipped_bit_is_never_silently_wrong(path: Path) -> None:
+    file = shards(path, "frames/front")[0]
+    whole = file.read_bytes()
+    rng = np.random.default_rng(0)
+    right = EpisodeStore.open(path).frames(np.arange(16))
+    for position in rng.integers(0, len(whole), 60):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << int(rng.integers(8))
+        file.write_bytes(damaged)
+        try:
+            frames = EpisodeStore.open(path).frames(np.arange(16))
+        except FileError as error:
+            assert str(file) in str(error) and "\n" not in str(error)
+        else:  # a bit that carries no information, such as an unused one of a frame's header
+            np.testing.assert_array_equal(frames, right)
+
+
+def test_a_shard_shorter_than_its_array_is_incomplete(tmp_path: Path) -> None:
+    with GroupWriter(tmp_path / "g") as group:
+        group.array("x", (2,), np.float32, 2, 8).append(np.ones((4, 2), dtype=np.float32))
+    file = tmp_path / "g" / "x" / "zarr.json"
+    file.write_text(file.read_text().replace("4,\n    2\n", "7,\n    2\n", 1))
+    reader = RowReader(tmp_path / "g" / "x")
+    assert len(reader) == 7
+    with pytest.raises(FileError, match="incomplete"):
+        reader.check()
+
+
+def test_a_foreign_layout_is_named(tmp_path: Path) -> None:
+    zarr.create_array(str(tmp_path / "plain"), shape=(4, 2), dtype="float32", chunks=(2, 1))
+    with pytest.raises(FileError, match=r"not the metadata of a sharded|expected shards") as error:
+        RowReader(tmp_path / "plain")
+    one_sentence(error)
+
+
+def test_arrays_grow_in_any_portions_and_zeros_are_kept(tmp_path: Path) -> None:
+    values = np.arange(37 * 6, dtype=np.float32).reshape(37, 2, 3) * (np.arange(37) > 20)[:, None, None]
+    trees = []
+    for name, portions in (("a", [37]), ("b", [1, 3, 15, 0, 18])):
+        with GroupWriter(tmp_path / name) as group:
+            array = group.array("deep/x", (2, 3), np.float32, 2, 8)
+            for part in np.split(values, np.cumsum(portions)[:-1]):
+                array.append(part)
+        reader = RowReader(tmp_path / name / "deep" / "x")
+        np.testing.assert_array_equal(reader.read_range(0, 37), values)
+        reader.check()
+        assert reader.row_bytes == 24
+        trees.append(sha256_tree(tmp_path / name))
+        assert len(shards(tmp_path / name, "deep/x")) == 5
+    assert trees[0] == trees[1]
+
+
+def test_an_empty_array(tmp_path: Path) -> None:
+    with GroupWriter(tmp_path / "g") as group:
+        group.array("x", (2,), np.float16, 2, 8)
+    reader = RowReader(tmp_path / "g" / "x")
+    reader.check()
+    assert reader.read(np.zeros(0, dtype=np.int64)).shape == (0, 2)
+
+
+def test_mantissas_are_rounded_to_the_nearest(tmp_path: Path) -> None:
+    values = np.array([[1.0, 1.25, 1.3, -1.3, 0.0]], dtype=np.float16)
+    assert round_mantissa(values, 2).tolist() == [[1.0, 1.25, 1.25, -1.25, 0.0]]
+    assert round_mantissa(values, 10) is values
+    noise = np.random.default_rng(0).normal(size=(64, 256)).astype(np.float32)
+    sizes = {}
+    for bits in (None, 7, 4):
+        with GroupWriter(tmp_path / str(bits)) as group:
+            group.array("x", (256,), np.float16, 8, 64, mantissa_bits=bits).append(noise)
+        reader = RowReader(tmp_path / str(bits) / "x")
+        read = reader.read_range(0, 64)
+        assert read.dtype == np.float16 and reader.attributes == ({} if bits is None else {"mantissa_bits": bits})
+        np.testing.assert_allclose(read, noise, rtol=2.0 ** -(11 if bits is None else bits + 1) * 1.13, atol=1e-7)
+        sizes[bits] = shards(tmp_path / str(bits), "x")[0].stat().st_size
+        np.testing.assert_array_equal(zarr.open_array(str(tmp_path / str(bits) / "x"), mode="r")[:], read)
+    assert sizes[4] < 0.85 * sizes[7] < 0.85 * sizes[None]
+
+
+def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    array = GroupWriter(tmp_path / "g").array("x", (2,), np.float16, 2, 8)
+    array.append(np.zeros((3, 2), dtype=np.float32))
+    with pytest.raises(ContractError, match=r"x: rows are float32 \(1, 3\), expected float16 \(k, 2\)"):
+        array.append(np.zeros((1, 3), dtype=np.float32))
+    with pytest.raises(ContractError, match="rows are int64"):
+        array.append(np.zeros((1, 2), dtype=np.int64))
+    with pytest.raises(ContractError, match=r"x\[4, 1\] is inf as float16"):
+        array.append(np.array([[0, 0], [0, 1e6]], dtype=np.float32))
+    with pytest.raises(ContractError, match="must be a multiple of chunk_rows"):
+        GroupWriter(tmp_path / "h").array("x", (2,), np.float16, 3, 8)
+
+
+def test_vectors_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rows_module, "_KEPT_BYTES", 3 * 4 * 2 * 4)  # three chunks
+    values = np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32)
+    with GroupWriter(tmp_path / "g") as group:
+        group.array("a", (2,), np.float32, chunk_rows=4, shard_rows=8).append(values)
+    reader, rng = RowReader(tmp_path / "g" / "a"), np.random.default_rng(1)
+    for rows in (np.arange(50), *(rng.integers(0, 50, int(k)) for k in rng.integers(1, 30, 40))):
+        np.testing.assert_array_equal(reader.read(rows), values[rows])
+        assert len(reader._kept) <= 3
+    reader.read(rows := np.array([9, 8]))
+    for shard in (tmp_path / "g" / "a" / "c").rglob("*"):
+        if shard.is_file():
+            shard.unlink()
+    with pytest.raises(FileError, match="replaced or changed while it was in use"):  # though both rows are kept
+        reader.read(rows)
+
+
+def test_chunks_are_read_in_runs_of_neighbours() -> None:
+    places = [[0, 10], [10, 10], [20, 10], [40, 10], [50, 100], [150, 10], [5, 5]]
+    assert _neighbours(places, 20) == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+    assert _neighbours(places, 1000) == [(0, 3), (3, 6), (6, 7)] and _neighbours([], 20) == []

@@ -1,0 +1,323 @@
+"""Averages and intervals by hand-computed numbers; the protocols and the stage on a tiny S-VAM and the real simulator."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from stages.evaluate import app
+from svam.contract import Observation, SourceDescription
+from svam.episodes.convert import convert
+from svam.episodes.store import EpisodeStore
+from svam.evaluation import closed_loop, offline
+from svam.evaluation.rollout import Outcome
+from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, macro_of, rate_of, summary, tier_of, wilson
+from svam.files import read_json, sha256_tree
+from svam.models.svam import SVAM, SVAMConfig
+from svam.params import Params
+from svam.resume import Resume
+from svam.simulation.metaworld import TaskEnvironment
+from svam.training.train_policy import load_foresight
+from tests.killing import kill, one_code
+from tests.killing import run_stage as whole_stage
+from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.stage_deps import ROOT
+from tests.tiny import GENERATE, policy_params, save_all_parts
+from tests.tiny_foresight import FRAMES, GRID, SIZE
+from tests.toy import write_toy_params
+
+
+def test_wilson_against_published_values() -> None:
+    # 8 of 10: 0.4902 to 0.9433 (Brown, Cai & DasGupta 2001's formula, computed by hand); 0 of 25 and 25 of 25 mirror.
+    assert wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    low, high = wilson(0.0, 25)
+    assert low == 0.0 and high == pytest.approx(3.841459 / (25 + 3.841459), abs=1e-6)
+    assert wilson(1.0, 25) == pytest.approx((1.0 - high, 1.0), abs=1e-12)
+
+
+def test_tiers_partition_the_fifty_tasks() -> None:
+    from svam.simulation.metaworld import task_names
+
+    assert [len(TIERS[t]) for t in ("easy", "medium", "hard", "very_hard")] == [28, 11, 6, 5]
+    assert sorted(t for tasks in TIERS.values() for t in tasks) == task_names()
+    assert [len(tasks) for tasks in PUBLISHED_TIERS.values()] == [28, 11, 11]
+    assert tier_of("reach") == "easy" and tier_of("stick-pull") == "very_hard" and tier_of("somewhere") is None
+
+
+def test_micro_weighs_episodes_and_macro_weighs_tasks() -> None:
+    found = summary({"reach": [True, False], "push": [True] * 6, "shelf-place": [False] * 2})
+    assert found["micro"]["success"] == 0.7 and found["micro"]["episodes"] == 10
+    assert found["macro"]["success"] == pytest.approx(0.5) and found["macro"]["tasks"] == 3
+    assert set(found["tiers"]) == {"easy", "hard", "very_hard"}
+    assert found["published_tiers"]["hard"] == rate_of([True] * 6 + [False] * 2)
+    assert found["tasks"]["reach"]["success"] == 0.5
+    # Equally many episodes: the two averages and their intervals are the same.
+    even = summary({"reach": [True, False], "push": [True, True]})
+    assert (even["macro"]["low"], even["macro"]["high"]) == pytest.approx((even["micro"]["low"], even["micro"]["high"]))
+    # 3^2 / (1/2 + 1/6 + 1/2) = 7.714... episodes carry the macro mean of the uneven case.
+    assert (found["macro"]["low"], found["macro"]["high"]) == pytest.approx(wilson(0.5, 54 / 7))
+
+
+def test_no_episodes_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at least one episode"):
+        summary({"reach": []})
+    with pytest.raises(ZeroDivisionError):
+        macro_of([])
+
+
+TASKS = ("reach", "window-close")
+
+
+class Demonstrations(Recorded):
+    """Random pictures under MetaWorld's names: three episodes of each task, drawn from seeds 0, 1, 2."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(0)
+        draws = {}
+        for task in TASKS:
+            environment = TaskEnvironment(task, SIZE)
+            for seed in range(3):
+                environment.reset(seed)
+                draws[task, seed] = [round(float(value), 6) for value in environment.draw]
+            environment.close()
+        episodes = []
+        for (task, seed), draw in draws.items():
+            made = make_episode(task, 12, seed, SIZE)
+            actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
+            episodes.append(replace(
+                made, instruction=f"{task} a", frames={"corner2": made.frames["front"]}, actions=actions,
+                expert_actions=actions, rate_hz=80.0, provenance={"draw": draw},
+            ))  # fmt: skip
+        super().__init__(episodes)
+
+    def describe(self) -> SourceDescription:
+        return SourceDescription(
+            rate_hz=80.0, cameras=["corner2"],
+            instructions={task: {"train": [f"{task} a", f"{task} b"], "held_out": [f"{task} c"]} for task in TASKS},
+            provenance={"source": "metaworld", "tasks": {task: {"render": "fast"} for task in TASKS}},
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`episodes.zarr`, an untrained but whole `svam`, and params to match."""
+    root = tmp_path_factory.mktemp("evaluate")
+    convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
+    store = EpisodeStore.open(root / "episodes.zarr")
+    section = policy_params()
+    foresight = load_foresight(section, GENERATE, save_all_parts(root / "parts", store))
+    shapes = {entry: (FRAMES, GRID, GRID, foresight.entry_channels(entry)) for entry in section.context}
+    config = SVAMConfig.of(section, foresight, shapes, store.statistics, "corner2", store.image_size, store.rate_hz)
+    torch.manual_seed(0)
+    svam = SVAM(config, store.statistics, foresight)
+    for layer in svam.network.diffusion.decoder:
+        torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    svam.save(root / "svam")
+    write_params(root / "params.yaml")
+    return root
+
+
+def write_params(path: Path, **changes: Any) -> Params:
+    evaluate = {
+        "tasks": list(TASKS), "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 10, "execute": 3, "batch": 3,
+        "videos": 1, "offline_windows": 8, "offline_samples": 3,
+    }  # fmt: skip
+    changes = {"train_policy": {"chunk": 4}, "evaluate": evaluate | changes}
+    return write_toy_params(ROOT / "params.yaml", path, changes)
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> EpisodeStore:
+    return EpisodeStore.open(root / "episodes.zarr")
+
+
+def run_stage(root: Path, out: Path, *more: str) -> Any:
+    arguments = [str(out), "--model", str(root / "svam"), "--episodes", str(root / "episodes.zarr"), *more]
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_stage_writes_both_protocols_and_the_same_bytes_again(root: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        write_params(tmp_path / f"{number}.yaml")
+        text = (tmp_path / f"{number}.yaml").read_text().replace("workers: 2", f"workers: {number + 1}")
+        (tmp_path / f"{number}.yaml").write_text(text)
+        options = ("--params", str(tmp_path / f"{number}.yaml"), "--latency", str(tmp_path / "latency.json"))
+        result = run_stage(root, tmp_path / f"results_{number}", *options)
+        assert result.exit_code == 0, result.output
+    out = tmp_path / "results_0"
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    films = {f"films/{task}_0.mp4" for task in TASKS}
+    assert names == {"metrics.json", "episodes.jsonl", "foresight.npz"} | films
+    assert sha256_tree(out) == sha256_tree(tmp_path / "results_1"), "another number of workers, or another run, changed a byte"
+
+    metrics = read_json(out / "metrics.json")
+    rows = metrics["metaworld"]["rows"]
+    assert set(rows) == {"policy", "held_out_instruction", "same_goals", "random", "expert"}
+    assert rows["policy"]["micro"]["episodes"] == 4 and rows["held_out_instruction"]["micro"]["episodes"] == 2
+    lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 4 + 2
+    by_row = {row: [line for line in lines if line["row"] == row] for row in closed_loop.ROWS}
+    keys = [[(line["task"], line["index"], line["seed"], tuple(line["draw"])) for line in by_row[r]] for r in closed_loop.ROWS]
+    assert keys[0] == keys[2] == keys[3] and set(keys[1]) < set(keys[0])
+    assert {line["instruction"] for line in by_row["held_out_instruction"]} == {f"{task} c" for task in TASKS}
+    assert all(line["instruction"][-1] in "ab" for line in by_row["policy"])
+    assert "not success" in metrics["offline"]["notice"]
+
+    times = read_json(tmp_path / "latency.json")["milliseconds"]["batch 3"]
+    assert {"autoencoder_and_text", "video_model", "teachers", "decouplers", "policy", "total"} <= set(times)
+    assert times["total"] >= times["video_model"] > 0
+
+
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
+def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """15 records: offline, four episodes each of expert and random, six of the policy in two slots. What ran is not run again,
+    and the rest finds the slot that it would have had."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "evaluate")
+    monkeypatch.setattr("svam.resume.code", one_code)
+    write_params(tmp_path / "params.yaml", batch=2)
+    options = ("--model", root / "svam", "--episodes", root / "episodes.zarr", "--params", tmp_path / "params.yaml")
+    whole_stage(app, tmp_path / "straight", *options)
+    for after in (5, 7):  # offline and the experts; random, and the policy's episodes in part
+        kill(after, whole_stage, app, tmp_path / "resumed", *options)
+        assert not (tmp_path / "resumed").exists()
+    (state,) = (p for p in (tmp_path / ".ckpt/evaluate").iterdir() if p.is_dir())
+    assert len(list(state.glob("*.json"))) == 12
+    played: list[str] = []
+    keep = Resume.keep
+    monkeypatch.setattr(Resume, "keep", lambda self, name, *rest: (played.append(name), keep(self, name, *rest))[1])
+    whole_stage(app, tmp_path / "resumed", *options)
+    assert len(played) == 3 and all(name.startswith("policy_") for name in played)
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
+
+
+def test_films_hold_one_picture_for_each_step(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    import av
+
+    from svam.report.films import film_rollout
+
+    frames = np.random.default_rng(0).integers(0, 256, (8, SIZE, SIZE, 3), dtype=np.uint8)
+    svam = SVAM.load(root / "svam")
+    plan = closed_loop.plans_of("policy", store, write_params(tmp_path / "p.yaml").evaluate, 0)[0]
+    outcome = Outcome(plan, (0.0,), True, 7, (0, 3, 6), frames)
+    foreseen = closed_loop.foresight_of(svam, outcome, seed=0, batch=2)
+    assert {entry: values.shape[:4] for entry, values in foreseen.items()} == dict.fromkeys(foreseen, (3, FRAMES, GRID, GRID))
+    assert set(foreseen) == {"geometric", "semantic", "one_step"}
+    film_rollout(tmp_path / "film.mp4", frames, outcome.calls, foreseen, 80.0)
+    with av.open(str(tmp_path / "film.mp4")) as film:
+        shown = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert len(shown) == 8 and float(film.streams.video[0].average_rate) == 20.0
+    assert shown[0].shape == (192 + 16, 4 * 192, 3)
+
+
+def test_offline_needs_no_simulator(root: Path, tmp_path: Path) -> None:
+    write_params(tmp_path / "params.yaml", protocols=["offline"], tasks=[])
+    code = f"""
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("mujoco", "metaworld", "OpenGL", "glfw"):
+            raise AssertionError(name + " was imported")
+sys.meta_path.insert(0, Refuse())
+from stages.evaluate import app
+options = ["--model", "{root}/svam", "--episodes", "{root}/episodes.zarr", "--params", "{tmp_path}/params.yaml"]
+app(["{tmp_path}/results", *options])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert set(read_json(tmp_path / "results/metrics.json")) == {"protocols", "offline"}
+
+
+def test_offline_errors_by_hand(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    class Fixed(SVAM):
+        """Always the same chunk: 0.5 everywhere, and 1.5 in the first dimension of odd samples."""
+
+        count = 0
+
+        def sample(self, inputs: Any, noise_seeds: Any) -> NDArray[np.float32]:
+            chunk = np.full((len(noise_seeds), 4, 4), 0.5, np.float32)
+            chunk[..., 0] += self.count % 2
+            self.count += 1
+            return chunk
+
+    svam = SVAM.load(root / "svam")
+    params = write_params(tmp_path / "p.yaml", offline_samples=2, offline_windows=1000).evaluate
+    fixed = Fixed(svam.config, svam.statistics, svam.foresight, svam.network)
+    metrics, pictures = offline.evaluate_offline(store, fixed, params, 0)
+    held_out = [int(e) for e in store.episodes("held_out")]
+    assert metrics["windows"] == 11 * len(held_out) and metrics["target"] == "expert_actions"
+    total, last, count = np.zeros(4), np.zeros(4), 0
+    for e in held_out:
+        start, end = store.bounds(e)
+        actions = store.vector("actions", np.arange(start, end)).astype(np.float64)
+        for t in range(1, end - start):
+            for k in range(min(4, end - start - t)):
+                low, high = np.abs(0.5 - actions[t + k]), np.abs(np.array([1.5, 0.5, 0.5, 0.5]) - actions[t + k])
+                total += (low + high) / 2
+                last += np.abs(actions[t - 1] - actions[t + k])
+                count += 1
+    assert metrics["policy"]["mae_per_dimension"] == pytest.approx(total / count)
+    assert metrics["hold_last"]["mae_per_dimension"] == pytest.approx(last / count)
+    assert metrics["sample_spread_per_dimension"] == pytest.approx([0.5, 0, 0, 0])
+    assert metrics["best_sample"]["mae"] < metrics["policy"]["mae"]
+    assert set(metrics["foresight"]) == {"geometric", "semantic"}
+    assert pictures["frames"].shape[1:] == (FRAMES, SIZE, SIZE, 3)
+    assert pictures["foresight_geometric"].shape == pictures["truth_geometric"].shape
+
+
+def test_feature_errors_by_hand() -> None:
+    errors = offline.FeatureErrors()
+    truth = np.array([[0.0, 10.0], [2.0, 30.0]], np.float32)  # variances 1 and 100
+    errors.add(truth + np.float32([1.0, 0.0]), truth + np.float32([2.0, 20.0]), truth)
+    assert errors.summary() == pytest.approx({"mse": 0.5, "repeat_reference_mse": 4.0, "explained": 0.875})
+
+
+def test_a_demonstrations_goal_is_refused(store: EpisodeStore, tmp_path: Path) -> None:
+    plan = closed_loop.plans_of("policy", store, write_params(tmp_path / "p.yaml").evaluate, 0)[0]
+    environment = TaskEnvironment("reach", SIZE)
+    try:
+        environment.reset(plan.seed)
+        fresh = tuple(float(value) for value in environment.draw)
+    finally:
+        environment.close()
+    assert closed_loop.assert_unseen([Outcome(plan, fresh, True, 1)], store) == 3
+    seen = tuple(store.episode_provenance[1]["draw"])
+    with pytest.raises(ValueError, match=r"evaluation episode 0 of 'reach' draws .* demonstration 1 of"):
+        closed_loop.assert_unseen([Outcome(plan, fresh, True, 1), Outcome(plan, seen, True, 1)], store)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"tasks": ["reech"]}, "evaluate.tasks: unknown MetaWorld task 'reech': did you mean reach"),
+        ({"tasks": ["drawer-open"]}, "no episode of 'drawer-open' in"),
+        ({"tasks": []}, "evaluate.tasks is empty"),
+    ],
+)
+def test_tasks_that_cannot_be_evaluated_are_one_sentence(
+    root: Path, tmp_path: Path, changes: dict[str, Any], sentence: str
+) -> None:
+    write_params(tmp_path / "params.yaml", **changes)
+    result = run_stage(root, tmp_path / "results", "--params", str(tmp_path / "params.yaml"))
+    assert result.exit_code == 1 and sentence in result.output
+    assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "results").exists()
+
+
+def test_nan_fails_loudly_and_leaves_nothing(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    class Broken:
+        def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+            return np.full((len(observations), 4, 4), np.nan, np.float32)
+
+    params = write_params(tmp_path / "p.yaml", tasks=["reach"], episodes=1, held_out_instruction_episodes=0).evaluate
+    with pytest.raises(ValueError, match=r"returned nan .* episode 0 of 'reach' at step 0"):
+        closed_loop.run(store, Broken(), params, camera="corner2", proprioception=False, seed=0, workers=1)

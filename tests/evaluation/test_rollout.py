@@ -1,0 +1,233 @@
+"""Closed loop: scheduling, padding, noise keys and failures, on a one-dimensional world and on MetaWorld itself."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from numpy.typing import NDArray
+
+from svam.contract import Observation
+from svam.evaluation.rollout import (
+    Outcome,
+    Plan,
+    PolicyError,
+    Workers,
+    checked_actions,
+    noise_seed,
+    play_scripted,
+    run_policy,
+    take_next,
+)
+from svam.seeds import generator
+from svam.simulation.metaworld import TaskEnvironment
+from tests.stage_deps import ROOT
+
+
+class Line:
+    """A point on a line: an action moves it by action[0] / 10; the goal, drawn from the seed, is reached within 0.05.
+
+    The picture's first pixel is the point's place and its second the goal's, both times 100.
+    """
+
+    def __init__(self, task: str) -> None:
+        self.task, self.place, self.looks = task, 0.0, 0
+
+    def reset(self, seed: int) -> None:
+        self.goal = float(np.float32(generator(seed, self.task).uniform(0.3, 1.0)))
+        self.place = 0.0
+
+    @property
+    def draw(self) -> NDArray[np.float32]:
+        return np.array([self.goal], np.float32)
+
+    def observe(self) -> dict[str, NDArray[np.uint8]]:
+        frame = np.zeros((2, 2, 3), np.uint8)
+        frame[0, 0, 0], frame[0, 1, 0] = round(100 * np.clip(self.place, 0, 2)), round(100 * self.goal)
+        return {"side": frame}
+
+    def proprioception(self) -> NDArray[np.float32]:
+        return np.array([self.place], np.float32)
+
+    def step(self, action: NDArray[np.float32]) -> bool:
+        self.place += float(np.clip(action[0], -1, 1)) / 10
+        return abs(self.place - self.goal) < 0.05
+
+    def expert_action(self) -> NDArray[np.float32]:
+        return np.clip(np.array([10 * (self.goal - self.place)], np.float32), -1, 1)
+
+    def close(self) -> None:
+        pass
+
+
+class Seeker:
+    """Goes towards the goal that it sees, with noise from its key; remembers how it was called."""
+
+    def __init__(self, noise: float = 0.5) -> None:
+        self.noise, self.batches, self.seeds, self.sentences = noise, [], [], []  # type: ignore[var-annotated]
+
+    def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+        self.batches.append(len(observations))
+        self.seeds.append(list(noise_seeds))
+        self.sentences.append([o.instruction for o in observations])
+        chunks = []
+        for observation, seed in zip(observations, noise_seeds, strict=True):
+            frame = observation.frames["side"].astype(np.float32)
+            direction = np.sign(frame[0, 1, 0] - frame[0, 0, 0])
+            chunks.append(0.6 * direction + self.noise * np.random.default_rng(seed).standard_normal((4, 1)))
+        return np.stack(chunks).astype(np.float32)
+
+
+def plans(count: int, task: str = "a", row: str = "policy") -> list[Plan]:
+    return [Plan(row, task, i, 1000 + i, f"go {task}", record=i == 0) for i in range(count)]
+
+
+def roll(episodes: list[Plan], workers: int, batch: int = 3, policy: Seeker | None = None, execute: int = 3) -> list[Outcome]:
+    with Workers(Line, workers) as pool:
+        return run_policy(
+            episodes, policy or Seeker(), pool, seed=0, batch=batch, execute=execute, max_steps=20, proprioception=False
+        )
+
+
+def same(one: list[Outcome], other: list[Outcome]) -> bool:
+    return [(o.plan, o.draw, o.success, o.steps, o.calls) for o in one] == [
+        (o.plan, o.draw, o.success, o.steps, o.calls) for o in other
+    ]
+
+
+def test_workers_and_batch_mates_change_nothing() -> None:
+    episodes = plans(7, "a") + plans(4, "b")
+    once = roll(episodes, workers=1)
+    assert same(once, roll(episodes, workers=3))
+    assert {o.plan.task for o in once} == {"a", "b"} and [o.plan for o in once] == episodes
+    alone = roll(episodes[5:6], workers=1)
+    assert same(alone, [once[5]])
+    assert sum(o.success for o in once) > 0
+    assert len({o.steps for o in once}) > 2, "all episodes alike: the test could not see a mix-up"
+
+
+def test_batches_are_padded_and_noise_is_keyed_by_seed_episode_and_step() -> None:
+    policy = Seeker()
+    episodes = plans(4)
+    outcomes = roll(episodes, workers=1, batch=3, policy=policy)
+    assert set(policy.batches) == {3}
+    assert policy.seeds[0] == [noise_seed(0, episodes[i], 0) for i in range(3)]
+    used = [seed for seeds in policy.seeds for seed in seeds]
+    wanted = {noise_seed(0, o.plan, step) for o in outcomes for step in o.calls}
+    assert set(used) == wanted
+    assert len(wanted) == sum(len(o.calls) for o in outcomes)
+    assert all(o.calls == tuple(range(0, 3 * len(o.calls), 3)) for o in outcomes)
+    assert noise_seed(0, episodes[0], 0) != noise_seed(1, episodes[0], 0) != noise_seed(1, episodes[1], 0)
+
+
+def test_recorded_episodes_have_a_frame_for_every_step() -> None:
+    first, second = roll(plans(2), workers=1)
+    assert first.frames is not None and second.frames is None
+    assert len(first.frames) == first.steps + 1
+    assert first.frames[0, 0, 0, 0] == 0
+    assert first.frames[-1, 0, 0, 0] == pytest.approx(100 * first.draw[0], abs=5.5) or not first.success
+
+
+def test_limit_ends_an_episode_within_a_chunk() -> None:
+    still = Seeker(noise=0.0)
+    still.act = lambda o, n: np.zeros((len(o), 3, 1), np.float32)  # type: ignore[method-assign, misc, assignment]
+    (outcome,) = roll(plans(1), workers=1, policy=still)
+    assert not outcome.success and outcome.steps == 20 and outcome.calls == (0, 3, 6, 9, 12, 15, 18)
+
+
+def test_scripted_rows_share_goals_and_are_repeatable() -> None:
+    episodes = plans(5)
+    with Workers(Line, 2) as pool:
+        expert = play_scripted(episodes, "expert", pool, dimensions=1, max_steps=20, seed=0)
+        random = play_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
+    with Workers(Line, 1) as pool:
+        again = play_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
+    assert all(o.success for o in expert) and same(random, again)
+    # The expert moves 0.1 a step until it is nearer than 0.05.
+    assert [o.steps for o in expert] == [int(np.ceil(np.round((o.draw[0] - 0.05) / 0.1, 6))) for o in expert]
+    assert [o.draw for o in random] == [o.draw for o in expert] == [o.draw for o in roll(episodes, 1)]
+
+
+def test_queue_keeps_a_slot_on_its_task_then_takes_the_longest_queue() -> None:
+    waiting = list(enumerate(plans(1, "a") + plans(2, "b") + plans(3, "c")))
+    taken = [take_next(waiting, task) for task in ("b", None, "a", "a", "b", None, None)]
+    assert [t and (t[1].task, t[0]) for t in taken] == [("b", 1), ("c", 3), ("a", 0), ("c", 4), ("b", 2), ("c", 5), None]
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_policy_that_returns_no_number_fails_loudly(bad: float) -> None:
+    policy = Seeker()
+    good = policy.act
+
+    def act(observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+        actions = good(observations, noise_seeds)
+        if len(policy.batches) == 2:
+            actions[1, 2, 0] = bad
+        return actions
+
+    policy.act = act  # type: ignore[method-assign]
+    with pytest.raises(PolicyError, match=r"episode 1 of 'a' at step 3"):
+        roll(plans(3), workers=1, policy=policy)
+
+
+def test_workers_end_with_a_killed_policy_process() -> None:
+    code = """
+import os, time
+from svam.evaluation.rollout import Workers
+from tests.test_rollout import Line
+if __name__ == "__main__":
+    pool = Workers(Line, 1)
+    print(pool.submit(0, os.getpid).result(), flush=True)
+    time.sleep(300)
+"""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "policy.py"
+        script.write_text(code, encoding="utf-8")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment)
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20.0
+        while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "the worker outlived its policy process"
+            time.sleep(0.1)
+        process.stdout.close()
+
+
+def test_wrong_chunk_shape_names_both_shapes() -> None:
+    with pytest.raises(PolicyError, match=r"\(2, 2, 1\), expected \(2, 3 or more"):
+        checked_actions(np.zeros((2, 2, 1)), {}, 2, 3)
+
+
+class Looker:
+    """Actions are a fixed random projection of every pixel, so one wrong pixel anywhere changes the trajectory."""
+
+    def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+        frames = np.stack([o.frames["corner2"] for o in observations]).reshape(len(observations), -1) / 255.0
+        weights = np.random.default_rng(0).standard_normal((frames.shape[1], 6 * 4)) / 20.0
+        chunk = np.stack([np.sin(row @ weights) for row in frames])
+        return chunk.reshape(len(frames), 6, 4).astype(np.float32)
+
+
+def test_metaworld_pictures_and_physics_do_not_depend_on_the_processes() -> None:
+    make = partial(TaskEnvironment, image_size=32, cameras=("corner2",), render="fast")
+    episodes = [Plan("policy", "reach", i, 50 + i, "", record=True) for i in range(3)]
+    results = []
+    for workers in (1, 2):
+        with Workers(make, workers) as pool:
+            results.append(run_policy(episodes, Looker(), pool, seed=0, batch=2, execute=6, max_steps=18, proprioception=True))
+    for one, other in zip(*results, strict=True):
+        assert one.frames is not None and other.frames is not None and np.array_equal(one.frames, other.frames)
+        assert one.frames.std() > 10 and one.draw == other.draw
+    first, second = (o.frames for o in results[0][:2])
+    assert first is not None and second is not None and not np.array_equal(first[0], second[0])

@@ -1,0 +1,312 @@
+"""The SVAM object: every variant builds, acts, and comes back bit for bit from its folder; a misfit is one sentence."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from svam.contract import ContractError, Observation
+from svam.episodes.store import EpisodeStore
+from svam.files import FileError
+from svam.models.svam import SVAM, Batch, PolicyNetwork, SVAMConfig, frozen_entries
+from svam.params import TrainPolicy, load_params
+from svam.training.train_policy import load_foresight
+from tests.stage_deps import ROOT
+from tests.tiny import FRAMES, GENERATE, GRID, TEACHER_CHANNELS, observations, policy_params, save_all_parts
+from tests.tiny_foresight import make_store
+
+VIDEO = {"text", "autoencoder", "video"}
+TEACHERS, DECOUPLERS = {"teacher_geometric", "teacher_semantic"}, {"decoupler_geometric", "decoupler_semantic"}
+# The published variants (and the other choices of the section): what changes, the folder's parts, the context's tokens.
+VARIANTS: dict[str, tuple[dict[str, Any], set[str], int]] = {
+    "S-VAM": ({}, VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES),
+    "VPP": ({"context": ["one_step"]}, VIDEO, 2 * FRAMES),
+    "Diffusion Policy": ({"context": ["observation"]}, {"text"}, 2),
+    "Diffusion Policy, frozen encoder": (
+        {"context": ["observation"], "observation_encoder": "frozen"}, {"text", "teacher_semantic"}, 2,
+    ),
+    "multi-step VAM": ({"context": ["generated"]}, VIDEO | TEACHERS, 2 * FRAMES),
+    "SuSIE-like": ({"context": ["goal_frame"]}, VIDEO | TEACHERS, 2),
+    "w/o geometric": ({"context": ["semantic", "one_step"]}, VIDEO | {"teacher_semantic", "decoupler_semantic"}, 2 * FRAMES),
+    "w/o semantic": ({"context": ["geometric", "one_step"]}, VIDEO | {"teacher_geometric", "decoupler_geometric"}, 2 * FRAMES),
+    "w/o Uni-Perceiver": ({"aggregator": "mean_pool"}, VIDEO | TEACHERS | DECOUPLERS, FRAMES),
+    "w/o original diffusion feature": ({"context": ["geometric", "semantic"]}, VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES),
+    "epsilon": ({"objective": "epsilon"}, VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES),
+    "proprioception": ({"context": ["one_step"], "proprioception": True}, VIDEO, 2 * FRAMES),
+    "all entries": (
+        {"context": ["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]},
+        VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES + 2,  # the two single frames have one grid, and so one group
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    return make_store(tmp_path_factory.mktemp("store") / "episodes.zarr")
+
+
+@pytest.fixture(scope="module")
+def folders(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_all_parts(tmp_path_factory.mktemp("parts"), store)
+
+
+def shapes_of(svam_section: TrainPolicy) -> dict[str, tuple[int, int, int, int]]:
+    channels = {"geometric": TEACHER_CHANNELS, "semantic": TEACHER_CHANNELS, "one_step": 64, "observation": TEACHER_CHANNELS}
+    channels |= {"generated": 2 * TEACHER_CHANNELS, "goal_frame": 2 * TEACHER_CHANNELS}
+    entries = frozen_entries(svam_section.context, svam_section.observation_encoder)
+    return {e: (1 if e in ("goal_frame", "observation") else FRAMES, GRID, GRID, channels[e]) for e in entries}
+
+
+def build(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> SVAM:
+    """An untrained S-VAM whose gates are open, so that every input shows in the actions."""
+    section = policy_params(**changes)
+    foresight = load_foresight(section, GENERATE, folders)
+    config = SVAMConfig.of(
+        section, foresight, shapes_of(section), store.statistics, store.cameras[0], store.image_size, store.rate_hz
+    )
+    torch.manual_seed(0)
+    svam = SVAM(config, store.statistics, foresight)
+    for layer in svam.network.diffusion.decoder:
+        torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    return svam
+
+
+@pytest.fixture(scope="module")
+def svam(store: EpisodeStore, folders: dict[str, Path]) -> SVAM:
+    return build(store, folders)
+
+
+@pytest.fixture
+def saved(svam: SVAM, tmp_path: Path) -> Path:
+    svam.save(tmp_path / "svam")
+    return tmp_path / "svam"
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_is_params_alone(name: str, store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    changes, parts, tokens = VARIANTS[name]
+    used = {part: folder for part, folder in folders.items() if part in parts}  # what a variant does not use is not loaded
+    model = build(store, used, **changes)
+    assert model.needs_proprioception == ("proprioception" in changes)
+    seen = observations(store, 2, model.needs_proprioception)
+    actions = model.act(seen)
+    assert actions.shape == (2, 4, 3) and actions.dtype == np.float32
+    extra = model.config.text[0] + model.needs_proprioception
+    inputs = model.encode(seen)
+    assert model.network.context(inputs).shape[1] == tokens + extra
+    assert set(inputs.entries) == set(model.config.shapes)
+    assert {e: tuple(v.shape[1:]) for e, v in inputs.entries.items()} == model.config.shapes
+    assert bool(model.network.attention(inputs)) == (model.config.aggregator == "uni_perceiver")
+
+    model.save(tmp_path / "svam")
+    assert {p.name for p in (tmp_path / "svam").iterdir()} == parts | {"policy", "manifest.json"}
+    np.testing.assert_array_equal(SVAM.load(tmp_path / "svam").act(seen), actions)
+
+
+def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -> None:
+    """What is trained with the policy, at the default sizes: comparisons at an equal budget rest on it."""
+    section = load_params(ROOT / "params.yaml").train_policy
+    sizes = {}
+    for context in (["geometric", "semantic", "one_step"], ["one_step"], ["observation"]):
+        shapes = {"geometric": (6, 8, 8, 96), "semantic": (6, 8, 8, 96), "one_step": (6, 8, 8, 192)}
+        config = svam.config.model_copy(update={
+            "context": context, "perceiver": section.perceiver, "transformer": section.transformer, "chunk": section.chunk,
+            "shapes": {entry: shapes[entry] for entry in context if entry in shapes}, "image_size": (64, 64),
+        })  # fmt: skip
+        sizes[context[-1], len(context)] = sum(p.numel() for p in PolicyNetwork(config, store.statistics).parameters())
+    assert max(sizes.values()) < 1.1 * sizes["one_step", 3] and min(sizes.values()) > 0.9 * sizes["one_step", 3], sizes
+
+
+def test_equal_grids_are_concatenated_as_the_paper_does(svam: SVAM, store: EpisodeStore) -> None:
+    assert svam.network.groups == {(FRAMES, GRID, GRID): ["geometric", "semantic", "one_step"]}
+    attention = svam.network.attention(svam.encode(observations(store, 2)))
+    assert list(attention) == ["geometric+semantic+one_step"]
+    assert attention["geometric+semantic+one_step"].shape == (2, FRAMES, 2, GRID, GRID)
+
+
+def test_inputs_are_normalised_per_channel(svam: SVAM, store: EpisodeStore) -> None:
+    inputs = svam.encode(observations(store, 3))
+    values = inputs.entries["one_step"].float()
+    network = type(svam.network)(svam.config, svam.statistics)
+    network.load_state_dict(svam.network.state_dict())
+    network.set_input_statistics("one_step", values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3), correction=0))
+    found = network._group(["one_step"], inputs)
+    torch.testing.assert_close(found.mean((0, 1, 2, 3)), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.std((0, 1, 2, 3), correction=0), torch.ones(64), atol=1e-3, rtol=0)
+
+
+def test_saving_is_exact_and_repeatable(svam: SVAM, saved: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    seen = observations(store, 3)
+    loaded = SVAM.load(saved)
+    np.testing.assert_array_equal(loaded.act(seen, [5, 6, 7]), svam.act(seen, [5, 6, 7]))
+    assert (loaded.config, loaded.statistics) == (svam.config, svam.statistics)
+    assert (loaded.chunk, loaded.camera, loaded.needs_proprioception) == (4, "front", False)
+    loaded.save(tmp_path / "again")
+    files = sorted(p.relative_to(saved) for p in saved.rglob("*") if p.is_file())
+    assert files == sorted(p.relative_to(tmp_path / "again") for p in (tmp_path / "again").rglob("*") if p.is_file())
+    different = [f for f in files if (saved / f).read_bytes() != (tmp_path / "again" / f).read_bytes()]
+    assert not different
+
+
+def test_noise_seeds_decide_and_padding_does_not(svam: SVAM, store: EpisodeStore) -> None:
+    seen = observations(store, 5)
+    base = svam.act(seen, [1, 2, 3, 4, 5])
+    np.testing.assert_array_equal(base, svam.act(seen, [1, 2, 3, 4, 5]))
+    assert (base[0] != svam.act(seen, [9, 2, 3, 4, 5])[0]).any()
+    svam.pad_to = 4
+    try:
+        padded = svam.act(seen, [1, 2, 3, 4, 5])
+        np.testing.assert_allclose(padded, base, atol=1e-4)
+        for count in (1, 2, 3, 4):  # the same bits whatever came along
+            np.testing.assert_array_equal(svam.act(seen[:count], [1, 2, 3, 4][:count]), padded[:count])
+        np.testing.assert_array_equal(svam.act(seen[4:], [5]), padded[4:])
+        assert svam.act([], []).shape == (0, 4, 3)
+    finally:
+        svam.pad_to = None
+
+
+def test_frames_and_instructions_matter(svam: SVAM, store: EpisodeStore) -> None:
+    one, two = observations(store, 2)
+    base = svam.act([one], [0])
+    assert (svam.act([replace(one, frames=two.frames)], [0]) != base).any()
+    assert (svam.act([replace(one, instruction="pull b")], [0]) != base).any()
+
+
+def test_fresh_video_noise_follows_the_seed(store: EpisodeStore, tmp_path: Path) -> None:
+    model = build(store, save_all_parts(tmp_path, store, noise="fresh"))
+    seen = observations(store, 1)
+    first, second = (model.encode(seen, [seed]).entries["one_step"] for seed in (1, 2))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, model.encode(seen, [1]).entries["one_step"])
+
+
+def test_actions_are_in_physical_units(svam: SVAM, store: EpisodeStore) -> None:
+    actions = svam.act(observations(store, 5))
+    low, high = np.asarray(store.statistics.actions.min), np.asarray(store.statistics.actions.max)
+    assert (actions >= low - 1e-5).all() and (actions <= high + 1e-5).all()
+
+
+FAULTS: list[tuple[str, Callable[[Observation], Observation], str]] = [
+    ("camera", lambda o: replace(o, frames={"wrist": o.frames["front"]}), "no camera 'front', on which .* found \\['wrist'\\]"),
+    (
+        "size",
+        lambda o: replace(o, frames={"front": np.zeros((8, 16, 3), np.uint8)}),
+        r"uint8 \(8, 16, 3\), expected uint8 \(16, 16, 3\)",
+    ),
+    ("dtype", lambda o: replace(o, frames={"front": o.frames["front"].astype(np.float32)}), "gives float32"),
+]
+
+
+@pytest.mark.parametrize(("name", "fault", "message"), FAULTS, ids=[f[0] for f in FAULTS])
+def test_a_misfit_observation_is_one_sentence(
+    name: str, fault: Callable[[Observation], Observation], message: str, svam: SVAM, store: EpisodeStore
+) -> None:
+    with pytest.raises(ContractError, match=message) as caught:
+        svam.act([fault(observations(store, 1)[0])])
+    assert "\n" not in str(caught.value)
+
+
+def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict[str, Path]) -> None:
+    model = build(store, folders, context=["one_step"], proprioception=True)
+    seen = observations(store, 1, proprioception=True)[0]
+    model.act([seen])
+    for wrong, found in ((None, "None"), (np.zeros(5, np.float32), r"\(5,\)")):
+        with pytest.raises(ContractError, match=rf"proprioception has shape {found}, expected \(2,\)"):
+            model.act([replace(seen, proprioception=wrong)])
+    with pytest.raises(ContractError, match="NaN"):
+        model.act([replace(seen, proprioception=np.full(2, np.nan, np.float32))])
+    with pytest.raises(ContractError, match="found 2, expected one for each of 1"):
+        model.act([seen], [1, 2])
+
+
+def test_nan_fails_loudly(store: EpisodeStore, folders: dict[str, Path]) -> None:
+    model = build(store, folders, context=["one_step"])
+    with torch.no_grad():
+        model.network.diffusion.to_actions[1].bias[0] = float("nan")
+    with pytest.raises(ContractError, match="the policy returned NaN or infinity for observation 0 of 2"):
+        model.act(observations(store, 2))
+
+
+def damage_missing(folder: Path) -> str:
+    shutil.rmtree(folder / "video/unet")
+    return "part 'video' lacks its file video/unet/"
+
+
+def damage_truncated(folder: Path) -> str:
+    file = folder / "decoupler_semantic/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-7])
+    return "part 'decoupler_semantic': decoupler_semantic/model.safetensors has .* bytes, the manifest lists"
+
+
+def damage_flipped(folder: Path) -> str:
+    file = folder / "policy/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(bytes(data))
+    return "part 'policy': policy/model.safetensors was changed after it was saved"
+
+
+def damage_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json: no such file"
+
+
+def damage_part_list(folder: Path) -> str:
+    listed = json.loads((folder / "manifest.json").read_text())
+    del listed["parts"]["text"]
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    return "part 'text' is not in the manifest"
+
+
+DAMAGES = [damage_missing, damage_truncated, damage_flipped, damage_manifest, damage_part_list]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=[d.__name__ for d in DAMAGES])
+def test_a_damaged_folder_is_one_sentence_that_names_the_part(damage: Callable[[Path], str], saved: Path) -> None:
+    message = damage(saved)
+    with pytest.raises(FileError, match=message) as caught:
+        SVAM.load(saved)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="nothing: no such folder"):
+        SVAM.load(tmp_path / "nothing")
+
+
+def test_it_overfits_one_batch_and_act_repeats_it(store: EpisodeStore, folders: dict[str, Path]) -> None:
+    """The whole path: observations -> encode -> loss; afterwards act returns the demonstrated actions."""
+    model = build(store, folders, context=["one_step", "observation"], transformer=wider())
+    seen = observations(store, 4)
+    seen = [replace(o, frames={"front": np.roll(o.frames["front"], 3 * i, 0)}) for i, o in enumerate(seen)]
+    inputs = model.encode(seen)
+    rows = np.arange(16).reshape(4, 4)
+    physical = store.vector("expert_actions", rows.reshape(-1)).reshape(4, 4, 3)
+    physical = model.statistics.denormalise_actions(0.8 * model.statistics.normalise_actions(physical))
+    target = torch.from_numpy(model.statistics.normalise_actions(physical))
+    batch = Batch(inputs, target, torch.ones(4, 4, dtype=torch.bool))
+    values = inputs.entries["one_step"].float()
+    model.network.set_input_statistics("one_step", values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3)))
+    random, losses = torch.Generator().manual_seed(0), []
+    optimiser = torch.optim.Adam(model.network.parameters(), lr=0.008)
+    for _ in range(150):
+        loss = model.loss(batch, random)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    assert np.mean(losses[-20:]) < 0.4 * np.mean(losses[:5])
+    model.network.eval()
+    assert np.abs(model.act(seen) - physical).mean() < 0.5 * np.abs(physical - physical.mean(0)).mean()
+
+
+def wider() -> dict[str, Any]:
+    return policy_params().transformer.model_dump() | {"width": 32, "steps": 10}

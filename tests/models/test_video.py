@@ -1,0 +1,151 @@
+"""The video model: the block-by-block forward is diffusers' own, F and V^ share their noise, and it learns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from svam.files import FileError
+from svam.models.video import VideoConfig, VideoModel, build_unet
+from svam.params import FinetuneVideo, Optimiser
+from svam.training.finetune_video import denoising_loss, draw_sigmas
+from svam.training.loop import fit
+
+CONFIG = VideoConfig(
+    frames=3, stride=2, rate_hz=10.0, latent_channels=4, latent_size=(4, 4), text_tokens=5, text_width=16, sigma_min=0.02,
+    sigma_max=80.0, noise="fixed", camera="front", image_size=(32, 32),
+)  # fmt: skip
+
+
+def tiny(noise: str = "fixed") -> VideoModel:
+    torch.manual_seed(0)
+    unet = build_unet([32, 64], 1, [2, 4], 4, text_width=32, frames=3, latent_size=4)  # 32 = twice the text's width, as SVD
+    fixed = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    return VideoModel(unet, CONFIG.model_copy(update={"noise": noise}), fixed).eval()
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(2)
+    return (
+        torch.randn(batch, 4, 4, 4, generator=random),
+        torch.randn(batch, 5, 16, generator=random),
+        torch.randn(batch, 3, 4, 4, 4, generator=random),
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_the_forward_is_the_librarys_own(batch: int) -> None:
+    model = tiny()
+    condition, text, noise = inputs(batch)
+    sigma = torch.tensor([80.0, 0.7])[:batch]
+    library = type(model.unet).from_config(model.unet.config).eval()  # with the library's own attention
+    library.load_state_dict(model.unet.state_dict())
+    caught: list[Tensor] = []
+    for block in library.up_blocks:
+        block.register_forward_hook(lambda _m, _i, out: caught.append(out))
+    scaled = noise * model.edm.c_in(sigma.view(-1, 1, 1, 1, 1))
+    expected = library(
+        torch.cat([scaled, condition[:, None].expand(-1, 3, -1, -1, -1)], 2), model.edm.c_noise(sigma), text.repeat(1, 1, 2),
+        torch.tensor([CONFIG.added_time_ids] * batch),
+    ).sample  # fmt: skip
+    maps, output = model.raw(noise, sigma, condition, text)
+    assert output is not None
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(maps, caught)
+
+
+@torch.no_grad()
+def test_features_and_generation_start_from_the_same_noise() -> None:
+    model = tiny()
+    condition, text, _ = inputs()
+    noise = model.initial_noise(2)
+    features = model.one_step(condition, text, noise, up_blocks=2, grid=4)
+    made = model.generate(condition, text, noise, steps=3, guidance=1.0, up_blocks=2, grid=4)
+    assert features.shape == (2, 3, 4, 4, 96)
+    assert torch.equal(features, made.features)
+    other = model.generate(condition, text, model.seeded_noise([5, 6]), 3, 1.0, 2, 4)
+    assert not torch.allclose(other.features, features)
+    assert made.latents.shape == made.one_step.shape == (2, 3, 4, 4, 4)
+
+
+@torch.no_grad()
+def test_blocks_after_the_last_used_do_not_run() -> None:
+    model = tiny()
+    condition, text, noise = inputs()
+    model.unet.up_blocks[1].register_forward_hook(lambda *_: pytest.fail("the second up block ran"))
+    assert model.one_step(condition, text, noise, up_blocks=1, grid=2).shape == (2, 3, 2, 2, 64)
+    with pytest.raises(ValueError, match="up_blocks is 3, but this U-Net has 2"):
+        model.one_step(condition, text, noise, up_blocks=3, grid=2)
+
+
+@torch.no_grad()
+def test_one_step_sampling_is_the_denoised_estimate() -> None:
+    model = tiny()
+    condition, text, noise = inputs()
+    made = model.generate(condition, text, noise, steps=1, guidance=1.0, up_blocks=1, grid=4)
+    torch.testing.assert_close(made.latents, made.one_step)
+    guided = model.generate(condition, text, noise, steps=1, guidance=3.0, up_blocks=1, grid=4)
+    free = model.generate(condition * 0, text * 0, noise, steps=1, guidance=1.0, up_blocks=1, grid=4)
+    torch.testing.assert_close(guided.latents, free.latents + 3 * (made.latents - free.latents), rtol=1e-4, atol=1e-4)
+
+
+def test_fresh_noise_needs_seeds_and_follows_them() -> None:
+    model = tiny("fresh")
+    with pytest.raises(ValueError, match="one noise seed per observation"):
+        model.initial_noise(2)
+    first, again = model.initial_noise([3, 4]), model.initial_noise([4, 3])
+    assert torch.equal(first[0], again[1]) and not torch.equal(first[0], first[1])
+    assert torch.equal(tiny().initial_noise([3, 4])[0], tiny().initial_noise([9, 9])[1])
+
+
+@torch.no_grad()
+def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
+    model = tiny().requires_grad_(False)  # as loaded: torch multiplies by another kernel where weights could have gradients
+    model.save(tmp_path)
+    condition, text, noise = inputs()
+    assert torch.equal(
+        VideoModel.load(tmp_path).one_step(condition, text, noise, 2, 4), model.one_step(condition, text, noise, 2, 4)
+    )
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    save_file({"fixed_noise": torch.zeros(2)}, str(tmp_path / "noise.safetensors"))
+    with pytest.raises(FileError, match=r"fixed_noise is \(2,\), expected \(3, 4, 4, 4\)"):
+        VideoModel.load(tmp_path)
+
+
+def test_sizes_that_do_not_fit_are_named() -> None:
+    unet = build_unet([32, 64], 1, [2, 4], 8, text_width=32, frames=3, latent_size=4)
+    with pytest.raises(ValueError, match="16 input and 8 output channels.*need 8 and 4"):
+        VideoModel(unet, CONFIG, torch.zeros(3, 4, 4, 4))
+    with pytest.raises(ValueError, match="cross_attention_dim is 32, expected a multiple of the text width 24"):
+        VideoModel(unet, CONFIG.model_copy(update={"text_width": 24}), torch.zeros(3, 4, 4, 4))
+
+
+def test_a_tenth_or_more_of_the_levels_is_the_first_inference_sigma() -> None:
+    section = FinetuneVideo.model_construct(
+        log_sigma_mean=0.0, log_sigma_std=1.6, sigma_min=0.02, sigma_max=80.0, first_sigma_share=0.1
+    )
+    sigma = draw_sigmas(section, 20000, torch.Generator().manual_seed(0))
+    assert 0.09 < (sigma == 80.0).float().mean() < 0.13
+    assert sigma.min() >= 0.02
+
+
+def test_it_overfits_one_batch() -> None:
+    model = tiny()
+    condition, text, noise = inputs()
+    clean = torch.randn(2, 3, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+    sigma = torch.tensor([80.0, 1.0])
+    losses: list[float] = []
+
+    def loss(_: int) -> Tensor:
+        value = denoising_loss(model, clean, sigma, noise, condition, text).mean()
+        losses.append(value.item())
+        return value
+
+    settings = Optimiser(steps=40, batch=2, learning_rate=0.003, warmup=5)
+    fit(model, loss, lambda number: number, settings, torch.device("cpu"), "one batch")
+    assert losses[-1] < 0.2 * losses[0]

@@ -1,0 +1,171 @@
+"""The report on hand-made metrics: what is flat, what the tables say, PNGs with the same bytes, absent parts, broken files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from stages.report import app
+from svam.evaluation.scores import summary
+from svam.files import read_json, sha256_tree, write_json
+from svam.report import tables
+from svam.report.films import enlarge, rollout_film, side_by_side
+from svam.report.pca import pca_colours
+from tests.stage_deps import ROOT
+
+TASKS = ("reach", "push", "shelf-place")
+DISTILLED = {
+    "decoupler": 0.6, "repeat_reference": 0.1, "linear_probe": 0.4, "decoded_one_step": 0.5, "other_noise": 0.9,
+}  # fmt: skip
+
+
+def row(*rates: float, episodes: int = 4) -> dict[str, Any]:
+    return summary({task: [i < rate * episodes for i in range(episodes)] for task, rate in zip(TASKS, rates, strict=True)})
+
+
+def write_run(root: Path) -> Path:
+    """Every file that the report reads, as the stages leave them."""
+    rng = np.random.default_rng(0)
+    errors = {"mae": 0.2, "mae_per_dimension": [0.1, 0.3], "mae_per_step": [0.1, 0.2, 0.3]}
+    offline = dict.fromkeys(("policy", "mean_action", "hold_last", "mean_of_samples", "best_sample"), errors)
+    rows = {
+        "policy": row(1.0, 0.5, 0.0), "held_out_instruction": row(0.5, 0.5, 0.0, episodes=2), "random": row(0, 0, 0),
+        "expert": row(1, 1, 0.75), "same_goals": row(1.0, 0.5, 0.0, episodes=2),
+    }  # fmt: skip
+    write_json(root / "results/metrics.json", {
+        "protocols": ["metaworld", "offline"], "metaworld": {"rows": rows},
+        "offline": offline | {"windows": 8, "samples": 2, "notice": "this is not success"},
+    })  # fmt: skip
+    np.savez(
+        root / "results/foresight.npz", frames=rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8),
+        foresight_geometric=rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
+        truth_geometric=rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
+        foresight_goal_frame=rng.normal(size=(3, 1, 2, 2, 6)).astype(np.float16),
+    )  # fmt: skip
+    video = {f"{kind}_{key}": 0.25 for kind in ("generated", "one_step", "repeated") for key in ("mse", "psnr", "ssim")}
+    write_json(root / "models/video/metrics.json", video | {"error_share_of_repeat": 0.123456})
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "models/video/samples.png")
+    for branch, key in (("geometric", "rmse_std"), ("semantic", "mean")):
+        dense = {view: {key: 0.7} for view in ("real", "generated", "one_step")}
+        scores = {
+            name: {"mse": 1 - v, "mse_moved": 1 - v, "cosine_moved": v, "explained": v, "explained_moved": v / 2}
+            for name, v in DISTILLED.items()
+        }
+        metrics = scores | {"moved_share": 0.1, "teacher": {"dense": dense}}
+        write_json(root / f"models/decouplers/{branch}/metrics.json", metrics)
+        write_json(root / f"backbones/{branch}/metrics.json", {v: {key: 0.5} for v in ("real", "reconstructed", "blurred")})
+    for name in ("autoencoder", "text"):
+        write_json(root / f"backbones/{name}/metrics.json", {"psnr": 30.0})
+    for part in ("finetune_video", "distill_geometric", "train_policy"):
+        curve = root / "live" / part / "plots/metrics/train/loss.tsv"
+        curve.parent.mkdir(parents=True)
+        curve.write_text("step\tloss\n" + "".join(f"{i}\t{1 / (i + 1)}\n" for i in range(100)), encoding="utf-8")
+    return root
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def invoke(run: Path, out: Path, **distill: Any) -> Any:
+    yaml = YAML(typ="safe", pure=True)
+    values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values["distill"] |= distill
+    values["train_policy"]["context"] = ["one_step"]
+    values["report"] = {"clips": 2, "dpi": 50}
+    yaml.dump(values, run / "params.yaml")
+    options = [f"--{name}={run / name}" for name in ("results", "models", "backbones", "live")]
+    return CliRunner().invoke(app, [str(out), *options, f"--params={run / 'params.yaml'}"])
+
+
+def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        result = invoke(run, tmp_path / name)
+        assert result.exit_code == 0, result.output
+    out = tmp_path / "one"
+    assert sha256_tree(out) == sha256_tree(tmp_path / "two")
+    names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
+    figures = {"success", "distillation", "teachers", "curves", "clips", "actions", "foresight_0", "foresight_1"}
+    plots = {"success", "distillation", "teachers", "actions", "curves"}
+    assert names == {"metrics.json", "results.md"} | {f"{n}.png" for n in figures} | {f"plots/{n}.json" for n in plots}
+    for name in figures:
+        picture = Image.open(out / f"{name}.png")
+        assert "Software" not in picture.info and np.asarray(picture).std() > 5
+    assert read_json(out / "metrics.json") == {
+        "success": 0.5, "success_low": pytest.approx(0.2538), "success_high": pytest.approx(0.7462), "success_reach": 1.0,
+        "success_unseen_sentence": pytest.approx(0.3333), "video_error_share": 0.1235, "geometric_cosine": 0.6,
+        "geometric_explained": 0.6, "semantic_cosine": 0.6, "semantic_explained": 0.6, "action_error": 0.2,
+    }  # fmt: skip
+    lines = read_json(out / "plots/success.json")
+    assert [line["success"] for line in lines if line["what"] == "push, S-VAM"] == [0.5]
+    curves = read_json(out / "plots/curves.json")
+    # Two of a hundred steps a point: (1 + 1/2) / 2, and 1/99 and 1/100 at the end.
+    assert curves[0]["train_policy"] == 0.75 and curves[-1]["percent"] == 100.0
+    assert curves[-1]["train_policy"] == pytest.approx((1 / 99 + 1 / 100) / 2, abs=1e-6)
+    assert curves[-1]["distill_semantic"] is None
+
+
+def test_markdown_says_what_was_measured(run: Path) -> None:
+    page = tables.markdown(tables.gather(run / "results", run / "models", run / "backbones", ["geometric", "semantic"]))
+    assert "| push | 50% (15% to 85%) |" in page and "| very hard | 0%" in page
+    assert "| geometric: linear probe on F | 0.400 | 0.400 | 0.200 | 0.600 |" in page
+    assert "12.3% of the error" in page and "this is not success" in page
+    assert "semantic: generated frames | mean IoU | 0.700" in page
+
+
+def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> None:
+    shutil.rmtree(run / "models/decouplers/semantic")
+    write_json(run / "backbones/semantic/metrics.json", {})  # imported weights
+    results = read_json(run / "results/metrics.json")
+    del results["metaworld"]
+    write_json(run / "results/metrics.json", results)
+    result = invoke(run, tmp_path / "out", branches=["geometric"])
+    assert result.exit_code == 0, result.output
+    flat = read_json(tmp_path / "out/metrics.json")
+    assert set(flat) == {"video_error_share", "geometric_cosine", "geometric_explained", "action_error"}
+    assert not (tmp_path / "out/success.png").exists()
+    # A branch that the params no longer list may have left its folder behind: it is not reported.
+    assert set(tables.flat_metrics(tables.gather(run / "results", run / "models", run / "backbones", []))) == {
+        "video_error_share", "action_error",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", ["results/metrics.json", "models/video/samples.png", "results/foresight.npz"])
+def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path, broken: str) -> None:
+    (run / broken).write_bytes(b"{")
+    result = invoke(run, tmp_path / "out")
+    assert result.exit_code == 1 and broken.split("/")[1] in result.output.replace("\n", "")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pca_recovers_a_plane_and_shares_its_scale() -> None:
+    rng = np.random.default_rng(0)
+    weights = rng.normal(size=(5, 40, 3)) * [3.0, 2.0, 1.0]
+    directions = np.linalg.qr(rng.normal(size=(8, 3)))[0].T
+    colours = pca_colours(weights @ directions + 7.0).astype(float)
+    for channel in range(3):
+        assert abs(np.corrcoef(colours[..., channel].ravel(), weights[..., channel].ravel())[0, 1]) > 0.9
+    again = pca_colours((weights @ directions + 7.0)[:2], reference=weights @ directions + 7.0)
+    np.testing.assert_array_equal(again, colours[:2])
+    assert pca_colours(np.zeros((2, 3, 2))).shape == (2, 3, 3)
+
+
+def test_film_plays_the_foresight_between_calls() -> None:
+    frames = np.zeros((8, 4, 4, 3), np.uint8)
+    # One channel that says which call (0, 1) and which foreseen frame (0..3) is shown.
+    foresight = np.broadcast_to(np.arange(8.0).reshape(2, 4, 1, 1, 1), (2, 4, 2, 2, 3)).astype(np.float32)
+    film = rollout_film(frames, (0, 4), {"one_step": foresight}, size=32)
+    assert film.shape == (8, 48, 64, 3)
+    cells = film[:, 24, 40, 0].astype(int)
+    assert (np.diff(cells) != 0).all() and len(set(np.sign(np.diff(cells)))) == 1
+    sheet = side_by_side({"a": frames}, 8)
+    assert sheet.shape == (8, 24, 8, 3)
+    np.testing.assert_array_equal(enlarge(np.arange(12, dtype=np.uint8).reshape(1, 2, 2, 3), 4)[0, :, 0, 0], [0, 0, 6, 6])

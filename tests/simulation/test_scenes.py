@@ -1,0 +1,132 @@
+"""Shared scenes, whose tasks start from one picture, and evaluation in the scenes that were recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svam.contract import SEGMENTATION_CLASSES, ContractError, Observation
+from svam.episodes.convert import convert
+from svam.episodes.instructions import instructions_of
+from svam.episodes.store import EpisodeStore
+from svam.evaluation import closed_loop
+from svam.files import read_json
+from svam.params import Collect, Evaluate
+from svam.simulation.collect import collect
+from svam.simulation.experts import rehearse
+from svam.simulation.metaworld import TaskEnvironment
+from svam.simulation.scenes import SCENES, Scene, shared_tasks
+from svam.sources.metaworld import MetaworldSource
+from tests.recorded import SETTINGS
+
+Make = Callable[..., TaskEnvironment]
+QUIET = np.zeros((500, 4), np.float32)
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[TaskEnvironment] = []
+
+    def build(task: str, scenes: str = "shared", image_size: int = 64) -> TaskEnvironment:
+        made.append(TaskEnvironment(task, image_size, scenes=scenes))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield build
+    for env in made:
+        env.close()
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.tasks[0])
+def test_tasks_of_a_scene_start_from_the_same_bytes_and_part(scene: Scene, make: Make) -> None:
+    envs = [make(task) for task in scene.tasks]
+    for seed in range(3):
+        for env in envs:
+            env.reset(seed)
+        first, *others = envs
+        for other in others:
+            np.testing.assert_array_equal(first.observe()["corner2"], other.observe()["corner2"])
+            for one, two in zip(first.annotate(), other.annotate(), strict=True):
+                np.testing.assert_array_equal(one, two)
+            np.testing.assert_array_equal(first.draw, other.draw)
+            assert np.linalg.norm(first.goal - other.goal) > 0.05, "one picture, two ends"
+        assert not (first.annotate()[1] == SEGMENTATION_CLASSES.index("goal")).any()
+    seen = [env.observe()["corner2"] for env in envs]
+    assert all(rehearse(env, 2, QUIET, 300) is not None for env in envs)
+    assert not np.array_equal(envs[0].observe()["corner2"], envs[1].observe()["corner2"])
+    envs[0].reset(3)
+    assert not np.array_equal(envs[0].observe()["corner2"], seen[0]), "another seed is another picture"
+
+
+def test_stock_tasks_of_one_model_give_themselves_away(make: Make) -> None:
+    pictures = []
+    for task in ("drawer-open", "drawer-close"):
+        env = make(task, "stock")
+        env.reset(0)
+        pictures.append(env.observe()["corner2"])
+    assert not np.array_equal(*pictures)
+
+
+def test_no_sentence_belongs_to_two_tasks_of_a_scene() -> None:
+    for scene in SCENES:
+        said = [{sentence for kind in instructions_of(task).values() for sentence in kind} for task in scene.tasks]
+        assert not said[0] & said[1]
+
+
+def test_a_task_without_a_shared_scene_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"collect.scenes is 'shared', but task 'reach' .* expected faucet-open, faucet-close"):
+        TaskEnvironment("reach", 32, scenes="shared")
+    with pytest.raises(ValueError, match="task 'reach' has no shared scene"):
+        collect("reach", tmp_path / "reach", small("reach", scenes="shared"), 0, 1)
+    assert not list(tmp_path.iterdir())
+
+
+def small(*tasks: str, **changes: Any) -> Collect:
+    return Collect(
+        tasks=list(tasks), episodes=2, noisy_share=0.0, noise_scale=0.6, image_size=32, cameras=["corner2"], render="fast",
+        annotate_every=50, tail=0, max_steps=300, attempts=3, **changes,
+    )  # fmt: skip
+
+
+class Still:
+    """A policy that does not move."""
+
+    def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
+        return np.zeros((len(observations), 4, 4), np.float32)
+
+
+def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
+    tasks = ["coffee-button", "coffee-push"]
+    for task, scenes in zip(tasks, ("shared", "stock"), strict=True):
+        collect(task, tmp_path / "raw" / task, small(task, scenes=scenes), 5, 1)
+    assert read_json(tmp_path / "raw/coffee-button/meta.json")["provenance"]["scenes"] == "shared"
+    assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
+    convert(MetaworldSource(tmp_path / "raw", tasks), tmp_path / "episodes.zarr", SETTINGS, 0)
+    store = EpisodeStore.open(tmp_path / "episodes.zarr")
+    assert closed_loop.look_of(store, tasks[1:])["scenes"] == "stock"
+    with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):
+        closed_loop.look_of(store, tasks)
+    assert closed_loop.look_of(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
+
+    asked = Evaluate(
+        protocols=["metaworld"], tasks=tasks[:1], episodes=1, held_out_instruction_episodes=0, max_steps=60, execute=4, batch=1,
+        videos=1, offline_windows=1, offline_samples=1,
+    )  # fmt: skip
+    outcomes = closed_loop.run(store, Still(), asked, camera="corner2", proprioception=False, seed=0, workers=1)
+    assert outcomes["expert"][0].success
+    (outcome,) = outcomes["policy"]
+    env = TaskEnvironment("coffee-button", 32, scenes="shared")
+    env.reset(outcome.plan.seed)
+    assert env.draw.shape == (6,), "of the mug and the machine; the stock task draws the machine alone"
+    np.testing.assert_array_equal(env.draw, np.asarray(outcome.draw, np.float32))
+    assert outcome.frames is not None
+    np.testing.assert_array_equal(env.observe()["corner2"], outcome.frames[0])
+    env.close()
+
+
+def test_every_shared_task_has_one_scene() -> None:
+    assert len(set(shared_tasks())) == len(shared_tasks()) == 2 * len(SCENES)

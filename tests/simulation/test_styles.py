@@ -1,0 +1,109 @@
+"""Expert styles: several ways to one goal from one picture, what is wished on them, and how they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svam.files import read_json
+from svam.params import Collect, Style
+from svam.seeds import seed_of
+from svam.simulation.collect import collect
+from svam.simulation.experts import DETOUR_METRES, demonstrate, disturbances, record, rehearse, style_of
+from svam.simulation.metaworld import TaskEnvironment
+
+Make = Callable[..., TaskEnvironment]
+QUIET = np.zeros((500, 4), np.float32)
+STYLES: tuple[Style, ...] = ("direct", "left", "right", "high")
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    made: list[TaskEnvironment] = []
+
+    def build(task: str, scenes: str = "shared") -> TaskEnvironment:
+        made.append(TaskEnvironment(task, 32, scenes=scenes))  # type: ignore[arg-type]
+        return made[-1]
+
+    yield build
+    for env in made:
+        env.close()
+
+
+def way_of(arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How far the hand went to the right of the line from its start to the object, and above its start; metres, by step."""
+    hand, thing = arrays["state"][:, :3].astype(np.float64), arrays["state"][0, 4:6]
+    forward = (thing - hand[0, :2]) / np.linalg.norm(thing - hand[0, :2])
+    offset = hand - hand[0]
+    return offset[:, :2] @ np.array([forward[1], -forward[0]]), offset[:, 2]
+
+
+def test_styles_go_different_ways_from_one_picture_and_succeed(make: Make) -> None:
+    env = make("faucet-close")
+    made = {}
+    for style in STYLES:
+        steps = rehearse(env, 5, QUIET, 300, style)
+        assert steps is not None
+        made[style] = record(env, 5, QUIET, steps + 1, 1000, style)
+        assert made[style]["success"][-1]
+        np.testing.assert_array_equal(made[style]["actions"], made[style]["expert_actions"])
+    first = [arrays["frames_corner2"][0] for arrays in made.values()]
+    assert all(np.array_equal(first[0], frame) for frame in first)
+    half = {style: [values[:30] for values in way_of(arrays)] for style, arrays in made.items()}
+    reached = 0.7 * DETOUR_METRES
+    assert half["right"][0].max() > reached and half["left"][0].min() < -reached
+    assert abs(half["high"][0]).max() < 0.1 and half["high"][1].max() > reached
+    assert max(half["left"][1].max(), half["right"][1].max()) < 0.1
+
+
+def test_what_is_wished_is_the_styled_experts_also_under_noise(make: Make) -> None:
+    env = make("window-open")
+    noise = disturbances(np.random.default_rng(3), 500, 0.6)
+    arrays = record(env, 4, noise, 40, 1000, "left")
+    wished = arrays["expert_actions"]
+    np.testing.assert_allclose(arrays["actions"], np.clip(wished + noise[:40], -1, 1), atol=1e-6)
+    assert (arrays["actions"] != wished).any(axis=1).sum() > 5
+    clean = record(env, 4, QUIET, 40, 1000, "direct")
+    # At the first step, from one state: to the left of the way, against the scripted expert's own wish.
+    assert wished[0, 0] < clean["expert_actions"][0, 0] - 0.3
+    assert wished[0, 3] == clean["expert_actions"][0, 3]
+
+
+def test_the_direct_style_is_the_scripted_expert_alone(make: Make) -> None:
+    env = make("window-close", "stock")
+    made = demonstrate(
+        env, 1, 0, noisy_share=0.0, noise_scale=0.0, annotate_every=1000, tail=0, max_steps=300, attempts=1
+    )  # fmt: skip
+    assert made.style == "direct" and made.attempt == 0
+    env.reset(seed_of(1, "collect", "window-close", 0, 0))
+    for state, action in zip(made.arrays["state"], made.arrays["actions"], strict=True):
+        np.testing.assert_array_equal(env.state(), state)
+        np.testing.assert_array_equal(env.expert_action(), action)
+        env.step(action)
+
+
+def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
+    def drawn(seed: int, task: str) -> list[Style]:
+        return [style_of(STYLES[:3], seed, task, index) for index in range(30)]
+
+    styles = drawn(1, "faucet-open")
+    assert all(set(styles[k : k + 3]) == set(STYLES[:3]) for k in range(0, 30, 3))
+    assert styles == drawn(1, "faucet-open") and styles != drawn(2, "faucet-open") and styles != drawn(1, "faucet-close")
+    assert styles != STYLES[:3] * 10
+    assert [style_of(["high"], 1, "faucet-open", index) for index in range(3)] == ["high"] * 3
+
+
+def test_a_collection_states_its_styles(tmp_path: Path) -> None:
+    params = Collect(
+        tasks=["reach"], episodes=2, styles=["left", "right"], noisy_share=0.0, noise_scale=0.6, image_size=32,
+        cameras=["corner2"], render="fast", annotate_every=50, tail=0, max_steps=300, attempts=3,
+    )  # fmt: skip
+    collect("reach", tmp_path / "styled", params, 5, 1)
+    provenance = read_json(tmp_path / "styled/meta.json")["provenance"]
+    assert provenance["styles"] == ["left", "right"] and "scenes" not in provenance
+    assert {entry["style"] for entry in provenance["episodes"]} == {"left", "right"}

@@ -1,0 +1,384 @@
+"""CALVIN's official layout: every value against an independent read, and one sentence for whatever is wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tests.test_restricted_pickle import npy_of
+
+from svam.contract import ContractError, frame_blocks
+from svam.files import FileError
+from svam.params import ParamsError
+from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
+
+REAL = Path(__file__).resolve().parents[3] / "shared/realdata/calvin_npz/calvin_text_annotations"
+ALLOWED = (FileError, ContractError, ParamsError)
+INDX = [(100, 104), (103, 108), (np.int64(120), np.int64(120))]
+TASKS = ["open_drawer", "push_block", "open_drawer"]
+SENTENCES = ["open the drawer", "push the red block left", "pull the handle"]
+
+
+def write_step(file: Path, rng: np.random.Generator, dtype: Any = np.float64, **changes: Any) -> None:
+    """One step as calvin_env's renderer writes it: relative actions follow from the absolute one and the pose."""
+    pose = rng.normal(size=15) * 0.05
+    absolute = np.concatenate([pose[:6] + rng.normal(size=6) * 0.02, [rng.choice([-1.0, 1.0])]])
+    angle = (absolute[3:6] - pose[3:6] + np.pi) % (2 * np.pi) - np.pi
+    relative = np.concatenate([np.clip(absolute[:3] - pose[:3], -0.02, 0.02) / 0.02, np.clip(angle, -0.05, 0.05) / 0.05])
+    members: dict[str, Any] = {
+        "actions": absolute.astype(dtype), "rel_actions": np.append(relative, absolute[6]).astype(dtype),
+        "robot_obs": pose.astype(dtype), "scene_obs": rng.normal(size=24).astype(dtype),
+        "rgb_static": rng.integers(0, 256, (10, 12, 3), dtype=np.uint8),
+        "rgb_gripper": rng.integers(0, 256, (6, 5, 3), dtype=np.uint8),
+        "rgb_tactile": rng.integers(0, 256, (4, 3, 6), dtype=np.uint8),
+        "depth_static": rng.random((10, 12), dtype=np.float32), "depth_gripper": rng.random((6, 5), dtype=np.float32),
+    }  # fmt: skip
+    members = {name: value for name, value in (members | changes).items() if value is not None}
+    np.savez_compressed(file, **members)
+
+
+def write_folder(
+    folder: Path, recordings: list[tuple[int, int]], indx: Any, tasks: Any, sentences: Any, scenes: dict[str, Any] | None,
+    **step: Any,
+) -> None:  # fmt: skip
+    (folder / "lang_annotations").mkdir(parents=True)
+    rng = np.random.default_rng(recordings[0][1])
+    for first, last in recordings:
+        for number in range(first, last + 1):
+            write_step(folder / f"episode_{number:07d}.npz", rng, **step)
+    np.save(folder / "ep_start_end_ids.npy", np.asarray(recordings, dtype=np.int64))
+    np.save(folder / "ep_lens.npy", np.asarray([last - first + 1 for first, last in recordings]))
+    if scenes is not None:
+        np.save(folder / "scene_info.npy", scenes, allow_pickle=True)  # type: ignore[arg-type]
+    embedding = rng.normal(size=(len(sentences), 1, 384)).astype(np.float32)
+    language = {"ann": sentences, "task": tasks, "emb": embedding}
+    value = {"language": language, "info": {"episodes": [], "indx": indx}}
+    np.save(folder / "lang_annotations/auto_lang_ann.npy", value, allow_pickle=True)  # type: ignore[arg-type]
+
+
+ANNOTATED = {"training": (INDX, TASKS, SENTENCES), "validation": ([(100, 102)], ["open_drawer"], ["open it, please"])}
+
+
+def write_set(root: Path, validation: bool = True, **step: Any) -> Path:
+    scenes = {"calvin_scene_A": [100, 109], "calvin_scene_B": [110, 125]}
+    write_folder(root / "training", [(100, 109), (110, 111), (120, 125)], *ANNOTATED["training"], scenes, **step)
+    if validation:  # the official validation folders have no scene_info.npy, and numbers that training has too
+        write_folder(root / "validation", [(100, 103)], *ANNOTATED["validation"], None, **step)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("calvin"))
+
+
+def stacked(folder: Path, first: int, last: int, name: str) -> np.ndarray:
+    """The independent read: plain numpy, one file after the other, both ends included."""
+    return np.stack([np.load(folder / f"episode_{step:07d}.npz")[name] for step in range(first, last + 1)])
+
+
+def frames_of(episode: Any, camera: str) -> np.ndarray:
+    return np.concatenate(list(frame_blocks(episode.frames[camera])))
+
+
+@pytest.mark.parametrize("actions", ["rel_actions", "actions"])
+@pytest.mark.parametrize("segments", ["annotated", "whole"])
+def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segments: Any) -> None:
+    source = open_source(dataset, Options(actions=actions, segments=segments))
+    expected = []
+    for folder in (dataset / "training", dataset / "validation"):
+        if segments == "annotated":
+            rows = zip(*ANNOTATED[folder.name], strict=True)
+            expected += [(folder, first, last, task, sentence) for (first, last), task, sentence in rows]
+        else:
+            bounds = np.load(folder / "ep_start_end_ids.npy").tolist()
+            expected += [(folder, first, last, NEUTRAL_INSTRUCTION, NEUTRAL_INSTRUCTION) for first, last in bounds]
+    assert len(source) == len(expected) == 4
+    description = source.describe()
+    assert description.cameras == ["static", "gripper"] and description.rate_hz == 30.0
+    for index, (folder, first, last, task, sentence) in enumerate(expected):
+        episode, shape = source.read(index), source.shape(index)
+        assert (episode.task, episode.instruction, episode.rate_hz) == (task, sentence, 30.0)
+        assert shape.steps == episode.steps == last - first + 1
+        assert shape.held_out is (folder.name == "validation")
+        assert sentence in [s for sentences in description.instructions[task].values() for s in sentences]
+        for camera in ("static", "gripper"):
+            np.testing.assert_array_equal(frames_of(episode, camera), stacked(folder, first, last, f"rgb_{camera}"))
+        vectors = (("actions", actions), ("proprioception", "robot_obs"), ("state", "scene_obs"))
+        for field, name in vectors:
+            values = getattr(episode, field)
+            assert values.dtype == np.float32
+            np.testing.assert_array_equal(values, stacked(folder, first, last, name).astype(np.float32))
+        assert episode.timestamps is None and not episode.annotations
+
+
+def test_the_action_at_a_frame_is_the_one_taken_there(dataset: Path) -> None:
+    """rel_actions[t] is the pose that is wanted next, less the pose that frame t shows, so the two are in step."""
+    episode = open_source(dataset, Options()).read(1)
+    absolute = open_source(dataset, Options(actions="actions")).read(1)
+    assert episode.actions is not None and absolute.actions is not None and episode.proprioception is not None
+    wanted = np.clip((absolute.actions[:, :3] - episode.proprioception[:, :3]) / 0.02, -1, 1)
+    np.testing.assert_allclose(episode.actions[:, :3], wanted, atol=1e-5)
+    shifted = np.clip((absolute.actions[1:, :3] - episode.proprioception[:-1, :3]) / 0.02, -1, 1)
+    assert np.abs(shifted - episode.actions[:-1, :3]).max() > 0.5
+    np.testing.assert_array_equal(
+        frames_of(episode, "static")[2], np.load(dataset / "training/episode_0000105.npz")["rgb_static"]
+    )
+
+
+def test_a_misaligned_set_gets_a_note(tmp_path: Path) -> None:
+    root = write_set(tmp_path, validation=False)
+    assert open_source(root, Options()).notes == []
+    folder = root / "training"
+    for step in range(100, 109):  # every action one file too early
+        members = dict(np.load(folder / f"episode_{step:07d}.npz"))
+        members |= {name: np.load(folder / f"episode_{step + 1:07d}.npz")[name] for name in ("rel_actions",)}
+        np.savez(folder / f"episode_{step:07d}.npz", **members)
+    assert "check that a frame and the action taken at it are in one file" in open_source(root, Options()).notes[0]
+
+
+def test_published_sizes_and_blocks(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = {
+        "rgb_static": rng.integers(0, 256, (200, 200, 3), dtype=np.uint8),
+        "rgb_gripper": rng.integers(0, 256, (84, 84, 3), dtype=np.uint8),
+    }
+    write_folder(tmp_path, [(0, 69)], [(0, 69)], ["a"], ["do a"], {"calvin_scene_D": [0, 69]}, dtype=np.float32, **pictures)
+    episode = open_source(tmp_path, Options()).read(0)  # the folder itself, instead of the one around it
+    blocks = list(frame_blocks(episode.frames["static"]))
+    assert [len(block) for block in blocks] == [64, 6]
+    assert all((frame == pictures["rgb_static"]).all() for block in blocks for frame in block)
+    assert episode.frames["gripper"].shape == (70, 84, 84, 3)
+    assert episode.provenance["scene"] == "D" and episode.provenance["file"] == f"{tmp_path.name}/episode_0000000.npz"
+    reader = iter(frame_blocks(episode.frames["gripper"]))
+    next(reader)
+    reader.close()  # type: ignore[attr-defined]
+
+
+def test_depth_every_nth_frame(dataset: Path) -> None:
+    source = open_source(dataset, Options(depth="gripper", depth_every=2))
+    for index, (first, last) in enumerate([(100, 104), (103, 108), (120, 120)]):
+        annotation = source.read(index).annotations["depth"]
+        np.testing.assert_array_equal(annotation.index, np.arange(0, last - first + 1, 2))
+        np.testing.assert_array_equal(
+            annotation.values, stacked(dataset / "training", first, last, "depth_gripper")[::2]
+        )  # fmt: skip
+        assert source.shape(index).annotated == {"depth": len(annotation.index)}
+
+
+def held_out(source: CalvinSource) -> list[bool | None]:
+    return [source.shape(i).held_out for i in range(len(source))]
+
+
+def test_splits_and_scenes(dataset: Path) -> None:
+    assert held_out(open_source(dataset, Options())) == [False, False, False, True]
+    assert held_out(open_source(dataset / "training", Options())) == [None, None, None]
+    assert held_out(open_source(dataset, Options(folders=["training"]))) == [None, None, None]
+    assert held_out(open_source(dataset, Options(folders=["training"], held_out_scenes=["calvin_scene_B"]))) == [
+        False,
+        False,
+        True,
+    ]
+    assert held_out(open_source(dataset, Options(folders=["training"], scenes=["A"]))) == [None, None]
+    stated = open_source(dataset, Options(scenes=["B", "D"], scene_of={"validation": "D"}))
+    assert held_out(stated) == [False, True] and stated.describe().provenance["scenes"] == ["B", "D"]
+    assert stated.read(1).provenance["scene"] == "D"
+    # A number of training's scene_info says nothing about validation, whose steps have the same numbers.
+    with pytest.raises(FileError, match=r"validation/scene_info.npy: no scene for steps 100 to 102.*scene_of: {validation: D}"):
+        open_source(dataset, Options(scenes=["A"]))
+    with pytest.raises(ParamsError, match="no episode of scene 'E'; there are A, B"):
+        open_source(dataset / "training", Options(scenes=["E"]))
+    with pytest.raises(ParamsError, match="3 episodes 0 are held out|3 episodes 3 are held out"):
+        open_source(dataset, Options(scenes=["A", "B"], scene_of={"validation": "D"}))
+    with pytest.raises(ParamsError, match="scene_of names 'test'"):
+        open_source(dataset, Options(scene_of={"test": "D"}))
+    with pytest.raises(FileError, match="no such directory, though convert.options.folders"):
+        open_source(dataset, Options(folders=["testing"]))
+
+
+def test_instructions_of_held_out_episodes_are_apart(dataset: Path) -> None:
+    assert open_source(dataset, Options()).describe().instructions == {
+        "open_drawer": {"train": ["open the drawer", "pull the handle"], "held_out": ["open it, please"]},
+        "push_block": {"train": ["push the red block left"], "held_out": []},
+    }
+
+
+def test_whole_recordings_say_their_sentence(dataset: Path) -> None:
+    assert any(NEUTRAL_INSTRUCTION in note for note in open_source(dataset, Options(segments="whole")).notes)
+    source = open_source(dataset, Options(segments="whole", instruction="tidy the table"))
+    assert source.read(0).instruction == "tidy the table" and not any("no language" in note for note in source.notes)
+    with pytest.raises(ValidationError, match="instruction is for segments: whole"):
+        Options(instruction="tidy")
+
+
+def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
+    source = open_source(write_set(tmp_path, validation=False), Options())
+    before = source.shape(0).stamp
+    assert source.shape(0).stamp == before
+    os.utime(tmp_path / "training/episode_0000102.npz", (1, 1))
+    assert source.shape(0).stamp != before
+    (tmp_path / "training/episode_0000102.npz").unlink()
+    with pytest.raises(FileError, match="episode_0000102.npz: no such file"):
+        source.shape(0)
+    with pytest.raises(FileError, match="episode_0000102.npz: no such file"):
+        source.read(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"rel_actions": np.array([0, 0, 0, 0, 0, 0, 0.0])}, "the gripper, is 0, expected exactly -1 or 1"),
+        ({"rel_actions": np.array([0, 1.5, 0, 0, 0, 0, 1.0])}, r"rel_actions\[1\] is 1.5"),
+        ({"rel_actions": np.array([0, np.nan, 0, 0, 0, 0, 1.0])}, "'rel_actions' has the value nan"),
+        ({"rel_actions": np.zeros(6)}, r"'rel_actions' is float64 \(6,\)"),
+        ({"rel_actions": np.zeros(7, dtype=int)}, "'rel_actions' is int64"),
+        ({"rel_actions": None}, "'rel_actions' is missing"),
+        ({"robot_obs": np.full(15, 1e300)}, "'robot_obs' has the value 1e\\+300"),
+        ({"scene_obs": np.array([object()] * 24)}, "damaged or no .npz archive of plain arrays"),
+        ({"rgb_static": np.zeros((10, 12, 4), dtype=np.uint8)}, "'rgb_static' is uint8"),
+        ({"rgb_static": np.zeros((10, 12, 3), dtype=np.float32)}, "'rgb_static' is float32"),
+    ],
+)
+@pytest.mark.parametrize("step", [100, 102])
+def test_a_wrong_step_is_one_sentence(tmp_path: Path, change: dict[str, Any], match: str, step: int) -> None:
+    root = write_set(tmp_path, validation=False)
+    write_step(root / f"training/episode_{step:07d}.npz", np.random.default_rng(5), **change)
+    with pytest.raises(FileError, match=f"episode_{step:07d}.npz.*{match}"):
+        frames_of(open_source(root, Options()).read(0), "static")
+
+
+def test_missing_cameras_and_vectors_are_noted(tmp_path: Path) -> None:
+    source = open_source(write_set(tmp_path, validation=False, rgb_gripper=None, scene_obs=None), Options())
+    assert source.describe().cameras == ["static"] and source.read(0).state is None
+    assert any("'gripper' is left out" in note for note in source.notes) and any("no state" in note for note in source.notes)
+    with pytest.raises(FileError, match="neither rgb_static nor rgb_gripper"):
+        open_source(write_set(tmp_path / "none", validation=False, rgb_gripper=None, rgb_static=None), Options())
+    with pytest.raises(FileError, match="'depth_static'"):
+        open_source(write_set(tmp_path / "flat", validation=False, depth_static=None), Options(depth="static"))
+
+
+def test_no_annotations_names_the_alternatives(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, validation=False) / "training"
+    (folder / "lang_annotations").rename(folder / "lang_BERT")
+    with pytest.raises(FileError, match="lang_annotations/auto_lang_ann.npy: no such file; set .* to one of lang_BERT, or set"):
+        open_source(tmp_path, Options())
+    assert len(open_source(tmp_path, Options(annotations="lang_BERT"))) == 3
+    (folder / "lang_BERT/auto_lang_ann.npy").unlink()
+    with pytest.raises(FileError, match="no other folder there has it, or set convert.options.segments to 'whole'"):
+        open_source(tmp_path, Options())
+    assert len(open_source(tmp_path, Options(segments="whole"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("indx", "match"),
+    [
+        ([(100, 104), (108, 110), (120, 121)], "annotation 1 covers steps 108 to 110, but no recording"),
+        ([(100, 104), (108, 112), (90, 121)], "no recording"),
+        ([(100, 104), (-3, 110), (120, 121)], r"\['indx'\]\[1\] is no pair"),
+        ([(100, 104), (104, 103), (120, 121)], r"\['indx'\]\[1\] is no pair"),
+        ([(100, 104), (104.0, 105), (120, 121)], r"\['indx'\]\[1\] is no pair"),
+        ([(100, 104), (0, 2**80), (120, 121)], r"\['indx'\]\[1\] is no pair"),
+        ([(100, 104)], "1 indx, 3 task and 3 ann"),
+        ("abc", "is missing or no list"),
+    ],
+)
+def test_wrong_annotations_are_one_sentence(tmp_path: Path, indx: Any, match: str) -> None:
+    write_folder(tmp_path / "training", [(100, 109), (110, 111), (120, 125)], indx, TASKS, SENTENCES, None)
+    with pytest.raises(FileError, match=match):
+        open_source(tmp_path, Options())
+
+
+@pytest.mark.parametrize(
+    ("ids", "match"),
+    [
+        (np.zeros((0, 2), dtype=int), "no recordings"), (np.array([[5, 4]]), r"row 0 is \[5, 4\]"),
+        (np.array([[-5, 4]]), r"row 0 is \[-5, 4\]"), (np.array([[0.0, 4.0]]), "it is float64"),
+        (np.array([1, 2, 3]), r"it is int64 \(3,\)"), (np.array([[1, object()]]), "truncated, damaged"),
+        (np.array([[2**63, 2**63 + 1]], dtype=np.uint64), "row 0"),
+    ],
+)  # fmt: skip
+def test_wrong_recordings_are_one_sentence(tmp_path: Path, ids: np.ndarray, match: str) -> None:
+    root = write_set(tmp_path, validation=False)
+    np.save(root / "training/ep_start_end_ids.npy", ids)
+    with pytest.raises(FileError, match=f"ep_start_end_ids.npy.*{match}"):
+        open_source(root, Options())
+
+
+@pytest.mark.parametrize("sentence", ["", "  ", "a\ud800b", 3, None, ["open"]])
+def test_a_sentence_must_be_text(tmp_path: Path, sentence: Any) -> None:
+    file = tmp_path / "training/lang_annotations/auto_lang_ann.npy"
+    write_set(tmp_path, validation=False)
+    value = {"language": {"ann": [sentence], "task": ["a"]}, "info": {"indx": [(100, 101)]}}
+    file.write_bytes(npy_of(np.array(value, dtype=object)))
+    with pytest.raises(FileError, match="annotation 0 has no task name or no sentence"):
+        open_source(tmp_path, Options())
+
+
+def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
+    """A billion references to one list are one list."""
+    nested: Any = ["lol"]
+    for _ in range(60):
+        nested = [nested] * 10
+    file = tmp_path / "auto_lang_ann.npy"
+    file.write_bytes(npy_of(np.array({"language": nested, "info": nested}, dtype=object)))
+    write_set(tmp_path / "set", validation=False)
+    file.replace(tmp_path / "set/training/lang_annotations/auto_lang_ann.npy")
+    with pytest.raises(FileError, match="is missing or no list"):
+        open_source(tmp_path / "set", Options())
+
+
+FILES = ["ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy", "episode_0000100.npz"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damaged_files_never_raise_anything_else(fuzzed: Path, data: st.DataObject) -> None:
+    """A truncated or flipped file gives an error of ours, or episodes that are whole."""
+    file = fuzzed / "training" / data.draw(st.sampled_from(FILES))
+    original = file.read_bytes()
+    flips = st.lists(st.tuples(st.integers(0, len(original) - 1), st.integers(1, 255)), min_size=1, max_size=3)
+    damaged = bytearray(original)
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(original) - 1)) :]
+    else:
+        for place, bits in data.draw(flips):
+            damaged[place] ^= bits
+    file.write_bytes(bytes(damaged))
+    try:
+        source = open_source(fuzzed, Options(depth="static"))
+        read = [source.read(i) for i in range(min(2, len(source)))]
+        frames = [frames_of(episode, camera) for episode in read for camera in episode.frames]
+    except ALLOWED as error:
+        assert "\n" not in str(error)
+    else:
+        if file.suffix == ".npz":  # these carry checksums: what is read is what was written
+            np.testing.assert_array_equal(frames[0], stacked(fuzzed / "training", 100, 104, "rgb_static"))
+    finally:
+        file.write_bytes(original)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("fuzzed"), validation=False)
+
+
+def test_no_data_set_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no such directory"):
+        open_source(tmp_path / "absent", Options())
+    with pytest.raises(FileError, match="no CALVIN data set: neither a training nor a validation folder"):
+        open_source(tmp_path, Options())
+    (tmp_path / "training").mkdir()
+    with pytest.raises(FileError, match="ep_start_end_ids.npy: no such file"):
+        open_source(tmp_path, Options())
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason=f"{REAL} is not beside this checkout")
+def test_the_real_folder_holds_no_episodes() -> None:
+    with pytest.raises(FileError, match="calvin_text_annotations: no CALVIN data set"):
+        open_source(REAL, Options())

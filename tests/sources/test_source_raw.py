@@ -1,0 +1,277 @@
+"""The project's own raw layout: what is written comes back to the bit, and what is wrong is said in one sentence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svam.contract import ContractError, Episode, frame_blocks
+from svam.files import FileError
+from svam.sources import _npz
+from svam.sources.raw import Options, RawSource, open_source
+
+META: dict[str, Any] = {
+    "schema_version": 1, "rate_hz": 12.5, "cameras": ["front", "wrist"],
+    "tasks": {"pick": {"train": ["pick it", "lift it"], "held_out": ["take it"]}, "push": {"train": ["push it"]}},
+    "episodes": {
+        "a": {"task": "pick"}, "b": {"task": "pick"}, "c": {"task": "push", "instruction": "shove it", "held_out": True},
+    },
+}  # fmt: skip
+
+
+def arrays_of(seed: int, n: int = 70) -> dict[str, Any]:
+    rng = np.random.default_rng(seed)
+    index = np.arange(0, n, 3)
+    return {
+        "frames_front": rng.integers(0, 256, (n, 6, 8, 3), dtype=np.uint8),
+        "frames_wrist": rng.integers(0, 256, (n, 4, 4, 3), dtype=np.uint8),
+        "actions": rng.normal(size=(n, 3)), "expert_actions": rng.normal(size=(n, 3)).astype(np.float32),
+        "state": rng.normal(size=(n, 5)).astype(np.float16), "proprioception": np.asfortranarray(rng.normal(size=(n, 2))),
+        "timestamps": np.arange(n) / 12.5 + 1.7e9, "annotation_index": index,
+        "depth": rng.uniform(0.5, 2, (len(index), 6, 8)).astype(np.float16),
+        "segmentation": rng.integers(0, 7, (len(index), 6, 8), dtype=np.uint8),
+    }  # fmt: skip
+
+
+def write(folder: Path, meta: Any = META, **episodes: dict[str, Any]) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    for name, arrays in episodes.items():
+        np.savez_compressed(folder / f"{name}.npz", **{key: value for key, value in arrays.items() if value is not None})
+    return folder
+
+
+def frames_of(episode: Episode, camera: str) -> np.ndarray[Any, Any]:
+    return np.concatenate(list(frame_blocks(episode.frames[camera])))
+
+
+def film(file: Path, n: int, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        for _ in range(n):
+            picture = np.kron(rng.integers(0, 256, (2, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def test_everything_comes_back(tmp_path: Path) -> None:
+    written = {name: arrays_of(seed, 70 + seed) for seed, name in enumerate("abc")}
+    source = open_source(write(tmp_path / "raw", **written), Options())
+    assert len(source) == 3 and list(source.notes) == []
+    description = source.describe()
+    assert (description.rate_hz, description.cameras) == (12.5, ["front", "wrist"])
+    assert description.instructions == {
+        "pick": {"train": ["pick it", "lift it"], "held_out": ["take it"]},
+        "push": {"train": ["push it", "shove it"], "held_out": []},
+    }
+    told = [("pick", "pick it", False), ("pick", "lift it", False), ("push", "shove it", True)]
+    for index, (name, arrays) in enumerate(written.items()):
+        shape, episode = source.shape(index), source.read(index)
+        assert (episode.task, episode.instruction, shape.held_out) == told[index]
+        assert shape.steps == episode.steps == 70 + index
+        assert dict(shape.annotated) == {"depth": len(arrays["depth"]), "segmentation": len(arrays["depth"])}
+        for camera in META["cameras"]:
+            assert (frames_of(episode, camera) == arrays[f"frames_{camera}"]).all()
+        for vector in ("actions", "expert_actions", "state", "proprioception"):
+            assert (getattr(episode, vector) == arrays[vector].astype(np.float32)).all()
+        assert episode.timestamps is not None and (episode.timestamps == arrays["timestamps"]).all()
+        for label, annotation in episode.annotations.items():
+            assert (annotation.values == arrays[label]).all() and (annotation.index == arrays["annotation_index"]).all()
+        assert episode.provenance["file"] == f"{name}.npz"
+
+
+def test_a_video_may_replace_frames(tmp_path: Path) -> None:
+    folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}}, a=arrays_of(0, 9) | {"frames_wrist": None})
+    with pytest.raises(FileError, match=r"a\.npz: field 'frames_wrist' is missing, and there is no a\.wrist\.mp4"):
+        open_source(folder, Options()).shape(0)
+    film(folder / "a.wrist.mp4", 9)
+    film(folder / "b.wrist.mp4", 9)
+    source = open_source(folder, Options())
+    assert ["1 videos of no episode" in note for note in source.notes] == [True]
+    with av.open(str(folder / "a.wrist.mp4")) as container:
+        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
+    before = source.shape(0).stamp
+    film(folder / "a.wrist.mp4", 8)
+    assert source.shape(0).stamp != before
+    with pytest.raises(FileError, match=r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):
+        source.read(0)
+    film(folder / "a.front.mp4", 9)
+    with pytest.raises(FileError, match="has field 'frames_front', and a.front.mp4 is there too; keep one"):
+        source.shape(0)
+
+
+def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
+    meta = {"schema_version": 1, "rate_hz": 5, "cameras": ["front"]}
+    small = {"frames_front": np.zeros((1, 2, 2, 3), np.uint8), "actions": np.zeros((1, 1), np.float32)}
+    sentences = [np.array("open it"), np.array(["schließ es"]), np.array("öffne es".encode())]
+    folder = write(tmp_path / "raw", meta, **{f"e{k}": {**small, "instruction": text} for k, text in enumerate(sentences)})
+    source = open_source(folder, Options())
+    assert list(source.describe().instructions) == ["open it", "schließ es", "öffne es"]
+    assert [source.read(k).instruction for k in range(3)] == ["open it", "schließ es", "öffne es"]
+    assert source.shape(0).held_out is None
+    for wrong, message in (
+        (np.array(b"\xff\xfe"), "not UTF-8"), (np.array("\ud800"), "not UTF-8"), (np.array(" "), "empty, expected a sentence"),
+        (np.array(["a", "b"]), "expected one string"), (np.array(3), "expected one string"), (None, "no instruction"),
+    ):  # fmt: skip
+        write(folder, meta, e1={**small, "instruction": wrong})
+        with pytest.raises(FileError, match=message):
+            open_source(folder, Options()).describe()
+    write(folder, {**meta, "episodes": {"e1": {"instruction": "shut it"}}}, e1={**small, "instruction": sentences[1]})
+    with pytest.raises(FileError, match="its instruction is 'schließ es', but meta.json says 'shut it'"):
+        open_source(folder, Options()).read(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, r"meta\.json: schema_version: input should be 1 \(found '2'\)"),
+        ({"rate_hz": 0}, r"meta\.json: rate_hz: input should be greater than 0"),
+        ({"rate_hz": float("nan")}, r"meta\.json: rate_hz"),
+        ({"cameras": []}, r"meta\.json: cameras"),
+        ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
+        ({"cameras": ["front", "front"]}, "names one twice"),
+        ({"task": {}}, r"meta\.json: task: extra inputs are not permitted"),
+        ({"tasks": {"pick": {"train": []}}}, r"meta\.json: tasks\.pick\.train"),
+        ({"episodes": {"z": {}}}, r"episodes names 'z', but there is no z\.npz"),
+        ({"episodes": {}}, r"episodes\.a\.task is missing; tasks are pick, push"),
+        ({"episodes": {"a": {"task": "fly"}}}, "is 'fly', which is not one of tasks: pick, push"),
+    ],
+)
+def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}, **change}, a=arrays_of(0, 4))
+    with pytest.raises(FileError, match=message) as error:
+        open_source(folder, Options()).read(0)
+    assert "\n" not in str(error.value)
+
+
+def test_the_folder_must_be_there(tmp_path: Path) -> None:
+    for message in ("no such directory", "meta.json: no such file", r"no <name>\.npz in it"):
+        with pytest.raises(FileError, match=message):
+            open_source(tmp_path / "raw", Options())
+        if (tmp_path / "raw").is_dir():
+            write(tmp_path / "raw")
+        (tmp_path / "raw").mkdir(exist_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"actions": None}, FileError, "field 'actions' is missing; it has annotation_index, depth"),
+        ({"actions": np.zeros((4, 2), int)}, FileError, r"'actions' is int64 \(4, 2\), expected float16 or float32 or float64"),
+        ({"actions": np.zeros(4)}, FileError, "with 2 axes"),
+        ({"actions": np.zeros((3, 2))}, ContractError, r"actions is float32 \(3, 2\), expected float32 \(4, dimensions\)"),
+        ({"actions": np.full((4, 2), 1e300)}, ContractError, r"actions\[0, 0\] is inf"),
+        ({"actions": np.array([[{}]], dtype=object)}, FileError, "no .npz archive of plain arrays"),
+        ({"state": np.full((4, 2), np.nan)}, ContractError, r"state\[0, 0\] is nan"),
+        ({"frames_front": np.zeros((4, 6, 8), np.uint8)}, FileError, r"'frames_front' is uint8 \(4, 6, 8\), expected uint8"),
+        ({"frames_front": np.zeros((4, 6, 8, 3))}, FileError, "expected uint8"),
+        ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, FileError, "Fortran order"),
+        ({"frames_front": np.zeros((0, 6, 8, 3), np.uint8)}, ContractError, "no time steps"),
+        ({"timestamps": np.zeros(4)}, ContractError, r"timestamps\[1\] is 0"),
+        ({"annotation_index": None}, FileError, "field 'annotation_index' is missing"),
+        ({"annotation_index": np.array([-1, 3])}, ContractError, r"index must increase within 0\.\.3"),
+        ({"segmentation": np.full((2, 6, 8), 9, np.uint8)}, ContractError, "class 9"),
+    ],
+)
+def test_fields_are_checked(tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
+    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
+    source = open_source(write(tmp_path / "raw", meta, a=arrays_of(0, 4) | change), Options())
+    with pytest.raises(error, match=message) as raised:
+        source.read(0)
+    assert "a.npz" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_unknown_fields_are_noted(tmp_path: Path) -> None:
+    source = open_source(
+        write(tmp_path / "raw", a={**arrays_of(0, 4), "states": np.zeros(4), "frames_top": np.zeros(4)}, b={}, c={}), Options()
+    )
+    assert "ignoring frames_top, states" in source.notes[0]
+
+
+def test_a_claimed_size_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
+    folder = write(tmp_path / "raw", meta, a=arrays_of(0, 4))
+    write(folder, meta, a=arrays_of(0, 4) | {"state": None})
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 4)})
+    with zipfile.ZipFile(folder / "a.npz", "a") as archive:
+        archive.writestr("state.npy", header.getvalue())
+    source = open_source(folder, Options())
+    with pytest.raises(FileError, match="truncated, damaged"):
+        source.shape(0)
+    write(folder, meta, a=arrays_of(0, 4))
+    monkeypatch.setattr(_npz, "LARGEST_MEMBER", 100)
+    with pytest.raises(FileError, match="expected at most 0 GiB; write shorter episodes"):
+        source.read(0)
+
+
+def everything(source: RawSource) -> list[Any]:
+    """Shape, sentences and all values of the first episode."""
+    shape, episode = source.shape(0), source.read(0)
+    values = [frames_of(episode, camera) for camera in episode.frames]
+    values += [v for v in (episode.actions, episode.state, episode.proprioception, episode.expert_actions) if v is not None]
+    values += [episode.timestamps, *(a.values for a in episode.annotations.values())]
+    return [shape.steps, episode.instruction, source.describe().model_dump(), *(v.tobytes() for v in values if v is not None)]
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes, list[Any]]:
+    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
+    folder = write(tmp_path_factory.mktemp("raw") / "raw", meta, a=arrays_of(0, 5))
+    return meta, (folder / "a.npz").read_bytes(), everything(open_source(folder, Options()))
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_is_noticed(archive: tuple[dict[str, Any], bytes, list[Any]], data: st.DataObject) -> None:
+    meta, original, expected = archive
+    damaged = bytearray(original)
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        write(Path(folder), meta)
+        (Path(folder) / "a.npz").write_bytes(damaged)
+        try:
+            found = everything(open_source(Path(folder), Options()))
+        except (FileError, ContractError) as error:
+            assert "\n" not in str(error)
+        else:
+            assert found == expected
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.binary(max_size=40) | st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*META, "a", "task"]), inner, max_size=4),
+))  # fmt: skip
+def test_any_meta_is_read_or_refused(archive: tuple[dict[str, Any], bytes, list[Any]], content: Any) -> None:
+    meta, original, _ = archive
+    with tempfile.TemporaryDirectory() as folder:
+        write(
+            Path(folder), {**meta, **content} if isinstance(content, dict) else content if not isinstance(content, bytes) else 0
+        )
+        if isinstance(content, bytes):
+            (Path(folder) / "meta.json").write_bytes(content)
+        (Path(folder) / "a.npz").write_bytes(original)
+        try:
+            source = open_source(Path(folder), Options())
+            source.describe()
+            source.shape(0)
+        except (FileError, ContractError) as error:
+            assert str(error)

@@ -1,0 +1,344 @@
+"""diffusion_policy's replay buffers: a real one and written ones, compared with chunks decoded by numcodecs alone."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numcodecs
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svam.contract import ContractError, Episode, frame_blocks
+from svam.errors import MachineError
+from svam.files import FileError
+from svam.params import ParamsError
+from svam.sources.replay_zarr import Options, ReplayZarrSource, open_source
+
+REAL = Path(__file__).resolve().parents[3] / "shared/realdata/diffusion_policy_zarr/pusht_keypoint_x356_y356"
+TOLD = Options(instruction="push the T", rate_hz=10)
+Array = np.ndarray[Any, Any]
+
+
+def write_array(
+    folder: Path, values: Array, chunks: tuple[int, ...], codec: Any = "blosc", separator: str = ".", order: str = "C"
+) -> None:
+    """A Zarr v2 array, written without zarr."""
+    if codec == "blosc":
+        codec = numcodecs.Blosc("zstd", 5, numcodecs.Blosc.BITSHUFFLE)
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {
+        "zarr_format": 2, "shape": list(values.shape), "chunks": list(chunks), "dtype": values.dtype.str, "fill_value": 0,
+        "order": order, "filters": None, "compressor": None if codec is None else codec.get_config(),
+        "dimension_separator": separator,
+    }  # fmt: skip
+    (folder / ".zarray").write_text(json.dumps(meta))
+    grid = [range(-(-length // chunk)) for length, chunk in zip(values.shape, chunks, strict=True)]
+    for place in np.ndindex(*map(len, grid)):
+        chunk = np.zeros(chunks, values.dtype)
+        part = values[tuple(slice(k * c, (k + 1) * c) for k, c in zip(place, chunks, strict=True))]
+        chunk[tuple(slice(0, length) for length in part.shape)] = part
+        data = chunk.tobytes(order=order)  # type: ignore[arg-type]
+        file = folder / separator.join(map(str, place))
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data if codec is None else codec.encode(data))
+
+
+def decode_array(folder: Path) -> Array:
+    """All rows of an array that is chunked along them only."""
+    meta = json.loads((folder / ".zarray").read_text())
+    codec = None if meta["compressor"] is None else numcodecs.get_codec(meta["compressor"])
+    rest = ".0" * (len(meta["shape"]) - 1)
+    parts = []
+    for k in range(-(-meta["shape"][0] // meta["chunks"][0])):
+        data = (folder / f"{k}{rest}").read_bytes()
+        parts.append(np.frombuffer(data if codec is None else codec.decode(data), meta["dtype"]).reshape(meta["chunks"]))
+    return np.concatenate(parts)[: meta["shape"][0]]
+
+
+ENDS = [5, 75, 76, 90]
+
+
+def arrays_of(n: int = 90) -> dict[str, Array]:
+    rng = np.random.default_rng(n)
+    return {
+        "img": rng.integers(0, 256, (n, 6, 8, 3), dtype=np.uint8), "action": rng.normal(size=(n, 2)).astype(np.float32),
+        "state": rng.normal(size=(n, 5)) * 300, "keypoint": rng.normal(size=(n, 3, 2)).astype(np.float32),
+        "timestamp": np.arange(n) / 10.0,
+    }  # fmt: skip
+
+
+def write(folder: Path, ends: Any = ENDS, chunk: int = 7, **changes: Any) -> dict[str, Array]:
+    arrays = {name: values for name, values in (arrays_of() | changes).items() if values is not None}
+    for name, values in arrays.items():
+        write_array(folder / "data" / name, values, (min(chunk, len(values)), *values.shape[1:]))
+    write_array(folder / "meta/episode_ends", np.asarray(ends), (max(1, len(ends)),), None)
+    for part in ("", "data", "meta"):
+        (folder / part / ".zgroup").write_text('{"zarr_format": 2}')
+    return arrays
+
+
+def frames_of(episode: Episode, camera: str = "img") -> Array:
+    return np.concatenate(list(frame_blocks(episode.frames[camera])))
+
+
+def test_the_real_buffer() -> None:
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there: the real buffer is not tested")
+    options = TOLD.model_copy(update={"state": ("state", "keypoint"), "proprioception": ("state[0:2]",)})
+    source = open_source(REAL, options)
+    data = REAL / "pusht_keypoint_x356_y356.zarr/data"
+    ends = decode_array(data.parent / "meta/episode_ends")[:151]
+    pictures, actions, state, keypoint = (decode_array(data / name) for name in ("img", "action", "state", "keypoint"))
+    assert len(source) == len(ends) == 151 and ends[-1] == len(pictures) == 24644
+    description = source.describe()
+    assert (description.rate_hz, description.cameras) == (10.0, ["img"])
+    assert description.instructions == {"push the T": {"train": ["push the T"], "held_out": []}}
+    assert "n_contacts" in source.notes[0] and "state ranges from -18.8131 to 507.144; kept as recorded" in source.notes[-1]
+    starts = [0, *ends[:-1]]
+    assert [source.shape(k).steps for k in range(151)] == list(np.diff([0, *ends]))
+    for index in range(151):
+        rows = slice(starts[index], ends[index])
+        episode = source.read(index)
+        assert episode.instruction == "push the T" and episode.timestamps is None
+        assert episode.actions is not None and (episode.actions == actions[rows]).all()
+        assert episode.proprioception is not None and (episode.proprioception == state[rows, :2]).all()
+        expected = np.concatenate([state[rows], keypoint[rows].reshape(-1, 18)], axis=1)
+        assert episode.state is not None and (episode.state == expected).all()
+        if index % 10 == 0:
+            assert (frames_of(episode) == pictures[rows]).all()
+
+
+def test_actions_belong_to_the_frame_of_their_row() -> None:
+    """PushT's action is where the agent is told to go: nearer to where it is a moment later than before."""
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there: the real buffer is not tested")
+    source = open_source(REAL, TOLD.model_copy(update={"proprioception": ("state[0:2]",)}))
+    before, after = [], []
+    for index in range(0, 151, 15):
+        episode = source.read(index)
+        assert episode.actions is not None and episode.proprioception is not None
+        action, agent = episode.actions[1:-1], episode.proprioception
+        before.append(np.linalg.norm(action - agent[:-2], axis=1))
+        after.append(np.linalg.norm(action - agent[2:], axis=1))
+    assert np.concatenate(after).mean() < 0.5 * np.concatenate(before).mean()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 200])
+@pytest.mark.parametrize("zipped", [False, True])
+def test_written_buffers(tmp_path: Path, chunk: int, zipped: bool) -> None:
+    folder = tmp_path / "x.zarr"
+    arrays = write(folder, chunk=chunk)
+    path = folder
+    if zipped:
+        path = tmp_path / "y.zarr.zip"
+        with zipfile.ZipFile(path, "w") as archive:
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    archive.write(file, file.relative_to(folder))
+    options = TOLD.model_copy(update={"state": ("state", "keypoint"), "timestamp": "timestamp"})
+    source = open_source(path, options)
+    assert len(source) == 4 and source.describe().cameras == ["img"]
+    for index, (start, stop) in enumerate(zip([0, *ENDS], ENDS, strict=False)):
+        episode = source.read(index)
+        assert source.shape(index).steps == episode.steps == stop - start
+        assert (frames_of(episode) == arrays["img"][start:stop]).all()
+        assert episode.actions is not None and (episode.actions == arrays["action"][start:stop]).all()
+        assert episode.timestamps is not None and (episode.timestamps == arrays["timestamp"][start:stop]).all()
+        expected = np.hstack([arrays["state"], arrays["keypoint"].reshape(90, 6)])[start:stop].astype(np.float32)
+        assert episode.state is not None and (episode.state == expected).all()
+        assert all(len(block) <= 64 for block in frame_blocks(episode.frames["img"]))
+
+
+@pytest.mark.parametrize(
+    "codec", [None, *(numcodecs.get_codec({"id": name}) for name in ("zlib", "zstd", "lz4", "bz2", "gzip", "lzma"))]
+)
+def test_other_codecs_orders_and_grids(tmp_path: Path, codec: Any) -> None:
+    arrays = write(tmp_path / "x.zarr")
+    shutil.rmtree(tmp_path / "x.zarr/data/img")
+    write_array(tmp_path / "x.zarr/data/img", arrays["img"], (4, 4, 5, 3), codec, "/", "F")
+    assert (frames_of(open_source(tmp_path, TOLD).read(1)) == arrays["img"][5:75]).all()
+
+
+def test_pictures_of_other_kinds(tmp_path: Path) -> None:
+    pictures = arrays_of()["img"]
+    write(tmp_path / "x.zarr", img=pictures.astype(np.float32), camera_1=np.ascontiguousarray(np.moveaxis(pictures, -1, 1)))
+    source = open_source(tmp_path, TOLD)
+    assert source.describe().cameras == ["camera_1", "img"]
+    assert any("img is float32; its whole numbers become uint8" in note for note in source.notes)
+    for camera in ("camera_1", "img"):
+        assert (frames_of(source.read(1), camera) == pictures[5:75]).all()
+    only = open_source(tmp_path, TOLD.model_copy(update={"cameras": ("img",), "action": ()}))
+    assert only.describe().cameras == ["img"] and only.read(0).actions is None
+    assert any("no actions are read" in note for note in only.notes)
+    for bad in (0.5, -1.0, 256.0, np.nan, np.inf):
+        wrong = pictures.astype(np.float32)
+        wrong[70, 1, 2, 0] = bad
+        write_array(tmp_path / "x.zarr/data/img", wrong, (7, 6, 8, 3))
+        with pytest.raises(FileError, match=rf"data/img is {bad:g} in row 70, expected whole numbers in 0\.\.255"):
+            frames_of(source.read(1))
+
+
+def test_what_must_be_told(tmp_path: Path) -> None:
+    write(tmp_path / "x.zarr")
+    with pytest.raises(ParamsError, match=r"convert\.options\.instruction is missing"):
+        open_source(tmp_path, Options(rate_hz=10))
+    with pytest.raises(ParamsError, match=r"convert\.options\.rate_hz is missing"):
+        open_source(tmp_path, Options(instruction="go"))
+    for change, error, message in (
+        ({"cameras": ("top",)}, FileError, "cameras names 'top'; data has action, img"),
+        ({"cameras": ("state",)}, FileError, r"data/state is float64 \(90, 5\), expected pictures"),
+        ({"action": ("actions",)}, FileError, "action names 'actions'; data has action"),
+        ({"state": ("state[4:6]",)}, FileError, r"names 'state\[4:6\]', but data/state is float64 \(90, 5\)"),
+        ({"state": ("state[a]",)}, ParamsError, "expected a name, or a name with columns"),
+        ({"timestamp": "action"}, FileError, "timestamp has 2 columns, expected one"),
+    ):
+        with pytest.raises(error, match=message):
+            open_source(tmp_path, TOLD.model_copy(update=change)).read(0)
+    for name, message in (("nowhere", "no such file"), ("empty", "expected a replay buffer, or one .*; found none")):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileError, match=message):
+            open_source(tmp_path / name, TOLD)
+
+
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [
+        ([5, 5, 90], r"meta/episode_ends\[1\] is 5, expected more than 5"),
+        ([0, 90], r"meta/episode_ends\[0\] is 0, expected more than 0"),
+        ([-3, 90], r"meta/episode_ends\[0\] is -3"),
+        ([50, 20], r"meta/episode_ends\[1\] is 20, expected more than 50"),
+        ([50, 91], "has 90 rows, but meta/episode_ends reaches to 91"),
+        ([], r"meta/episode_ends is float64 \(0,\), expected whole numbers"),
+        ([1.5, 90], "meta/episode_ends is float64"),
+        ([[1, 2]], r"meta/episode_ends .*, expected|damaged"),
+    ],
+)
+def test_episode_ends_must_increase_within_the_rows(tmp_path: Path, ends: Any, message: str) -> None:
+    write(tmp_path / "x.zarr", ends=[90])
+    shutil.rmtree(tmp_path / "x.zarr/meta/episode_ends")
+    values = np.asarray(ends)
+    write_array(tmp_path / "x.zarr/meta/episode_ends", values, tuple(max(1, length) for length in values.shape), None)
+    with pytest.raises(FileError, match=message) as error:
+        open_source(tmp_path, TOLD)
+    assert "\n" not in str(error.value)
+
+
+def test_an_absent_chunk_is_no_black_picture(tmp_path: Path) -> None:
+    write(tmp_path / "x.zarr")
+    source = open_source(tmp_path, TOLD)
+    (tmp_path / "x.zarr/data/img/10.0.0.0").unlink()
+    assert len(frames_of(source.read(0))) == 5
+    with pytest.raises(FileError, match=r"chunk data/img/10\.0\.0\.0 is missing"):
+        frames_of(source.read(1))
+    (tmp_path / "x.zarr/data/action/0.0").unlink()
+    with pytest.raises(FileError, match=r"chunk data/action/0\.0 is missing"):
+        source.read(0)
+    shutil.rmtree(tmp_path / "x.zarr/data/action")
+    with pytest.raises(FileError, match="action names 'action'; data has img"):
+        open_source(tmp_path, TOLD)
+    (tmp_path / "x.zarr/meta/episode_ends/.zarray").unlink()
+    with pytest.raises(FileError, match="array meta/episode_ends is missing"):
+        open_source(tmp_path, TOLD)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"zarr_format": 3}, FileError, "zarr_format 3, expected 2"),
+        ({"dtype": "|O"}, FileError, r"dtype '\|O', expected numbers"),
+        ({"dtype": [["a", "<f4"]]}, FileError, "expected numbers"),
+        ({"filters": [{"id": "pickle"}]}, FileError, "has filters, which are not read"),
+        ({"compressor": {"id": "pickle"}}, FileError, "compressed by 'pickle', expected one of blosc"),
+        ({"compressor": {"id": ["x"]}}, FileError, "truncated, damaged or not Zarr v2"),
+        ({"chunks": [0, 2]}, FileError, "truncated, damaged or not Zarr v2"),
+        ({"chunks": [1 << 40, 2]}, FileError, "expected less than 2 GiB each"),
+        ({"shape": [-1, 2]}, FileError, "truncated, damaged or not Zarr v2"),
+        ({"shape": None}, FileError, "truncated, damaged or not Zarr v2"),
+        ({"dimension_separator": "x"}, FileError, "truncated, damaged or not Zarr v2"),
+        ({"compressor": {"id": "imagecodecs_nothing"}}, (FileError, MachineError), "truncated, damaged|needs imagecodecs"),
+    ],
+)
+def test_headers_are_checked(tmp_path: Path, change: dict[str, Any], error: Any, message: str) -> None:
+    write(tmp_path / "x.zarr")
+    file = tmp_path / "x.zarr/data/action/.zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(error, match=message) as raised:
+        open_source(tmp_path, TOLD).read(0)
+    assert "\n" not in str(raised.value)
+
+
+def test_jpeg_xl_pictures(tmp_path: Path) -> None:
+    """As Universal Manipulation Interface buffers keep them; the codec comes from a package of its own."""
+    codecs = pytest.importorskip("imagecodecs.numcodecs", reason="imagecodecs is not installed: JPEG XL is not tested")
+    arrays = write(tmp_path / "x.zarr", img=None)
+    picture = arrays_of()["img"]
+    write_array(tmp_path / "x.zarr/data/camera0_rgb", picture, (1, 6, 8, 3), None)
+    meta = json.loads((tmp_path / "x.zarr/data/camera0_rgb/.zarray").read_text())
+    codec = codecs.Jpegxl(lossless=True)
+    (tmp_path / "x.zarr/data/camera0_rgb/.zarray").write_text(json.dumps(meta | {"compressor": codec.get_config()}))
+    for k in range(90):
+        (tmp_path / f"x.zarr/data/camera0_rgb/{k}.0.0.0").write_bytes(codec.encode(picture[k : k + 1]))
+    episode = open_source(tmp_path, TOLD).read(1)
+    assert "img" not in arrays and (frames_of(episode, "camera0_rgb") == picture[5:75]).all()
+
+
+def everything(source: ReplayZarrSource) -> list[Any]:
+    result: list[Any] = [source.describe().model_dump(), [source.shape(k).steps for k in range(len(source))]]
+    for index in range(len(source)):
+        episode = source.read(index)
+        assert episode.actions is not None
+        result += [episode.actions.tobytes(), frames_of(episode).tobytes()]
+    assert list(source.notes) is not None
+    return result
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("zarr") / "x.zarr"
+    small = {name: values[:9] for name, values in arrays_of().items()}
+    write(folder, [4, 9], 5, **{**small, "state": None, "keypoint": None, "timestamp": None})
+    with zipfile.ZipFile(folder.parent / "x.zarr.zip", "w") as archive:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                archive.write(file, file.relative_to(folder))
+    return folder
+
+
+PARTS = ["data/img/0.0.0.0", "data/action/1.0", "data/img/.zarray", "meta/episode_ends/0", "meta/episode_ends/.zarray", ".zip"]
+
+
+@pytest.mark.parametrize("part", PARTS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_never_raises_anything_else(original: Path, part: str, data: st.DataObject) -> None:
+    """An archive's CRC-32 finds every change; in a folder a flipped bit may give other values, but no other error or length."""
+    source = original.parent / "x.zarr.zip" if part == ".zip" else original / part
+    damaged = bytearray(source.read_bytes())
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        if part == ".zip":
+            (folder / "x.zarr.zip").write_bytes(damaged)
+        else:
+            shutil.copytree(original, folder / "x.zarr")
+            (folder / "x.zarr" / part).write_bytes(damaged)
+        try:
+            found = everything(open_source(folder, TOLD))
+        except (FileError, ContractError, MachineError) as error:
+            assert "\n" not in str(error)
+        else:
+            if part == ".zip":
+                assert found == everything(open_source(original, TOLD))
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,311 @@
+"""Videos with instructions: real folders and written ones, compared with what PyAV and json read by themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svam.contract import ContractError, Episode, frame_blocks
+from svam.files import FileError
+from svam.sources._video import probe, video_blocks
+from svam.sources.video_folder import Options, VideoFolderSource, open_source
+
+REAL = Path(__file__).resolve().parents[3] / "shared/realdata/video_text_folders"
+Array = np.ndarray[Any, Any]
+
+
+def film(
+    file: Path, n: int, *, codec: str = "libx264", fps: int = 10, times: list[int] | None = None, rotate: int | None = None,
+    size: tuple[int, int] = (48, 64), options: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """n frames of coloured squares; `times` in units of a frame."""
+    rng = np.random.default_rng(n)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width = size
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, fps)
+        if rotate is not None:
+            stream.set_display_rotation(rotate)
+        for k in range(n):
+            squares = rng.integers(0, 256, (size[0] // 16, size[1] // 16, 3), dtype=np.uint8)
+            frame = av.VideoFrame.from_ndarray(np.kron(squares, np.ones((16, 16, 1), np.uint8)), format="rgb24")
+            frame.pts, frame.time_base = (k if times is None else times[k]), Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file
+
+
+def decoded(file: Path) -> Array:
+    with av.open(str(file)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def frames_of(episode: Episode, camera: str) -> Array:
+    return np.concatenate(list(frame_blocks(episode.frames[camera])))
+
+
+def annotate(file: Path, **content: Any) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("folder", "rate", "cameras", "action", "state", "lost", "notes"),
+    [
+        ("bridge", 3.0, {"rgb": "rgb"}, "action", "state", 1, ["one action less", "latent_videos in 2", "2 arrays", "keys"]),
+        ("rt1", 3.0, {"rgb": "rgb"}, "action", "state", 1, ["one action less", "latent_videos in 2", "4 arrays", "keys"]),
+        (
+            "xhand",
+            10.0,
+            {"camera_0": "0", "camera_1": "1"},
+            "actions",
+            "states",
+            0,
+            ["latent_videos in 2", "2 videos that no JSON"],
+        ),
+    ],
+)
+def test_real_folders(
+    folder: str, rate: float, cameras: dict[str, str], action: str, state: str, lost: int, notes: list[str]
+) -> None:
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there: the real folders are not tested")
+    source = open_source(REAL / folder, Options())
+    files = sorted((REAL / folder / "annotation").rglob("*.json"))
+    description = source.describe()
+    assert (description.rate_hz, description.cameras, len(source)) == (rate, list(cameras), len(files))
+    for note, expected in zip(source.notes, notes, strict=True):
+        assert expected in note
+    for index, file in enumerate(files):
+        content = json.loads(file.read_text())
+        shape, episode = source.shape(index), source.read(index)
+        n = len(content[state]) - lost
+        assert shape.steps == episode.steps == n == len(content[action]) and shape.held_out is None
+        assert (
+            episode.instruction == content["texts"][0] and description.instructions[episode.task]["train"] == content["texts"]
+        )
+        assert episode.actions is not None and (episode.actions == np.float32(content[action])).all()
+        assert episode.proprioception is not None and (episode.proprioception == np.float32(content[state])[:n]).all()
+        for camera, stem in cameras.items():
+            expected = decoded(REAL / folder / "videos/val" / file.stem / f"{stem}.mp4")
+            assert len(expected) == len(content[state]) and (frames_of(episode, camera) == expected[:n]).all()
+
+
+@pytest.mark.parametrize("folder", ["bridge", "rt1"])
+def test_the_real_alignment_is_as_stated(folder: str) -> None:
+    """Action t is as long as the way from state t to state t + 1, and as the way between no other two neighbours."""
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there: the real folders are not tested")
+    source = open_source(REAL / folder, Options())
+    for index in range(len(source)):
+        episode = source.read(index)
+        assert episode.actions is not None and episode.proprioception is not None
+        moved = np.linalg.norm(np.diff(episode.proprioception[:, :3], axis=0), axis=1)
+        asked = np.linalg.norm(episode.actions[:, :3], axis=1)
+        aligned, late, early = (np.abs(moved - a).mean() for a in (asked[:-1], np.roll(asked, 1)[:-1], asked[1:]))
+        assert aligned < 1e-4 and min(late, early) > 20 * aligned
+
+
+def layout(folder: Path, n: int = 6, **changes: Any) -> Path:
+    """An episode in each of two splits; `changes` go into the first JSON, where None removes a key."""
+    for split, name in (("train", "1"), ("val", "2")):
+        for view in ("front", "side"):
+            film(folder / f"videos/{split}/{name}/{view}.mp4", n)
+        content = {
+            "texts": [f"do {name}", f"please do {name}"], "action": [[0.1, 0.2]] * n, "state": [[k] for k in range(n)],
+            "videos": [{"video_path": f"videos/{split}/{name}/{view}.mp4"} for view in ("front", "side")],
+        } | (changes if name == "1" else {})  # fmt: skip
+        annotate(folder / f"annotation/{split}/{name}.json", **{k: v for k, v in content.items() if v is not None})
+    return folder
+
+
+def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
+    source = open_source(layout(tmp_path / "d"), Options())
+    assert source.describe().cameras == ["front", "side"] and list(source.notes) == []
+    assert source.describe().instructions["do 1"] == {"train": ["do 1", "please do 1"], "held_out": []}
+    assert [source.shape(k).held_out for k in (0, 1)] == [False, True]
+    chosen = open_source(tmp_path / "d", Options(splits=("val",)))
+    assert len(chosen) == 1 and chosen.read(0).instruction == "do 2" and chosen.shape(0).held_out is None
+    with pytest.raises(FileError, match=r"no test/\*\.json, which convert\.options\.splits lists"):
+        open_source(tmp_path / "d", Options(splits=("test",)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"texts": []}, "no instruction for it"),
+        ({"texts": [" "]}, "no instruction for it"),
+        ({"texts": 5}, "texts is '5', expected a sentence or a list"),
+        ({"texts": ["\ud800"]}, "is not Unicode text"),
+        ({"text": "other"}, r"has both texts and text; name one of them in convert\.options\.text"),
+        ({"actions": [[1]]}, r"has both action and actions; name one of them in convert\.options\.action"),
+        ({"action": [[1.0]] * 4}, "action has 4 rows, expected 6 or 5 for 6 frames"),
+        ({"action": [[1.0]] * 7}, "action has 7 rows"),
+        ({"action": [[1.0], [1.0, 2.0]]}, "action is no table of numbers"),
+        ({"action": [["a"]] * 6}, "action is no table of numbers"),
+        ({"action": []}, "action is no table of numbers"),
+        ({"action": {"a": 1}}, "action is no table of numbers"),
+        ({"action": [[float("nan")]] * 6}, r"actions\[0, 0\] is nan"),
+        ({"action": [[1e300]] * 6}, r"actions\[0, 0\] is inf"),
+        ({"state": [[1.0]] * 5}, "state has 5 rows, but the video has 6 frames"),
+        ({"video_length": 7}, "video_length is 7, but the video has 6 frames"),
+        ({"videos": None}, "videos is 'None', expected a list of objects with a video_path each"),
+        ({"videos": ["a.mp4"]}, "expected a list of objects with a video_path each"),
+        ({"videos": [{"video_path": "../x.mp4"}]}, "expected the path of a video below the top folder"),
+        ({"videos": [{"video_path": "/etc/passwd"}]}, "expected the path of a video below the top folder"),
+        ({"videos": [{"video_path": "videos/none.mp4"}]}, r"1\.json.*cameras|none\.mp4: no such file"),
+    ],
+)
+def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = open_source(layout(tmp_path / "d", **change), Options())
+    with pytest.raises((FileError, ContractError), match=message) as error:
+        source.read(0)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
+    layout(tmp_path / "d")
+    film(tmp_path / "d/videos/train/1/side.mp4", 5)
+    with pytest.raises(FileError, match="side has 5 frames, front has 6"):
+        open_source(tmp_path / "d", Options()).shape(0)
+    annotate(tmp_path / "d/annotation/val/2.json", text="x", videos=[{"video_path": "videos/val/2/front.mp4"}])
+    with pytest.raises(FileError, match=r"2\.json: cameras \['front'\], expected \['front', 'side'\] as in .*1\.json"):
+        open_source(tmp_path / "d", Options()).read(1)
+
+
+def test_a_plain_folder(tmp_path: Path) -> None:
+    film(tmp_path / "d/a.mp4", 7)
+    annotate(tmp_path / "d/a.json", instruction="wipe", actions=[0.5] * 7, states=[[1, 2]] * 7, gripper=list(range(7)))
+    film(tmp_path / "d/sub/b.webm", 70, codec="libvpx-vp9", fps=10)
+    (tmp_path / "d/sub/b.txt").write_text("schütte\n\npour it\n", encoding="utf-8")
+    film(tmp_path / "d/sub/c.mp4", 1)
+    source = open_source(tmp_path / "d", Options(instruction="anything"))
+    assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
+    a, b, c = (source.read(k) for k in range(3))
+    assert [e.instruction for e in (a, b, c)] == ["wipe", "schütte", "anything"]
+    assert source.describe().instructions["schütte"]["train"] == ["schütte", "pour it"]
+    assert a.actions is not None and a.actions.shape == (7, 1) and b.actions is None and c.steps == 1
+    for episode, file in ((a, "a.mp4"), (b, "sub/b.webm"), (c, "sub/c.mp4")):
+        assert (frames_of(episode, "video") == decoded(tmp_path / "d" / file)).all()
+    joined = open_source(tmp_path / "d", Options(proprioception=("states", "gripper"), action="gripper")).read(0)
+    assert joined.proprioception is not None and joined.actions is not None
+    assert joined.proprioception[3].tolist() == [1, 2, 3] and joined.actions[3].tolist() == [3]
+    with pytest.raises(FileError, match=r"c\.mp4: no instruction for it"):
+        open_source(tmp_path / "d", Options()).describe()
+    with pytest.raises(FileError, match=r"key 'speed', which convert\.options\.action names, is missing"):
+        open_source(tmp_path / "d", Options(action="speed")).read(0)
+    (tmp_path / "d/sub/b.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(FileError, match=r"b\.txt: not UTF-8 text"):
+        open_source(tmp_path / "d", Options()).read(1)
+    for empty in ("nowhere", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(FileError, match="no such directory|no videos"):
+            open_source(tmp_path / empty, Options())
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [
+        ("x.mp4", "libsvtav1", {}), ("x.webm", "libsvtav1", {}), ("x.mkv", "libx264", {}), ("x.avi", "mjpeg", {}),
+        ("x.webm", "libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "deadline": "good", "b": "20k"}),
+        ("x.webm", "libvpx-vp9", {"auto-alt-ref": "1", "lag-in-frames": "16"}), ("x.mp4", "mpeg4", {"bf": "2"}),
+    ],
+)  # fmt: skip
+def test_codecs(tmp_path: Path, name: str, codec: str, options: dict[str, str]) -> None:
+    file = film(tmp_path / name, 66, codec=codec, options=options)
+    facts = probe(file)
+    assert (facts.frames, facts.height, facts.width, facts.rate) == (66, 48, 64, 10.0)
+    blocks = list(frame_blocks(video_blocks(file, facts, None, 10.0)))
+    assert [len(block) for block in blocks] == [64, 2] and (np.concatenate(blocks) == decoded(file)).all()
+
+
+def test_rates_and_rotation(tmp_path: Path) -> None:
+    film(tmp_path / "d/a.mp4", 8)
+    film(tmp_path / "d/b.mp4", 8, fps=12)
+    film(tmp_path / "d/c.mp4", 8, times=[0, 1, 2, 5, 6, 7, 8, 9])
+    film(tmp_path / "d/e.mp4", 8, rotate=90)
+    told = Options(instruction="go")
+    source = open_source(tmp_path / "d", told)
+    assert len(frames_of(source.read(0), "video")) == 8
+    for index, message in ((1, "expected 0.100 s at 10 frames/s"), (2, "variable frame rate"), (3, "rotate or mirror")):
+        with pytest.raises(FileError, match=message) as error:
+            frames_of(source.read(index), "video")
+        assert "\n" not in str(error.value)
+    stated = open_source(tmp_path / "d", told.model_copy(update={"rate_hz": 5.0}))
+    assert stated.describe().rate_hz == 5.0
+    for index, file in enumerate(("a", "b", "c")):
+        episode = stated.read(index)
+        assert episode.rate_hz == 5.0 and (frames_of(episode, "video") == decoded(tmp_path / f"d/{file}.mp4")).all()
+
+
+def test_what_is_no_video(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("go")
+    file = film(tmp_path / "x.mp4", 5)
+    short = file.read_bytes()[:-10]
+    for content in (b"", b"hello", b"#EXTM3U\n#EXTINF:10,\n/etc/passwd\n", short[:1000], short[: len(short) // 2]):
+        file.write_bytes(content)
+        source = open_source(tmp_path, Options())
+        with pytest.raises(FileError, match=r"x\.mp4: truncated, damaged or no video"):
+            source.describe()
+        with pytest.raises(FileError, match=r"x\.mp4: truncated, damaged or no video"):
+            source.shape(0)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        sound.sample_rate = 8000
+        container.mux([*stream.encode(sound), *stream.encode(None)])
+    with pytest.raises(FileError, match="no video stream"):
+        open_source(tmp_path, Options()).shape(0)
+
+
+def everything(source: VideoFolderSource) -> list[Any]:
+    description, shape, episode = source.describe(), source.shape(0), source.read(0)
+    assert list(source.notes) is not None and episode.steps == shape.steps
+    return [description.model_dump(), shape.steps, episode, *(frames_of(episode, camera) for camera in episode.frames)]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    film(folder / "x.mp4", 5)
+    film(folder / "x.webm", 5, codec="libvpx-vp9")
+    annotate(folder / "x.json", texts=["go"], action=[[0.25, 1]] * 4, state=[[1e-3]] * 5)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.json"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_damage_never_raises_anything_else(originals: Path, name: str, data: st.DataObject) -> None:
+    """Videos carry no checksums: a flipped bit may give another valid picture, but no other error and no other length."""
+    damaged = bytearray((originals / name).read_bytes())
+    if data.draw(st.booleans()):
+        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
+    else:
+        for _ in range(data.draw(st.integers(1, 3))):
+            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    folder = Path(tempfile.mkdtemp())
+    try:
+        video = "x.webm" if name == "x.webm" else "x.mp4"
+        for part in (video, "x.json"):
+            (folder / part).write_bytes(damaged if part == name else (originals / part).read_bytes())
+        try:
+            found = everything(open_source(folder, Options(instruction="do")))
+        except (FileError, ContractError) as error:
+            assert "\n" not in str(error)
+        else:
+            assert all(len(frames) == found[1] for frames in found[3:])
+    finally:
+        shutil.rmtree(folder)

@@ -1,0 +1,225 @@
+"""Distillation: statistics and probe by hand, no leak from held-out windows, baselines in their places, and the stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from svam.contract import ContractError
+from svam.episodes.arrays import GroupWriter
+from svam.files import sha256_tree
+from svam.models.decoupler import Decoupler
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
+from svam.params import Distill, Generate, Optimiser
+from svam.training.batch_order import EndlessOrder
+from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
+from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, kept
+from svam.training.generate import choose_windows, generate_windows
+from svam.training.one_step import OneStepFeatures, load_foresight
+from tests.tiny_foresight import FRAMES, GRID, make_store, save_parts, write_windows
+
+CPU = torch.device("cpu")
+TRAIN, TEST, C_F, C_I = 40, 8, 5, 4
+HELD_OUT = [False] * TRAIN + [True] * TEST
+SECTION = Distill(
+    branches=["geometric"], target="generated", anchor="concat", width=16, blocks=1, heads=2, dropout=0.0,
+    training=Optimiser(steps=100, batch=8, learning_rate=0.01, warmup=5, ema=0.9),
+)  # fmt: skip
+
+
+def arrays() -> dict[str, Any]:
+    """Targets = reference + a product of two channels of F: nothing for a linear probe, easy for a decoupler."""
+    rng = np.random.default_rng(0)
+    windows, clip = TRAIN + TEST, (FRAMES, GRID, GRID)
+    features = rng.normal(2.0, 3.0, (windows, *clip, C_F))
+    reference = rng.normal(-1.0, 2.0, (windows, GRID, GRID, C_I))
+    change = (features[..., :1] - 2.0) * (features[..., 1:2] - 2.0) / 5.0
+    targets = reference[:, None] + change * np.asarray([1.0, -1.0, 0.5, 2.0])
+    moved = np.abs(change[..., 0]) > 0.5
+    return {
+        "features": features.astype(np.float16), "reference": reference.astype(np.float16),
+        "targets": targets.astype(np.float16), "moved": moved.astype(np.uint8), "one_step": targets[TRAIN:].astype(np.float16),
+        "other_noise": np.broadcast_to(reference[TRAIN:, None], targets[TRAIN:].shape).astype(np.float16),
+    }  # fmt: skip
+
+
+def open_data(folder: Path, values: dict[str, Any]) -> DistillationData:
+    """Write both stores and open them."""
+    folder.mkdir(exist_ok=True)
+    rows = np.arange((TRAIN + TEST) * FRAMES, dtype=np.int64).reshape(-1, FRAMES)
+    write_windows(folder / "generated.zarr", rows, HELD_OUT, features=values["features"])
+    with GroupWriter(folder / "teacher.zarr") as writer:
+        for name in ("targets", "reference", "moved", "one_step", "other_noise"):
+            writer.array(name, values[name].shape[1:], values[name].dtype, chunk_rows=1, shard_rows=16).append(values[name])
+        writer.write("rows", rows)
+        writer.write("held_out", np.asarray(HELD_OUT, dtype=np.uint8))
+        writer.attributes = {
+            "schema_version": TEACHER_SCHEMA, "video_sha256": "abc", "target": "generated", "reference": "frame", "metrics": {}
+        }  # fmt: skip
+    windows = GeneratedWindows(folder / "generated.zarr")
+    assert windows.features is not None
+    return DistillationData(windows, TeacherWindows(folder / "teacher.zarr", windows), windows.features)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> DistillationData:
+    return open_data(tmp_path_factory.mktemp("distill"), arrays())
+
+
+def test_statistics_by_hand(data: DistillationData) -> None:
+    statistics, values = TrainingStatistics(data, block=7), arrays()
+    for name, array in (("feature", "features"), ("teacher", "targets")):
+        flat = values[array][:TRAIN].astype(np.float64).reshape(-1, values[array].shape[-1])
+        np.testing.assert_allclose(getattr(statistics, f"{name}_mean"), flat.mean(axis=0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(getattr(statistics, f"{name}_std"), flat.std(axis=0), rtol=1e-4)
+    expected = values["targets"][:TRAIN, 1:].astype(np.float64).mean(axis=(0, 1))
+    np.testing.assert_allclose(statistics.centre, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_probe_is_ridge_regression_per_token(tmp_path: Path) -> None:
+    values = arrays()
+    mixing = np.random.default_rng(1).normal(size=(C_F, C_I))
+    values["targets"] = (values["features"].astype(np.float64) @ mixing + 3.0).astype(np.float16)
+    data = open_data(tmp_path, values)
+    statistics = TrainingStatistics(data)
+    np.testing.assert_allclose(statistics.weight, mixing, atol=0.01)
+    np.testing.assert_allclose(statistics.bias, 3.0, atol=0.03)
+    guesses = predictors(data, statistics, build(data, statistics, SECTION), CPU, bf16=False)
+    scores = score(data, statistics, guesses, data.windows.test)
+    assert scores["linear_probe"]["explained"] > 0.999 and scores["linear_probe"]["cosine_moved"] > 0.999
+
+
+def test_held_out_windows_leak_into_nothing_that_is_trained(tmp_path: Path, data: DistillationData) -> None:
+    values = arrays()
+    for name in ("features", "targets", "reference"):
+        values[name][TRAIN:] = 7.0 * values[name][TRAIN:] + 1.0
+    other = open_data(tmp_path, values)
+    first, second = TrainingStatistics(data), TrainingStatistics(other)
+    assert all(np.array_equal(getattr(first, key), getattr(second, key)) for key in vars(first))
+    short = SECTION.model_copy(update={"training": Optimiser(steps=4, batch=8, learning_rate=0.01, warmup=1)})
+    states = [distill(d, short, 0, CPU)[0].state_dict() for d in (data, other)]
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_an_epoch_shows_every_training_window_once(data: DistillationData) -> None:
+    order_of = EndlessOrder(TRAIN, 8, "seed")
+    train = arrays()["features"][:TRAIN]
+    for epoch in range(2):
+        numbers = [order_of.batch(epoch * TRAIN // 8 + k) for k in range(TRAIN // 8)]
+        seen = np.concatenate([data.batch(data.windows.train[n], CPU)[0].numpy() for n in numbers])
+        order = np.lexsort(seen.reshape(TRAIN, -1).T), np.lexsort(train.reshape(TRAIN, -1).T)
+        assert np.array_equal(seen[order[0]], train[order[1]])
+
+
+def test_large_arrays_stay_on_disk_with_the_same_rows(data: DistillationData) -> None:
+    reader = data.windows.features
+    assert reader is not None
+    memory, disk = (kept(reader, len(reader), reader.row_bytes, "test", limit=limit) for limit in (1 << 20, 10))
+    assert isinstance(memory, InMemory) and disk is reader
+    rows = np.asarray([5, 0, 47, 5])
+    assert np.array_equal(memory.read(rows), disk.read(rows))
+
+
+def test_each_baseline_is_what_its_name_says(data: DistillationData) -> None:
+    statistics = TrainingStatistics(data)
+    untrained = build(data, statistics, SECTION).eval()
+    metrics = evaluate(data, statistics, untrained, CPU, bf16=False)
+    assert metrics["held_out_windows"] == TEST
+    assert metrics["moved_share"] == pytest.approx(arrays()["moved"][TRAIN:, 1:].mean())
+    assert metrics["repeat_reference"]["explained"] == 0.0
+    for name in ("decoupler", "other_noise"):  # untrained, and given the reference: both repeat it
+        assert metrics[name] == pytest.approx(metrics["repeat_reference"], abs=1e-3)
+    assert metrics["decoded_one_step"]["explained"] == 1.0  # given the targets
+    assert metrics["decoded_one_step"]["cosine_moved"] == pytest.approx(1.0)
+    values = {k: v.astype(np.float64) for k, v in arrays().items()}
+    errors = (values["reference"][TRAIN:, None] - values["targets"][TRAIN:])[:, 1:] / statistics.teacher_std
+    assert metrics["repeat_reference"]["mse"] == pytest.approx(np.square(errors).mean(), rel=1e-3)
+    moved = values["moved"][TRAIN:, 1:].astype(bool)
+    assert metrics["repeat_reference"]["mse_moved"] == pytest.approx(np.square(errors).mean(-1)[moved].mean(), rel=1e-3)
+
+
+def test_it_beats_its_baselines_where_there_is_something_to_learn(data: DistillationData, tmp_path: Path) -> None:
+    decoupler, metrics = distill(data, SECTION, 0, CPU, live=tmp_path / "live")
+    probe = metrics["linear_probe"]
+    assert metrics["decoupler"]["explained"] > max(0.8, probe["explained"])
+    assert metrics["decoupler"]["cosine_moved"] > max(probe["cosine_moved"], metrics["repeat_reference"]["cosine_moved"])
+    curves = json.loads((tmp_path / "live" / "metrics.json").read_text())
+    assert curves["held_out"]["explained"] == pytest.approx(metrics["decoupler"]["explained"], abs=1e-4)  # the averaged weights
+    again, _ = distill(data, SECTION, 0, CPU)
+    assert all(torch.equal(a, b) for a, b in zip(decoupler.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_features_and_targets_must_agree(data: DistillationData) -> None:
+    wrong = InMemory(arrays()["features"][:, :, :1])
+    with pytest.raises(ContractError, match=r"both must begin with \(3, 2, 2\)"):
+        DistillationData(data.windows, data.teacher, wrong)
+
+
+def params_file(folder: Path) -> Path:
+    """The project's own params with a small distillation."""
+    yaml = YAML(typ="rt")
+    values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
+    values["threads"], values["machine"]["device"] = 1, "cpu"
+    values["cache_teacher"].update(batch=4, reference="reconstruction")
+    values["distill"].update(width=16, blocks=1, heads=2)
+    values["distill"]["training"].update(steps=4, batch=2, warmup=1)
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        yaml.dump(values, file)
+    return folder / "params.yaml"
+
+
+@pytest.mark.parametrize("noise", ["fixed", "fresh"])
+def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Path) -> None:
+    """The same windows with and without `features`: F read back and computed again agree; the stages run on the latter."""
+    store = make_store(tmp_path / "episodes.zarr")
+    save_parts(tmp_path, store, noise)
+    section = Generate(
+        windows=6, held_out_windows=4, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
+        mantissa_bits=10,
+    )  # fmt: skip
+    sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
+    folders = {n: tmp_path / "backbones" / n for n in ("autoencoder", "text")} | {"video": tmp_path / "video"}
+    model = ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders)
+    chosen = choose_windows(store, section, model.video_model.config, 0)
+    for name, keep in (("with", True), ("without", False)):
+        changed = section.model_copy(update={"keep_features": keep})
+        generate_windows(tmp_path / name, store, model, chosen, changed, 0, sha256_tree(tmp_path / "video"))
+    stored, absent = GeneratedWindows(tmp_path / "with"), GeneratedWindows(tmp_path / "without")
+    assert stored.features is not None and absent.features is None
+
+    from stages import cache_teacher
+    from stages import distill as distill_stage
+
+    runner, common = CliRunner(), ["--episodes", tmp_path / "episodes.zarr", "--backbones", tmp_path / "backbones"]
+    common += ["--params", params_file(tmp_path), "--generated", tmp_path / "without"]
+    cache, out = tmp_path / "teachers" / "geometric.zarr", tmp_path / "decoupler"
+    arguments = ["geometric", cache, *common]
+    assert runner.invoke(cache_teacher.app, [str(a) for a in arguments]).exit_code == 0
+    again = load_foresight(absent, TeacherWindows(cache, absent), tmp_path / "backbones", tmp_path / "video", "geometric")
+    rows = np.asarray([7, 2, 0])
+    computed = OneStepFeatures(absent, store, again).read(rows)
+    np.testing.assert_allclose(computed.astype(float), stored.features.read(rows).astype(float), rtol=2e-3, atol=2e-3)
+    assert not np.allclose(computed[0], computed[1], atol=1e-2)
+
+    arguments = ["geometric", out, *common, "--teacher", cache, "--video", tmp_path / "video"]
+    done = runner.invoke(distill_stage.app, [str(a) for a in arguments])
+    assert done.exit_code == 0, done.output
+    assert "distilled:" in done.stderr and "decoded one-step prediction:" in done.stderr  # latencies, on the screen only
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.json", "model.safetensors"}
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert set(metrics["teacher"]) == {"reference", "dense"} and metrics["target"] == "generated"
+    assert Decoupler.load(out).config.reference == "reconstruction"
+
+    failed = runner.invoke(distill_stage.app, ["semantic", *(str(a) for a in arguments[1:])])
+    assert failed.exit_code == 1 and "branch is 'geometric', expected 'semantic'" in failed.stderr
+    (tmp_path / "video" / "extra.json").write_text("{}")
+    failed = runner.invoke(distill_stage.app, [str(a) for a in arguments])
+    assert failed.exit_code == 1 and "not the video model that" in failed.stderr

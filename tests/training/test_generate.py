@@ -1,0 +1,123 @@
+"""Windows and their generations: F and V^ share the noise, the two sides of the split stay apart, the bytes repeat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from svam.episodes.arrays import read_attributes
+from svam.episodes.rows import RowReader
+from svam.episodes.store import EpisodeStore
+from svam.files import sha256_tree
+from svam.models.foresight import ForesightModel, needs_of
+from svam.models.generator import SamplerConfig
+from svam.params import FinetuneVideo, Generate
+from svam.training.finetune_video import LatentClips, TextTable, _psnr, evaluate_video
+from svam.training.generate import choose_windows, generate_windows
+from tests.tiny_foresight import GRID, OPTIMISER, make_store, save_parts
+
+SECTION = Generate(
+    windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
+    mantissa_bits=10,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[EpisodeStore, ForesightModel]:
+    folder = tmp_path_factory.mktemp("parts")
+    store = make_store(folder / "episodes.zarr")
+    save_parts(folder, store, "fixed")
+    sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
+    folders = {"autoencoder": folder / "backbones/autoencoder", "text": folder / "backbones/text", "video": folder / "video"}
+    return store, ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders)
+
+
+def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    store, model = parts
+    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
+    assert windows.held_out.tolist() == [False] * 5 + [True] * 3
+    held = set(store.rows("held_out").tolist())
+    for rows, held_out, sentence in zip(windows.rows, windows.held_out, windows.instructions, strict=True):
+        assert {int(r) in held for r in rows} == {bool(held_out)}
+        episode = set(store.episode_of(rows).tolist())
+        assert len(episode) == 1
+        assert sentence in store.instructions[store.task_of(episode.pop())]["train"]
+    assert len(set(windows.rows[:5, 0].tolist())) == 5
+
+
+def test_too_many_windows_are_all_there_are(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    store, model = parts
+    section = SECTION.model_copy(update={"windows": 10**6})
+    windows = choose_windows(store, section, model.video_model.config, seed=0)
+    assert (~windows.held_out).sum() == len(store.rows("train"))
+
+
+def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path) -> None:
+    store, model = parts
+    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
+    for name in ("a.zarr", "b.zarr"):
+        generate_windows(tmp_path / name, store, model, windows, SECTION, seed=0, video_sha256="abc")
+    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
+    path = tmp_path / "a.zarr"
+    frames = torch.from_numpy(store.frames(windows.rows[:4, 0]))
+    seen = model.encode(frames, windows.instructions[:4], ["one_step"]).entries["one_step"]
+    np.testing.assert_allclose(RowReader(path / "features").read_range(0, 4), seen.numpy(), rtol=2e-3, atol=2e-3)
+    shapes = {
+        n: RowReader(path / n).shape for n in ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")
+    }
+    assert shapes == {
+        "frames": (8, 3, 16, 16, 3), "one_step_frames": (3, 3, 16, 16, 3), "other_noise_frames": (3, 3, 16, 16, 3),
+        "reconstruction": (8, 16, 16, 3), "rows": (8, 3),
+    }  # fmt: skip
+    other = RowReader(path / "other_noise_frames").read_range(0, 3)
+    assert (other != RowReader(path / "frames").read_range(5, 8)).any()
+    assert read_attributes(path)["sampler"]["steps"] == 2
+
+
+def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    with pytest.raises(ValueError, match="without its semantic teacher"):
+        parts[1].encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"])
+
+
+def test_each_entry_asks_for_just_its_parts() -> None:
+    assert needs_of(["observation"]).parts == ["text"]
+    assert needs_of(["observation"], frozen_observation=True).parts == ["text", "teacher_semantic"]
+    assert needs_of(["one_step"]).parts == ["text", "autoencoder", "video"]
+    assert needs_of(["semantic", "one_step"]).parts == [
+        "text",
+        "autoencoder",
+        "video",
+        "teacher_semantic",
+        "decoupler_semantic",
+    ]
+    assert needs_of(["goal_frame"]).parts == ["text", "autoencoder", "video", "teacher_geometric", "teacher_semantic"]
+
+
+def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    store, model = parts
+    section = FinetuneVideo.model_construct(
+        training=OPTIMISER, evaluation_clips=4, evaluation_steps=2, sigma_max=80.0, sigma_min=0.02, first_sigma_share=0.2
+    )
+    autoencoder, video, cpu = model.part("autoencoder"), model.part("video"), torch.device("cpu")
+    clips = LatentClips(store, "held_out", autoencoder, 3, 2, cpu)  # type: ignore[arg-type]
+    assert set(clips.rows.tolist()) == set(store.rows("held_out").tolist())
+    table = TextTable.build(store, model.text)
+    metrics, pictures = evaluate_video(video, section, clips, autoencoder, table, 0, cpu)  # type: ignore[arg-type]
+    assert pictures.shape == (4, 2, 3, 16, 16, 3)
+    truth = pictures[:, 0].astype(np.float64) / 255
+    # "repeat the first frame" is recomputed by hand from the decoded truth, frames 1..T-1 only
+    expected = ((truth[:, 1:] - truth[:, :1]) ** 2).mean()
+    assert metrics["repeated_mse"] == pytest.approx(expected, rel=0.02)
+    assert metrics["error_share_of_repeat"] == pytest.approx(metrics["generated_mse"] / metrics["repeated_mse"])
+    assert {"loss_sigma_first", "loss_sigma_0.2_1", "generated_psnr", "generated_ssim"} <= set(metrics)
+
+
+def test_equal_pictures_have_a_finite_psnr() -> None:
+    truth = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    near = truth + torch.tensor([0.1, 0.01])[:, None, None, None]
+    assert float(_psnr(near, truth)) == pytest.approx((20.0 + 40.0) / 2, abs=1e-3)
+    near[1] = truth[1]
+    assert float(_psnr(near, truth)) == pytest.approx((20.0 + 100.0) / 2, abs=1e-3)

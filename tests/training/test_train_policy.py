@@ -1,0 +1,279 @@
+"""Training of the policy: which rows, which targets, what is cached, what is kept; and the stage as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from stages.train_policy import app
+from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore
+from svam.files import sha256_tree
+from svam.models.foresight import ForesightModel
+from svam.models.svam import SVAM
+from svam.training import train_policy as training
+from svam.training.feature_cache import FeatureCache
+from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
+from tests.killing import kill, one_code, run_stage
+from tests.stage_deps import ROOT, direct_imports, path_of
+from tests.tiny import GENERATE, observations, policy_params, save_all_parts
+from tests.tiny_foresight import make_store
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the earlier stages leave: `episodes.zarr`, `backbones`, `video`, `decouplers`."""
+    root = tmp_path_factory.mktemp("data")
+    save_all_parts(root, make_store(root / "episodes.zarr"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def store(root: Path) -> EpisodeStore:
+    return EpisodeStore.open(root / "episodes.zarr")
+
+
+@pytest.fixture(scope="module")
+def folders(root: Path) -> dict[str, Path]:
+    names = {"autoencoder": "backbones/autoencoder", "text": "backbones/text", "video": "video"}
+    for branch in ("geometric", "semantic"):
+        names |= {f"teacher_{branch}": f"backbones/{branch}", f"decoupler_{branch}": f"decouplers/{branch}"}
+    return {name: root / folder for name, folder in names.items()}
+
+
+def run(store: EpisodeStore, folders: dict[str, Path], cache: Path, live: Path | None = None, **changes: Any) -> SVAM:
+    section = policy_params(**changes)
+    foresight = load_foresight(section, GENERATE, folders)
+    return train(store, foresight, folders, section, FeatureCache(cache, 1.0), 0, CPU, live)
+
+
+def test_rows_are_every_nth_of_the_side(store: EpisodeStore) -> None:
+    """Six episodes of 12 steps, two tasks of three; one of each task is held out."""
+    train_side, held = store.episodes("train").tolist(), store.episodes("held_out").tolist()
+    assert (len(train_side), len(held)) == (4, 2)
+    assert choose_rows(store, "train", 5, None).tolist() == [12 * e + k for e in train_side for k in (0, 5, 10)]
+    assert choose_rows(store, "held_out", 12, None).tolist() == [12 * e for e in held]
+    assert choose_rows(store, "train", 12, 1).tolist() == [12 * e for e in train_side[:2]]
+
+
+def test_targets_are_the_experts_padded_and_masked(store: EpisodeStore) -> None:
+    rows = np.array([0, 10], dtype=np.int64)  # the second is the last but one of its episode
+    found = observe(store, rows, 4, True, seed=0)
+    expert = store.vector("expert_actions", np.arange(12))
+    np.testing.assert_array_equal(found.actions[0], expert[0:4])
+    np.testing.assert_array_equal(found.actions[1], expert[[10, 11, 11, 11]])
+    assert found.mask.tolist() == [[True] * 4, [True, True, False, False]]
+    state = store.statistics.normalise_proprioception(store.vector("proprioception", rows))
+    np.testing.assert_array_equal(found.proprioception, state)
+    task = store.task_of(0)
+    assert set(found.instructions) <= set(store.instructions[task]["train"])
+    assert found.instructions == observe(store, rows, 4, False, seed=0).instructions
+    drawn = {observe(store, rows, 4, False, seed=s).instructions[0] for s in range(20)}
+    assert drawn == set(store.instructions[task]["train"])
+
+
+def test_without_expert_actions_the_executed_ones_are_targets(store: EpisodeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    has = store.has
+    monkeypatch.setattr(store, "has", lambda name: name != "expert_actions" and has(name))
+    found = observe(store, np.array([3], dtype=np.int64), 2, False, seed=0)
+    np.testing.assert_array_equal(found.actions[0], store.vector("actions", np.array([3, 4])))
+    monkeypatch.setattr(store, "has", lambda name: False)
+    with pytest.raises(ContractError, match="the episodes hold no proprioception"):
+        observe(store, np.array([3], dtype=np.int64), 2, True, seed=0)
+
+
+def test_the_caches_address_covers_all_code_that_computes_features() -> None:
+    """An edit of a module that foresight is built from must not leave stale features behind."""
+    reached, todo = {"foresight"}, [ROOT / "svam/models/foresight.py"]
+    while todo:
+        for path in filter(None, map(path_of, direct_imports(todo.pop()))):
+            if path.parent == ROOT / "svam/models" and path.stem not in reached | {"__init__"}:
+                reached.add(path.stem)
+                todo.append(path)
+    assert reached == set(training.FORESIGHT_CODE)
+
+
+def test_a_second_run_encodes_nothing_and_gives_the_same_bytes(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(store, folders, tmp_path / "cache").save(tmp_path / "first")
+    run(store, folders, tmp_path / "other cache").save(tmp_path / "cold")
+    assert sha256_tree(tmp_path / "first") == sha256_tree(tmp_path / "cold")
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("a frozen part ran although its features were cached")
+
+    monkeypatch.setattr(ForesightModel, "encode", never)
+    run(store, folders, tmp_path / "cache").save(tmp_path / "again")
+    assert sha256_tree(tmp_path / "first") == sha256_tree(tmp_path / "again")
+    run(store, folders, tmp_path / "cache", context=["one_step"])  # a variant on a subset shares the rows
+    assert len(list((tmp_path / "cache").glob("*/index.json"))) == 3
+
+
+def test_its_own_seed_changes_the_policy_and_no_feature(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    """Training seeds are compared on the same foresight, which is computed once."""
+    for name, seed in (("global", None), ("zero", 0), ("one", 1)):
+        run(store, folders, tmp_path / "cache", seed=seed).save(tmp_path / name)
+        if name == "global":
+            rows = {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/index.json")}
+    assert rows == {file: file.read_bytes() for file in (tmp_path / "cache").glob("*/index.json")}
+    assert sha256_tree(tmp_path / "global") == sha256_tree(tmp_path / "zero") != sha256_tree(tmp_path / "one")
+
+
+def test_cached_features_are_what_act_computes(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    svam = run(store, folders, tmp_path / "cache")
+    section = policy_params()
+    rows = np.arange(4, dtype=np.int64)
+    sentences = [store.instruction_of(0, i) for i in range(4)]
+    cached = FeatureCache(tmp_path / "cache", 1.0).fill(
+        training.Wanted.of(sentences, lambda p: store.frames(rows[p])),
+        training.sources_of(list(section.context), svam.foresight, folders, "front"), training.encoder_of(svam.foresight), 4,
+    )  # fmt: skip
+    inputs = svam.encode(observations(store, 4))
+    for entry, values in cached.read(np.arange(4)).items():
+        np.testing.assert_array_equal(values, inputs.entries[entry].numpy())
+
+
+def test_what_is_not_used_does_not_run(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy on the observed frame alone: no video model, no teacher, no decoupler needs to exist."""
+    svam = run(store, {"text": folders["text"]}, tmp_path / "cache", context=["observation"])
+    assert [p.name.split("-")[0] for p in (tmp_path / "cache").iterdir()] == ["frames"]
+    svam.save(tmp_path / "svam")
+    assert {p.name for p in (tmp_path / "svam").iterdir()} == {"manifest.json", "policy", "text"}
+    assert SVAM.load(tmp_path / "svam").act(observations(store, 1)).shape == (1, 4, 3)
+
+
+def test_nothing_leaks_from_held_out_episodes(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    """The inputs' statistics are those of training rows alone."""
+    svam = run(store, folders, tmp_path / "cache", context=["one_step"])
+    rows = choose_rows(store, "train", 3, None)
+    seen = observe(store, rows, 4, False, seed=0)
+    encoded = svam.encode_frames(store.frames(rows), seen.instructions, ["one_step"], list(range(len(rows))))
+    values = encoded.entries["one_step"].double().flatten(0, 3)
+    torch.testing.assert_close(svam.network.mean_one_step, values.mean(0).float(), rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+    torch.testing.assert_close(svam.network.std_one_step, values.std(0, correction=0).float(), rtol=1e-3, atol=1e-3)  # type: ignore[arg-type]
+
+
+def test_the_best_averaged_weights_are_kept(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = iter([0.5, 0.2, 0.9])
+    weights: list[torch.Tensor] = []
+
+    def judged(svam: SVAM, *arguments: Any) -> dict[str, float]:
+        weights.append(svam.network.diffusion.position.detach().clone())
+        return {"action_error": next(errors)}
+
+    monkeypatch.setattr(training, "action_error", judged)
+    svam = run(store, folders, tmp_path / "cache", tmp_path / "live", context=["one_step"], training=steps(6))
+    assert svam.selected == {"action_error": 0.2, "step": 4.0}
+    assert torch.equal(svam.network.diffusion.position, weights[1]) and not torch.equal(weights[1], weights[2])
+    assert "held_out" in json.loads((tmp_path / "live/metrics.json").read_text())
+
+
+def steps(count: int) -> dict[str, Any]:
+    return {"steps": count, "batch": 4, "learning_rate": 0.003, "warmup": 1}
+
+
+def test_action_error_by_hand(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that is off by 0.5 everywhere, and by 100 where the chunk is padding."""
+    found: list[dict[str, float]] = []
+
+    def judged(svam: SVAM, data: training.TrainingData, *arguments: Any) -> dict[str, float]:
+        target, mask = data.observations.actions, data.observations.mask
+        assert len(target) == 8 and not mask.all()
+        starts = iter((0, 3, 6))
+
+        def off(inputs: Any, seeds: list[int]) -> Any:
+            start = next(starts)
+            positions = np.resize(np.arange(start, min(start + 3, len(target))), 3)
+            return target[positions] + np.where(mask[positions], 0.5, 100.0)[..., None]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(svam, "sample", off)
+            found.append(action_error(svam, data, 3, 0))
+        return found[-1]
+
+    monkeypatch.setattr(training, "action_error", judged)
+    run(store, folders, tmp_path / "cache", context=["one_step"], evaluate_every=4)
+    assert found == [pytest.approx({"action_error": 0.5, "first_action_error": 0.5}, rel=1e-5)]
+
+
+def test_a_camera_that_the_video_model_does_not_know_is_one_sentence(
+    store: EpisodeStore, root: Path, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(root / "video", tmp_path / "video")
+    config = json.loads((tmp_path / "video/config.json").read_text())
+    (tmp_path / "video/config.json").write_text(json.dumps(config | {"camera": "top"}))
+    message = r"first camera is \('front', \(16, 16\)\), but .* trained on \('top', \(16, 16\)\)"
+    with pytest.raises(ContractError, match=message):
+        run(store, folders | {"video": tmp_path / "video"}, tmp_path / "cache")
+
+
+def write_params(path: Path, **policy: Any) -> Path:
+    yaml = YAML()
+    values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values["machine"]["device"], values["threads"] = "cpu", 1
+    values["generate"] |= GENERATE.model_dump()
+    values["train_policy"] = policy_params(**policy).model_dump() | {"chunk": 8}
+    yaml.dump(values, path)
+    return path
+
+
+def arguments(root: Path, out: Path, params: Path) -> list[str]:
+    return [
+        str(out), "--episodes", str(root / "episodes.zarr"), "--backbones", str(root / "backbones"),
+        "--video", str(root / "video"), "--decouplers", str(root / "decouplers"), "--cache", str(out.parent / "cache"),
+        "--live", str(out.parent / "live"),
+        "--params", str(params),
+    ]  # fmt: skip
+
+
+def test_the_stage_writes_a_whole_svam(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, arguments(root, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
+    assert done.exit_code == 0, done.output
+    assert SVAM.load(tmp_path / "svam").act(observations(store, 2)).shape == (2, 8, 3)
+
+
+@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
+def test_a_killed_training_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.setenv("DVC_STAGE", "train_policy")
+    monkeypatch.setattr("svam.resume.code", one_code)
+    params = write_params(tmp_path / "params.yaml", training=steps(8))
+    params.write_text(params.read_text().replace("checkpoint_seconds: 60.0", "checkpoint_seconds: 0.0"))
+    for out in ("straight", "resumed"):
+        (tmp_path / out).mkdir()
+        if out == "resumed":
+            for after in (3, 2):
+                kill(after, run_stage, app, *arguments(root, tmp_path / out / "svam", params))
+            (state,) = (p for p in (tmp_path / ".ckpt/train_policy").iterdir() if p.is_dir())
+            assert json.loads((state / "training.json").read_text())["value"]["step"] == 5
+        run_stage(app, *arguments(root, tmp_path / out / "svam", params))
+        shutil.rmtree(tmp_path / out / "cache")
+    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
+    assert list((tmp_path).glob(".ckpt/**/*")) == []
+
+
+def test_a_missing_part_is_one_line_and_leaves_nothing(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "data"
+    shutil.copytree(root, broken)
+    shutil.rmtree(broken / "decouplers/semantic")
+    done = CliRunner().invoke(app, arguments(broken, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
+    assert done.exit_code == 1 and not (tmp_path / "svam").exists()
+    error = (done.output + capfd.readouterr().err).strip().splitlines()[-1]
+    assert error.startswith("error: ") and "decouplers/semantic" in error
