@@ -11,7 +11,7 @@ from torch import nn
 
 from svam.checkpoint import load_config, load_state, restore, save_module, save_tensors
 from svam.files import FileError
-from tests.test_convert import file_size_limit
+from tests.episodes.test_convert import file_size_limit
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:

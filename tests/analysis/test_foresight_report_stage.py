@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from tests.test_svam import build
 from typer.testing import CliRunner
 
 from stages.foresight import app
@@ -23,6 +22,7 @@ from svam.files import read_json, sha256_tree
 from svam.models.generator import VideoForesight
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
+from tests.models.test_svam import build
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.stage_deps import ROOT
 from tests.tiny import GENERATE, save_all_parts

@@ -100,7 +100,7 @@ def test_a_kill_costs_a_unit(tmp_path: Path) -> None:
     convert(Slow(LENGTHS), tmp_path / "straight.zarr", SETTINGS, seed=0)
     code = (
         "from pathlib import Path\nfrom svam.episodes.convert import convert\nfrom tests.recorded import SETTINGS\n"
-        "from tests.test_conversion_workers import LENGTHS, Slow\n"
+        "from tests.episodes.test_convert_workers import LENGTHS, Slow\n"
         f"convert(Slow(LENGTHS, 0.3), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path / 's')!r}))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)

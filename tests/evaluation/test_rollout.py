@@ -182,7 +182,7 @@ def test_workers_end_with_a_killed_policy_process() -> None:
     code = """
 import os, time
 from svam.evaluation.rollout import Workers
-from tests.test_rollout import Line
+from tests.evaluation.test_rollout import Line
 if __name__ == "__main__":
     pool = Workers(Line, 1)
     print(pool.submit(0, os.getpid).result(), flush=True)

@@ -11,8 +11,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import binom
-from tests.test_comparison import make_record
-from tests.test_svam import build
 from typer.testing import CliRunner
 
 from svam.experiments.loop import count_demonstrations, trained_parameters
@@ -23,6 +21,8 @@ from svam.files import FileError, read_json, write_json
 from svam.report.__main__ import app
 from svam.report.comparison import COLUMNS, cautions, csv_rows, lines_of, markdown, over_seeds
 from svam.report.latencies import Latency, in_turn, kept_in, representatives
+from tests.experiments.test_comparison import make_record
+from tests.models.test_svam import build
 from tests.stage_deps import ROOT
 from tests.tiny import save_all_parts
 from tests.tiny_foresight import make_store

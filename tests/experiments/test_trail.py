@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.test_comparison import RAW, write_params
-from tests.test_foresight_report_stage import write_run, write_store
 
 from svam.analysis.foresight import Subject, load_model
 from svam.episodes.store import EpisodeStore
@@ -20,6 +18,8 @@ from svam.params import Foresight, ParamsError
 from svam.report import trail as report
 from svam.training.distill_data import GeneratedWindows
 from svam.training.foresight_metrics import moved_patches
+from tests.analysis.test_foresight_report_stage import write_run, write_store
+from tests.experiments.test_comparison import RAW, write_params
 from tests.stage_deps import ROOT
 from tests.tiny_foresight import FRAMES, GRID
 

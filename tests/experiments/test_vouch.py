@@ -6,8 +6,6 @@ from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from tests.test_comparison import make_record
-from tests.test_trail import make_record as make_entry
 from typer.testing import CliRunner
 
 from svam.experiments.__main__ import app
@@ -16,6 +14,8 @@ from svam.experiments.records import read_records, write_record
 from svam.experiments.trail import Trail, read, write
 from svam.experiments.vouch import vouch
 from svam.files import FileError
+from tests.experiments.test_comparison import make_record
+from tests.experiments.test_trail import make_record as make_entry
 from tests.project import make_project, run
 
 COMPARE = {"collection": "default", "collections": {"default": []}, "seeds": [1], "episodes_per_task": [1], "ablations": []}

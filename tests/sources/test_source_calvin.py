@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tests.test_restricted_pickle import npy_of
 
 from svam.contract import ContractError, frame_blocks
 from svam.files import FileError
 from svam.params import ParamsError
 from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
+from tests.sources.test_restricted_pickle import npy_of
 
 REAL = Path(__file__).resolve().parents[3] / "shared/realdata/calvin_npz/calvin_text_annotations"
 ALLOWED = (FileError, ContractError, ParamsError)

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.test_source_rlds import ERRORS, episode, opened, pictures, toy
 
 from tests import tfds_writer as tfds
+from tests.sources.test_source_rlds import ERRORS, episode, opened, pictures, toy
 
 TOLD = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -104,7 +104,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from svam.training.feature_cache import FeatureCache, Wanted
-import tests.test_features as t
+import tests.training.test_feature_cache as t
 class Dying(t.Encoder):
     def __call__(self, *arguments):
         if len(self.calls) == 2:
