@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
         "svam.measuring",
         "svam.params",
         "svam.contract",
+        "svam.normalisation",
         "svam.files",
         "svam.errors",
         "svam.console",

@@ -2,7 +2,7 @@
 
 Two objectives (method.md, part 6): `edm`, the released code's (Karras et al. 2022 preconditioning, log-logistic noise
 levels as in MDT, Reuss et al. 2024, DDIM on an exponential schedule), and `epsilon`, the paper's (DDPM, Ho et al. 2020).
-All actions in this module are normalised; physical units are the business of `svam.contract.Statistics`.
+All actions in this module are normalised; physical units are the business of `svam.normalisation.Statistics`.
 """
 
 from __future__ import annotations

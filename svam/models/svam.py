@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from svam.checkpoint import load_state, restore, save_module
-from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
+from svam.contract import ContractError, Foresight, Frozen, Observation
 from svam.files import FileError, whole_directory
 from svam.models.foresight import ForesightModel, Needs, needs_of
 from svam.models.generator import SamplerConfig
@@ -26,6 +26,7 @@ from svam.models.manifest import verify_manifest, write_manifest
 from svam.models.observation import ObservationEncoder
 from svam.models.perceiver import UniPerceiver, build_aggregator
 from svam.models.policy import ActionDiffusion
+from svam.normalisation import Statistics
 from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy
 
 Shape = tuple[int, int, int, int]
