@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+from scipy.stats import binomtest
 
 TIERS: Mapping[str, tuple[str, ...]] = {
     "easy": (
@@ -28,41 +29,35 @@ PUBLISHED_TIERS: Mapping[str, tuple[str, ...]] = {
     "hard": TIERS["hard"] + TIERS["very_hard"],
 }
 """The three columns of the published tables, which merge hard and very hard into "hard" (11 tasks)."""
-Z = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution: all intervals hold 95 %."""
-
-
-def wilson(rate: float, trials: float) -> tuple[float, float]:
-    """The 95 % Wilson score interval of a success rate (in [0, 1]) measured in `trials` trials (> 0).
-
-    Unlike the normal approximation it stays inside [0, 1] and has a width even at rates 0 and 1 (Wilson 1927).
-    """
-    if trials <= 0 or not 0.0 <= rate <= 1.0:
-        raise ValueError(f"wilson: rate {rate} and trials {trials}, expected a rate in [0, 1] and a positive number of trials")
-    square = Z * Z
-    centre = (rate + square / (2.0 * trials)) / (1.0 + square / trials)
-    half = Z / (1.0 + square / trials) * math.sqrt(rate * (1.0 - rate) / trials + square / (4.0 * trials * trials))
-    # At the ends the exact bound is the end itself; rounding would leave 1e-17.
-    return 0.0 if rate == 0.0 else centre - half, 1.0 if rate == 1.0 else centre + half
 
 
 def rate_of(successes: Sequence[bool]) -> dict[str, Any]:
-    """{successes, episodes, success, low, high} of some episodes, all counted alike (`low`, `high`: 95 % Wilson)."""
+    """{successes, episodes, success, low, high} of some episodes (at least one), all counted alike.
+
+    low, high: the 95 % Wilson score interval, which stays inside [0, 1] and has a width even at rates 0 and 1 (Wilson 1927).
+    """
     count, trials = sum(bool(s) for s in successes), len(successes)
-    low, high = wilson(count / trials, trials)
-    return {"successes": count, "episodes": trials, "success": count / trials, "low": low, "high": high}
+    interval = binomtest(count, trials).proportion_ci(0.95, method="wilson")
+    return {
+        "successes": count, "episodes": trials, "success": count / trials, "low": float(interval.low),
+        "high": float(interval.high),
+    }  # fmt: skip
 
 
 def macro_of(per_task: Iterable[Sequence[bool]]) -> dict[str, Any]:
-    """{tasks, success, low, high}: the mean of the tasks' rates, each task counted alike.
+    """{tasks, success, low, high}: the mean of the tasks' rates, each task counted alike, with its 95 % interval.
 
-    The mean's variance under a common rate is that of n' = t^2 / sum(1 / n_i) episodes (t tasks of n_i episodes), so the
-    interval is Wilson's for n' trials; with equally many episodes a task it is the micro average's.
+    Tasks are evaluated on equally many episodes, so that the mean of their rates is the rate of all episodes together, and its
+    interval is Wilson's.
+
+    Raises:
+        ValueError: the tasks have different numbers of episodes, or there is none.
     """
     groups = [list(group) for group in per_task]
-    success = sum(sum(map(bool, group)) / len(group) for group in groups) / len(groups)
-    low, high = wilson(min(1.0, success), len(groups) ** 2 / sum(1.0 / len(group) for group in groups))
-    return {"tasks": len(groups), "success": success, "low": low, "high": high}
+    if len({len(group) for group in groups}) != 1:
+        raise ValueError(f"macro average: tasks of {sorted({len(g) for g in groups})} episodes, expected equally many of each")
+    rate = rate_of([success for group in groups for success in group])
+    return {"tasks": len(groups), "success": rate["success"], "low": rate["low"], "high": rate["high"]}
 
 
 def tier_of(task: str) -> str | None:
