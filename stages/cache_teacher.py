@@ -7,26 +7,21 @@ from typing import Annotated
 
 import typer
 
-from svam.console import console, one_line_errors
+from stages._command import stage_command
+from svam.console import console
 from svam.device import prepare_torch
-from svam.params import Branch, load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Branch, Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which teacher.")],
     out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds the teacher, named as the branch.")],
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Write targets and references to a sharded Zarr group; print how good the teacher still is on generated frames."""
-    everything = load_params(params)
-
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.teachers import Teacher
@@ -34,13 +29,13 @@ def main(
     from svam.training.cache_teacher import cache_windows
     from svam.training.distill_data import GeneratedWindows
 
-    device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
     windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
     teacher = Teacher.load(backbones / branch).to(device)
-    section, target = everything.cache_teacher, everything.distill.target
+    section, target = params.cache_teacher, params.distill.target
     inputs = [generated, episodes, backbones / branch]
     with (
-        unfinished(f"cache_teacher-{branch}", everything, ["cache_teacher", "distill.target"], inputs, device) as resume,
+        unfinished(f"cache_teacher-{branch}", params, ["cache_teacher", "distill.target"], inputs, device) as resume,
         whole_directory(out) as partial,
     ):
         metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)
@@ -54,6 +49,8 @@ def main(
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -7,32 +7,30 @@ from typing import Annotated
 
 import typer
 
-from svam.console import console, one_line_errors
+from stages._command import stage_command
+from svam.console import console
 from svam.episodes.convert import convert
 from svam.episodes.options import open_named_source
 from svam.files import scratch_folder
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     source_path: Annotated[Path, typer.Argument(help="The recorded data, in the format that convert.source names.")],
     out: Annotated[Path, typer.Argument(help="Store to write, a folder; replaces a previous one when it is whole.")],
-    params: Annotated[Path, typer.Option(help="Parameter file: `convert`, `collect.tasks`, `seed`.")] = Path("params.yaml"),
 ) -> None:
     """Convert the data at SOURCE_PATH to the episode store OUT."""
-    settings = load_params(params)
-    source = open_named_source(source_path, settings, params)
+    source = open_named_source(source_path, params)
     for note in source.notes:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    convert(source, out, settings.convert, settings.seed, settings.machine.workers, scratch_folder("convert"))
+    convert(source, out, params.convert, params.seed, params.machine.workers, scratch_folder("convert"))
     files = [file for file in out.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
     console.print(f"{out}: {len(source)} episodes, {size:.1f} MB in {len(files)} files", highlight=False, soft_wrap=True)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
-from svam.console import one_line_errors
+from stages._command import stage_command
 from svam.device import prepare_torch
-from svam.params import Branch, load_params
+from svam.params import Branch, Params
 from svam.seeds import seed_of
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which decoupler.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the decoupler to.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
@@ -26,11 +23,9 @@ def main(
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/, text/ and the branch's teacher.")],
     video: Annotated[Path, typer.Option(help="Video model that the windows were generated with.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Write the decoupler and metrics.json: headline metrics of it, of its baselines, and of its ceiling."""
-    everything = load_params(params)
-    section, seed = everything.distill, seed_of(everything.seed, "distill", branch)
+    section, seed = params.distill, seed_of(params.seed, "distill", branch)
 
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
@@ -39,7 +34,7 @@ def main(
     from svam.training.distill_data import GeneratedWindows, TeacherWindows
     from svam.training.one_step import OneStepFeatures, load_foresight, print_latency
 
-    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    device = prepare_torch(params.machine.device, params.threads, seed)
     windows = GeneratedWindows(generated)
     cache = TeacherWindows(teacher, windows)
     cache.expect(branch=branch, target=section.target)
@@ -47,7 +42,7 @@ def main(
     one_step = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
     data = DistillationData(windows, cache, one_step if windows.features is None else windows.features)
     inputs = [generated, teacher, episodes, *(backbones / part for part in ("autoencoder", "text", branch)), video]
-    with unfinished(f"distill-{branch}", everything, ["distill"], inputs, device) as resume:
+    with unfinished(f"distill-{branch}", params, ["distill"], inputs, device) as resume:
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
         with whole_directory(out) as partial:
             decoupler.save(partial)
@@ -55,6 +50,8 @@ def main(
     print_results(metrics, branch)
     print_latency(one_step, decoupler, branch)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

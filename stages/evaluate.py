@@ -7,26 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from svam.console import one_line_errors
+from stages._command import stage_command
 from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, episodes.jsonl, foresight.npz and films/.")],
     model: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
     episodes: Annotated[Path, typer.Option(help="Episode store: instructions, held-out episodes, the demonstrations' goals.")],
     latency: Annotated[Path | None, typer.Option(help="File for timings, which differ from run to run.")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file: `evaluate`, `seed`, `threads`.")] = Path("params.yaml"),
 ) -> None:
     """Evaluate the policy MODEL with every protocol of evaluate.protocols."""
-    everything = load_params(params)
-    section, seed = everything.evaluate, everything.seed
+    section, seed = params.evaluate, params.seed
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
@@ -41,21 +36,23 @@ def main(
         from svam.report.films import film_rollout
 
         check_tasks(section.tasks, store)
-    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    device = prepare_torch(params.machine.device, params.threads, seed)
     svam = SVAM.load(model, device)
     metrics: dict[str, Any] = {"protocols": list(section.protocols)}
-    with unfinished("evaluate", everything, ["evaluate"], [model, episodes], device) as resume:
+    with unfinished("evaluate", params, ["evaluate"], [model, episodes], device) as resume:
         with whole_directory(out) as folder:
             if "offline" in section.protocols:
                 metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)
             if "metaworld" in section.protocols:
-                workers = everything.machine.workers
+                workers = params.machine.workers
                 metrics["metaworld"] = write_closed_loop(folder, store, svam, section, film_rollout, seed, workers, resume)
             write_json(folder / "metrics.json", metrics)
         times = measure_latencies(svam, section.batch)
     if latency is not None:
-        write_json(latency, {"device": str(device), "threads": everything.threads, "milliseconds": times})
+        write_json(latency, {"device": str(device), "threads": params.threads, "milliseconds": times})
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

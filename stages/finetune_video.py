@@ -7,25 +7,21 @@ from typing import Annotated
 
 import typer
 
-from svam.console import console, one_line_errors
+from stages._command import stage_command
+from svam.console import console
 from svam.device import prepare_torch
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     out: Annotated[Path, typer.Argument(help="Directory to write the video model to.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and sample clips (samples.png)."""
-    everything = load_params(params)
-    section, seed = everything.finetune_video, everything.seed
+    section, seed = params.finetune_video, params.seed
 
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
@@ -35,7 +31,7 @@ def main(
     from svam.resume import unfinished
     from svam.training.finetune_video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
 
-    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    device = prepare_torch(params.machine.device, params.threads, seed)
     store = EpisodeStore.open(episodes)
     autoencoder, text = Autoencoder.load(backbones / "autoencoder"), TextEncoder.load(backbones / "text")
     autoencoder, text = autoencoder.to(device), text.to(device)
@@ -44,7 +40,7 @@ def main(
     window = (section.frames, model.config.stride)
     clips = LatentClips(store, "train", autoencoder, *window, device)
     inputs = [episodes, backbones / "autoencoder", backbones / "text"]
-    with unfinished("finetune_video", everything, ["finetune_video"], inputs, device) as resume:
+    with unfinished("finetune_video", params, ["finetune_video"], inputs, device) as resume:
         train_video(model, section, clips, autoencoder, table, seed, device, live, resume)
         held_out = LatentClips(store, "held_out", autoencoder, *window, device)
         metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
@@ -54,6 +50,8 @@ def main(
             save_clip_sheet(partial / "samples.png", pictures[:4])
     console.print({key: round(value, 4) for key, value in metrics.items()})
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -7,42 +7,39 @@ from typing import Annotated
 
 import typer
 
-from svam.console import console, one_line_errors
+from stages._command import stage_command
+from svam.console import console
 from svam.device import prepare_torch
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, foresight.md, the figures (PNG) and plots/ (JSON).")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds the four backbones.")],
     models: Annotated[Path, typer.Option(help="Folder that holds video/ and decouplers/.")],
     policy: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
-    params: Annotated[Path, typer.Option(help="Parameter file: `foresight`, `distill.branches`.")] = Path("params.yaml"),
 ) -> None:
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
-    everything = load_params(params)
-
     from svam.analysis.foresight import Subject, load_model, write_all
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.svam import SVAM
     from svam.training.distill_data import GeneratedWindows
 
-    device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
-    windows, branches = GeneratedWindows(generated), everything.distill.branches
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
+    windows, branches = GeneratedWindows(generated), params.distill.branches
     model = load_model(windows, backbones, models, branches).to(device)
-    subject = Subject(windows, EpisodeStore.open(episodes), model, branches, everything.foresight, everything.seed)
+    subject = Subject(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
     with whole_directory(out) as folder:
         found = write_all(folder, subject, SVAM.load(policy, device))
     for sentence in [*found["left_out"], found["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
         console.print(sentence, highlight=False)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -7,25 +7,20 @@ from typing import Annotated
 
 import typer
 
-from svam.console import one_line_errors
+from stages._command import stage_command
 from svam.device import prepare_torch
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Write F, V^ and what the distillation's baselines need to a sharded Zarr group."""
-    everything = load_params(params)
-    section, seed = everything.generate, everything.seed
+    section, seed = params.generate, params.seed
 
     from svam.episodes.store import EpisodeStore
     from svam.files import sha256_tree, whole_directory
@@ -33,18 +28,20 @@ def main(
     from svam.resume import unfinished
     from svam.training.generate import choose_windows, generate_windows
 
-    device = prepare_torch(everything.machine.device, everything.threads, seed)
+    device = prepare_torch(params.machine.device, params.threads, seed)
     store = EpisodeStore.open(episodes)
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     model = VideoForesight.load(sampler, folders).to(device)
     windows = choose_windows(store, section, model.video_model.config, seed)
     with (
-        unfinished("generate", everything, ["generate"], [episodes, *folders.values()], device) as resume,
+        unfinished("generate", params, ["generate"], [episodes, *folders.values()], device) as resume,
         whole_directory(out) as partial,
     ):
         generate_windows(partial, store, model, windows, section, seed, sha256_tree(video), resume)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -7,14 +7,12 @@ from typing import Annotated
 
 import typer
 
-from svam.console import one_line_errors
+from stages._command import stage_command
 from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
-from svam.params import load_params
+from svam.params import Params
 from svam.resume import unfinished
 from svam.seeds import seed_of
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Part(StrEnum):
@@ -26,33 +24,32 @@ class Part(StrEnum):
     semantic = "semantic"
 
 
-@app.command()
-@one_line_errors
-def prepare_backbones(
+def main(
+    params: Params,
     part: Annotated[Part, typer.Argument(help="Which backbone to prepare.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: published layout, svam.json and metrics.json.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage; read for in-domain training only.")],
     autoencoder: Annotated[Path | None, typer.Option(help="The prepared autoencoder; in-domain teachers need it.")] = None,
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Prepare one frozen backbone: train a small one on the episodes, or import published weights, as the params say."""
-    settings = load_params(params)
-    seed = seed_of(settings.seed, "prepare_backbones", part.value)
-    device = prepare_torch(settings.machine.device, settings.threads, seed)
+    seed = seed_of(params.seed, "prepare_backbones", part.value)
+    device = prepare_torch(params.machine.device, params.threads, seed)
     # One module per kind, so that a change to the teachers' training does not re-run the autoencoder's.
     kind = "teacher" if part in (Part.geometric, Part.semantic) else part.value
     module = import_module(f"svam.training.prepare_backbones.{kind}")
-    section = getattr(settings.prepare_backbones, part.value)
+    section = getattr(params.prepare_backbones, part.value)
     if live is not None:
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
     inputs = [episodes, *([autoencoder] if autoencoder else [])]
-    with unfinished(f"prepare_backbones-{part}", settings, [f"prepare_backbones.{part}"], inputs, device) as resume:
+    with unfinished(f"prepare_backbones-{part}", params, [f"prepare_backbones.{part}"], inputs, device) as resume:
         backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live, resume)
         with whole_directory(out) as folder:
             backbone.save(folder)
             write_json(folder / "metrics.json", metrics)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -8,16 +8,13 @@ from typing import Annotated
 
 import typer
 
-from svam.console import one_line_errors
+from stages._command import stage_command
 from svam.device import prepare_torch
-from svam.params import load_params
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+from svam.params import Params
 
 
-@app.command()
-@one_line_errors
 def main(
+    params: Params,
     out: Annotated[Path, typer.Argument(help="Folder of the S-VAM to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds autoencoder/, text/, geometric/ and semantic/.")],
@@ -25,29 +22,29 @@ def main(
     decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
     cache: Annotated[Path, typer.Option(help="Feature cache; relative to the project's root, also in temporary experiments.")],
     live: Annotated[Path | None, typer.Option(help="Folder for DVCLive's curves.")] = None,
-    params: Annotated[Path, typer.Option(help="Parameter file.")] = Path("params.yaml"),
 ) -> None:
     """Load just the frozen parts that `train_policy.context` needs, cache their features, train, write the S-VAM."""
-    everything = load_params(params)
-    section = everything.train_policy
+    section = params.train_policy
 
     from svam.episodes.store import EpisodeStore
     from svam.resume import unfinished
     from svam.training.feature_cache import FeatureCache
     from svam.training.train_policy import load_foresight, train
 
-    device = prepare_torch(everything.machine.device, everything.threads, everything.seed)
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
     store = EpisodeStore.open(episodes)
     branches = ("geometric", "semantic")  # ordered: the order of the inputs is part of what a killed run is known by
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     folders |= {f"teacher_{b}": backbones / b for b in branches} | {f"decoupler_{b}": decouplers / b for b in branches}
-    foresight = load_foresight(section, everything.generate, folders).to(device)
+    foresight = load_foresight(section, params.generate, folders).to(device)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
-    features = FeatureCache(root / cache, everything.machine.cache_gb)
+    features = FeatureCache(root / cache, params.machine.cache_gb)
     sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]
-    with unfinished("train_policy", everything, sections, inputs, device) as resume:
-        train(store, foresight, folders, section, features, everything.seed, device, live, resume).save(out)
+    with unfinished("train_policy", params, sections, inputs, device) as resume:
+        train(store, foresight, folders, section, features, params.seed, device, live, resume).save(out)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -415,8 +415,8 @@ class Params(Section):
         return self
 
 
-def describe(error: ValidationError, file: Path, prefix: str = "") -> str:
-    """One line per problem: the dotted key (after `prefix`), the value found and what is accepted."""
+def describe(error: ValidationError, file: Path | str, prefix: str = "") -> str:
+    """One line per problem: `file`, the dotted key (after `prefix`), the value found and what is accepted."""
     lines = []
     for problem in error.errors():
         key = prefix + ".".join(str(part) for part in problem["loc"]) or "(whole file)"

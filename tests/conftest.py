@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import svam  # noqa: F401  (before torch: sets how OpenMP's threads wait)
+
 # Before torch or any library with an own thread pool is imported.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(variable, "1")

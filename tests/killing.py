@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copyreg
 import os
 import signal
 from collections.abc import Callable
+from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,15 @@ HEAVY = [
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.killing", *HEAVY])
+
+
+def _app_of(module: str) -> typer.Typer:
+    app: typer.Typer = import_module(module).app
+    return app
+
+
+# A stage's command reaches the process by its module's name: it is no function of that module which pickle could find.
+copyreg.pickle(typer.Typer, lambda app: (_app_of, (app.registered_commands[0].callback.__module__,)))
 
 
 def _torch_settings() -> tuple[int, bool, bool]:

@@ -16,7 +16,15 @@ from ruamel.yaml import YAML
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("svam", "stages")
 # Modules of params and contract only: values are tracked as params, versions are stored in outputs and checked on reading.
-UNTRACKED = {"svam/params.py", "svam/section.py", "svam/measuring.py", "svam/contract.py", "svam/errors.py"}
+UNTRACKED = {
+    "svam/params.py",
+    "svam/section.py",
+    "svam/measuring.py",
+    "svam/contract.py",
+    "svam/errors.py",
+    "svam/__init__.py",
+    "stages/_command.py",
+}
 # `import_module(f"<prefix>{name}")`: the name that each stage's command chooses; where a param does, how dvc.yaml spells it.
 CHOSEN = {
     "svam.sources.": {"check_params": "${convert.source}", "convert": "${convert.source}"},

@@ -107,7 +107,8 @@ def test_the_foresight_half_knows_no_policy() -> None:
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("__init__.py")])
 def test_packages_hold_a_docstring_only(name: str) -> None:
-    assert is_docstring_only(ROOT / name)
+    """But for one line in `svam`, which must run before anything imports torch."""
+    assert is_docstring_only(ROOT / name) or name == "svam/__init__.py"
     assert ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8")))
 
 

@@ -19,7 +19,7 @@ def available_sources() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(sources.__path__) if not module.name.startswith("_"))
 
 
-def source_options(params: Params, file: Path = Path("params.yaml")) -> tuple[Any, Any]:
+def source_options(params: Params) -> tuple[Any, Any]:
     """(module, its `Options`) of `convert.source`. Only that module is imported: others may need libraries that are absent.
 
     Raises:
@@ -35,11 +35,11 @@ def source_options(params: Params, file: Path = Path("params.yaml")) -> tuple[An
     try:
         return module, module.Options.model_validate(given)
     except ValidationError as error:
-        raise ParamsError(describe(error, file, "convert.options.")) from None
+        raise ParamsError(describe(error, f"convert.source {name!r}", "convert.options.")) from None
 
 
-def open_named_source(path: Path, params: Params, file: Path = Path("params.yaml")) -> EpisodeSource:
+def open_named_source(path: Path, params: Params) -> EpisodeSource:
     """The reader that `convert.source` names, of the data at `path`."""
-    module, options = source_options(params, file)
+    module, options = source_options(params)
     source: EpisodeSource = module.open_source(path, options)
     return source
