@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svam.contract import ContractError, Episode, frame_blocks
-from svam.files import FileError
+from svam.errors import SvamError
 from svam.sources import _npz
-from svam.sources.raw import Options, RawSource, open_source
+from svam.sources.raw import Options, open_source
+from tests.sources.common import frames_of, refused
 
 META: dict[str, Any] = {
     "schema_version": 1, "rate_hz": 12.5, "cameras": ["front", "wrist"],
@@ -27,6 +26,7 @@ META: dict[str, Any] = {
         "a": {"task": "pick"}, "b": {"task": "pick"}, "c": {"task": "push", "instruction": "shove it", "held_out": True},
     },
 }  # fmt: skip
+ONE_TASK: dict[str, Any] = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
 
 
 def arrays_of(seed: int, n: int = 70) -> dict[str, Any]:
@@ -49,10 +49,6 @@ def write(folder: Path, meta: Any = META, **episodes: dict[str, Any]) -> Path:
     for name, arrays in episodes.items():
         np.savez_compressed(folder / f"{name}.npz", **{key: value for key, value in arrays.items() if value is not None})
     return folder
-
-
-def frames_of(episode: Episode, camera: str) -> np.ndarray[Any, Any]:
-    return np.concatenate(list(frame_blocks(episode.frames[camera])))
 
 
 def film(file: Path, n: int, seed: int = 0) -> None:
@@ -94,7 +90,7 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 
 def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}}, a=arrays_of(0, 9) | {"frames_wrist": None})
-    with pytest.raises(FileError, match=r"a\.npz: field 'frames_wrist' is missing, and there is no a\.wrist\.mp4"):
+    with refused(r"a\.npz: field 'frames_wrist' is missing, and there is no a\.wrist\.mp4"):
         open_source(folder, Options()).shape(0)
     film(folder / "a.wrist.mp4", 9)
     film(folder / "b.wrist.mp4", 9)
@@ -106,10 +102,10 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     before = source.shape(0).stamp
     film(folder / "a.wrist.mp4", 8)
     assert source.shape(0).stamp != before
-    with pytest.raises(FileError, match=r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):
+    with refused(r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):
         source.read(0)
     film(folder / "a.front.mp4", 9)
-    with pytest.raises(FileError, match="has field 'frames_front', and a.front.mp4 is there too; keep one"):
+    with refused("has field 'frames_front', and a.front.mp4 is there too; keep one"):
         source.shape(0)
 
 
@@ -127,10 +123,10 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
         (np.array(["a", "b"]), "expected one string"), (np.array(3), "expected one string"), (None, "no instruction"),
     ):  # fmt: skip
         write(folder, meta, e1={**small, "instruction": wrong})
-        with pytest.raises(FileError, match=message):
+        with refused(message):
             open_source(folder, Options()).describe()
     write(folder, {**meta, "episodes": {"e1": {"instruction": "shut it"}}}, e1={**small, "instruction": sentences[1]})
-    with pytest.raises(FileError, match="its instruction is 'schließ es', but meta.json says 'shut it'"):
+    with refused("its instruction is 'schließ es', but meta.json says 'shut it'"):
         open_source(folder, Options()).read(1)
 
 
@@ -152,46 +148,34 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
 )
 def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}, **change}, a=arrays_of(0, 4))
-    with pytest.raises(FileError, match=message) as error:
+    with refused(message):
         open_source(folder, Options()).read(0)
-    assert "\n" not in str(error.value)
-
-
-def test_the_folder_must_be_there(tmp_path: Path) -> None:
-    for message in ("no such directory", "meta.json: no such file", r"no <name>\.npz in it"):
-        with pytest.raises(FileError, match=message):
-            open_source(tmp_path / "raw", Options())
-        if (tmp_path / "raw").is_dir():
-            write(tmp_path / "raw")
-        (tmp_path / "raw").mkdir(exist_ok=True)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"actions": None}, FileError, "field 'actions' is missing; it has annotation_index, depth"),
-        ({"actions": np.zeros((4, 2), int)}, FileError, r"'actions' is int64 \(4, 2\), expected float16 or float32 or float64"),
-        ({"actions": np.zeros(4)}, FileError, "with 2 axes"),
-        ({"actions": np.zeros((3, 2))}, ContractError, r"actions is float32 \(3, 2\), expected float32 \(4, dimensions\)"),
-        ({"actions": np.full((4, 2), 1e300)}, ContractError, r"actions\[0, 0\] is inf"),
-        ({"actions": np.array([[{}]], dtype=object)}, FileError, "no .npz archive of plain arrays"),
-        ({"state": np.full((4, 2), np.nan)}, ContractError, r"state\[0, 0\] is nan"),
-        ({"frames_front": np.zeros((4, 6, 8), np.uint8)}, FileError, r"'frames_front' is uint8 \(4, 6, 8\), expected uint8"),
-        ({"frames_front": np.zeros((4, 6, 8, 3))}, FileError, "expected uint8"),
-        ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, FileError, "Fortran order"),
-        ({"frames_front": np.zeros((0, 6, 8, 3), np.uint8)}, ContractError, "no time steps"),
-        ({"timestamps": np.zeros(4)}, ContractError, r"timestamps\[1\] is 0"),
-        ({"annotation_index": None}, FileError, "field 'annotation_index' is missing"),
-        ({"annotation_index": np.array([-1, 3])}, ContractError, r"index must increase within 0\.\.3"),
-        ({"segmentation": np.full((2, 6, 8), 9, np.uint8)}, ContractError, "class 9"),
+        ({"actions": None}, "field 'actions' is missing; it has annotation_index, depth"),
+        ({"actions": np.zeros((4, 2), int)}, r"'actions' is int64 \(4, 2\), expected float16 or float32 or float64"),
+        ({"actions": np.zeros(4)}, "with 2 axes"),
+        ({"actions": np.zeros((3, 2))}, r"actions is float32 \(3, 2\), expected float32 \(4, dimensions\)"),
+        ({"actions": np.full((4, 2), 1e300)}, r"actions\[0, 0\] is inf"),
+        ({"actions": np.array([[{}]], dtype=object)}, "no .npz archive of plain arrays"),
+        ({"state": np.full((4, 2), np.nan)}, r"state\[0, 0\] is nan"),
+        ({"frames_front": np.zeros((4, 6, 8), np.uint8)}, r"'frames_front' is uint8 \(4, 6, 8\), expected uint8"),
+        ({"frames_front": np.zeros((4, 6, 8, 3))}, "expected uint8"),
+        ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, "Fortran order"),
+        ({"frames_front": np.zeros((0, 6, 8, 3), np.uint8)}, "no time steps"),
+        ({"timestamps": np.zeros(4)}, r"timestamps\[1\] is 0"),
+        ({"annotation_index": None}, "field 'annotation_index' is missing"),
+        ({"annotation_index": np.array([-1, 3])}, r"index must increase within 0\.\.3"),
+        ({"segmentation": np.full((2, 6, 8), 9, np.uint8)}, "class 9"),
     ],
 )
-def test_fields_are_checked(tmp_path: Path, change: dict[str, Any], error: type[Exception], message: str) -> None:
-    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
-    source = open_source(write(tmp_path / "raw", meta, a=arrays_of(0, 4) | change), Options())
-    with pytest.raises(error, match=message) as raised:
+def test_fields_are_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    source = open_source(write(tmp_path / "raw", ONE_TASK, a=arrays_of(0, 4) | change), Options())
+    with refused(message, "a.npz"):
         source.read(0)
-    assert "a.npz" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_unknown_fields_are_noted(tmp_path: Path) -> None:
@@ -202,76 +186,31 @@ def test_unknown_fields_are_noted(tmp_path: Path) -> None:
 
 
 def test_a_claimed_size_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
-    folder = write(tmp_path / "raw", meta, a=arrays_of(0, 4))
-    write(folder, meta, a=arrays_of(0, 4) | {"state": None})
+    folder = write(tmp_path / "raw", ONE_TASK, a=arrays_of(0, 4))
+    write(folder, ONE_TASK, a=arrays_of(0, 4) | {"state": None})
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 4)})
     with zipfile.ZipFile(folder / "a.npz", "a") as archive:
         archive.writestr("state.npy", header.getvalue())
     source = open_source(folder, Options())
-    with pytest.raises(FileError, match="truncated, damaged"):
+    with refused("truncated, damaged"):
         source.shape(0)
-    write(folder, meta, a=arrays_of(0, 4))
+    write(folder, ONE_TASK, a=arrays_of(0, 4))
     monkeypatch.setattr(_npz, "LARGEST_MEMBER", 100)
-    with pytest.raises(FileError, match="expected at most 0 GiB; write shorter episodes"):
+    with refused("expected at most 0 GiB; write shorter episodes"):
         source.read(0)
 
 
-def everything(source: RawSource) -> list[Any]:
-    """Shape, sentences and all values of the first episode."""
-    shape, episode = source.shape(0), source.read(0)
-    values = [frames_of(episode, camera) for camera in episode.frames]
-    values += [v for v in (episode.actions, episode.state, episode.proprioception, episode.expert_actions) if v is not None]
-    values += [episode.timestamps, *(a.values for a in episode.annotations.values())]
-    return [shape.steps, episode.instruction, source.describe().model_dump(), *(v.tobytes() for v in values if v is not None)]
-
-
-@pytest.fixture(scope="module")
-def archive(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], bytes, list[Any]]:
-    meta = {**META, "tasks": {"pick": {"train": ["pick it"]}}, "episodes": {}}
-    folder = write(tmp_path_factory.mktemp("raw") / "raw", meta, a=arrays_of(0, 5))
-    return meta, (folder / "a.npz").read_bytes(), everything(open_source(folder, Options()))
-
-
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damage_is_noticed(archive: tuple[dict[str, Any], bytes, list[Any]], data: st.DataObject) -> None:
-    meta, original, expected = archive
-    damaged = bytearray(original)
-    if data.draw(st.booleans()):
-        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
-    else:
-        for _ in range(data.draw(st.integers(1, 3))):
-            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), meta)
-        (Path(folder) / "a.npz").write_bytes(damaged)
-        try:
-            found = everything(open_source(Path(folder), Options()))
-        except (FileError, ContractError) as error:
-            assert "\n" not in str(error)
-        else:
-            assert found == expected
-
-
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(content=st.binary(max_size=40) | st.recursive(
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(content=st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*META, "a", "task"]), inner, max_size=4),
 ))  # fmt: skip
-def test_any_meta_is_read_or_refused(archive: tuple[dict[str, Any], bytes, list[Any]], content: Any) -> None:
-    meta, original, _ = archive
-    with tempfile.TemporaryDirectory() as folder:
-        write(
-            Path(folder), {**meta, **content} if isinstance(content, dict) else content if not isinstance(content, bytes) else 0
-        )
-        if isinstance(content, bytes):
-            (Path(folder) / "meta.json").write_bytes(content)
-        (Path(folder) / "a.npz").write_bytes(original)
-        try:
-            source = open_source(Path(folder), Options())
-            source.describe()
-            source.shape(0)
-        except (FileError, ContractError) as error:
-            assert str(error)
+def test_any_meta_is_read_or_refused(tmp_path: Path, content: Any) -> None:
+    meta = ONE_TASK | content if isinstance(content, dict) else content
+    try:
+        source = open_source(write(tmp_path / "raw", meta, a=arrays_of(0, 1)), Options())
+        source.describe()
+        source.shape(0)
+    except SvamError as error:
+        assert str(error)

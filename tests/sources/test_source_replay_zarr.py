@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,12 @@ from typing import Any
 import numcodecs
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from svam.contract import ContractError, Episode, frame_blocks
-from svam.errors import MachineError
-from svam.files import FileError
-from svam.params import ParamsError
-from svam.sources.replay_zarr import Options, ReplayZarrSource, open_source
+from svam.sources.replay_zarr import Options, open_source
+from tests.sources.common import Array, frames_of, real, refused
 
-REAL = Path(__file__).resolve().parents[3] / "shared/realdata/diffusion_policy_zarr/pusht_keypoint_x356_y356"
+REAL = "diffusion_policy_zarr/pusht_keypoint_x356_y356"
 TOLD = Options(instruction="push the T", rate_hz=10)
-Array = np.ndarray[Any, Any]
 
 
 def write_array(
@@ -84,16 +77,17 @@ def write(folder: Path, ends: Any = ENDS, chunk: int = 7, **changes: Any) -> dic
     return arrays
 
 
-def frames_of(episode: Episode, camera: str = "img") -> Array:
-    return np.concatenate(list(frame_blocks(episode.frames[camera])))
+def pack(folder: Path, archive: Path) -> None:
+    """The same buffer as one zip file."""
+    with zipfile.ZipFile(archive, "w") as file:
+        for part in sorted(part for part in folder.rglob("*") if part.is_file()):
+            file.write(part, part.relative_to(folder))
 
 
 def test_the_real_buffer() -> None:
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there: the real buffer is not tested")
     options = TOLD.model_copy(update={"state": ("state", "keypoint"), "proprioception": ("state[0:2]",)})
-    source = open_source(REAL, options)
-    data = REAL / "pusht_keypoint_x356_y356.zarr/data"
+    source = open_source(real(REAL), options)
+    data = real(REAL) / "pusht_keypoint_x356_y356.zarr/data"
     ends = decode_array(data.parent / "meta/episode_ends")[:151]
     pictures, actions, state, keypoint = (decode_array(data / name) for name in ("img", "action", "state", "keypoint"))
     assert len(source) == len(ends) == 151 and ends[-1] == len(pictures) == 24644
@@ -117,9 +111,7 @@ def test_the_real_buffer() -> None:
 
 def test_actions_belong_to_the_frame_of_their_row() -> None:
     """PushT's action is where the agent is told to go: nearer to where it is a moment later than before."""
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there: the real buffer is not tested")
-    source = open_source(REAL, TOLD.model_copy(update={"proprioception": ("state[0:2]",)}))
+    source = open_source(real(REAL), TOLD.model_copy(update={"proprioception": ("state[0:2]",)}))
     before, after = [], []
     for index in range(0, 151, 15):
         episode = source.read(index)
@@ -138,10 +130,7 @@ def test_written_buffers(tmp_path: Path, chunk: int, zipped: bool) -> None:
     path = folder
     if zipped:
         path = tmp_path / "y.zarr.zip"
-        with zipfile.ZipFile(path, "w") as archive:
-            for file in sorted(folder.rglob("*")):
-                if file.is_file():
-                    archive.write(file, file.relative_to(folder))
+        pack(folder, path)
     options = TOLD.model_copy(update={"state": ("state", "keypoint"), "timestamp": "timestamp"})
     source = open_source(path, options)
     assert len(source) == 4 and source.describe().cameras == ["img"]
@@ -153,7 +142,6 @@ def test_written_buffers(tmp_path: Path, chunk: int, zipped: bool) -> None:
         assert episode.timestamps is not None and (episode.timestamps == arrays["timestamp"][start:stop]).all()
         expected = np.hstack([arrays["state"], arrays["keypoint"].reshape(90, 6)])[start:stop].astype(np.float32)
         assert episode.state is not None and (episode.state == expected).all()
-        assert all(len(block) <= 64 for block in frame_blocks(episode.frames["img"]))
 
 
 @pytest.mark.parametrize(
@@ -181,30 +169,26 @@ def test_pictures_of_other_kinds(tmp_path: Path) -> None:
         wrong = pictures.astype(np.float32)
         wrong[70, 1, 2, 0] = bad
         write_array(tmp_path / "x.zarr/data/img", wrong, (7, 6, 8, 3))
-        with pytest.raises(FileError, match=rf"data/img is {bad:g} in row 70, expected whole numbers in 0\.\.255"):
-            frames_of(source.read(1))
+        with refused(rf"data/img is {bad:g} in row 70, expected whole numbers in 0\.\.255"):
+            frames_of(source.read(1), "img")
 
 
 def test_what_must_be_told(tmp_path: Path) -> None:
     write(tmp_path / "x.zarr")
-    with pytest.raises(ParamsError, match=r"convert\.options\.instruction is missing"):
+    with refused(r"convert\.options\.instruction is missing"):
         open_source(tmp_path, Options(rate_hz=10))
-    with pytest.raises(ParamsError, match=r"convert\.options\.rate_hz is missing"):
+    with refused(r"convert\.options\.rate_hz is missing"):
         open_source(tmp_path, Options(instruction="go"))
-    for change, error, message in (
-        ({"cameras": ("top",)}, FileError, "cameras names 'top'; data has action, img"),
-        ({"cameras": ("state",)}, FileError, r"data/state is float64 \(90, 5\), expected pictures"),
-        ({"action": ("actions",)}, FileError, "action names 'actions'; data has action"),
-        ({"state": ("state[4:6]",)}, FileError, r"names 'state\[4:6\]', but data/state is float64 \(90, 5\)"),
-        ({"state": ("state[a]",)}, ParamsError, "expected a name, or a name with columns"),
-        ({"timestamp": "action"}, FileError, "timestamp has 2 columns, expected one"),
+    for change, message in (
+        ({"cameras": ("top",)}, "cameras names 'top'; data has action, img"),
+        ({"cameras": ("state",)}, r"data/state is float64 \(90, 5\), expected pictures"),
+        ({"action": ("actions",)}, "action names 'actions'; data has action"),
+        ({"state": ("state[4:6]",)}, r"names 'state\[4:6\]', but data/state is float64 \(90, 5\)"),
+        ({"state": ("state[a]",)}, "expected a name, or a name with columns"),
+        ({"timestamp": "action"}, "timestamp has 2 columns, expected one"),
     ):
-        with pytest.raises(error, match=message):
+        with refused(message):
             open_source(tmp_path, TOLD.model_copy(update=change)).read(0)
-    for name, message in (("nowhere", "no such file"), ("empty", "expected a replay buffer, or one .*; found none")):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(FileError, match=message):
-            open_source(tmp_path / name, TOLD)
 
 
 @pytest.mark.parametrize(
@@ -225,9 +209,8 @@ def test_episode_ends_must_increase_within_the_rows(tmp_path: Path, ends: Any, m
     shutil.rmtree(tmp_path / "x.zarr/meta/episode_ends")
     values = np.asarray(ends)
     write_array(tmp_path / "x.zarr/meta/episode_ends", values, tuple(max(1, length) for length in values.shape), None)
-    with pytest.raises(FileError, match=message) as error:
+    with refused(message):
         open_source(tmp_path, TOLD)
-    assert "\n" not in str(error.value)
 
 
 def test_an_absent_chunk_is_no_black_picture(tmp_path: Path) -> None:
@@ -235,43 +218,42 @@ def test_an_absent_chunk_is_no_black_picture(tmp_path: Path) -> None:
     source = open_source(tmp_path, TOLD)
     (tmp_path / "x.zarr/data/img/10.0.0.0").unlink()
     assert len(frames_of(source.read(0))) == 5
-    with pytest.raises(FileError, match=r"chunk data/img/10\.0\.0\.0 is missing"):
+    with refused(r"chunk data/img/10\.0\.0\.0 is missing"):
         frames_of(source.read(1))
     (tmp_path / "x.zarr/data/action/0.0").unlink()
-    with pytest.raises(FileError, match=r"chunk data/action/0\.0 is missing"):
+    with refused(r"chunk data/action/0\.0 is missing"):
         source.read(0)
     shutil.rmtree(tmp_path / "x.zarr/data/action")
-    with pytest.raises(FileError, match="action names 'action'; data has img"):
+    with refused("action names 'action'; data has img"):
         open_source(tmp_path, TOLD)
     (tmp_path / "x.zarr/meta/episode_ends/.zarray").unlink()
-    with pytest.raises(FileError, match="array meta/episode_ends is missing"):
+    with refused("array meta/episode_ends is missing"):
         open_source(tmp_path, TOLD)
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("change", "message"),
     [
-        ({"zarr_format": 3}, FileError, "zarr_format 3, expected 2"),
-        ({"dtype": "|O"}, FileError, r"dtype '\|O', expected numbers"),
-        ({"dtype": [["a", "<f4"]]}, FileError, "expected numbers"),
-        ({"filters": [{"id": "pickle"}]}, FileError, "has filters, which are not read"),
-        ({"compressor": {"id": "pickle"}}, FileError, "compressed by 'pickle', expected one of blosc"),
-        ({"compressor": {"id": ["x"]}}, FileError, "truncated, damaged or not Zarr v2"),
-        ({"chunks": [0, 2]}, FileError, "truncated, damaged or not Zarr v2"),
-        ({"chunks": [1 << 40, 2]}, FileError, "expected less than 2 GiB each"),
-        ({"shape": [-1, 2]}, FileError, "truncated, damaged or not Zarr v2"),
-        ({"shape": None}, FileError, "truncated, damaged or not Zarr v2"),
-        ({"dimension_separator": "x"}, FileError, "truncated, damaged or not Zarr v2"),
-        ({"compressor": {"id": "imagecodecs_nothing"}}, (FileError, MachineError), "truncated, damaged|needs imagecodecs"),
+        ({"zarr_format": 3}, "zarr_format 3, expected 2"),
+        ({"dtype": "|O"}, r"dtype '\|O', expected numbers"),
+        ({"dtype": [["a", "<f4"]]}, "expected numbers"),
+        ({"filters": [{"id": "pickle"}]}, "has filters, which are not read"),
+        ({"compressor": {"id": "pickle"}}, "compressed by 'pickle', expected one of blosc"),
+        ({"compressor": {"id": ["x"]}}, "truncated, damaged or not Zarr v2"),
+        ({"chunks": [0, 2]}, "truncated, damaged or not Zarr v2"),
+        ({"chunks": [1 << 40, 2]}, "expected less than 2 GiB each"),
+        ({"shape": [-1, 2]}, "truncated, damaged or not Zarr v2"),
+        ({"shape": None}, "truncated, damaged or not Zarr v2"),
+        ({"dimension_separator": "x"}, "truncated, damaged or not Zarr v2"),
+        ({"compressor": {"id": "imagecodecs_nothing"}}, "truncated, damaged|needs imagecodecs"),
     ],
 )
-def test_headers_are_checked(tmp_path: Path, change: dict[str, Any], error: Any, message: str) -> None:
+def test_headers_are_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     write(tmp_path / "x.zarr")
     file = tmp_path / "x.zarr/data/action/.zarray"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(error, match=message) as raised:
+    with refused(message):
         open_source(tmp_path, TOLD).read(0)
-    assert "\n" not in str(raised.value)
 
 
 def test_jpeg_xl_pictures(tmp_path: Path) -> None:
@@ -287,58 +269,3 @@ def test_jpeg_xl_pictures(tmp_path: Path) -> None:
         (tmp_path / f"x.zarr/data/camera0_rgb/{k}.0.0.0").write_bytes(codec.encode(picture[k : k + 1]))
     episode = open_source(tmp_path, TOLD).read(1)
     assert "img" not in arrays and (frames_of(episode, "camera0_rgb") == picture[5:75]).all()
-
-
-def everything(source: ReplayZarrSource) -> list[Any]:
-    result: list[Any] = [source.describe().model_dump(), [source.shape(k).steps for k in range(len(source))]]
-    for index in range(len(source)):
-        episode = source.read(index)
-        assert episode.actions is not None
-        result += [episode.actions.tobytes(), frames_of(episode).tobytes()]
-    assert list(source.notes) is not None
-    return result
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("zarr") / "x.zarr"
-    small = {name: values[:9] for name, values in arrays_of().items()}
-    write(folder, [4, 9], 5, **{**small, "state": None, "keypoint": None, "timestamp": None})
-    with zipfile.ZipFile(folder.parent / "x.zarr.zip", "w") as archive:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                archive.write(file, file.relative_to(folder))
-    return folder
-
-
-PARTS = ["data/img/0.0.0.0", "data/action/1.0", "data/img/.zarray", "meta/episode_ends/0", "meta/episode_ends/.zarray", ".zip"]
-
-
-@pytest.mark.parametrize("part", PARTS)
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damage_never_raises_anything_else(original: Path, part: str, data: st.DataObject) -> None:
-    """An archive's CRC-32 finds every change; in a folder a flipped bit may give other values, but no other error or length."""
-    source = original.parent / "x.zarr.zip" if part == ".zip" else original / part
-    damaged = bytearray(source.read_bytes())
-    if data.draw(st.booleans()):
-        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
-    else:
-        for _ in range(data.draw(st.integers(1, 3))):
-            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
-    folder = Path(tempfile.mkdtemp())
-    try:
-        if part == ".zip":
-            (folder / "x.zarr.zip").write_bytes(damaged)
-        else:
-            shutil.copytree(original, folder / "x.zarr")
-            (folder / "x.zarr" / part).write_bytes(damaged)
-        try:
-            found = everything(open_source(folder, TOLD))
-        except (FileError, ContractError, MachineError) as error:
-            assert "\n" not in str(error)
-        else:
-            if part == ".zip":
-                assert found == everything(open_source(original, TOLD))
-    finally:
-        shutil.rmtree(folder)

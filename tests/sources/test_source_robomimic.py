@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from svam.contract import ContractError, Episode, frame_blocks
-from svam.errors import MachineError
-from svam.files import FileError
 from svam.sources.robomimic import Options, open_source
+from tests.sources.common import frames_of, real, refused
 
-h5py = pytest.importorskip("h5py", reason="h5py is not installed: pip install -e '.[hdf5]'")
-
-REAL = Path(__file__).resolve().parents[3] / "shared/realdata/robomimic_hdf5"
 SENTENCE = "lift the cube"
 
 
@@ -74,10 +67,6 @@ def libero(file: Path, sentence: Any, lengths: dict[str, int], seed: int = 0, st
                 demo[f"obs/{key}"] = rng.normal(size=(steps, width))
 
 
-def pixels(episode: Episode, camera: str) -> NDArray[np.uint8]:
-    return np.concatenate(list(frame_blocks(episode.frames[camera])))
-
-
 def said(**extra: Any) -> Options:
     return Options(instruction=SENTENCE, **extra)
 
@@ -86,7 +75,7 @@ def said(**extra: Any) -> Options:
 def test_robomimic_every_value_and_alignment(tmp_path: Path, compression: str | None) -> None:
     robomimic(tmp_path / "image.hdf5", {"demo_0": 3, "demo_10": 4, "demo_2": 70}, compression=compression)
     source = open_source(tmp_path / "image.hdf5", said())
-    assert source.notes == [] and len(pickle.dumps(source)) < 10_000
+    assert source.notes == []
     description = source.describe()
     assert description.rate_hz == 20 and description.cameras == ["agentview", "robot0_eye_in_hand"]
     assert description.instructions == {SENTENCE: {"train": [SENTENCE], "held_out": []}}
@@ -102,8 +91,7 @@ def test_robomimic_every_value_and_alignment(tmp_path: Path, compression: str | 
             joined = np.concatenate([demo[f"obs/{key}"][:] for key in keys], axis=1)
             assert np.array_equal(episode.proprioception, joined.astype(np.float32))
             for camera in description.cameras:
-                assert np.array_equal(pixels(episode, camera), demo[f"obs/{camera}_image"][:])
-    assert all(len(block) <= 64 for block in frame_blocks(source.read(1).frames["agentview"]))
+                assert np.array_equal(frames_of(episode, camera), demo[f"obs/{camera}_image"][:])
 
 
 def test_libero_two_tasks(tmp_path: Path) -> None:
@@ -125,7 +113,7 @@ def test_libero_two_tasks(tmp_path: Path) -> None:
                 episode.proprioception, np.hstack([demo["obs/ee_states"][:], demo["obs/gripper_states"][:]]).astype(np.float32)
             )
             for camera in ("agentview", "eye_in_hand"):
-                assert np.array_equal(pixels(episode, camera), np.stack([np.flipud(p) for p in demo[f"obs/{camera}_rgb"]]))
+                assert np.array_equal(frames_of(episode, camera), np.stack([np.flipud(p) for p in demo[f"obs/{camera}_rgb"]]))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +125,7 @@ def test_libero_two_tasks(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_flip(tmp_path: Path, flip: Any, opengl: bool, expected: str) -> None:
     libero(tmp_path / "x.hdf5", "x", {"demo_0": 3}, opengl=opengl)
-    found = pixels(open_source(tmp_path, Options(flip=flip)).read(0), "agentview")
+    found = frames_of(open_source(tmp_path, Options(flip=flip)).read(0), "agentview")
     with h5py.File(tmp_path / "x.hdf5") as root:
         stored = root["data/demo_0/obs/agentview_rgb"][:]
     turned = {"none": stored, "vertical": stored[:, ::-1], "rotate_180": np.rot90(stored, 2, axes=(1, 2))}[expected]
@@ -152,7 +140,7 @@ def test_observations_after_the_action(tmp_path: Path) -> None:
     assert source.shape(0).steps == episode.steps == 66
     with h5py.File(tmp_path / "x.hdf5") as root:
         demo = root["data/demo_0"]
-        assert np.array_equal(pixels(episode, "agentview"), demo["obs/agentview_rgb"][:-1])
+        assert np.array_equal(frames_of(episode, "agentview"), demo["obs/agentview_rgb"][:-1])
         assert np.array_equal(episode.actions, demo["actions"][1:].astype(np.float32))
         assert np.array_equal(episode.state, demo["states"][1:].astype(np.float32))
         assert episode.proprioception is not None
@@ -173,17 +161,17 @@ def test_masks(tmp_path: Path) -> None:
         ("demo_2", True),
         ("demo_3", False),
     ]
-    with pytest.raises(FileError, match="no mask/many, .* it has few, train, valid"):
+    with refused("no mask/many, .* it has few, train, valid"):
         open_source(tmp_path, said(filter_key="many"))
     with h5py.File(tmp_path / "image.hdf5", "a") as root:
         root["mask/valid"][0] = "demo_3"
-    with pytest.raises(FileError, match="demo_3 is in mask/train and in mask/valid"):
+    with refused("demo_3 is in mask/train and in mask/valid"):
         open_source(tmp_path, said())
 
 
 def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     robomimic(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", {"demo_0": 2, "demo_1": 2})
-    with pytest.raises(FileError, match=r"no instruction.*with the key 'KITCHEN_SCENE3_turn_on_the_stove_demo'"):
+    with refused(r"no instruction.*with the key 'KITCHEN_SCENE3_turn_on_the_stove_demo'"):
         open_source(tmp_path, Options())
     assert open_source(tmp_path, Options(instruction_from_file_name=True)).read(0).instruction == "turn on the stove"
     with h5py.File(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", "a") as root:
@@ -193,18 +181,18 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     assert [source.read(i).instruction for i in range(2)] == ["open it", "close it"]
     named = Options(instruction="a", instructions={"KITCHEN_SCENE3_turn_on_the_stove_demo": "b"})
     assert open_source(tmp_path, named).read(0).instruction == "b"
-    with pytest.raises(FileError, match=r"names 'z', which is not there"):
+    with refused(r"names 'z', which is not there"):
         open_source(tmp_path, Options(instructions={"z": "y"}))
     libero(tmp_path / "x.hdf5", 5, {"demo_0": 2})
-    with pytest.raises(FileError, match="language_instruction .* is 5, expected a sentence"):
+    with refused("language_instruction .* is 5, expected a sentence"):
         open_source(tmp_path / "x.hdf5", Options())
     with h5py.File(tmp_path / "x.hdf5", "a") as root:
         root["data"].attrs["problem_info"] = np.bytes_(b'{"language_instruction": "\xff"}')
-    with pytest.raises(FileError, match="not valid UTF-8"):
+    with refused("not valid UTF-8"):
         open_source(tmp_path / "x.hdf5", Options())
     with h5py.File(tmp_path / "x.hdf5", "a") as root:
         root["data"].attrs["problem_info"] = "{"
-    with pytest.raises(FileError, match="problem_info' of data is not valid JSON"):
+    with refused("problem_info' of data is not valid JSON"):
         open_source(tmp_path / "x.hdf5", Options())
 
 
@@ -213,11 +201,11 @@ def test_rates(tmp_path: Path) -> None:
     source = open_source(tmp_path, said())
     assert source.describe().rate_hz == 20 and "20 Hz are assumed" in source.notes[0]
     robomimic(tmp_path / "b.hdf5", {"demo_0": 2}, rate=30)
-    with pytest.raises(ContractError, match="control_freq is 30.0, but None"):
+    with refused("control_freq is 30.0, but None"):
         open_source(tmp_path, said())
     assert open_source(tmp_path, said(rate_hz=15)).read(1).rate_hz == 15
     robomimic(tmp_path / "c" / "c.hdf5", {"demo_0": 2}, rate=-1)
-    with pytest.raises(FileError, match="control_freq .* is -1"):
+    with refused("control_freq .* is -1"):
         open_source(tmp_path / "c", said())
 
 
@@ -225,7 +213,7 @@ def test_proprioception_by_name(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 2})
     episode = open_source(tmp_path, said(proprioception=["object", "robot0_eef_pos"])).read(0)
     assert episode.proprioception is not None and episode.proprioception.shape == (2, 13)
-    with pytest.raises(FileError, match="no 'joints', which convert.options.proprioception names"):
+    with refused("no 'joints', which convert.options.proprioception names"):
         open_source(tmp_path, said(proprioception=["joints"]))
     with h5py.File(tmp_path / "a.hdf5", "a") as root:
         del root["data/demo_0/obs/robot0_eef_pos"]
@@ -255,19 +243,15 @@ def test_one_sentence_for_each_fault(tmp_path: Path, name: str, value: Any, sent
         del root[name]
         if value is not None:
             root[name] = value
-    with pytest.raises((FileError, ContractError), match=sentence) as raised:
+    with refused(sentence, "image.hdf5"):
         open_source(tmp_path, said()).read(0)
-    assert "image.hdf5" in str(raised.value) and "\n" not in str(raised.value)
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 3})
     libero(tmp_path / "b.hdf5", "x", {"demo_0": 3})
-    with pytest.raises(ContractError, match="b.hdf5: data/demo_0: cameras agentview, eye_in_hand, but agentview, robot0_eye"):
+    with refused("b.hdf5: data/demo_0: cameras agentview, eye_in_hand, but agentview, robot0_eye"):
         open_source(tmp_path, said())
-    with pytest.raises(FileError, match="no .hdf5 file in it"):
-        (tmp_path / "empty").mkdir()
-        open_source(tmp_path / "empty", said())
 
 
 def test_values_kept_in_another_file_are_refused(tmp_path: Path) -> None:
@@ -277,48 +261,11 @@ def test_values_kept_in_another_file_are_refused(tmp_path: Path) -> None:
         del root["data/demo_0/actions"]
         external = [(str(tmp_path / "secret"), 0, 3 * 7 * 8)]
         root["data/demo_0"].create_dataset("actions", (3, 7), np.float64, external=external)
-    with pytest.raises(FileError, match="keeps its values in other files"):
+    with refused("keeps its values in other files"):
         open_source(tmp_path, said()).read(0)
 
 
 @pytest.mark.parametrize("name", ["robosuite_raw_door", "robosuite_raw_lift", "robosuite_raw_stack"])
 def test_real_files_with_states_alone(name: str) -> None:
-    if not (REAL / name).is_dir():
-        pytest.skip(f"{REAL / name} is not beside this checkout")
-    with pytest.raises(FileError, match=r"demo.hdf5: data/demo_1 has states but no pictures .* render them first"):
-        open_source(REAL / name, said())
-
-
-@pytest.fixture(scope="module", params=["robomimic", "gzip", "libero"])
-def whole(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    file = tmp_path_factory.mktemp("whole") / "demo.hdf5"
-    if request.param == "libero":
-        libero(file, "x", {"demo_0": 2})
-    else:
-        robomimic(file, {"demo_0": 2}, compression="gzip" if request.param == "gzip" else None)
-    return file.read_bytes()
-
-
-@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_truncated_and_flipped_files(whole: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Only the errors of this project come out; what still reads keeps the contract. HDF5 here has no checksums, so a flipped
-    number or pixel cannot be told from a recorded one."""
-    damaged = bytearray(whole)
-    if data.draw(st.booleans(), label="truncate"):
-        damaged = damaged[: data.draw(st.integers(0, len(damaged) - 1), label="length")]
-    else:
-        for _ in range(data.draw(st.integers(1, 4), label="flips")):
-            at = data.draw(st.integers(0, len(damaged) - 1), label="at")
-            damaged[at] ^= data.draw(st.integers(1, 255), label="bits")
-    (tmp_path / "demo.hdf5").write_bytes(damaged)
-    try:
-        source = open_source(tmp_path, said())
-        source.describe()
-        for i in range(len(source)):
-            episode = source.read(i)
-            assert source.shape(i).steps == episode.steps
-            for camera in episode.frames:
-                assert len(pixels(episode, camera)) == episode.steps
-    except (FileError, ContractError, MachineError) as error:
-        assert "\n" not in str(error)
+    with refused(r"demo.hdf5: data/demo_1 has states but no pictures .* render them first"):
+        open_source(real(f"robomimic_hdf5/{name}"), said())

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,11 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from svam.contract import ContractError, Episode, frame_blocks
-from svam.files import FileError
+from svam.contract import frame_blocks
 from svam.sources._video import probe, video_blocks
-from svam.sources.video_folder import Options, VideoFolderSource, open_source
-
-REAL = Path(__file__).resolve().parents[3] / "shared/realdata/video_text_folders"
-Array = np.ndarray[Any, Any]
+from svam.sources.video_folder import Options, open_source
+from tests.sources.common import Array, frames_of, real, refused
 
 
 def film(
@@ -52,10 +45,6 @@ def decoded(file: Path) -> Array:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def frames_of(episode: Episode, camera: str) -> Array:
-    return np.concatenate(list(frame_blocks(episode.frames[camera])))
-
-
 def annotate(file: Path, **content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(content), encoding="utf-8")
@@ -80,10 +69,9 @@ def annotate(file: Path, **content: Any) -> None:
 def test_real_folders(
     folder: str, rate: float, cameras: dict[str, str], action: str, state: str, lost: int, notes: list[str]
 ) -> None:
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there: the real folders are not tested")
-    source = open_source(REAL / folder, Options())
-    files = sorted((REAL / folder / "annotation").rglob("*.json"))
+    root = real(f"video_text_folders/{folder}")
+    source = open_source(root, Options())
+    files = sorted((root / "annotation").rglob("*.json"))
     description = source.describe()
     assert (description.rate_hz, description.cameras, len(source)) == (rate, list(cameras), len(files))
     for note, expected in zip(source.notes, notes, strict=True):
@@ -99,16 +87,14 @@ def test_real_folders(
         assert episode.actions is not None and (episode.actions == np.float32(content[action])).all()
         assert episode.proprioception is not None and (episode.proprioception == np.float32(content[state])[:n]).all()
         for camera, stem in cameras.items():
-            expected = decoded(REAL / folder / "videos/val" / file.stem / f"{stem}.mp4")
+            expected = decoded(root / "videos/val" / file.stem / f"{stem}.mp4")
             assert len(expected) == len(content[state]) and (frames_of(episode, camera) == expected[:n]).all()
 
 
 @pytest.mark.parametrize("folder", ["bridge", "rt1"])
 def test_the_real_alignment_is_as_stated(folder: str) -> None:
     """Action t is as long as the way from state t to state t + 1, and as the way between no other two neighbours."""
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there: the real folders are not tested")
-    source = open_source(REAL / folder, Options())
+    source = open_source(real(f"video_text_folders/{folder}"), Options())
     for index in range(len(source)):
         episode = source.read(index)
         assert episode.actions is not None and episode.proprioception is not None
@@ -138,7 +124,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
     assert [source.shape(k).held_out for k in (0, 1)] == [False, True]
     chosen = open_source(tmp_path / "d", Options(splits=("val",)))
     assert len(chosen) == 1 and chosen.read(0).instruction == "do 2" and chosen.shape(0).held_out is None
-    with pytest.raises(FileError, match=r"no test/\*\.json, which convert\.options\.splits lists"):
+    with refused(r"no test/\*\.json, which convert\.options\.splits lists"):
         open_source(tmp_path / "d", Options(splits=("test",)))
 
 
@@ -170,18 +156,17 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
 )
 def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     source = open_source(layout(tmp_path / "d", **change), Options())
-    with pytest.raises((FileError, ContractError), match=message) as error:
+    with refused(message, str(tmp_path)):
         source.read(0)
-    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
 
 
 def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
     layout(tmp_path / "d")
     film(tmp_path / "d/videos/train/1/side.mp4", 5)
-    with pytest.raises(FileError, match="side has 5 frames, front has 6"):
+    with refused("side has 5 frames, front has 6"):
         open_source(tmp_path / "d", Options()).shape(0)
     annotate(tmp_path / "d/annotation/val/2.json", text="x", videos=[{"video_path": "videos/val/2/front.mp4"}])
-    with pytest.raises(FileError, match=r"2\.json: cameras \['front'\], expected \['front', 'side'\] as in .*1\.json"):
+    with refused(r"2\.json: cameras \['front'\], expected \['front', 'side'\] as in .*1\.json"):
         open_source(tmp_path / "d", Options()).read(1)
 
 
@@ -202,17 +187,13 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     joined = open_source(tmp_path / "d", Options(proprioception=("states", "gripper"), action="gripper")).read(0)
     assert joined.proprioception is not None and joined.actions is not None
     assert joined.proprioception[3].tolist() == [1, 2, 3] and joined.actions[3].tolist() == [3]
-    with pytest.raises(FileError, match=r"c\.mp4: no instruction for it"):
+    with refused(r"c\.mp4: no instruction for it"):
         open_source(tmp_path / "d", Options()).describe()
-    with pytest.raises(FileError, match=r"key 'speed', which convert\.options\.action names, is missing"):
+    with refused(r"key 'speed', which convert\.options\.action names, is missing"):
         open_source(tmp_path / "d", Options(action="speed")).read(0)
     (tmp_path / "d/sub/b.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(FileError, match=r"b\.txt: not UTF-8 text"):
+    with refused(r"b\.txt: not UTF-8 text"):
         open_source(tmp_path / "d", Options()).read(1)
-    for empty in ("nowhere", "empty"):
-        (tmp_path / "empty").mkdir(exist_ok=True)
-        with pytest.raises(FileError, match="no such directory|no videos"):
-            open_source(tmp_path / empty, Options())
 
 
 @pytest.mark.parametrize(
@@ -240,9 +221,8 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     source = open_source(tmp_path / "d", told)
     assert len(frames_of(source.read(0), "video")) == 8
     for index, message in ((1, "expected 0.100 s at 10 frames/s"), (2, "variable frame rate"), (3, "rotate or mirror")):
-        with pytest.raises(FileError, match=message) as error:
+        with refused(message):
             frames_of(source.read(index), "video")
-        assert "\n" not in str(error.value)
     stated = open_source(tmp_path / "d", told.model_copy(update={"rate_hz": 5.0}))
     assert stated.describe().rate_hz == 5.0
     for index, file in enumerate(("a", "b", "c")):
@@ -257,55 +237,14 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     for content in (b"", b"hello", b"#EXTM3U\n#EXTINF:10,\n/etc/passwd\n", short[:1000], short[: len(short) // 2]):
         file.write_bytes(content)
         source = open_source(tmp_path, Options())
-        with pytest.raises(FileError, match=r"x\.mp4: truncated, damaged or no video"):
+        with refused(r"x\.mp4: truncated, damaged or no video"):
             source.describe()
-        with pytest.raises(FileError, match=r"x\.mp4: truncated, damaged or no video"):
+        with refused(r"x\.mp4: truncated, damaged or no video"):
             source.shape(0)
     with av.open(str(file), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
         sound.sample_rate = 8000
         container.mux([*stream.encode(sound), *stream.encode(None)])
-    with pytest.raises(FileError, match="no video stream"):
+    with refused("no video stream"):
         open_source(tmp_path, Options()).shape(0)
-
-
-def everything(source: VideoFolderSource) -> list[Any]:
-    description, shape, episode = source.describe(), source.shape(0), source.read(0)
-    assert list(source.notes) is not None and episode.steps == shape.steps
-    return [description.model_dump(), shape.steps, episode, *(frames_of(episode, camera) for camera in episode.frames)]
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("videos")
-    film(folder / "x.mp4", 5)
-    film(folder / "x.webm", 5, codec="libvpx-vp9")
-    annotate(folder / "x.json", texts=["go"], action=[[0.25, 1]] * 4, state=[[1e-3]] * 5)
-    return folder
-
-
-@pytest.mark.parametrize("name", ["x.mp4", "x.webm", "x.json"])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_damage_never_raises_anything_else(originals: Path, name: str, data: st.DataObject) -> None:
-    """Videos carry no checksums: a flipped bit may give another valid picture, but no other error and no other length."""
-    damaged = bytearray((originals / name).read_bytes())
-    if data.draw(st.booleans()):
-        del damaged[data.draw(st.integers(0, len(damaged) - 1)) :]
-    else:
-        for _ in range(data.draw(st.integers(1, 3))):
-            damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
-    folder = Path(tempfile.mkdtemp())
-    try:
-        video = "x.webm" if name == "x.webm" else "x.mp4"
-        for part in (video, "x.json"):
-            (folder / part).write_bytes(damaged if part == name else (originals / part).read_bytes())
-        try:
-            found = everything(open_source(folder, Options(instruction="do")))
-        except (FileError, ContractError) as error:
-            assert "\n" not in str(error)
-        else:
-            assert all(len(frames) == found[1] for frames in found[3:])
-    finally:
-        shutil.rmtree(folder)

@@ -1,0 +1,76 @@
+"""What the tests of all sources share: real data, damage, and the one sentence with which bad data is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from svam.contract import Episode, EpisodeSource, frame_blocks
+from svam.errors import SvamError
+from tests.stage_deps import ROOT
+
+Array = np.ndarray[Any, Any]
+
+
+def real(name: str) -> Path:
+    """A folder of real data, or a skip."""
+    folder = ROOT.parent / "shared/realdata" / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not beside this checkout")
+    return folder
+
+
+def frames_of(episode: Episode, camera: str | None = None) -> Array:
+    """All frames of a camera (of the first); a reader never hands out more than 64 at once."""
+    camera = next(iter(episode.frames)) if camera is None else camera
+    blocks = list(frame_blocks(episode.frames[camera]))
+    assert isinstance(episode.frames[camera], np.ndarray) or all(len(block) <= 64 for block in blocks)
+    return np.concatenate(blocks)
+
+
+@contextmanager
+def refused(message: str, *names: str) -> Iterator[None]:
+    """The block must raise one sentence for the user that matches `message` and has all `names` in it."""
+    with pytest.raises(SvamError, match=message) as caught:
+        yield
+    text = str(caught.value)
+    assert "\n" not in text and all(name in text for name in names), text
+
+
+def everything(source: EpisodeSource) -> list[dict[str, Any]]:
+    """The values of each episode, by name; shapes, sentences and lengths agree with what the source says before reading."""
+    description, episodes = source.describe(), []
+    assert all(isinstance(note, str) for note in source.notes)
+    for index in range(len(source)):
+        shape, episode = source.shape(index), source.read(index)
+        assert shape.steps == episode.steps and list(episode.frames) == list(description.cameras)
+        assert episode.instruction in [s for side in description.instructions[episode.task].values() for s in side]
+        values: dict[str, Any] = {"instruction": episode.instruction}
+        values |= {camera: frames_of(episode, camera) for camera in episode.frames}
+        for name in ("actions", "expert_actions", "state", "proprioception", "timestamps"):
+            if (vector := getattr(episode, name)) is not None:
+                assert np.isfinite(vector).all()
+                values[name] = vector
+        assert all(len(value) == episode.steps for name, value in values.items() if name != "instruction")
+        for name, labels in episode.annotations.items():
+            assert shape.annotated[name] == len(labels.index) == len(labels.values)
+            values |= {name: labels.values, f"{name}/index": labels.index}
+        episodes.append(values)
+    return episodes
+
+
+@st.composite
+def damaged(draw: st.DrawFn, data: bytes) -> bytes:
+    """`data` cut short, or with up to four bytes changed; half of the time near its start, where structures are dense."""
+    if draw(st.booleans()):
+        return data[: draw(st.integers(0, len(data) - 1))]
+    result, limit = bytearray(data), min(len(data), draw(st.sampled_from([4096, len(data)])))
+    for _ in range(draw(st.integers(1, 4))):
+        result[draw(st.integers(0, limit - 1))] ^= draw(st.integers(1, 255))
+    return bytes(result)

@@ -1,0 +1,193 @@
+"""What every source does, whatever its format: one table of small sets, one test for each promise."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from svam.contract import EpisodeSource, frame_blocks
+from svam.errors import SvamError
+from tests import tfds_writer
+from tests.lerobot_sets import write_v3
+from tests.recorded import write_raw
+from tests.sources import test_source_aloha as aloha
+from tests.sources import test_source_calvin as calvin
+from tests.sources import test_source_raw as raw
+from tests.sources import test_source_replay_zarr as replay_zarr
+from tests.sources import test_source_rlds as rlds
+from tests.sources import test_source_robomimic as robomimic
+from tests.sources import test_source_video_folder as video_folder
+from tests.sources.common import damaged, everything, refused
+
+
+@dataclass
+class Set:
+    """A small set of a source. `fuzzed` are patterns of the files to damage; those of `exact` carry checksums, so that what is
+    still read of them is what was written. `library` is one that the reader needs beyond the project's own."""
+
+    source: str
+    write: Callable[[Path], object]
+    options: dict[str, Any]
+    fuzzed: Sequence[str] = ("**/*",)
+    exact: Sequence[str] = ()
+    library: str = ""
+
+    def opened(self, path: Path) -> EpisodeSource:
+        module = import_module(f"svam.sources.{self.source}")
+        source: EpisodeSource = module.open_source(path, module.Options(**self.options))
+        return source
+
+
+def _aloha(storage: str) -> Set:
+    def write(folder: Path) -> None:
+        aloha.record(folder / "episode_0.hdf5", 3, storage=storage, cameras=("cam_high",), language_raw=aloha.SENTENCE)
+
+    return Set("aloha", write, {}, library="h5py")
+
+
+def _robomimic(compression: str | None) -> Set:
+    def write(folder: Path) -> None:
+        robomimic.robomimic(folder / "demo.hdf5", {"demo_0": 2}, compression=compression)
+
+    return Set("robomimic", write, {"instruction": robomimic.SENTENCE}, library="h5py")
+
+
+def _replay(zipped: bool) -> Set:
+    def write(folder: Path) -> None:
+        small = {name: values[:9] for name, values in replay_zarr.arrays_of().items()}
+        replay_zarr.write(folder / "x.zarr", [4, 9], 5, **{**small, "state": None, "keypoint": None, "timestamp": None})
+        if zipped:
+            replay_zarr.pack(folder / "x.zarr", folder / "x.zarr.zip")
+            shutil.rmtree(folder / "x.zarr")
+
+    return Set("replay_zarr", write, replay_zarr.TOLD.model_dump(), exact=["*.zip"])
+
+
+def _video(suffix: str, codec: str) -> Set:
+    def write(folder: Path) -> None:
+        video_folder.film(folder / f"x{suffix}", 5, codec=codec)
+        video_folder.annotate(folder / "x.json", texts=["go"], action=[[0.25, 1]] * 4, state=[[1e-3]] * 5)
+
+    return Set("video_folder", write, {"instruction": "do"})
+
+
+CHECKED = ("episode_0000100.npz", "ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy")
+SETS = {
+    "metaworld": Set("metaworld", lambda folder: write_raw(folder, ["reach"], episodes=2), {}),
+    "raw": Set("raw", lambda folder: raw.write(folder, raw.ONE_TASK, a=raw.arrays_of(0, 5)), {}, exact=["*.npz"]),
+    "video_folder mp4": _video(".mp4", "libx264"),
+    "video_folder webm": _video(".webm", "libvpx-vp9"),
+    "robomimic": _robomimic(None),
+    "robomimic gzip": _robomimic("gzip"),
+    "libero": Set("robomimic", lambda folder: robomimic.libero(folder / "x.hdf5", "x", {"demo_0": 2}), {}, library="h5py"),
+    "aloha raw": _aloha("raw"),
+    "aloha padded": _aloha("padded"),
+    "aloha variable": _aloha("variable"),
+    "replay_zarr": _replay(zipped=False),
+    "replay_zarr zip": _replay(zipped=True),
+    "calvin": Set(
+        "calvin", lambda folder: calvin.write_set(folder, validation=False), {"depth": "static"},
+        [f"training/{name}" for name in CHECKED], ["*.npz"],
+    ),
+    "lerobot": Set("lerobot", lambda folder: write_v3(folder, (3, 4)), {}, library="pyarrow"),
+    "rlds": Set("rlds", lambda folder: rlds.toy(folder, rlds.episode(0, 2), rlds.episode(1, 2)), {"rate_hz": 5}, exact=["*"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SETS)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Set, Path, list[dict[str, Any]]]:
+    """A set, its folder, and all its values."""
+    kind, folder = SETS[request.param], tmp_path_factory.mktemp("set") / "set"
+    folder.mkdir()
+    kind.write(folder)
+    return kind, folder, everything(kind.opened(folder))
+
+
+Case = tuple[Set, Path, list[dict[str, Any]]]
+
+
+def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Whatever is there is as it was; a camera or vector may be left out, which a note says."""
+    return len(found) == len(expected) and all(
+        np.array_equal(value, before[name])
+        for after, before in zip(found, expected, strict=True)
+        for name, value in after.items()
+    )
+
+
+@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_file_gives_whole_episodes_or_one_sentence(case: Case, data: st.DataObject) -> None:
+    """Formats without checksums cannot tell a flipped number or pixel from a recorded one: there other values may come out, but
+    no other error and no other length."""
+    kind, folder, expected = case
+    files = sorted({file for pattern in kind.fuzzed for file in folder.glob(pattern) if file.is_file()})
+    file = data.draw(st.sampled_from(files))
+    original = file.read_bytes()
+    file.write_bytes(data.draw(damaged(original)))
+    try:
+        found = everything(kind.opened(folder))
+    except SvamError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not any(file.match(pattern) for pattern in kind.exact) or same(found, expected)
+    finally:
+        file.write_bytes(original)
+
+
+def test_it_goes_to_a_worker(case: Case) -> None:
+    """It holds no open file and no frames; the copy reads the same. A reader that stops early leaves nothing open."""
+    kind, folder, expected = case
+    source = kind.opened(folder)
+    blocks = iter(frame_blocks(source.read(0).frames[source.describe().cameras[0]]))
+    next(blocks)
+    getattr(blocks, "close", lambda: None)()
+    assert len(pickle.dumps(source)) < 20_000
+    assert same(everything(copy.deepcopy(source)), expected)
+
+
+def test_a_folder_that_is_not_there_or_empty(case: Case, tmp_path: Path) -> None:
+    kind = case[0]
+    with refused("no such (file or )?directory", "nowhere"):
+        len(kind.opened(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with refused("no |found none|expected", "empty"):
+        len(kind.opened(tmp_path / "empty"))
+
+
+def test_a_missing_library_is_named(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, folder, _ = case
+    if not kind.library:
+        pytest.skip("it needs none")
+    monkeypatch.setitem(sys.modules, kind.library, None)
+    with refused(rf'convert.source is .*, which needs {kind.library}: pip install -e "\.\['):
+        kind.opened(folder)
+
+
+def test_checksums_of_records_do_not_make_them_right(tmp_path: Path) -> None:
+    """RLDS records whose contents are damaged and whose checksum is not: the parser itself must cope."""
+    good = tfds_writer.example(rlds.episode(0, 2))
+    rlds.toy(tmp_path, good)
+
+    @settings(max_examples=120, deadline=None, derandomize=True)
+    @given(content=damaged(good))
+    def check(content: bytes) -> None:
+        (tmp_path / "toy-train.tfrecord-00000-of-00001").write_bytes(tfds_writer.framed([content]))
+        try:
+            everything(rlds.opened(tmp_path))
+        except SvamError as error:
+            assert "\n" not in str(error)
+
+    check()
