@@ -3,7 +3,7 @@
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest; COMPARE_ARGS
-#                         for the loop of `make compare`, e.g. --limit 3 (first: python -m svam.experiments plan)
+#                         for `make compare`, e.g. --only 'vpp-*' (first: python -m svam.experiments plan)
 
 SHELL := /bin/bash
 VENV := .venv
@@ -55,7 +55,7 @@ table: $(VENV)/.installed
 # Variants at equal budget: experiments that are not finished yet, then the paired table.
 compare: setup
 	python -m svam.experiments run $(COMPARE_ARGS)
-	python -m svam.report compare
+	python -m svam.experiments table
 
 # The environment only; DVC's outputs and cache stay.
 clean:

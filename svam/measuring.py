@@ -6,11 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from svam.section import Count, Name, Positive, Section, Seed
-
-Ablation = Literal[
-    "no_geometric", "no_semantic", "no_self_distillation", "no_perceiver", "no_one_step", "multi_step", "goal_frame"
-]
+from svam.section import Count, Name, Positive, Section
 
 
 class Foresight(Section):
@@ -60,27 +56,3 @@ class Benchmark(Section):
     rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)] = [64, 128]
     rendered_frames: Count = 24
     repeats: Count = 5
-
-
-class Compare(Section):
-    """The runs of `make compare`. No stage lists this section.
-
-    collections: name -> `-S` arguments of the demonstrations and of what is evaluated. collection: the one that is used.
-    steps: of every policy, null: train_policy.training.steps. trail: name -> `-S` arguments of what is distilled and measured
-    on held-out windows; the first is what the others are compared with. trail_policies: entries that also get a policy, of the
-    ablations' size and seed, whose goals are drawn from trail_seed.
-    """
-
-    collections: dict[Name, list[str]] = {"default": []}
-    collection: Name = "default"
-    seeds: list[Seed] = [1, 2]
-    episodes_per_task: list[Count] = [5, 10, 30]
-    episodes: Count = 50
-    steps: Count | None = None
-    ablations: list[Ablation] = []
-    ablation_size: Count = 5
-    ablation_seed: Seed = 1
-    ablation_episodes: Count = 25
-    trail: dict[Name, list[str]] = {}
-    trail_policies: list[Name] = []
-    trail_seed: Seed = 77

@@ -15,10 +15,10 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from svam.errors import ParamsError
-from svam.measuring import Benchmark, Compare, Foresight, Report
+from svam.measuring import Benchmark, Foresight, Report
 from svam.section import Count, Name, Positive, Section, Seed, Share
 
-__all__ = ["Benchmark", "Compare", "Foresight", "ParamsError", "Report", "Section"]
+__all__ = ["Benchmark", "Foresight", "ParamsError", "Report", "Section"]
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
@@ -399,7 +399,6 @@ class Params(Section):
     foresight: Foresight = Foresight()
     report: Report
     benchmark: Benchmark
-    compare: Compare = Compare()
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Params:

@@ -51,7 +51,6 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("machine.workers", 1, set()),
     ("machine.cache_gb", 4.0, set()),
     ("machine.checkpoint_seconds", 10.0, set()),
-    ("compare.episodes", 60, set()),
     ("report.dpi", 90, CHECK | REPORT),
     ("foresight.dpi", 90, CHECK | FORESIGHT),
     ("evaluate.episodes", 7, CHECK | EVALUATE),

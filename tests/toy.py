@@ -60,7 +60,7 @@ OVERRIDES: dict[str, Any] = {
 }
 
 
-NAMED = ("episodes_of", "options", "collections", "trail")
+NAMED = ("episodes_of", "options")
 """Mappings that the params call by names of their own: changes replace them whole."""
 
 

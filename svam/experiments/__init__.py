@@ -1,1 +1,1 @@
-"""The published comparison: a plan of experiments, a loop that runs what is not finished, records, and their statistics."""
+"""Variants compared at equal budgets, each run as one experiment of DVC."""

@@ -1,19 +1,19 @@
-"""The record of a finished run: one small JSON file, kept by git, from which tables are made without any data."""
+"""`records.jsonl`, kept by git: a line for each finished experiment, from which tables are made without data or DVC's cache."""
 
 from __future__ import annotations
 
 import json
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from svam.contract import Frozen
-from svam.files import FileError, read_json, whole_file
+from svam.files import FileError, whole_file
 
-PATTERN = "*-seed*.json"
-"""Names of records, as `plan.Run` makes them."""
+FILE = "records.jsonl"
 
 
 class Episode(Frozen):
@@ -41,41 +41,35 @@ class Budget(Frozen):
 
 
 class Stage(Frozen):
-    """A stage that costs time. work: a hash of its command, params, code and data; seconds: None where not measured."""
+    """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured."""
 
     work: str
     seconds: float | None
 
 
 class Record(Frozen):
-    """A finished run.
-
-    key: see `svam.experiments.keys`. revision: the experiment's commit, which only repositories that have the experiment know.
-    machine: cores and processor. parameters: trained with the policy. policy: DVC's hash of the S-VAM folder.
-    video, distillation, policy_training, evaluation: seconds of those stages, 0 where the variant does without, None where not
-    measured; overhead: seconds of the experiment outside stages. vouched: commits whose code the key was of, before somebody
-    vouched that what changed since decides no number (`svam.experiments.vouch`).
-    """
+    """A finished experiment. arguments: of `-S`; revision: its commit, which only repositories that have the experiment know;
+    parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; latency: milliseconds from one observation to
+    one chunk of actions; stages: those that the variant uses."""
 
     name: str
     variant: str
     size: int
     seed: int
     arguments: list[str]
-    key: str
     revision: str
     machine: str
     parameters: int
     policy: str
     budget: Budget
-    video: float | None
-    distillation: float | None
-    policy_training: float | None
-    evaluation: float | None
-    overhead: float | None
+    latency: float | None
     stages: dict[str, Stage]
-    vouched: tuple[str, ...] = ()
     episodes: list[Episode]
+
+    def seconds(self, *beginnings: str) -> float | None:
+        """Of all stages together whose name begins so; 0 where there is none, None where one was not measured."""
+        parts = [stage.seconds for name, stage in self.stages.items() if name.startswith(beginnings)]
+        return None if None in parts else sum((part for part in parts if part is not None), 0.0)
 
 
 def machine() -> str:
@@ -86,32 +80,23 @@ def machine() -> str:
     return f"{os.cpu_count()} x {models[0] if models else platform.machine()}"
 
 
-def write_record(folder: Path, record: Record) -> Path:
-    """Write `<name>.json`, an episode a line, so that git shows what changed."""
-    values = record.model_dump(mode="json")
-    episodes = ",\n  ".join(json.dumps(episode) for episode in values.pop("episodes"))
-    text = json.dumps(values, indent=1, allow_nan=False).removesuffix("\n}")
-    path = folder / f"{record.name}.json"
-    with whole_file(path) as file:
-        file.write_text(f'{text},\n "episodes": [\n  {episodes}\n ]\n}}\n', encoding="utf-8")
-    return path
-
-
-def read_record(file: Path) -> Record:
-    """One record.
+def read_records(folder: Path) -> tuple[str | None, list[Record]]:
+    """The note of a finished study, which a reader must know before any number, None if it goes on; and all records.
 
     Raises:
-        FileError: the file is missing or no record.
+        FileError: a line is no record.
     """
-    value = read_json(file)
-    try:
-        return Record.model_validate(value)
+    file = folder / FILE
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    note = json.loads(lines.pop(0))["note"] if lines and lines[0].startswith('{"note"') else None
+    try:  # a line that begins with "trail" holds what trail/trail.md was made of, which no code reads any more
+        return note, [Record.model_validate_json(line) for line in lines if not line.startswith('{"trail"')]
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the whole file"
-        raise FileError(f"{file}: not the record of a run: {where}: {problem['msg']}; delete it and run it again") from None
+        raise FileError(f"{file}: not records of experiments: {error.errors()[0]['msg']}; restore the file by git") from None
 
 
-def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, by name; none where there is no folder."""
-    return [read_record(file) for file in sorted(folder.glob(PATTERN)) if not file.name.startswith(".")]
+def write_records(folder: Path, records: Iterable[Record]) -> None:
+    """Write all records of a study that goes on, by name."""
+    with whole_file(folder / FILE) as temporary:
+        lines = [record.model_dump_json() + "\n" for record in sorted(records, key=lambda record: record.name)]
+        temporary.write_text("".join(lines), encoding="utf-8")

@@ -5,45 +5,20 @@ They speak of the policies that were trained, on goals drawn as these were. They
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.stats import binomtest
 
-from svam.experiments.records import Episode, Record
+from svam.experiments.records import Record
 from svam.files import FileError
 from svam.seeds import generator
 
 RESAMPLES = 10_000
 LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """Outcomes on shared goals, by task: task -> [(variant's success, reference's success), ...]."""
-
-    tasks: dict[str, list[tuple[bool, bool]]]
-
-    @property
-    def all(self) -> list[tuple[bool, bool]]:
-        """Of all tasks."""
-        return [pair for pairs in self.tasks.values() for pair in pairs]
-
-    @property
-    def difference(self) -> float:
-        """Success rate of the variant minus that of the reference, on the shared goals."""
-        return sum(int(a) - int(b) for a, b in self.all) / len(self.all)
-
-    @property
-    def only_variant(self) -> int:
-        """Goals that only the variant reached."""
-        return sum(a and not b for a, b in self.all)
-
-    @property
-    def only_reference(self) -> int:
-        """Goals that only the reference reached."""
-        return sum(b and not a for a, b in self.all)
+Pairs = Mapping[str, NDArray[np.int64]]
+"""Task -> (N, 2) of the goals that both were evaluated on: did the variant succeed, did the reference (1 or 0)."""
 
 
 def paired(variant: Record, reference: Record) -> Pairs:
@@ -52,38 +27,36 @@ def paired(variant: Record, reference: Record) -> Pairs:
     Raises:
         FileError: the runs had different budgets or data, or their goals are not the same.
     """
-    ours, theirs = variant.budget.model_dump(), reference.budget.model_dump()
-    for key, value in ours.items():
-        if value != theirs[key]:
-            raise FileError(
-                f"{variant.name} and {reference.name} are not to be compared: {key} is {value} and {theirs[key]}, "
-                "expected equal budgets; run both again with the same params"
-            )
-    pairs = pairs_of(variant.episodes, reference.episodes)
-    if pairs is None:
-        raise FileError(
-            f"{variant.name} and {reference.name} are not to be compared: they were evaluated on different goals, "
-            "expected the goals of one to be among the other's; run both again with the same params"
-        )
-    return pairs
+    names = f"{variant.name} and {reference.name} cannot be compared"
+    for key, value in variant.budget:
+        other = getattr(reference.budget, key)
+        if value != other:
+            raise FileError(f"{names}: {key} is {value} and {other}, expected equal budgets; run both with the same params")
+    ours, theirs = ({(e.task, e.index): e for e in record.episodes} for record in (variant, reference))
+    shared = sorted(ours.keys() & theirs.keys())
+    if len(shared) < min(len(ours), len(theirs)) or any(ours[goal].seed != theirs[goal].seed for goal in shared):
+        raise FileError(f"{names}: expected the goals of one to be among the other's; run both with the same params")
+    outcomes: dict[str, list[tuple[bool, bool]]] = {}
+    for goal in shared:
+        outcomes.setdefault(goal[0], []).append((ours[goal].success, theirs[goal].success))
+    return {task: np.array(pairs, np.int64) for task, pairs in outcomes.items()}
 
 
-def pairs_of(ours: Sequence[Episode], theirs: Sequence[Episode]) -> Pairs | None:
-    """Outcomes on the goals of the shorter evaluation; None where not all of them are among the other's."""
-    found, known = ({(e.task, e.index): e for e in episodes} for episodes in (ours, theirs))
-    shared = sorted(found.keys() & known.keys())
-    if len(shared) < min(len(found), len(known)) or any(found[goal].seed != known[goal].seed for goal in shared):
-        return None
-    tasks: dict[str, list[tuple[bool, bool]]] = {}
-    for task, index in shared:
-        tasks.setdefault(task, []).append((found[task, index].success, known[task, index].success))
-    return Pairs(tasks)
+def difference(pairs: Pairs) -> float:
+    """Success rate of the variant minus that of the reference."""
+    return float(np.mean(np.concatenate([goals[:, 0] - goals[:, 1] for goals in pairs.values()])))
 
 
-def mcnemar(only_one: int, only_other: int) -> float:
+def only_one(pairs: Pairs) -> tuple[int, int]:
+    """How many goals only the variant reached, and only the reference."""
+    goals = np.concatenate(list(pairs.values()))
+    return int((goals[:, 0] > goals[:, 1]).sum()), int((goals[:, 0] < goals[:, 1]).sum())
+
+
+def mcnemar(one: int, other: int) -> float:
     """McNemar's exact two-sided p-value: how probable so uneven a split of the goals that only one of two reached is (or a
     less probable one), were both equally good."""
-    return float(binomtest(only_one, only_one + only_other).pvalue) if only_one + only_other else 1.0
+    return float(binomtest(one, one + other).pvalue) if one + other else 1.0
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -95,16 +68,13 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def bootstrap(pairs: Sequence[Pairs], seed: int = 0) -> tuple[float, float]:
-    """The 95 % percentile interval of the difference, resampling goals within each task.
-
-    With the pairs of several training seeds on the same goals, a goal is drawn with all of its pairs, and the interval is of
-    the mean difference of these seeds.
-    """
-    random = generator("comparison bootstrap", seed)
+def bootstrap(seeds: Sequence[Pairs]) -> tuple[float, float]:
+    """The 95 % percentile interval of the mean difference of some training seeds, evaluated on the same goals: resamples the
+    goals within each task, each with the outcomes of all seeds."""
+    random = generator("comparison bootstrap", 0)
     sums, count = np.zeros(RESAMPLES), 0
-    for task in sorted(pairs[0].tasks):
-        differences = np.mean([[int(a) - int(b) for a, b in p.tasks[task]] for p in pairs], axis=0)
+    for task in sorted(seeds[0]):
+        differences = np.mean([pairs[task][:, 0] - pairs[task][:, 1] for pairs in seeds], axis=0)
         drawn = random.integers(len(differences), size=(RESAMPLES, len(differences)))
         sums += differences[drawn].sum(axis=1)
         count += len(differences)

@@ -1,0 +1,188 @@
+"""The table of a comparison, from the records of its experiments alone: Markdown, CSV and a figure."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from svam.evaluation.scores import rate_of
+from svam.experiments.plan import REFERENCE, VARIANTS
+from svam.experiments.records import Record, read_records
+from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, difference, holm, mcnemar, only_one, paired
+from svam.files import FileError, whole_file
+from svam.report.figures import save
+from svam.report.tables import markdown_table
+
+COSTS = {
+    "parameters": "parameters trained with the policy", "policy_steps": "policy steps", "batch": "batch",
+    "video_seconds": "video model, s", "distillation_seconds": "distillation, s", "policy_seconds": "policy, s",
+    "evaluation_seconds": "evaluation, s", "latency_milliseconds": "latency, ms",
+}  # fmt: skip
+WHICH = ["variant", "demonstrations a task"]
+DIFFERENCE = "difference to S-VAM, points"
+Row = dict[str, Any]
+"""A run, with the columns of table.csv; None for what was not compared or not measured."""
+
+
+def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
+    """A row for each run, by size, seed and variant, beside the reference's run of the same size and seed; and a row for each
+    variant and size whose seeds were compared on the same goals: label, size, seeds, difference, difference_low and _high.
+
+    Raises:
+        FileError: two runs that belong together had other goals or budgets, or a record is of an unknown variant.
+    """
+    unknown = [record for record in records if record.variant not in VARIANTS]
+    if unknown:
+        raise FileError(f"{unknown[0].name}: no variant is called {unknown[0].variant!r} any more; delete its record")
+    references = {(record.size, record.seed): record for record in records if record.variant == REFERENCE}
+    rows: list[Row] = []
+    several: dict[Any, list[tuple[int, Pairs]]] = {}
+    for record in sorted(records, key=lambda record: (record.size, record.seed, list(VARIANTS).index(record.variant))):
+        row: Row = {
+            "variant": record.variant, "label": VARIANTS[record.variant]["label"], "episodes_per_task": record.size,
+            "seed": record.seed, **rate_of([episode.success for episode in record.episodes]), "pairs": None, "difference": None,
+            "difference_low": None, "difference_high": None, "only_variant": None, "only_svam": None, "p_corrected": None,
+            "verdict": "", "parameters": record.parameters, "policy_steps": record.budget.policy_steps,
+            "batch": record.budget.batch, "demonstrations": record.budget.demonstrations,
+            "video_seconds": record.seconds("finetune_video"),
+            "distillation_seconds": record.seconds("generate", "cache_teacher", "distill"),
+            "policy_seconds": record.seconds("train_policy"), "evaluation_seconds": record.seconds("evaluate"),
+            "latency_milliseconds": record.latency, "policy": record.policy,
+        }  # fmt: skip
+        reference = references.get((record.size, record.seed))
+        if record.variant != REFERENCE and reference is not None:
+            pairs = paired(record, reference)
+            goals = tuple((episode.task, episode.index, episode.seed) for episode in record.episodes)
+            several.setdefault((row["label"], record.size, goals), []).append((record.seed, pairs))
+            row |= {"pairs": sum(map(len, pairs.values())), **_difference([pairs])}
+            row["only_variant"], row["only_svam"] = only_one(pairs)
+        rows.append(row)
+    tested = [row for row in rows if row["pairs"] is not None]
+    for row, p in zip(tested, holm([mcnemar(row["only_variant"], row["only_svam"]) for row in tested]), strict=True):
+        ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
+        row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
+    means = [
+        {"label": label, "size": size, "seeds": [seed for seed, _ in found], **_difference([pairs for _, pairs in found])}
+        for (label, size, _), found in several.items()
+        if len(found) > 1
+    ]
+    return rows, means
+
+
+def _difference(seeds: Sequence[Pairs]) -> Row:
+    """The mean difference and its interval."""
+    low, high = bootstrap(seeds)
+    return {"difference": float(np.mean([difference(p) for p in seeds])), "difference_low": low, "difference_high": high}
+
+
+def _points(row: Mapping[str, Any]) -> str:
+    return "{difference:+.1f} [{difference_low:+.1f}, {difference_high:+.1f}]".format(
+        **{key: 100 * value for key, value in row.items() if key.startswith("difference")}
+    )
+
+
+def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machines: Sequence[str]) -> str:
+    """The whole comparison as one Markdown page. note: printed above it. machines: on which the runs were made."""
+    tested = [row for row in rows if row["pairs"] is not None]
+    lines = []
+    for row in rows:
+        interval = f"{100 * row['success']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['episodes']}"
+        cells = [row["label"], str(row["episodes_per_task"]), str(row["seed"]), interval, "", "", "", row["verdict"]]
+        if row["pairs"] is not None:
+            cells[4:7] = [_points(row), f"{row['only_variant']} : {row['only_svam']}", f"{row['p_corrected']:.3g}"]
+        elif row["variant"] != REFERENCE:
+            cells[7] = "no S-VAM of this size and seed yet"
+        lines.append(cells)
+    header = [*WHICH, "seed", "success", DIFFERENCE, "only it : only S-VAM", "p, corrected", "verdict"]
+    parts = [
+        "# Variants compared",
+        *([note] if note else []),
+        f"{len(rows)} runs. Success at any step, on goals that no demonstration has, with 95 % Wilson intervals. Differences "
+        f"are paired by goal; their 95 % intervals resample goals within tasks ({RESAMPLES} times). p: McNemar's exact test, "
+        f"Holm-corrected for all comparisons here ({len(tested)}); below {LEVEL} the one that reached more goals is ahead. "
+        "Intervals are not corrected.",
+        markdown_table(header, lines),
+    ]
+    if means:
+        cells = [[mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])), _points(mean)] for mean in means]
+        parts += ["## Mean of the training seeds", markdown_table([*WHICH, "seeds", DIFFERENCE], cells)]
+    parts += [
+        "## What can be said",
+        f"Intervals and tests are about these policies, of {len({row['seed'] for row in rows})} training seeds, on such goals; "
+        "so few seeds carry no claim about training in general.",
+        f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested})))} pairs each. \"Not "
+        "distinguishable\" is not \"equal\": 100 pairs cannot see a difference of 10 points, since chance alone makes one "
+        "where only one of two reaches a quarter of the goals.",
+        "## Costs",
+        markdown_table(["variant", *COSTS.values()], _costs(rows)),
+        f"Medians of a variant's runs ({'; '.join(machines)}), with whatever else the machine did; video and distillation are "
+        "shared by all runs that have them. Latency: one observation to one chunk of actions.",
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def _costs(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each variant."""
+    lines = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        known = {key: [row[key] for row in rows if row["label"] == label and row[key] is not None] for key in COSTS}
+        decimals = {key: int(key == "latency_milliseconds") for key in COSTS}
+        lines.append([label, *(f"{median(v):,.{decimals[key]}f}" if v else "not measured" for key, v in known.items())])
+    return lines
+
+
+def figure(rows: Sequence[Row]) -> Figure:
+    """Success of every run by data size, and paired differences to S-VAM, with their 95 % intervals."""
+    sizes = sorted({row["episodes_per_task"] for row in rows})
+    names = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
+    tested = [row for row in reversed(rows) if row["pairs"] is not None]
+    drawn = Figure(figsize=(13.0, max(4.0, 0.28 * len(rows) + 1.5)), layout="constrained")
+    left, right = drawn.subplots(1, 2, width_ratios=[1.0, 1.2])
+    point = {"fmt": "o", "capsize": 2, "markersize": 4}
+    for number, name in enumerate(names):
+        mine = [row for row in rows if row["variant"] == name]
+        shift = (number - (len(names) - 1) / 2) * 0.8 / len(names)
+        places = [sizes.index(row["episodes_per_task"]) + shift + 0.02 * (k % 2) for k, row in enumerate(mine)]
+        ends = np.abs([[row["low"] - row["success"] for row in mine], [row["high"] - row["success"] for row in mine]])
+        rates = [row["success"] for row in mine]
+        left.errorbar(places, rates, yerr=ends, color=f"C{number}", label=VARIANTS[name]["label"], **point)
+    left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    left.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.02, 1.02), xlabel=WHICH[1], ylabel="success at any step")
+    left.legend(fontsize=7)
+    for place, row in enumerate(tested):
+        ends = 100 * np.abs([[row["difference_low"] - row["difference"]], [row["difference_high"] - row["difference"]]])
+        colour = f"C{names.index(row['variant'])}"
+        filled = "white" if row["p_corrected"] >= LEVEL else colour
+        right.errorbar([100 * row["difference"]], [place], xerr=ends, color=colour, markerfacecolor=filled, **point)
+    right.axvline(0.0, color="#333333", linewidth=1)
+    labels = [f"{row['label']}, {row['episodes_per_task']}, seed {row['seed']}" for row in tested]
+    right.set_yticks(range(len(tested)), labels, fontsize=7)
+    right.set_xlabel(f"{DIFFERENCE} (hollow: not distinguishable)")
+    return drawn
+
+
+def write(folder: Path) -> str:
+    """Write table.md, table.csv and figure.png beside the records of `folder`; returns the Markdown.
+
+    Raises:
+        FileError: there are no records, or they cannot be compared.
+    """
+    note, records = read_records(folder)
+    if not records:
+        raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
+    rows, means = compared(records)
+    text = markdown(rows, means, note, sorted({record.machine for record in records}))
+    with whole_file(folder / "table.md") as file:
+        file.write_text(text, encoding="utf-8")
+    with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:
+        writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    save(figure(rows), folder / "figure.png", dpi=100)
+    return text

@@ -1,0 +1,89 @@
+"""What is planned, and what `dvc exp run` will make of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from svam.errors import ParamsError
+from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs, read_yaml
+from svam.simulation.scenes import scene_of
+from tests.stage_deps import ROOT
+
+PLAN: dict[str, Any] = read_yaml(FOLDER / "plan.yaml")
+PARAMS = ROOT / "params.yaml"
+
+
+def write_plan(folder: Path, **changes: Any) -> Path:
+    YAML(typ="safe", pure=True).dump(PLAN | changes, folder / "plan.yaml")
+    return folder / "plan.yaml"
+
+
+@pytest.mark.parametrize("page", ["README.md", "svam/experiments/README.md"])
+def test_variants_are_those_of_the_pages(page: str) -> None:
+    """Every variant that a page's table states is one of ours; the page beside them states all."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    stated = {
+        tuple(re.findall("`(.*)`", line)[0].split()) for line in lines if re.match(r"\| .* \| `(train_policy|distill)\.", line)
+    }
+    ours = {tuple(variant["arguments"]) for variant in VARIANTS.values()} - {()}
+    assert stated and stated <= ours
+    assert page == "README.md" or stated == ours
+
+
+def test_the_plan_is_of_equal_budgets_on_shared_goals(tmp_path: Path) -> None:
+    runs = planned_runs(load_plan(), params=PARAMS)
+    assert len({run.name for run in runs}) == len(runs) == 2 * 3 * 3 + 9
+    assert runs[1].command[:7] == ["dvc", "exp", "run", "-n", "vpp-5-seed1-several_futures", "-S", runs[1].arguments[0]]
+    for run in runs:
+        policy, collect = run.params["train_policy"], run.params["collect"]
+        assert policy["training"]["steps"] == read_yaml(PARAMS)["train_policy"]["training"]["steps"]
+        assert (policy["seed"], policy["episodes_per_task"]) == (run.seed, run.size)
+        assert run.params["evaluate"]["episodes"] == (34 if run.variant in PLAN["core"] else 17)
+        assert run.params["evaluate"]["tasks"] == collect["tasks"] and collect["scenes"] == "shared"
+        assert run.size < collect["episodes"] * (1 - run.params["convert"]["held_out"]), "fewer than the video model sees"
+        for task in collect["tasks"]:
+            assert set(scene_of(task).tasks) <= set(collect["tasks"]), "both sides of each scene"
+    control = next(run for run in runs if run.variant == "vpp_frame_tokens").params
+    assert control["train_policy"]["context"] == ["one_step", "observation"]
+    assert control["train_policy"]["observation_encoder"] == "frozen" and control["distill"]["branches"] == []
+
+
+def test_some_runs_of_a_plan(tmp_path: Path) -> None:
+    plan = load_plan(
+        write_plan(tmp_path, collection="default", steps=99, seeds=[1], episodes_per_task=[5], others=["goal_frame"])
+    )
+    runs = planned_runs(plan, ["diff*", "goal_frame"], PARAMS)
+    assert [run.name for run in runs] == ["diffusion_policy-5-seed1-default", "goal_frame-5-seed1-default"]
+    assert runs[0].params["train_policy"]["training"]["steps"] == 99
+    with pytest.raises(ParamsError, match="--only vppp: no planned run is called so"):
+        planned_runs(plan, ["vppp"], PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"others_episodes_per_task": 7},
+            "others_episodes_per_task is 7 and others_seed 1, expected one of episodes_per_task .5",
+        ),
+        ({"others_episodes": 51}, "others_episodes is 51, expected at most episodes .34."),
+        ({"core": ["vpp"]}, "core is .'vpp'., expected also svam"),
+        ({"others": ["vppp"]}, "others.0 is 'vppp'; accepted"),
+        ({"collection": "none"}, "collection is 'none', expected one of collections: default, several_futures"),
+        ({"size": 1}, "unknown key 'size'"),
+        (["evaluate.tasks=[]"], "evaluate.tasks is .. in collection 'mine', expected at least one"),
+        (["train_policy.contxt=[one_step]"], "contxt.*with -S train_policy.contxt=.one_step."),
+        (["evaluate.batch=many"], "params.yaml: evaluate.batch is 'many'.*with -S evaluate.batch=many"),
+        (["distill.target=ground_truth"], "distill.target is 'ground_truth', expected S-VAM's 'generated'"),
+    ],
+)
+def test_a_wrong_plan_is_one_sentence(tmp_path: Path, changes: dict[str, Any] | list[str], sentence: str) -> None:
+    if isinstance(changes, list):
+        changes = {"collections": {"mine": changes}, "collection": "mine"}
+    with pytest.raises(ParamsError, match=sentence):
+        planned_runs(load_plan(write_plan(tmp_path, **changes)), params=PARAMS)

@@ -1,0 +1,151 @@
+"""The paired statistics against what can be computed by hand, and the table that they become."""
+
+from __future__ import annotations
+
+import csv
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.stats import binom
+
+from svam.experiments.records import Budget, Episode, Record, Stage, read_records, write_records
+from svam.experiments.statistics import Pairs, bootstrap, difference, holm, mcnemar, only_one, paired
+from svam.experiments.table import compared, markdown, write
+from svam.files import FileError
+from tests.stage_deps import ROOT
+
+BUDGET = Budget(
+    policy_steps=4, batch=2, learning_rate=0.1, episodes_per_task=5, demonstrations=20, data="d.dir", max_steps=500, execute=8
+)
+STAGES = {"finetune_video": 1.0, "generate": 2.0, "distill@geometric": 3.0, "train_policy": 30.0, "evaluate": 40.0}
+
+
+def make_record(variant: str = "svam", size: int = 5, seed: int = 1, wins: str = "1010", **changes: Any) -> Record:
+    """A finished run whose episodes of one task succeeded as `wins` says."""
+    episodes = [Episode(task="reach", index=i, seed=100 + i, success=c == "1", steps=9) for i, c in enumerate(wins)]
+    values: dict[str, Any] = {
+        "name": f"{variant}-{size}-seed{seed}", "variant": variant, "size": size, "seed": seed, "arguments": [],
+        "revision": "r", "machine": "2 x processor", "parameters": 7, "policy": "p.dir", "latency": 20.0,
+        "budget": BUDGET.model_copy(update={"episodes_per_task": size}), "episodes": episodes,
+        "stages": {name: Stage(work=name, seconds=seconds) for name, seconds in STAGES.items()},
+    }  # fmt: skip
+    return Record(**(values | changes))
+
+
+def pairs(*outcomes: str, task: str = "reach") -> Pairs:
+    """`pairs("10", "11")`: the variant alone reached the first goal, both the second."""
+    return {task: np.array([[int(one) for one in outcome] for outcome in outcomes])}
+
+
+def test_mcnemar_by_hand() -> None:
+    assert mcnemar(1, 9) == pytest.approx(2 * (1 + 10) / 2**10)
+    assert mcnemar(0, 5) == pytest.approx(2 / 2**5)
+    assert mcnemar(0, 0) == mcnemar(4, 4) == 1.0
+    for n in range(1, 16):
+        for k in range(n + 1):
+            tail = sum(math.comb(n, i) for i in range(min(k, n - k) + 1))
+            assert mcnemar(k, n - k) == pytest.approx(min(1.0, 2 * tail / 2**n))
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_the_bootstrap() -> None:
+    """Of one task it is binomial; tasks are kept apart; a goal is drawn with the outcomes of all seeds."""
+    found = pairs(*["10"] * 30, *["11"] * 70)
+    assert bootstrap([found]) == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.0101)
+    assert bootstrap([found]) == bootstrap([found])
+    assert bootstrap([pairs(*["10"] * 20) | pairs(*["01"] * 20, task="push")]) == (0.0, 0.0)
+    one, other = pairs(*["10"] * 20, *["00"] * 20), pairs(*["00"] * 20, *["10"] * 20)
+    assert bootstrap([one, other]) == (0.5, 0.5)  # the second seed wins just where the first did not
+    low, high = bootstrap([one, one])
+    assert low < 0.4 and high > 0.6
+
+
+def test_runs_are_paired_on_the_goals_that_they_share() -> None:
+    found = paired(make_record("no_semantic", wins="01"), make_record(wins="1100"))
+    assert found["reach"].tolist() == [[0, 1], [1, 1]]
+    assert (difference(found), only_one(found)) == (-0.5, (0, 1))
+
+
+def test_unlike_runs_are_not_paired() -> None:
+    record, variant = make_record(), make_record("vpp")
+    for changed in ([e.model_copy(update={"seed": 1}) for e in variant.episodes],
+                    [variant.episodes[0].model_copy(update={"index": 9}), *variant.episodes[:3]]):  # fmt: skip
+        with pytest.raises(FileError, match="vpp-5-seed1 and svam-5-seed1 cannot be compared: expected the goals of one"):
+            paired(variant.model_copy(update={"episodes": changed}), record)
+    for key, value, found in (("policy_steps", 5, "5 and 4"), ("batch", 3, "3 and 2"), ("data", "e.dir", "e.dir and d.dir")):
+        unlike = variant.model_copy(update={"budget": variant.budget.model_copy(update={key: value})})
+        with pytest.raises(FileError, match=f"{key} is {found}, expected equal budgets"):
+            paired(unlike, record)
+
+
+def some_records() -> list[Record]:
+    """S-VAM reaches 20 goals of 20; VPP 19 or 18; the observation-only policy 8."""
+    reached = {"svam": 20, "vpp": 19, "diffusion_policy": 8}
+    records = [make_record(name, wins="1" * n + "0" * (20 - n)) for name, n in reached.items()]
+    records += [make_record("svam", seed=2, wins="1" * 20), make_record("vpp", seed=2, wins="1" * 18 + "00")]
+    no_time = make_record("no_semantic", wins="1" * 10, latency=None, stages={"evaluate": Stage(work="w", seconds=None)})
+    return [*records, no_time, make_record("goal_frame", size=30, wins="10")]
+
+
+def test_the_table_says_what_can_be_said() -> None:
+    rows, ((mean),) = compared(some_records())
+    found = {(row["variant"], row["seed"]): row for row in rows}
+    assert [row["variant"] for row in rows][:4] == ["svam", "vpp", "diffusion_policy", "no_semantic"]
+    # Four comparisons; 12 goals that S-VAM alone reached.
+    assert found["diffusion_policy", 1]["p_corrected"] == pytest.approx(4 * 2 / 2**12)
+    assert found["diffusion_policy", 1]["verdict"] == "S-VAM ahead"
+    assert found["vpp", 1]["verdict"] == "not distinguishable" and found["vpp", 1]["p_corrected"] == 1.0
+    assert found["svam", 1]["verdict"] == found["goal_frame", 1]["verdict"] == ""
+    assert (mean["label"], mean["size"], mean["seeds"]) == ("VPP", 5, [1, 2])
+    assert mean["difference"] == pytest.approx(-0.075) and mean["difference_low"] <= -0.075 <= mean["difference_high"]
+    page = markdown(rows, [mean], "A note.", ["2 x processor"])
+    assert "\n\nA note.\n\n7 runs." in page
+    assert "| VPP | 5 | 1 | 95 % [76, 99] of 20 | -5.0 [-15.0, +0.0] | 0 : 1 | 1 | not distinguishable |" in page
+    assert "| Diffusion Policy | 5 | 1 | 40 % [22, 61] of 20 | -60.0 [-80.0, -40.0] | 0 : 12 | 0.00195 | S-VAM ahead |" in page
+    assert "no S-VAM of this size and seed yet" in page
+    assert "| VPP | 7 | 4 | 2 | 1 | 5 | 30 | 40 | 20.0 |" in page
+    assert "| w/o semantic | 7 | 4 | 2 | 0 | 0 | 0 | not measured | not measured |" in page
+    assert "2 training seeds" in page and "10 or 20 pairs" in page
+    (_, other), _ = compared([make_record(wins="0" * 12), make_record("vpp", wins="1" * 12)])
+    assert other["verdict"] == "VPP ahead" and (other["difference_low"], other["difference_high"]) == (1.0, 1.0)
+    with pytest.raises(FileError, match="older-5-seed1: no variant is called 'older' any more"):
+        compared([make_record("older")])
+
+
+def test_records_come_back_and_become_three_files(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="no records of finished experiments; `make compare` makes them"):
+        write(tmp_path)
+    write_records(tmp_path, some_records())
+    assert read_records(tmp_path) == (None, sorted(some_records(), key=lambda record: record.name))
+    assert write(tmp_path) == (tmp_path / "table.md").read_text(encoding="utf-8")
+    with (tmp_path / "table.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["verdict"] for row in rows].count("not distinguishable") == 3
+    assert (rows[1]["successes"], rows[1]["only_svam"], rows[1]["difference"]) == ("19", "1", "-0.05")
+    picture = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
+    assert picture.shape[0] > 300 and picture.std() > 10
+    file = tmp_path / "records.jsonl"
+    file.write_text(file.read_text(encoding="utf-8").replace('"revision"', '"version"'), encoding="utf-8")
+    with pytest.raises(FileError, match="records.jsonl: not records of experiments: Field required"):
+        read_records(tmp_path)
+
+
+def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
+    """Its page and CSV are what the command makes of the one file, and the page begins with what the study is not."""
+    study = ROOT / "data/compare/ambiguous"
+    shutil.copy(study / "records.jsonl", tmp_path)
+    page = write(tmp_path)
+    for name in ("table.md", "table.csv"):
+        assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
+    assert page.startswith("# Variants compared\n\n**A finished study") and "no evidence about the method" in page
+    assert len(read_records(tmp_path)[1]) == 25
