@@ -3,6 +3,7 @@ one run of the whole pipeline."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -18,16 +19,31 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
+# Begun first, in this order, since they take longest; the second file that needs `finished` does not wait for it.
+FIRST = ("test_dag_killed.py", "test_dag_external.py", "test_dag_killed_anytime.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A toy project after an uninterrupted `dvc repro`, with dvc.lock and the report committed. Tests leave its results as
-    they are."""
+def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A toy project after an uninterrupted `dvc repro`, with dvc.lock and the report committed; one for all processes that run
+    tests. They leave its results as they are."""
     from tests.project import make_project, ran, run
 
-    project = make_project(tmp_path_factory.mktemp("toy") / "project")
-    expected = run(project, "dvc", "stage", "list", "--name-only").split()
-    assert sorted(ran(run(project, "dvc", "repro"))) == sorted(expected)
-    assert len(expected) == 18  # two tasks and two branches; every other stage once
-    run(project, "git", "add", ".")
-    run(project, "git", "commit", "--quiet", "--message", "run")
+    here = tmp_path_factory.getbasetemp()
+    project = (here if worker_id == "master" else here.parent) / "toy/project"
+    with (project.parent.parent / "toy.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (project.parent / "whole").exists():
+            return project
+        make_project(project)
+        expected = run(project, "dvc", "stage", "list", "--name-only").split()
+        assert sorted(ran(run(project, "dvc", "repro"))) == sorted(expected)
+        assert len(expected) == 18  # two tasks and two branches; every other stage once
+        run(project, "git", "add", ".")
+        run(project, "git", "commit", "--quiet", "--message", "run")
+        (project.parent / "whole").touch()
     return project

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from svam.params import Params, load_params
 
-TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5}
+TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5, "bf16": False}  # CPUs emulate bfloat16
 TEACHER = {"image_size": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2, "training": TRAINING}
 OVERRIDES: dict[str, Any] = {
     "threads": 1,
@@ -34,12 +34,13 @@ OVERRIDES: dict[str, Any] = {
         "training": TRAINING,
         "evaluation_clips": 4,
     },
-    "generate": {"windows": 8, "held_out_windows": 4, "grid": 4, "steps": 2, "batch": 4},
+    "generate": {"windows": 8, "held_out_windows": 4, "grid": 4, "steps": 2, "batch": 4, "bf16": False},
     "cache_teacher": {"batch": 8},
     "distill": {"width": 32, "blocks": 1, "heads": 2, "training": TRAINING},
     "train_policy": {
         "observation_stride": 8,
         "encode_batch": 8,
+        "encode_bf16": False,
         "perceiver": {"queries": 2, "width": 32, "depth": 1, "heads": 2},
         "transformer": {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "steps": 2},
         "training": TRAINING,
