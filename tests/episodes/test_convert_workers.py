@@ -22,7 +22,7 @@ from svam.episodes.chunks import Compression
 from svam.episodes.convert import convert
 from svam.episodes.frames import centre_box, resize_frames, resize_labels
 from svam.episodes.rows import RowReader
-from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
+from svam.episodes.shards import Layout
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, locked, sha256_tree
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks, write_rows
@@ -226,41 +226,6 @@ def test_a_truncated_unit_is_noticed(tmp_path: Path, name: str) -> None:
     with pytest.raises(FileError, match="; run the same command again"):
         convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
     convert(Slow(LENGTHS), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
-
-
-def test_a_missing_or_foreign_piece_is_noticed(tmp_path: Path) -> None:
-    rows, layout = np.arange(20, dtype=np.float32).reshape(20, 1), Layout.of((1,), np.float32, 4, 64, 20)
-    pieces = [tmp_path / "first", tmp_path / "second"]
-    for path, start in zip(pieces, (0, 8), strict=True):
-        piece = Piece(path, start, layout)  # the second as if the first ended with row 7
-        piece.append(rows[start : start + 10])
-        piece.close()
-    with pytest.raises(DamagedPieceError, match=r"second\.rows: a piece of a begins inside a chunk"):
-        joiner = ShardJoiner(tmp_path / "a", 20, layout)
-        joiner.join(pieces[0])
-        joiner.join(pieces[1])
-    joiner.abandon()
-    pieces[0].with_suffix(".rows").unlink()
-    with pytest.raises(DamagedPieceError, match=r"first\.rows: cannot be read \(No such file or directory\); run the same"):
-        ShardJoiner(tmp_path / "b", 20, layout).join(pieces[0])
-
-
-@pytest.mark.parametrize("cuts", [[], [1], [3, 4, 9], [8, 16], [5, 6, 7, 18]])
-def test_pieces_may_end_anywhere(tmp_path: Path, cuts: list[int]) -> None:
-    """Also several within one chunk."""
-    rows = np.random.default_rng(0).normal(size=(19, 3)).astype(np.float32)
-    layout = Layout.of((3,), np.float32, 8, 100, 19)
-    np.testing.assert_array_equal(write_rows(tmp_path / "a", rows, layout, cuts).read_range(0, 19), rows)
-
-
-def test_units_have_many_chunks() -> None:
-    """The joining process compresses a chunk for each unit."""
-    units = {}
-    for chunk in (16, 128):
-        settings = SETTINGS.model_copy(update={"chunk_frames": chunk})
-        units[chunk] = conversion.Plan.of(Slow([100] * 200), settings)[0].units
-    assert [len(units[16]), len(units[128])] == [20, 10]
-    assert all(units[chunk][0][0] == 0 and units[chunk][-1][1] == 200 for chunk in units)
 
 
 def test_a_set_that_cannot_be_split_costs_nothing(tmp_path: Path) -> None:

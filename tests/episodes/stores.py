@@ -1,0 +1,66 @@
+"""A small store that the tests of this folder share, and ways to change what lies in it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from svam.contract import Episode
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, attributes_digest, read_attributes
+from svam.episodes.rows import RowReader
+from tests.recorded import Recorded, two_tasks
+
+Array = np.ndarray[Any, Any]
+
+
+def timed(episode: Episode, gap: int | None = None, rate: float = 20.0) -> dict[str, Any]:
+    """The fields of an episode with timestamps, from `gap` on 0.4 s later."""
+    stamps = 3.0 + np.arange(episode.steps) / rate
+    if gap is not None:
+        stamps[gap:] += 0.4
+    return vars(episode) | {"timestamps": stamps}
+
+
+def with_timestamps() -> Recorded:
+    source = two_tasks()
+    return Recorded([Episode(**timed(episode)) for episode in source.episodes])
+
+
+SOURCE = with_timestamps()
+
+
+def shards(path: Path, array: str) -> list[Path]:
+    """The files of an array, in the order of their rows."""
+    files = (file for file in (path / array / "c").rglob("*") if file.is_file())
+    return sorted(files, key=lambda file: [int(part) for part in file.relative_to(path / array / "c").parts])
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the store's attributes, with a right checksum."""
+    metadata = json.loads((path / "zarr.json").read_text())
+    change(metadata["attributes"])
+    metadata["attributes"][ATTRIBUTES_DIGEST] = attributes_digest(metadata["attributes"])
+    (path / "zarr.json").write_text(json.dumps(metadata))
+
+
+def replace(path: Path, name: str, change: Callable[[Array], Array]) -> None:
+    """Write an array anew, as nobody should: with valid bytes and other values."""
+    reader = RowReader(path / name)
+    values = change(reader.read_range(0, len(reader)))
+    shutil.rmtree(path / name)
+    folders = {file: file.read_bytes() for file in path.rglob("zarr.json")}
+    with GroupWriter(path) as group:
+        group.attributes = read_attributes(path)
+        # Past `append`, which refuses what is not finite.
+        array = group.array(name, values.shape[1:], values.dtype, reader.chunk_rows, reader.shard_rows)
+        with np.errstate(invalid="ignore"):
+            array._buffer = np.zeros((max(len(values), 1), *values.shape[1:]), values.dtype)
+            array._array.resize(values.shape)
+            array._array[:] = values
+    for file, text in folders.items():
+        file.write_bytes(text)
