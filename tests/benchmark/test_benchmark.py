@@ -14,15 +14,14 @@ from typer.testing import CliRunner
 from stages.benchmark import app
 from svam.benchmark import peers, recordings
 from svam.benchmark.parts import PARTS, part_named
-from svam.benchmark.timing import machine, summary
+from svam.benchmark.timing import summary
 from svam.contract import ContractError
 from svam.episodes.convert import convert
-from svam.episodes.store import EpisodeStore
 from svam.files import FileError
 from svam.params import Benchmark, load_params
+from tests.benchmark.common import measured
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.stage_deps import ROOT
-from tests.toy import write_toy_params
 
 SMALL = {
     "frames": 60, "conversion_frames": 90, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2,
@@ -43,14 +42,10 @@ def recording(store: Path, tmp_path_factory: pytest.TempPathFactory) -> recordin
     return recordings.from_store(store, tmp_path_factory.mktemp("recording"), 60, 32)[0]
 
 
-def run(part: str, store: Path, folder: Path, *options: str) -> dict[str, Any]:
-    write_toy_params(ROOT / "params.yaml", folder / "params.yaml", {"benchmark": SMALL})
-    arguments = [part, str(folder / "out.json"), "--episodes", str(store), "--scratch", str(folder / "scratch")]
-    done = CliRunner().invoke(app, [*arguments, "--params", str(folder / "params.yaml"), *options], catch_exceptions=False)
-    assert done.exit_code == 0, done.output
-    assert not list((folder / "scratch").iterdir())
-    found: dict[str, Any] = json.loads((folder / "out.json").read_text())
-    assert found["part"] == part and found["machine"]["cores"] >= 1 and found["settings"]["clips"] == 3
+def run(part: str, store: Path, folder: Path) -> dict[str, Any]:
+    found = measured(part, folder, {"benchmark": SMALL}, "--episodes", str(store))
+    text = json.dumps(found["machine"])
+    assert re.search(r'"memory_gib": [0-9.]+', text) and str(Path.home()) not in text
     return found
 
 
@@ -144,11 +139,6 @@ def test_ratios_are_paired() -> None:
     assert found["milliseconds"] == {"store": 2000.0, "peer": 4000.0}
 
 
-def test_the_machine_has_a_size_and_no_name() -> None:
-    text = json.dumps(machine())
-    assert re.search(r'"memory_gib": [0-9.]+', text) and str(Path.home()) not in text
-
-
 def test_a_part_that_is_none(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["nothing", str(tmp_path / "out.json"), "--params", str(ROOT / "params.yaml")])
     assert done.exit_code == 1 and not (tmp_path / "out.json").exists()
@@ -159,9 +149,3 @@ def test_every_part_can_be_asked_for() -> None:
     assert len({part_named(name) for name in PARTS}) == len(PARTS)
     (listed,) = get_args(Benchmark.model_fields["parts"].annotation)
     assert set(get_args(listed)) == set(PARTS) - {"repro"}  # which is no stage
-
-
-def test_the_store_is_what_the_pipeline_reads(recording: recordings.Recording, tmp_path: Path) -> None:
-    convert(recording, tmp_path / "store", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "store")
-    np.testing.assert_array_equal(store.frames(np.arange(len(store))), recording.whole())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pstats
 from contextlib import chdir
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,9 @@ import pytest
 from dvc.repo import Repo
 
 from svam import console as machine
-from svam.benchmark.pipeline import own_shares, package_of, read_accounts, shares, waits
+from svam.benchmark.pipeline import read_accounts, shares, waits
 from svam.files import FileError
-from tests.benchmarked import measured, refused
+from tests.benchmark.common import measured, refused
 
 PIPELINE = """
 stages:
@@ -128,19 +127,3 @@ def test_a_repro_that_has_nothing_to_do(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert refused("repro", tmp_path / "none", {}, capfd).startswith("`dvc status --json` failed: ERROR: you are not inside")
-
-
-def test_time_is_told_by_package() -> None:
-    """What is written in C counts for who calls it."""
-    packages = "/x/lib/python3.11/site-packages"
-    assert package_of(f"{packages}/dvc/repo/index.py") == "dvc" and package_of(f"{packages}/pygtrie.py") == "pygtrie"
-    assert package_of("/x/lib/python3.11/json/decoder.py") == package_of("~") == "python"
-    stats = pstats.Stats()
-    load, stat = (f"{packages}/ruamel/yaml/main.py", 1, "load"), ("~", 0, "<stat>")
-    walk = (f"{packages}/dvc/walk.py", 2, "walk")
-    stats.stats = {  # type: ignore[attr-defined]
-        load: (1, 1, 5.0, 9.0, {}),
-        walk: (1, 1, 2.0, 3.0, {}),
-        stat: (4, 4, 3.0, 3.0, {load: (1, 1, 1.0, 1.0), walk: (3, 3, 2.0, 2.0)}),
-    }
-    assert own_shares(stats) == {"ruamel": 0.6, "dvc": 0.4}

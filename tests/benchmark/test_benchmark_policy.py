@@ -20,7 +20,7 @@ from svam.files import sha256
 from svam.models.svam import SVAM, SVAMConfig
 from svam.params import Evaluate
 from svam.training.train_policy import choose_rows, load_foresight
-from tests.benchmarked import check_ratio, measured, refused
+from tests.benchmark.common import check_ratio, measured, refused
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.tiny import GENERATE, policy_params, save_all_parts
 from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store

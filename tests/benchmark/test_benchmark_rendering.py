@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarked import check_ratio, measured, refused
+from tests.benchmark.common import check_ratio, measured, refused
 
 
 def test_every_renderer_draws_the_same_episodes(tmp_path: Path) -> None:
