@@ -13,8 +13,9 @@ from svam.benchmark.inputs import Inputs
 from svam.benchmark.parts import PARTS, part_named
 from svam.benchmark.timing import machine
 from svam.console import console
+from svam.errors import ParamsError
 from svam.files import scratch_folder, write_json
-from svam.params import Params, ParamsError
+from svam.params import Params
 
 
 def main(

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from stages._command import stage_command
+from svam.agreement import check_agreement, notes
+from svam.console import console
 from svam.episodes.options import source_options
 from svam.files import whole_file
 from svam.params import Params
@@ -18,14 +20,17 @@ def main(
     params: Params,
     out: Annotated[Path | None, typer.Argument(help="Write this file once all is well; always the same bytes.")] = None,
 ) -> None:
-    """Check every key of the parameters, the options of the chosen data source, and that tasks have the scenes that are asked
-    for; exit with one line for each that is wrong.
+    """Check every key of the parameters, the options of the chosen data source, what sections demand of one another, and that
+    tasks have the chosen scenes; exit with one line for each that is wrong.
 
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.
     """
     source_options(params)
+    check_agreement(params)
     check_scenes(params.collect.scenes, params.collect.tasks)
+    for note in notes(params):
+        console.print(f"NOTE {note}", style="yellow", highlight=False, soft_wrap=True)
     if out is not None:
         with whole_file(out) as file:
             file.write_text("params.yaml was checked\n", encoding="utf-8")

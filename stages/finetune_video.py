@@ -42,8 +42,7 @@ def main(
     inputs = [episodes, backbones / "autoencoder", backbones / "text"]
     with unfinished("finetune_video", params, ["finetune_video"], inputs, device) as resume:
         train_video(model, section, clips, autoencoder, table, seed, device, live, resume)
-        held_out = LatentClips(store, "held_out", autoencoder, *window, device)
-        metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
+        metrics, pictures = evaluate_video(model, section, store, autoencoder, table, seed, device)
         with whole_directory(out) as partial:
             model.save(partial)
             write_json(partial / "metrics.json", metrics)

@@ -1,54 +1,104 @@
 """Every knob of the pipeline: one frozen pydantic section per stage, named as the stage.
 
-`params.yaml` holds the values and this module holds their types, ranges and meaning. It imports no torch, no
-simulator and no zarr, so that a typo is reported in well under a second, before anything is computed.
+`params.yaml` holds the values, all of them: a default here would decide numbers that DVC does not see. This module holds
+their types, ranges and meaning. It imports no torch, no simulator and no zarr, so that a typo is reported in well under a
+second, before anything is computed.
 """
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from svam.errors import ParamsError
-from svam.measuring import Benchmark, Foresight, Report
-from svam.section import Count, Name, Positive, Section, Seed, Share
 
-__all__ = ["Benchmark", "Foresight", "ParamsError", "Report", "Section"]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0.0)]
+NotNegative = Annotated[float, Field(ge=0.0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
+
+def _distinct(values: list[Any]) -> list[Any]:
+    repeated = sorted({value for value in values if values.count(value) > 1})
+    if repeated:
+        raise ValueError(f"names {repeated} more than once")
+    return values
+
+
+Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
+class Section(BaseModel):
+    """Base of all sections: immutable; an unknown key, or a value of another type (`"5"`, `yes`), is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class Attention(Section):
+    """Base of what attends: `heads` of equal size share `width` channels."""
+
+    width: Count
+    heads: Count
+
+    @model_validator(mode="after")
+    def _heads_divide_the_width(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
+        return self
+
+
+class NoiseLevels(Section):
+    """Base of what denoises: from `sigma_max` down to `sigma_min`, in units of the data's standard deviation."""
+
+    sigma_max: Positive
+    sigma_min: Positive
+
+    @model_validator(mode="after")
+    def _sigmas_are_ordered(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min ({self.sigma_min}) must be smaller than sigma_max ({self.sigma_max})")
+        return self
+
+
 class Machine(Section):
     """What the computer offers. No stage lists this section, so changing it re-runs nothing."""
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: Count = 2
-    cache_gb: Positive = 8.0
-    checkpoint_seconds: Annotated[float, Field(ge=0.0)] = 60.0
+    device: Literal["auto", "cpu", "cuda"]
+    workers: Count
+    cache_gb: Positive
+    checkpoint_seconds: NotNegative
 
 
 class Optimiser(Section):
-    """The settings of one run of the training loop, shared by every trained part."""
+    """One run of the training loop, the same for every trained part: AdamW, its schedule, and averaged (EMA) weights.
+
+    warmup: steps of linear rise. schedule: what follows them. clip: largest norm of the gradient. accumulate: batches a step.
+    """
 
     steps: Count
     batch: Count
     learning_rate: Positive
-    warmup: Annotated[int, Field(ge=0)] = 50
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    clip: Positive = 1.0
-    ema: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.99
-    accumulate: Count = 1
-    bf16: bool = False
+    ema: Annotated[float, Field(ge=0.0, lt=1.0)]
+    bf16: bool
+    schedule: Literal["cosine", "constant"]
+    warmup: Annotated[int, Field(ge=0)]
+    betas: Annotated[list[Annotated[float, Field(ge=0.0, lt=1.0)]], Field(min_length=2, max_length=2)]
+    weight_decay: NotNegative
+    clip: Positive
+    accumulate: Count
 
     @model_validator(mode="after")
-    def _warmup_fits(self) -> Optimiser:
+    def _warmup_fits(self) -> Self:
         if self.warmup >= self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be smaller than steps ({self.steps})")
         return self
@@ -57,11 +107,11 @@ class Optimiser(Section):
 class Collect(Section):
     """MetaWorld demonstrations by the scripted experts. scenes, styles: `svam.simulation.scenes`, `svam.simulation.experts`."""
 
-    tasks: list[Name]
+    tasks: Annotated[list[Name], Distinct]
     episodes: Count
-    episodes_of: dict[str, Count] = {}
-    scenes: Literal["stock", "shared"] = "stock"
-    styles: Annotated[list[Style], Field(min_length=1)] = ["direct"]
+    episodes_of: dict[str, Count]
+    scenes: Literal["stock", "shared"]
+    styles: Annotated[list[Style], Field(min_length=1), Distinct]
     noisy_share: Share
     noise_scale: Annotated[float, Field(ge=0.0, le=2.0)]
     image_size: Annotated[int, Field(ge=32, le=512)]
@@ -78,15 +128,10 @@ class Collect(Section):
         return {} if value is None else value
 
     @model_validator(mode="after")
-    def _tasks_are_unique(self) -> Collect:
-        repeated = sorted({t for t in self.tasks if self.tasks.count(t) > 1})
-        if repeated:
-            raise ValueError(f"tasks names {repeated} more than once")
+    def _exceptions_are_tasks(self) -> Self:
         unknown = sorted(set(self.episodes_of) - set(self.tasks))
         if unknown and self.tasks:
             raise ValueError(f"episodes_of names {unknown}, which tasks does not list")
-        if len(set(self.styles)) < len(self.styles):
-            raise ValueError(f"styles is {self.styles}, expected each style once")
         return self
 
     def episodes_for(self, task: str) -> int:
@@ -100,18 +145,18 @@ class Convert(Section):
     source: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     path: str
     depends_on: str
-    options: dict[str, Any] = {}
-    cameras: list[str] = []
-    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
-    crop: Literal["none", "centre"] = "none"
+    options: dict[str, Any]
+    cameras: list[str]
+    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
+    crop: Literal["none", "centre"]
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)]
     action_kind: Literal["absolute", "relative"]
-    binary_dimensions: list[Annotated[int, Field(ge=0)]] = []
+    binary_dimensions: list[Annotated[int, Field(ge=0)]]
     normalisation: Literal["minmax", "quantile", "meanstd"]
-    vector_dtype: Literal["float32", "float16"] = "float32"
-    chunk_frames: Annotated[int, Field(ge=1, le=65534)] | Literal["auto"] = "auto"
-    compression: Literal["lz4", "zstd", "keyed"] = "keyed"
-    shard_megabytes: Annotated[float, Field(gt=0.0)]
+    vector_dtype: Literal["float32", "float16"]
+    chunk_frames: Annotated[int, Field(ge=1, le=65534)] | Literal["auto"]
+    compression: Literal["lz4", "zstd", "keyed"]
+    shard_megabytes: Positive
 
     @field_validator("image_size", mode="before")
     @classmethod
@@ -123,15 +168,30 @@ class Backbone(Section):
     """What every backbone has: where it comes from. `path` is a local folder or a hub id (then pinned by `revision`)."""
 
     source: Literal["in_domain", "pretrained"]
-    path: str | None = None
-    revision: str | None = None
+    path: str | None
+    revision: str | None
     training: Optimiser
 
     @model_validator(mode="after")
-    def _pretrained_names_its_weights(self) -> Backbone:
+    def _pretrained_names_its_weights(self) -> Self:
         if self.source == "pretrained" and not self.path:
             raise ValueError("source is 'pretrained' but path is empty: name a local folder or a hub id")
         return self
+
+
+class AutoencoderLoss(Section):
+    """Weights of the in-domain autoencoder's loss, |error| + squared * error^2, of pixels in [-1, 1].
+
+    A pixel counts 1 on the background and up to 1 + moving + contrast * c where the frame differs from its task's median
+    picture; c in [0, 1] is its difference to the mean of a square around it, of contrast_reach pixels to each side.
+    """
+
+    squared: NotNegative
+    moving: NotNegative
+    moving_threshold: Annotated[float, Field(gt=0.0, le=1.0)]
+    contrast: NotNegative
+    contrast_reach: Count
+    latent_noise: NotNegative
 
 
 class Autoencoder(Backbone):
@@ -140,67 +200,60 @@ class Autoencoder(Backbone):
     latent_channels: Count
     channels: Annotated[list[Count], Field(min_length=2)]
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2)]
+    loss: AutoencoderLoss
 
-    @model_validator(mode="after")
-    def _one_layer_count_per_level(self) -> Autoencoder:
-        if len(self.layers) != len(self.channels):
-            raise ValueError(f"layers {self.layers} and channels {self.channels} must have the same length")
-        if self.source == "in_domain":
-            self._check_sizes()
-        return self
+    @property
+    def factor(self) -> int:
+        """Side of a frame over side of its latents; SVD's is 8."""
+        return 2 ** (len(self.channels) - 1) if self.source == "in_domain" else 8
 
     @property
     def unshuffled_levels(self) -> int:
         """How many of the finest levels have no layers: there pixels become channels."""
         return next((level for level, layers in enumerate(self.layers) if layers), len(self.layers))
 
-    def _check_sizes(self) -> None:
-        """What `AutoencoderDC` demands of its sizes."""
-        used = self.layers[self.unshuffled_levels :]
-        if not used or 0 in used:
+    @model_validator(mode="after")
+    def _sizes_are_those_of_an_autoencoder(self) -> Self:
+        if len(self.layers) != len(self.channels):
+            raise ValueError(f"layers {self.layers} and channels {self.channels} must have the same length")
+        layers, channels = self.layers[self.unshuffled_levels :], self.channels[self.unshuffled_levels :]
+        if not layers or 0 in layers:
             raise ValueError(f"layers is {self.layers}; zeros may only come first, and not everywhere")
         if self.channels[-1] % self.latent_channels:
             raise ValueError(f"the last of channels {self.channels} is no multiple of latent_channels {self.latent_channels}")
-        channels = self.channels[self.unshuffled_levels :]
         for low, high in pairwise(channels):
             if (4 * low) % high or (4 * high) % low or high % 4:
                 raise ValueError(f"channels {low} and {high} of neighbouring levels must divide four times one another")
-
-
-class Text(Backbone):
-    """Instruction to tokens. In-domain: a small CLIP trained on instructions and frames, then frozen."""
-
-    tokens: Annotated[int, Field(ge=4, le=77)]
-    width: Count
-    layers: Count
-    heads: Count
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Text:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         return self
 
 
-class TeacherModel(Backbone):
+class Text(Backbone, Attention):
+    """Instruction to tokens. In-domain: a small CLIP trained on instructions and frames, then frozen."""
+
+    tokens: Annotated[int, Field(ge=4, le=77)]
+    layers: Count
+    vocabulary: Annotated[int, Field(ge=514)]
+    word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TeacherModel(Backbone, Attention):
     """A vision foundation model. In-domain: a small DINOv2-family ViT with a dense head."""
 
     family: Literal["dinov2", "dinov2_registers", "depth_anything_v2"]
     objective: Literal["depth", "segmentation", "self_supervised"]
     image_size: Annotated[int, Field(ge=16)]
     patch: Count
-    width: Count
     layers: Count
-    heads: Count
     reconstructed_share: Share
     blurred_share: Share
+    blur: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+    masked_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    rare_class_power: Share
 
     @model_validator(mode="after")
-    def _patches_tile_the_image(self) -> TeacherModel:
+    def _patches_tile_the_image(self) -> Self:
         if self.image_size % self.patch:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch ({self.patch})")
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
         if self.source == "in_domain" and self.family == "depth_anything_v2" and self.objective != "depth":
             raise ValueError(
                 f"objective is {self.objective!r}, but family 'depth_anything_v2' trains in-domain on 'depth' only: "
@@ -223,41 +276,36 @@ class PrepareBackbones(Section):
 class UNet(Section):
     """Size of the spatio-temporal U-Net; with `pretrained`, a folder or hub id whose own sizes are then used."""
 
-    pretrained: str | None = None
-    revision: str | None = None
+    pretrained: str | None
+    revision: str | None
     channels: Annotated[list[Annotated[int, Field(ge=32, multiple_of=32)]], Field(min_length=2)]
     layers: Count
     heads: Annotated[list[Count], Field(min_length=2)]
 
     @model_validator(mode="after")
-    def _one_head_count_per_level(self) -> UNet:
+    def _one_head_count_per_level(self) -> Self:
         if len(self.heads) != len(self.channels):
             raise ValueError(f"heads {self.heads} and channels {self.channels} must have the same length")
+        if any(channels % heads for channels, heads in zip(self.channels, self.heads, strict=True)):
+            raise ValueError(f"each of channels {self.channels} must be a multiple of its number of heads {self.heads}")
         return self
 
 
-class FinetuneVideo(Section):
-    """The video diffusion model on robot clips. Sigmas are in units of the scaled latents' standard deviation."""
+class FinetuneVideo(NoiseLevels):
+    """The video diffusion model on robot clips."""
 
     frames: Annotated[int, Field(ge=2, le=64)]
     stride_seconds: Positive
     unet: UNet
-    sigma_max: Positive
-    sigma_min: Positive
     log_sigma_mean: float
     log_sigma_std: Positive
-    first_sigma_share: Annotated[float, Field(ge=0.1, le=1.0)]
+    first_sigma_share: Share
     guidance_dropout: Share
+    added_time_ids: Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
     noise: Literal["fixed", "fresh"]
     training: Optimiser
     evaluation_clips: Count
     evaluation_steps: Count
-
-    @model_validator(mode="after")
-    def _sigmas_are_ordered(self) -> FinetuneVideo:
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min ({self.sigma_min}) must be smaller than sigma_max ({self.sigma_max})")
-        return self
 
 
 class Generate(Section):
@@ -283,87 +331,53 @@ class CacheTeacher(Section):
     mantissa_bits: Annotated[int, Field(ge=1, le=10)]
 
 
-class Distill(Section):
+class Distill(Attention):
     """The decouplers: one class, one configuration, trained once per branch."""
 
-    branches: list[Branch]
+    branches: Annotated[list[Branch], Distinct]
     target: Literal["generated", "ground_truth"]
     anchor: Literal["concat", "add"]
-    width: Count
     blocks: Count
-    heads: Count
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     training: Optimiser
 
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Distill:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        if len(set(self.branches)) != len(self.branches):
-            raise ValueError(f"branches names one branch twice: {self.branches}")
-        return self
 
-
-class Perceiver(Section):
+class Perceiver(Attention):
     """The Uni-Perceiver: `queries` per frame, then attention along time."""
 
     queries: Count
-    width: Count
     depth: Count
-    heads: Count
-
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> Perceiver:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        return self
 
 
-class ActionTransformer(Section):
+class ActionTransformer(Attention, NoiseLevels):
     """The diffusion transformer over the K x A action chunk and its EDM sampler."""
 
-    width: Count
     encoder_layers: Count
     decoder_layers: Count
-    heads: Count
-    sigma_min: Positive
-    sigma_max: Positive
     sigma_data: Positive
     steps: Count
-
-    @model_validator(mode="after")
-    def _numbers_agree(self) -> ActionTransformer:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        if self.sigma_min >= self.sigma_max:
-            raise ValueError(f"sigma_min ({self.sigma_min}) must be smaller than sigma_max ({self.sigma_max})")
-        return self
 
 
 class TrainPolicy(Section):
     """Uni-Perceiver and action diffusion transformer on cached foresight."""
 
-    seed: Seed | None = None
-    context: Annotated[list[Context], Field(min_length=1)]
+    seed: Seed | None
+    context: Annotated[list[Context], Field(min_length=1), Distinct]
     aggregator: Literal["uni_perceiver", "mean_pool"]
     objective: Literal["edm", "epsilon"]
     chunk: Count
     proprioception: bool
     observation_encoder: Literal["trained", "frozen"]
-    episodes_per_task: Count | None = None
+    episodes_per_task: Count | None
     observation_stride: Count
     encode_batch: Count
     encode_bf16: bool
     perceiver: Perceiver
     transformer: ActionTransformer
+    noise_draws: Count
     training: Optimiser
     evaluate_every: Count
-
-    @model_validator(mode="after")
-    def _context_is_a_set(self) -> TrainPolicy:
-        if len(set(self.context)) != len(self.context):
-            raise ValueError(f"context names one entry twice: {self.context}")
-        return self
+    evaluation_observations: Count
 
 
 class Evaluate(Section):
@@ -381,8 +395,57 @@ class Evaluate(Section):
     offline_samples: Count
 
 
+class Foresight(Section):
+    """What foresight holds, on held-out windows.
+
+    clips: episodes and clips drawn. probe_frames: annotated frames of each side of the split for the depth probe, at most.
+    resamples: of the episodes, for intervals. batch: frames computed at a time.
+    """
+
+    clips: Count
+    dpi: Annotated[int, Field(ge=50, le=300)]
+    probe_frames: Count
+    resamples: Annotated[int, Field(ge=1000)]
+    batch: Count
+
+
+class Report(Section):
+    """Figures."""
+
+    clips: Count
+    dpi: Annotated[int, Field(ge=50, le=300)]
+
+
+class Benchmark(Section):
+    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window. `parts` are those that can be
+    stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
+
+    parts: list[
+        Literal[
+            "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader", "times"
+        ]
+    ]
+    videos: str | None
+    frames: Count
+    conversion_frames: Count
+    image_sizes: Annotated[list[Count], Field(min_length=1)]
+    clip_frames: Count
+    strides: Annotated[list[Count], Field(min_length=1)]
+    action_chunk: Count
+    clips: Count
+    window_shapes: dict[Name, Annotated[list[Count], Field(min_length=4, max_length=4)]]
+    window_megabytes: Positive
+    workers: Annotated[list[Count], Field(min_length=1)]
+    policy_steps: Count
+    evaluation_episodes: Count
+    rendered_task: Name
+    rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)]
+    rendered_frames: Count
+    repeats: Count
+
+
 class Params(Section):
-    """The whole of `params.yaml`."""
+    """The whole of `params.yaml`. What its sections demand of one another: `svam.agreement`."""
 
     seed: Seed
     threads: Annotated[int, Field(ge=1, le=1024)]
@@ -396,22 +459,9 @@ class Params(Section):
     distill: Distill
     train_policy: TrainPolicy
     evaluate: Evaluate
-    foresight: Foresight = Foresight()
+    foresight: Foresight
     report: Report
     benchmark: Benchmark
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Params:
-        missing = [b for b in ("geometric", "semantic") if b in self.train_policy.context and b not in self.distill.branches]
-        if missing:
-            raise ValueError(
-                f"train_policy.context asks for {missing}, which distill.branches {self.distill.branches} does not train"
-            )
-        if self.evaluate.execute > self.train_policy.chunk:
-            raise ValueError(
-                f"evaluate.execute ({self.evaluate.execute}) must not exceed train_policy.chunk ({self.train_policy.chunk})"
-            )
-        return self
 
 
 def describe(error: ValidationError, file: Path | str, prefix: str = "") -> str:

@@ -15,9 +15,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from svam.contract import ContractError, Episode, FrameBlocks, frame_blocks
-from svam.errors import MachineError
+from svam.errors import MachineError, ParamsError
 from svam.files import FileError
-from svam.params import ParamsError
 from svam.sources.lerobot import LerobotSource, Options, open_source
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"

@@ -16,13 +16,12 @@ from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import Layout, Piece, ShardJoiner
 from svam.params import Convert
+from tests.toy import committed
 
 CAMERAS = ["front", "wrist"]
-SETTINGS = Convert(
-    source="metaworld", path="unused", depends_on="unused",
-    held_out=0.25, action_kind="relative", binary_dimensions=[], normalisation="minmax",
-    chunk_frames=4, shard_megabytes=16 * 192 / 2**20,  # four chunks of frames to a shard
-)  # fmt: skip
+SETTINGS = Convert.model_validate(
+    committed("convert", held_out=0.25, chunk_frames=4, shard_megabytes=16 * 192 / 2**20)  # four chunks of frames to a shard
+)
 
 
 def make_episode(task: str, steps: int, seed: int, size: int = 8) -> Episode:

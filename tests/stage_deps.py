@@ -18,8 +18,6 @@ PACKAGES = ("svam", "stages")
 # Modules of params and contract only: values are tracked as params, versions are stored in outputs and checked on reading.
 UNTRACKED = {
     "svam/params.py",
-    "svam/section.py",
-    "svam/measuring.py",
     "svam/contract.py",
     "svam/errors.py",
     "svam/__init__.py",

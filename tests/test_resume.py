@@ -21,7 +21,7 @@ from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
 from svam.models.generator import SamplerConfig, VideoForesight
-from svam.params import CacheTeacher, Generate, Optimiser, Params
+from svam.params import CacheTeacher, Generate, Params
 from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
 from svam.simulation import collect as collection
 from svam.training import cache_teacher as teacher_cache
@@ -33,7 +33,7 @@ from svam.training.loop import fit
 from tests.killing import kill, one_code, run_stage
 from tests.stage_deps import ROOT
 from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts
-from tests.toy import write_toy_params
+from tests.toy import optimiser, write_toy_params
 
 CPU = torch.device("cpu")
 
@@ -71,7 +71,7 @@ def train(out: Path, resume: Resume, steps_seen: list[int] | None = None, **chan
     values = {"steps": 30, "batch": 8, "learning_rate": 0.05, "warmup": 3, "ema": 0.9, "accumulate": 2} | changes
     kept = fit(
         module, lambda b: (module(b) + torch.randn(len(b)) - b.sum(1)).square().mean(), batch_of,
-        Optimiser.model_validate(values), CPU, "noisy", out / "live", evaluate, 7, "error", resume,
+        optimiser(**values), CPU, "noisy", out / "live", evaluate, 7, "error", resume,
     )  # fmt: skip
     (out / "kept").write_text(repr(kept))
     for name, tensor in module.state_dict().items():

@@ -13,6 +13,7 @@ from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Generate, TrainPolicy
 from tests.tiny_foresight import FRAMES, GRID, make_teacher, save_parts
+from tests.toy import ADAM
 
 GENERATE = Generate(
     windows=4, held_out_windows=2, up_blocks=1, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
@@ -31,7 +32,8 @@ def policy_params(**changes: Any) -> TrainPolicy:
             "width": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "sigma_min": 0.001, "sigma_max": 80.0,
             "sigma_data": 0.5, "steps": 3,
         },
-        "training": {"steps": 4, "batch": 4, "learning_rate": 0.001, "warmup": 1}, "evaluate_every": 2,
+        "training": {**ADAM, "steps": 4, "batch": 4, "learning_rate": 0.001}, "evaluate_every": 2,
+        "evaluation_observations": 256, "noise_draws": 4, "seed": None, "episodes_per_task": None,
     }  # fmt: skip
     return TrainPolicy.model_validate(values | changes)
 

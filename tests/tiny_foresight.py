@@ -20,9 +20,10 @@ from svam.models.video import VideoConfig, VideoModel, build_unet
 from svam.training.prepare_backbones import autoencoder as autoencoder_training
 from svam.training.prepare_backbones.text import train_tokenizer
 from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.toy import committed, optimiser
 
 SIZE, FRAMES, GRID = 16, 3, 2
-OPTIMISER = params.Optimiser(steps=60, batch=2, learning_rate=0.01, warmup=2, ema=0.0)
+OPTIMISER = optimiser(steps=60, batch=2, learning_rate=0.01, warmup=2, ema=0.0)
 
 
 def make_store(path: Path) -> EpisodeStore:
@@ -43,10 +44,10 @@ def make_teacher(objective: Objective | None = None) -> Teacher:
 def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:
     """`backbones/{autoencoder,text,geometric}` and `video` below `folder`: untrained, but whole."""
     torch.manual_seed(4)
-    section = params.Autoencoder(
-        source="in_domain", latent_channels=4, channels=[8, 16, 16], layers=[0, 1, 1], training=OPTIMISER
-    )  # fmt: skip
-    tokenizer = train_tokenizer([s for task in store.tasks for s in store.instructions[task]["train"]])
+    section = params.Autoencoder.model_validate(
+        committed("prepare_backbones.autoencoder", latent_channels=4, channels=[8, 16, 16], layers=[0, 1, 1])
+    )
+    tokenizer = train_tokenizer([s for task in store.tasks for s in store.instructions[task]["train"]], 2048)
     text = CLIPTextModel(CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         max_position_embeddings=8, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,

@@ -7,7 +7,14 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from svam.params import Params, load_params
+from svam.params import Optimiser, Params, load_params
+
+ROOT = Path(__file__).resolve().parents[1]
+ADAM: dict[str, Any] = {
+    "ema": 0.99, "bf16": False, "schedule": "cosine", "warmup": 1, "betas": [0.9, 0.999], "weight_decay": 0.01, "clip": 1.0,
+    "accumulate": 1,
+}  # fmt: skip
+"""What tests leave as it is of a `training` section."""
 
 TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5, "bf16": False}  # CPUs emulate bfloat16
 TEACHER = {"image_size": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2, "training": TRAINING}
@@ -72,6 +79,19 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         inner = isinstance(value, dict) and isinstance(base.get(key), dict) and key not in NAMED
         result[key] = merged(base[key], value) if inner else value
     return result
+
+
+def optimiser(**values: Any) -> Optimiser:
+    """A `training` section of these values, and of `ADAM` for the rest."""
+    return Optimiser.model_validate(ADAM | values)
+
+
+def committed(key: str, **changes: Any) -> dict[str, Any]:
+    """A section of the project's params by its dotted key, with changes."""
+    values = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    for part in key.split("."):
+        values = values[part]
+    return merged(values, changes)
 
 
 def write_toy_params(source: Path, out: Path, changes: dict[str, Any] | None = None) -> Params:

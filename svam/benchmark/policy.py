@@ -236,7 +236,8 @@ def _trained(svam: SVAM, feeding: _Feeding, batches: list[NDArray[np.int64]], pa
     """Seconds of one pass of the training loop over `batches`, from the same weights every time."""
     weights = {name: value.clone() for name, value in svam.network.state_dict().items()}
     update = {"steps": len(batches), "warmup": 0, "accumulate": 1}
-    optimiser, noise = params.train_policy.training.model_copy(update=update), torch.Generator()
+    section, noise = params.train_policy, torch.Generator()
+    optimiser = section.training.model_copy(update=update)
 
     def run(name: str, number: int) -> float:
         svam.network.load_state_dict(weights)
@@ -244,8 +245,8 @@ def _trained(svam: SVAM, feeding: _Feeding, batches: list[NDArray[np.int64]], pa
         noise.manual_seed(seed_of(params.seed, "benchmark features", number))
         start = _finish(svam)
         fit(
-            svam.network, lambda batch: svam.loss(batch, noise), lambda step: batch_of(batches[step]), optimiser, svam.device,
-            f"features, {name}",
+            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws), lambda step: batch_of(batches[step]),
+            optimiser, svam.device, f"features, {name}",
         )  # fmt: skip
         return _finish(svam) - start
 

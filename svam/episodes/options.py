@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from svam import sources
 from svam.contract import EpisodeSource
-from svam.params import Params, ParamsError, describe
+from svam.errors import ParamsError
+from svam.params import Params, describe
 
 
 def available_sources() -> list[str]:

@@ -15,8 +15,7 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 
 from svam.errors import ParamsError
-from svam.params import describe, load_params
-from svam.section import Count, Name, Section, Seed
+from svam.params import Count, Name, Section, Seed, describe, load_params
 
 FOLDER = Path(__file__).parent
 PARAMS = Path("params.yaml")

@@ -24,8 +24,6 @@ LOG_LOGISTIC_SCALE = 0.5
 """Spread of the training noise levels; their location is ln(sigma_data) (MDT's `loglogistic`)."""
 TRAIN_TIMESTEPS = 100
 """Length of the DDPM chain of the `epsilon` objective (Diffusion Policy's)."""
-DRAWS = 4
-"""Noise levels per observation and training step: the context is encoded once and the small decoder is cheap."""
 
 
 def masked_mean_square(error_BKA: Tensor, mask_BK: Tensor) -> Tensor:
@@ -193,11 +191,13 @@ class ActionDiffusion(nn.Module):
         """The noise estimate of the `epsilon` objective at integer timesteps 0..99."""
         return self.raw(noisy_BKA, timestep_B.float() * (4.0 / TRAIN_TIMESTEPS) - 2.0, context_BSD)
 
-    def loss(self, context_BSD: Tensor, actions_BKA: Tensor, mask_BK: Tensor, generator: torch.Generator) -> Tensor:
-        """Scalar training loss over `DRAWS` noise levels per chunk; `generator` lives on the CPU, so that a run's noise does
+    def loss(
+        self, context_BSD: Tensor, actions_BKA: Tensor, mask_BK: Tensor, generator: torch.Generator, draws: int = 1
+    ) -> Tensor:
+        """Scalar training loss over `draws` noise levels per chunk; `generator` lives on the CPU, so that a run's noise does
         not depend on the device. EDM: squared error of the raw output, which is EDM's weighting; epsilon: of the noise."""
         device = actions_BKA.device
-        clean, mask = (x.repeat_interleave(DRAWS, dim=0) for x in (actions_BKA, mask_BK))
+        clean, mask = (x.repeat_interleave(draws, dim=0) for x in (actions_BKA, mask_BK))
         noise = torch.randn(clean.shape, generator=generator).to(device)
         if self.objective == "epsilon":
             timestep = torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(device)

@@ -272,9 +272,10 @@ class SVAM:
         pixels = torch.from_numpy(frames).to(self.device) if trained else None
         return Inputs(entries=found.entries, text=found.text, frames=pixels, proprioception=proprioception)
 
-    def loss(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        """Scalar loss of the denoised action chunk; padded actions count nothing. `generator` (CPU) draws the noise."""
-        return self.network.diffusion.loss(self.network.context(batch.inputs), batch.actions, batch.mask, generator)
+    def loss(self, batch: Batch, generator: torch.Generator, draws: int = 1) -> Tensor:
+        """Scalar loss of the denoised action chunk at `draws` noise levels each; padded actions count nothing. `generator`
+        (CPU) draws the noise."""
+        return self.network.diffusion.loss(self.network.context(batch.inputs), batch.actions, batch.mask, generator, draws)
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:

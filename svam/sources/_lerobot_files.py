@@ -14,9 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
-from svam.errors import MachineError
+from svam.errors import MachineError, ParamsError
 from svam.files import FileError
-from svam.params import ParamsError
 
 BLOCK_FRAMES = 64
 BLOCK_BYTES = 2**25

@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from svam.contract import Frozen
+from svam.errors import ParamsError
 from svam.files import FileError
-from svam.params import ParamsError
 from svam.sources._tfds import Feature
 
 _INSTRUCTIONS = (

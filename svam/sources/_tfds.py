@@ -12,8 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.errors import ParamsError
 from svam.files import FileError, read_json
-from svam.params import ParamsError
 from svam.sources._tfrecord import byte_strings, numbers
 
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"

@@ -35,8 +35,8 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from svam.contract import Annotation, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.params import ParamsError
 from svam.sources._calvin_files import (
     LISTED,
     alignment_gap,

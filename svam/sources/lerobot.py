@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.params import ParamsError
 from svam.sources._lerobot_files import (
     StoredPictures,
     VideoFrames,

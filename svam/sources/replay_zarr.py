@@ -27,8 +27,8 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.params import ParamsError
 from svam.sources._npz import frames_per_block
 from svam.sources._zarr2 import ZarrArray, ZarrFolder
 

@@ -33,8 +33,8 @@ from numpy.typing import NDArray
 
 from svam.console import track
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
+from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.params import ParamsError
 from svam.sources._pictures import picture_blocks
 from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import (

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from svam.console import track
 from svam.contract import ContractError
-from svam.episodes.store import EpisodeStore
+from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows, stride_of
 from svam.models.autoencoder import Autoencoder
 from svam.models.diffusion import expand_like, log_normal_sigmas
@@ -23,6 +23,7 @@ from svam.models.video import VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import generator, seed_of
+from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
@@ -30,6 +31,10 @@ SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
 EXACT_PSNR = 100.0
 """Decibels that an exactly equal picture counts for, as in the autoencoder's metrics; JSON has no infinity. A GPU decodes equal
 latents to equal pixels, so a clip that stands still has such pictures where its first frame is repeated."""
+ENCODED_TOGETHER = 256
+"""Frames that the autoencoder encodes at a time."""
+EMBEDDED_TOGETHER = 256
+"""Sentences that the text encoder embeds at a time; a data set may have one for each episode."""
 
 
 class LatentClips:
@@ -39,36 +44,36 @@ class LatentClips:
     """
 
     def __init__(
-        self, store: EpisodeStore, split: str, autoencoder: Autoencoder, frames: int, stride: int, device: torch.device
-    ) -> None:
-        self.store, self.frames, self.stride = store, frames, stride
-        episodes = store.episodes(split)  # type: ignore[arg-type]
+        self, store: EpisodeStore, split: Split, autoencoder: Autoencoder, frames: int, stride: int, device: torch.device,
+        places: NDArray[np.int64] | None = None,
+    ) -> None:  # fmt: skip
+        """`places`: the only clips that will be cut, by the place of their observed frame in the split; None: any."""
+        self.frames, self.stride = frames, stride
+        episodes = store.episodes(split)
         bounds = [store.bounds(int(e)) for e in episodes]
         lengths = np.array([end - start for start, end in bounds])
         self.episodes = np.repeat(episodes, lengths)
         self.first = np.repeat(np.cumsum(lengths) - lengths, lengths)
         self.last = np.repeat(np.cumsum(lengths), lengths)
         self.rows = np.concatenate([np.arange(start, end) for start, end in bounds])
-        blocks = np.array_split(self.rows, max(1, len(self.rows) // 256))
-        encoded = [
+        self.encoded = self.rows if places is None else np.unique(self.clip_rows(places))
+        blocks = np.array_split(self.encoded, max(1, len(self.encoded) // ENCODED_TOGETHER))
+        latents = [
             autoencoder.encode(torch.from_numpy(store.frames(block)).to(device)).half().cpu()
             for block in track(blocks, f"encode {split} frames", len(blocks))
         ]
-        self.latents = torch.cat(encoded)
+        self.latents = torch.cat(latents)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def clip_rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """Store rows (B, T) of the clips whose observed frames are the `places`-th frames of this split."""
-        return self.rows[self._places(places)]
-
-    def _places(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        return clip_rows(places, self.first[places], self.last[places], self.frames, self.stride)
+        return self.rows[clip_rows(places, self.first[places], self.last[places], self.frames, self.stride)]
 
     def clips(self, places: NDArray[np.int64]) -> Tensor:
         """(B, T, c, h', w') float32."""
-        return self.latents[torch.from_numpy(self._places(places))].float()
+        return self.latents[torch.from_numpy(np.searchsorted(self.encoded, self.clip_rows(places)))].float()
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class TextTable:
         ]
         sentences = sorted({s for options in choices for s in options})
         number = {s: i for i, s in enumerate(sentences)}
-        return cls(text.embed(sentences), [[number[s] for s in options] for options in choices])
+        parts = [text.embed(sentences[i : i + EMBEDDED_TOGETHER]) for i in range(0, len(sentences), EMBEDDED_TOGETHER)]
+        return cls(torch.cat(parts), [[number[s] for s in options] for options in choices])
 
     def draw(self, episodes: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         """(B, L, D): a random allowed sentence for each episode."""
@@ -107,11 +113,12 @@ def new_video_model(
     height, width = store.image_size
     if height % autoencoder.factor or width % autoencoder.factor:
         raise ContractError(f"frames are {height}x{width}; the autoencoder needs multiples of {autoencoder.factor}")
+    first, second, third = params.added_time_ids
     config = VideoConfig(
         frames=params.frames, stride=stride_of(params.stride_seconds, store.rate_hz), rate_hz=store.rate_hz,
         latent_channels=autoencoder.latent_channels, latent_size=(height // autoencoder.factor, width // autoencoder.factor),
         text_tokens=text.tokens, text_width=text.width, sigma_min=params.sigma_min, sigma_max=params.sigma_max,
-        noise=params.noise, camera=store.cameras[0], image_size=(height, width),
+        noise=params.noise, camera=store.cameras[0], image_size=(height, width), added_time_ids=(first, second, third),
     )  # fmt: skip
     if params.unet.pretrained:
         folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet")
@@ -148,19 +155,19 @@ def train_video(
     device: torch.device, live: Path | None, resume: Resume = NOTHING_KEPT,
 ) -> None:  # fmt: skip
     """Fine-tune in place; the averaged weights are in `model` afterwards."""
+    order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")
 
     def batch_of(number: int) -> tuple[Tensor, ...]:
-        rng = generator(seed, "finetune_video", number)
         random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
-        places = rng.integers(len(clips), size=params.training.batch)
+        places = order.batch(number)
         clean = clips.clips(places).to(device)
-        text = table.draw(clips.episodes[places], rng).to(device)
+        text = table.draw(clips.episodes[places], generator(seed, "finetune_video sentences", number)).to(device)
         condition = autoencoder.condition_of(clean[:, 0])
         # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
-        kept = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
+        shown = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
         sigma = draw_sigmas(params, len(places), random).to(device)
         noise = torch.randn(clean.shape, generator=random).to(device)
-        return clean, sigma, noise, condition * expand_like(kept, condition), text * expand_like(kept, text)
+        return clean, sigma, noise, condition * expand_like(shown, condition), text * expand_like(shown, text)
 
     fit(
         model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
@@ -170,7 +177,7 @@ def train_video(
 
 @torch.no_grad()
 def evaluate_video(
-    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
+    model: VideoModel, params: FinetuneVideo, store: EpisodeStore, autoencoder: Autoencoder, table: TextTable, seed: int,
     device: torch.device,
 ) -> tuple[dict[str, float], NDArray[np.uint8]]:  # fmt: skip
     """Metrics on held-out episodes, and sample pictures.
@@ -180,8 +187,9 @@ def evaluate_video(
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    rng = generator(seed, "finetune_video held out")
-    places = np.sort(rng.choice(len(clips), size=min(params.evaluation_clips, len(clips)), replace=False))
+    rng, available = generator(seed, "finetune_video held out"), len(store.rows("held_out"))
+    places = np.sort(rng.choice(available, size=min(params.evaluation_clips, available), replace=False))
+    clips = LatentClips(store, "held_out", autoencoder, params.frames, model.config.stride, device, places)
     text = table.draw(clips.episodes[places], rng)
     losses: dict[str, list[Tensor]] = {}
     sums: dict[str, float] = {}
@@ -200,7 +208,10 @@ def evaluate_video(
                     denoising_loss(model, clean, level.exp().to(device), noise, condition, tokens).cpu()
                 )
             seeds = [seed_of(seed, "held-out noise", int(p)) for p in places[block]]
-            made = model.generate(condition, tokens, model.initial_noise(seeds), params.evaluation_steps, 1.0, 1, 2)
+            made = model.generate(
+                condition, tokens, model.initial_noise(seeds), steps=params.evaluation_steps, guidance=1.0, up_blocks=1,
+                grid=2,  # of features, which nothing here looks at
+            )  # fmt: skip
         repeated = clean[:, :1].expand_as(clean)
         truth = _decoded(autoencoder, clean)
         for name, latents in (("generated", made.latents), ("repeated", repeated), ("one_step", made.one_step)):

@@ -25,9 +25,11 @@ class DivergedError(SvamError, ValueError):
 
 
 def learning_rate_factor(step: int, optimiser: Optimiser) -> float:
-    """Linear warm-up to 1, then half a cosine to 0; `step` counts from 0."""
+    """Linear warm-up to 1, then half a cosine to 0, or a constant 1; `step` counts from 0."""
     if step < optimiser.warmup:
         return (step + 1) / (optimiser.warmup + 1)
+    if optimiser.schedule == "constant":
+        return 1.0
     share = (step - optimiser.warmup) / max(1, optimiser.steps - optimiser.warmup)
     return 0.5 * (1.0 + math.cos(math.pi * share))
 
@@ -72,7 +74,8 @@ def fit(
         FileError: the state cannot be saved.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    adam = torch.optim.AdamW(decayed_groups(parameters, optimiser.weight_decay), lr=optimiser.learning_rate, fused=True)
+    groups, betas = decayed_groups(parameters, optimiser.weight_decay), (optimiser.betas[0], optimiser.betas[1])
+    adam = torch.optim.AdamW(groups, lr=optimiser.learning_rate, betas=betas, fused=True)
     state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema), Curves(live_dir), device)
     state.restore(resume)
     log_every = max(1, optimiser.steps // 100)

@@ -31,8 +31,6 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.feature_cache import Encode, FeatureCache, Features, Wanted, observation_address
 from svam.training.loop import fit
 
-HELD_OUT = 256
-"""Held-out observations, evenly spread, on which checkpoints are compared."""
 STATISTICS_ROWS = 512
 """Training observations, evenly spread, from which the inputs' means and deviations are computed."""
 FRAMES = "frames"
@@ -252,8 +250,10 @@ def train(
     check_camera(foresight, store, needs_of(frozen).video)
     kept = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
-    held_rows = choose_rows(store, "held_out", section.observation_stride, None)
-    held_rows = held_rows[np.linspace(0, len(held_rows) - 1, min(HELD_OUT, len(held_rows))).round().astype(np.int64)]
+    # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.
+    held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
+    count = min(section.evaluation_observations, len(held_rows))
+    held_rows = held_rows[np.linspace(0, len(held_rows) - 1, count).round().astype(np.int64)]
     sides = [observe(store, rows, section.chunk, section.proprioception, seed) for rows in (train_rows, held_rows)]
     console.print(f"train_policy: {len(sides[0])} observations to learn from, {len(sides[1])} held out", highlight=False)
 
@@ -279,8 +279,9 @@ def train(
             return learning.batch(order.batch(number))
 
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(batch, noise), batch_of, optimiser, device, "train_policy", live,
-            lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every, "action_error", resume,
+            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws), batch_of, optimiser, device,
+            "train_policy", live, lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
+            "action_error", resume,
         )  # fmt: skip
     finally:
         features.close()

@@ -27,12 +27,14 @@ from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.stage_deps import ROOT
 from tests.tiny import GENERATE, save_all_parts
 from tests.tiny_foresight import FRAMES, SIZE, make_teacher
-from tests.toy import write_toy_params
+from tests.toy import committed, write_toy_params
 
 GENERATED = GENERATE.model_copy(update={"windows": 8, "held_out_windows": 6})
 ENTRIES = ["geometric", "semantic", "one_step"]
 FIGURES = {"measures", "sequence_0", "sequence_1", "depth", "attention"}
 PLOTS = {"gap", "depth", "attention"}
+
+FORESIGHT = report.Foresight.model_validate(committed("foresight", batch=5))
 
 
 def write_store(path: Path, **changes: Any) -> EpisodeStore:
@@ -113,7 +115,7 @@ def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
     """Errors of V^ and of the decoded one-step prediction, and IoU against the simulator, computed again from the arrays."""
     store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated.zarr")
     model = report.load_model(windows, root / "backbones", root, ["geometric"])
-    subject = report.Subject(windows, store, model, ["geometric"], report.Foresight(batch=5), 0)
+    subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
     found = report.measure_gap(subject)
     truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
     unit = np.square(truth[:, 1:] - truth[:, :1]).sum(axis=(1, 2, 3, 4))
@@ -144,7 +146,7 @@ def test_features_that_were_not_kept_are_computed_again(root: Path, tmp_path: Pa
     for folder in (root, tmp_path):
         windows = GeneratedWindows(folder / "generated.zarr")
         model = report.load_model(windows, root / "backbones", root, ["geometric"])
-        subject = report.Subject(windows, store, model, ["geometric"], report.Foresight(), 0)
+        subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
         found.append(report.probe_features(subject)(numbers, frames))
     assert set(found[0]) == set(found[1]) == {"repeat", "one_step", "geometric", "generated", "truth"}
     for name, values in found[0].items():

@@ -15,19 +15,17 @@ from svam.files import FileError
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import save_published
 from svam.training.prepare_backbones.autoencoder import (
-    CONTRAST_WEIGHT,
-    MOVING_WEIGHT,
     build,
     moving_weight,
     psnr,
     with_statistics,
 )
+from tests.toy import committed
 
 
 def section(**changes: object) -> params.Autoencoder:
-    training = {"steps": 60, "batch": 2, "learning_rate": 0.003, "warmup": 2, "ema": 0.0}
-    base = {"source": "in_domain", "latent_channels": 4, "channels": [8, 16, 16], "layers": [0, 1, 1], "training": training}
-    return params.Autoencoder.model_validate({**base, **changes})
+    base = {"latent_channels": 4, "channels": [8, 16, 16], "layers": [0, 1, 1]}
+    return params.Autoencoder.model_validate(committed("prepare_backbones.autoencoder", **{**base, **changes}))
 
 
 @pytest.fixture
@@ -151,15 +149,16 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:
 
 
 def test_moving_weight_by_hand() -> None:
+    weights = section().loss
     background = torch.zeros(1, 3, 15, 15)
     pixels = torch.zeros(1, 3, 15, 15)
-    assert torch.equal(moving_weight(pixels, background), torch.ones(1, 1, 15, 15))
+    assert torch.equal(moving_weight(pixels, background, weights), torch.ones(1, 1, 15, 15))
     # A step of 0.08 in [-1, 1] is half the threshold of 0.08 in [0, 1]; everywhere, it has no contrast.
-    flat = moving_weight(pixels + 0.08, background)
-    torch.testing.assert_close(flat, torch.full_like(flat, 1.0 + MOVING_WEIGHT / 2))
+    flat = moving_weight(pixels + 0.08, background, weights)
+    torch.testing.assert_close(flat, torch.full_like(flat, 1.0 + weights.moving / 2))
     pixels[0, 1, 7, 7] = -1.0  # one pixel, 0.5 in [0, 1], against a neighbourhood of 49 that holds it
-    point = moving_weight(pixels, background)[0, 0]
-    assert point[7, 7].item() == pytest.approx(1.0 + MOVING_WEIGHT + CONTRAST_WEIGHT * 0.5 * 48 / 49)
+    point = moving_weight(pixels, background, weights)[0, 0]
+    assert point[7, 7].item() == pytest.approx(1.0 + weights.moving + weights.contrast * 0.5 * 48 / 49)
     assert point[7, 6].item() == 1.0
 
 

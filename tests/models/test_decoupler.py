@@ -17,8 +17,8 @@ from svam.files import FileError
 from svam.models.attention import attend
 from svam.models.decoupler import Attention, Decoupler, DecouplerConfig, FactorisedBlock
 from svam.models.tokens import to_grid
-from svam.params import Optimiser
 from svam.training.loop import fit
+from tests.toy import optimiser
 
 
 def config(anchor: Literal["concat", "add"] = "concat") -> DecouplerConfig:
@@ -125,7 +125,7 @@ def test_it_overfits_one_batch(anchor: Literal["concat", "add"]) -> None:
     decoupler, batch = made(anchor), inputs()
     with torch.no_grad():
         before = float(decoupler.loss(*batch))
-    settings = Optimiser(steps=150, batch=2, learning_rate=0.01, warmup=5, ema=0.5, weight_decay=0.0)
+    settings = optimiser(steps=150, batch=2, learning_rate=0.01, warmup=5, ema=0.5, weight_decay=0.0)
     fit(decoupler, lambda b: decoupler.loss(*b), lambda number: batch, settings, torch.device("cpu"), "decoupler")
     with torch.no_grad():
         assert float(decoupler.loss(*batch)) < 0.1 * before

@@ -124,7 +124,7 @@ def test_it_learns_four_chunks_by_heart(objective: str) -> None:
     optimiser = torch.optim.Adam(model.parameters(), lr=0.006)
     losses = []
     for _ in range(250):
-        loss = model.loss(model.encode_context(tokens, text, None), actions, mask, random)
+        loss = model.loss(model.encode_context(tokens, text, None), actions, mask, random, draws=4)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

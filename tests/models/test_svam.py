@@ -298,7 +298,7 @@ def test_it_overfits_one_batch_and_act_repeats_it(store: EpisodeStore, folders: 
     random, losses = torch.Generator().manual_seed(0), []
     optimiser = torch.optim.Adam(model.network.parameters(), lr=0.008)
     for _ in range(150):
-        loss = model.loss(batch, random)
+        loss = model.loss(batch, random, draws=4)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

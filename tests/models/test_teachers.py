@@ -19,18 +19,19 @@ from svam import params
 from svam.contract import ContractError
 from svam.models.published import save_published
 from svam.models.teachers import FARTHEST, Backbone, Family, Teacher, TeacherConfig, unpatchify
-from svam.training.prepare_backbones.teacher import Views, blur, build, inverse_depth, loss_of
+from svam.training.prepare_backbones.teacher import Views, blur, build, inverse_depth, objective_of
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
+from tests.toy import committed
 
 SIZE = 16
 
 
 def section(family: Family, objective: str) -> params.TeacherModel:
-    return params.TeacherModel.model_validate({
-        "source": "in_domain", "family": family, "objective": objective, "image_size": SIZE, "patch": 4, "width": 12,
-        "layers": 2, "heads": 2, "reconstructed_share": 0.25, "blurred_share": 0.25,
-        "training": {"steps": 60, "batch": 3, "learning_rate": 0.003, "warmup": 2, "ema": 0.0},
-    })  # fmt: skip
+    values = committed(
+        "prepare_backbones.semantic", family=family, objective=objective, image_size=SIZE, patch=4, width=12, layers=2, heads=2,
+        reconstructed_share=0.25, blurred_share=0.25, training={"steps": 60, "batch": 3, "warmup": 2},
+    )  # fmt: skip
+    return params.TeacherModel.model_validate(values)
 
 
 def library_tokens(model: Backbone, pixels: torch.Tensor) -> torch.Tensor:
@@ -148,8 +149,9 @@ def test_each_objective_overfits_one_batch(family: Family, objective: str, frame
     config = TeacherConfig(family, SIZE, objective, outputs, inverse_mean=1.0, inverse_std=0.3)  # type: ignore[arg-type]
     teacher = Teacher(build(settings), config)
     column = torch.arange(SIZE).expand(2, SIZE, SIZE)
-    labels = {"depth": 0.5 + column / SIZE, "segmentation": (column // 8).byte(), "self_supervised": torch.empty(0)}[objective]
-    module, loss = loss_of(teacher, settings, np.array([128, 128, 0, 0, 0, 0, 0]))
+    hidden = torch.rand(2, teacher.grid**2, generator=torch.Generator().manual_seed(1)) < 0.5
+    labels = {"depth": 0.5 + column / SIZE, "segmentation": (column // 8).byte(), "self_supervised": hidden}[objective]
+    module, loss = objective_of(teacher, settings, np.array([128, 128, 0, 0, 0, 0, 0]))
     optimiser = torch.optim.AdamW(module.parameters(), lr=0.005)
     values = []
     smooth = torch.nn.functional.avg_pool2d(frames, 5, 1, 2)
@@ -170,7 +172,8 @@ def test_views_keep_to_their_shares() -> None:
     rng = np.random.default_rng(0)
     kinds = {"clean": 0, "reconstructed": 0, "blurred": 0}
     for _ in range(200):
-        seen, clean, labels = views.batch(section("dinov2", "depth"), rng, torch.device("cpu"))
+        chosen = torch.from_numpy(rng.choice(8, 3, replace=False))
+        seen, clean, labels = views.batch(chosen, section("dinov2", "depth"), rng, torch.device("cpu"))
         assert len(set(labels.tolist())) == 3
         for one, original in zip(seen, clean, strict=True):
             rebuilt_one = torch.allclose(one, torch.full_like(one, 0.2))

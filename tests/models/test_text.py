@@ -31,7 +31,7 @@ SENTENCES = ["open the drawer", "pull the drawer open", "close the window", "sli
 def published(tmp_path: Path) -> tuple[Path, CLIPModel, CLIPTokenizer]:
     """A whole, randomly initialised CLIP with its tokenizer, as openai's repository lays it out."""
     torch.manual_seed(0)
-    tokenizer = train_tokenizer(SENTENCES)
+    tokenizer = train_tokenizer(SENTENCES, 2048)
     shared = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     special = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     clip = CLIPModel(
@@ -91,13 +91,13 @@ def test_too_long_and_too_many_positions(published: tuple[Path, CLIPModel, CLIPT
 
 
 def test_the_trained_tokenizer_knows_its_words_and_spells_others() -> None:
-    tokenizer = train_tokenizer(SENTENCES)
+    tokenizer = train_tokenizer(SENTENCES, 2048)
     ids = tokenizer("Open  the window")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == [BEGIN, "open</w>", "the</w>", "window</w>", END]
     assert (ids[0], ids[-1]) == (len(tokenizer) - 2, len(tokenizer) - 1)  # CLIP's places
     unknown = tokenizer("qué")["input_ids"]
     assert tokenizer.unk_token_id not in unknown[:-1] and tokenizer.decode(unknown, skip_special_tokens=True) == "qué"
-    assert train_tokenizer(SENTENCES[::-1])("slide")["input_ids"] == tokenizer("slide")["input_ids"]
+    assert train_tokenizer(SENTENCES[::-1], 2048)("slide")["input_ids"] == tokenizer("slide")["input_ids"]
 
 
 def test_every_pair_of_one_task_is_a_positive() -> None:
@@ -114,7 +114,7 @@ def test_every_pair_of_one_task_is_a_positive() -> None:
 
 def test_words_are_dropped_but_never_all() -> None:
     rng = generator(0, "words")
-    dropped = [drop_words("one two three", rng) for _ in range(200)]
+    dropped = [drop_words("one two three", 0.1, rng) for _ in range(200)]
     assert set(" ".join(dropped).split()) == {"one", "two", "three"} and all(dropped)
     assert 100 < sum(d == "one two three" for d in dropped) < 180  # 0.9 cubed is 0.73
 

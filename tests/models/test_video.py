@@ -11,9 +11,10 @@ from torch import Tensor
 
 from svam.files import FileError
 from svam.models.video import VideoConfig, VideoModel, build_unet
-from svam.params import FinetuneVideo, Optimiser
+from svam.params import FinetuneVideo
 from svam.training.finetune_video import denoising_loss, draw_sigmas
 from svam.training.loop import fit
+from tests.toy import optimiser
 
 CONFIG = VideoConfig(
     frames=3, stride=2, rate_hz=10.0, latent_channels=4, latent_size=(4, 4), text_tokens=5, text_width=16, sigma_min=0.02,
@@ -146,6 +147,6 @@ def test_it_overfits_one_batch() -> None:
         losses.append(value.item())
         return value
 
-    settings = Optimiser(steps=40, batch=2, learning_rate=0.003, warmup=5)
+    settings = optimiser(steps=40, batch=2, learning_rate=0.003, warmup=5)
     fit(model, loss, lambda number: number, settings, torch.device("cpu"), "one batch")
     assert losses[-1] < 0.2 * losses[0]

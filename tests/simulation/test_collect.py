@@ -17,11 +17,10 @@ from svam.seeds import generator, seed_of
 from svam.simulation.collect import collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
+from tests.toy import committed
 
-SMALL = Collect(
-    tasks=["reach"], episodes=2, noisy_share=0.5, noise_scale=0.6, image_size=32, cameras=["corner2", "topview"],
-    render="fast", annotate_every=10, tail=4, max_steps=300, attempts=5,
-)  # fmt: skip
+_CHANGES = {"tasks": ["reach"], "episodes": 2, "episodes_of": {}, "noisy_share": 0.5, "annotate_every": 10, "tail": 4}
+SMALL = Collect.model_validate(committed("collect", image_size=32, cameras=["corner2", "topview"], attempts=5, **_CHANGES))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from svam.simulation.metaworld import TaskEnvironment
 from svam.simulation.scenes import SCENES, Scene, shared_tasks
 from svam.sources.metaworld import MetaworldSource
 from tests.recorded import SETTINGS
+from tests.toy import committed
 
 Make = Callable[..., TaskEnvironment]
 QUIET = np.zeros((500, 4), np.float32)
@@ -86,10 +87,8 @@ def test_a_task_without_a_shared_scene_is_one_sentence(tmp_path: Path) -> None:
 
 
 def small(*tasks: str, **changes: Any) -> Collect:
-    return Collect(
-        tasks=list(tasks), episodes=2, noisy_share=0.0, noise_scale=0.6, image_size=32, cameras=["corner2"], render="fast",
-        annotate_every=50, tail=0, max_steps=300, attempts=3, **changes,
-    )  # fmt: skip
+    base = {"episodes": 2, "episodes_of": {}, "noisy_share": 0.0, "image_size": 32, "annotate_every": 50, "tail": 0}
+    return Collect.model_validate(committed("collect", tasks=list(tasks), **base, **changes))
 
 
 class Still:

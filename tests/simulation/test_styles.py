@@ -16,6 +16,7 @@ from svam.seeds import seed_of
 from svam.simulation.collect import collect
 from svam.simulation.experts import DETOUR_METRES, demonstrate, disturbances, record, rehearse, style_of
 from svam.simulation.metaworld import TaskEnvironment
+from tests.toy import committed
 
 Make = Callable[..., TaskEnvironment]
 QUIET = np.zeros((500, 4), np.float32)
@@ -99,10 +100,8 @@ def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
 
 
 def test_a_collection_states_its_styles(tmp_path: Path) -> None:
-    params = Collect(
-        tasks=["reach"], episodes=2, styles=["left", "right"], noisy_share=0.0, noise_scale=0.6, image_size=32,
-        cameras=["corner2"], render="fast", annotate_every=50, tail=0, max_steps=300, attempts=3,
-    )  # fmt: skip
+    changes = {"episodes": 2, "episodes_of": {}, "styles": ["left", "right"], "image_size": 32, "annotate_every": 50}
+    params = Collect.model_validate(committed("collect", tasks=["reach"], noisy_share=0.0, tail=0, **changes))
     collect("reach", tmp_path / "styled", params, 5, 1)
     provenance = read_json(tmp_path / "styled/meta.json")["provenance"]
     assert provenance["styles"] == ["left", "right"] and "scenes" not in provenance

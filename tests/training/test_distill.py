@@ -18,20 +18,21 @@ from svam.files import sha256_tree
 from svam.models.decoupler import Decoupler
 from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
-from svam.params import Distill, Generate, Optimiser
+from svam.params import Distill, Generate
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
 from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, kept
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_foresight
 from tests.tiny_foresight import FRAMES, GRID, make_store, save_parts, write_windows
+from tests.toy import optimiser
 
 CPU = torch.device("cpu")
 TRAIN, TEST, C_F, C_I = 40, 8, 5, 4
 HELD_OUT = [False] * TRAIN + [True] * TEST
 SECTION = Distill(
     branches=["geometric"], target="generated", anchor="concat", width=16, blocks=1, heads=2, dropout=0.0,
-    training=Optimiser(steps=100, batch=8, learning_rate=0.01, warmup=5, ema=0.9),
+    training=optimiser(steps=100, batch=8, learning_rate=0.01, warmup=5, ema=0.9),
 )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def test_held_out_windows_leak_into_nothing_that_is_trained(tmp_path: Path, data
     other = open_data(tmp_path, values)
     first, second = TrainingStatistics(data), TrainingStatistics(other)
     assert all(np.array_equal(getattr(first, key), getattr(second, key)) for key in vars(first))
-    short = SECTION.model_copy(update={"training": Optimiser(steps=4, batch=8, learning_rate=0.01, warmup=1)})
+    short = SECTION.model_copy(update={"training": optimiser(steps=4, batch=8, learning_rate=0.01, warmup=1)})
     states = [distill(d, short, 0, CPU)[0].state_dict() for d in (data, other)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 

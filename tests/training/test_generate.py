@@ -14,10 +14,13 @@ from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
+from svam.models.text import TextEncoder
 from svam.params import FinetuneVideo, Generate
+from svam.training import finetune_video
 from svam.training.finetune_video import LatentClips, TextTable, _psnr, evaluate_video
 from svam.training.generate import choose_windows, generate_windows
 from tests.tiny_foresight import GRID, OPTIMISER, make_store, save_parts
+from tests.toy import committed
 
 SECTION = Generate(
     windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
@@ -98,14 +101,11 @@ def test_each_entry_asks_for_just_its_parts() -> None:
 
 def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeStore, ForesightModel]) -> None:
     store, model = parts
-    section = FinetuneVideo.model_construct(
-        training=OPTIMISER, evaluation_clips=4, evaluation_steps=2, sigma_max=80.0, sigma_min=0.02, first_sigma_share=0.2
-    )
+    changes = {"training": OPTIMISER, "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}
+    section = FinetuneVideo.model_validate(committed("finetune_video") | changes)
     autoencoder, video, cpu = model.part("autoencoder"), model.part("video"), torch.device("cpu")
-    clips = LatentClips(store, "held_out", autoencoder, 3, 2, cpu)  # type: ignore[arg-type]
-    assert set(clips.rows.tolist()) == set(store.rows("held_out").tolist())
     table = TextTable.build(store, model.text)
-    metrics, pictures = evaluate_video(video, section, clips, autoencoder, table, 0, cpu)  # type: ignore[arg-type]
+    metrics, pictures = evaluate_video(video, section, store, autoencoder, table, 0, cpu)  # type: ignore[arg-type]
     assert pictures.shape == (4, 2, 3, 16, 16, 3)
     truth = pictures[:, 0].astype(np.float64) / 255
     # "repeat the first frame" is recomputed by hand from the decoded truth, frames 1..T-1 only
@@ -113,6 +113,35 @@ def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeS
     assert metrics["repeated_mse"] == pytest.approx(expected, rel=0.02)
     assert metrics["error_share_of_repeat"] == pytest.approx(metrics["generated_mse"] / metrics["repeated_mse"])
     assert {"loss_sigma_first", "loss_sigma_0.2_1", "generated_psnr", "generated_ssim"} <= set(metrics)
+
+
+def test_clips_that_are_named_need_no_other_frames(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    store, model = parts
+    places, cpu = np.array([3, 9, 11]), torch.device("cpu")
+    every = LatentClips(store, "held_out", model.part("autoencoder"), 3, 2, cpu)  # type: ignore[arg-type]
+    few = LatentClips(store, "held_out", model.part("autoencoder"), 3, 2, cpu, places)  # type: ignore[arg-type]
+    assert every.rows.tolist() == few.rows.tolist() == store.rows("held_out").tolist()
+    assert len(few.latents) == len(set(few.clip_rows(places).ravel().tolist())) < len(every.latents) == len(every.rows)
+    torch.testing.assert_close(few.clips(places), every.clips(places), atol=2e-3, rtol=2e-3)
+
+
+def test_many_sentences_are_embedded_in_parts(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+    """As many sentences as a data set with one for each episode has: memory is bounded by the part."""
+    store, model = parts
+    sizes: list[int] = []
+
+    class Watched(TextEncoder):
+        def embed(self, instructions: list[str]) -> torch.Tensor:
+            sizes.append(len(instructions))
+            return super().embed(instructions)
+
+    text = Watched(model.text.model, model.text.tokenizer, model.text.tokens)
+    whole = TextTable.build(store, text).tokens
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune_video, "EMBEDDED_TOGETHER", 2)
+        parts_of_two = TextTable.build(store, text).tokens
+    assert sizes[0] == len(whole) and max(sizes[1:]) == 2
+    torch.testing.assert_close(parts_of_two, whole)
 
 
 def test_equal_pictures_have_a_finite_psnr() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from svam.params import Optimiser
 from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor
+from tests.toy import optimiser
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def linear_loss(module: nn.Linear, batch: Tensor) -> Tensor:
 
 def settings(**changes: object) -> Optimiser:
     values = {"steps": 60, "batch": 8, "learning_rate": 0.05, "warmup": 5, "ema": 0.9, "weight_decay": 0.0} | changes
-    return Optimiser.model_validate(values)
+    return optimiser(**values)
 
 
 def test_schedule_warms_up_and_ends_at_zero() -> None:

@@ -26,8 +26,9 @@ from svam.models.text import TextEncoder
 from svam.training.prepare_backbones import autoencoder, teacher, text
 from tests.killing import kill, one_code, run_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.toy import ADAM
 
-TRAINING = {"steps": 3, "batch": 4, "learning_rate": 0.003, "warmup": 1}
+TRAINING = {**ADAM, "steps": 3, "batch": 4, "learning_rate": 0.003}
 CHANGES: dict[str, dict[str, Any]] = {
     "autoencoder": {"channels": [8, 8, 16], "layers": [0, 1, 1], "latent_channels": 4, "training": TRAINING},
     "text": {"width": 16, "heads": 2, "layers": 1, "training": TRAINING},

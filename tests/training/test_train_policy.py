@@ -26,6 +26,7 @@ from tests.killing import kill, one_code, run_stage
 from tests.stage_deps import ROOT, direct_imports, path_of
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
+from tests.toy import ADAM
 
 CPU = torch.device("cpu")
 
@@ -184,7 +185,7 @@ def test_the_best_averaged_weights_are_kept(
 
 
 def steps(count: int) -> dict[str, Any]:
-    return {"steps": count, "batch": 4, "learning_rate": 0.003, "warmup": 1}
+    return {**ADAM, "steps": count, "batch": 4, "learning_rate": 0.003}
 
 
 def test_action_error_by_hand(

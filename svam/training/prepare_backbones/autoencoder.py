@@ -18,27 +18,12 @@ from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import freeze, resolve_weights
 from svam.resume import NOTHING_KEPT, Resume
-from svam.seeds import generator
+from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
-from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames, shuffled
+from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames
 
-MOVING_WEIGHT = 5.0
-"""How much more a pixel counts where the frame differs from its task's median picture: without it the loss is all
-background, and the gripper's fingers and a goal marker of two pixels vanish."""
-CONTRAST_WEIGHT = 60.0
-"""How much more still such a pixel counts per unit of difference, in [0, 1] grey levels, to the mean of its neighbourhood:
-the arm's inside is large and easy, what matters are its edges, the fingers and the marker."""
-CONTRAST_PIXELS = 7
-"""Side of that neighbourhood."""
-SQUARE_WEIGHT = 4.0
-"""Share of squared beside absolute error: a marker that is missing altogether is a large error of few pixels."""
-MOVING_THRESHOLD = 0.08
-"""Difference in [0, 1] grey levels at which a pixel counts in full as moving."""
-LATENT_NOISE = 0.1
-"""Standard deviation, in units of the latents' own, of the noise added before decoding while training: generated latents
-are never exact, and a decoder that has seen noise draws them well."""
 BACKGROUND_FRAMES = 101
-"""Frames of each task whose median is its background."""
+"""Frames of each task whose median is its background: more would give the same picture."""
 
 
 def prepare(
@@ -64,10 +49,9 @@ def build(section: params.Autoencoder, image_size: tuple[int, int]) -> Autoencod
     Raises:
         ContractError: the frames' sides are no multiples of its factor.
     """
-    factor = 2 ** (len(section.channels) - 1)
-    if image_size[0] % factor or image_size[1] % factor:
+    if image_size[0] % section.factor or image_size[1] % section.factor:
         raise ContractError(
-            f"prepare_backbones.autoencoder.channels has {len(section.channels)} levels, a factor of {factor}, "
+            f"prepare_backbones.autoencoder.channels has {len(section.channels)} levels, a factor of {section.factor}, "
             f"but the frames are {image_size[0]}x{image_size[1]} pixels"
         )
     first = section.unshuffled_levels
@@ -101,13 +85,17 @@ def task_of_rows(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.int
     return store.episode_task[store.episode_of(rows)]
 
 
-def moving_weight(pixels: Tensor, background: Tensor) -> Tensor:
-    """(B, 1, H, W) weights: 1 on the background, more where a frame differs from it and its surroundings; both in [-1, 1]."""
-    moving = ((pixels - background).abs().amax(dim=1, keepdim=True) / 2 / MOVING_THRESHOLD).clamp(max=1.0)
-    reach = CONTRAST_PIXELS // 2
-    around = F.avg_pool2d(F.pad(pixels, (reach,) * 4, mode="replicate"), CONTRAST_PIXELS, stride=1)
+def moving_weight(pixels: Tensor, background: Tensor, weights: params.AutoencoderLoss) -> Tensor:
+    """(B, 1, H, W) weights: 1 on the background, more where a frame differs from it and its surroundings; both in [-1, 1].
+
+    Without them the loss is all background, and the gripper's fingers and a goal marker of two pixels vanish; of the arm,
+    which is large and easy, the edges matter.
+    """
+    moving = ((pixels - background).abs().amax(dim=1, keepdim=True) / 2 / weights.moving_threshold).clamp(max=1.0)
+    reach = weights.contrast_reach
+    around = F.avg_pool2d(F.pad(pixels, (reach,) * 4, mode="replicate"), 2 * reach + 1, stride=1)
     contrast = (pixels - around).abs().amax(dim=1, keepdim=True) / 2
-    return 1.0 + moving * (MOVING_WEIGHT + CONTRAST_WEIGHT * contrast)
+    return 1.0 + moving * (weights.moving + weights.contrast * contrast)
 
 
 def train(
@@ -120,24 +108,24 @@ def train(
     frames = load_frames(store, rows)
     pictures = backgrounds(store)
     tasks = torch.from_numpy(task_of_rows(store, rows))
+    order = EndlessOrder(len(rows), section.training.batch, seed, "autoencoder batches")
 
     def batch_of(number: int) -> tuple[Tensor, Tensor]:
-        rng = generator(seed, "autoencoder batches", number)
-        chosen = torch.from_numpy(shuffled(rng, len(rows), section.training.batch))
+        chosen = torch.from_numpy(order.batch(number))
         return to_pixels(frames[chosen].to(device)), pictures[tasks[chosen]].to(device)
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
         pixels, background = batch
         latents = autoencoder.encode_pixels(pixels)
         spread = latents.detach().float().std(dim=(0, 2, 3), keepdim=True)
-        decoded = autoencoder.decode_pixels(latents + LATENT_NOISE * spread * torch.randn_like(latents))
-        weight = moving_weight(pixels, background)
+        decoded = autoencoder.decode_pixels(latents + section.loss.latent_noise * spread * torch.randn_like(latents))
+        weight = moving_weight(pixels, background, section.loss)
         difference = decoded.float() - pixels
-        return ((difference.abs() + SQUARE_WEIGHT * difference.square()) * weight).mean() / weight.mean()
+        return ((difference.abs() + section.loss.squared * difference.square()) * weight).mean() / weight.mean()
 
     fit(autoencoder, loss, batch_of, section.training, device, "autoencoder", live, resume=resume)
     autoencoder = freeze(with_statistics(autoencoder, frames))
-    return autoencoder, measure(autoencoder, store, pictures)
+    return autoencoder, measure(autoencoder, store, pictures, section.loss.moving_threshold)
 
 
 def with_statistics(autoencoder: Autoencoder, frames: Tensor, count: int = 1024) -> Autoencoder:
@@ -153,9 +141,11 @@ def with_statistics(autoencoder: Autoencoder, frames: Tensor, count: int = 1024)
     return Autoencoder(model, [round(m, 6) for m in mean], [round(s, 6) for s in std]).to(device)
 
 
-def measure(autoencoder: Autoencoder, store: EpisodeStore, pictures: Tensor, count: int = 512) -> dict[str, float]:
-    """PSNR (dB, frames in [0, 1]) of reconstructions of held-out frames: of whole frames, and of the moving pixels alone,
-    beside the error that the task's median picture makes there."""
+def measure(
+    autoencoder: Autoencoder, store: EpisodeStore, pictures: Tensor, threshold: float, count: int = 512
+) -> dict[str, float]:
+    """PSNR (dB, frames in [0, 1]) of reconstructions of held-out frames: of whole frames, and of the pixels alone that differ
+    by more than `threshold` from their task's median picture in `pictures`, beside the error which that picture makes there."""
     device = autoencoder.latent_mean.device
     rows = evenly(store.rows("held_out"), count)
     whole = moving = still = pixels_moving = 0.0
@@ -164,7 +154,7 @@ def measure(autoencoder: Autoencoder, store: EpisodeStore, pictures: Tensor, cou
         truth = to_pixels(frames) / 2 + 0.5
         background = pictures[torch.from_numpy(task_of_rows(store, part))].to(device) / 2 + 0.5
         error = (autoencoder.decode(autoencoder.encode(frames)) - truth).square().mean(dim=1)
-        mask = (truth - background).abs().amax(dim=1) > MOVING_THRESHOLD
+        mask = (truth - background).abs().amax(dim=1) > threshold
         whole += float(error.sum())
         moving += float(error[mask].sum())
         still += float((truth - background).square().mean(dim=1)[mask].sum())

@@ -30,8 +30,3 @@ def evenly(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 def load_frames(store: EpisodeStore, rows: NDArray[np.int64]) -> Tensor:
     """Frames of the foresight camera, (k, H, W, 3) uint8 on the CPU."""
     return torch.from_numpy(store.frames(rows))
-
-
-def shuffled(generator: np.random.Generator, count: int, batch: int) -> NDArray[np.int64]:
-    """`batch` indices below `count`: without repetition where there are enough."""
-    return generator.choice(count, size=batch, replace=count < batch).astype(np.int64)

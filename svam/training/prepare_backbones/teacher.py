@@ -34,16 +34,10 @@ from svam.models.published import freeze, resolve_weights
 from svam.models.teachers import Backbone, Teacher, TeacherConfig, unpatchify
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import generator
+from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
-from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames, shuffled
+from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
-
-MASKED_SHARE = 0.5
-"""Share of patches hidden from a self-supervised teacher (SimMIM, Xie et al. 2022: half to two thirds work alike)."""
-BLUR = (0.4, 1.2)
-"""Range of the Gaussian blur's standard deviation, in pixels of a 64-pixel frame."""
-RARE_CLASS_POWER = 0.5
-"""Class weights are frequency to minus this power, so that a goal marker of a few pixels counts beside the table."""
 
 
 def prepare(
@@ -117,14 +111,16 @@ class Views:
     def __init__(self, frames: Tensor, reconstructed: Tensor, labels: Tensor | None) -> None:
         self.frames, self.reconstructed, self.labels = frames, reconstructed, labels
 
-    def batch(self, section: params.TeacherModel, rng: np.random.Generator, device: torch.device) -> tuple[Tensor, ...]:
-        """(seen (B, 3, H, W) in [0, 1], clean (same), labels): mixed by `reconstructed_share` and `blurred_share`."""
-        chosen = torch.from_numpy(shuffled(rng, len(self.frames), section.training.batch))
+    def batch(
+        self, chosen: Tensor, section: params.TeacherModel, rng: np.random.Generator, device: torch.device
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(seen (B, 3, H, W) in [0, 1], clean (same), labels) of the frames `chosen` (B,), mixed by `reconstructed_share` and
+        `blurred_share`; no labels for self-supervised training."""
         clean = as_unit(self.frames[chosen].to(device))
         draw = torch.from_numpy(rng.random(len(chosen))).to(device)[:, None, None, None]
         seen = torch.where(draw < section.reconstructed_share, as_unit(self.reconstructed[chosen].to(device)), clean)
         blurry = (draw >= section.reconstructed_share) & (draw < section.reconstructed_share + section.blurred_share)
-        seen = torch.where(blurry, blur(clean, float(rng.uniform(*BLUR))), seen)
+        seen = torch.where(blurry, blur(clean, float(rng.uniform(section.blur[0], section.blur[1]))), seen)
         return seen, clean, self.labels[chosen].to(device) if self.labels is not None else torch.empty(0)
 
 
@@ -170,13 +166,14 @@ def annotated(store: EpisodeStore, objective: str, split: Split) -> tuple[NDArra
     return found.rows[places], found.values(places)
 
 
-def loss_of(
+def objective_of(
     teacher: Teacher, section: params.TeacherModel, counts: NDArray[np.int64]
 ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    """What is optimised, and its loss on one batch of `Views.batch`. `counts`: pixels per class (segmentation)."""
+    """What is optimised, and its loss on one batch of `Views.batch`; self-supervised, the labels are which patches are hidden,
+    (B, g * g) bool. `counts`: pixels per class (segmentation)."""
     if section.objective == "segmentation":
         frequency = np.maximum(counts / counts.sum(), 1e-4)
-        weight = torch.from_numpy((frequency**-RARE_CLASS_POWER).astype(np.float32)).to(teacher.mean.device)
+        weight = torch.from_numpy((frequency**-section.rare_class_power).astype(np.float32)).to(teacher.mean.device)
 
         def segmentation(batch: tuple[Tensor, ...]) -> Tensor:
             logits, _ = teacher.dense(teacher.prepare(batch[0]))
@@ -184,11 +181,9 @@ def loss_of(
 
         return teacher, segmentation
     if section.objective == "self_supervised":
-        rng = torch.Generator().manual_seed(int(counts.sum()))
 
         def masked(batch: tuple[Tensor, ...]) -> Tensor:
-            hidden = torch.rand(len(batch[0]), teacher.grid**2, generator=rng) < MASKED_SHARE
-            dense, _ = teacher.dense(teacher.prepare(batch[0]), hidden.to(batch[0].device))
+            dense, _ = teacher.dense(teacher.prepare(batch[0]), batch[2])
             return (dense.float() - teacher.prepare(batch[1])).abs().mean()
 
         return teacher, masked
@@ -253,10 +248,16 @@ def train(
         nn.init.constant_(teacher.model.head.conv3.bias, config.inverse_mean)
     frames = load_frames(store, rows)
     views = Views(frames, reconstruct(autoencoder, frames, device, f"{key}: reconstructions"), labels)
-    module, loss = loss_of(teacher, section, counts)
+    module, loss = objective_of(teacher, section, counts)
+    order = EndlessOrder(len(frames), section.training.batch, seed, key, "batches")
 
-    def batch_of(number: int) -> tuple[Tensor, ...]:
-        return views.batch(section, generator(seed, key, "batches", number), device)
+    def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        chosen = torch.from_numpy(order.batch(number))
+        seen, clean, target = views.batch(chosen, section, generator(seed, key, "views", number), device)
+        if section.objective == "self_supervised":
+            patches = generator(seed, key, "mask", number).random((len(chosen), teacher.grid**2))
+            target = torch.from_numpy(patches < section.masked_share).to(device)
+        return seen, clean, target
 
     fit(module, loss, batch_of, section.training, device, key, live, resume=resume)
     teacher = freeze(teacher)

@@ -19,14 +19,11 @@ from svam.models.published import freeze, resolve_weights
 from svam.models.text import TextEncoder
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import generator
+from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
-from svam.training.prepare_backbones.frames import frames_that_fit, load_frames, shuffled
+from svam.training.prepare_backbones.frames import frames_that_fit, load_frames
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-VOCABULARY = 2048
-"""Largest vocabulary of the in-domain tokenizer; a few dozen sentences need a tenth of it beyond the 512 byte tokens."""
-WORD_DROPOUT = 0.1
-"""Share of an instruction's words left out while training, so that no single word carries a task: a paraphrase may lack it."""
 FRAME_MEAN, FRAME_STD = 0.45, 0.27
 """CLIP's normalisation of pixels, averaged over channels; only the vision half, which is thrown away, sees it."""
 
@@ -48,11 +45,12 @@ def prepare(
     return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
 
 
-def train_tokenizer(sentences: list[str]) -> CLIPTokenizer:
-    """A CLIP tokenizer (byte-level BPE with `</w>` word ends) whose merges are learnt from `sentences` (lower-cased)."""
+def train_tokenizer(sentences: list[str], vocabulary_size: int) -> CLIPTokenizer:
+    """A CLIP tokenizer (byte-level BPE with `</w>` word ends) whose merges are learnt from `sentences`
+    (lower-cased); at most `vocabulary_size` tokens."""
     tokenizer = CLIPTokenizer()
     trainer = BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary_size,
         min_frequency=1,
         show_progress=False,
         # Named, so that they are numbered in this order: the trainer would number letters that end a word in the order of its
@@ -136,10 +134,10 @@ class Contrast(nn.Module):
         return contrastive_loss(images, last, scale, tasks) + contrastive_loss(images, mean, scale, tasks)
 
 
-def drop_words(sentence: str, rng: np.random.Generator) -> str:
-    """`sentence` without about WORD_DROPOUT of its words, but never without all."""
+def drop_words(sentence: str, share: float, rng: np.random.Generator) -> str:
+    """`sentence` without about `share` of its words, but never without all."""
     words = sentence.split()
-    kept = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= WORD_DROPOUT]
+    kept = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= share]
     return " ".join(kept or words)
 
 
@@ -170,7 +168,7 @@ def train(
 ) -> tuple[TextEncoder, dict[str, float]]:  # fmt: skip
     """Train on the training episodes' frames and the training paraphrases of their tasks; held-out paraphrases only measure."""
     sentences = {task: training_sentences(store, task) for task in store.tasks}
-    tokenizer = train_tokenizer([s for group in sentences.values() for s in group])
+    tokenizer = train_tokenizer([s for group in sentences.values() for s in group], section.vocabulary)
     contrast = Contrast(build(section, tokenizer, store.image_size)).to(device)
     encoder = TextEncoder(CLIPTextModel(contrast.clip.config.text_config), tokenizer, section.tokens)
     encoder.model = contrast.clip.text_model  # the half that is kept
@@ -181,11 +179,12 @@ def train(
     frames = load_frames(store, rows).numpy()
     task_of = store.episode_task[store.episode_of(rows)]
 
+    order = EndlessOrder(len(rows), section.training.batch, seed, "text batches")
+
     def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        rng = generator(seed, "text batches", number)
-        chosen = shuffled(rng, len(rows), section.training.batch)
+        rng, chosen = generator(seed, "text words", number), order.batch(number)
         spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
-        said = [drop_words(choices[rng.integers(len(choices))], rng) for choices in spoken]
+        said = [drop_words(choices[rng.integers(len(choices))], section.word_dropout, rng) for choices in spoken]
         ids = padded_ids(tokenizer, words, said, section.tokens)
         seen = torch.from_numpy(frames[chosen])  # as bytes: a quarter of what a device would be sent as floats
         return seen.to(device), ids.to(device), torch.from_numpy(task_of[chosen]).to(device)

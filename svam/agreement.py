@@ -1,0 +1,137 @@
+"""What the sections of `params.yaml` demand of one another, so that no contradiction is found hours later by a late stage.
+
+Like `svam.params` it imports no torch and no simulator, and reads no data: what only the data can tell, stages check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from difflib import get_close_matches
+
+from svam.episodes.instructions import described_tasks
+from svam.episodes.windows import stride_of
+from svam.errors import ParamsError
+from svam.params import Params
+from svam.simulation.metaworld import RATE_HZ
+
+SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
+"""A first noise level that serves clips of T x h' x w' x c latent values; see `notes`."""
+
+
+def check_agreement(params: Params) -> None:
+    """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values."""
+    problems = [*_of_models(params), *_of_sizes(params), *_of_evaluation(params)]
+    if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
+        problems += _of_metaworld(params)
+    if problems:
+        raise ParamsError("\n".join(problems))
+
+
+def frame_size(params: Params) -> tuple[int, int] | None:
+    """(H, W) of the store's frames where the params say it: as resized, or as the simulator draws them."""
+    if params.convert.image_size is not None:
+        return params.convert.image_size[0], params.convert.image_size[1]
+    return (params.collect.image_size,) * 2 if params.convert.source == "metaworld" else None
+
+
+def _of_models(params: Params) -> Iterator[str]:
+    branches, unet = params.distill.branches, params.finetune_video.unet
+    missing = [
+        branch for branch in ("geometric", "semantic") if branch in params.train_policy.context and branch not in branches
+    ]
+    if missing:
+        yield f"train_policy.context asks for {missing}, which distill.branches {branches} does not train"
+    if not unet.pretrained and params.generate.up_blocks > len(unet.channels):
+        yield (
+            f"generate.up_blocks is {params.generate.up_blocks}, but the U-Net has {len(unet.channels)} up blocks, one for "
+            f"each of finetune_video.unet.channels {unet.channels}"
+        )
+    if params.evaluate.execute > params.train_policy.chunk:
+        yield f"evaluate.execute ({params.evaluate.execute}) must not exceed train_policy.chunk ({params.train_policy.chunk})"
+
+
+def _of_sizes(params: Params) -> Iterator[str]:
+    """Frames -> latents -> levels of the U-Net: each must divide."""
+    size, unet = frame_size(params), params.finetune_video.unet
+    if size is None:
+        return
+    key = "convert.image_size" if params.convert.image_size else "collect.image_size"
+    factor, levels = params.prepare_backbones.autoencoder.factor, 4 if unet.pretrained else len(unet.channels)
+    wanted = factor * 2 ** (levels - 1)
+    if size[0] % factor or size[1] % factor:
+        yield (
+            f"{key} is {size[0]}x{size[1]}, but must be a multiple of {factor}, by which the autoencoder "
+            "(prepare_backbones.autoencoder.channels, one level per factor of two) shrinks a frame"
+        )
+    elif size[0] % wanted or size[1] % wanted:
+        yield (
+            f"{key} is {size[0]}x{size[1]}, but must be a multiple of {wanted}: the autoencoder shrinks a frame by {factor}, "
+            f"and the U-Net's {levels} levels (finetune_video.unet.channels) halve the latents {levels - 1} times"
+        )
+    elif params.generate.grid > min(size) // factor:
+        yield (
+            f"generate.grid is {params.generate.grid}, but latents of frames of {size[0]}x{size[1]} ({key}) are only "
+            f"{size[0] // factor}x{size[1] // factor}: no feature of the U-Net is finer"
+        )
+
+
+def _of_evaluation(params: Params) -> Iterator[str]:
+    evaluate = params.evaluate
+    if "metaworld" in evaluate.protocols and evaluate.held_out_instruction_episodes > evaluate.episodes:
+        yield (
+            f"evaluate.held_out_instruction_episodes ({evaluate.held_out_instruction_episodes}) must not exceed "
+            f"evaluate.episodes ({evaluate.episodes}): they are the first of the same goals"
+        )
+
+
+def _of_metaworld(params: Params) -> Iterator[str]:
+    collected, closed_loop = params.convert.source == "metaworld", "metaworld" in params.evaluate.protocols
+    tasks = list(params.convert.options.get("tasks", params.collect.tasks))
+    if collected and not tasks:
+        yield "convert.source is metaworld, but collect.tasks is []; name tasks, or another source"
+    if closed_loop and not params.evaluate.tasks:
+        yield "evaluate.protocols has metaworld, but evaluate.tasks is []; name tasks, or evaluate offline alone"
+    named = {"collect.tasks": tasks if collected else [], "evaluate.tasks": params.evaluate.tasks if closed_loop else []}
+    unknown = {(key, task) for key, names in named.items() for task in names if task not in described_tasks()}
+    for key, task in sorted(unknown):
+        close = get_close_matches(task.removesuffix("-v3"), described_tasks(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"expected some of {', '.join(described_tasks())}"
+        yield f"{key} names {task!r}, which is no task of MetaWorld; {hint}"
+    if not collected:
+        return
+    try:
+        stride_of(params.finetune_video.stride_seconds, RATE_HZ)
+    except ParamsError as error:
+        yield f"finetune_video.{error}"
+    absent = [task for task in params.evaluate.tasks if task not in tasks and ("evaluate.tasks", task) not in unknown]
+    if closed_loop and absent and not unknown:
+        yield f"evaluate.tasks names {absent}, of which collect.tasks {tasks} has no demonstrations"
+    size = params.convert.image_size
+    if closed_loop and size is not None and size != [params.collect.image_size] * 2:
+        yield (
+            f"convert.image_size is {size}, but evaluate.protocols has metaworld, whose frames are drawn and not resized: set "
+            f"collect.image_size (now {params.collect.image_size}) to the size, and convert.image_size to null"
+        )
+
+
+def notes(params: Params) -> list[str]:
+    """Sentences about values that are accepted, and probably a mistake.
+
+    Sampling starts from pure noise, training from clips plus noise of `sigma_max`. What is left of the clip there grows with
+    the distance of two clips, which grows with the root of their number of values.
+    """
+    size, autoencoder = frame_size(params), params.prepare_backbones.autoencoder
+    if size is None:
+        return []
+    channels = autoencoder.latent_channels if autoencoder.source == "in_domain" else 4
+    height, width = (side // autoencoder.factor for side in size)
+    shape = f"{params.finetune_video.frames} x {height} x {width} x {channels}"
+    enough = SIGMA_MAX * math.sqrt(params.finetune_video.frames * height * width * channels / LATENT_VALUES)
+    if params.finetune_video.sigma_max >= 0.7 * enough:
+        return []
+    return [
+        f"finetune_video.sigma_max is {params.finetune_video.sigma_max:g}, which is low for clips of {shape} latent values: "
+        f"training would see the clip through the noise that sampling starts from. About {enough:.0f} hides it as "
+        f"{SIGMA_MAX:g} does at 6 x 8 x 8 x 32"
+    ]
