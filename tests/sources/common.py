@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -32,6 +34,41 @@ def frames_of(episode: Episode, camera: str | None = None) -> Array:
     blocks = list(frame_blocks(episode.frames[camera]))
     assert isinstance(episode.frames[camera], np.ndarray) or all(len(block) <= 64 for block in blocks)
     return np.concatenate(blocks)
+
+
+def squares(n: int, size: tuple[int, int] = (48, 64)) -> Array:
+    """n pictures of coloured squares, which video codecs keep apart."""
+    small = np.random.default_rng(n).integers(0, 256, (n, size[0] // 16, size[1] // 16, 3), dtype=np.uint8)
+    return np.kron(small, np.ones((1, 16, 16, 1), np.uint8))
+
+
+def film(
+    file: Path, pictures: int | Iterable[Array], *, codec: str = "libx264", fps: int = 10, times: Iterable[int] | None = None,
+    rotate: int | None = None, options: dict[str, str] | None = None,
+) -> Path:  # fmt: skip
+    """A video of the pictures (of so many `squares`); `times` in units of a frame."""
+    frames = list(squares(pictures) if isinstance(pictures, int) else pictures)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(file), "w") as container:
+        stream = container.add_stream(codec, rate=fps, options=options or {})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.codec_context.time_base = Fraction(1, fps)
+        stream.codec_context.thread_count = 1
+        if rotate is not None:
+            stream.set_display_rotation(rotate)
+        for time, picture in zip(range(len(frames)) if times is None else times, frames, strict=True):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, fps)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file
+
+
+def decoded(file: Path) -> Array:
+    """All frames, decoded without the code under test."""
+    with av.open(str(file)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 @contextmanager

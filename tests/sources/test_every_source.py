@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from svam.contract import EpisodeSource, frame_blocks
 from svam.errors import SvamError
 from tests import tfds_writer
-from tests.lerobot_sets import write_v3
 from tests.recorded import write_raw
 from tests.sources import test_source_aloha as aloha
 from tests.sources import test_source_calvin as calvin
@@ -29,7 +28,8 @@ from tests.sources import test_source_replay_zarr as replay_zarr
 from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
-from tests.sources.common import damaged, everything, refused
+from tests.sources.common import damaged, everything, film, refused
+from tests.sources.lerobot_sets import write_v3
 
 
 @dataclass
@@ -77,7 +77,7 @@ def _replay(zipped: bool) -> Set:
 
 def _video(suffix: str, codec: str) -> Set:
     def write(folder: Path) -> None:
-        video_folder.film(folder / f"x{suffix}", 5, codec=codec)
+        film(folder / f"x{suffix}", 5, codec=codec)
         video_folder.annotate(folder / "x.json", texts=["go"], action=[[0.25, 1]] * 4, state=[[1e-3]] * 5)
 
     return Set("video_folder", write, {"instruction": "do"})

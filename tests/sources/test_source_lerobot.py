@@ -17,21 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from svam.contract import frame_blocks
-from tests.lerobot_sets import (
+from tests.sources.common import decoded, film, frames_of, real, refused
+from tests.sources.lerobot_sets import (
     CAMERA,
-    decoded,
     numbers,
     picture,
-    pixels,
+    pictures,
     source,
     video_feature,
     video_of,
     write_v2,
     write_v3,
-    write_video,
 )
-from tests.sources.common import real, refused
 
 # Real sets
 
@@ -54,13 +51,8 @@ def test_real_sets_equal_an_independent_read(folder: str, camera: str, size: tup
         np.testing.assert_array_equal(episode.timestamps, np.array(table["timestamp"], dtype=np.float64))
         assert episode.instruction == line["tasks"][0] and episode.steps == data.shape(e).steps == line["length"]
         frames = decoded(root / f"videos/chunk-000/observation.images.{camera}/episode_{e:06d}.mp4")
-        seen = 0
-        for block in frame_blocks(episode.frames[camera]):
-            assert block.shape[1:] == (*size, 3) and len(block) <= 64
-            for frame in block:
-                assert np.array_equal(frame, next(frames)), f"frame {seen} of episode {e}"
-                seen += 1
-        assert seen == line["length"] and next(frames, None) is None
+        assert frames.shape == (line["length"], *size, 3)
+        np.testing.assert_array_equal(frames_of(episode, camera), frames)
 
 
 def test_gr00t_says_what_it_copes_with() -> None:
@@ -85,8 +77,8 @@ def test_v3_fixture_of_floats() -> None:
         episode = data.read(e)
         assert episode.instruction == "pick cube"
         np.testing.assert_array_equal(episode.actions, np.array(table["action"], np.float32)[3 * e : 3 * e + 3, None])
-        frames = list(decoded(root / f"videos/observation.images.cam/chunk-000/file-{e:03d}.mp4"))
-        np.testing.assert_array_equal(pixels(episode, "cam"), np.stack(frames))
+        frames = decoded(root / f"videos/observation.images.cam/chunk-000/file-{e:03d}.mp4")
+        np.testing.assert_array_equal(frames_of(episode, "cam"), frames)
 
 
 # Written sets: which frame goes with which row
@@ -112,11 +104,11 @@ def test_v3_episodes_share_a_video_file(tmp_path: Path, gop: int, codec: str) ->
     lengths = (5, 70, 4)
     root = write_v3(tmp_path, lengths, gop, codec)
     data = source(root)
-    everything = np.stack(list(decoded(root / f"videos/{CAMERA}/chunk-000/file-000.mp4")))
+    everything = decoded(root / f"videos/{CAMERA}/chunk-000/file-000.mp4")
     first = 0
     for e, length in enumerate(lengths):
         episode = data.read(e)
-        np.testing.assert_array_equal(pixels(episode), everything[first : first + length])
+        np.testing.assert_array_equal(frames_of(episode), everything[first : first + length])
         assert numbers(episode) == list(range(first, first + length))
         np.testing.assert_array_equal(episode.actions[:, 0], 100 * e + np.arange(length))
         first += length
@@ -138,7 +130,7 @@ def test_a_trimmed_episode_is_found_by_its_timestamps(tmp_path: Path) -> None:
         table = pq.read_table(path)
         stamps = np.array(table["timestamp"].to_pylist()) / 10
         pq.write_table(table.set_column(table.schema.get_field_index("timestamp"), "timestamp", pa.array(stamps)), path)
-        write_video(video_of(root, e), range(12))
+        film(video_of(root, e), pictures(range(12)))
     data = source(root)
     assert [numbers(data.read(e)) for e in range(2)] == [[0, 1, 3, 4, 5], list(range(2, 9))]
 
@@ -157,7 +149,7 @@ def test_a_trimmed_episode_is_found_by_its_timestamps(tmp_path: Path) -> None:
 )
 def test_a_row_without_its_frame_is_refused(tmp_path: Path, frames: int, stamps: list[float] | None, message: str) -> None:
     root = write_v2(tmp_path, (5,), change=lambda e, n: {"timestamp": pa.array(stamps)} if stamps else {})
-    write_video(video_of(root, 0), range(frames))
+    film(video_of(root, 0), pictures(range(frames)))
     with refused(message):
         source(root).read(0)
 
@@ -166,7 +158,7 @@ def test_frames_in_order_on_request(tmp_path: Path) -> None:
     root = write_v2(tmp_path, change=lambda e, n: {"timestamp": pa.array(np.arange(n) * 0.17)})
     episode = source(root, frames="order").read(1)
     assert numbers(episode) == list(range(16, 23)) and episode.timestamps is None
-    write_video(video_of(root, 1), range(8))
+    film(video_of(root, 1), pictures(range(8)))
     with refused("8 frames, but the episode has 7 rows"):
         source(root, frames="order").read(1)
 
@@ -191,7 +183,7 @@ def test_pictures_inside_parquet_with_another_size(tmp_path: Path) -> None:
     data = source(write_v2(tmp_path, (5, 40), change, features=features), cameras=["image", CAMERA])
     assert data.describe().cameras == ["image", "top"]
     for e, n in enumerate((5, 40)):
-        np.testing.assert_array_equal(pixels(data.read(e), "image"), [picture(16 * e + t, (16, 24)) for t in range(n)])
+        np.testing.assert_array_equal(frames_of(data.read(e), "image"), [picture(16 * e + t, (16, 24)) for t in range(n)])
     with refused("names 'wrist'.*declares top, image"):
         source(tmp_path, cameras=["wrist"])
     with refused(r"column 'secret' holds binary, expected numbers"):

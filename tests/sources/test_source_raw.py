@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from svam.errors import SvamError
 from svam.sources import _npz
 from svam.sources.raw import Options, open_source
-from tests.sources.common import frames_of, refused
+from tests.sources.common import decoded, film, frames_of, refused
 
 META: dict[str, Any] = {
     "schema_version": 1, "rate_hz": 12.5, "cameras": ["front", "wrist"],
@@ -49,17 +48,6 @@ def write(folder: Path, meta: Any = META, **episodes: dict[str, Any]) -> Path:
     for name, arrays in episodes.items():
         np.savez_compressed(folder / f"{name}.npz", **{key: value for key, value in arrays.items() if value is not None})
     return folder
-
-
-def film(file: Path, n: int, seed: int = 0) -> None:
-    rng = np.random.default_rng(seed)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream("libx264", rate=30)
-        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
-        for _ in range(n):
-            picture = np.kron(rng.integers(0, 256, (2, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), np.uint8))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -96,8 +84,7 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     film(folder / "b.wrist.mp4", 9)
     source = open_source(folder, Options())
     assert ["1 videos of no episode" in note for note in source.notes] == [True]
-    with av.open(str(folder / "a.wrist.mp4")) as container:
-        expected = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    expected = decoded(folder / "a.wrist.mp4")
     assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
     before = source.shape(0).stamp
     film(folder / "a.wrist.mp4", 8)

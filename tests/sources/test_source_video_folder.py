@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +13,7 @@ import pytest
 from svam.contract import frame_blocks
 from svam.sources._video import probe, video_blocks
 from svam.sources.video_folder import Options, open_source
-from tests.sources.common import Array, frames_of, real, refused
-
-
-def film(
-    file: Path, n: int, *, codec: str = "libx264", fps: int = 10, times: list[int] | None = None, rotate: int | None = None,
-    size: tuple[int, int] = (48, 64), options: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
-    """n frames of coloured squares; `times` in units of a frame."""
-    rng = np.random.default_rng(n)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options=options or {})
-        stream.height, stream.width = size
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-        stream.codec_context.time_base = Fraction(1, fps)
-        if rotate is not None:
-            stream.set_display_rotation(rotate)
-        for k in range(n):
-            squares = rng.integers(0, 256, (size[0] // 16, size[1] // 16, 3), dtype=np.uint8)
-            frame = av.VideoFrame.from_ndarray(np.kron(squares, np.ones((16, 16, 1), np.uint8)), format="rgb24")
-            frame.pts, frame.time_base = (k if times is None else times[k]), Fraction(1, fps)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return file
-
-
-def decoded(file: Path) -> Array:
-    with av.open(str(file)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+from tests.sources.common import decoded, film, frames_of, real, refused
 
 
 def annotate(file: Path, **content: Any) -> None:

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-import pickle
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
-from svam.contract import ContractError, Episode, FrameBlocks, frame_blocks
-from svam.errors import MachineError, ParamsError
-from svam.files import FileError
+from svam.contract import Episode
 from svam.sources.lerobot import LerobotSource, Options, open_source
+from tests.sources.common import film, frames_of
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "realdata"
 CAMERA = "observation.images.top"
 V2 = {
     "data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
@@ -29,14 +24,6 @@ V3 = {
     "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
     "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
 }
-ERRORS = (FileError, ContractError, ParamsError, MachineError)
-
-
-def real(name: str) -> Path:
-    """A folder of real data, or a skip."""
-    if not (REAL / name).is_dir():
-        pytest.skip(f"{REAL / name} is not beside this checkout")
-    return REAL / name
 
 
 def picture(number: int, size: tuple[int, int] = (32, 48)) -> np.ndarray:
@@ -45,24 +32,14 @@ def picture(number: int, size: tuple[int, int] = (32, 48)) -> np.ndarray:
     return np.repeat(np.broadcast_to(np.repeat(bars, size[1] // 8), (size[0], size[1] // 8 * 8))[..., None], 3, axis=2)
 
 
+def pictures(numbers: Iterable[int]) -> list[np.ndarray]:
+    return [picture(number) for number in numbers]
+
+
 def number_of(frame: np.ndarray) -> int:
     """The inverse of `picture`, also after lossy coding."""
     columns = frame[..., 1].mean(axis=0).reshape(8, -1).mean(axis=1)
     return sum(1 << bit for bit, value in enumerate(columns) if value > 125)
-
-
-def write_video(file: Path, numbers: Sequence[int], fps: int = 10, codec: str = "libx264", gop: int = 2, late: int = 0) -> None:
-    """A video of `picture`s; with x264 and a long gop it has B-frames. late: the first frame's time, in frames."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(file), "w") as container:
-        stream = container.add_stream(codec, rate=fps, options={"g": str(gop)})
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.codec_context.thread_count = 1
-        for k, number in enumerate(numbers):
-            frame = av.VideoFrame.from_ndarray(picture(number), format="rgb24")
-            frame.pts = k + late
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
 
 
 def video_feature(**more: Any) -> dict[str, Any]:
@@ -113,7 +90,7 @@ def write_v2(
         path = root / f"data/chunk-000/episode_{e:06d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns_of(e, length, **(change(e, length) if change else {}))), path)
-        write_video(video_of(root, e), [16 * e + t for t in range(length)])
+        film(video_of(root, e), pictures(16 * e + t for t in range(length)))
     return root
 
 
@@ -127,7 +104,8 @@ def write_v3(root: Path, lengths: Sequence[int] = (5, 7, 4), gop: int = 2, codec
     for place in ("data/chunk-000", "meta/episodes/chunk-000"):
         (root / place).mkdir(parents=True)
     pq.write_table(pa.concat_tables(tables), root / "data/chunk-000/file-000.parquet", row_group_size=4)
-    write_video(root / f"videos/{CAMERA}/chunk-000/file-000.mp4", range(sum(lengths)), gop=gop, codec=codec)
+    video = root / f"videos/{CAMERA}/chunk-000/file-000.mp4"
+    film(video, pictures(range(sum(lengths))), codec=codec, options={"g": str(gop)})
     ends = np.cumsum(lengths)
     zero = [0] * len(lengths)
     pq.write_table(
@@ -145,27 +123,10 @@ def write_v3(root: Path, lengths: Sequence[int] = (5, 7, 4), gop: int = 2, codec
     return root
 
 
-def pixels(episode: Episode, camera: str = "top") -> np.ndarray:
-    """All frames of a camera."""
-    frames = episode.frames[camera]
-    assert isinstance(frames, FrameBlocks)
-    return np.concatenate(list(frame_blocks(frames)))
-
-
-def numbers(episode: Episode, camera: str = "top") -> list[int]:
+def numbers(episode: Episode) -> list[int]:
     """The numbers that an episode's frames show."""
-    return [number_of(frame) for frame in pixels(episode, camera)]
+    return [number_of(frame) for frame in frames_of(episode)]
 
 
 def source(root: Path, **options: Any) -> LerobotSource:
-    """The source; that it can be sent to another process is part of what it is."""
-    opened = open_source(root, Options(**options))
-    assert pickle.dumps(opened)
-    return opened
-
-
-def decoded(file: Path) -> Iterator[np.ndarray]:
-    """Independent decode: all frames from the first on."""
-    with av.open(str(file)) as container:
-        for frame in container.decode(video=0):
-            yield frame.to_ndarray(format="rgb24")
+    return open_source(root, Options(**options))
