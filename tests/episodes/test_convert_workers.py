@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.episodes import convert as conversion
-from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.chunks import Compression
 from svam.episodes.convert import convert
 from svam.episodes.frames import centre_box, resize_frames, resize_labels
@@ -87,11 +86,6 @@ def test_workers_change_no_byte(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store.frames(rows), source.frames(e))
         np.testing.assert_array_equal(store.vector("actions", rows)[:, 0], np.arange(LENGTHS[e]) + e)
         np.testing.assert_array_equal(store.timestamps(rows), np.arange(LENGTHS[e]) / 10.0)
-        digest = EpisodeDigest()
-        for name, values in (("frames/front", source.frames(e)), ("actions", store.vector("actions", rows))):
-            digest.update(name, values)
-        digest.update("timestamps", np.arange(LENGTHS[e]) / 10.0)
-        assert store.episode_checksums()[e] == digest.hexdigest()
     assert not any((tmp_path / "scratch").iterdir())
 
 
@@ -274,11 +268,6 @@ def test_pictures_are_exact_for_every_reader(tmp_path: Path, compression: Compre
     some = rng.integers(0, rows, 40)
     for wanted in (np.arange(rows), np.arange(rows)[::-1], np.arange(0, rows, 5), some, np.sort(some[:9])):
         np.testing.assert_array_equal(reader.read(wanted), frames[wanted])
-    written = next(p for p in (tmp_path / "a" / "c").rglob("*") if p.is_file())
-    with zarr.config.set({"array.write_empty_chunks": True}):  # what zarr itself writes of the same rows
-        copy = zarr.open_array(tmp_path / "a", mode="r+")
-        copy[:] = frames
-    assert written.stat().st_size > 0 and RowReader(tmp_path / "a").read_range(0, rows).tobytes() == frames.tobytes()
 
 
 def test_auto_compresses_few_noisy_frames_and_many_that_repeat(tmp_path: Path) -> None:

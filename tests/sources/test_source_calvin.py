@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from svam.contract import frame_blocks
 from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
 from tests.sources.common import frames_of, real, refused
 from tests.sources.test_restricted_pickle import npy_of
@@ -132,21 +131,6 @@ def test_a_misaligned_set_gets_a_note(tmp_path: Path) -> None:
         members |= {name: np.load(folder / f"episode_{step + 1:07d}.npz")[name] for name in ("rel_actions",)}
         np.savez(folder / f"episode_{step:07d}.npz", **members)
     assert "check that a frame and the action taken at it are in one file" in open_source(root, Options()).notes[0]
-
-
-def test_published_sizes_and_blocks(tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    pictures = {
-        "rgb_static": rng.integers(0, 256, (200, 200, 3), dtype=np.uint8),
-        "rgb_gripper": rng.integers(0, 256, (84, 84, 3), dtype=np.uint8),
-    }
-    write_folder(tmp_path, [(0, 69)], [(0, 69)], ["a"], ["do a"], {"calvin_scene_D": [0, 69]}, dtype=np.float32, **pictures)
-    episode = open_source(tmp_path, Options()).read(0)  # the folder itself, instead of the one around it
-    blocks = list(frame_blocks(episode.frames["static"]))
-    assert [len(block) for block in blocks] == [64, 6]
-    assert all((frame == pictures["rgb_static"]).all() for block in blocks for frame in block)
-    assert episode.frames["gripper"].shape == (70, 84, 84, 3)
-    assert episode.provenance["scene"] == "D" and episode.provenance["file"] == f"{tmp_path.name}/episode_0000000.npz"
 
 
 def test_depth_every_nth_frame(dataset: Path) -> None:

@@ -15,7 +15,6 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from svam.sources import _tfrecord
 from svam.sources.rlds import Options, RldsSource, open_source
 from tests import tfds_writer as tfds
 from tests.sources.common import frames_of, real, refused
@@ -169,18 +168,6 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
         opened(tmp_path / "True", action=["action/speed"])
 
 
-def test_numbers_of_all_sizes() -> None:
-    values = [0, 1, 127, 128, -1, 2**63 - 1, -(2**63), 300]
-    for packed in (True, False):
-        data = memoryview(tfds.feature(np.array(values), packed))
-        assert _tfrecord.numbers(data, "x").tolist() == values
-    with refused("more than 64 bits"):
-        _tfrecord.numbers(memoryview(tfds.field(3, tfds.field(1, b"\xff" * 9 + b"\x02"))), "x")
-    with refused("has no end"):
-        _tfrecord.numbers(memoryview(tfds.field(3, tfds.field(1, b"\x01\xff"))), "x")
-    assert len(_tfrecord.numbers(memoryview(b""), "x")) == 0
-
-
 def test_the_step_marked_last_has_no_action(tmp_path: Path) -> None:
     last = np.array([0, 0, 0, 1])
     source = toy(tmp_path / "a", episode(0, is_last=last), episode(1))
@@ -196,11 +183,6 @@ def test_the_step_marked_last_has_no_action(tmp_path: Path) -> None:
         len(middle)
     alone = toy(tmp_path / "c", episode(0, n=1, is_last=np.array([1])), episode(1, n=0), episode(2))
     assert len(alone) == 1 and "2 episodes without a usable step are left out" in alone.notes[0]
-
-
-def test_without_is_last_all_steps_stay(tmp_path: Path) -> None:
-    features = {name: leaf for name, leaf in FEATURES.items() if name != "steps/is_last"}
-    assert toy(tmp_path, episode(0, is_last=None), features=features).read(0).steps == 4
 
 
 def test_instructions(tmp_path: Path) -> None:
