@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import sys
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -339,15 +338,12 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], m
         source(root).read(0)
 
 
-def test_missing_columns_and_libraries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_columns_are_named(tmp_path: Path) -> None:
     root = write_v2(tmp_path)
     with refused("instruction_column: column 'words' is not in .*episode_000000.parquet"):
         source(root, instruction_column="words")
     with refused("options.state: column 'sim' is not in"):
         source(root, state=["sim"])
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with refused("convert.source is 'lerobot', which needs pyarrow: pip install"):
-        source(root)
 
 
 def test_overlapping_clips_of_v3_are_refused(tmp_path: Path) -> None:

@@ -254,18 +254,3 @@ def test_headers_are_checked(tmp_path: Path, change: dict[str, Any], message: st
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with refused(message):
         open_source(tmp_path, TOLD).read(0)
-
-
-def test_jpeg_xl_pictures(tmp_path: Path) -> None:
-    """As Universal Manipulation Interface buffers keep them; the codec comes from a package of its own."""
-    codecs = pytest.importorskip("imagecodecs.numcodecs", reason="imagecodecs is not installed: JPEG XL is not tested")
-    arrays = write(tmp_path / "x.zarr", img=None)
-    picture = arrays_of()["img"]
-    write_array(tmp_path / "x.zarr/data/camera0_rgb", picture, (1, 6, 8, 3), None)
-    meta = json.loads((tmp_path / "x.zarr/data/camera0_rgb/.zarray").read_text())
-    codec = codecs.Jpegxl(lossless=True)
-    (tmp_path / "x.zarr/data/camera0_rgb/.zarray").write_text(json.dumps(meta | {"compressor": codec.get_config()}))
-    for k in range(90):
-        (tmp_path / f"x.zarr/data/camera0_rgb/{k}.0.0.0").write_bytes(codec.encode(picture[k : k + 1]))
-    episode = open_source(tmp_path, TOLD).read(1)
-    assert "img" not in arrays and (frames_of(episode, "camera0_rgb") == picture[5:75]).all()
