@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from svam.benchmark.policy import evaluation_plans
-from svam.benchmark.timing import in_turn, ratio_of
 from svam.contract import Episode, SourceDescription
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
@@ -139,18 +138,3 @@ def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, cap
     assert "its context ['observation'] has no frozen entry" in said
     said = refused("evaluation", tmp_path, changes(), capfd, *options(tmp_path))
     assert said == f"evaluate.tasks: no episode of 'reach' in {tmp_path}/episodes.zarr, which has push, pull"
-
-
-def test_pairs_take_turns_and_ratios_are_taken_within_repeats() -> None:
-    called: list[tuple[str, int]] = []
-
-    def work(name: str, number: int) -> float:
-        called.append((name, number))
-        return {"one": 1.0, "two": 2.0}[name] * (1 + number)
-
-    works = {name: lambda number, name=name: work(name, number) for name in ("one", "two")}
-    seconds = in_turn(works, 2)  # type: ignore[arg-type]
-    assert called == [("two", 0), ("one", 0), ("one", 0), ("two", 0), ("two", 1), ("one", 1)]
-    assert seconds == {"one": [1.0, 2.0], "two": [2.0, 4.0]}
-    assert ratio_of(seconds, "two", "one") == {"ratio": 2.0, "range": [2.0, 2.0]}
-    assert ratio_of({"a": [1.0, 1.0, 1.0], "b": [2.0, 3.0, 7.0]}, "b", "a") == {"ratio": 3.0, "range": [2.0, 7.0]}

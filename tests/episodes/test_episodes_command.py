@@ -165,7 +165,6 @@ def test_what_a_person_should_look_at(tmp_path: Path) -> None:
     source = SOURCE.changed(1, frames=dict(SOURCE.episodes[1].frames) | {"front": black})
     source = source.changed(3, frames=dict(SOURCE.episodes[3].frames) | {"wrist": still})
     for number, episode in enumerate(source.episodes):
-        assert episode.actions is not None
         actions = episode.actions.copy()
         actions[:, 1] = 0.25
         proprioception = np.asarray(episode.proprioception).copy()

@@ -37,7 +37,6 @@ def everything(path: Path, store: EpisodeStore | None = None) -> Values:
     found |= {name: store.vector(name, rows) for name in ("actions", "expert_actions", "proprioception")}
     for name in ("depth", "segmentation"):
         labels = store.annotation(name)
-        assert labels is not None
         found |= {name: labels.values(np.arange(len(labels.rows))), f"{name}/rows": labels.rows}
     stated = np.frombuffer(store.attributes.model_dump_json().encode(), dtype=np.uint8)
     return found | {"ends": store.episode_ends, "split": store.episode_split, "task": store.episode_task, "stated": stated}

@@ -101,7 +101,6 @@ def test_raw_pictures_vectors_and_alignment(tmp_path: Path) -> None:
         assert episode.provenance == {"file": f"episode_{number}.hdf5", "sim": False}
         with h5py.File(tmp_path / f"episode_{number}.hdf5") as root:
             # Row t of every array, not a neighbour: the pictures and the numbers of all steps differ.
-            assert episode.actions is not None and episode.proprioception is not None and episode.state is not None
             assert np.array_equal(episode.actions, root["action"][:].astype(np.float32))
             assert np.array_equal(episode.proprioception, root["observations/qpos"][:])
             assert np.array_equal(episode.state, np.hstack([root["observations/qpos"][:], root["observations/qvel"][:]]))
@@ -198,7 +197,6 @@ def remove(root: Any, name: str, value: Any = None) -> None:
         ("action", np.zeros((0, 14)), "at least one step"),
         ("action", np.zeros((4, 14)), "but action has 4 steps"),
         ("action", np.full((5, 14), np.nan), r"actions\[0, 0\] is nan"),
-        ("action", np.full((5, 14), 1e300), r"actions\[0, 0\] is inf"),
         ("action", np.array([["a"] * 2] * 5, dtype="S1"), "expected numbers"),
         ("observations", None, "no group observations"),
         ("observations/images", None, "no camera"),

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
-from tests.sources.common import frames_of, real, refused
+from tests.sources.common import frames_of, refused
 from tests.sources.test_restricted_pickle import npy_of
 
 INDX = [(100, 104), (103, 108), (np.int64(120), np.int64(120))]
@@ -112,7 +112,6 @@ def test_the_action_at_a_frame_is_the_one_taken_there(dataset: Path) -> None:
     """rel_actions[t] is the pose that is wanted next, less the pose that frame t shows, so the two are in step."""
     episode = open_source(dataset, Options()).read(1)
     absolute = open_source(dataset, Options(actions="actions")).read(1)
-    assert episode.actions is not None and absolute.actions is not None and episode.proprioception is not None
     wanted = np.clip((absolute.actions[:, :3] - episode.proprioception[:, :3]) / 0.02, -1, 1)
     np.testing.assert_allclose(episode.actions[:, :3], wanted, atol=1e-5)
     shifted = np.clip((absolute.actions[1:, :3] - episode.proprioception[:-1, :3]) / 0.02, -1, 1)
@@ -211,7 +210,6 @@ def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
         ({"rel_actions": np.zeros(6)}, r"'rel_actions' is float64 \(6,\)"),
         ({"rel_actions": np.zeros(7, dtype=int)}, "'rel_actions' is int64"),
         ({"rel_actions": None}, "'rel_actions' is missing"),
-        ({"robot_obs": np.full(15, 1e300)}, "'robot_obs' has the value 1e\\+300"),
         ({"scene_obs": np.array([object()] * 24)}, "damaged or no .npz archive of plain arrays"),
         ({"rgb_static": np.zeros((10, 12, 4), dtype=np.uint8)}, "'rgb_static' is uint8"),
         ({"rgb_static": np.zeros((10, 12, 3), dtype=np.float32)}, "'rgb_static' is float32"),
@@ -303,8 +301,3 @@ def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
     file.replace(tmp_path / "set/training/lang_annotations/auto_lang_ann.npy")
     with refused("is missing or no list"):
         open_source(tmp_path / "set", Options())
-
-
-def test_the_real_folder_holds_no_episodes() -> None:
-    with refused("calvin_text_annotations: no CALVIN data set"):
-        open_source(real("calvin_npz/calvin_text_annotations"), Options())

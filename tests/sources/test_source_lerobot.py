@@ -63,11 +63,6 @@ def test_gr00t_says_what_it_copes_with() -> None:
         source(real("lerobot_v2.0/gr00t_robot_sim_PickNPlace"), cameras=["egoview"])
 
 
-def test_a_set_without_videos_is_refused_in_one_sentence() -> None:
-    with refused(r"the declared cameras .*screwdriver, .*side, .*top have no files; a data set without"):
-        source(real("lerobot_v2.1/screwdriver_panel_novideo"))
-
-
 def test_v3_fixture_of_floats() -> None:
     root = real("lerobot_v3.0/ioai_fixture_v3")
     data = source(root)

@@ -115,7 +115,6 @@ def test_actions_belong_to_the_frame_of_their_row() -> None:
     before, after = [], []
     for index in range(0, 151, 15):
         episode = source.read(index)
-        assert episode.actions is not None and episode.proprioception is not None
         action, agent = episode.actions[1:-1], episode.proprioception
         before.append(np.linalg.norm(action - agent[:-2], axis=1))
         after.append(np.linalg.norm(action - agent[2:], axis=1))

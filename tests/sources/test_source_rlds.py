@@ -277,7 +277,6 @@ def test_the_rate_must_be_stated() -> None:
         ({"action": np.zeros(13)}, "steps/action: 13 numbers, expected a multiple of 3"),
         ({"action": ["a"] * 4}, "steps/action: a list of bytes, expected numbers"),
         ({"action": np.full((4, 3), np.nan)}, "actions.* is nan, expected a finite number"),
-        ({"observation__state": np.full((4, 2), np.inf)}, "proprioception.* is inf, expected a finite number"),
         ({"language_instruction": ["a"] * 3}, "3 instructions, expected 4"),
         ({"language_instruction": np.zeros(4)}, "a list of float32, expected bytes"),
         ({"observation__image": [png(pixels(0, 1)[0])] * 3}, "3 pictures, expected 4"),

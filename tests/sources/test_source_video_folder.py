@@ -68,7 +68,6 @@ def test_the_real_alignment_is_as_stated(folder: str) -> None:
     source = open_source(real(f"video_text_folders/{folder}"), Options())
     for index in range(len(source)):
         episode = source.read(index)
-        assert episode.actions is not None and episode.proprioception is not None
         moved = np.linalg.norm(np.diff(episode.proprioception[:, :3], axis=0), axis=1)
         asked = np.linalg.norm(episode.actions[:, :3], axis=1)
         aligned, late, early = (np.abs(moved - a).mean() for a in (asked[:-1], np.roll(asked, 1)[:-1], asked[1:]))
@@ -115,7 +114,6 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
         ({"action": []}, "action is no table of numbers"),
         ({"action": {"a": 1}}, "action is no table of numbers"),
         ({"action": [[float("nan")]] * 6}, r"actions\[0, 0\] is nan"),
-        ({"action": [[1e300]] * 6}, r"actions\[0, 0\] is inf"),
         ({"state": [[1.0]] * 5}, "state has 5 rows, but the video has 6 frames"),
         ({"video_length": 7}, "video_length is 7, but the video has 6 frames"),
         ({"videos": None}, "videos is 'None', expected a list of objects with a video_path each"),
@@ -156,7 +154,6 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     for episode, file in ((a, "a.mp4"), (b, "sub/b.webm"), (c, "sub/c.mp4")):
         assert (frames_of(episode, "video") == decoded(tmp_path / "d" / file)).all()
     joined = open_source(tmp_path / "d", Options(proprioception=("states", "gripper"), action="gripper")).read(0)
-    assert joined.proprioception is not None and joined.actions is not None
     assert joined.proprioception[3].tolist() == [1, 2, 3] and joined.actions[3].tolist() == [3]
     with refused(r"c\.mp4: no instruction for it"):
         open_source(tmp_path / "d", Options()).describe()
