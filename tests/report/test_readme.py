@@ -2,43 +2,46 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, write_json
 from svam.report.readme import BEGIN, END, main, results
 
 ROOT = Path(__file__).resolve().parents[2]
-REPORT = ROOT / "data/report"
 
 
-def test_the_page_has_a_place_for_them() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count(BEGIN) == text.count(END) == 1 and text.index(BEGIN) < text.index(END)
+def write_report(folder: Path, tasks: int) -> Path:
+    names = [("task", f"task-{i}") for i in range(tasks)] + [("tier", "easy"), ("average", "mean of tasks (macro)")]
+    rate = {"success": 0.5, "low": 0.254, "high": 0.746, "episodes": 12}
+    rows: list[dict[str, Any]] = [
+        {"group": group, "name": name, "row": row, **rate} for row in ("policy", "random", "expert") for group, name in names
+    ]
+    write_json(folder / "plots/success.json", rows if tasks else [])
+    write_json(folder / "metrics.json", {"success": 0.5, "action_error": 0.0726})
+    return folder
 
 
 def test_only_what_stands_between_the_marks_changes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    report, page = write_report(tmp_path / "report", 2), tmp_path / "README.md"
+    page.write_text((ROOT / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
+    before, after = page.read_text().split(BEGIN)[0], page.read_text().split(END)[1]
     for _ in range(2):
-        main(REPORT, page)
-        assert page.read_text(encoding="utf-8") == f"before\n{BEGIN}\n{results(REPORT)}\n{END}\nafter\n"
+        main(report, page)
+        assert page.read_text() == f"{before}{BEGIN}\n{results(report)}\n{END}{after}"
+    assert results(report).splitlines()[0].startswith("| success on 12 unseen goals")
+    assert "| task-1 | 50 % [25, 75] | 50 % [25, 75] | 50 % [25, 75] |" in results(report)
+    assert results(report).endswith("\n\nMean absolute error of actions: 0.073.")
     page.write_text("no marks", encoding="utf-8")
     with pytest.raises(SystemExit):
-        main(REPORT, page)
-    assert "expected the marks" in capsys.readouterr().err
-    assert page.read_text(encoding="utf-8") == "no marks"
+        main(report, page)
+    assert "expected the marks" in capsys.readouterr().err and page.read_text() == "no marks"
 
 
-def test_many_tasks_are_shown_by_tier_and_no_closed_loop_is_refused(tmp_path: Path) -> None:
-    shutil.copytree(REPORT, tmp_path / "report")
-    table = tmp_path / "report/plots/success.json"
-    lines = read_json(table)
-    tasks = [{**line, "name": f"{line['name']}-{i}"} for line in lines if line["group"] == "task" for i in range(3)]
-    write_json(table, tasks + [line for line in lines if line["group"] != "task"])
-    assert "| easy |" in results(tmp_path / "report") and "reach" not in results(tmp_path / "report")
-    write_json(table, [])
+def test_many_tasks_are_shown_by_tier_and_a_run_without_closed_loop_is_refused(tmp_path: Path) -> None:
+    table = results(write_report(tmp_path / "many", 9))
+    assert "| easy |" in table and "task-1" not in table
     with pytest.raises(FileError, match="holds no success rates"):
-        results(tmp_path / "report")
+        results(write_report(tmp_path / "none", 0))
