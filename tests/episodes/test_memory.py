@@ -28,11 +28,3 @@ def test_what_shows_it_keeps_it(show: object) -> None:
     assert (np.asarray(view) == 7).all()
     del other, view
     assert address in [page_aligned(SHAPE, np.uint8).ctypes.data for _ in range(4)], "it is used again"
-
-
-def test_what_waits_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_KEPT_BYTES", 3 << 20)
-    for count in (16, 32, 48, 200):  # 0.4 to 1.3 MB, and one that is larger than all that may wait
-        arrays = [page_aligned((count, 96, 96, 3), np.uint8) for _ in range(4)]
-        del arrays
-        assert sum(size * len(rooms) for size, rooms in memory._waiting.items()) <= 3 << 20

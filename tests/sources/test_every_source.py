@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 
 from svam.contract import EpisodeSource, frame_blocks
 from svam.errors import SvamError
-from tests import tfds_writer
 from tests.recorded import write_raw
 from tests.sources import test_source_aloha as aloha
 from tests.sources import test_source_calvin as calvin
@@ -28,6 +27,7 @@ from tests.sources import test_source_replay_zarr as replay_zarr
 from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
+from tests.sources import tfds_writer
 from tests.sources.common import damaged, everything, film, refused
 from tests.sources.lerobot_sets import write_v3
 

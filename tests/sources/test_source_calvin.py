@@ -208,11 +208,9 @@ def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
         ({"rel_actions": np.array([0, 1.5, 0, 0, 0, 0, 1.0])}, r"rel_actions\[1\] is 1.5"),
         ({"rel_actions": np.array([0, np.nan, 0, 0, 0, 0, 1.0])}, "'rel_actions' has the value nan"),
         ({"rel_actions": np.zeros(6)}, r"'rel_actions' is float64 \(6,\)"),
-        ({"rel_actions": np.zeros(7, dtype=int)}, "'rel_actions' is int64"),
         ({"rel_actions": None}, "'rel_actions' is missing"),
         ({"scene_obs": np.array([object()] * 24)}, "damaged or no .npz archive of plain arrays"),
         ({"rgb_static": np.zeros((10, 12, 4), dtype=np.uint8)}, "'rgb_static' is uint8"),
-        ({"rgb_static": np.zeros((10, 12, 3), dtype=np.float32)}, "'rgb_static' is float32"),
     ],
 )
 @pytest.mark.parametrize("step", [100, 102])
@@ -249,10 +247,8 @@ def test_no_annotations_names_the_alternatives(tmp_path: Path) -> None:
     ("indx", "match"),
     [
         ([(100, 104), (108, 110), (120, 121)], "annotation 1 covers steps 108 to 110, but no recording"),
-        ([(100, 104), (108, 112), (90, 121)], "no recording"),
         ([(100, 104), (-3, 110), (120, 121)], r"\['indx'\]\[1\] is no pair"),
         ([(100, 104), (104, 103), (120, 121)], r"\['indx'\]\[1\] is no pair"),
-        ([(100, 104), (104.0, 105), (120, 121)], r"\['indx'\]\[1\] is no pair"),
         ([(100, 104), (0, 2**80), (120, 121)], r"\['indx'\]\[1\] is no pair"),
         ([(100, 104)], "1 indx, 3 task and 3 ann"),
         ("abc", "is missing or no list"),
@@ -270,7 +266,6 @@ def test_wrong_annotations_are_one_sentence(tmp_path: Path, indx: Any, match: st
         (np.zeros((0, 2), dtype=int), "no recordings"), (np.array([[5, 4]]), r"row 0 is \[5, 4\]"),
         (np.array([[-5, 4]]), r"row 0 is \[-5, 4\]"), (np.array([[0.0, 4.0]]), "it is float64"),
         (np.array([1, 2, 3]), r"it is int64 \(3,\)"), (np.array([[1, object()]]), "truncated, damaged"),
-        (np.array([[2**63, 2**63 + 1]], dtype=np.uint64), "row 0"),
     ],
 )  # fmt: skip
 def test_wrong_recordings_are_one_sentence(tmp_path: Path, ids: np.ndarray, match: str) -> None:
@@ -288,16 +283,3 @@ def test_a_sentence_must_be_text(tmp_path: Path, sentence: Any) -> None:
     file.write_bytes(npy_of(np.array(value, dtype=object)))
     with refused("annotation 0 has no task name or no sentence"):
         open_source(tmp_path, Options())
-
-
-def test_shared_lists_do_not_multiply(tmp_path: Path) -> None:
-    """A billion references to one list are one list."""
-    nested: Any = ["lol"]
-    for _ in range(60):
-        nested = [nested] * 10
-    file = tmp_path / "auto_lang_ann.npy"
-    file.write_bytes(npy_of(np.array({"language": nested, "info": nested}, dtype=object)))
-    write_set(tmp_path / "set", validation=False)
-    file.replace(tmp_path / "set/training/lang_annotations/auto_lang_ann.npy")
-    with refused("is missing or no list"):
-        open_source(tmp_path / "set", Options())

@@ -122,8 +122,6 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
     [
         ({"schema_version": 2}, r"meta\.json: schema_version: input should be 1 \(found '2'\)"),
         ({"rate_hz": 0}, r"meta\.json: rate_hz: input should be greater than 0"),
-        ({"rate_hz": float("nan")}, r"meta\.json: rate_hz"),
-        ({"cameras": []}, r"meta\.json: cameras"),
         ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
         ({"cameras": ["front", "front"]}, "names one twice"),
         ({"task": {}}, r"meta\.json: task: extra inputs are not permitted"),
@@ -144,13 +142,11 @@ def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], m
     [
         ({"actions": None}, "field 'actions' is missing; it has annotation_index, depth"),
         ({"actions": np.zeros((4, 2), int)}, r"'actions' is int64 \(4, 2\), expected float16 or float32 or float64"),
-        ({"actions": np.zeros(4)}, "with 2 axes"),
         ({"actions": np.zeros((3, 2))}, r"actions is float32 \(3, 2\), expected float32 \(4, dimensions\)"),
         ({"actions": np.full((4, 2), 1e300)}, r"actions\[0, 0\] is inf"),
         ({"actions": np.array([[{}]], dtype=object)}, "no .npz archive of plain arrays"),
         ({"state": np.full((4, 2), np.nan)}, r"state\[0, 0\] is nan"),
         ({"frames_front": np.zeros((4, 6, 8), np.uint8)}, r"'frames_front' is uint8 \(4, 6, 8\), expected uint8"),
-        ({"frames_front": np.zeros((4, 6, 8, 3))}, "expected uint8"),
         ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, "Fortran order"),
         ({"frames_front": np.zeros((0, 6, 8, 3), np.uint8)}, "no time steps"),
         ({"timestamps": np.zeros(4)}, r"timestamps\[1\] is 0"),

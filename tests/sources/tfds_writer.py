@@ -1,4 +1,4 @@
-"""Writes small RLDS data sets as TFDS lays them out, and reads record files: independently of the code under test."""
+"""Writes small RLDS data sets as TFDS lays them out, independently of the code under test."""
 
 from __future__ import annotations
 
@@ -103,55 +103,3 @@ def png(pixels: np.ndarray) -> bytes:
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
-
-
-# Reading.
-
-
-def _number(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        value += (data[at] & 127) << shift
-        shift, at = shift + 7, at + 1
-        if data[at - 1] < 128:
-            return value, at
-
-
-def _fields(data: bytes) -> list[tuple[int, bytes]]:
-    at, found = 0, []
-    while at < len(data):
-        tag, at = _number(data, at)
-        assert tag % 8 == 2
-        length, at = _number(data, at)
-        found.append((tag // 8, data[at : at + length]))
-        at += length
-    return found
-
-
-def read_records(file: Path) -> list[dict[str, Any]]:
-    """Each record of packed lists as name -> list of bytes, float32 array or list of int."""
-    data, at, records = file.read_bytes(), 0, []
-    while at < len(data):
-        (length,) = struct.unpack_from("<Q", data, at)
-        payload = data[at + 12 : at + 12 + length]
-        assert data[at + 8 : at + 12] == masked(data[at : at + 8])
-        assert data[at + 12 + length : at + 16 + length] == masked(payload)
-        at += 16 + length
-        record: dict[str, Any] = {}
-        ((_, features),) = _fields(payload)
-        for _, entry in _fields(features):
-            parts = dict(_fields(entry))
-            ((kind, body),) = _fields(parts[2])
-            values = [value for _, value in _fields(body)]
-            if kind == 1:
-                record[parts[1].decode()] = values
-            elif kind == 2:
-                record[parts[1].decode()] = np.frombuffer(b"".join(values), "<f4")
-            else:
-                numbers, place, packed = [], 0, b"".join(values)
-                while place < len(packed):
-                    number, place = _number(packed, place)
-                    numbers.append(number)
-                record[parts[1].decode()] = numbers
-        records.append(record)
-    return records
