@@ -19,12 +19,12 @@ os.environ.setdefault("DVC_NO_ANALYTICS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
-# Begun first, in this order, since they take longest; the second file that needs `finished` does not wait for it.
-FIRST = ("test_dag_killed.py", "test_dag_external.py", "test_dag_killed_anytime.py")
+# Begun first, in this order, since they take longest; when `test_dag.py` is due, `finished` is there.
+FIRST = ("test_dag_killed", "test_dag_external", "test_dag_killed_anytime", "test_rerun", "test_resume", "test_dag")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
 @pytest.fixture(scope="session")
