@@ -21,9 +21,9 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONHOME
 
-.PHONY: help setup repro test test-all lint lock table compare clean
+.PHONY: help setup repro status test test-all lint lock table compare clean
 help:
-	@sed -n '1,6s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro test test-all lint lock table compare clean"
+	@sed -n '1,6s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro status test test-all lint lock table compare clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 
@@ -42,6 +42,11 @@ lint: $(VENV)/.installed
 	ruff check .
 	ruff format --check .
 	mypy
+
+# What would run, before anything does: first the digests of the code, which show what an edit changes.
+status: $(VENV)/.installed
+	dvc repro --quiet code
+	dvc status
 
 # Does dvc.lock belong to the code and params that are here?
 lock: $(VENV)/.installed

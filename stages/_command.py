@@ -1,8 +1,9 @@
-"""What the commands of all stages share: the parameter file, errors in one line, the account of time."""
+"""What the commands of all stages share: the parameter file, errors in one line, and that DVC knows the code that runs."""
 
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
+from svam.code import first_difference, stage_code
 from svam.console import one_line_errors
+from svam.errors import SvamError
 from svam.params import load_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
@@ -23,7 +26,9 @@ def stage_command(function: Callable[..., None]) -> typer.Typer:
     @one_line_errors
     @wraps(function)
     def command(**arguments: Any) -> None:
-        function(**{**arguments, "params": load_params(arguments["params"])})
+        params = load_params(arguments["params"])
+        _check_code(params.convert.source)
+        function(**{**arguments, "params": params})
 
     own = [parameter for name, parameter in signature.parameters.items() if name != "params"]
     file = inspect.Parameter("params", inspect.Parameter.KEYWORD_ONLY, default=Path("params.yaml"), annotation=ParamsFile)
@@ -32,3 +37,21 @@ def stage_command(function: Callable[..., None]) -> typer.Typer:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(command)
     return app
+
+
+def _check_code(source: str) -> None:
+    """Under DVC, stop a stage whose digests are not of the code that would run: DVC would record new results for old code.
+
+    Raises:
+        SvamError: the stage `code` has not run since a module changed.
+    """
+    stage = os.environ.get("DVC_STAGE", "code").partition("@")[0]
+    recorded = Path(f"data/code/{stage}.txt")
+    if stage == "code":
+        return
+    text = recorded.read_text(encoding="utf-8") if recorded.is_file() else ""
+    module = first_difference(stage_code(stage, source), text)
+    if module is not None:
+        raise SvamError(
+            f"{recorded} is not of the code that is here: {module} differs; run `dvc repro code`, then the stage again"
+        )

@@ -19,7 +19,8 @@ def main(
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds the four backbones.")],
-    models: Annotated[Path, typer.Option(help="Folder that holds video/ and decouplers/.")],
+    video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
+    decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
     policy: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
 ) -> None:
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
@@ -31,7 +32,7 @@ def main(
 
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     windows, branches = GeneratedWindows(generated), params.distill.branches
-    model = load_model(windows, backbones, models, branches).to(device)
+    model = load_model(windows, backbones, video, decouplers, branches).to(device)
     subject = Subject(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
     with whole_directory(out) as folder:
         found = write_all(folder, subject, SVAM.load(policy, device))

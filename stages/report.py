@@ -17,7 +17,8 @@ def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, results.md, the figures (PNG) and plots/ (JSON).")],
     results: Annotated[Path, typer.Option(help="Folder that evaluate wrote.")],
-    models: Annotated[Path, typer.Option(help="Folder that holds video/ and decouplers/.")],
+    video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
+    decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds the four backbones.")],
     live: Annotated[Path, typer.Option(help="Folder of DVCLive's training curves.")],
 ) -> None:
@@ -26,7 +27,7 @@ def main(
     from svam.report.drawing import draw_all
 
     branches = params.distill.branches
-    measured = tables.gather(results, models, backbones, branches)
+    measured = tables.gather(results, video, decouplers, backbones, branches)
     curves = tables.curves_of(live, branches)
     with whole_directory(out) as folder:
         flat = tables.flat_metrics(measured)
@@ -34,7 +35,7 @@ def main(
         (folder / "results.md").write_text(tables.markdown(measured), encoding="utf-8")
         for name, lines in tables.plot_tables(measured, curves).items():
             write_json(folder / "plots" / f"{name}.json", lines)
-        draw_all(folder, measured, curves, results, models, params.report)
+        draw_all(folder, measured, curves, results, video, params.report)
     console.print(flat, highlight=False)
     console.print(f"tables and figures: {out}/results.md, {out}/*.png", highlight=False)
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from svam.errors import SvamError
 
@@ -39,6 +39,50 @@ class Frozen(BaseModel):
     """Base of the contract's own records: immutable and strict about their keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class VectorStatistics(Frozen):
+    """Per-dimension statistics of a vector over the training episodes, in physical units. Each list has one entry
+    per dimension; `q01` and `q99` are the 1 % and 99 % quantiles."""
+
+    mean: list[float]
+    std: list[float]
+    min: list[float]
+    max: list[float]
+    q01: list[float]
+    q99: list[float]
+    count: Annotated[int, Field(ge=1)]
+
+    @model_validator(mode="after")
+    def _one_length(self) -> VectorStatistics:
+        lengths = {name: len(getattr(self, name)) for name in ("mean", "std", "min", "max", "q01", "q99")}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"statistics of different lengths: {lengths}")
+        return self
+
+
+class ActionConvention(Frozen):
+    """What the numbers of an action mean, and how they are normalised for learning."""
+
+    kind: Literal["absolute", "relative"]
+    dimensions: Annotated[int, Field(ge=1)]
+    binary_dimensions: list[int] = Field(default=[])
+    normalisation: Literal["minmax", "quantile", "meanstd"]
+
+    @model_validator(mode="after")
+    def _binary_dimensions_exist(self) -> ActionConvention:
+        outside = [d for d in self.binary_dimensions if not 0 <= d < self.dimensions]
+        if outside:
+            raise ValueError(f"binary_dimensions {outside} are outside 0..{self.dimensions - 1}")
+        return self
+
+
+class Statistics(Frozen):
+    """Normalisation statistics of a data set. Computed from training episodes only, carried in the policy's checkpoint."""
+
+    convention: ActionConvention
+    actions: VectorStatistics
+    proprioception: VectorStatistics | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tests.stage_deps import ROOT
+from tests import ROOT
 from tests.toy import write_toy_params
 
 PAUSE = 0.002  # seconds between two looks at a run

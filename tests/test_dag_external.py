@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests import ROOT
 from tests.project import make_project, ran, run
-from tests.stage_deps import ROOT
 
 REAL = ROOT.parent / "shared/realdata/lerobot_v2.1/cr5_grasp_cube"
 pytestmark = [

@@ -16,7 +16,7 @@ from svam.episodes.instructions import described_tasks
 from svam.errors import ParamsError
 from svam.evaluation.scores import TIERS
 from svam.params import Params, load_params
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 YAML_12 = YAML(typ="safe", pure=True)
 

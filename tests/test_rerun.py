@@ -19,7 +19,7 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from svam.params import load_params
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 YAML_12 = YAML(typ="safe", pure=True)
 TASKS = ["reach", "button-press-topdown", "drawer-open", "window-close"]

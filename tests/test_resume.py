@@ -30,8 +30,8 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.loop import fit
+from tests import ROOT
 from tests.killing import kill, one_code, run_stage
-from tests.stage_deps import ROOT
 from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts
 from tests.toy import optimiser, write_toy_params
 

@@ -68,18 +68,20 @@ class Subject:
         return frames.reshape(*rows.shape, *frames.shape[1:])
 
 
-def load_model(windows: GeneratedWindows, backbones: Path, models: Path, branches: Sequence[str]) -> ForesightModel:
+def load_model(
+    windows: GeneratedWindows, backbones: Path, video: Path, decouplers: Path, branches: Sequence[str]
+) -> ForesightModel:
     """The frozen parts that made the windows, both teachers, and the decouplers of `branches`.
 
     Raises:
         ContractError: the video model is not the one that the windows were generated with.
         FileError: a part is missing or damaged.
     """
-    if sha256_tree(models / "video") != windows.attributes.get("video_sha256"):
-        raise ContractError(f"{models}/video: not the video model that {windows.path} was generated with; run generate again")
-    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": models / "video"}
+    if sha256_tree(video) != windows.attributes.get("video_sha256"):
+        raise ContractError(f"{video}: not the video model that {windows.path} was generated with; run generate again")
+    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
     folders |= {f"teacher_{branch}": backbones / branch for branch in BRANCHES}
-    folders |= {f"decoupler_{branch}": models / "decouplers" / branch for branch in branches}
+    folders |= {f"decoupler_{branch}": decouplers / branch for branch in branches}
     needs = Needs(video=True, teachers=BRANCHES, decouplers=tuple(b for b in BRANCHES if b in branches))
     model = ForesightModel.load_parts(needs, SamplerConfig.model_validate(windows.attributes["sampler"]), folders, "frame")
     for branch in branches:  # what a decoupler was trained on decides what it must see; they all share `cache_teacher`

@@ -29,11 +29,14 @@ from svam.console import console, progress_bar, timed
 from svam.contract import (
     STORE_SCHEMA,
     VECTORS,
+    ActionConvention,
     ContractError,
     Episode,
     EpisodeShape,
     EpisodeSource,
     SourceDescription,
+    Statistics,
+    VectorStatistics,
     frame_blocks,
 )
 from svam.device import become_worker
@@ -45,7 +48,6 @@ from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
-from svam.normalisation import ActionConvention, Statistics, VectorStatistics
 from svam.params import Convert
 from svam.seeds import generator
 

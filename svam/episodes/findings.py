@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.contract import VectorStatistics
 from svam.episodes.rows import RowReader
 from svam.files import FileError
-from svam.normalisation import VectorStatistics
 
 OUTLIER_RANGES = 10.0
 """A value this many times the width of the training rows' 1 %..99 % range beyond that range is an outlier."""

@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import ContractError
-from svam.normalisation import VectorStatistics
+from svam.contract import ContractError, VectorStatistics
 
 Blocks = Callable[[], Iterable[NDArray[np.float32]]]
 """Yields the same (n, D) float32 blocks each time it is called."""

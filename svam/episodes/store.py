@@ -23,11 +23,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDescription
+from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDescription, Statistics
 from svam.episodes.arrays import read_attributes
 from svam.episodes.rows import RowReader
 from svam.files import FileError
-from svam.normalisation import Statistics
 from svam.seeds import seed_of
 
 Split = Literal["train", "held_out"]

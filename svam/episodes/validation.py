@@ -11,14 +11,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import SEGMENTATION_CLASSES, VECTORS, ContractError
+from svam.contract import SEGMENTATION_CLASSES, VECTORS, ContractError, VectorStatistics
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.findings import Check, Outliers, Rows
 from svam.episodes.inspection import QUANTITIES, shard_files, stored_arrays, training_blocks
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import FileError
-from svam.normalisation import VectorStatistics
 
 GAP_PERIODS = 1.5
 """A step between two timestamps that lasts longer than this many periods is a gap."""

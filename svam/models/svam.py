@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from svam.checkpoint import load_state, restore, save_module
-from svam.contract import ContractError, Foresight, Frozen, Observation
+from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
 from svam.files import FileError, whole_directory
 from svam.models.foresight import ForesightModel, Needs, needs_of
 from svam.models.generator import SamplerConfig
@@ -26,7 +26,7 @@ from svam.models.manifest import verify_manifest, write_manifest
 from svam.models.observation import ObservationEncoder
 from svam.models.perceiver import UniPerceiver, build_aggregator
 from svam.models.policy import ActionDiffusion
-from svam.normalisation import Statistics
+from svam.normalisation import denormalise_actions, normalise_proprioception
 from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy
 
 Shape = tuple[int, int, int, int]
@@ -267,7 +267,7 @@ class SVAM:
         proprioception = None
         if self.needs_proprioception:
             stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])
-            proprioception = torch.from_numpy(self.statistics.normalise_proprioception(stacked)).to(self.device)
+            proprioception = torch.from_numpy(normalise_proprioception(self.statistics, stacked)).to(self.device)
         trained = self.network.observation is not None
         pixels = torch.from_numpy(frames).to(self.device) if trained else None
         return Inputs(entries=found.entries, text=found.text, frames=pixels, proprioception=proprioception)
@@ -290,7 +290,7 @@ class SVAM:
         bad = np.flatnonzero(~np.isfinite(normalised).all(axis=(1, 2)))
         if len(bad):
             raise ContractError(f"the policy returned NaN or infinity for observation {bad[0]} of {len(normalised)}")
-        return self.statistics.denormalise_actions(normalised)
+        return denormalise_actions(self.statistics, normalised)
 
     def act(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> NDArray[np.float32]:
         """The next action chunk of each observation: (B, K, A) float32, physical units, B may be 0.

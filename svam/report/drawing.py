@@ -16,7 +16,7 @@ from svam.report.tables import Measured, teacher_table
 
 
 def draw_all(
-    folder: Path, measured: Measured, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], results: Path, models: Path,
+    folder: Path, measured: Measured, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], results: Path, video: Path,
     params: Report,
 ) -> None:  # fmt: skip
     """Write every figure that the run has numbers for as PNG into `folder`.
@@ -34,7 +34,7 @@ def draw_all(
     if curves:
         drawn["curves"] = figures.curve_figure(curves)
     title = "Held-out clips: the truth through the autoencoder, and below it the generation"
-    drawn["clips"] = figures.picture_figure(models / "video" / "samples.png", title)
+    drawn["clips"] = figures.picture_figure(video / "samples.png", title)
     if "offline" in measured.results:
         drawn["actions"] = figures.action_figure(measured.results["offline"])
         arrays = load_arrays(results / "foresight.npz")

@@ -50,7 +50,7 @@ class Measured:
         return rows
 
 
-def gather(results: Path, models: Path, backbones: Path, branches: Sequence[str]) -> Measured:
+def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branches: Sequence[str]) -> Measured:
     """Read metrics.json of every stage. Imported weights have none to show, and theirs is empty.
 
     Raises:
@@ -65,8 +65,8 @@ def gather(results: Path, models: Path, backbones: Path, branches: Sequence[str]
 
     return Measured(
         results=read(results),
-        video=read(models / "video"),
-        decouplers={branch: read(models / "decouplers" / branch) for branch in branches},
+        video=read(video),
+        decouplers={branch: read(decouplers / branch) for branch in branches},
         backbones={name: read(backbones / name) for name in ("autoencoder", "text", "geometric", "semantic")},
     )
 

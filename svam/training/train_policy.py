@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svam.code import code_of, library_versions
 from svam.console import console
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, window_starts
-from svam.files import sha256, sha256_tree
+from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
+from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.params import Generate, TrainPolicy
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import seed_of
@@ -35,11 +37,6 @@ STATISTICS_ROWS = 512
 """Training observations, evenly spread, from which the inputs' means and deviations are computed."""
 FRAMES = "frames"
 """Name under which the cache keeps the frames that a trained observation encoder reads."""
-FORESIGHT_CODE = (
-    "attention", "autoencoder", "decoupler", "diffusion", "foresight", "generator", "published", "teachers", "text", "tokens",
-    "video",
-)  # fmt: skip
-"""Modules of `svam.models` that decide the frozen features; their source is part of the cache's address."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +80,7 @@ def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, propriocep
     if proprioception:
         if not store.has("proprioception"):
             raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
-        state = store.statistics.normalise_proprioception(store.vector("proprioception", rows))
+        state = normalise_proprioception(store.statistics, store.vector("proprioception", rows))
     instructions = [
         store.instruction_of(int(e), seed_of(seed, "train_policy", int(r))) for e, r in zip(episodes, rows, strict=True)
     ]
@@ -94,8 +91,7 @@ def sources_of(
     entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], camera: str
 ) -> dict[str, dict[str, Any]]:
     """Entry -> everything that decides its cached numbers: the parts' bytes, the code, the sampler, device and threads."""
-    models = Path(__file__).parent.parent / "models"
-    code = {name: sha256(models / f"{name}.py") for name in FORESIGHT_CODE}
+    code = code_of(["svam/models/foresight.py"])
     parts: dict[str, str] = {}
     sources: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -108,7 +104,7 @@ def sources_of(
         sources[entry] = {
             "entry": entry, "camera": camera, "parts": {n: parts[n] for n in needs if n != "text" or "video" in needs},
             "code": code, "sampler": foresight.sampler.model_dump(), "reference": foresight.reference,
-            "device": foresight.device.type, "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+            "device": foresight.device.type, "threads": torch.get_num_threads(), "libraries": library_versions(),
         }  # fmt: skip
     return sources
 
@@ -140,7 +136,7 @@ class TrainingData:
         self.text = foresight.embed_text(sentences).to(device)
         place = {sentence: i for i, sentence in enumerate(sentences)}
         self.sentence = np.asarray([place[i] for i in observations.instructions])
-        self.actions = svam.statistics.normalise_actions(observations.actions)
+        self.actions = normalise_actions(svam.statistics, observations.actions)
 
     def inputs(self, positions: NDArray[np.int64]) -> Inputs:
         """What the policy sees of the observations at `positions`."""

@@ -22,9 +22,9 @@ from svam.files import read_json, sha256_tree
 from svam.models.generator import VideoForesight
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
+from tests import ROOT
 from tests.models.test_svam import build
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.stage_deps import ROOT
 from tests.tiny import GENERATE, save_all_parts
 from tests.tiny_foresight import FRAMES, SIZE, make_teacher
 from tests.toy import committed, write_toy_params
@@ -78,7 +78,8 @@ def invoke(root: Path, out: Path, policy: str = "svam", branches: tuple[str, ...
         "episodes": "episodes.zarr",
         "generated": "generated.zarr",
         "backbones": "backbones",
-        "models": ".",
+        "video": "video",
+        "decouplers": "decouplers",
         "policy": policy,
     }
     arguments = [f"--{name}={root / file}" for name, file in options.items()]
@@ -114,7 +115,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_pa
 def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
     """Errors of V^ and of the decoded one-step prediction, and IoU against the simulator, computed again from the arrays."""
     store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated.zarr")
-    model = report.load_model(windows, root / "backbones", root, ["geometric"])
+    model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
     subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
     found = report.measure_gap(subject)
     truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
@@ -145,7 +146,7 @@ def test_features_that_were_not_kept_are_computed_again(root: Path, tmp_path: Pa
     found = []
     for folder in (root, tmp_path):
         windows = GeneratedWindows(folder / "generated.zarr")
-        model = report.load_model(windows, root / "backbones", root, ["geometric"])
+        model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
         subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
         found.append(report.probe_features(subject)(numbers, frames))
     assert set(found[0]) == set(found[1]) == {"repeat", "one_step", "geometric", "generated", "truth"}

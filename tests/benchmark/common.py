@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from stages.benchmark import app
-from tests.stage_deps import ROOT
+from tests import ROOT
 from tests.toy import write_toy_params
 
 

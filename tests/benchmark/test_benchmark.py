@@ -21,7 +21,7 @@ from svam.files import FileError
 from svam.params import Benchmark, load_params
 from tests.benchmark.common import measured
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 SMALL = {
     "frames": 60, "conversion_frames": 90, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2,

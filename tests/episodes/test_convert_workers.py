@@ -24,8 +24,8 @@ from svam.episodes.rows import RowReader
 from svam.episodes.shards import Layout
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, locked, sha256_tree
+from tests import ROOT
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks, write_rows
-from tests.stage_deps import ROOT
 
 
 class Slow:

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from stages.convert import app as convert_app
 from stages.prepare_backbones import app as backbones_app
 from svam.files import sha256_tree
+from tests import ROOT
 from tests.killing import kill, one_code, run_stage
 from tests.recorded import write_raw
-from tests.stage_deps import ROOT
 from tests.tiny_foresight import make_store
 from tests.toy import write_toy_params
 

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from svam.contract import ContractError
+from svam.contract import ContractError, VectorStatistics
 from svam.episodes.statistics import vector_statistics
-from svam.normalisation import VectorStatistics
 
 
 def of(*blocks: NDArray[np.float32]) -> VectorStatistics:

@@ -28,10 +28,10 @@ from svam.params import Params
 from svam.resume import Resume
 from svam.simulation.metaworld import TaskEnvironment
 from svam.training.train_policy import load_foresight
+from tests import ROOT
 from tests.killing import kill, one_code
 from tests.killing import run_stage as whole_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.stage_deps import ROOT
 from tests.tiny import GENERATE, policy_params, save_all_parts
 from tests.tiny_foresight import FRAMES, GRID, SIZE
 from tests.toy import write_toy_params

@@ -29,7 +29,7 @@ from svam.evaluation.rollout import (
 )
 from svam.seeds import generator
 from svam.simulation.metaworld import TaskEnvironment
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 
 class Line:

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from svam.errors import ParamsError
 from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs, read_yaml
 from svam.simulation.scenes import scene_of
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 PLAN: dict[str, Any] = read_yaml(FOLDER / "plan.yaml")
 PARAMS = ROOT / "params.yaml"

@@ -17,7 +17,7 @@ from svam.experiments.records import Budget, Episode, Record, Stage, read_record
 from svam.experiments.statistics import Pairs, bootstrap, difference, holm, mcnemar, only_one, paired
 from svam.experiments.table import compared, markdown, write
 from svam.files import FileError
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 BUDGET = Budget(
     policy_steps=4, batch=2, learning_rate=0.1, episodes_per_task=5, demonstrations=20, data="d.dir", max_steps=500, execute=8

@@ -17,9 +17,10 @@ from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
 from svam.models.svam import SVAM, Batch, PolicyNetwork, SVAMConfig, frozen_entries
+from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import TrainPolicy, load_params
 from svam.training.train_policy import load_foresight
-from tests.stage_deps import ROOT
+from tests import ROOT
 from tests.tiny import FRAMES, GENERATE, GRID, TEACHER_CHANNELS, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 
@@ -290,8 +291,8 @@ def test_it_overfits_one_batch_and_act_repeats_it(store: EpisodeStore, folders: 
     inputs = model.encode(seen)
     rows = np.arange(16).reshape(4, 4)
     physical = store.vector("expert_actions", rows.reshape(-1)).reshape(4, 4, 3)
-    physical = model.statistics.denormalise_actions(0.8 * model.statistics.normalise_actions(physical))
-    target = torch.from_numpy(model.statistics.normalise_actions(physical))
+    physical = denormalise_actions(model.statistics, 0.8 * normalise_actions(model.statistics, physical))
+    target = torch.from_numpy(normalise_actions(model.statistics, physical))
     batch = Batch(inputs, target, torch.ones(4, 4, dtype=torch.bool))
     values = inputs.entries["one_step"].float()
     model.network.set_input_statistics("one_step", values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3)))

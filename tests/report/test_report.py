@@ -18,7 +18,7 @@ from svam.files import read_json, sha256_tree, write_json
 from svam.report import tables
 from svam.report.films import enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 TASKS = ("reach", "push", "shelf-place")
 DISTILLED = {
@@ -50,8 +50,8 @@ def write_run(root: Path) -> Path:
         foresight_goal_frame=rng.normal(size=(3, 1, 2, 2, 6)).astype(np.float16),
     )  # fmt: skip
     video = {f"{kind}_{key}": 0.25 for kind in ("generated", "one_step", "repeated") for key in ("mse", "psnr", "ssim")}
-    write_json(root / "models/video/metrics.json", video | {"error_share_of_repeat": 0.123456})
-    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "models/video/samples.png")
+    write_json(root / "video/metrics.json", video | {"error_share_of_repeat": 0.123456})
+    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "video/samples.png")
     for branch, key in (("geometric", "rmse_std"), ("semantic", "mean")):
         dense = {view: {key: 0.7} for view in ("real", "generated", "one_step")}
         scores = {
@@ -59,7 +59,7 @@ def write_run(root: Path) -> Path:
             for name, v in DISTILLED.items()
         }
         metrics = scores | {"moved_share": 0.1, "teacher": {"dense": dense}}
-        write_json(root / f"models/decouplers/{branch}/metrics.json", metrics)
+        write_json(root / f"decouplers/{branch}/metrics.json", metrics)
         write_json(root / f"backbones/{branch}/metrics.json", {v: {key: 0.5} for v in ("real", "reconstructed", "blurred")})
     for name in ("autoencoder", "text"):
         write_json(root / f"backbones/{name}/metrics.json", {"psnr": 30.0})
@@ -82,7 +82,7 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     values["train_policy"]["context"] = ["one_step"]
     values["report"] = {"clips": 2, "dpi": 50}
     yaml.dump(values, run / "params.yaml")
-    options = [f"--{name}={run / name}" for name in ("results", "models", "backbones", "live")]
+    options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
     return CliRunner().invoke(app, [str(out), *options, f"--params={run / 'params.yaml'}"])
 
 
@@ -114,7 +114,9 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
 
 
 def test_markdown_says_what_was_measured(run: Path) -> None:
-    page = tables.markdown(tables.gather(run / "results", run / "models", run / "backbones", ["geometric", "semantic"]))
+    page = tables.markdown(
+        tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", ["geometric", "semantic"])
+    )
     assert "| push | 50% (15% to 85%) |" in page and "| very hard | 0%" in page
     assert "| geometric: linear probe on F | 0.400 | 0.400 | 0.200 | 0.600 |" in page
     assert "12.3% of the error" in page and "this is not success" in page
@@ -122,7 +124,7 @@ def test_markdown_says_what_was_measured(run: Path) -> None:
 
 
 def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> None:
-    shutil.rmtree(run / "models/decouplers/semantic")
+    shutil.rmtree(run / "decouplers/semantic")
     write_json(run / "backbones/semantic/metrics.json", {})  # imported weights
     results = read_json(run / "results/metrics.json")
     del results["metaworld"]
@@ -133,12 +135,11 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     assert set(flat) == {"video_error_share", "geometric_cosine", "geometric_explained", "action_error"}
     assert not (tmp_path / "out/success.png").exists()
     # A branch that the params no longer list may have left its folder behind: it is not reported.
-    assert set(tables.flat_metrics(tables.gather(run / "results", run / "models", run / "backbones", []))) == {
-        "video_error_share", "action_error",
-    }  # fmt: skip
+    without = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
+    assert set(tables.flat_metrics(without)) == {"video_error_share", "action_error"}
 
 
-@pytest.mark.parametrize("broken", ["results/metrics.json", "models/video/samples.png", "results/foresight.npz"])
+@pytest.mark.parametrize("broken", ["results/metrics.json", "video/samples.png", "results/foresight.npz"])
 def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path, broken: str) -> None:
     (run / broken).write_bytes(b"{")
     result = invoke(run, tmp_path / "out")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from svam.contract import Episode, EpisodeSource, frame_blocks
 from svam.errors import SvamError
-from tests.stage_deps import ROOT
+from tests import ROOT
 
 Array = np.ndarray[Any, Any]
 

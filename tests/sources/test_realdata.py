@@ -13,7 +13,7 @@ from stages.convert import app
 from svam.console import console
 from svam.episodes.__main__ import app as episodes
 from svam.episodes.store import EpisodeStore
-from tests.stage_deps import ROOT
+from tests import ROOT
 from tests.toy import write_toy_params
 
 REAL = ROOT.parent / "shared/realdata"

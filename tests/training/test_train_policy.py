@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,18 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from stages.train_policy import app
+from svam.code import _read
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel
 from svam.models.svam import SVAM
+from svam.normalisation import normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
+from tests import ROOT
 from tests.killing import kill, one_code, run_stage
-from tests.stage_deps import ROOT, direct_imports, path_of
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 from tests.toy import ADAM
@@ -74,7 +77,7 @@ def test_targets_are_the_experts_padded_and_masked(store: EpisodeStore) -> None:
     np.testing.assert_array_equal(found.actions[0], expert[0:4])
     np.testing.assert_array_equal(found.actions[1], expert[[10, 11, 11, 11]])
     assert found.mask.tolist() == [[True] * 4, [True, True, False, False]]
-    state = store.statistics.normalise_proprioception(store.vector("proprioception", rows))
+    state = normalise_proprioception(store.statistics, store.vector("proprioception", rows))
     np.testing.assert_array_equal(found.proprioception, state)
     task = store.task_of(0)
     assert set(found.instructions) <= set(store.instructions[task]["train"])
@@ -93,15 +96,25 @@ def test_without_expert_actions_the_executed_ones_are_targets(store: EpisodeStor
         observe(store, np.array([3], dtype=np.int64), 2, True, seed=0)
 
 
-def test_the_caches_address_covers_all_code_that_computes_features() -> None:
-    """An edit of a module that foresight is built from must not leave stale features behind."""
-    reached, todo = {"foresight"}, [ROOT / "svam/models/foresight.py"]
-    while todo:
-        for path in filter(None, map(path_of, direct_imports(todo.pop()))):
-            if path.parent == ROOT / "svam/models" and path.stem not in reached | {"__init__"}:
-                reached.add(path.stem)
-                todo.append(path)
-    assert reached == set(training.FORESIGHT_CODE)
+def test_the_caches_address_covers_all_code_that_computes_features(
+    store: EpisodeStore, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An edit of a module that foresight is built from, or another version of a library, leaves no stale features behind."""
+    foresight = load_foresight(policy_params(context=["one_step"]), GENERATE, folders)
+
+    def address() -> str:
+        return json.dumps(training.sources_of(["one_step"], foresight, folders, "corner2"))
+
+    before = address()
+    assert "svam/models/video.py" in before and "svam/models/perceiver.py" not in before
+    monkeypatch.setattr("svam.code.version", lambda name: "0.0" if name == "diffusers" else version(name))
+    assert address() != before
+    monkeypatch.undo()
+    assert address() == before
+    monkeypatch.setattr("svam.code.digest_of", lambda source: "0")
+    _read.cache_clear()
+    assert address() != before
+    _read.cache_clear()
 
 
 def test_a_second_run_encodes_nothing_and_gives_the_same_bytes(

@@ -1,0 +1,240 @@
+"""Which modules decide the numbers of a stage, with a digest of each: what "the same code" means here.
+
+`data/code/<stage>.txt` holds it for DVC; a resumed run, the conversion and the feature cache ask for it as well. A digest is
+of a module's syntax tree, without what changes no number: comments, docstrings, annotations for type checkers, the words of
+errors, of the console, of progress bars and of `--help`. Only the standard library is imported here, and the digest is the
+same on Python 3.11 and 3.12 (`ast.dump` is not).
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+UNTRACKED = {
+    "stages/_command.py": "reads the command line",
+    "stages/code.py": "writes the digests",
+    "svam/__init__.py": "sets how threads wait, not what they compute",
+    "svam/code.py": "says what is tracked",
+    "svam/console.py": "prints, and measures time",
+    "svam/errors.py": "names errors",
+    "svam/files.py": "renames finished files into place",
+    "svam/measuring.py": "checks params, whose values are tracked by themselves",
+    "svam/params.py": "checks params, whose values are tracked by themselves",
+    "svam/resume.py": "keeps the state of an unfinished run; a resumed run ends with the same bytes",
+    "svam/section.py": "checks params, whose values are tracked by themselves",
+}
+"""Modules that change no number, with the reason. What they import counts all the same."""
+LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "torch", "transformers", "zarr")
+BACKBONES = ("autoencoder", "text", "teacher")
+"""`stages/prepare_backbones.py` is a stage for each of these modules of `svam.training.prepare_backbones`."""
+
+
+def stage_names(root: Path = ROOT) -> list[str]:
+    """The stages of `dvc.yaml` (without their matrix) that depend on code, which are all but `code` itself."""
+    files = sorted(file.stem for file in (root / "stages").glob("[a-z]*.py"))
+    names = {"code": [], "prepare_backbones": [f"prepare_backbones_{part}" for part in BACKBONES]}
+    return [name for file in files for name in names.get(file, [file])]
+
+
+def stage_code(stage: str, source: str, root: Path = ROOT) -> dict[str, str]:
+    """Path of each module that a stage runs -> its digest; `source` is `convert.source`."""
+    part = stage.removeprefix("prepare_backbones_")
+    file = "stages/prepare_backbones.py" if part in BACKBONES else f"stages/{stage}.py"
+    return code_of([file], {"svam.sources.": source, "svam.training.prepare_backbones.": part}, root)
+
+
+def code_text(code: Mapping[str, str]) -> str:
+    """A line for each module, as `data/code/<stage>.txt` has them."""
+    return "".join(f"{digest} {path}\n" for path, digest in code.items())
+
+
+def first_difference(code: Mapping[str, str], text: str) -> str | None:
+    """The first module in which `text` (see `code_text`) is not `code`; None where they agree."""
+    recorded = {path: digest for digest, _, path in (line.partition(" ") for line in text.splitlines())}
+    return min((path for path, _ in code.items() ^ recorded.items()), default=None)
+
+
+def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, str]:
+    """Path -> digest of the given modules and of all that they import, also within functions; paths are relative to `root`.
+
+    Args:
+        chosen: of `import_module(f"a.{name}")`: "a." -> the name.
+
+    Raises:
+        ValueError: a module is chosen by name that `chosen` does not tell.
+    """
+    code: dict[str, str] = {}
+    waiting, seen = [root / module for module in modules], set[Path]()
+    while waiting:
+        file = waiting.pop()
+        if file in seen:
+            continue
+        seen.add(file)
+        path = file.relative_to(root).as_posix()
+        digest, imported = _read(file.read_text(encoding="utf-8"), path.rpartition("/")[0].replace("/", "."))
+        if path not in UNTRACKED and digest != _EMPTY:
+            code[path] = digest
+        for name in imported:
+            if name.endswith(".") and name.startswith(("svam.", "stages.")):
+                if name not in (chosen or {}):
+                    raise ValueError(f"{path} chooses a module of {name}* by name: `svam.code` must say which")
+                name += (chosen or {})[name]
+            module = module_file(name, root)
+            if module is not None:
+                waiting.append(module)
+    return dict(sorted(code.items()))
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the installed libraries that decide numbers. DVC does not track them; caches must."""
+    versions = {"python": sys.version}
+    for name in LIBRARIES:
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions
+
+
+def module_file(name: str, root: Path = ROOT) -> Path | None:
+    """The file of one of our modules; None for any other name."""
+    base = root.joinpath(*name.split("."))
+    files = [base.with_suffix(".py"), base / "__init__.py"]
+    return next((file for file in files if file.is_file()), None) if name.split(".")[0] in ("svam", "stages") else None
+
+
+@cache
+def _read(source: str, package: str) -> tuple[str, frozenset[str]]:
+    return digest_of(source), frozenset(imported_names(source, package))
+
+
+def imported_names(source: str, package: str = "") -> set[str]:
+    """Dotted names that the source imports anywhere (functions included), but for `if TYPE_CHECKING:`, which never runs.
+
+    `from a import b` gives both `a` and `a.b`. `import_module("a.b")` counts too; of `import_module(f"a.{x}")` the constant
+    beginning is given, "a.". `package` resolves relative imports.
+
+    Raises:
+        ValueError: the name given to `import_module` does not begin with a constant.
+    """
+    names: set[str] = set()
+    for node in _executed(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parts, *([node.module] if node.module else [])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and node.args and _called(node) in ("import_module", "__import__"):
+            first = node.args[0]
+            first = first.values[0] if isinstance(first, ast.JoinedStr) and first.values else first
+            if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
+                raise ValueError(f"line {node.lineno}: the beginning of the imported name must be written out")
+            names.add(first.value)
+    return names
+
+
+def _executed(node: ast.AST) -> Iterator[ast.AST]:
+    """The node and all below it that can run."""
+    yield node
+    never = isinstance(node, ast.If) and _is_for_type_checkers(node)
+    for child in getattr(node, "orelse", []) if never else ast.iter_child_nodes(node):
+        yield from _executed(child)
+
+
+def _is_for_type_checkers(node: ast.If) -> bool:
+    return getattr(node.test, "attr", getattr(node.test, "id", "")) == "TYPE_CHECKING"
+
+
+def _called(call: ast.Call) -> str:
+    """Last part of the name of what is called."""
+    return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+
+
+def digest_of(source: str) -> str:
+    """Sixteen hexadecimal digits that change with whatever in a module can change a number."""
+    tree = ast.parse(source)
+    written: list[str] = []
+    _write(_Words(tree).visit(tree), written)
+    return hashlib.sha256("\0".join(written).encode()).hexdigest()[:16]
+
+
+def _write(value: Any, written: list[str]) -> None:
+    """The tree as a list of words. Fields that are None or empty are left out: which of them exist depends on Python."""
+    if isinstance(value, ast.AST):
+        written.append(type(value).__name__)
+        for name, inner in ast.iter_fields(value):
+            if inner is not None and inner != []:
+                written.append(name)
+                _write(inner, written)
+        written.append(")")
+    elif isinstance(value, list):
+        for item in value:
+            _write(item, written)
+        written.append("]")
+    else:
+        written.append(ascii(value))
+
+
+class _Words(ast.NodeTransformer):
+    """Takes what only people read out of a module's tree."""
+
+    def __init__(self, tree: ast.Module) -> None:
+        nodes = list(ast.walk(tree))
+        console = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "svam.console"]
+        self.console = {alias.name for node in console for alias in node.names}
+        opened = [item for node in nodes if isinstance(node, ast.With) for item in node.items]
+        self.bars = {getattr(item.optional_vars, "id", "") for item in opened if self._is(item.context_expr, "progress_bar")}
+
+    def _is(self, node: ast.AST, name: str) -> bool:
+        """Whether a node calls this function of `svam.console`."""
+        return name in self.console and isinstance(node, ast.Call) and getattr(node.func, "id", "") == name
+
+    def _shows(self, node: ast.AST) -> bool:
+        """Whether a node calls a method of the console or of a progress bar."""
+        owner = (
+            getattr(node.func.value, "id", "") if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+        )
+        return owner in self.bars or (owner == "console" and owner in self.console)
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        is_text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return None if is_text or self._shows(node.value) else self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> Any:
+        if not _is_for_type_checkers(node):
+            return self.generic_visit(node)
+        return [self.visit(child) for child in node.orelse]
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        if isinstance(node.exc, ast.Call):
+            node.exc = node.exc.func
+        return self.generic_visit(node)
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        """Python 3.12 puts empty constants between the parts."""
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+        return self.generic_visit(node)
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        node.msg = None
+        return self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if self._shows(node) or self._is(node, "timed"):
+            node.args, node.keywords = [], []
+        elif self._is(node, "track"):
+            node.args, node.keywords = node.args[:1], []
+        elif _called(node) in ("Argument", "Option"):
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "help"]
+        return self.generic_visit(node)
+
+
+_EMPTY = digest_of("")

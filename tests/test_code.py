@@ -1,0 +1,215 @@
+"""Digests of code: what changes them, what does not, which modules a stage runs, and that DVC's files agree."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from stages.code import app
+from svam.code import UNTRACKED, code_of, code_text, digest_of, first_difference, imported_names, stage_code, stage_names
+from tests import ROOT
+from tests.killing import run_stage
+
+PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PYTHON_312 = Path.home() / ".pyenv/versions/3.12.1/bin/python"
+MODULE = '''
+"""A module."""
+from typing import TYPE_CHECKING, Annotated
+import typer
+from svam.console import console, progress_bar, timed, track
+
+if TYPE_CHECKING:
+    from a import b
+
+class Loud:
+    """A class."""
+    value: int = 3
+    """What it is."""
+
+def f(items, out: Annotated[str, typer.Argument(help="Where.")], scale=2.0):
+    """A function."""
+    with timed("part one"):
+        total = sum(scale * x for x in track(items, "items", len(items)))
+    with progress_bar() as bar:
+        task = bar.add_task("bar", total=3, note="")
+        bar.update(task, note=f"loss {total:.3f}")
+    console.print(f"total {total!r}", style="red")
+    assert total > 0, "nothing there"
+    if total > 9:
+        raise ValueError(f"{total} is too much", 5) from None
+    return total
+'''
+SILENT = [
+    ('"""A module."""', '"""Another text."""'),
+    ('    """A class."""\n', ""),
+    ('"""What it is."""', '"""What it was."""'),
+    ("import typer", "import typer  # a comment"),
+    ("    from a import b", "    from a import c"),
+    ("Where.", "Whither."),
+    ("part one", "part two"),
+    ('"items", len(items)', 'f"all {items}", 5'),
+    ('"bar", total=3', '"foo", total=4'),
+    ("loss {total:.3f}", "{total}"),
+    ("total {total!r}", "the total"),
+    ('    console.print(f"total {total!r}", style="red")\n', ""),
+    ("nothing there", "it is empty"),
+    ("is too much", "exceeds 9"),
+    ("scale * x for x", "scale  *  x for   x"),
+]
+HEARD = [
+    ("scale=2.0", "scale=2.5"),
+    ("scale * x", "scale + x"),
+    ("value: int = 3", "value: int = 4"),
+    ("total > 9", "total > 8"),
+    ("total > 0,", "total >= 0,"),
+    ("raise ValueError", "raise KeyError"),
+    ("track(items,", "track(items[1:],"),
+    ("return total", "return None"),
+    ("import typer", "import typing as typer"),
+]
+
+
+@pytest.mark.parametrize(("old", "new"), SILENT, ids=[old for old, _ in SILENT])
+def test_words_do_not_count(old: str, new: str) -> None:
+    assert old in MODULE
+    assert digest_of(MODULE.replace(old, new)) == digest_of(MODULE)
+
+
+@pytest.mark.parametrize(("old", "new"), HEARD, ids=[old for old, _ in HEARD])
+def test_what_can_change_a_number_counts(old: str, new: str) -> None:
+    assert old in MODULE
+    assert digest_of(MODULE.replace(old, new)) != digest_of(MODULE)
+
+
+def test_only_our_console_is_silent() -> None:
+    """A function of the same name that comes from elsewhere may compute."""
+    for line in ("timed(model)", "track(x, 1)", "console.print(x)"):
+        source = f"from svam.measures import console, timed, track\n{line}\n"
+        assert digest_of(source) != digest_of(source.replace("(model)", "(other)").replace("1)", "2)").replace("(x)", "(y)"))
+
+
+def test_a_digest_does_not_depend_on_pythons_version() -> None:
+    """Recorded on 3.11; where Python 3.12 is installed too, it reads every module of ours as this one does."""
+    assert digest_of(MODULE) == "a935480766055d2b"
+    assert digest_of("f'{a}' f''") == digest_of("f'{a}'")
+    if not PYTHON_312.is_file():
+        return
+    files = sorted(file for folder in ("svam", "stages", "tests") for file in (ROOT / folder).rglob("*.py"))
+    code = "\n".join([
+        "import json, sys", f"sys.path.insert(0, {str(ROOT / 'svam')!r})", "sys.modules.pop('code', None)",
+        "from code import digest_of", "from pathlib import Path",
+        "print(json.dumps([digest_of(Path(f).read_text(encoding='utf-8')) for f in json.load(sys.stdin)]))",
+    ])  # fmt: skip
+    done = subprocess.run(
+        [str(PYTHON_312), "-I", "-c", code],
+        input=json.dumps([str(f) for f in files]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [digest_of(file.read_text(encoding="utf-8")) for file in files]
+
+
+def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
+    """Within functions too, not for type checkers, through untracked modules, and of modules chosen by name one."""
+    files = {
+        "svam/__init__.py": '"""Docstring."""',
+        "svam/deep.py": "x = 1",
+        "svam/middle.py": "def f():\n    from svam.deep import x\n    return x",
+        "svam/unused.py": "x = 2",
+        "svam/files.py": "from svam.far import y",
+        "svam/far.py": "y = 3",
+        "svam/sources/__init__.py": "",
+        "svam/sources/one.py": "from svam.sources import _shared",
+        "svam/sources/two.py": "",
+        "svam/sources/_shared.py": "z = 4",
+        "stages/run.py": "from typing import TYPE_CHECKING\nfrom svam import files, middle\n"
+        "if TYPE_CHECKING:\n    import svam.unused\n"
+        "def f(name):\n    import_module(f'svam.sources.{name}')",
+    }  # fmt: skip
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    code = stage_code("run", "one", tmp_path)
+    assert list(code) == [
+        "stages/run.py", "svam/deep.py", "svam/far.py", "svam/middle.py", "svam/sources/_shared.py", "svam/sources/one.py",
+    ]  # fmt: skip
+    text = code_text(code)
+    assert first_difference(code, text) is None
+    assert first_difference(code, text.replace(code["svam/middle.py"], "0")) == "svam/middle.py"
+    assert first_difference(code, "") == "stages/run.py"
+    with pytest.raises(ValueError, match="stages/run.py chooses a module of svam.sources"):
+        code_of(["stages/run.py"], root=tmp_path)
+
+
+def test_imports_are_read_wherever_they_stand() -> None:
+    source = """
+from typing import TYPE_CHECKING
+import a.b as c
+if TYPE_CHECKING:
+    import never
+else:
+    import ever
+def f():
+    from d.e import g
+    class H:
+        import i
+    import_module(f"j.k.{name}")
+    importlib.import_module("l.m")
+from . import n
+from .o import p
+from ..q import r
+"""
+    names = imported_names(source, "x.y")
+    assert {"a.b", "d.e", "d.e.g", "i", "j.k.", "l.m", "ever", "x.y.n", "x.y.o", "x.q", "x.q.r"} <= names
+    assert "never" not in names
+    with pytest.raises(ValueError, match="written out"):
+        imported_names("import_module(name)")
+
+
+def test_the_pipeline_lists_a_file_for_each_stage() -> None:
+    """`code` writes the files that its outs name, and every other stage depends on its own, first."""
+    names = set(PIPELINE) - {"code"}
+    assert set(stage_names()) == names
+    assert [next(iter(out)) for out in PIPELINE["code"]["outs"]] == [
+        f"data/code/{name}.txt" for name in PIPELINE if name != "code"
+    ]
+    for name in names:
+        code = [path for path in PIPELINE[name]["deps"] if path.endswith(".py") or "data/code" in path]
+        assert code == [f"data/code/{name}.txt"] == PIPELINE[name]["deps"][:1]
+        assert f"python -m {next(iter(stage_code(name, 'metaworld')))[:-3].replace('/', '.')} " in PIPELINE[name]["cmd"]
+
+
+def test_the_stage_writes_them(tmp_path: Path) -> None:
+    run_stage(app, tmp_path, "--params", ROOT / "params.yaml")
+    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.txt" for name in stage_names()}
+    assert (tmp_path / "train_policy.txt").read_text() == code_text(stage_code("train_policy", "metaworld"))
+
+
+def test_what_decides_numbers_is_tracked() -> None:
+    assert {"svam/normalisation.py", "svam/contract.py", "svam/seeds.py"} <= set(stage_code("train_policy", "metaworld"))
+    assert "svam/sources/metaworld.py" in stage_code("convert", "metaworld")
+    assert "svam/sources/calvin.py" not in stage_code("convert", "metaworld")
+    assert "svam/training/prepare_backbones/text.py" not in stage_code("prepare_backbones_teacher", "metaworld")
+
+
+@pytest.mark.parametrize("name", UNTRACKED)
+def test_untracked_modules_compute_nothing(name: str) -> None:
+    """They neither import a library of arithmetic nor a module of ours that is tracked, but for the types of arrays and how
+    they are laid out in a file."""
+    if not (ROOT / name).exists():
+        pytest.skip(f"{name} is gone")
+    source = (ROOT / name).read_text(encoding="utf-8")
+    imported = {module.split(".")[0] for module in imported_names(source)}
+    allowed = {"numpy", "safetensors"} if name == "svam/resume.py" else set()
+    assert not imported & {"numpy", "torch", "scipy", "safetensors", "zarr", "diffusers", "transformers"} - allowed
+    arrays = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)
+              and isinstance(node.value, ast.Name) and node.value.id == "np"}  # fmt: skip
+    assert arrays <= {"ascontiguousarray"}
+    assert set(code_of([name])) <= {"svam/contract.py"}
