@@ -27,10 +27,8 @@ UNTRACKED = {
     "svam/console.py": "prints, and measures time",
     "svam/errors.py": "names errors",
     "svam/files.py": "renames finished files into place",
-    "svam/measuring.py": "checks params, whose values are tracked by themselves",
     "svam/params.py": "checks params, whose values are tracked by themselves",
     "svam/resume.py": "keeps the state of an unfinished run; a resumed run ends with the same bytes",
-    "svam/section.py": "checks params, whose values are tracked by themselves",
 }
 """Modules that change no number, with the reason. What they import counts all the same."""
 LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "torch", "transformers", "zarr")

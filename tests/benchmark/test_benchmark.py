@@ -19,9 +19,9 @@ from svam.contract import ContractError
 from svam.episodes.convert import convert
 from svam.files import FileError
 from svam.params import Benchmark, load_params
+from tests import ROOT
 from tests.benchmark.common import measured
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests import ROOT
 
 SMALL = {
     "frames": 60, "conversion_frames": 90, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2,
