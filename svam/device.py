@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from svam.console import console
@@ -55,3 +57,10 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{threads} threads"
     console.print(f"device: {chosen.type} ({name})", highlight=False)
     return chosen
+
+
+def processor() -> str:
+    """What the processor is called."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

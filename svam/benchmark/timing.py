@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from svam.device import processor
 from svam.seeds import generator
 
 BARRIER_SECONDS = 600.0
@@ -151,11 +152,8 @@ def peak_bytes() -> int:
 
 def machine() -> dict[str, Any]:
     """Size and versions, without names or paths."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
-        "cores": os.cpu_count(), "cpu": models[0] if models else platform.machine(),
+        "cores": os.cpu_count(), "cpu": processor(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.system(), "python": platform.python_version(),
         "versions": {name: version(name) for name in LIBRARIES},

@@ -11,21 +11,15 @@ from typing import Annotated, Any
 
 from dvc.exceptions import InvalidArgumentError
 from dvc.utils.hydra import apply_overrides
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
 from svam.errors import ParamsError
 from svam.params import Count, Name, Section, Seed, describe, load_params
 
 FOLDER = Path(__file__).parent
-PARAMS = Path("params.yaml")
 REFERENCE = "svam"
 """The variant that all others are compared with."""
-REFERENCE_PARAMS = (
-    ("train_policy", "context", ["geometric", "semantic", "one_step"]), ("train_policy", "aggregator", "uni_perceiver"),
-    ("distill", "branches", ["geometric", "semantic"]), ("distill", "target", "generated"),
-)  # fmt: skip
-"""What makes the defaults S-VAM."""
 
 
 def read_yaml(file: Path) -> Any:
@@ -52,21 +46,6 @@ class Plan(Section):
     others_seed: Seed
     others_episodes_per_task: Count
     others_episodes: Count
-
-    @model_validator(mode="after")
-    def _keys_agree(self) -> Plan:
-        if self.collection not in self.collections:
-            raise ValueError(f"collection is {self.collection!r}, expected one of collections: {', '.join(self.collections)}")
-        if REFERENCE not in self.core:
-            raise ValueError(f"core is {self.core}, expected also {REFERENCE}, which all others are compared with")
-        if self.others_episodes_per_task not in self.episodes_per_task or self.others_seed not in self.seeds:
-            raise ValueError(
-                f"others_episodes_per_task is {self.others_episodes_per_task} and others_seed {self.others_seed}, expected one "
-                f"of episodes_per_task {self.episodes_per_task} and of seeds {self.seeds}, where {REFERENCE} runs too"
-            )
-        if self.others_episodes > self.episodes:
-            raise ValueError(f"others_episodes is {self.others_episodes}, expected at most episodes ({self.episodes})")
-        return self
 
 
 @dataclass(frozen=True)
@@ -99,7 +78,7 @@ def load_plan(file: Path = FOLDER / "plan.yaml") -> Plan:
         raise ParamsError(describe(error, file)) from None
 
 
-def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = PARAMS) -> list[Run]:
+def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("params.yaml")) -> list[Run]:
     """The core by seed and number of demonstrations, then the others; each with params that were checked.
 
     Args:
@@ -108,13 +87,13 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = PARAMS) ->
     Raises:
         ParamsError: the params or an argument are wrong, the params are not S-VAM's, or nothing is called as `only` says.
     """
-    collection = plan.collections[plan.collection]
+    collection = plan.collections.get(plan.collection)
+    if collection is None:
+        raise ParamsError(f"collection is {plan.collection!r}, expected one of collections: {', '.join(plan.collections)}")
     base = with_arguments(params, collection)
-    for section, key, value in REFERENCE_PARAMS:
-        if base[section][key] != value:
-            raise ParamsError(f"{params}: {section}.{key} is {base[section][key]!r}, expected S-VAM's {value!r}")
-    if not base["evaluate"]["tasks"]:
-        raise ParamsError(f"{params}: evaluate.tasks is [] in collection {plan.collection!r}, expected at least one")
+    reference = VARIANTS[REFERENCE]["arguments"]
+    if base != with_arguments(params, [*collection, *reference]):
+        raise ParamsError(f"{params}: variants change S-VAM's params, and these are not: expected {' '.join(reference)}")
     steps = plan.steps or base["train_policy"]["training"]["steps"]
 
     def run(variant: str, size: int, seed: int, episodes: int) -> Run:
@@ -131,9 +110,7 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = PARAMS) ->
     runs += [run(v, plan.others_episodes_per_task, plan.others_seed, plan.others_episodes) for v in plan.others]
     selected = [run for run in runs if not only or any(run.variant == p or fnmatch(run.name, p) for p in only)]
     if not selected:
-        raise ParamsError(
-            f"--only {' '.join(only)}: no planned run is called so; `python -m svam.experiments plan` prints them"
-        )
+        raise ParamsError(f"--only {' '.join(only)}: no planned run is called so; without --only `plan` prints them all")
     return selected
 
 
@@ -152,5 +129,4 @@ def with_arguments(params: Path, arguments: Sequence[str]) -> dict[str, Any]:
         except (InvalidArgumentError, ParamsError) as error:
             text = str(error.__cause__ or error).replace(str(copy), str(params))
             raise ParamsError(f"{text} (with -S {' '.join(arguments)})") from None
-        values: dict[str, Any] = read_yaml(copy)
-        return values
+        return dict(read_yaml(copy))

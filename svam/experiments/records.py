@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,8 +10,6 @@ from pydantic import ValidationError
 
 from svam.contract import Frozen
 from svam.files import FileError, whole_file
-
-FILE = "records.jsonl"
 
 
 class Episode(Frozen):
@@ -26,20 +22,6 @@ class Episode(Frozen):
     steps: int
 
 
-class Budget(Frozen):
-    """What must be equal where variants are compared. demonstrations: used in training, of all tasks together;
-    data: DVC's hash of the episode store; max_steps, execute: of an evaluation episode."""
-
-    policy_steps: int
-    batch: int
-    learning_rate: float
-    episodes_per_task: int
-    demonstrations: int
-    data: str
-    max_steps: int
-    execute: int
-
-
 class Stage(Frozen):
     """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured."""
 
@@ -49,8 +31,9 @@ class Stage(Frozen):
 
 class Record(Frozen):
     """A finished experiment. arguments: of `-S`; revision: its commit, which only repositories that have the experiment know;
-    parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; latency: milliseconds from one observation to
-    one chunk of actions; stages: those that the variant uses."""
+    parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be equal where variants are
+    compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps, execute: of an evaluation
+    episode); latency: milliseconds from one observation to one chunk of actions; stages: those that the variant uses."""
 
     name: str
     variant: str
@@ -61,7 +44,7 @@ class Record(Frozen):
     machine: str
     parameters: int
     policy: str
-    budget: Budget
+    budget: dict[str, str | int | float]
     latency: float | None
     stages: dict[str, Stage]
     episodes: list[Episode]
@@ -72,21 +55,13 @@ class Record(Frozen):
         return None if None in parts else sum((part for part in parts if part is not None), 0.0)
 
 
-def machine() -> str:
-    """Cores and processor, without names of computers."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} x {models[0] if models else platform.machine()}"
-
-
 def read_records(folder: Path) -> tuple[str | None, list[Record]]:
     """The note of a finished study, which a reader must know before any number, None if it goes on; and all records.
 
     Raises:
         FileError: a line is no record.
     """
-    file = folder / FILE
+    file = folder / "records.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     note = json.loads(lines.pop(0))["note"] if lines and lines[0].startswith('{"note"') else None
     try:  # a line that begins with "trail" holds what trail/trail.md was made of, which no code reads any more
@@ -97,6 +72,6 @@ def read_records(folder: Path) -> tuple[str | None, list[Record]]:
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
     """Write all records of a study that goes on, by name."""
-    with whole_file(folder / FILE) as temporary:
+    with whole_file(folder / "records.jsonl") as temporary:
         lines = [record.model_dump_json() + "\n" for record in sorted(records, key=lambda record: record.name)]
         temporary.write_text("".join(lines), encoding="utf-8")

@@ -11,37 +11,30 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from svam.console import console
+from svam.device import prepare_torch, processor
 from svam.errors import MachineError
 from svam.experiments.plan import Run, read_yaml
-from svam.experiments.records import Budget, Episode, Record, Stage, machine, read_records, write_records
+from svam.experiments.records import Episode, Record, Stage, read_records, write_records
 from svam.files import FileError, read_json, write_json
 
 SCRATCH = Path(".cache/experiments")
 PROJECT = SCRATCH / "project"
 DECISIVE = ("svam", "stages", ".dvc", "dvc.yaml", "dvc.lock", "params.yaml", ":!svam/experiments", ":!*.md")
 """What of the project an experiment is made of, as git names files."""
-UNKNOWN_COMMITTER = (
-    "DVC commits each experiment in your name, which git does not know; first run `git config user.name 'YOUR NAME'` and "
-    "`git config user.email YOU@EXAMPLE.ORG`"
-)
 
 
 def output_of(*command: str, error: str | None = None) -> str:
-    """What a command prints.
-
-    Raises:
-        FileError: it fails; `error` says what that means.
-    """
+    """What a command prints. A FileError, which begins with `error`, if it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise FileError(": ".join([error or f"`{shlex.join(command)}` failed", *done.stderr.strip().splitlines()[-1:]]))
@@ -76,37 +69,25 @@ def run_all(runs: Sequence[Run], folder: Path) -> None:
             another loop is at work.
         MachineError: `dvc` failed; what was finished stays recorded.
     """
-    if not runs:
-        return
     if read_records(folder)[0] is not None:
         raise FileError(f"{folder} holds a finished study; give the collection in plan.yaml another name")
-    committer = {key: output_of("git", "config", key, error=UNKNOWN_COMMITTER) for key in ("user.name", "user.email")}
+    unknown = "DVC commits experiments in your name: first run `git config user.name NAME` and `git config user.email ADDRESS`"
+    committer = {key: output_of("git", "config", key, error=unknown) for key in ("user.name", "user.email")}
     changed = output_of("git", "status", "--porcelain", "--untracked-files=all", "--", *DECISIVE)
     if changed:
         names = ", ".join(line.split(maxsplit=1)[1] for line in changed.splitlines()[:5])
         raise FileError(f"experiments are made of the last commit, from which these files differ: {names}; commit them first")
-    with alone() as lock:
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    with (SCRATCH / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileError(f"{SCRATCH}: another loop, or what it started, is at work; wait for it or end it") from None
         prepare(committer)
         for number, run in enumerate(runs, start=1):
             console.rule(f"{number} of {len(runs)}: {run.name}")
-            run_one(run, folder, lock)
+            run_one(run, folder, lock.fileno())
         shutil.rmtree(PROJECT)
-
-
-@contextmanager
-def alone() -> Iterator[int]:
-    """Be the only loop here; yields the lock's file descriptor, which DVC holds too: whoever kills the loop may leave it.
-
-    Raises:
-        FileError: another loop, or what it started, is at work.
-    """
-    SCRATCH.mkdir(parents=True, exist_ok=True)
-    with (SCRATCH / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise FileError(f"{SCRATCH}: another loop, or what it started, is at work; wait for it or end it") from None
-        yield file.fileno()
 
 
 def prepare(committer: dict[str, str]) -> None:
@@ -130,11 +111,7 @@ def prepare(committer: dict[str, str]) -> None:
 
 
 def run_one(run: Run, folder: Path, lock: int) -> None:
-    """One experiment, from its command to its record.
-
-    Raises:
-        MachineError: `dvc` failed.
-    """
+    """One experiment, from its command to its record. DVC holds the lock too: whoever kills the loop may leave DVC at work."""
     note, began = SCRATCH / "begun.json", time.time()
     killed = note.is_file() and read_json(note) == run.name
     write_json(note, run.name)
@@ -153,8 +130,7 @@ def run_one(run: Run, folder: Path, lock: int) -> None:
     record = record_of(run, output_of("git", "rev-parse", reference), records, None if killed else began)
     write_records(folder, [*(other for other in records if other.name != run.name), record])
     note.unlink()
-    wins = sum(episode.success for episode in record.episodes)
-    console.print(f"{run.name}: success in {wins} of {len(record.episodes)} episodes", highlight=False)
+    console.print(f"{run.name}: success in {sum(e.success for e in record.episodes)} of {len(record.episodes)} episodes")
 
 
 def record_of(run: Run, revision: str, records: Sequence[Record], began: float | None) -> Record:
@@ -175,7 +151,6 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         return same.model_copy(update={"revision": revision})
 
     # Here, so that a plan is printed without waiting for torch.
-    from svam.device import prepare_torch
     from svam.episodes.store import EpisodeStore
     from svam.evaluation.latency import measure_latency
     from svam.models.svam import SVAM
@@ -196,11 +171,12 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     training, evaluation = params["train_policy"]["training"], params["evaluate"]
     return Record(
         name=run.name, variant=run.variant, size=run.size, seed=run.seed, arguments=list(run.arguments), revision=revision,
-        machine=machine(), parameters=sum(p.numel() for p in svam.network.parameters()), policy=model,
-        budget=Budget(
-            policy_steps=training["steps"], batch=training["batch"], learning_rate=training["learning_rate"],
-            episodes_per_task=run.size, demonstrations=sum(min(run.size, tasks.count(task)) for task in set(tasks)),
-            data=work["convert"]["data/episodes.zarr"], max_steps=evaluation["max_steps"], execute=evaluation["execute"],
-        ),
+        machine=f"{os.cpu_count()} x {processor()}", parameters=sum(p.numel() for p in svam.network.parameters()), policy=model,
+        budget={
+            "policy_steps": training["steps"], "batch": training["batch"], "learning_rate": training["learning_rate"],
+            "episodes_per_task": run.size, "demonstrations": sum(min(run.size, tasks.count(task)) for task in set(tasks)),
+            "data": work["convert"]["data/episodes.zarr"], "max_steps": evaluation["max_steps"],
+            "execute": evaluation["execute"],
+        },
         latency=round(measure_latency(svam, 1)["total"], 3), stages=stages, episodes=episodes,
     )  # fmt: skip

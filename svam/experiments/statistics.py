@@ -28,23 +28,15 @@ def paired(variant: Record, reference: Record) -> Pairs:
         FileError: the runs had different budgets or data, or their goals are not the same.
     """
     names = f"{variant.name} and {reference.name} cannot be compared"
-    for key, value in variant.budget:
-        other = getattr(reference.budget, key)
-        if value != other:
+    for key, other in reference.budget.items():
+        if (value := variant.budget.get(key)) != other:
             raise FileError(f"{names}: {key} is {value} and {other}, expected equal budgets; run both with the same params")
-    ours, theirs = ({(e.task, e.index): e for e in record.episodes} for record in (variant, reference))
+    ours, theirs = ({(e.task, e.index, e.seed): e.success for e in record.episodes} for record in (variant, reference))
     shared = sorted(ours.keys() & theirs.keys())
-    if len(shared) < min(len(ours), len(theirs)) or any(ours[goal].seed != theirs[goal].seed for goal in shared):
+    if len(shared) < min(len(ours), len(theirs)):
         raise FileError(f"{names}: expected the goals of one to be among the other's; run both with the same params")
-    outcomes: dict[str, list[tuple[bool, bool]]] = {}
-    for goal in shared:
-        outcomes.setdefault(goal[0], []).append((ours[goal].success, theirs[goal].success))
-    return {task: np.array(pairs, np.int64) for task, pairs in outcomes.items()}
-
-
-def difference(pairs: Pairs) -> float:
-    """Success rate of the variant minus that of the reference."""
-    return float(np.mean(np.concatenate([goals[:, 0] - goals[:, 1] for goals in pairs.values()])))
+    tasks = sorted({goal[0] for goal in shared})
+    return {task: np.array([(ours[goal], theirs[goal]) for goal in shared if goal[0] == task], np.int64) for task in tasks}
 
 
 def only_one(pairs: Pairs) -> tuple[int, int]:
@@ -61,22 +53,21 @@ def mcnemar(one: int, other: int) -> float:
 
 def holm(values: Sequence[float]) -> list[float]:
     """p-values corrected for their number (Holm 1979): below a level only if the chance of any false finding is."""
-    corrected, least = [0.0] * len(values), 0.0
-    for rank, place in enumerate(sorted(range(len(values)), key=lambda i: values[i])):
-        least = max(least, min(1.0, (len(values) - rank) * values[place]))
-        corrected[place] = least
-    return corrected
+    order = np.argsort(values, kind="stable")
+    scaled = np.minimum(1.0, np.asarray(values)[order] * np.arange(len(values), 0, -1))
+    corrected = np.empty(len(values))
+    corrected[order] = np.maximum.accumulate(scaled)
+    return corrected.tolist()
 
 
-def bootstrap(seeds: Sequence[Pairs]) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean difference of some training seeds, evaluated on the same goals: resamples the
-    goals within each task, each with the outcomes of all seeds."""
+def difference(seeds: Sequence[Pairs]) -> tuple[float, float, float]:
+    """Success rate of the variant minus that of the reference, mean of some training seeds on the same goals, and its 95 %
+    percentile interval: resamples the goals within each task, each with the outcomes of all seeds."""
     random = generator("comparison bootstrap", 0)
-    sums, count = np.zeros(RESAMPLES), 0
+    sums, count, total = np.zeros(RESAMPLES), 0, 0.0
     for task in sorted(seeds[0]):
         differences = np.mean([pairs[task][:, 0] - pairs[task][:, 1] for pairs in seeds], axis=0)
-        drawn = random.integers(len(differences), size=(RESAMPLES, len(differences)))
-        sums += differences[drawn].sum(axis=1)
-        count += len(differences)
+        sums += differences[random.integers(len(differences), size=(RESAMPLES, len(differences)))].sum(axis=1)
+        count, total = count + len(differences), total + differences.sum()
     low, high = np.quantile(sums / count, (0.025, 0.975))
-    return float(low), float(high)
+    return float(total / count), float(low), float(high)

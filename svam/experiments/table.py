@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from svam.evaluation.scores import rate_of
 from svam.experiments.plan import REFERENCE, VARIANTS
 from svam.experiments.records import Record, read_records
-from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, bootstrap, difference, holm, mcnemar, only_one, paired
+from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, difference, holm, mcnemar, only_one, paired
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.tables import markdown_table
@@ -25,14 +25,15 @@ COSTS = {
     "evaluation_seconds": "evaluation, s", "latency_milliseconds": "latency, ms",
 }  # fmt: skip
 WHICH = ["variant", "demonstrations a task"]
-DIFFERENCE = "difference to S-VAM, points"
+POINTS = "difference to S-VAM, points"
+DIFFERENCE = ("difference", "difference_low", "difference_high")
 Row = dict[str, Any]
 """A run, with the columns of table.csv; None for what was not compared or not measured."""
 
 
 def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
     """A row for each run, by size, seed and variant, beside the reference's run of the same size and seed; and a row for each
-    variant and size whose seeds were compared on the same goals: label, size, seeds, difference, difference_low and _high.
+    variant and size whose seeds were compared on the same goals: label, size, seeds, `DIFFERENCE`.
 
     Raises:
         FileError: two runs that belong together had other goals or budgets, or a record is of an unknown variant.
@@ -42,14 +43,14 @@ def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
         raise FileError(f"{unknown[0].name}: no variant is called {unknown[0].variant!r} any more; delete its record")
     references = {(record.size, record.seed): record for record in records if record.variant == REFERENCE}
     rows: list[Row] = []
-    several: dict[Any, list[tuple[int, Pairs]]] = {}
+    several: dict[Any, dict[int, Pairs]] = {}
     for record in sorted(records, key=lambda record: (record.size, record.seed, list(VARIANTS).index(record.variant))):
         row: Row = {
             "variant": record.variant, "label": VARIANTS[record.variant]["label"], "episodes_per_task": record.size,
             "seed": record.seed, **rate_of([episode.success for episode in record.episodes]), "pairs": None, "difference": None,
             "difference_low": None, "difference_high": None, "only_variant": None, "only_svam": None, "p_corrected": None,
-            "verdict": "", "parameters": record.parameters, "policy_steps": record.budget.policy_steps,
-            "batch": record.budget.batch, "demonstrations": record.budget.demonstrations,
+            "verdict": "", "parameters": record.parameters,
+            **{key: record.budget[key] for key in ("policy_steps", "batch", "demonstrations")},
             "video_seconds": record.seconds("finetune_video"),
             "distillation_seconds": record.seconds("generate", "cache_teacher", "distill"),
             "policy_seconds": record.seconds("train_policy"), "evaluation_seconds": record.seconds("evaluate"),
@@ -59,32 +60,27 @@ def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
         if record.variant != REFERENCE and reference is not None:
             pairs = paired(record, reference)
             goals = tuple((episode.task, episode.index, episode.seed) for episode in record.episodes)
-            several.setdefault((row["label"], record.size, goals), []).append((record.seed, pairs))
-            row |= {"pairs": sum(map(len, pairs.values())), **_difference([pairs])}
-            row["only_variant"], row["only_svam"] = only_one(pairs)
+            several.setdefault((row["label"], record.size, goals), {})[record.seed] = pairs
+            row |= zip(DIFFERENCE, difference([pairs]), strict=True)
+            row |= zip(("only_variant", "only_svam"), only_one(pairs), strict=True)
+            row["pairs"] = sum(map(len, pairs.values()))
         rows.append(row)
     tested = [row for row in rows if row["pairs"] is not None]
     for row, p in zip(tested, holm([mcnemar(row["only_variant"], row["only_svam"]) for row in tested]), strict=True):
         ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
         row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
     means = [
-        {"label": label, "size": size, "seeds": [seed for seed, _ in found], **_difference([pairs for _, pairs in found])}
-        for (label, size, _), found in several.items()
-        if len(found) > 1
+        {"label": label, "size": size, "seeds": [*seeds], **dict(zip(DIFFERENCE, difference([*seeds.values()]), strict=True))}
+        for (label, size, _), seeds in several.items()
+        if len(seeds) > 1
     ]
     return rows, means
 
 
-def _difference(seeds: Sequence[Pairs]) -> Row:
-    """The mean difference and its interval."""
-    low, high = bootstrap(seeds)
-    return {"difference": float(np.mean([difference(p) for p in seeds])), "difference_low": low, "difference_high": high}
-
-
 def _points(row: Mapping[str, Any]) -> str:
-    return "{difference:+.1f} [{difference_low:+.1f}, {difference_high:+.1f}]".format(
-        **{key: 100 * value for key, value in row.items() if key.startswith("difference")}
-    )
+    """The difference and its interval, in percentage points."""
+    middle, low, high = (100 * row[key] for key in DIFFERENCE)
+    return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machines: Sequence[str]) -> str:
@@ -96,10 +92,8 @@ def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machin
         cells = [row["label"], str(row["episodes_per_task"]), str(row["seed"]), interval, "", "", "", row["verdict"]]
         if row["pairs"] is not None:
             cells[4:7] = [_points(row), f"{row['only_variant']} : {row['only_svam']}", f"{row['p_corrected']:.3g}"]
-        elif row["variant"] != REFERENCE:
-            cells[7] = "no S-VAM of this size and seed yet"
         lines.append(cells)
-    header = [*WHICH, "seed", "success", DIFFERENCE, "only it : only S-VAM", "p, corrected", "verdict"]
+    header = [*WHICH, "seed", "success", POINTS, "only it : only S-VAM", "p, corrected", "verdict"]
     parts = [
         "# Variants compared",
         *([note] if note else []),
@@ -111,7 +105,7 @@ def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machin
     ]
     if means:
         cells = [[mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])), _points(mean)] for mean in means]
-        parts += ["## Mean of the training seeds", markdown_table([*WHICH, "seeds", DIFFERENCE], cells)]
+        parts += ["## Mean of the training seeds", markdown_table([*WHICH, "seeds", POINTS], cells)]
     parts += [
         "## What can be said",
         f"Intervals and tests are about these policies, of {len({row['seed'] for row in rows})} training seeds, on such goals; "
@@ -132,8 +126,8 @@ def _costs(rows: Sequence[Row]) -> list[list[str]]:
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
         known = {key: [row[key] for row in rows if row["label"] == label and row[key] is not None] for key in COSTS}
-        decimals = {key: int(key == "latency_milliseconds") for key in COSTS}
-        lines.append([label, *(f"{median(v):,.{decimals[key]}f}" if v else "not measured" for key, v in known.items())])
+        formats = {key: "{:,.1f}" if key == "latency_milliseconds" else "{:,.0f}" for key in COSTS}
+        lines.append([label, *(formats[key].format(median(v)) if v else "not measured" for key, v in known.items())])
     return lines
 
 
@@ -149,21 +143,20 @@ def figure(rows: Sequence[Row]) -> Figure:
         mine = [row for row in rows if row["variant"] == name]
         shift = (number - (len(names) - 1) / 2) * 0.8 / len(names)
         places = [sizes.index(row["episodes_per_task"]) + shift + 0.02 * (k % 2) for k, row in enumerate(mine)]
-        ends = np.abs([[row["low"] - row["success"] for row in mine], [row["high"] - row["success"] for row in mine]])
-        rates = [row["success"] for row in mine]
-        left.errorbar(places, rates, yerr=ends, color=f"C{number}", label=VARIANTS[name]["label"], **point)
+        rates, low, high = np.array([[row[key] for key in ("success", "low", "high")] for row in mine]).T
+        left.errorbar(places, rates, [rates - low, high - rates], color=f"C{number}", label=VARIANTS[name]["label"], **point)
     left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     left.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.02, 1.02), xlabel=WHICH[1], ylabel="success at any step")
     left.legend(fontsize=7)
     for place, row in enumerate(tested):
-        ends = 100 * np.abs([[row["difference_low"] - row["difference"]], [row["difference_high"] - row["difference"]]])
+        middle, low, high = (100 * row[key] for key in DIFFERENCE)
         colour = f"C{names.index(row['variant'])}"
         filled = "white" if row["p_corrected"] >= LEVEL else colour
-        right.errorbar([100 * row["difference"]], [place], xerr=ends, color=colour, markerfacecolor=filled, **point)
+        right.errorbar(middle, place, None, [[middle - low], [high - middle]], color=colour, markerfacecolor=filled, **point)
     right.axvline(0.0, color="#333333", linewidth=1)
     labels = [f"{row['label']}, {row['episodes_per_task']}, seed {row['seed']}" for row in tested]
     right.set_yticks(range(len(tested)), labels, fontsize=7)
-    right.set_xlabel(f"{DIFFERENCE} (hollow: not distinguishable)")
+    right.set_xlabel(f"{POINTS} (hollow: not distinguishable)")
     return drawn
 
 

@@ -1,0 +1,114 @@
+"""The loop for real: DVC's experiments of the toy pipeline, killed in the middle and gone on with, and their table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from svam.experiments.records import read_records
+from tests.project import attempt, await_end, environment, make_project, ran, run
+
+PLAN = """\
+collection: small
+collections: {small: []}
+seeds: [1]
+episodes_per_task: [1]
+episodes: 2
+steps: 4
+core: [svam, vpp]
+others: []
+others_seed: 1
+others_episodes_per_task: 1
+others_episodes: 1
+"""
+LOOP = (sys.executable, "-m", "svam.experiments", "run")
+
+
+def workspace(root: Path) -> tuple[str, ...]:
+    """What a person sees of the project, and what git keeps aside."""
+    status = run(root, "git", "status", "--porcelain", "--branch")
+    return status, run(root, "git", "rev-parse", "HEAD"), run(root, "git", "stash", "list"), (root / "params.yaml").read_text()
+
+
+def kill_in_stage(root: Path, stage: str, skip: int) -> str:
+    """Start the loop in a process group of its own, kill the group when DVC has begun that stage once more than `skip` times;
+    what was printed."""
+    log = root / ".cache/loop.log"
+    log.parent.mkdir(exist_ok=True)
+    with log.open("w") as file:
+        loop = subprocess.Popen(LOOP, cwd=root, env=environment(), stdout=file, stderr=file, start_new_session=True)
+        while ran(log.read_text()).count(stage) <= skip:
+            assert loop.poll() is None, log.read_text()[-6000:]
+            time.sleep(0.05)
+        os.killpg(loop.pid, signal.SIGKILL)
+        loop.wait()
+    await_end(loop.pid)
+    return log.read_text()
+
+
+def test_who_commits_is_asked_before_anything_runs(tmp_path: Path) -> None:
+    root = make_project(tmp_path / "project")
+    (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# edited\n")
+    changed = attempt(root, *LOOP)
+    assert changed.returncode == 1
+    assert "made of the last commit, from which these files differ: params.yaml; commit them first" in changed.stderr
+    run(root, "git", "config", "--unset", "user.email")
+    refused = attempt(root, "env", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null", *LOOP)
+    assert refused.returncode == 1 and not (root / ".cache/experiments").exists()
+    (sentence,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
+    assert "first run `git config user.name NAME` and `git config user.email ADDRESS`" in sentence
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_loop(finished: Path, tmp_path: Path) -> None:
+    root = tmp_path / "project"
+    shutil.copytree(finished, root)
+    (root / "svam/experiments/plan.yaml").write_text(PLAN, encoding="utf-8")
+    before, folder = workspace(root), root / "data/compare/small"
+    log = kill_in_stage(root, "train_policy", 0)
+    assert ran(log)[-1] == "train_policy" and workspace(root) == before and not folder.exists()
+    assert not {"finetune_video", "distill@geometric"} & set(ran(log)), "`dvc repro` has run them"
+    kill_in_stage(root, "evaluate", 1)  # of the second experiment
+    assert workspace(root)[1:] == before[1:]
+    (first,) = read_records(folder)[1]
+    assert first.name == "svam-1-seed1-small"
+
+    done = attempt(root, *LOOP)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert "train_policy" not in ran(done.stdout) and "evaluate" in ran(done.stdout)
+    assert workspace(root)[1:] == before[1:] and not (root / ".cache/experiments/project").exists()
+    svam, vpp = read_records(folder)[1]
+    assert svam == first and vpp.name == "vpp-1-seed1-small"
+    for record in (svam, vpp):
+        assert record.budget["policy_steps"] == 4 and record.budget["demonstrations"] == 2
+        assert [(e.task, e.index) for e in record.episodes] == [("button-press-topdown", 0), ("button-press-topdown", 1)]
+        assert record.revision in run(root, "git", "for-each-ref", "refs/exps")
+    assert [e.seed for e in svam.episodes] == [e.seed for e in vpp.episodes] and svam.budget == vpp.budget
+    assert svam.policy != vpp.policy and svam.parameters > vpp.parameters and svam.latency and vpp.latency
+    assert svam.seconds("train_policy") is None, "it was killed in between"
+    assert vpp.seconds("distill", "generate") == 0.0
+
+    # Nothing is left to do. After a commit DVC decides: with the same work all comes from its run cache, and stays recorded.
+    assert "2 runs finished, 0 of them now" in attempt(root, *LOOP).stderr
+    page = run(root, sys.executable, "-m", "svam.experiments", "table")
+    assert page.count("not distinguishable |") == 1
+    run(root, "git", "add", ".")
+    run(root, "git", "commit", "--quiet", "--message", "records")
+    again = attempt(root, *LOOP)
+    assert "2 runs finished, 2 of them now" in again.stderr and not {"train_policy", "evaluate"} & set(ran(again.stdout))
+    later = read_records(folder)[1]
+    assert [r.model_copy(update={"revision": ""}) for r in later] == [
+        r.model_copy(update={"revision": ""}) for r in (svam, vpp)
+    ]
+
+    # A clone without data or experiments makes the same table.
+    run(tmp_path, "git", "clone", "--quiet", str(root), str(tmp_path / "clone"))
+    assert run(tmp_path / "clone", sys.executable, "-m", "svam.experiments", "table") == page
