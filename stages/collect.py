@@ -1,4 +1,4 @@
-"""Stage `collect`: demonstrations of one MetaWorld task by its scripted expert."""
+"""Stage `collect`: demonstrations of MetaWorld tasks by their scripted experts."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Annotated
 import typer
 
 from stages._command import stage_command
+from svam.code import stage_code
+from svam.files import scratch_folder
 from svam.params import Params
-from svam.resume import unfinished
 from svam.simulation.collect import collect
 
 
 def main(
     params: Params,
-    task: Annotated[str, typer.Argument(help="MetaWorld task without its version, for example drawer-open.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; a previous one is replaced when all episodes are there.")],
 ) -> None:
-    """Collect demonstrations of TASK: pictures, state, actions, and depth and segmentation of some frames."""
-    with unfinished(f"collect-{task}", params, ["collect"], []) as resume:
-        collect(task, out, params.collect, params.seed, params.machine.workers, resume)
+    """Collect demonstrations of collect.tasks: pictures, state, actions, and depth and segmentation of some frames."""
+    code = stage_code("collect", params.convert.source)
+    collect(out, params.collect, params.seed, params.machine.workers, scratch_folder("collect"), code)
 
 
 app = stage_command(main)

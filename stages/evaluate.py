@@ -15,17 +15,16 @@ from svam.params import Params
 
 def main(
     params: Params,
-    out: Annotated[Path, typer.Argument(help="Folder for metrics.json, episodes.jsonl, foresight.npz and films/.")],
+    out: Annotated[Path, typer.Argument(help="Folder for metrics.json, episodes.jsonl, and arrays: foresight/, rollouts/.")],
     model: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
     episodes: Annotated[Path, typer.Option(help="Episode store: instructions, held-out episodes, the demonstrations' goals.")],
-    latency: Annotated[Path | None, typer.Option(help="File for timings, which differ from run to run.")] = None,
 ) -> None:
-    """Evaluate the policy MODEL with every protocol of evaluate.protocols."""
+    """Evaluate the policy MODEL with every protocol of evaluate.protocols, and print how long it takes to act."""
     section, seed = params.evaluate, params.seed
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
-    from svam.evaluation.latency import measure_latencies
+    from svam.evaluation.latency import print_latencies
     from svam.evaluation.offline import write_offline
     from svam.models.svam import SVAM
     from svam.resume import unfinished
@@ -33,7 +32,6 @@ def main(
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
         from svam.evaluation.closed_loop import check_tasks, write_closed_loop
-        from svam.report.films import film_rollout
 
         check_tasks(section.tasks, store)
     device = prepare_torch(params.machine.device, params.threads, seed)
@@ -45,11 +43,9 @@ def main(
                 metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)
             if "metaworld" in section.protocols:
                 workers = params.machine.workers
-                metrics["metaworld"] = write_closed_loop(folder, store, svam, section, film_rollout, seed, workers, resume)
+                metrics["metaworld"] = write_closed_loop(folder, store, svam, section, seed, workers, resume)
             write_json(folder / "metrics.json", metrics)
-        times = measure_latencies(svam, section.batch)
-    if latency is not None:
-        write_json(latency, {"device": str(device), "threads": params.threads, "milliseconds": times})
+        print_latencies(svam, section.batch)
 
 
 app = stage_command(main)

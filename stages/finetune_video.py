@@ -12,6 +12,10 @@ from svam.console import console
 from svam.device import prepare_torch
 from svam.params import Params
 
+SAMPLES = 8
+"""Held-out clips that are written for the report's figure, (n, 2, T, H, W, 3) uint8: the truth through the autoencoder, and
+the generation."""
+
 
 def main(
     params: Params,
@@ -20,14 +24,14 @@ def main(
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
-    """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and sample clips (samples.png)."""
+    """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and held-out clips (samples/clips.npy)."""
     section, seed = params.finetune_video, params.seed
 
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.models.autoencoder import Autoencoder
     from svam.models.text import TextEncoder
-    from svam.report.clips import save_clip_sheet
+    from svam.npy import write_arrays
     from svam.resume import unfinished
     from svam.training.finetune_video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
 
@@ -46,7 +50,7 @@ def main(
         with whole_directory(out) as partial:
             model.save(partial)
             write_json(partial / "metrics.json", metrics)
-            save_clip_sheet(partial / "samples.png", pictures[:4])
+            write_arrays(partial / "samples", {"clips": pictures[:SAMPLES]})
     console.print({key: round(value, 4) for key, value in metrics.items()})
 
 

@@ -24,7 +24,7 @@ def main(
     policy: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
 ) -> None:
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
-    from svam.analysis.foresight import Subject, load_model, write_all
+    from svam.analysis.foresight import AnalysisInputs, load_model, write_analysis
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.svam import SVAM
@@ -33,10 +33,10 @@ def main(
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     windows, branches = GeneratedWindows(generated), params.distill.branches
     model = load_model(windows, backbones, video, decouplers, branches).to(device)
-    subject = Subject(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
+    inputs = AnalysisInputs(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
     with whole_directory(out) as folder:
-        found = write_all(folder, subject, SVAM.load(policy, device))
-    for sentence in [*found["left_out"], found["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
+        metrics = write_analysis(folder, inputs, SVAM.load(policy, device))
+    for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
         console.print(sentence, highlight=False)
 
 

@@ -16,6 +16,7 @@ from svam.params import Params
 def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, results.md, the figures (PNG) and plots/ (JSON).")],
+    films: Annotated[Path, typer.Option(help="Folder for a film of every recorded rollout.")],
     results: Annotated[Path, typer.Option(help="Folder that evaluate wrote.")],
     video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
     decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
@@ -24,20 +25,23 @@ def main(
 ) -> None:
     """Gather the metrics of every stage; print the flat ones."""
     from svam.report import tables
-    from svam.report.drawing import draw_all
+    from svam.report.figures import draw_all
+    from svam.report.films import draw_films
 
     branches = params.distill.branches
-    measured = tables.gather(results, video, decouplers, backbones, branches)
+    run = tables.gather(results, video, decouplers, backbones, branches)
     curves = tables.curves_of(live, branches)
+    with whole_directory(films) as folder:
+        draw_films(folder, results, run.results.get("metaworld", {}).get("rate_hz", 0.0))
     with whole_directory(out) as folder:
-        flat = tables.flat_metrics(measured)
+        flat = tables.flat_metrics(run)
         write_json(folder / "metrics.json", flat)
-        (folder / "results.md").write_text(tables.markdown(measured), encoding="utf-8")
-        for name, lines in tables.plot_tables(measured, curves).items():
+        (folder / "results.md").write_text(tables.markdown(run), encoding="utf-8")
+        for name, lines in tables.plot_tables(run, curves).items():
             write_json(folder / "plots" / f"{name}.json", lines)
-        draw_all(folder, measured, curves, results, video, params.report)
+        draw_all(folder, run, curves, results, video, params.report)
     console.print(flat, highlight=False)
-    console.print(f"tables and figures: {out}/results.md, {out}/*.png", highlight=False)
+    console.print(f"tables, figures and films: {out}/results.md, {out}/*.png, {films}/*.mp4", highlight=False)
 
 
 app = stage_command(main)

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import Layout, Piece, ShardJoiner
+from svam.files import sha256
 from svam.params import Convert
+from svam.simulation.collect import RAW_SCHEMA, write_episode
 from tests.toy import committed
 
 CAMERAS = ["front", "wrist"]
@@ -80,29 +82,31 @@ def two_tasks() -> Recorded:
 
 
 def write_raw(path: Path, tasks: Sequence[str], episodes: int = 4, size: int = 8) -> None:
-    """`<path>/<task>/{meta.json, episode_*.npz}` as the collect stage writes them, with random content."""
+    """`<path>/<task>/...` as the collect stage writes them, with random content."""
     for t, task in enumerate(tasks):
         folder = path / task
         folder.mkdir(parents=True)
+        files: list[str] = []
         for e in range(episodes):
             rng = np.random.default_rng([t, e])
             n = 10 + e
             index = np.arange(0, n, 4, dtype=np.int64)
             state = rng.normal(size=(n, 39)).astype(np.float32)
-            np.savez_compressed(
-                folder / f"episode_{e:04d}.npz",
-                frames_corner2=rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8),
-                state=state, proprioception=state[:, :4],
-                actions=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
-                expert_actions=rng.uniform(-1, 1, (n, 4)).astype(np.float32),
-                depth=rng.uniform(0.5, 2, (len(index), size, size)).astype(np.float32),
-                segmentation=rng.integers(0, 7, (len(index), size, size), dtype=np.uint8),
-                annotation_index=index, goal=np.zeros(3, np.float32), draw=np.zeros(6, np.float32), success=np.ones(n, bool),
-            )  # fmt: skip
+            files += write_episode(folder, e, {
+                "frames_corner2": rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8),
+                "state": state, "proprioception": state[:, :4],
+                "actions": rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+                "expert_actions": rng.uniform(-1, 1, (n, 4)).astype(np.float32),
+                "depth": rng.uniform(0.5, 2, (len(index), size, size)).astype(np.float32),
+                "segmentation": rng.integers(0, 7, (len(index), size, size), dtype=np.uint8),
+                "annotation_index": index, "goal": np.zeros(3, np.float32), "draw": np.zeros(6, np.float32),
+                "success": np.ones(n, bool),
+            })  # fmt: skip
         meta = {
-            "schema_version": 1, "task": task, "rate_hz": 80.0, "cameras": ["corner2"], "image_size": size,
+            "schema_version": RAW_SCHEMA, "task": task, "rate_hz": 80.0, "cameras": ["corner2"], "image_size": size,
             "instructions": {"train": [f"{task} the thing", f"do {task}"], "held_out": [f"please {task}"]},
             "provenance": {"source": "test", "episodes": [{"attempt": 0, "noisy": e % 2 == 1} for e in range(episodes)]},
+            "sha256": {file: sha256(folder / file) for file in files},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
 

@@ -26,7 +26,7 @@ def test_everything_is_made(finished: Path) -> None:
     assert all(isinstance(value, float) and np.isfinite(value) for value in metrics.values())
     results = json.loads((finished / "data/results/metrics.json").read_text())
     assert set(results["metaworld"]["rows"]) >= {"policy", "random", "expert", "held_out_instruction"}
-    assert list((finished / "data/results/films").glob("*.mp4"))
+    assert list((finished / "data/films").glob("*.mp4"))
     assert len(list((finished / "data/report").glob("*.png"))) >= 5
     foresight = json.loads((finished / "data/foresight/metrics.json").read_text())
     assert foresight["left_out"] == [] and {"gap", "depth", "attention"} <= set(foresight)

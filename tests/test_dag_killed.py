@@ -17,14 +17,19 @@ from tests.project import PAUSE, attempt, found, locked_stages, make_project, me
 pytestmark = pytest.mark.timeout(1500)
 
 # One of each kind that keeps state, in the order in which they run; every stage is killed in `test_dag_killed_anytime.py`.
-LONG = ("collect@reach", "convert", "finetune_video", "generate", "cache_teacher@geometric", "train_policy", "evaluate")
+LONG = ("collect", "convert", "finetune_video", "generate", "cache_teacher@geometric", "train_policy", "evaluate")
+WENT_ON = {
+    "collect": r"collect: [1-9]\d* of \d+ episodes were collected before",
+    "convert": r"convert: going on after [1-9]\d* of \d+ steps",
+}
 # Listed by no stage, so that no hash differs.
 MACHINE = {"machine": {"checkpoint_seconds": 0.0, "workers": 1}}
 
 
 def kept(root: Path, stage: str) -> list[Path]:
     """What an unfinished run of a stage has kept so far."""
-    return found(root, ".cache/convert/*/unit_*/episodes.json" if stage == "convert" else f".ckpt/{stage}/*/*.json")
+    own = {"collect": ".cache/collect/*/*/*.json", "convert": ".cache/convert/*/unit_*/episodes.json"}
+    return found(root, own.get(stage, f".ckpt/{stage}/*/*.json"))
 
 
 def kill_at_first_record(root: Path, log: Path, stages: list[str], *options: str) -> tuple[str | None, int]:
@@ -52,8 +57,7 @@ def test_every_long_stage_is_killed_once_and_goes_on(finished: Path, tmp_path: P
         killed, status = kill_at_first_record(project, log, waiting, *options)
         said, options = log.read_text(), []
         if last is not None:
-            went_on = r"convert: going on after [1-9]\d* of \d+ steps" if last == "convert" else f"{last}: goes on from what"
-            assert re.search(went_on, said), f"{last} did not go on: {said[-3000:]}"
+            assert re.search(WENT_ON.get(last, f"{last}: goes on from what"), said), f"{last} did not go on: {said[-3000:]}"
         last = killed
         if killed is not None:
             waiting.remove(killed)

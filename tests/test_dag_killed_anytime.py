@@ -4,6 +4,7 @@ run that nothing interrupted. Beside `test_dag_killed.py`, because files run two
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,8 @@ pytestmark = pytest.mark.timeout(1500)
 def opened_by(root: Path, stage: str) -> set[str]:
     """The processes that have opened the stage's state, those included that were killed."""
     processes = set()
-    for file in found(root, ".cache/convert/*.lock" if stage == "convert" else f".ckpt/{stage}/*.lock"):
+    own = {"collect": ".cache/collect/*/*.lock", "convert": ".cache/convert/*.lock"}
+    for file in found(root, own.get(stage, f".ckpt/{stage}/*.lock")):
         with suppress(OSError):
             processes.add(file.read_text())
     return processes - {""}
@@ -57,6 +59,7 @@ def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path
             lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
             if lasted is not None:  # it had ended: the next begins from nothing, with less time
                 seconds = min(seconds, lasted)
+                shutil.rmtree(project / ".cache/collect", ignore_errors=True)
                 continue
             mend(project)
             kills[stage] = kills.get(stage, 0) + 1

@@ -20,6 +20,8 @@ LAYERS: list[set[str]] = [
         "svam.contract",
         "svam.normalisation",
         "svam.files",
+        "svam.films",
+        "svam.npy",
         "svam.errors",
         "svam.console",
         "svam.seeds",

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from stages import cache_teacher, distill, finetune_video
-from stages import collect as collect_stage
 from stages import generate as generate_stage
 from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
@@ -23,7 +22,6 @@ from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_di
 from svam.models.generator import SamplerConfig, VideoForesight
 from svam.params import CacheTeacher, Generate, Params
 from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
-from svam.simulation import collect as collection
 from svam.training import cache_teacher as teacher_cache
 from svam.training import generate as generation
 from svam.training.batch_order import EndlessOrder
@@ -360,19 +358,6 @@ def test_leftovers_of_killed_runs_are_cleared(tmp_path: Path) -> None:
 
 
 # --- whole stages --------------------------------------------------------------------------------------------------------
-
-
-def test_demonstrations_are_recorded_once(tmp_path: Path, settings: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy(tmp_path, collect={"episodes_of": {}, "episodes": 4, "tasks": ["reach"]}, evaluate={"tasks": ["reach"]})
-    options = ("--params", tmp_path / "params.yaml")
-    run_stage(collect_stage.app, "reach", tmp_path / "straight", *options)
-    kill(2, run_stage, collect_stage.app, "reach", tmp_path / "resumed", *options)
-    (state,) = states(tmp_path)
-    assert len(list(state.glob("episode_*.json"))) == 2
-    made = counted(monkeypatch, collection.ProcessPoolExecutor, "submit")
-    run_stage(collect_stage.app, "reach", tmp_path / "resumed", *options)
-    assert len(made) == 2 and sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
-    assert not states(tmp_path)
 
 
 @pytest.mark.slow  # `make test` kills the stage within the whole pipeline

@@ -11,17 +11,18 @@ from numpy.typing import NDArray
 
 from svam.models.svam import SVAM, Inputs
 from svam.report.grid import PictureGrid, Row, heat, picture_grid
+from svam.report.tables import markdown_table
 from svam.training.foresight_metrics import moved_patches
 
 QUERY_COLOURS = ("#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#17becf", "#bcbd22")
 
 
-def attention_of(model: SVAM, inputs: Inputs) -> NDArray[np.float32] | None:
+def attention_weights(model: SVAM, inputs: Inputs) -> NDArray[np.float32] | None:
     """Weights (B, T, N, h, w), each map summing to 1, of the policy's aggregator over frames of foresight; None where it has
     no Uni-Perceiver, or one that sees a single frame only. Of several groups of entries, the first with several frames."""
     groups = model.network.attention(inputs)
-    found = next((weights for weights in groups.values() if weights.shape[1] > 1), None)
-    return None if found is None else found.float().cpu().numpy()
+    weights = next((weights for weights in groups.values() if weights.shape[1] > 1), None)
+    return None if weights is None else weights.float().cpu().numpy()
 
 
 def peaks(weights: NDArray[np.floating]) -> NDArray[np.int64]:
@@ -91,7 +92,7 @@ def mark(grid: PictureGrid, row: int, weights: NDArray[np.floating]) -> None:
             grid.axis.plot(*place, "o", color=QUERY_COLOURS[n % len(QUERY_COLOURS)], **style)
 
 
-def path_of(weights: NDArray[np.floating]) -> NDArray[np.float64]:
+def attention_path(weights: NDArray[np.floating]) -> NDArray[np.float64]:
     """Weights (T, N, h, w) to the place (T, 2) of the queries' mean attention in each frame, as fractions (across, down): the
     mean place within the 3 x 3 cells around the maximum, so the path is finer than the grid."""
     mean = weights.mean(axis=1, dtype=np.float64)
@@ -120,7 +121,7 @@ def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], i
     figure, grid = picture_grid(rows, titles, heading, side=1.3)
     for i in range(count):
         mark(grid, i, weights[i])
-        x, y = zip(*(grid.at(i, steps, *place) for place in path_of(weights[i])), strict=True)
+        x, y = zip(*(grid.at(i, steps, *place) for place in attention_path(weights[i])), strict=True)
         grid.axis.plot(x, y, color="white", linewidth=1.0)
         colours = np.arange(steps)
         grid.axis.scatter(x, y, c=colours, cmap="plasma", s=14, edgecolors="white", linewidths=0.4, zorder=3)
@@ -134,7 +135,6 @@ def table(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 
 def markdown(lines: list[Mapping[str, float]]) -> str:
     """The lines of `score_attention` as Markdown."""
-    head = ["frames ahead", "attention on patches that moved", "share of patches that moved", "within 3 x 3 of the maximum"]
-    cells = [head, ["---:"] * 4]
-    cells += [[str(x["frame"]), *(f"{x[k]:.3f}" for k in ("on_moved", "moved", "neighbourhood"))] for x in lines]
-    return "\n\n".join(["## Attention of the policy", "\n".join("| " + " | ".join(c) + " |" for c in cells)])
+    header = ["frames ahead", "attention on patches that moved", "share of patches that moved", "within 3 x 3 of the maximum"]
+    cells = [[str(x["frame"]), *(f"{x[k]:.3f}" for k in ("on_moved", "moved", "neighbourhood"))] for x in lines]
+    return "\n\n".join(["## Attention of the policy", markdown_table(header, cells)])

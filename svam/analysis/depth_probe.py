@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.analysis.gap import Resampled, Sums, annotated_frames, per_window, to_pixels
+from svam.analysis.gap import EpisodeBootstrap, Sums, annotated_frames, per_window, to_pixels
 from svam.contract import ContractError
 from svam.report.grid import Row, heat, picture_grid
+from svam.report.tables import markdown_table
 from svam.training.teacher_metrics import FARTHEST, depth_error, valid_depth
 
 RIDGE = 1e-3
@@ -116,17 +117,17 @@ def choose_frames(
     Args:
         rows: (W, T) of all windows. numbers: those to choose from. labelled: annotated store rows, increasing.
     """
-    found = annotated_frames(rows[numbers], labelled)
-    found = found[np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64))] if len(found) else found
-    return numbers[found[:, 0]], found[:, 1]
+    places = annotated_frames(rows[numbers], labelled)
+    chosen = np.unique(np.linspace(0, max(0, len(places) - 1), min(most, len(places))).astype(np.int64))
+    return numbers[places[chosen, 0]], places[chosen, 1]
 
 
 def _blocks(features: Features, frames: Frames, block: int) -> Iterator[tuple[slice, dict[str, NDArray[np.float32]]]]:
     """The frames block by block, each with its tokens (n, P, C) by source."""
     for start in range(0, len(frames[0]), block):
         part = slice(start, start + block)
-        found = features(frames[0][part], frames[1][part])
-        yield part, {name: values.reshape(len(values), -1, values.shape[-1]) for name, values in found.items()}
+        tokens = features(frames[0][part], frames[1][part])
+        yield part, {name: values.reshape(len(values), -1, values.shape[-1]) for name, values in tokens.items()}
 
 
 def fit_heads(features: Features, frames: Frames, grid: int, block: int) -> dict[str, DepthHead]:
@@ -147,17 +148,17 @@ def read_depth(
     heads: Mapping[str, DepthHead], features: Features, frames: Frames, grid: int, block: int
 ) -> dict[str, NDArray[np.float32]]:
     """Source -> predicted depth (n, H, W) metres of the frames, and `mean`, which no feature informs."""
-    found: dict[str, list[NDArray[np.float32]]] = {}
+    parts: dict[str, list[NDArray[np.float32]]] = {}
     for _, tokens in _blocks(features, frames, block):
         for name, values in tokens.items():
-            found.setdefault(name, []).append(heads[name].predict(values))
-    patches = {name: np.concatenate(parts) for name, parts in found.items()}
+            parts.setdefault(name, []).append(heads[name].predict(values))
+    patches = {name: np.concatenate(blocks) for name, blocks in parts.items()}
     patches["mean"] = next(iter(heads.values())).mean(len(frames[0]))
     return {name: from_patches(patches[name], grid, *frames[2].shape[1:]) for name in SOURCES if name in patches}
 
 
 def score_depth(
-    predicted: Mapping[str, NDArray[np.float32]], frames: Frames, moved: NDArray[np.bool_], std: float, boot: Resampled
+    predicted: Mapping[str, NDArray[np.float32]], frames: Frames, moved: NDArray[np.bool_], std: float, boot: EpisodeBootstrap
 ) -> dict[str, Any]:
     """Errors of every source, over all pixels and over patches that moved since the observed frame.
 
@@ -193,21 +194,19 @@ def score_depth(
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table as Markdown."""
-    lines = [
-        ["depth read from", "RMSE, m", "of deviation", "relative", "RMSE where it moved, m", "more than geometric's"],
-        ["---", *["---:"] * 5],
-    ]
-    for name, title in SOURCES.items():
-        if name in result["sources"]:
-            values, gap = result["sources"][name], result["difference"].get(name)
-            cells = [f"{values[key]:.3f}" if key in values else "" for key in ("rmse_m", "rmse_std", "abs_rel", "moved_rmse_m")]
-            lines.append([title, *cells, f"{gap['value']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""])
+    header = ["depth read from", "RMSE, m", "of deviation", "relative", "RMSE where it moved, m", "more than geometric's"]
+    lines = []
+    for name in (name for name in SOURCES if name in result["sources"]):
+        values, gap = result["sources"][name], result["difference"].get(name)
+        cells = [f"{values[key]:.3f}" if key in values else "" for key in ("rmse_m", "rmse_std", "abs_rel", "moved_rmse_m")]
+        interval = f"{gap['value']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})" if gap else ""
+        lines.append([SOURCES[name], *cells, interval])
     text = (
         "A linear head (1x1, with a bias per position) on frozen features, fitted on training windows, read on "
         f"{result['frames']} annotated frames of held-out ones, one to T - 1 frames ahead. Intervals: 95 % for all rows "
         "together, over resampled episodes."
     )
-    return "\n\n".join(["## Depth of the future", text, "\n".join("| " + " | ".join(cells) + " |" for cells in lines)])
+    return "\n\n".join(["## Depth of the future", text, markdown_table(header, lines)])
 
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:

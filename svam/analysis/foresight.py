@@ -6,6 +6,7 @@ in `left_out` says so.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +45,8 @@ EXAMPLES = 6
 
 
 @dataclass
-class Subject:
-    """What is looked at: the windows and the store they are of, the frozen parts that made them, the distilled branches, the
+class AnalysisInputs:
+    """What is analysed: the windows and the store they are of, the frozen parts that made them, the distilled branches, the
     seed, and the sentences about what could not be measured."""
 
     windows: GeneratedWindows
@@ -89,22 +90,22 @@ def load_model(
     return model
 
 
-def measure_gap(subject: Subject) -> dict[str, dict[str, gap.Sums]]:
+def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
     """Predictor -> measure -> sums over the held-out windows, see `svam.analysis.gap`."""
-    windows, model, batch = subject.windows, subject.model, subject.params.batch
+    windows, model, batch = inputs.windows, inputs.model, inputs.params.batch
     teachers = (teacher for teacher in model.teachers.values() if isinstance(teacher, Teacher))
     teacher = next((teacher for teacher in teachers if teacher.config.objective == "segmentation"), None)
-    labels = subject.store.annotation("segmentation")
+    labels = inputs.store.annotation("segmentation")
     if teacher is None:
-        subject.left_out.append("IoU of robot and object: no teacher was trained on segmentation.")
+        inputs.left_out.append("IoU of robot and object: no teacher was trained on segmentation.")
     elif labels is None or not len(labels.rows):
-        subject.left_out.append("IoU against the simulator: the episodes have no segmentation; the teacher's own view remains.")
+        inputs.left_out.append("IoU against the simulator: the episodes have no segmentation; the teacher's own view remains.")
     starts = range(0, len(windows.test), max(1, batch // windows.frames_per_clip))
     parts: dict[str, list[dict[str, gap.Sums]]] = {}
     for start in track(starts, "gap", len(starts)):
         numbers = windows.test[start : start + starts.step]
         places = np.arange(start, start + len(numbers), dtype=np.int64)
-        truth = subject.truth(numbers)
+        truth = inputs.truth(numbers)
         flat = torch.from_numpy(truth.reshape(-1, *truth.shape[2:]))
         reconstruction = model.reconstruct(flat).cpu().numpy().reshape(truth.shape)
         many, other = windows.frames.read(numbers), windows.other_noise_frames.read(places)
@@ -125,8 +126,8 @@ def measure_gap(subject: Subject) -> dict[str, dict[str, gap.Sums]]:
                 sums[row] |= gap.label_sums(seen[row], simulated, known, "iou")
                 sums[row] |= gap.label_sums(seen[row], seen["truth"], ~known, "agree")
             sums["seed_to_seed"] |= gap.label_sums(seen["multi_step"], seen["other"], everywhere, "agree")
-        for row, found in sums.items():
-            parts.setdefault(row, []).append(found)
+        for row, measures in sums.items():
+            parts.setdefault(row, []).append(measures)
     return {row: gap.joined(blocks) for row, blocks in parts.items()}
 
 
@@ -153,28 +154,30 @@ def simulator_labels(
     known, values = np.zeros(like.shape[:2], dtype=bool), np.zeros_like(like)
     if labels is not None and len(labels.rows):
         w, t = gap.annotated_frames(rows, labels.rows).T
-        found = labels.values(np.searchsorted(labels.rows, rows[w, t]))
-        if found.shape[1:] != like.shape[2:]:
-            raise ContractError(f"segmentation is {found.shape[1:]} pixels, the frames are {like.shape[2:]}; expected the same")
-        known[w, t - 1], values[w, t - 1] = True, found
+        annotated = labels.values(np.searchsorted(labels.rows, rows[w, t]))
+        if annotated.shape[1:] != like.shape[2:]:
+            raise ContractError(
+                f"segmentation is {annotated.shape[1:]} pixels, the frames are {like.shape[2:]}; expected the same"
+            )
+        known[w, t - 1], values[w, t - 1] = True, annotated
     return known, values
 
 
-def probe_depth(subject: Subject) -> tuple[dict[str, Any], Any] | None:
+def probe_depth(inputs: AnalysisInputs) -> tuple[dict[str, Any], Any] | None:
     """Depth of the future read from frozen features: `depth_probe.score_depth`'s numbers and a figure; None where the
     episodes have too little depth for either side of the split."""
-    windows, store, params = subject.windows, subject.store, subject.params
+    windows, store, params = inputs.windows, inputs.store, inputs.params
     labels = store.annotation("depth")
     known = labels.rows if labels is not None else np.empty(0, dtype=np.int64)
     both = (windows.train, windows.test)
     sides = [depth_probe.choose_frames(windows.rows, numbers, known, params.probe_frames) for numbers in both]
     if labels is None or not all(len(numbers) for numbers, _ in sides):
-        subject.left_out.append("Depth of the future: the windows hold no frame with depth on both sides of the split.")
+        inputs.left_out.append("Depth of the future: the windows hold no frame with depth on both sides of the split.")
         return None
-    if "geometric" not in subject.branches:
-        subject.left_out.append("Depth from geometric foresight: that branch is not distilled (distill.branches).")
+    if "geometric" not in inputs.branches:
+        inputs.left_out.append("Depth from geometric foresight: that branch is not distilled (distill.branches).")
     train, test = ((n, t, labels.values(np.searchsorted(labels.rows, windows.rows[n, t])).astype(np.float32)) for n, t in sides)
-    features = probe_features(subject)
+    features = probe_features(inputs)
     heads = depth_probe.fit_heads(features, train, windows.grid, params.batch)
     predicted = depth_probe.read_depth(heads, features, test, windows.grid, params.batch)
     numbers, frames, truth = test
@@ -183,7 +186,7 @@ def probe_depth(subject: Subject) -> tuple[dict[str, Any], Any] | None:
     moved = moved_patches(np.stack([observed, future], axis=1), windows.grid)[:, 1]
     valid = train[2][valid_depth(train[2])]
     episodes = store.episode_of(windows.rows[numbers, 0])
-    boot = gap.Resampled(episodes, params.resamples, subject.seed)
+    boot = gap.EpisodeBootstrap(episodes, params.resamples, inputs.seed)
     scores = depth_probe.score_depth(predicted, test, moved, max(float(valid.std(dtype=np.float64)), 1e-9), boot)
     shown = most_moving(moved.sum(axis=(1, 2)), episodes, store.episode_task[episodes], EXAMPLES)
     figure = depth_probe.depth_figure(
@@ -192,9 +195,9 @@ def probe_depth(subject: Subject) -> tuple[dict[str, Any], Any] | None:
     return scores | {"training_frames": len(train[0])}, figure
 
 
-def probe_features(subject: Subject) -> depth_probe.Features:
+def probe_features(inputs: AnalysisInputs) -> depth_probe.Features:
     """What depth is read from, by source: each (n, h, w, C) at frames t of windows n."""
-    windows, model, store = subject.windows, subject.model, subject.store
+    windows, model, store = inputs.windows, inputs.model, inputs.store
     one_step = windows.features if windows.features is not None else OneStepFeatures(windows, store, model)
 
     def features(numbers: NDArray[np.int64], frames: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
@@ -203,12 +206,12 @@ def probe_features(subject: Subject) -> depth_probe.Features:
         reference = model.reference_features("geometric", torch.from_numpy(store.frames(windows.rows[numbers, 0])))
         recorded = torch.from_numpy(store.frames(windows.rows[numbers, frames]))
         generated = torch.from_numpy(windows.frames.read(numbers)[each, frames])
-        found = {"repeat": reference, "one_step": step[each, frames]}
-        if "geometric" in subject.branches:
-            found["geometric"] = model.decouple("geometric", step, reference)[each, frames]
-        found["generated"] = model.teacher_features("geometric", generated)
-        found["truth"] = model.reference_features("geometric", recorded)
-        return {name: values.cpu().numpy() for name, values in found.items()}
+        tokens = {"repeat": reference, "one_step": step[each, frames]}
+        if "geometric" in inputs.branches:
+            tokens["geometric"] = model.decouple("geometric", step, reference)[each, frames]
+        tokens["generated"] = model.teacher_features("geometric", generated)
+        tokens["truth"] = model.reference_features("geometric", recorded)
+        return {name: values.cpu().numpy() for name, values in tokens.items()}
 
     return features
 
@@ -224,55 +227,58 @@ def most_moving(
     return np.sort(best[np.argsort(turn, kind="stable")[:count]])
 
 
-def look_at_attention(subject: Subject, policy: SVAM) -> tuple[list[dict[str, float]], Any] | None:
+def measure_attention(inputs: AnalysisInputs, policy: SVAM) -> tuple[list[dict[str, float]], Any] | None:
     """`attention.score_attention` on held-out windows, and a figure; None where the policy has no Uni-Perceiver over time."""
-    windows, batch = subject.windows, subject.params.batch
+    windows, batch = inputs.windows, inputs.params.batch
     starts = range(0, len(windows.test), batch)
-    found = []
+    parts = []
     for start in track(starts, "attention", len(starts)):
         rows = windows.rows[windows.test[start : start + batch], 0]
-        weights = attention.attention_of(policy, encode_rows(subject.store, policy, rows, subject.seed))
+        weights = attention.attention_weights(policy, encode_rows(inputs.store, policy, rows, inputs.seed))
         if weights is None:
-            subject.left_out.append(
+            inputs.left_out.append(
                 f"Attention over foreseen frames: context {policy.config.context} with {policy.config.aggregator} has none."
             )
             return None
-        found.append(weights)
-    weights, frames = np.concatenate(found), subject.truth(windows.test)
+        parts.append(weights)
+    weights, frames = np.concatenate(parts), inputs.truth(windows.test)
     moved = moved_patches(frames, weights.shape[-1])
-    episodes = subject.held_out_episodes
-    shown = most_moving(moved.sum(axis=(1, 2, 3)), episodes, subject.store.episode_task[episodes], subject.params.clips)
-    instructions = [subject.store.instruction_of(int(e)) for e in episodes[shown]]
+    episodes = inputs.held_out_episodes
+    shown = most_moving(moved.sum(axis=(1, 2, 3)), episodes, inputs.store.episode_task[episodes], inputs.params.clips)
+    instructions = [inputs.store.instruction_of(int(e)) for e in episodes[shown]]
     lines = attention.score_attention(weights, frames)
     return lines, attention.attention_figure(frames[shown], weights[shown], instructions)
 
 
-def sequence_figures(subject: Subject) -> list[Any]:
+def sequence_figures(inputs: AnalysisInputs) -> list[Any]:
     """For a held-out episode of each task in turn: the last foreseen frame of every branch at moments along the episode, above
     what the teacher sees in the frame that was really recorded then. Components are computed over the whole sequence, foreseen
     and real."""
-    if not subject.branches:
-        subject.left_out.append("Foresight beside the teacher along an episode: no branch is distilled (distill.branches).")
+    if not inputs.branches:
+        inputs.left_out.append("Foresight beside the teacher along an episode: no branch is distilled (distill.branches).")
         return []
-    store = subject.store
+    return [_sequence(inputs, episode) for episode in held_out_in_turn(inputs.store)[: inputs.params.clips]]
+
+
+def held_out_in_turn(store: EpisodeStore) -> list[int]:
+    """The held-out episodes, one of each task in turn."""
     by_task: dict[str, list[int]] = {}
     for episode in store.episodes("held_out").tolist():
         by_task.setdefault(store.task_of(episode), []).append(episode)
-    rounds = max(len(episodes) for episodes in by_task.values())
-    turns = [episodes[k] for k in range(rounds) for episodes in by_task.values() if k < len(episodes)]
-    return [_sequence(subject, episode) for episode in turns[: subject.params.clips]]
+    rounds = itertools.zip_longest(*by_task.values())
+    return [episode for one_of_each in rounds for episode in one_of_each if episode is not None]
 
 
-def _sequence(subject: Subject, episode: int) -> Any:
-    store, model = subject.store, subject.model
+def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
+    store, model = inputs.store, inputs.model
     config = model.video_model.config
     start, end = store.bounds(episode)
     last = max(start, end - 1 - (config.frames - 1) * config.stride)
     rows = np.unique(np.linspace(start, last, MOMENTS).astype(np.int64))
     instruction = store.instruction_of(episode)
     observed = torch.from_numpy(store.frames(rows))
-    seeds = [seed_of(subject.seed, "foresight sequence", int(row)) for row in rows]
-    entries = [branch for branch in BRANCHES if branch in subject.branches]
+    seeds = [seed_of(inputs.seed, "foresight sequence", int(row)) for row in rows]
+    entries = [branch for branch in BRANCHES if branch in inputs.branches]
     foreseen = model.encode(observed, [instruction] * len(rows), entries, seeds).entries
     future = clip_rows(rows, start, end, config.frames, config.stride)
     recorded = store.frames(future.reshape(-1))
@@ -290,32 +296,31 @@ def _sequence(subject: Subject, episode: int) -> Any:
     return picture_grid(pictures, [f"{(row - start) / store.rate_hz:.2f} s" for row in rows], heading)[0]
 
 
-def write_all(folder: Path, subject: Subject, policy: SVAM) -> dict[str, Any]:
+def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[str, Any]:
     """Write `metrics.json`, `foresight.md`, `plots/*.json` and the figures into `folder`; returns the metrics."""
-    found: dict[str, Any] = {"gap": gap.summary(
-        measure_gap(subject), subject.held_out_episodes, subject.params.resamples, subject.seed
-    )}  # fmt: skip
-    drawn: dict[str, Any] = {f"sequence_{i}": figure for i, figure in enumerate(sequence_figures(subject))}
-    pages, plots = [gap.markdown(found["gap"])], {"gap": gap.table(found["gap"])}
-    if (depth := probe_depth(subject)) is not None:
-        found["depth"], drawn["depth"] = depth
-        plots["depth"] = depth_probe.table(found["depth"])
-        pages.append(depth_probe.markdown(found["depth"]))
-    if (looked := look_at_attention(subject, policy)) is not None:
-        found["attention"], drawn["attention"] = looked
-        plots["attention"] = attention.table(found["attention"])
-        pages.append(attention.markdown(found["attention"]))
-    drawn["measures"] = measures_figure(found)
-    found["left_out"] = subject.left_out
-    if subject.left_out:
-        pages.append("\n".join(["## Left out", "", *(f"- {sentence}" for sentence in subject.left_out)]))
-    write_json(folder / "metrics.json", rounded(found))
+    sums = measure_gap(inputs)
+    metrics: dict[str, Any] = {"gap": gap.summary(sums, inputs.held_out_episodes, inputs.params.resamples, inputs.seed)}
+    drawn: dict[str, Any] = {f"sequence_{i}": figure for i, figure in enumerate(sequence_figures(inputs))}
+    pages, plots = [gap.markdown(metrics["gap"])], {"gap": gap.table(metrics["gap"])}
+    if (depth := probe_depth(inputs)) is not None:
+        metrics["depth"], drawn["depth"] = depth
+        plots["depth"] = depth_probe.table(metrics["depth"])
+        pages.append(depth_probe.markdown(metrics["depth"]))
+    if (attended := measure_attention(inputs, policy)) is not None:
+        metrics["attention"], drawn["attention"] = attended
+        plots["attention"] = attention.table(metrics["attention"])
+        pages.append(attention.markdown(metrics["attention"]))
+    drawn["measures"] = measures_figure(metrics)
+    metrics["left_out"] = inputs.left_out
+    if inputs.left_out:
+        pages.append("\n".join(["## Left out", "", *(f"- {sentence}" for sentence in inputs.left_out)]))
+    write_json(folder / "metrics.json", rounded(metrics))
     (folder / "foresight.md").write_text("\n\n".join(["# What foresight holds", *pages]) + "\n", encoding="utf-8")
     for name in ("gap", "depth", "attention"):  # empty where left out: the plots of dvc.yaml name every file
         write_json(folder / "plots" / f"{name}.json", plots.get(name, []))
     for name, figure in drawn.items():
-        figures.save(figure, folder / f"{name}.png", subject.params.dpi)
-    return found
+        figures.save(figure, folder / f"{name}.png", inputs.params.dpi)
+    return metrics
 
 
 def rounded(value: Any) -> Any:

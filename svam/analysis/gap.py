@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
+from svam.report.tables import markdown_table
 from svam.seeds import generator
 from svam.training.foresight_metrics import moved_patches
 
-LEVEL = 0.95
-"""Of the intervals of all measures together: each one's is as wide as Bonferroni's correction asks."""
+CONFIDENCE = 0.95
+"""Of the intervals of all measures together: each one is as wide as Bonferroni's correction requires."""
 FEWEST_EPISODES = 8
 """With fewer held-out episodes a bootstrap's intervals are far too narrow, and nothing is concluded from them."""
 
@@ -137,12 +138,12 @@ def label_sums(made: NDArray[Any], truth: NDArray[Any], counted: NDArray[np.bool
     """
     if made.shape != truth.shape or made.shape[:2] != counted.shape:
         raise ValueError(f"labels differ in shape: made {made.shape}, truth {truth.shape}, counted {counted.shape}")
-    found = {}
+    sums = {}
     for region, names in REGIONS.items():
         classes = [SEGMENTATION_CLASSES.index(name) for name in names]
         a, b = (np.isin(labels, classes) & counted[..., None, None] for labels in (made, truth))
-        found[f"{prefix}_{region}"] = Sums(per_window(a & b), per_window(a | b))
-    return found
+        sums[f"{prefix}_{region}"] = Sums(per_window(a & b), per_window(a | b))
+    return sums
 
 
 def annotated_frames(rows: NDArray[np.int64], labelled: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -157,7 +158,7 @@ def annotated_frames(rows: NDArray[np.int64], labelled: NDArray[np.int64]) -> ND
     return np.argwhere(known).astype(np.int64)
 
 
-class Resampled:
+class EpisodeBootstrap:
     """Bootstrap over held-out episodes, each with all its windows: windows of one episode overlap and are no independent
     draws. The same resamples serve all measures and predictors, so differences are paired."""
 
@@ -174,8 +175,8 @@ class Resampled:
         return np.where(bottom > 0, top / np.where(bottom > 0, bottom, 1.0), np.nan)
 
     def interval(self, values: NDArray[np.float64], comparisons: int) -> tuple[float, float]:
-        """The two ends between which all but (1 - LEVEL) / comparisons of the resampled values lie."""
-        tail = (1.0 - LEVEL) / comparisons / 2.0
+        """The two ends between which all but (1 - CONFIDENCE) / comparisons of the resampled values lie."""
+        tail = (1.0 - CONFIDENCE) / comparisons / 2.0
         low, high = np.nanquantile(values, (tail, 1.0 - tail))
         return float(low), float(high)
 
@@ -186,11 +187,11 @@ def value_of(sums: Sums) -> float | None:
     return float(sums.numerator.sum()) / total if total > 0 else None
 
 
-def summary(found: Mapping[str, Mapping[str, Sums]], episodes: NDArray[np.int64], resamples: int, seed: int) -> dict[str, Any]:
+def summary(sums: Mapping[str, Mapping[str, Sums]], episodes: NDArray[np.int64], resamples: int, seed: int) -> dict[str, Any]:
     """Every measure of every predictor, and multi-step minus one step with its interval.
 
     Args:
-        found: predictor -> measure -> `Sums` over the same windows. episodes: (W,) the episode of each window.
+        sums: predictor -> measure -> `Sums` over the same windows. episodes: (W,) the episode of each window.
 
     Returns:
         {windows, episodes, level, values: {predictor: {measure: value}}, difference: {measure: {value, low, high, finding}},
@@ -198,13 +199,13 @@ def summary(found: Mapping[str, Mapping[str, Sums]], episodes: NDArray[np.int64]
         from 1. `finding`: better, worse or not distinguishable; multi-step is meant.
     """
     values = {
-        row: {name: v for name, s in measures.items() if (v := value_of(s)) is not None} for row, measures in found.items()
+        row: {name: v for name, s in measures.items() if (v := value_of(s)) is not None} for row, measures in sums.items()
     }
     compared = [name for name in MEASURES if name in values["multi_step"] and name in values["one_step"]]
-    boot = Resampled(episodes, resamples, seed)
+    boot = EpisodeBootstrap(episodes, resamples, seed)
     difference = {}
     for name in compared:
-        measure, pair = MEASURES[name], [found[row][name] for row in ("multi_step", "one_step")]
+        measure, pair = MEASURES[name], [sums[row][name] for row in ("multi_step", "one_step")]
         # Badness of a "higher" measure is its negative: the sign goes back, so that the table shows plain differences.
         sign = -1.0 if measure.better == "higher" else 1.0
         many, one = (measure.badness(np.asarray(values[row][name])) for row in ("multi_step", "one_step"))
@@ -216,7 +217,7 @@ def summary(found: Mapping[str, Mapping[str, Sums]], episodes: NDArray[np.int64]
         ends = sorted((sign * low, sign * high))
         difference[name] = {"value": sign * float(many - one), "low": ends[0], "high": ends[1], "finding": finding}
     result: dict[str, Any] = {
-        "windows": len(episodes), "episodes": boot.count, "level": LEVEL, "values": values, "difference": difference,
+        "windows": len(episodes), "episodes": boot.count, "level": CONFIDENCE, "values": values, "difference": difference,
     }  # fmt: skip
     return result | {"verdict": verdict(result)}
 
@@ -231,7 +232,7 @@ def verdict(result: Mapping[str, Any]) -> str:
     findings = {name: line["finding"] for name, line in result["difference"].items()}
     parts = []
     for finding in ("better", "worse", "not distinguishable"):
-        names = [name for name, found in findings.items() if found == finding]
+        names = [name for name, own in findings.items() if own == finding]
         if names:
             parts.append(f"{finding} in {', '.join(names)}")
     return f"Multi-step, against one decoded step, is {'; '.join(parts)}."
@@ -239,32 +240,28 @@ def verdict(result: Mapping[str, Any]) -> str:
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line for each measure, multi-step and one step, for the DVC plots: {what, measure, predictor, value}."""
-    found = [(name, row, result["values"][row].get(name)) for name in MEASURES for row in ("multi_step", "one_step")]
     return [
         {"what": f"{name}, {PREDICTORS[row]}", "measure": name, "predictor": row, "value": round(value, 6)}
-        for name, row, value in found
-        if value is not None
+        for name in MEASURES
+        for row in ("multi_step", "one_step")
+        if (value := result["values"][row].get(name)) is not None
     ]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
     """The table as Markdown, below its verdict."""
     values, rows = result["values"], [row for row in PREDICTORS if row in result["values"]]
-    wanted = {"higher": "more is better", "lower": "less is better", "one": "1 is best"}
-    lines = [
-        ["", *(PREDICTORS[row] for row in rows), "multi-step minus one step", "multi-step is"],
-        ["---", *["---:"] * (len(rows) + 1), "---"],
-    ]
+    directions = {"higher": "more is better", "lower": "less is better", "one": "1 is best"}
+    header = ["", *(PREDICTORS[row] for row in rows), "multi-step minus one step", "multi-step is"]
+    lines = []
     for name, line in result["difference"].items():
         cells = [f"{values[row][name]:.3f}" if name in values[row] else "" for row in rows]
-        measure = MEASURES[name]
+        title = f"`{name}`: {MEASURES[name].title}; {directions[MEASURES[name].better]}"
         interval = f"{line['value']:+.3f} ({line['low']:+.3f} to {line['high']:+.3f})"
-        title = f"`{name}`: {measure.title}; {wanted[measure.better]}"
         lines.append([title, *cells, interval, line["finding"]])
     text = (
         f"{result['windows']} held-out windows of {result['episodes']} episodes, frames after the observed one. "
         f"Intervals are bootstrapped over episodes and hold for all measures together at {result['level']:.0%}; for measures "
         "that should be 1 the difference is that of the distances from 1."
     )
-    grid = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    return "\n\n".join(["## Is there a gap to distil?", f"**{result['verdict']}**", text, grid])
+    return "\n\n".join(["## Is there a gap to distil?", f"**{result['verdict']}**", text, markdown_table(header, lines)])

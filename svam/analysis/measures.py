@@ -13,15 +13,15 @@ from svam.analysis.gap import MEASURES
 FINDINGS = {"better": "#1f77b4", "worse": "#d6604d", "not distinguishable": "#999999"}
 
 
-def measures_figure(found: Mapping[str, Any]) -> Any:
-    """`found`: the metrics of the stage, with `gap`, and `depth` and `attention` where they were measured."""
-    panels = [name for name in ("gap", "depth", "attention") if name in found]
+def measures_figure(metrics: Mapping[str, Any]) -> Any:
+    """`metrics`: those of the stage, with `gap`, and `depth` and `attention` where they were measured."""
+    panels = [name for name in ("gap", "depth", "attention") if name in metrics]
     widths = {"gap": 5.0, "depth": 4.0, "attention": 3.2}
     figure = Figure(figsize=(sum(widths[name] for name in panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=[widths[name] for name in panels])[0]
     draw: dict[str, Callable[[Any, Any], None]] = {"gap": _draw_gap, "depth": _draw_depth, "attention": _draw_attention}
     for name, axis in zip(panels, axes, strict=True):
-        draw[name](axis, found[name])
+        draw[name](axis, metrics[name])
         axis.tick_params(labelsize=7)
     return figure
 

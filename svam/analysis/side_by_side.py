@@ -29,7 +29,7 @@ PICTURE = 1.0
 
 
 @dataclass(frozen=True)
-class Seen:
+class Prediction:
     """One policy on n windows.
 
     entries: context entry -> (n, T, h, w, C) features. attention: (n, T, N, h, w) or None. actions: (n, K, A) physical units.
@@ -41,13 +41,13 @@ class Seen:
     actions: NDArray[np.float32]
 
 
-def look(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64], seed: int) -> Seen:
+def predict(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64], seed: int) -> Prediction:
     """What the policy foresees and would do at store rows (n,).
 
     Raises:
         ContractError: the store's camera, image size, proprioception or actions are not what the policy was trained on.
     """
-    from svam.analysis.attention import attention_of
+    from svam.analysis.attention import attention_weights
     from svam.evaluation.offline import encode_rows
 
     dimensions = model.statistics.convention.dimensions
@@ -56,7 +56,7 @@ def look(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64], s
     inputs = encode_rows(store, model, rows, seed)
     actions = model.sample(inputs, [seed_of(seed, "side by side", int(row)) for row in rows])
     entries = {entry: values.float().cpu().numpy() for entry, values in inputs.entries.items()}
-    return Seen(name, entries, attention_of(model, inputs), actions)
+    return Prediction(name, entries, attention_weights(model, inputs), actions)
 
 
 def horizon(models: Sequence[SVAM]) -> tuple[int, int]:
@@ -65,21 +65,19 @@ def horizon(models: Sequence[SVAM]) -> tuple[int, int]:
     Raises:
         ContractError: they foresee other moments, so that their frames cannot stand in one column.
     """
-    found = {(c.frames, c.stride) for m in models if m.foresight.video is not None for c in [m.foresight.video.config]}
-    if len(found) > 1:
-        raise ContractError(f"the two policies foresee different (frames, stride): {sorted(found)}; expected the same")
-    return found.pop() if found else (1, 1)
+    configs = [model.foresight.video.config for model in models if model.foresight.video is not None]
+    horizons = {(config.frames, config.stride) for config in configs}
+    if len(horizons) > 1:
+        raise ContractError(f"the two policies foresee different (frames, stride): {sorted(horizons)}; expected the same")
+    return horizons.pop() if horizons else (1, 1)
 
 
 def choose_rows(store: EpisodeStore, count: int, span: int, seed: int) -> NDArray[np.int64]:
     """Rows of held-out episodes, one of each task in turn, each with `span` further steps where its episode has as many."""
     draws = generator(seed, "side by side")
-    by_task: dict[str, list[int]] = {}
-    for episode in store.episodes("held_out").tolist():
-        by_task.setdefault(store.task_of(episode), []).append(episode)
-    longest = max(len(episodes) for episodes in by_task.values())
-    turns = [episodes[k] for k in range(longest) for episodes in by_task.values() if k < len(episodes)]
-    bounds = [store.bounds(episode) for episode in turns[:count]]
+    from svam.analysis.foresight import held_out_in_turn
+
+    bounds = [store.bounds(episode) for episode in held_out_in_turn(store)[:count]]
     return np.asarray([draws.integers(start, max(start + 1, end - span)) for start, end in bounds], dtype=np.int64)
 
 
@@ -101,24 +99,26 @@ def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[
     future = clip_rows(rows, starts, ends, frames, stride)
     recorded = store.frames(future.reshape(-1), cameras.pop())
     clips = recorded.reshape(*future.shape, *recorded.shape[1:])
-    seen = [look(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
+    predictions = [predict(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
     chunk, real = action_rows(rows, starts, ends, max(model.chunk for model in models))
-    wanted = store.vector(target_name(store), chunk.reshape(-1)).reshape(*chunk.shape, -1)
+    expert = store.vector(target_name(store), chunk.reshape(-1)).reshape(*chunk.shape, -1)
     titles = [store.instruction_of(int(episode)) for episode in store.episode_of(rows)]
-    return draw(clips, seen, np.where(real[..., None], wanted, np.nan), titles)
+    return draw(clips, predictions, np.where(real[..., None], expert, np.nan), titles)
 
 
-def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floating], titles: Sequence[str]) -> Any:
+def draw(
+    clips: NDArray[np.uint8], predictions: Sequence[Prediction], expert: NDArray[np.floating], titles: Sequence[str]
+) -> Any:
     """The figure: for each window the recorded frames (n, T, H, W, 3), below them every policy's foresight as principal
-    components (of that entry's whole sequence) and its attention, and beside them the actions wanted (n, K, A), NaN past the
-    episode's end, and predicted."""
+    components (of that entry's whole sequence) and its attention, and beside them the expert's actions (n, K, A), NaN past the
+    episode's end, and the predicted ones."""
     from matplotlib.figure import Figure
 
     from svam.analysis.attention import mark
     from svam.report.grid import GAP, PictureGrid
 
     count, steps = clips.shape[:2]
-    rows = [rows_of(clips[i], seen, i) for i in range(count)]
+    rows = [picture_rows(clips[i], predictions, i) for i in range(count)]
     height = sum(PICTURE * len(part) * (1.0 + GAP) + 0.7 for part in rows)
     wide = PICTURE * steps * (1.0 + GAP) + 0.9
     figure = Figure(figsize=(wide + 4.2, height), layout="constrained")
@@ -126,59 +126,61 @@ def draw(clips: NDArray[np.uint8], seen: Sequence[Seen], wanted: NDArray[np.floa
         part.suptitle(titles[i], fontsize=9)
         left, right = part.subfigures(1, 2, width_ratios=[wide, 4.2])
         grid = PictureGrid(left.subplots(), rows[i], ["observed", *(f"+{t}" for t in range(1, steps))])
-        for row, one in _attention_rows(seen):
-            mark(grid, row, one[i])
-        _draw_actions(right, seen, wanted[i], i, legend=i == 0)
+        for row, weights in _attention_rows(predictions):
+            mark(grid, row, weights[i])
+        _draw_actions(right, predictions, expert[i], i, legend=i == 0)
     return figure
 
 
-def rows_of(clip: NDArray[np.uint8], seen: Sequence[Seen], window: int) -> list[Any]:
+def picture_rows(clip: NDArray[np.uint8], predictions: Sequence[Prediction], window: int) -> list[Any]:
     """Labelled rows of pictures of one window."""
     from svam.analysis.attention import overlay
     from svam.report.pca import pca_colours
 
     steps = len(clip)
     rows: list[Any] = [("recorded", list(clip))]
-    for one in seen:
-        for entry, values in one.entries.items():
+    for policy in predictions:
+        for entry, values in policy.entries.items():
             pictures = list(pca_colours(values[window]))
             # A single picture (the goal frame) stands where its time is: at the end.
             places = [None] * (steps - len(pictures)) + pictures if entry != "observation" else pictures
-            rows.append((f"{one.name}\n{entry.replace('_', '-')}", (places + [None] * steps)[:steps]))
-        if one.attention is not None:
-            rows.append((f"{one.name}\nattention", list(overlay(clip, one.attention[window].mean(axis=1)))))
+            rows.append((f"{policy.name}\n{entry.replace('_', '-')}", (places + [None] * steps)[:steps]))
+        if policy.attention is not None:
+            rows.append((f"{policy.name}\nattention", list(overlay(clip, policy.attention[window].mean(axis=1)))))
     return rows
 
 
-def _attention_rows(seen: Sequence[Seen]) -> list[tuple[int, NDArray[np.float32]]]:
-    """At which row of `rows_of` each policy's attention stands, and its weights."""
-    found, row = [], 0
-    for one in seen:
-        row += len(one.entries)
-        if one.attention is not None:
+def _attention_rows(predictions: Sequence[Prediction]) -> list[tuple[int, NDArray[np.float32]]]:
+    """At which row of `picture_rows` each policy's attention stands, and its weights."""
+    rows, row = [], 0
+    for policy in predictions:
+        row += len(policy.entries)
+        if policy.attention is not None:
             row += 1
-            found.append((row, one.attention))
-    return found
+            rows.append((row, policy.attention))
+    return rows
 
 
-def _draw_actions(part: Any, seen: Sequence[Seen], wanted: NDArray[np.floating], window: int, legend: bool) -> None:
-    """A small plot for each action dimension: what was wanted, and what each policy predicts."""
-    shown = min(wanted.shape[-1], DIMENSIONS)
+def _draw_actions(
+    part: Any, predictions: Sequence[Prediction], expert: NDArray[np.floating], window: int, legend: bool
+) -> None:
+    """A small plot for each action dimension: the demonstrated one, and what each policy predicts."""
+    shown = min(expert.shape[-1], DIMENSIONS)
     axes = part.subplots(shown, 1, squeeze=False, sharex=True)[:, 0]
-    everything = np.concatenate([wanted[:, :shown], *(one.actions[window, :, :shown] for one in seen)])
+    everything = np.concatenate([expert[:, :shown], *(policy.actions[window, :, :shown] for policy in predictions)])
     low, high = np.nanmin(everything, axis=0), np.nanmax(everything, axis=0)
     # A dimension that hardly changes must not look as wild as the others: a fifth of the widest span is the least.
     half = np.maximum(high - low, max(0.2 * float((high - low).max()), 1e-6)) * 0.55
     for d, axis in enumerate(axes):
-        axis.plot(wanted[:, d], color="black", marker="o", markersize=2.5, linewidth=1.0, label="demonstration")
-        for one, colour in zip(seen, COLOURS, strict=True):
-            axis.plot(one.actions[window, :, d], color=colour, linewidth=1.2, label=one.name)
+        axis.plot(expert[:, d], color="black", marker="o", markersize=2.5, linewidth=1.0, label="demonstration")
+        for policy, colour in zip(predictions, COLOURS, strict=True):
+            axis.plot(policy.actions[window, :, d], color=colour, linewidth=1.2, label=policy.name)
         axis.set_ylim((low[d] + high[d]) / 2 - half[d], (low[d] + high[d]) / 2 + half[d])
         axis.tick_params(labelsize=6)
         axis.set_ylabel(f"action {d}", fontsize=6)
     axes[-1].set_xlabel("step of the chunk", fontsize=7)
     if legend:
-        axes[0].legend(fontsize=6, ncol=1 + len(seen), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes[0].legend(fontsize=6, ncol=1 + len(predictions), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 @one_line_errors
@@ -194,9 +196,9 @@ def side_by_side(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
-    """Draw two policies side by side on held-out windows: foresight, attention, and predicted against wanted actions."""
-    called = [name.strip() for name in names.split(",")]
-    if len(called) != 2 or not all(called):
+    """Draw two policies side by side on held-out windows: foresight, attention, and predicted against demonstrated actions."""
+    labels = [name.strip() for name in names.split(",")]
+    if len(labels) != 2 or not all(labels):
         raise ContractError(f"--names is {names!r}, expected two names with a comma between")
 
     from svam.episodes.store import EpisodeStore
@@ -205,6 +207,6 @@ def side_by_side(
 
     chosen = prepare_torch(device, threads, seed)
     models = [SVAM.load(folder, chosen) for folder in (first, second)]
-    figure = compare_models(EpisodeStore.open(episodes), models, called, windows, seed)
+    figure = compare_models(EpisodeStore.open(episodes), models, labels, windows, seed)
     save(figure, out, dpi)
-    console.print(f"{' and '.join(called)} side by side: {out}", highlight=False)
+    console.print(f"{' and '.join(labels)} side by side: {out}", highlight=False)

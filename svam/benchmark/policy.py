@@ -20,9 +20,9 @@ from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
-from svam.evaluation.closed_loop import check_tasks, look_of
-from svam.evaluation.latency import timed
-from svam.evaluation.rollout import Outcome, Plan, Workers, run_policy
+from svam.evaluation.closed_loop import check_tasks, render_settings
+from svam.evaluation.latency import timed_components
+from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
 from svam.models.foresight import needs_of
 from svam.models.svam import SVAM, Batch
@@ -64,7 +64,7 @@ def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any])
 def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
     """Seconds of `SVAM.encode` of one observation: component -> seconds, `other` and `total`."""
     parts: dict[str, float] = {}
-    with timed(svam, parts):
+    with timed_components(svam, parts):
         start = _finish(svam)
         svam.encode([observation], [seed])
         total = _finish(svam) - start
@@ -268,10 +268,10 @@ class _Watched:
             self.seconds += time.perf_counter() - start
 
 
-def evaluation_plans(store: EpisodeStore, tasks: Sequence[str], episodes: int, seed: int) -> list[Plan]:
+def evaluation_plans(store: EpisodeStore, tasks: Sequence[str], episodes: int, seed: int) -> list[PlannedEpisode]:
     """`episodes` of each task, the goals drawn from `seed`, with the sentences of the training in turn."""
     return [
-        Plan(
+        PlannedEpisode(
             "benchmark", task, index, seed_of(seed, task, index),
             store.instructions[task]["train"][index % len(store.instructions[task]["train"])],
         )
@@ -291,11 +291,11 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     section, settings = params.evaluate, params.benchmark
     store = EpisodeStore.open(inputs.episodes)
     check_tasks(section.tasks, store)
-    look = look_of(store, section.tasks)
+    rendering = render_settings(store, section.tasks)
     svam, described = _load(inputs, params)
     seed = seed_of(params.seed, "benchmark evaluation")
     plans = evaluation_plans(store, section.tasks, settings.evaluation_episodes, seed)
-    make = partial(TaskEnvironment, cameras=(svam.camera,), **look)
+    make = partial(TaskEnvironment, cameras=(svam.camera,), **rendering)
     ways = {"batched": (section.batch, params.machine.workers), "one_at_a_time": (1, 1)}
     acting: dict[str, list[float]] = {name: [] for name in ways}
     played: dict[str, list[Outcome]] = {}
@@ -303,12 +303,13 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     with ExitStack() as stack:
         pools = {name: stack.enter_context(Workers(make, workers)) for name, (_, workers) in ways.items()}
 
-        def play(name: str, some: list[Plan], max_steps: int) -> _Watched:
+        def play(name: str, some: list[PlannedEpisode], max_steps: int) -> _Watched:
             watched = _Watched(svam)
-            played[name] = run_policy(
-                some, watched, pools[name], seed=seed, batch=ways[name][0], execute=section.execute,
-                max_steps=max_steps, proprioception=svam.needs_proprioception,
+            rollouts = PolicyRollouts(
+                watched, pools[name], seed=seed, batch=ways[name][0], execute=section.execute, max_steps=max_steps,
+                proprioception=svam.needs_proprioception,
             )  # fmt: skip
+            played[name] = rollouts.run(some)
             return watched
 
         def whole(name: str, number: int) -> float:
@@ -328,7 +329,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     _print("evaluation", rates, "episodes per minute", ratio)
     return described | {
         "tasks": list(section.tasks), "episodes": len(plans), "max_steps": section.max_steps, "execute": section.execute,
-        **look,
+        **rendering,
         "batch": {name: batch for name, (batch, _) in ways.items()}, "workers": {name: n for name, (_, n) in ways.items()},
         "episodes_per_minute": rates, **ratio, "seconds": rounded(seconds), "seconds_of_the_policy": rounded(acting),
         "success": {name: [outcome.success for outcome in found] for name, found in played.items()},

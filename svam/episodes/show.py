@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from svam.contract import ContractError
 from svam.episodes.curves import Curves, draw_curves
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import whole_file
+from svam.films import write_film
 
 Picture = NDArray[np.uint8]
 _INK, _PALE = "#222222", "#777777"
@@ -268,22 +268,6 @@ def _caption(text: str, width: int) -> Picture:
     image = Image.new("RGB", (width, 22), "white")
     ImageDraw.Draw(image).text((0, 3), text, fill=_PALE, font=_font(11))
     return np.asarray(image)
-
-
-def write_film(path: Path, pages: Iterable[Picture], fps: float) -> None:
-    """Write pages (h, w, 3) uint8, both sides even, as H.264 in mp4; with one encoder thread equal pages are equal bytes."""
-    import av
-
-    with whole_file(path) as temporary, av.open(str(temporary), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.options = {"crf": "20", "preset": "veryfast", "threads": "1"}
-        for number, page in enumerate(pages):
-            if number == 0:
-                stream.height, stream.width = page.shape[:2]
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(page), format="rgb24")))
-        container.mux(stream.encode())
 
 
 def show_episode(path: Path, episode: int, out: Path, cameras: Sequence[str], fps: float | None) -> list[Path]:

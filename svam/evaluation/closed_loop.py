@@ -8,7 +8,7 @@ drawn goal counts, also one that the expert fails.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypedDict
@@ -20,9 +20,10 @@ from svam.console import console
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
-from svam.evaluation.rollout import Outcome, Plan, Policy, Workers, noise_seed, play_scripted, run_policy
+from svam.evaluation.rollout import Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, noise_seed, run_scripted
 from svam.evaluation.scores import rate_of, summary, tier_of
 from svam.models.svam import SVAM
+from svam.npy import write_arrays
 from svam.params import Evaluate
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import seed_of
@@ -30,8 +31,7 @@ from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_
 from svam.simulation.rendering import choose_backend
 
 Row = Literal["policy", "held_out_instruction", "random", "expert"]
-Film = Callable[[Path, NDArray[np.uint8], tuple[int, ...], Mapping[str, NDArray[np.floating]], float], None]
-"""(file, frames, calls, foresight, rate in Hz): draws one recorded episode, as `svam.report.films.film_rollout` does."""
+"""Of the table of results."""
 ROWS: tuple[Row, ...] = ("policy", "held_out_instruction", "random", "expert")
 SAME_DRAW = 1e-5
 """Metres: demonstrations' draws are stored with six decimals, so equal ones differ by less than this."""
@@ -54,7 +54,7 @@ def check_tasks(tasks: Sequence[str], store: EpisodeStore) -> None:
             raise ParamsError(f"evaluate.tasks: no episode of {task!r} in {store.path}, which has {', '.join(store.tasks)}")
 
 
-class Look(TypedDict):
+class RenderSettings(TypedDict):
     """What of `TaskEnvironment` decides the pictures and where episodes start."""
 
     image_size: int
@@ -62,41 +62,53 @@ class Look(TypedDict):
     scenes: Literal["stock", "shared"]
 
 
-def look_of(store: EpisodeStore, tasks: Sequence[str]) -> Look:
+def render_settings(store: EpisodeStore, tasks: Sequence[str]) -> RenderSettings:
     """How the demonstrations were recorded, by the store's provenance: the policy must meet the same pictures and scenes.
 
     Raises:
-        ContractError: the store does not come from MetaWorld, its frames are not square, or tasks differ in style or scenes.
+        ContractError: the store does not come from MetaWorld, its frames are not square or of another size than they were
+            rendered at, or tasks differ in style or scenes.
     """
     height, width = store.image_size
     recorded = [store.provenance.get("tasks", {}).get(task, {}) for task in tasks]
     styles = {entry.get("render") for entry in recorded}
-    scenes = {entry.get("scenes", "stock") for entry in recorded}
     if height != width or not (styles == {"fast"} or styles == {"full"}):
-        found = ", ".join(sorted(map(str, styles)))
+        names = ", ".join(sorted(map(str, styles)))
         raise ContractError(
-            f"{store.path}: frames of {height} x {width} pixels, rendered as {found}; the metaworld protocol needs square "
+            f"{store.path}: frames of {height} x {width} pixels, rendered as {names}; the metaworld protocol needs square "
             "frames recorded in one style by the collect stage (or leave 'metaworld' out of evaluate.protocols)"
         )
+    for task, entry in zip(tasks, recorded, strict=True):
+        rendered = entry.get("image_size", height)  # stores of before do not say
+        if rendered != height:
+            raise ContractError(
+                f"{store.path}: {task} was rendered at {rendered} pixels and converted to {height}, so the policy would meet "
+                "other pictures in simulation; set convert.image_size to null and collect.image_size to the size that you want "
+                "(or leave 'metaworld' out of evaluate.protocols)"
+            )
+    scenes = {entry.get("scenes", "stock") for entry in recorded}
     if not (scenes == {"stock"} or scenes == {"shared"}):
         raise ContractError(
             f"{store.path}: tasks recorded in scenes {', '.join(sorted(map(str, scenes)))}; the metaworld protocol needs "
             "evaluate.tasks in one kind, stock or shared (collect.scenes)"
         )
-    return Look(
-        image_size=height, render="full" if styles == {"full"} else "fast",
+    return RenderSettings(
+        image_size=height,
+        render="full" if styles == {"full"} else "fast",
         scenes="shared" if scenes == {"shared"} else "stock",
-    )  # fmt: skip
+    )
 
 
-def plans_of(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list[Plan]:
-    """The episodes of one row. Environment seeds depend on `seed`, task and index alone, so rows share their goals.
+def plan_episodes(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list[PlannedEpisode]:
+    """The episodes of one row. Environment seeds depend on `seed`, task and index alone, so rows share their goals: those of
+    `held_out_instruction` are the first of the others'.
 
     Raises:
         ContractError: a task lacks the paraphrases that the row needs.
     """
-    count = params.held_out_instruction_episodes if row == "held_out_instruction" else params.episodes
-    kind = "held_out" if row == "held_out_instruction" else "train"
+    count, kind = params.episodes, "train"
+    if row == "held_out_instruction":
+        count, kind = min(params.held_out_instruction_episodes, count), "held_out"
     plans = []
     for task in params.tasks:
         sentences = store.instructions[task].get(kind, [])
@@ -105,7 +117,7 @@ def plans_of(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list
         for index in range(count):
             sentence = sentences[seed_of(seed, "evaluation instruction", kind, task, index) % len(sentences)]
             record = row == "policy" and index < params.videos
-            plans.append(Plan(row, task, index, seed_of(seed, "evaluate", task, index), sentence, record))
+            plans.append(PlannedEpisode(row, task, index, seed_of(seed, "evaluate", task, index), sentence, record))
     return plans
 
 
@@ -143,33 +155,33 @@ def run(
     Args:
         camera: the one that the policy sees. proprioception: whether it also reads that.
         seed: the pipeline's seed. workers: simulation processes; their number changes no result.
-        resume: where finished episodes are kept.
+        resume: keeps the policy's finished episodes.
 
     Raises:
         ValueError: an unknown task, a goal that a demonstration has, or a policy that returns NaN.
         MachineError: nothing renders here, or a worker process died.
     """
     check_tasks(params.tasks, store)
-    look = look_of(store, params.tasks)
+    settings = render_settings(store, params.tasks)
     choose_backend()
-    plans = {row: plans_of(row, store, params, seed) for row in ROWS}
-    make = partial(TaskEnvironment, cameras=(camera,), **look)
+    plans = {row: plan_episodes(row, store, params, seed) for row in ROWS}
+    make = partial(TaskEnvironment, cameras=(camera,), **settings)
     outcomes: dict[Row, list[Outcome]] = {}
     with Workers(make, workers) as pool:
         for controller in ("expert", "random"):
-            outcomes[controller] = play_scripted(
-                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed,
-                resume=resume,
-            )  # fmt: skip
+            outcomes[controller] = run_scripted(
+                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed
+            )
         # The scripted rows draw the goals of all rows, so a leak is found before the policy runs at all.
         assert_unseen(outcomes["expert"], store)
-        rollouts = run_policy(
-            plans["policy"] + plans["held_out_instruction"], policy, pool, seed=seed, batch=params.batch,
-            execute=params.execute, max_steps=params.max_steps, proprioception=proprioception, resume=resume,
+        rollouts = PolicyRollouts(
+            policy, pool, seed=seed, batch=params.batch, execute=params.execute, max_steps=params.max_steps,
+            proprioception=proprioception, resume=resume,
         )  # fmt: skip
-    outcomes["policy"] = [o for o in rollouts if o.plan.row == "policy"]
-    outcomes["held_out_instruction"] = [o for o in rollouts if o.plan.row == "held_out_instruction"]
-    assert_unseen(rollouts, store)
+        played = rollouts.run(plans["policy"] + plans["held_out_instruction"])
+    outcomes["policy"] = [o for o in played if o.plan.row == "policy"]
+    outcomes["held_out_instruction"] = [o for o in played if o.plan.row == "held_out_instruction"]
+    assert_unseen(played, store)
     return outcomes
 
 
@@ -181,12 +193,12 @@ def successes(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     return table
 
 
-def metrics_of(outcomes: Mapping[Row, Sequence[Outcome]], params: Evaluate) -> dict[str, Any]:
+def closed_loop_metrics(outcomes: Mapping[Row, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
     """Row -> `scores.summary`, and `same_goals`: the policy row on the goals of the held-out paraphrase, to compare it with."""
     rows: dict[str, Any] = {row: summary(successes(group)) for row, group in outcomes.items() if group}
-    paraphrased = params.held_out_instruction_episodes
-    if paraphrased:
-        rows["same_goals"] = summary(successes([o for o in outcomes["policy"] if o.plan.index < paraphrased]))
+    goals = {(o.plan.task, o.plan.index) for o in outcomes["held_out_instruction"]}
+    if goals:
+        rows["same_goals"] = summary(successes([o for o in outcomes["policy"] if (o.plan.task, o.plan.index) in goals]))
     steps = [o.steps for o in outcomes["policy"] if o.success]
     return {
         "rows": rows,
@@ -197,6 +209,7 @@ def metrics_of(outcomes: Mapping[Row, Sequence[Outcome]], params: Evaluate) -> d
         "expert_failed_goals_kept": rate_of([not o.success for o in outcomes["expert"]])["successes"],
         "max_steps": params.max_steps,
         "execute": params.execute,
+        "rate_hz": rate_hz,
     }
 
 
@@ -211,43 +224,44 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def write_closed_loop(
-    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, film: Film, seed: int, workers: int, resume: Resume
+    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, workers: int, resume: Resume
 ) -> dict[str, Any]:
-    """`run` with `model`; write `episodes.jsonl` and `films` of recorded episodes to `folder`; print and return metrics."""
+    """`run` with `model`, and write to `folder`; print and return metrics.
+
+    `episodes.jsonl` has a line for each episode. `rollouts/<task>_<index>/*.npy` is a recorded one: frames (steps + 1, H, W, 3)
+    uint8, calls (C,) int64, the steps at which the policy was called, and for each context entry what it foresaw then,
+    foresight_<entry> (C, T, h, w, channels) float16.
+    """
     outcomes = run(
         store, model, params, camera=model.camera, proprioception=model.needs_proprioception, seed=seed, workers=workers,
         resume=resume,
     )  # fmt: skip
-    metrics = metrics_of(outcomes, params)
-    write_records(folder / "episodes.jsonl", outcomes)
+    metrics = closed_loop_metrics(outcomes, params, store.rate_hz)
+    lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
+    (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for played in outcomes["policy"]:
         if played.frames is not None:
-            file = folder / "films" / f"{played.plan.task}_{played.plan.index}.mp4"
-            film(file, played.frames, played.calls, foresight_of(model, played, seed, params.batch), store.rate_hz)
+            arrays: dict[str, NDArray[Any]] = {"frames": played.frames, "calls": np.asarray(played.calls, dtype=np.int64)}
+            foresight = foresight_at_calls(model, played, seed, params.batch)
+            arrays |= {f"foresight_{entry}": values for entry, values in foresight.items()}
+            write_arrays(folder / "rollouts" / f"{played.plan.task}_{played.plan.index}", arrays)
     macro = {row: f"{value['macro']['success']:.0%}" for row, value in metrics["rows"].items()}
     console.print(f"mean success over tasks: {macro}", highlight=False)
     return metrics
 
 
-def write_records(file: Path, outcomes: Mapping[Row, Sequence[Outcome]]) -> None:
-    """Write `episodes.jsonl`: a line for each episode, row by row."""
-    lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
-    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def foresight_of(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
+def foresight_at_calls(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
     """What the policy foresaw in a recorded episode, encoded again: context entry -> (calls, T, h, w, C), from the same
     frames, sentence and noise. The policy's proprioception was not recorded and is no part of the foresight."""
     if outcome.frames is None or not model.config.frozen_entries:
         return {}
-    found: dict[str, list[NDArray[np.float16]]] = {}
+    parts: dict[str, list[NDArray[np.float16]]] = {}
     for start in range(0, len(outcome.calls), batch):
         calls = outcome.calls[start : start + batch]
-        filled = [*calls, *[calls[-1]] * (batch - len(calls))]
-        frames = outcome.frames[filled]
-        seeds = [noise_seed(seed, outcome.plan, call) for call in filled]
+        padded = [*calls, *[calls[-1]] * (batch - len(calls))]
+        seeds = [noise_seed(seed, outcome.plan, call) for call in padded]
         sentences = [outcome.plan.instruction] * batch
-        entries = model.encode_frames(frames, sentences, model.config.frozen_entries, seeds).entries
-        for entry, values in entries.items():
-            found.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
-    return {entry: np.concatenate(parts) for entry, parts in found.items()}
+        encoded = model.encode_frames(outcome.frames[padded], sentences, model.config.frozen_entries, seeds)
+        for entry, values in encoded.entries.items():
+            parts.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
+    return {entry: np.concatenate(arrays) for entry, arrays in parts.items()}

@@ -26,7 +26,7 @@ PARTS = {
 
 
 @contextmanager
-def timed(model: SVAM, times: dict[str, float]) -> Iterator[None]:
+def timed_components(model: SVAM, times: dict[str, float]) -> Iterator[None]:
     """Within the block, add each component's seconds to `times`."""
     foresight: Any = model.foresight
     synchronise: Callable[[], object] = torch.cuda.synchronize if model.device.type == "cuda" else lambda: None
@@ -61,7 +61,7 @@ def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, floa
     runs: list[dict[str, float]] = []
     for _ in range(repeats + 1):
         times: dict[str, float] = {}
-        with timed(model, times):
+        with timed_components(model, times):
             start = time.perf_counter()
             inputs = model.encode(observations, list(range(batch)))
             encoded = time.perf_counter()
@@ -74,9 +74,8 @@ def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, floa
     return {name: 1000.0 * median(run[name] for run in runs[1:]) for name in runs[0]}
 
 
-def measure_latencies(model: SVAM, batch: int) -> dict[str, dict[str, float]]:
-    """`measure_latency` of one observation, as a robot asks, and of `batch`; printed."""
-    times = {f"batch {size}": measure_latency(model, size) for size in sorted({1, batch})}
-    for name, parts in times.items():
-        console.print(f"latency in ms, {name}: " + ", ".join(f"{k} {v:.1f}" for k, v in parts.items()), highlight=False)
-    return times
+def print_latencies(model: SVAM, batch: int) -> None:
+    """Print `measure_latency` of one observation, as on a robot, and of `batch`."""
+    for size in sorted({1, batch}):
+        times = ", ".join(f"{name} {value:.1f}" for name, value in measure_latency(model, size).items())
+        console.print(f"latency in ms, batch {size}: {times}", highlight=False)

@@ -18,13 +18,14 @@ from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
 from svam.models.svam import SVAM, Inputs
+from svam.npy import write_arrays
 from svam.params import Evaluate
 from svam.resume import Resume
 from svam.seeds import generator, seed_of
 
 NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
-KEPT_CLIPS = 8
-"""Windows whose foresight is kept for pictures."""
+PICTURED_CLIPS = 8
+"""Windows whose foresight is written, for the report's figures."""
 
 
 def choose_windows(store: EpisodeStore, count: int, seed: int) -> NDArray[np.int64]:
@@ -107,7 +108,7 @@ def encode_rows(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], seed:
 
 
 def target_name(store: EpisodeStore) -> str:
-    """The vector that the policy imitates: what the expert wanted where the data states it, else what was executed."""
+    """The vector that the policy imitates: the expert's choice where the data states it, else what was executed."""
     return "expert_actions" if store.has("expert_actions") else "actions"
 
 
@@ -188,16 +189,16 @@ def evaluate_offline(
 def write_offline(
     folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, resume: Resume
 ) -> dict[str, Any]:
-    """Run `evaluate_offline`, write its arrays to `foresight.npz` in `folder`, print the errors, and return the metrics."""
-    found = resume.kept("offline")
-    if found is not None and found.file is not None:
-        metrics: dict[str, Any] = found.value
-        pictures: dict[str, NDArray[Any]] = load_file(found.file)
+    """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics."""
+    record = resume.kept("offline")
+    if record is not None and record.file is not None:
+        metrics: dict[str, Any] = record.value
+        pictures: dict[str, NDArray[Any]] = load_file(record.file)
     else:
         metrics, pictures = evaluate_offline(store, model, params, seed)
         pictures = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
         resume.keep("offline", metrics, lambda file: save_file(pictures, file))
-    np.savez_compressed(folder / "foresight.npz", **dict(sorted(pictures.items())))  # type: ignore[arg-type]
+    write_arrays(folder / "foresight", pictures)
     errors = {name: round(metrics[name]["mae"], 4) for name in ("policy", "mean_action", "hold_last")}
     console.print(f"offline, mean absolute action error: {errors}", highlight=False)
     return metrics
@@ -224,17 +225,17 @@ def clips_for_pictures(
     """`evaluate_offline`'s second result."""
     if model.foresight.video is None:
         return {}
-    kept = rows[np.unique(np.linspace(0, len(rows) - 1, min(KEPT_CLIPS, len(rows), batch)).astype(np.int64))]
-    padded = np.concatenate([kept, np.repeat(kept[-1:], batch - len(kept))])
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(PICTURED_CLIPS, len(rows), batch)).astype(np.int64))]
+    padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])
     inputs = encode_rows(store, model, padded, seed)
     config = model.foresight.video.config
-    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(kept)]).T
-    future = clip_rows(kept, starts, ends, config.frames, config.stride)
+    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
+    future = clip_rows(rows, starts, ends, config.frames, config.stride)
     frames = store.frames(future.reshape(-1), model.camera)
     arrays: dict[str, NDArray[Any]] = {"frames": frames.reshape(*future.shape, *frames.shape[1:])}
     for entry, values in inputs.entries.items():
-        arrays[f"foresight_{entry}"] = values[: len(kept)].half().cpu().numpy()
-        truth = true_features(store, model, kept, entry)
+        arrays[f"foresight_{entry}"] = values[: len(rows)].half().cpu().numpy()
+        truth = true_features(store, model, rows, entry)
         if truth is not None:
             arrays[f"truth_{entry}"] = truth.astype(np.float16)
     return arrays

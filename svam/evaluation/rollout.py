@@ -1,10 +1,10 @@
 """Closed loop: environments in worker processes, one policy process with batches of one fixed size.
 
-All timing is taken out of the result. The policy is called in rounds: every live slot contributes one observation, the
-batch is always `batch` rows (row = slot, empty slots repeat a live one), and slots are refilled between rounds in slot
-order. Sampling noise is keyed by seed, episode and step. So neither the number of workers nor their speed can change a
-bit, and an episode does not depend on which others happen to run beside it. Frames are rendered only where the policy
-looks (every `execute` steps) and on every step of recorded episodes; scripted episodes render nothing.
+Timing cannot change a result. The policy is called in rounds: every slot that has an episode contributes one observation, the
+batch is always `batch` rows (row = slot, empty slots repeat another's), and slots are refilled between rounds in slot order.
+Sampling noise is keyed by seed, episode and step. So neither the number of workers nor their speed can change a bit, and an
+episode does not depend on which others happen to run beside it. Frames are rendered only where the policy is called (every
+`execute` steps) and on every step of recorded episodes; scripted episodes render nothing.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ MakeEnvironment = Callable[[str], Environment]
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedEpisode:
     """One episode to run: the task, which of its episodes, the environment's seed, and the sentence the policy reads."""
 
     row: str
@@ -79,9 +79,9 @@ class Plan:
 @dataclass(frozen=True)
 class Outcome:
     """What happened. `draw`: the environment's. `steps`: executed until the first success or the limit. `calls`: the steps
-    at which the policy was asked. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8 of the first camera, else None."""
+    at which the policy was called. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8 of the first camera, else None."""
 
-    plan: Plan
+    plan: PlannedEpisode
     draw: tuple[float, ...]
     success: bool
     steps: int
@@ -90,7 +90,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class _View:
+class _Reply:
     """A worker's reply: what the policy sees next (absent once the episode is over) and what has been recorded since."""
 
     draw: tuple[float, ...]
@@ -101,60 +101,60 @@ class _View:
     recorded: list[NDArray[np.uint8]]
 
 
-def _keep(outcome: Outcome, kind: str, resume: Resume) -> None:
-    """Keep a finished episode; `kind` tells rows of one plan apart."""
+def _save_outcome(outcome: Outcome, resume: Resume) -> None:
+    """Keep a finished episode for the next run, should this one be killed."""
     value = {
         "draw": outcome.draw, "success": outcome.success, "steps": outcome.steps, "calls": outcome.calls,
         "plan": astuple(outcome.plan),
     }  # fmt: skip
     frames = outcome.frames
     write = None if frames is None else lambda file: save_file({"frames": frames}, file)
-    resume.keep(_name(outcome.plan, kind), value, write)
+    resume.keep(_record_name(outcome.plan), value, write)
 
 
-def _kept(plan: Plan, kind: str, resume: Resume) -> Outcome | None:
-    """A finished episode of an earlier run."""
-    found = resume.kept(_name(plan, kind))
-    if found is None or found.value["plan"] != list(astuple(plan)):
+def _load_outcome(plan: PlannedEpisode, resume: Resume) -> Outcome | None:
+    """The outcome of an episode that an earlier, killed run has finished."""
+    record = resume.kept(_record_name(plan))
+    if record is None or record.value["plan"] != list(astuple(plan)):
         return None
-    frames = load_file(found.file)["frames"] if found.file else None
-    value = found.value
+    frames = load_file(record.file)["frames"] if record.file else None
+    value = record.value
     return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], tuple(value["calls"]), frames)
 
 
-def _name(plan: Plan, kind: str) -> str:
-    return f"{kind}_{plan.row}_{plan.task}_{plan.index}"
+def _record_name(plan: PlannedEpisode) -> str:
+    return f"{plan.row}_{plan.task}_{plan.index}"
 
 
-_held: dict[int, tuple[str, Environment]] = {}
-_make: list[MakeEnvironment] = []
+_environments: dict[int, tuple[str, Environment]] = {}
+_make_environment: list[MakeEnvironment] = []
 
 
 def _set_up(make: MakeEnvironment) -> None:
-    _make[:] = [make]
+    _make_environment[:] = [make]
     become_worker()
 
 
 def _environment(slot: int, task: str) -> Environment:
     """The slot's environment, rebuilt only when its task changes: building one costs far more than an episode's physics."""
-    if slot in _held and _held[slot][0] != task:
-        _held.pop(slot)[1].close()
-    if slot not in _held:
-        _held[slot] = (task, _make[0](task))
-    return _held[slot][1]
+    if slot in _environments and _environments[slot][0] != task:
+        _environments.pop(slot)[1].close()
+    if slot not in _environments:
+        _environments[slot] = (task, _make_environment[0](task))
+    return _environments[slot][1]
 
 
-def _begin(slot: int, plan: Plan) -> _View:
+def _begin(slot: int, plan: PlannedEpisode) -> _Reply:
     environment = _environment(slot, plan.task)
     environment.reset(plan.seed)
     frames = dict(environment.observe())
     recorded = [next(iter(frames.values()))] if plan.record else []
-    return _View(_draw(environment), False, 0, frames, environment.proprioception(), recorded)
+    return _Reply(_draw(environment), False, 0, frames, environment.proprioception(), recorded)
 
 
-def _advance(slot: int, plan: Plan, actions: NDArray[np.float32], last: bool) -> _View:
+def _advance(slot: int, plan: PlannedEpisode, actions: NDArray[np.float32], last: bool) -> _Reply:
     """Execute `actions` (k, A) until the first success; look once more unless that or `last` ends the episode."""
-    environment = _held[slot][1]
+    environment = _environments[slot][1]
     recorded: list[NDArray[np.uint8]] = []
     success, steps = False, 0
     for action in actions:
@@ -167,11 +167,11 @@ def _advance(slot: int, plan: Plan, actions: NDArray[np.float32], last: bool) ->
     over = success or last
     frames = None if over else dict(environment.observe())
     proprioception = None if over else environment.proprioception()
-    return _View(_draw(environment), success, steps, frames, proprioception, recorded)
+    return _Reply(_draw(environment), success, steps, frames, proprioception, recorded)
 
 
-def _play(slot: int, plan: Plan, controller: Controller, dimensions: int, max_steps: int, seed: int) -> Outcome:
-    """A whole episode of a controller that needs no picture. Random: uniform in [-1, 1], drawn anew at every step."""
+def _play(slot: int, plan: PlannedEpisode, controller: Controller, dimensions: int, max_steps: int, seed: int) -> Outcome:
+    """A whole episode of a controller that needs no picture. `random`: uniform in [-1, 1], drawn anew at every step."""
     environment = _environment(slot, plan.task)
     environment.reset(plan.seed)
     random = generator(seed, "random policy", plan.task, plan.index)
@@ -187,9 +187,9 @@ def _play(slot: int, plan: Plan, controller: Controller, dimensions: int, max_st
 
 
 def _close_all() -> None:
-    for _, environment in _held.values():
+    for _, environment in _environments.values():
         environment.close()
-    _held.clear()
+    _environments.clear()
 
 
 def _draw(environment: Environment) -> tuple[float, ...]:
@@ -225,7 +225,8 @@ class Workers:
 
 def _wait(future: Future[Result]) -> Result:
     try:
-        return future.result()
+        with timed("waiting for the simulation"):
+            return future.result()
     except BrokenProcessPool:
         raise MachineError(
             "a simulation process ended abruptly (out of memory, or the OpenGL library crashed); lower evaluate.batch or "
@@ -233,45 +234,48 @@ def _wait(future: Future[Result]) -> Result:
         ) from None
 
 
-def play_scripted(
-    plans: Sequence[Plan], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int,
-    resume: Resume = NOTHING_KEPT,
-) -> list[Outcome]:  # fmt: skip
-    """Run the scripted expert, or uniformly random actions, on `plans`; any-step success. Outcomes in the order of `plans`."""
-    outcomes = []
+def run_scripted(
+    plans: Sequence[PlannedEpisode], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int
+) -> list[Outcome]:
+    """Run the scripted expert, or uniformly random actions, on `plans`; any-step success. Outcomes in the order of `plans`.
+
+    A killed run plays these again: without a picture they take seconds.
+    """
+    outcomes: list[Outcome] = []
     with progress_bar() as bar:
         task = bar.add_task(controller, total=len(plans), note="")
-        known = [_kept(plan, controller, resume) for plan in plans]
-        futures = {
-            i: workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
+        futures = [
+            workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
             for i, plan in enumerate(plans)
-            if known[i] is None
-        }
-        for i, finished in enumerate(known):
-            with timed("waiting for the simulation"):
-                outcome = finished or _wait(futures[i])
-            if finished is None:
-                _keep(outcome, controller, resume)
-            outcomes.append(outcome)
+        ]
+        for future in futures:
+            outcomes.append(_wait(future))
             bar.update(task, advance=1, note=f"success {sum(o.success for o in outcomes)}/{len(outcomes)}")
     return outcomes
 
 
 @dataclass
 class _Slot:
+    """A row of the batch with the episode that it runs."""
+
     position: int
-    plan: Plan
-    view: _View
+    plan: PlannedEpisode
+    reply: _Reply
     steps: int = 0
     calls: list[int] = field(default_factory=list)
     recorded: list[NDArray[np.uint8]] = field(default_factory=list)
 
+    def observation(self, proprioception: bool) -> Observation:
+        """What the policy reads; proprioception only if the policy uses it."""
+        assert self.reply.frames is not None  # else the episode is over, and the slot empty
+        return Observation(self.reply.frames, self.plan.instruction, self.reply.proprioception if proprioception else None)
+
     def outcome(self) -> Outcome:
         frames = np.stack(self.recorded) if self.plan.record else None
-        return Outcome(self.plan, self.view.draw, self.view.success, self.steps, tuple(self.calls), frames)
+        return Outcome(self.plan, self.reply.draw, self.reply.success, self.steps, tuple(self.calls), frames)
 
 
-def take_next(waiting: list[tuple[int, Plan]], task: str | None) -> tuple[int, Plan] | None:
+def take_next(waiting: list[tuple[int, PlannedEpisode]], task: str | None) -> tuple[int, PlannedEpisode] | None:
     """Remove and return the plan a free slot runs next: one of its own task, whose environment it holds, else one of the
     task with most plans left (the first such), so that few environments are built and no task is left for the end."""
     if not waiting:
@@ -281,7 +285,7 @@ def take_next(waiting: list[tuple[int, Plan]], task: str | None) -> tuple[int, P
     return waiting.pop(next(i for i, (_, plan) in enumerate(waiting) if plan.task == chosen))
 
 
-def noise_seed(seed: int, plan: Plan, step: int) -> int:
+def noise_seed(seed: int, plan: PlannedEpisode, step: int) -> int:
     """The key of the sampling noise: seed, episode (task and index) and step. Two rows of the results that differ only in
     the sentence therefore share goal and noise."""
     return seed_of(seed, "action noise", plan.task, plan.index, step)
@@ -306,93 +310,96 @@ def checked_actions(actions: NDArray[Any], slots: Mapping[int, Any], batch: int,
     return values
 
 
-def run_policy(
-    plans: Sequence[Plan], policy: Policy, workers: Workers, *, seed: int, batch: int, execute: int, max_steps: int,
-    proprioception: bool, resume: Resume = NOTHING_KEPT,
-) -> list[Outcome]:  # fmt: skip
-    """Run `policy` on `plans`, `batch` environments side by side. An episode ends at its first success or after `max_steps`.
+@dataclass
+class PolicyRollouts:
+    """Runs `policy` on planned episodes, `batch` environments side by side. An episode ends at its first success or after
+    `max_steps`.
 
     Episodes that an earlier run has finished are not run again, but occupy their slot for as many rounds as they took: so
     every other episode gets the slot that it would have had, and its row in the batch decides the last bits of its actions.
 
-    Args:
-        execute: actions executed of each chunk before the policy looks again.
-        proprioception: hand the environment's proprioception to the policy.
-
-    Returns:
-        Outcomes in the order of `plans`.
-
-    Raises:
-        PolicyError: a NaN, or a wrong shape.
-        MachineError: a worker process died, or rendering does not work.
+    execute: actions executed of each chunk before the policy is called again. proprioception: whether the policy reads it.
     """
-    waiting = list(enumerate(plans))
-    outcomes: dict[int, Outcome] = {}
-    slots: dict[int, _Slot] = {}
-    rounds_left: dict[int, int] = {}  # of the slots whose episode an earlier run has finished
-    tasks: dict[int, str] = {}
 
-    def refill() -> None:
-        started: list[tuple[int, int, Plan, Future[_View]]] = []
-        for row in range(batch):
-            if row in slots or row in rounds_left or not (chosen := take_next(waiting, tasks.get(row))):
+    policy: Policy
+    workers: Workers
+    seed: int
+    batch: int
+    execute: int
+    max_steps: int
+    proprioception: bool
+    resume: Resume = NOTHING_KEPT
+
+    def run(self, plans: Sequence[PlannedEpisode]) -> list[Outcome]:
+        """Outcomes in the order of `plans`.
+
+        Raises:
+            PolicyError: the policy returned a NaN, or a wrong shape.
+            MachineError: a worker process died, or rendering does not work.
+        """
+        self._waiting = list(enumerate(plans))
+        self._outcomes: dict[int, Outcome] = {}
+        self._slots: dict[int, _Slot] = {}
+        self._rounds_left: dict[int, int] = {}  # of slots whose episode an earlier run has finished
+        self._last_tasks: dict[int, str] = {}  # of all slots
+        with progress_bar() as self._bar:
+            self._shown = self._bar.add_task("policy", total=len(plans), note="")
+            self._fill_slots()
+            while self._slots or self._rounds_left:
+                self._rounds_left = {row: left - 1 for row, left in self._rounds_left.items()}
+                if self._slots:
+                    self._play_round()
+                self._rounds_left = {row: left for row, left in self._rounds_left.items() if left}
+                self._fill_slots()
+        return [self._outcomes[position] for position in range(len(plans))]
+
+    def _fill_slots(self) -> None:
+        """Begin an episode in every empty slot, in slot order."""
+        started: list[tuple[int, int, PlannedEpisode, Future[_Reply]]] = []
+        for row in range(self.batch):
+            if row in self._slots or row in self._rounds_left:
                 continue
-            tasks[row] = chosen[1].task
-            known = _kept(chosen[1], "policy", resume)
-            if known is not None:
-                outcomes[chosen[0]], rounds_left[row] = known, len(known.calls)
-                show()
+            chosen = take_next(self._waiting, self._last_tasks.get(row))
+            if chosen is None:
+                break
+            position, plan = chosen
+            self._last_tasks[row] = plan.task
+            known = _load_outcome(plan, self.resume)
+            if known is None:
+                started.append((row, position, plan, self.workers.submit(row, _begin, row, plan)))
             else:
-                started.append((row, *chosen, workers.submit(row, _begin, row, chosen[1])))
+                self._rounds_left[row] = len(known.calls)
+                self._finish(position, known)
         for row, position, plan, future in started:
-            with timed("waiting for the simulation"):
-                view = _wait(future)
-            slots[row] = _Slot(position, plan, view, recorded=list(view.recorded))
+            reply = _wait(future)
+            self._slots[row] = _Slot(position, plan, reply, recorded=list(reply.recorded))
 
-    def play_round() -> None:
-        live = dict(sorted(slots.items()))
-        filler = next(iter(live))
-        rows = [row if row in live else filler for row in range(batch)]
-        seeds = [noise_seed(seed, live[row].plan, live[row].steps) for row in rows]
-        observations = [_observation(live[row], proprioception) for row in rows]
+    def _play_round(self) -> None:
+        """Call the policy once for all slots, and execute its actions."""
+        slots = dict(sorted(self._slots.items()))
+        filler = next(iter(slots))
+        in_batch = [slots.get(row, slots[filler]) for row in range(self.batch)]
+        observations = [slot.observation(self.proprioception) for slot in in_batch]
         with timed("policy"):
-            actions = checked_actions(policy.act(observations, seeds), live, batch, execute)
+            actions = self.policy.act(observations, [noise_seed(self.seed, slot.plan, slot.steps) for slot in in_batch])
+        actions = checked_actions(actions, slots, self.batch, self.execute)
         replies = {}
-        for row, slot in live.items():
+        for row, slot in slots.items():
             slot.calls.append(slot.steps)
-            count = min(execute, max_steps - slot.steps)
-            last = slot.steps + count >= max_steps
-            replies[row] = workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
-        for row, reply in replies.items():
-            slot = live[row]
-            with timed("waiting for the simulation"):
-                slot.view = _wait(reply)
-            slot.steps += slot.view.steps
-            slot.recorded.extend(slot.view.recorded)
-            if slot.view.frames is None:
-                outcomes[slot.position] = slots.pop(row).outcome()
-                _keep(outcomes[slot.position], "policy", resume)
-                show()
+            count = min(self.execute, self.max_steps - slot.steps)
+            last = slot.steps + count >= self.max_steps
+            replies[row] = self.workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
+        for row, future in replies.items():
+            slot = slots[row]
+            slot.reply = _wait(future)
+            slot.steps += slot.reply.steps
+            slot.recorded.extend(slot.reply.recorded)
+            if slot.reply.frames is None:
+                outcome = self._slots.pop(row).outcome()
+                _save_outcome(outcome, self.resume)
+                self._finish(slot.position, outcome)
 
-    with progress_bar() as bar:
-        shown = bar.add_task("policy", total=len(plans), note="")
-
-        def show() -> None:
-            bar.update(shown, advance=1, note=f"success {sum(o.success for o in outcomes.values())}/{len(outcomes)}")
-
-        refill()
-        while slots or rounds_left:
-            ending = [row for row, left in rounds_left.items() if left == 1]
-            for row in rounds_left:
-                rounds_left[row] -= 1
-            if slots:
-                play_round()
-            for row in ending:
-                del rounds_left[row]
-            refill()
-    return [outcomes[position] for position in range(len(plans))]
-
-
-def _observation(slot: _Slot, proprioception: bool) -> Observation:
-    assert slot.view.frames is not None  # a slot without a view has been emptied
-    return Observation(slot.view.frames, slot.plan.instruction, slot.view.proprioception if proprioception else None)
+    def _finish(self, position: int, outcome: Outcome) -> None:
+        self._outcomes[position] = outcome
+        note = f"success {sum(o.success for o in self._outcomes.values())}/{len(self._outcomes)}"
+        self._bar.update(self._shown, advance=1, note=note)

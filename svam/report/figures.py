@@ -10,15 +10,16 @@ from typing import Any
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from svam.files import FileError, whole_file
+from svam.files import whole_file
+from svam.npy import read_arrays
+from svam.params import Report
 from svam.report.pca import pca_colours
 from svam.report.tables import (
     ERRORS,
     PREDICTORS,
     ROW_NAMES,
-    Measured,
+    RunMetrics,
     distillation_table,
     success_table,
     teacher_table,
@@ -41,9 +42,9 @@ def save(figure: Any, path: Path, dpi: int) -> None:
     plt.close(figure)
 
 
-def success_figure(measured: Measured) -> Any:
+def success_figure(run: RunMetrics) -> Any:
     """Success per task and on average, with 95 % intervals, beside random actions and the scripted expert."""
-    lines = [line for line in success_table(measured) if line["row"] in COLOURS and line["group"] != "tier"]
+    lines = [line for line in success_table(run) if line["row"] in COLOURS and line["group"] != "tier"]
     lines = [line for line in lines if "micro" not in line["name"]]
     rows = [row for row in ROW_NAMES if any(line["row"] == row for line in lines)]
     names = list(dict.fromkeys(line["name"] for line in lines))
@@ -63,10 +64,10 @@ def success_figure(measured: Measured) -> Any:
     return figure
 
 
-def distillation_figure(measured: Measured) -> Any:
+def distillation_figure(run: RunMetrics) -> Any:
     """Both decouplers beside their baselines, on held-out episodes."""
-    lines = distillation_table(measured)
-    branches = list(measured.decouplers)
+    lines = distillation_table(run)
+    branches = list(run.decouplers)
     measures = {"cosine_moved": "centred cosine, patches that moved", "explained": "explained share of repeat's error"}
     figure, axes = plt.subplots(1, len(measures), figsize=(11.0, 4.0), squeeze=False, layout="constrained")
     for axis, (key, title) in zip(axes[0], measures.items(), strict=True):
@@ -84,9 +85,9 @@ def distillation_figure(measured: Measured) -> Any:
     return figure
 
 
-def teacher_figure(measured: Measured) -> Any:
+def teacher_figure(run: RunMetrics) -> Any:
     """How well the teachers still see on frames that went through the autoencoder or came out of the video model."""
-    lines = teacher_table(measured)
+    lines = teacher_table(run)
     branches = list(dict.fromkeys(line["branch"] for line in lines))
     figure, axes = plt.subplots(1, len(branches), figsize=(5.0 * len(branches), 3.2), squeeze=False, layout="constrained")
     for axis, branch in zip(axes[0], branches, strict=True):
@@ -129,20 +130,25 @@ def action_figure(offline: Mapping[str, Any]) -> Any:
     return figure
 
 
-def picture_figure(picture: Path, title: str) -> Any:
-    """A picture that another stage made, under a title.
+def clip_sheet(clips: NDArray[np.uint8], zoom: int = 2, gap: int = 2) -> NDArray[np.uint8]:
+    """Clips (n, rows, T, H, W, 3) uint8 as one picture: time runs right; the rows of one clip stand together."""
+    count, rows, frames, height, width, _ = clips.shape
+    cell_h, cell_w = height * zoom + gap, width * zoom + gap
+    sheet = np.full((count * (rows * cell_h + 3 * gap), frames * cell_w, 3), 255, dtype=np.uint8)
+    for c, r, t in np.ndindex(count, rows, frames):
+        top = c * (rows * cell_h + 3 * gap) + r * cell_h
+        large = clips[c, r, t].repeat(zoom, axis=0).repeat(zoom, axis=1)
+        sheet[top : top + height * zoom, t * cell_w : t * cell_w + width * zoom] = large
+    return sheet
 
-    Raises:
-        FileError: it is missing or no picture.
-    """
-    try:
-        pixels = np.asarray(Image.open(picture).convert("RGB"))
-    except OSError as error:
-        raise FileError(f"{picture}: {error.strerror or 'not a picture'}") from None
+
+def clips_figure(clips: NDArray[np.uint8]) -> Any:
+    """Held-out clips (n, 2, T, H, W, 3) uint8: the truth above the generation."""
+    pixels = clip_sheet(clips)
     figure, axes = plt.subplots(figsize=(10.0, 10.0 * pixels.shape[0] / pixels.shape[1] + 0.4), layout="constrained")
     axes.imshow(pixels, interpolation="nearest")
     axes.set_axis_off()
-    axes.set_title(title)
+    axes.set_title("Held-out clips: the truth through the autoencoder, and below it the generation")
     return figure
 
 
@@ -175,3 +181,31 @@ def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
     for t, axis in enumerate(axes[0]):
         axis.set_title("observed" if t == 0 else f"+{t}", fontsize=7)
     return figure
+
+
+def draw_all(
+    folder: Path, run: RunMetrics, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], results: Path, video: Path,
+    params: Report,
+) -> None:  # fmt: skip
+    """Write every figure that the run has numbers for as PNG into `folder`.
+
+    Raises:
+        FileError: an array of an earlier stage is missing or damaged.
+    """
+    figures: dict[str, Any] = {}
+    if run.success:
+        figures["success"] = success_figure(run)
+    if run.decouplers:
+        figures["distillation"] = distillation_figure(run)
+    if teacher_table(run):
+        figures["teachers"] = teacher_figure(run)
+    if curves:
+        figures["curves"] = curve_figure(curves)
+    figures["clips"] = clips_figure(read_arrays(video / "samples")["clips"][: params.clips])
+    if "offline" in run.results:
+        figures["actions"] = action_figure(run.results["offline"])
+        arrays = read_arrays(results / "foresight") if (results / "foresight").exists() else {}
+        for clip in range(min(params.clips, len(arrays.get("frames", ())))):
+            figures[f"foresight_{clip}"] = foresight_figure(arrays, clip)
+    for name, figure in figures.items():
+        save(figure, folder / f"{name}.png", params.dpi)

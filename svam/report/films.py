@@ -1,16 +1,17 @@
-"""Films: pictures side by side under their titles, and mp4 files whose bytes are the same every time."""
+"""Films of rollouts: the camera beside what the policy foresaw."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from svam.files import whole_file
+from svam.files import FileError
+from svam.films import write_film
+from svam.npy import read_arrays
 from svam.report.pca import pca_colours
 
 TITLE_HEIGHT = 16
@@ -38,13 +39,13 @@ def side_by_side(panels: Mapping[str, NDArray[np.uint8]], size: int) -> NDArray[
 
 
 def rollout_film(
-    frames: NDArray[np.uint8], calls: tuple[int, ...], foresight: Mapping[str, NDArray[np.floating]], size: int = 192
+    frames: NDArray[np.uint8], calls: NDArray[np.int64], foresight: Mapping[str, NDArray[np.floating]], size: int = 192
 ) -> NDArray[np.uint8]:
     """The camera beside what was foreseen, one picture for each simulation step.
 
     Args:
         frames: (n, H, W, 3) uint8, one after each step, the first before any.
-        calls: the steps at which the policy looked, increasing from 0.
+        calls: the steps at which the policy was called, increasing from 0.
         foresight: context entry -> (calls, T, h, w, C) features, encoded at those steps.
 
     Returns:
@@ -53,10 +54,10 @@ def rollout_film(
         entry's whole sequence.
     """
     step = np.arange(len(frames))
-    call = np.searchsorted(np.asarray(calls), step, side="right") - 1
-    since = step - np.asarray(calls)[call]
+    call = np.searchsorted(calls, step, side="right") - 1
+    since = step - calls[call]
     # Every chunk but the last was executed whole; the last may have ended in success.
-    spans = np.diff(np.asarray(calls))
+    spans = np.diff(calls)
     chunk = int(spans.max()) if len(spans) else max(1, len(frames) - 1)
     panels = {"camera": frames}
     for name, features in foresight.items():
@@ -66,26 +67,19 @@ def rollout_film(
     return side_by_side(panels, size)
 
 
-def write_film(path: Path, frames: NDArray[np.uint8], rate_hz: float) -> None:
-    """Write (n, H, W, 3) uint8 RGB (H and W even) as H.264 in mp4 at `rate_hz` frames a second.
+def draw_films(folder: Path, results: Path, rate_hz: float) -> None:
+    """A film `<task>_<index>.mp4` of every recorded rollout of `results`, `SLOWED` times slower than the robot's `rate_hz`
+    steps a second.
 
-    One encoder thread and no time of creation: equal frames are equal bytes (with more threads they are not).
+    Raises:
+        FileError: an array is missing or damaged.
     """
-    import av
-
-    with whole_file(path) as temporary, av.open(str(temporary), "w", options={"fflags": "+bitexact"}) as container:
-        stream = container.add_stream("libx264", rate=Fraction(rate_hz).limit_denominator(1000))
-        stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.thread_count = 1
-        stream.options = {"crf": "20", "preset": "medium", "threads": "1"}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
-        container.mux(stream.encode())
-
-
-def film_rollout(
-    path: Path, frames: NDArray[np.uint8], calls: tuple[int, ...], foresight: Mapping[str, NDArray[np.floating]], rate_hz: float
-) -> None:
-    """`rollout_film` of one episode at `path`, `SLOWED` times slower than the robot's `rate_hz` steps a second."""
-    write_film(path, rollout_film(frames, calls, foresight), rate_hz / SLOWED)
+    for rollout in sorted(results.glob("rollouts/*")):
+        arrays = read_arrays(rollout)
+        if not {"frames", "calls"} <= set(arrays):
+            raise FileError(f"{rollout}: frames.npy or calls.npy is missing; run evaluate again")
+        foresight = {
+            name.removeprefix("foresight_"): values for name, values in arrays.items() if name.startswith("foresight_")
+        }
+        film = rollout_film(arrays["frames"], arrays["calls"], foresight)
+        write_film(folder / f"{rollout.name}.mp4", film, rate_hz / SLOWED)

@@ -35,7 +35,7 @@ ERRORS = {"policy": "S-VAM", "mean_action": "mean action", "hold_last": "hold th
 
 
 @dataclass(frozen=True)
-class Measured:
+class RunMetrics:
     """The metrics of one run. `decouplers`: branch -> metrics, only of branches that the params list."""
 
     results: Mapping[str, Any]
@@ -50,7 +50,7 @@ class Measured:
         return rows
 
 
-def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branches: Sequence[str]) -> Measured:
+def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branches: Sequence[str]) -> RunMetrics:
     """Read metrics.json of every stage. Imported weights have none to show, and theirs is empty.
 
     Raises:
@@ -63,7 +63,7 @@ def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branch
             raise FileError(f"{folder / 'metrics.json'}: expected a mapping")
         return found
 
-    return Measured(
+    return RunMetrics(
         results=read(results),
         video=read(video),
         decouplers={branch: read(decouplers / branch) for branch in branches},
@@ -71,7 +71,7 @@ def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branch
     )
 
 
-def flat_metrics(measured: Measured) -> dict[str, float]:
+def flat_metrics(run: RunMetrics) -> dict[str, float]:
     """About ten numbers for `dvc exp show`; what was not measured is absent.
 
     success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_reach: of the task that
@@ -80,7 +80,7 @@ def flat_metrics(measured: Measured) -> dict[str, float]:
     the reference. action_error: mean absolute, on held-out episodes, in physical units.
     """
     flat: dict[str, float] = {}
-    rows = measured.success
+    rows = run.success
     if rows:
         macro = rows["policy"]["macro"]
         flat |= {"success": macro["success"], "success_low": macro["low"], "success_high": macro["high"]}
@@ -88,22 +88,22 @@ def flat_metrics(measured: Measured) -> dict[str, float]:
             flat["success_reach"] = rows["policy"]["tasks"]["reach"]["success"]
         if "held_out_instruction" in rows:
             flat["success_unseen_sentence"] = rows["held_out_instruction"]["macro"]["success"]
-    flat["video_error_share"] = measured.video["error_share_of_repeat"]
-    for branch, metrics in measured.decouplers.items():
+    flat["video_error_share"] = run.video["error_share_of_repeat"]
+    for branch, metrics in run.decouplers.items():
         flat[f"{branch}_cosine"] = metrics["decoupler"]["cosine_moved"]
         flat[f"{branch}_explained"] = metrics["decoupler"]["explained"]
-    if "offline" in measured.results:
-        flat["action_error"] = measured.results["offline"]["policy"]["mae"]
+    if "offline" in run.results:
+        flat["action_error"] = run.results["offline"]["policy"]["mae"]
     return {name: round(float(value), 4) for name, value in flat.items()}
 
 
-def success_table(measured: Measured) -> list[dict[str, Any]]:
+def success_table(run: RunMetrics) -> list[dict[str, Any]]:
     """One line for each row, and task or average: {group, name, row, success, low, high, episodes}."""
     lines = []
     for row in ROW_NAMES:
-        if row not in measured.success:
+        if row not in run.success:
             continue
-        summary = measured.success[row]
+        summary = run.success[row]
         groups = [("task", task, value) for task, value in summary["tasks"].items()]
         groups += [("tier", tier.replace("_", " "), value) for tier, value in summary["tiers"].items()]
         groups.append(("average", "all episodes (micro)", summary["micro"]))
@@ -116,24 +116,24 @@ def success_table(measured: Measured) -> list[dict[str, Any]]:
     return lines
 
 
-def distillation_table(measured: Measured) -> list[dict[str, Any]]:
+def distillation_table(run: RunMetrics) -> list[dict[str, Any]]:
     """One line for each branch and predictor: {branch, predictor, cosine_moved, explained, explained_moved, mse}."""
     keys = ("cosine_moved", "explained", "explained_moved", "mse")
     return [
         {"branch": branch, "predictor": name, **{key: metrics[name][key] for key in keys}}
-        for branch, metrics in measured.decouplers.items()
+        for branch, metrics in run.decouplers.items()
         for name in PREDICTORS
         if name in metrics
     ]
 
 
-def teacher_table(measured: Measured) -> list[dict[str, Any]]:
+def teacher_table(run: RunMetrics) -> list[dict[str, Any]]:
     """One line for each teacher and view of a frame: {branch, view, measure, value}. The measure is the depth error in units
     of the depth's deviation, the mean intersection over union, or the error of self-supervised reconstruction."""
     lines = []
     for branch in ("geometric", "semantic"):
-        views = dict(measured.backbones[branch])
-        dense = measured.decouplers.get(branch, {}).get("teacher", {}).get("dense", {})
+        views = dict(run.backbones[branch])
+        dense = run.decouplers.get(branch, {}).get("teacher", {}).get("dense", {})
         views |= {view: dense[view] for view in ("generated", "one_step") if view in dense}
         for view in VIEWS:
             for key, measure in (("rmse_std", "depth error / deviation"), ("mean", "mean IoU"), ("rmse", "pixel error")):
@@ -142,9 +142,9 @@ def teacher_table(measured: Measured) -> list[dict[str, Any]]:
     return lines
 
 
-def action_table(measured: Measured) -> list[dict[str, Any]]:
+def action_table(run: RunMetrics) -> list[dict[str, Any]]:
     """One line for each step of the chunk: {step, policy, mean_action, hold_last}, mean absolute errors in physical units."""
-    offline = measured.results.get("offline")
+    offline = run.results.get("offline")
     if offline is None:
         return []
     columns = {name: offline[name]["mae_per_step"] for name in ERRORS}
@@ -189,19 +189,19 @@ def curve_table(curves: Mapping[str, tuple[Sequence[int], Sequence[float]]], poi
 
 
 def plot_tables(
-    measured: Measured, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
+    run: RunMetrics, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Name -> lines of numbers, six digits after the point, for the titled plots of `dvc.yaml`; `what` names a bar."""
-    found = {
-        "success": [{"what": f"{t['name']}, {ROW_NAMES[t['row']]}", **t} for t in success_table(measured)],
-        "distillation": [{"what": f"{t['branch']}, {PREDICTORS[t['predictor']]}", **t} for t in distillation_table(measured)],
-        "teachers": [{"what": f"{t['branch']}, {t['view']} frames", **t} for t in teacher_table(measured)],
-        "actions": action_table(measured),
+    tables = {
+        "success": [{"what": f"{t['name']}, {ROW_NAMES[t['row']]}", **t} for t in success_table(run)],
+        "distillation": [{"what": f"{t['branch']}, {PREDICTORS[t['predictor']]}", **t} for t in distillation_table(run)],
+        "teachers": [{"what": f"{t['branch']}, {t['view']} frames", **t} for t in teacher_table(run)],
+        "actions": action_table(run),
         "curves": curve_table(curves),
     }
     return {
         name: [{k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()} for line in lines]
-        for name, lines in found.items()
+        for name, lines in tables.items()
     }
 
 
@@ -211,12 +211,12 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
-def markdown(measured: Measured) -> str:
+def markdown(run: RunMetrics) -> str:
     """All results as one Markdown page."""
     parts = ["# Results"]
-    rows = [row for row in ROW_NAMES if row in measured.success]
+    rows = [row for row in ROW_NAMES if row in run.success]
     if rows:
-        cells = {(line["name"], line["row"]): line for line in success_table(measured)}
+        cells = {(line["name"], line["row"]): line for line in success_table(run)}
         names = list(dict.fromkeys(name for name, _ in cells))
 
         def show(name: str, row: str) -> str:
@@ -226,21 +226,21 @@ def markdown(measured: Measured) -> str:
         grid = markdown_table(
             ["", *(ROW_NAMES[row] for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
         )
-        count = measured.success["policy"]["micro"]["episodes"]
+        count = run.success["policy"]["micro"]["episodes"]
         text = (
             f"{count} episodes on goals that no demonstration has; success at any step; 95 % Wilson intervals. "
             "No goal is dropped, also not where the expert fails."
         )
         parts += ["## Success in closed loop", text, grid]
-    if measured.decouplers:
+    if run.decouplers:
         lines = [
             [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]
             + [f"{line[key]:.3f}" for key in ("cosine_moved", "explained", "explained_moved", "mse")]
-            for line in distillation_table(measured)
+            for line in distillation_table(run)
         ]
         header = ["", "centred cosine, moved patches", "explained share", "explained share, moved patches", "MSE"]
         parts += ["## Foresight on held-out episodes", markdown_table(header, lines)]
-    video = measured.video
+    video = run.video
     lines = [
         [name, *(f"{video[f'{key}_{column}']:.4f}" for column in ("mse", "psnr", "ssim"))]
         for key, name in (("generated", "generated"), ("one_step", "one step"), ("repeated", "repeat the first frame"))
@@ -250,11 +250,11 @@ def markdown(measured: Measured) -> str:
     parts += ["## Generated clips against the reconstructed truth", share, markdown_table(["", "MSE", "PSNR", "SSIM"], lines)]
     teachers = [
         [f"{line['branch']}: {line['view'].replace('_', '-')} frames", line["measure"], f"{line['value']:.3f}"]
-        for line in teacher_table(measured)
+        for line in teacher_table(run)
     ]
     if teachers:
         parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers)]
-    offline = measured.results.get("offline")
+    offline = run.results.get("offline")
     if offline is not None:
         dimensions = range(len(offline["policy"]["mae_per_dimension"]))
         names_of = {**ERRORS, "mean_of_samples": "S-VAM, mean of samples", "best_sample": "S-VAM, best sample"}

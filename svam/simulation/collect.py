@@ -1,122 +1,226 @@
-"""All demonstrations of one task, by several processes, to one directory whose bytes do not depend on how many.
+"""Demonstrations of all tasks, by several processes, to one directory whose bytes do not depend on how many.
 
-Layout: `meta.json` and `episode_0000.npz`, ... with the arrays
-frames_<camera> (n, H, W, 3) uint8; state (n, 39), proprioception (n, 4), actions (n, 4) and expert_actions (n, 4) float32, as
-executed and as the expert wanted; depth (m, H, W) float32 metres and segmentation (m, H, W) uint8 of the first camera at frames
-annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool, after the step.
-`meta.json` states `scenes` and `styles`, and an episode's `style`, where they are not MetaWorld's own: `stock` and `direct`.
+Layout, for each task a folder `<task>/` with `meta.json` and for each episode of n steps:
+
+- `episode_0000.<camera>.png`: the frames from left to right, (H, n * W, 3) uint8;
+- `episode_0000.safetensors`: state (n, 39), proprioception (n, 4), actions (n, 4) and expert_actions (n, 4) float32, as
+  executed and as the expert chose them; depth (m, H, W) float32 metres and segmentation (m, H, W) uint8 of the first camera at
+  frames annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool, after the step.
+
+`meta.json` states the SHA-256 of these files; `scenes` and `styles`, and an episode's `style`, where they are not MetaWorld's
+own: `stock` and `direct`.
+
+Finished episodes are kept in a scratch folder, by what decides them. So a new task, or more episodes of one, is collected
+alone, and a killed run costs no more than the episodes that it was at.
 """
 
 from __future__ import annotations
 
-import functools
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
-from shutil import copyfile
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import save_file
 
-from svam.console import progress_bar
+from svam.console import console, progress_bar
 from svam.device import become_worker
 from svam.episodes.instructions import instructions_of
 from svam.errors import MachineError
-from svam.files import whole_directory, write_json
+from svam.files import FileError, locked, read_json, sha256, whole_directory, whole_file, write_json
 from svam.params import Collect
-from svam.resume import NOTHING_KEPT, Resume
 from svam.simulation.experts import demonstrate
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
 from svam.simulation.scenes import check_scenes
 
-RAW_SCHEMA = 1
+RAW_SCHEMA = 2
 """Version of this layout, written into `meta.json`."""
+LIBRARIES = ("metaworld", "mujoco", "numpy", "pillow", "safetensors")
+"""Their versions may change an episode's bytes."""
+OTHERS_KEPT = 2
+"""Sets of finished episodes of a task, made under other params or by other code, that stay in the scratch folder."""
+
+_environments: dict[str, TaskEnvironment] = {}
+"""Of this worker process: the one of the task that it is at."""
 
 
-@cache
-def _environment(
-    task: str, image_size: int, cameras: tuple[str, ...], render: Literal["fast", "full"], scenes: Literal["stock", "shared"]
-) -> TaskEnvironment:
-    """This worker process's one environment, built at its first episode and reset for each."""
-    return TaskEnvironment(task, image_size, cameras, render, scenes)
+def write_episode(folder: Path, index: int, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
+    """Write the files of one episode, see above, and return their names; `arrays` has its frames as `frames_<camera>`."""
+    rest, files = {}, []
+    for name, values in arrays.items():
+        if not name.startswith("frames_"):
+            rest[name] = np.ascontiguousarray(values)
+            continue
+        steps, height, width, _ = values.shape
+        files.append(f"{episode_name(index)}.{name.removeprefix('frames_')}.png")
+        with whole_file(folder / files[-1]) as temporary:
+            Image.fromarray(values.swapaxes(0, 1).reshape(height, steps * width, 3)).save(temporary)
+    files.append(f"{episode_name(index)}.safetensors")
+    with whole_file(folder / files[-1]) as temporary:
+        save_file(rest, temporary)
+    return files
 
 
-def _collect_one(task: str, seed: int, index: int, params: Collect, folder: Path) -> dict[str, Any]:
-    """Write episode `index` and return its entry of `meta.json`."""
-    environment = _environment(task, params.image_size, tuple(params.cameras), params.render, params.scenes)
+def episode_name(index: int) -> str:
+    """The stem of the files of episode `index` of a task."""
+    return f"episode_{index:04d}"
+
+
+def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: Path) -> dict[str, Any]:
+    """In a worker: write episode `index` to the scratch `folder`, its record last, and return the record."""
+    if task not in _environments:
+        while _environments:
+            _environments.popitem()[1].close()
+        _environments[task] = TaskEnvironment(task, params.image_size, params.cameras, params.render, params.scenes)
     made = demonstrate(
-        environment, seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
+        _environments[task], seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
         styles=params.styles,
     )  # fmt: skip
-    arrays: dict[str, Any] = dict(made.arrays)
-    np.savez_compressed(folder / _file_name(index), **arrays)
-    return {
-        "attempt": made.attempt, "noisy": made.noisy, "steps": len(made.arrays["actions"]),
+    entry = {
+        "attempt": made.attempt,
+        "noisy": made.noisy,
+        "steps": len(made.arrays["actions"]),
         "draw": [round(float(x), 6) for x in made.arrays["draw"]],
-        **({} if params.styles == ["direct"] else {"style": made.style}),  # the default collection's bytes are older
+    }
+    if params.styles != ["direct"]:
+        entry["style"] = made.style
+    files = write_episode(folder, index, made.arrays)
+    record = {"entry": entry, "sha256": {file: sha256(folder / file) for file in files}}
+    write_json(folder / f"{episode_name(index)}.json", record)
+    return record
+
+
+def collect(folder: Path, params: Collect, seed: int, workers: int, scratch: Path, code: object) -> None:
+    """Collect all demonstrations of `params.tasks` into `folder`, which is replaced as a whole at the end.
+
+    Args:
+        scratch: where finished episodes are kept. code: what identifies the code that makes them, as JSON.
+
+    Raises:
+        ParamsError: unknown task or camera, a task without a shared scene, or an expert that keeps failing.
+        MachineError: no GL library draws here, or a worker process died.
+        FileError: another process collects the same episodes.
+    """
+    check_scenes(params.scenes, params.tasks)
+    backend = choose_backend() if params.tasks else ""
+    for task in params.tasks:
+        check_task(task)
+    deciding = {
+        "params": params.model_dump(mode="json", exclude={"tasks", "episodes", "episodes_of"}),
+        "seed": seed,
+        "code": code,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "gl": backend,
+    }
+    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
+    with ExitStack() as stack:
+        folders = {task: stack.enter_context(_scratch_of_task(scratch / task, key)) for task in params.tasks}
+        records = {task: _finished(folders[task], params.episodes_for(task)) for task in params.tasks}
+        _collect_missing(folders, records, params, seed, workers, backend)
+        with whole_directory(folder) as partial:
+            for task in params.tasks:
+                (partial / task).mkdir()
+                in_order = [records[task][index] for index in range(params.episodes_for(task))]
+                for file in (file for record in in_order for file in record["sha256"]):
+                    shutil.copyfile(folders[task] / file, partial / task / file)
+                write_json(partial / task / "meta.json", _meta(task, params, seed, backend, in_order))
+
+
+def _meta(task: str, params: Collect, seed: int, backend: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The content of a task's `meta.json`."""
+    provenance = {
+        "source": "metaworld scripted expert", "metaworld": version("metaworld"), "mujoco": version("mujoco"),
+        "render": params.render, "gl": backend, "seed": seed, "noise_scale": params.noise_scale,
+        "episodes": [record["entry"] for record in records],
+    }  # fmt: skip
+    if params.scenes != "stock":
+        provenance["scenes"] = params.scenes
+    if params.styles != ["direct"]:
+        provenance["styles"] = params.styles
+    return {
+        "schema_version": RAW_SCHEMA, "task": task, "rate_hz": RATE_HZ, "cameras": params.cameras,
+        "image_size": params.image_size, "instructions": instructions_of(task), "provenance": provenance,
+        "sha256": {file: digest for record in records for file, digest in record["sha256"].items()},
     }  # fmt: skip
 
 
-def _file_name(index: int) -> str:
-    return f"episode_{index:04d}.npz"
-
-
-def collect(task: str, folder: Path, params: Collect, seed: int, workers: int, resume: Resume = NOTHING_KEPT) -> None:
-    """Collect `params.episodes_for(task)` demonstrations of `task` into `folder`, which is replaced as a whole at the end.
-
-    `resume` keeps every finished demonstration, so that a killed run costs no more than those that it was at.
-
-    Raises:
-        ValueError: unknown task or camera, a task without a shared scene, or an expert that keeps failing.
-        MachineError: no GL library draws here, or a worker process died.
-    """
-    backend = choose_backend()
-    check_task(task)
-    check_scenes(params.scenes, [task])
-    episodes = params.episodes_for(task)
-    with whole_directory(Path(folder)) as partial, progress_bar() as bar:
-        entries = _kept_episodes(episodes, partial, resume)
-        shown = bar.add_task(f"collect {task}", total=episodes, completed=len(entries), note="")
-        pool = ProcessPoolExecutor(min(workers, episodes), mp_context=get_context("spawn"), initializer=become_worker)
+def _collect_missing(
+    folders: Mapping[str, Path], records: Mapping[str, dict[int, dict[str, Any]]], params: Collect, seed: int, workers: int,
+    backend: str,
+) -> None:  # fmt: skip
+    """Collect the episodes that `records` (task -> index -> record) lacks into the scratch folders, and add their records."""
+    missing = [(task, i) for task in folders for i in range(params.episodes_for(task)) if i not in records[task]]
+    total = sum(params.episodes_for(task) for task in folders)
+    if len(missing) < total:
+        console.print(f"collect: {total - len(missing)} of {total} episodes were collected before", highlight=False)
+    if not missing:
+        return
+    with progress_bar() as bar:
+        shown = bar.add_task("collect", total=len(missing), note="")
+        pool = ProcessPoolExecutor(min(workers, len(missing)), mp_context=get_context("spawn"), initializer=become_worker)
         try:
-            missing = [index for index in range(episodes) if index not in entries]
-            waiting = {pool.submit(_collect_one, task, seed, index, params, partial): index for index in missing}
+            waiting = {
+                pool.submit(_collect_episode, task, index, params, seed, folders[task]): (task, index)
+                for task, index in missing
+            }
             for done in as_completed(waiting):
-                index = waiting[done]
-                entries[index] = done.result()
-                resume.keep(f"episode_{index}", entries[index], functools.partial(copyfile, partial / _file_name(index)))
-                frames = sum(entry["steps"] for entry in entries.values())
-                bar.update(shown, advance=1, note=f"{frames} frames")
+                task, index = waiting[done]
+                records[task][index] = done.result()
+                bar.update(shown, advance=1, note=task)
         except BrokenProcessPool:
             raise MachineError(
-                f"a worker process died while collecting {task!r}: out of memory, or a crash in the OpenGL library ({backend})"
+                f"a worker process died while collecting: out of memory, or a crash in the OpenGL library ({backend}); run the "
+                "same command again, perhaps with fewer machine.workers or another MUJOCO_GL: finished episodes are kept"
             ) from None
+        except KeyboardInterrupt as stop:
+            stop.add_note("interrupted; run the same command again: finished episodes are kept")
+            raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-        provenance = {
-            "source": "metaworld scripted expert", "metaworld": version("metaworld"), "mujoco": version("mujoco"),
-            "render": params.render, "gl": backend, "seed": seed, "noise_scale": params.noise_scale,
-            **({} if params.scenes == "stock" else {"scenes": params.scenes}),
-            **({} if params.styles == ["direct"] else {"styles": params.styles}),
-            "episodes": [entries[index] for index in range(episodes)],
-        }  # fmt: skip
-        write_json(partial / "meta.json", {
-            "schema_version": RAW_SCHEMA, "task": task, "rate_hz": RATE_HZ, "cameras": list(params.cameras),
-            "image_size": params.image_size, "instructions": instructions_of(task), "provenance": provenance,
-        })  # fmt: skip
 
 
-def _kept_episodes(episodes: int, folder: Path, resume: Resume) -> dict[int, dict[str, Any]]:
-    """Copy the demonstrations that an earlier run has finished to `folder`; their numbers and entries of `meta.json`."""
-    entries: dict[int, dict[str, Any]] = {}
-    for index in range(episodes):
-        found = resume.kept(f"episode_{index}")
-        if found is not None and found.file is not None:
-            copyfile(found.file, folder / _file_name(index))
-            entries[index] = found.value
-    return entries
+@contextmanager
+def _scratch_of_task(parent: Path, key: str) -> Iterator[Path]:
+    """The folder of a task's episodes under this key, held by this process alone; of the others the newest few stay."""
+    folder = parent / key
+    with locked(_lock(folder)):
+        folder.mkdir(exist_ok=True)
+        folder.touch()  # of several folders the oldest are deleted
+        for half_written in folder.glob(".*.partial-*"):
+            half_written.unlink()
+        others = sorted((f for f in parent.iterdir() if f.is_dir() and f != folder), key=lambda f: f.stat().st_mtime)
+        for old in others[: max(0, len(others) - OTHERS_KEPT)]:
+            with suppress(FileError), locked(_lock(old)):  # unless another process is at it
+                shutil.rmtree(old, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):  # unless it holds an episode
+                folder.rmdir()
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.lock")
+
+
+def _finished(folder: Path, count: int) -> dict[int, dict[str, Any]]:
+    """Number -> record of those of a task's first `count` episodes that are whole in its scratch `folder`."""
+    records = {}
+    for index in range(count):
+        with suppress(FileError, OSError, KeyError, TypeError, AttributeError):  # what is damaged is collected again
+            record = read_json(folder / f"{episode_name(index)}.json")
+            if all(sha256(folder / file) == digest for file, digest in record["sha256"].items()) and "entry" in record:
+                records[index] = record
+    return records

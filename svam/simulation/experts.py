@@ -26,7 +26,8 @@ _GAIN = 10.0
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A successful episode: `arrays` as documented in `collection`, its attempt number, whether it was disturbed, its style."""
+    """A successful episode: `arrays` as documented in `svam.simulation.collect`, with the frames as `frames_<camera>`; its
+    attempt number, whether it was disturbed, its style."""
 
     arrays: dict[str, NDArray[Any]]
     attempt: int
@@ -39,8 +40,8 @@ def turning_point(style: Style, state: NDArray[np.float32]) -> NDArray[np.float3
 
     Beside the middle of the way for `left` and `right` (as the robot sees it), at the hand's height; above it for `high`.
     """
-    hand, thing = state[:3], state[4:7]
-    way = thing[:2] - hand[:2]
+    hand, target = state[:3], state[4:7]
+    way = target[:2] - hand[:2]
     forward = way / max(float(np.linalg.norm(way)), 1e-6)
     aside = {"left": (-forward[1], forward[0]), "right": (forward[1], -forward[0])}.get(style, (0.0, 0.0))
     x, y = hand[:2] + way / 2 + DETOUR_METRES * np.array(aside)
@@ -52,19 +53,19 @@ class Expert:
 
     def __init__(self, env: TaskEnvironment, style: Style) -> None:
         self._env = env
-        self._left = 0 if style == "direct" else DETOUR_STEPS
+        self._steps_left = 0 if style == "direct" else DETOUR_STEPS
         self._turn = turning_point(style, env.state())
 
     def action(self) -> NDArray[np.float32]:
-        """(4,) float32 in [-1, 1]: what this expert wants now. To be asked once at each step."""
-        wanted = self._env.expert_action()
+        """(4,) float32 in [-1, 1]: what this expert does now. To be called once at each step."""
+        action = self._env.expert_action()
         way = self._turn - self._env.state()[:3]
-        if self._left and float(np.linalg.norm(way)) < ARRIVED_METRES:
-            self._left = 0
-        if self._left:
-            self._left -= 1
-            wanted[:3] = np.clip(_GAIN * way, -1.0, 1.0)
-        return wanted
+        if self._steps_left and float(np.linalg.norm(way)) < ARRIVED_METRES:
+            self._steps_left = 0
+        if self._steps_left:
+            self._steps_left -= 1
+            action[:3] = np.clip(_GAIN * way, -1.0, 1.0)
+        return action
 
 
 def style_of(styles: Sequence[Style], seed: int, task: str, index: int) -> Style:
@@ -89,10 +90,10 @@ def disturbances(random: np.random.Generator, steps: int, scale: float) -> NDArr
     return noise
 
 
-def rehearse(
+def first_success(
     env: TaskEnvironment, seed: int, noise: NDArray[np.float32], max_steps: int, style: Style = "direct"
 ) -> int | None:
-    """Run the expert without drawing anything: the step of its first success, or None within `max_steps`."""
+    """The step at which the expert first succeeds, or None where it does not within `max_steps`. Nothing is rendered."""
     env.reset(seed)
     expert = Expert(env, style)
     for step in range(max_steps):
@@ -104,32 +105,23 @@ def rehearse(
 def record(
     env: TaskEnvironment, seed: int, noise: NDArray[np.float32], steps: int, annotate_every: int, style: Style = "direct"
 ) -> dict[str, NDArray[Any]]:
-    """Run the expert for `steps` steps and keep everything. Frame t is what is seen before action t."""
+    """Run the expert for `steps` steps and record everything. Frame t is what is seen before action t."""
     env.reset(seed)
     expert = Expert(env, style)
     rows: dict[str, list[NDArray[Any]]] = {}
-    index = [t for t in range(steps) if t % annotate_every == 0]
-
-    def keep(name: str, value: NDArray[Any]) -> None:
-        rows.setdefault(name, []).append(value)
-
     goal, draw, success = env.goal, env.draw, np.zeros(steps, bool)
     for t in range(steps):
-        for camera, frame in env.observe().items():
-            keep(f"frames_{camera}", frame)
+        step: dict[str, NDArray[Any]] = {f"frames_{camera}": frame for camera, frame in env.observe().items()}
         if t % annotate_every == 0:
-            depth, segmentation = env.annotate()
-            keep("depth", depth)
-            keep("segmentation", segmentation)
-        wanted = expert.action()
-        executed = np.clip(wanted + noise[t], -1.0, 1.0)
-        keep("state", env.state())
-        keep("proprioception", env.proprioception())
-        keep("expert_actions", wanted)
-        keep("actions", executed)
-        success[t] = env.step(executed)
+            step["depth"], step["segmentation"] = env.annotate()
+        step |= {"state": env.state(), "proprioception": env.proprioception(), "expert_actions": expert.action()}
+        step["actions"] = np.clip(step["expert_actions"] + noise[t], -1.0, 1.0)
+        for name, value in step.items():
+            rows.setdefault(name, []).append(value)
+        success[t] = env.step(step["actions"])
     arrays: dict[str, NDArray[Any]] = {name: np.stack(values) for name, values in rows.items()}
-    return arrays | {"annotation_index": np.array(index, np.int64), "goal": goal, "draw": draw, "success": success}
+    index = np.arange(0, steps, annotate_every, dtype=np.int64)
+    return arrays | {"annotation_index": index, "goal": goal, "draw": draw, "success": success}
 
 
 def is_noisy(index: int, share: float) -> bool:
@@ -156,16 +148,18 @@ def demonstrate(
         noise = np.zeros((MAX_STEPS, ACTION_DIMENSIONS), np.float32)
         if noisy:
             noise = disturbances(generator(seed, "collect-noise", *key), MAX_STEPS, noise_scale)
-        drawn = seed_of(seed, "collect", *key)
-        first = rehearse(env, drawn, noise, max_steps, style)
+        goal_seed = seed_of(seed, "collect", *key)
+        # First without a picture, which is far cheaper: most attempts of a difficult task fail.
+        first = first_success(env, goal_seed, noise, max_steps, style)
         if first is None:
             continue
-        arrays = record(env, drawn, noise, min(first + 1 + tail, MAX_STEPS), annotate_every, style)
+        arrays = record(env, goal_seed, noise, min(first + 1 + tail, MAX_STEPS), annotate_every, style)
         if not arrays["success"][first]:
-            raise RuntimeError(f"task {env.task!r}, seed {drawn}: drawing the pictures changed the outcome of the episode")
+            raise RuntimeError(f"task {env.task!r}, seed {goal_seed}: rendering changed the outcome of the episode")
         return Demonstration(arrays, attempt, noisy, style)
     kind = ("disturbed " if noisy else "") + (f"{style} " if style != "direct" else "")
+    less_noise = ", or lower collect.noise_scale" if noisy else ""
     raise ParamsError(
         f"task {env.task!r}: the expert failed {attempts} {kind}goals in a row for demonstration {index}; "
-        "raise collect.attempts or collect.max_steps" + (", or lower collect.noise_scale" if noisy else "")
+        f"raise collect.attempts or collect.max_steps{less_noise}"
     )

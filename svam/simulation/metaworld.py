@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
 from svam.errors import ParamsError
-from svam.simulation import scenes as shared
 from svam.simulation.rendering import Renderer, choose_backend
+from svam.simulation.scenes import check_scenes, prepare_shared_scene, reset_shared_scene
 
 RATE_HZ = 80.0
 MAX_STEPS = 500
@@ -52,15 +52,10 @@ def check_task(task: str) -> None:
         raise ParamsError(f"unknown MetaWorld task {task!r}: {hint}")
 
 
-def random_action(generator: np.random.Generator) -> NDArray[np.float32]:
-    """(4,) float32 uniform in [-1, 1]: the random-policy baseline."""
-    return generator.uniform(-1.0, 1.0, ACTION_DIMENSIONS).astype(np.float32)
-
-
 def _body_classes(model: Any) -> NDArray[np.uint8]:
     """(bodies,) uint8 class number of each body.
 
-    The robot, the table and its surroundings are told by name. Of the rest, what can move is the object (a puck, a drawer,
+    The robot, the table and its surroundings are known by name. Of the rest, what can move is the object (a puck, a drawer,
     a button, a door) and what cannot is a fixture (a drawer's case, a wall, a shelf): this holds for all 50 tasks.
     """
     number = {name: k for k, name in enumerate(SEGMENTATION_CLASSES)}
@@ -114,7 +109,7 @@ class TaskEnvironment:
         scenes: Literal["stock", "shared"] = "stock",
     ) -> None:  # fmt: skip
         check_task(task)
-        shared.check_scenes(scenes, [task])
+        check_scenes(scenes, [task])
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 
@@ -127,7 +122,7 @@ class TaskEnvironment:
         expert: Any = ENV_POLICY_MAP[task + _VERSION]
         self._env, self._expert = env, expert()
         if scenes == "shared":
-            shared.prepare(env, task)
+            prepare_shared_scene(env, task)
         names = [env.model.camera(k).name for k in range(env.model.ncam)]
         for camera in self.cameras:
             if camera not in names:
@@ -148,7 +143,7 @@ class TaskEnvironment:
         env.seed(seed)
         env.reset()
         if self.scenes == "shared":
-            shared.arrange(env, self.task)
+            reset_shared_scene(env, self.task)
         # `reset` draws the goal twice and leaves positions, the goal marker's among them, as the first draw set them:
         # without this the picture shows another goal than the one that counts, and the state a stale arm.
         mujoco.mj_forward(env.model, env.data)

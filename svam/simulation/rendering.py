@@ -69,18 +69,19 @@ def choose_backend(seconds: float = 60.0) -> str:
     Raises:
         MachineError: nothing draws within `seconds` each; the message names the Debian packages to install.
     """
-    asked = os.environ.get("MUJOCO_GL", "").lower()
-    if asked and os.environ.get(_CHECKED) == asked:
-        return asked
-    candidates = (asked,) if asked else BACKENDS
+    requested = os.environ.get("MUJOCO_GL", "").lower()
+    if requested and os.environ.get(_CHECKED) == requested:
+        return requested
+    candidates = (requested,) if requested else BACKENDS
     for backend in candidates:
         if _works(backend, seconds):
             os.environ["MUJOCO_GL"] = os.environ["PYOPENGL_PLATFORM"] = os.environ[_CHECKED] = backend
             return backend
-    tried = f"MUJOCO_GL={asked} does not draw" if asked else "neither EGL nor OSMesa draws"
+    tried = f"MUJOCO_GL={requested} does not draw" if requested else "neither EGL nor OSMesa draws"
+    unset = ", or unset MUJOCO_GL" if requested else ""
     raise MachineError(
         f"no off-screen OpenGL: {tried} here; install the Debian packages `libegl1 libgl1` (EGL) or `libosmesa6` "
-        "(OSMesa), e.g. `sudo apt-get install -y libegl1 libgl1`" + (", or unset MUJOCO_GL" if asked else "")
+        f"(OSMesa), e.g. `sudo apt-get install -y libegl1 libgl1`{unset}"
     )
 
 
@@ -129,16 +130,16 @@ def simplify(model: Any, cell: float) -> None:
         start, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
         faces = first[cell_of][model.mesh_face[start : start + count]]
         a, b, c = faces.T
-        kept = np.flatnonzero((a != b) & (b != c) & (a != c))
+        used = np.flatnonzero((a != b) & (b != c) & (a != c))
         # Equal faces may begin at different corners; turned so that the lowest leads, they are equal rows.
-        turned = np.take_along_axis(faces[kept], (faces[kept].argmin(axis=1)[:, None] + np.arange(3)) % 3, axis=1)
-        kept = kept[np.sort(np.unique(_row_numbers(turned), return_index=True)[1])]
-        if not len(kept):  # smaller than a cell: drawn as it is
+        turned = np.take_along_axis(faces[used], (faces[used].argmin(axis=1)[:, None] + np.arange(3)) % 3, axis=1)
+        used = used[np.sort(np.unique(_row_numbers(turned), return_index=True)[1])]
+        if not len(used):  # smaller than a cell: drawn as it is
             continue
-        model.mesh_face[start : start + len(kept)] = faces[kept]
+        model.mesh_face[start : start + len(used)] = faces[used]
         for array in (model.mesh_facenormal, model.mesh_facetexcoord):
-            array[start : start + len(kept)] = array[start : start + count][kept]
-        model.mesh_facenum[mesh] = len(kept)
+            array[start : start + len(used)] = array[start : start + count][used]
+        model.mesh_facenum[mesh] = len(used)
 
 
 class Renderer:
@@ -156,13 +157,13 @@ class Renderer:
         self._mujoco, self._model, self._size = mujoco, model, size
         self._samples = fast_samples(size) if style == "fast" else 1
         drawn = size * self._samples
-        shown = copy.deepcopy(model)  # what is uploaded for drawing
-        shown.vis.global_.offwidth = shown.vis.global_.offheight = drawn
+        drawn_model = copy.deepcopy(model)  # what is uploaded for drawing
+        drawn_model.vis.global_.offwidth = drawn_model.vis.global_.offheight = drawn
         if style == "fast":
-            shown.vis.quality.offsamples = 0
-            shown.vis.quality.shadowsize = 0
-            shown.vis.quality.numslices, shown.vis.quality.numstacks = ROUND
-            simplify(shown, COARSE_METRES * min(1.0, COARSE_DRAWN / drawn))
+            drawn_model.vis.quality.offsamples = 0
+            drawn_model.vis.quality.shadowsize = 0
+            drawn_model.vis.quality.numslices, drawn_model.vis.quality.numstacks = ROUND
+            simplify(drawn_model, COARSE_METRES * min(1.0, COARSE_DRAWN / drawn))
         # The class is taken from its own module: `mujoco.GLContext` was fixed when mujoco was first imported.
         module = import_module(f"mujoco.{backend}") if backend in BACKENDS else mujoco
         self._gl: Any = module.GLContext(drawn, drawn)
@@ -175,7 +176,7 @@ class Renderer:
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._fine, self._coarse = mujoco.MjrRect(0, 0, drawn, drawn), mujoco.MjrRect(0, 0, size, size)
-        self._context: Any = mujoco.MjrContext(shown, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._context: Any = mujoco.MjrContext(drawn_model, mujoco.mjtFontScale.mjFONTSCALE_100)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR
         # Also runs when the renderer is garbage or the interpreter ends, while the GL modules are still whole.

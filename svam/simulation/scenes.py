@@ -74,7 +74,7 @@ def check_scenes(scenes: str, tasks: Sequence[str]) -> None:
         scene_of(task)
 
 
-def prepare(env: Any, task: str) -> None:
+def prepare_shared_scene(env: Any, task: str) -> None:
     """Once, before any reset: let MetaWorld's `env` of `task` draw as its shared scene says, and hide the markers of goals."""
     from gymnasium.spaces import Box
 
@@ -89,7 +89,7 @@ def prepare(env: Any, task: str) -> None:
             env.model.site_group[site] = HIDDEN_GROUP
 
 
-def arrange(env: Any, task: str) -> None:
+def reset_shared_scene(env: Any, task: str) -> None:
     """After each reset of `env`: put what moves where the shared scene has it. The caller runs `mj_forward`."""
     scene = scene_of(task)
     if scene.part:

@@ -1,40 +1,47 @@
-"""The demonstrations that the collect stage wrote: `<path>/<task>/meta.json` and `episode_0000.npz`, ...
+"""The demonstrations that the collect stage wrote: `<path>/<task>/meta.json`, and for each episode
+`episode_0000.safetensors` and `episode_0000.<camera>.png`, its frames from left to right.
 
 Only these files are read; no simulator is imported.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load
 
 from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
-from svam.sources._npz import field, load
 
-RAW_SCHEMA = 1
-"""The layout of `meta.json` and of the archives that this module reads."""
-_KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance")
-_MISSING = ", though meta.json lists its episode"
+RAW_SCHEMA = 2
+"""The layout of the files that this module reads."""
+_KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance", "sha256")
+_ARRAYS = ("actions", "expert_actions", "state", "proprioception", "annotation_index", "depth", "segmentation")
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     """One task's `meta.json`, with all of `_KEYS`."""
     file = folder / "meta.json"
     meta = read_json(file)
-    missing = [key for key in _KEYS if not isinstance(meta, dict) or key not in meta]
-    if missing:
-        raise FileError(f"{file}: key {missing[0]!r} is missing")
+    if not isinstance(meta, dict) or "schema_version" not in meta:
+        raise FileError(f"{file}: key 'schema_version' is missing")
     if meta["schema_version"] != RAW_SCHEMA:
         raise FileError(f"{file}: schema_version is {meta['schema_version']!r}, this code reads {RAW_SCHEMA}; collect again")
+    missing = [key for key in _KEYS if key not in meta]
+    if missing:
+        raise FileError(f"{file}: key {missing[0]!r} is missing")
     if not isinstance(meta["provenance"], dict) or not isinstance(meta["provenance"].get("episodes"), list):
         raise FileError(f"{file}: provenance.episodes is missing")
     if not isinstance(meta["instructions"], dict) or not meta["instructions"].get("train"):
         raise FileError(f"{file}: instructions.train is missing or empty")
-    return dict(meta)
+    return meta
 
 
 class MetaworldSource:
@@ -76,6 +83,7 @@ class MetaworldSource:
                 "source": "metaworld",
                 "tasks": {
                     task: {key: value for key, value in meta["provenance"].items() if key != "episodes"}
+                    | {"image_size": meta["image_size"]}
                     for task, meta in self._meta.items()
                 },
             },
@@ -85,58 +93,84 @@ class MetaworldSource:
         return sum(len(meta["provenance"]["episodes"]) for meta in self._meta.values())
 
     def _place(self, index: int) -> tuple[str, int, Path]:
-        """Task, number within it and file of an episode."""
+        """Task, number within it, and file of arrays of an episode."""
         for task, meta in self._meta.items():
             count = len(meta["provenance"]["episodes"])
             if index < count:
-                return task, index, self.path / task / f"episode_{index:04d}.npz"
+                return task, index, self.path / task / f"episode_{index:04d}.safetensors"
             index -= count
         raise IndexError(index)
 
+    def _content(self, task: str, file: Path) -> bytes:
+        """A file of an episode of `task`, checked against the SHA-256 that `meta.json` states."""
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            raise FileError(f"{file}: no such file, though meta.json lists its episode; collect again") from None
+        expected = self._meta[task]["sha256"].get(file.name)
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise FileError(f"{file}: truncated or damaged: its SHA-256 is not the one in meta.json; collect again")
+        return content
+
+    def _arrays(self, task: str, file: Path) -> dict[str, NDArray[Any]]:
+        """The arrays of an episode, all but its frames."""
+        arrays = load(self._content(task, file))
+        missing = [name for name in _ARRAYS if name not in arrays]
+        if missing:
+            raise FileError(f"{file}: array {missing[0]!r} is missing; it has {', '.join(sorted(arrays))}")
+        return arrays
+
+    def _frames(self, task: str, file: Path, steps: int) -> NDArray[np.uint8]:
+        """(steps, H, W, 3), which stand from left to right in a picture."""
+        size = self._meta[task]["image_size"]
+        with Image.open(io.BytesIO(self._content(task, file)), formats=("PNG",)) as picture:
+            if (picture.height, picture.width, picture.mode) != (size, steps * size, "RGB"):
+                raise FileError(
+                    f"{file}: {picture.height} x {picture.width} pixels in mode {picture.mode}, expected {size} x "
+                    f"{steps * size} in RGB"
+                )
+            pixels = np.asarray(picture, dtype=np.uint8)
+        return np.ascontiguousarray(pixels.reshape(size, steps, size, 3).swapaxes(0, 1))
+
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths, of the small arrays alone."""
-        _, _, file = self._place(index)
-        arrays = load(file, ("actions", "annotation_index"), _MISSING)
-        annotated = {}
-        if "annotation_index" in arrays:
-            labelled = len(field(file, arrays, "annotation_index", ("int64",), 1))
-            annotated = {"depth": labelled, "segmentation": labelled}
-        return EpisodeShape(len(field(file, arrays, "actions", ("float32",), 2)), annotated, stamp=stamp(file))
+        """Lengths, without a frame."""
+        task, _, file = self._place(index)
+        arrays = self._arrays(task, file)
+        labelled = len(arrays["annotation_index"])
+        files = [file, *(_picture(file, camera) for camera in self._meta[task]["cameras"])]
+        annotated = {"depth": labelled, "segmentation": labelled}
+        return EpisodeShape(len(arrays["actions"]), annotated, stamp=" ".join(stamp(part) for part in files))
 
     def read(self, index: int) -> Episode:
         """One episode with its labels.
 
         Raises:
-            FileError: the archive is missing or damaged, or lacks a field.
+            FileError: a file is missing or damaged, or lacks an array.
             ContractError: the episode breaks the contract.
         """
         task, number, file = self._place(index)
-        meta = self._meta[task]
-        arrays = load(file, missing=_MISSING)
-        annotations = {}
-        if "annotation_index" in arrays:
-            labelled = field(file, arrays, "annotation_index", ("int64",), 1)
-            depth = field(file, arrays, "depth", ("float32", "float16"), 3)
-            annotations["depth"] = Annotation(depth.astype(np.float32), labelled)
-            annotations["segmentation"] = Annotation(field(file, arrays, "segmentation", ("uint8",), 3), labelled)
+        meta, arrays = self._meta[task], self._arrays(task, file)
+        steps, labelled = len(arrays["actions"]), arrays["annotation_index"]
         paraphrases = meta["instructions"]["train"]
         episode = Episode(
             task=task,
             instruction=paraphrases[number % len(paraphrases)],
             rate_hz=meta["rate_hz"],
-            frames={camera: field(file, arrays, f"frames_{camera}", ("uint8",), 4) for camera in meta["cameras"]},
-            annotations=annotations,
+            frames={camera: self._frames(task, _picture(file, camera), steps) for camera in meta["cameras"]},
+            annotations={name: Annotation(arrays[name], labelled) for name in ("depth", "segmentation")},
             provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
-            **{
-                name: field(file, arrays, name, ("float32",), 2)
-                for name in ("actions", "expert_actions", "state", "proprioception")
-            },
+            **{name: arrays[name] for name in ("actions", "expert_actions", "state", "proprioception")},
         )
         try:
             episode.check()
         except ContractError as error:
             raise ContractError(f"{file}: {error}") from None
         return episode
+
+
+def _picture(file: Path, camera: str) -> Path:
+    """The file of a camera's frames, beside that of the arrays."""
+    return file.with_name(f"{file.stem}.{camera}.png")
 
 
 class Options(Frozen):

@@ -142,14 +142,14 @@ def test_episodes_are_resampled_not_windows() -> None:
     assert {line["finding"] for line in few["difference"].values()} == {"not distinguishable"}
     spread = np.random.default_rng(0).normal(size=3).repeat(4)
     sums = gap.Sums(spread, np.ones(12))
-    together = gap.Resampled(np.repeat(np.arange(3), 4), 4000, 0).ratios(sums)
-    apart = gap.Resampled(np.arange(12), 4000, 0).ratios(sums)
+    together = gap.EpisodeBootstrap(np.repeat(np.arange(3), 4), 4000, 0).ratios(sums)
+    apart = gap.EpisodeBootstrap(np.arange(12), 4000, 0).ratios(sums)
     assert together.std() == pytest.approx(2 * apart.std(), rel=0.1)
 
 
 def test_empty_resamples_are_left_out() -> None:
     sums = gap.Sums(np.array([1.0, 0.0]), np.array([2.0, 0.0]))
-    ratios = gap.Resampled(np.array([5, 9]), 1000, 0).ratios(sums)
+    ratios = gap.EpisodeBootstrap(np.array([5, 9]), 1000, 0).ratios(sums)
     assert set(ratios[~np.isnan(ratios)]) == {0.5} and np.isnan(ratios).any()
 
 
@@ -204,7 +204,7 @@ def test_informed_features_read_depth_better_and_the_interval_says_so() -> None:
     assert list(predicted) == ["geometric", "repeat", "mean"]
     moved = np.zeros((20, 2, 2), bool)
     moved[:, 0] = True
-    boot = gap.Resampled(np.arange(20), 1000, 0)
+    boot = gap.EpisodeBootstrap(np.arange(20), 1000, 0)
     scores = depth_probe.score_depth(predicted, test, moved, 0.5, boot)
     assert scores["sources"]["geometric"]["rmse_m"] < 0.3 * scores["sources"]["mean"]["rmse_m"]
     by_hand = np.sqrt(np.mean(np.square(predicted["repeat"][:, :2] - test[2][:, :2], dtype=np.float64)))
@@ -238,7 +238,7 @@ def test_the_path_lies_within_the_cell_of_the_maximum() -> None:
     weights = np.zeros((2, 2, 5, 5))
     weights[0, :, 2, 3] = 1.0  # both queries at one cell: its middle
     weights[1, 0, 0, 1], weights[1, 1, 0, 2] = 1.0, 1.0  # one beside the other: between them
-    np.testing.assert_allclose(attention.path_of(weights), [[0.7, 0.5], [0.4, 0.1]])
+    np.testing.assert_allclose(attention.attention_path(weights), [[0.7, 0.5], [0.4, 0.1]])
 
 
 def test_an_overlay_is_bright_where_attention_is() -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from stages.foresight import app
 from svam.analysis import foresight as report
-from svam.analysis.side_by_side import Seen, rows_of, side_by_side
+from svam.analysis.side_by_side import Prediction, picture_rows, side_by_side
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
@@ -116,7 +116,7 @@ def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
     """Errors of V^ and of the decoded one-step prediction, and IoU against the simulator, computed again from the arrays."""
     store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated.zarr")
     model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
-    subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
+    subject = report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0)
     found = report.measure_gap(subject)
     truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
     unit = np.square(truth[:, 1:] - truth[:, :1]).sum(axis=(1, 2, 3, 4))
@@ -147,7 +147,7 @@ def test_features_that_were_not_kept_are_computed_again(root: Path, tmp_path: Pa
     for folder in (root, tmp_path):
         windows = GeneratedWindows(folder / "generated.zarr")
         model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
-        subject = report.Subject(windows, store, model, ["geometric"], FORESIGHT, 0)
+        subject = report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0)
         found.append(report.probe_features(subject)(numbers, frames))
     assert set(found[0]) == set(found[1]) == {"repeat", "one_step", "geometric", "generated", "truth"}
     for name, values in found[0].items():
@@ -234,7 +234,7 @@ def test_two_policies_side_by_side(root: Path, tmp_path: Path) -> None:
 def test_single_pictures_stand_where_their_time_is() -> None:
     clip = np.zeros((3, 4, 4, 3), np.uint8)
     entries = {name: np.ones((1, 1, 2, 2, 5), np.float32) for name in ("observation", "goal_frame")}
-    rows = rows_of(clip, [Seen("x", entries, None, np.zeros((1, 4, 3), np.float32))], 0)
+    rows = picture_rows(clip, [Prediction("x", entries, None, np.zeros((1, 4, 3), np.float32))], 0)
     assert [label for label, _ in rows] == ["recorded", "x\nobservation", "x\ngoal-frame"]
     assert [[picture is not None for picture in pictures] for _, pictures in rows[1:]] == [
         [True, False, False],

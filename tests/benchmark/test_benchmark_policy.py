@@ -14,7 +14,7 @@ from svam.benchmark.policy import evaluation_plans
 from svam.contract import Episode, SourceDescription
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
-from svam.evaluation.closed_loop import ROWS, plans_of
+from svam.evaluation.closed_loop import ROWS, plan_episodes
 from svam.files import sha256
 from svam.models.svam import SVAM, SVAMConfig
 from svam.params import Evaluate
@@ -124,7 +124,7 @@ def test_evaluated_goals_are_used_nowhere_else(root: Path) -> None:
     assert len({plan.seed for plan in plans}) == 18 and {plan.instruction for plan in plans} == {
         f"{task} {kind}" for task in TASKS for kind in "ab"
     }
-    assert not {plan.seed for plan in plans} & {plan.seed for row in ROWS for plan in plans_of(row, store, section, 1)}
+    assert not {plan.seed for plan in plans} & {plan.seed for row in ROWS for plan in plan_episodes(row, store, section, 1)}
 
 
 def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

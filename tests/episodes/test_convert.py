@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ruamel.yaml import YAML
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from stages.convert import app
@@ -20,7 +21,7 @@ from svam.console import console
 from svam.contract import Annotation, ContractError, Episode, EpisodeShape, SourceDescription
 from svam.episodes.convert import convert, split_episodes
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
 from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
 
@@ -246,13 +247,12 @@ def test_the_stage_converts_what_collect_wrote(raw: Path, params: Path, tmp_path
     assert result.exit_code == 0, result.output
     store = EpisodeStore.open(tmp_path / "s.zarr")
     assert store.tasks == ["reach", "drawer-open"] and store.rate_hz == 80.0 and len(store.episode_ends) == 8
-    with np.load(raw / "drawer-open" / "episode_0002.npz") as archive:
-        rows = np.arange(*store.bounds(6))
-        np.testing.assert_array_equal(store.frames(rows), archive["frames_corner2"])
-        np.testing.assert_array_equal(store.vector("state", rows), archive["state"])
+    episode, rows = open_source(raw, Options(tasks=["drawer-open"])).read(2), np.arange(*store.bounds(6))
+    np.testing.assert_array_equal(store.frames(rows), episode.frames["corner2"])
+    np.testing.assert_array_equal(store.vector("state", rows), load_file(raw / "drawer-open/episode_0002.safetensors")["state"])
     assert store.instruction_of(5) == "do drawer-open"
     assert store.instructions["reach"]["held_out"] == ["please reach"]
-    assert store.episode_provenance[5] == {"attempt": 0, "file": "drawer-open/episode_0001.npz", "noisy": True}
+    assert store.episode_provenance[5] == {"attempt": 0, "file": "drawer-open/episode_0001.safetensors", "noisy": True}
 
 
 def test_stale_folders_are_named_and_ignored(raw: Path, tmp_path: Path) -> None:
@@ -287,41 +287,50 @@ def damage(file: Path, how: str) -> None:
     file.write_bytes(data)
 
 
+@pytest.mark.parametrize("name", ["episode_0001.safetensors", "episode_0001.corner2.png"])
 @pytest.mark.parametrize("how", ["truncated", "cut by a byte", "empty", "text", "flipped"])
-def test_a_damaged_archive_is_named(raw: Path, params: Path, tmp_path: Path, how: str) -> None:
-    file = raw / "reach" / "episode_0001.npz"
+def test_a_damaged_file_is_named(raw: Path, params: Path, tmp_path: Path, name: str, how: str) -> None:
+    file = raw / "reach" / name
     damage(file, how)
     result = run(raw, tmp_path / "s.zarr", params)
-    assert result.exit_code == 1 and f"error: {file}: truncated, damaged or no .npz archive" in result.output
+    assert result.exit_code == 1 and f"error: {file}: truncated or damaged: its SHA-256 is not" in result.output
     assert "Traceback" not in result.output and not (tmp_path / "s.zarr").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml", "raw"]
 
 
-def rewrite(file: Path, **fields: np.ndarray[Any, Any] | None) -> None:
-    with np.load(file) as archive:
-        arrays = {name: archive[name] for name in archive.files} | fields
-    np.savez(file, **{name: values for name, values in arrays.items() if values is not None})
+def rewrite(file: Path, **arrays: np.ndarray[Any, Any] | None) -> None:
+    """Replace or remove arrays of an episode, and state its new SHA-256."""
+    changed = load_file(file) | arrays
+    save_file({name: values for name, values in changed.items() if values is not None}, file)
+    meta = read_json(file.parent / "meta.json")
+    meta["sha256"][file.name] = sha256(file)
+    write_json(file.parent / "meta.json", meta)
 
 
-def test_fields_are_named(raw: Path) -> None:
-    file = raw / "reach" / "episode_0003.npz"
-    source = open_source(raw, Options(tasks=["reach"]))
-    rewrite(file, actions=np.zeros((13, 4)))
-    with pytest.raises(FileError, match=r"0003\.npz: field 'actions' is float64 \(13, 4\), expected float32 with 2 axes"):
-        source.read(3)
+def test_faults_of_an_episode_are_named(raw: Path) -> None:
+    file = raw / "reach" / "episode_0003.safetensors"
+
+    def read() -> Episode:
+        return open_source(raw, Options(tasks=["reach"])).read(3)
+
+    whole = load_file(file)
     rewrite(file, actions=None)
-    with pytest.raises(FileError, match="field 'actions' is missing; it has annotation_index, depth"):
-        source.read(3)
-    rewrite(file, actions=np.full((13, 4), np.nan, np.float32))
-    with pytest.raises(ContractError, match=r"episode_0003\.npz.*actions\[0, 0\] is nan") as error:
-        source.read(3)
-    one_sentence(error)
-    rewrite(file, actions=np.array([{}], dtype=object))
-    with pytest.raises(FileError, match=r"truncated, damaged or no \.npz archive of plain arrays"):
-        source.read(3)
+    with pytest.raises(FileError, match="array 'actions' is missing; it has annotation_index, depth"):
+        read()
+    rewrite(file, actions=whole["actions"][:5])
+    with pytest.raises(FileError, match=r"0003\.corner2\.png: 8 x 104 pixels in mode RGB, expected 8 x 40 in RGB"):
+        read()
+    for actions, sentence in (
+        (np.zeros((13, 4)), r"episode_0003\.safetensors: .*actions.*float64"),
+        (np.full((13, 4), np.nan, np.float32), r"episode_0003\.safetensors.*actions\[0, 0\] is nan"),
+    ):
+        rewrite(file, actions=actions)
+        with pytest.raises(ContractError, match=sentence) as error:
+            read()
+        one_sentence(error)
     file.unlink()
-    with pytest.raises(FileError, match=r"episode_0003\.npz: no such file, though meta\.json lists its episode"):
-        source.read(3)
+    with pytest.raises(FileError, match=r"episode_0003\.safetensors: no such file, though meta\.json lists its episode"):
+        read()
 
 
 def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
@@ -332,7 +341,7 @@ def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
     meta = json.loads((raw / "reach" / "meta.json").read_text())
     for change, message in (
         ({"rate_hz": 40.0}, r"rate_hz is 40\.0, but 80\.0 in drawer-open"),
-        ({"schema_version": 7}, "schema_version is 7, this code reads 1; collect again"),
+        ({"schema_version": 1}, "schema_version is 1, this code reads 2; collect again"),
         ({"instructions": {"train": []}}, r"instructions\.train is missing or empty"),
         ({"provenance": {}}, r"provenance\.episodes is missing"),
         ({"task": "push"}, "task is 'push', expected 'reach'"),

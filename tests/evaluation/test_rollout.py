@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from svam.contract import Observation
 from svam.evaluation.rollout import (
     Outcome,
-    Plan,
+    PlannedEpisode,
     PolicyError,
+    PolicyRollouts,
     Workers,
     checked_actions,
     noise_seed,
-    play_scripted,
-    run_policy,
+    run_scripted,
     take_next,
 )
 from svam.seeds import generator
@@ -86,15 +86,18 @@ class Seeker:
         return np.stack(chunks).astype(np.float32)
 
 
-def plans(count: int, task: str = "a", row: str = "policy") -> list[Plan]:
-    return [Plan(row, task, i, 1000 + i, f"go {task}", record=i == 0) for i in range(count)]
+def plans(count: int, task: str = "a", row: str = "policy") -> list[PlannedEpisode]:
+    return [PlannedEpisode(row, task, i, 1000 + i, f"go {task}", record=i == 0) for i in range(count)]
 
 
-def roll(episodes: list[Plan], workers: int, batch: int = 3, policy: Seeker | None = None, execute: int = 3) -> list[Outcome]:
+def roll(
+    episodes: list[PlannedEpisode], workers: int, batch: int = 3, policy: Seeker | None = None, execute: int = 3
+) -> list[Outcome]:
     with Workers(Line, workers) as pool:
-        return run_policy(
-            episodes, policy or Seeker(), pool, seed=0, batch=batch, execute=execute, max_steps=20, proprioception=False
+        rollouts = PolicyRollouts(
+            policy or Seeker(), pool, seed=0, batch=batch, execute=execute, max_steps=20, proprioception=False
         )
+        return rollouts.run(episodes)
 
 
 def same(one: list[Outcome], other: list[Outcome]) -> bool:
@@ -146,10 +149,10 @@ def test_limit_ends_an_episode_within_a_chunk() -> None:
 def test_scripted_rows_share_goals_and_are_repeatable() -> None:
     episodes = plans(5)
     with Workers(Line, 2) as pool:
-        expert = play_scripted(episodes, "expert", pool, dimensions=1, max_steps=20, seed=0)
-        random = play_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
+        expert = run_scripted(episodes, "expert", pool, dimensions=1, max_steps=20, seed=0)
+        random = run_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
     with Workers(Line, 1) as pool:
-        again = play_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
+        again = run_scripted(episodes, "random", pool, dimensions=1, max_steps=20, seed=0)
     assert all(o.success for o in expert) and same(random, again)
     # The expert moves 0.1 a step until it is nearer than 0.05.
     assert [o.steps for o in expert] == [int(np.ceil(np.round((o.draw[0] - 0.05) / 0.1, 6))) for o in expert]
@@ -221,11 +224,12 @@ class Looker:
 
 def test_metaworld_pictures_and_physics_do_not_depend_on_the_processes() -> None:
     make = partial(TaskEnvironment, image_size=32, cameras=("corner2",), render="fast")
-    episodes = [Plan("policy", "reach", i, 50 + i, "", record=True) for i in range(3)]
+    episodes = [PlannedEpisode("policy", "reach", i, 50 + i, "", record=True) for i in range(3)]
     results = []
     for workers in (1, 2):
         with Workers(make, workers) as pool:
-            results.append(run_policy(episodes, Looker(), pool, seed=0, batch=2, execute=6, max_steps=18, proprioception=True))
+            rollouts = PolicyRollouts(Looker(), pool, seed=0, batch=2, execute=6, max_steps=18, proprioception=True)
+            results.append(rollouts.run(episodes))
     for one, other in zip(*results, strict=True):
         assert one.frames is not None and other.frames is not None and np.array_equal(one.frames, other.frames)
         assert one.frames.std() > 10 and one.draw == other.draw

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,9 +15,11 @@ from typer.testing import CliRunner
 
 from stages.report import app
 from svam.evaluation.scores import summary
-from svam.files import read_json, sha256_tree, write_json
+from svam.files import FileError, read_json, sha256_tree, write_json
+from svam.npy import write_arrays
 from svam.report import tables
-from svam.report.films import enlarge, rollout_film, side_by_side
+from svam.report.figures import clip_sheet
+from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
 from tests import ROOT
 
@@ -40,18 +43,22 @@ def write_run(root: Path) -> Path:
         "expert": row(1, 1, 0.75), "same_goals": row(1.0, 0.5, 0.0, episodes=2),
     }  # fmt: skip
     write_json(root / "results/metrics.json", {
-        "protocols": ["metaworld", "offline"], "metaworld": {"rows": rows},
+        "protocols": ["metaworld", "offline"], "metaworld": {"rows": rows, "rate_hz": 80.0},
         "offline": offline | {"windows": 8, "samples": 2, "notice": "this is not success"},
     })  # fmt: skip
-    np.savez(
-        root / "results/foresight.npz", frames=rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8),
-        foresight_geometric=rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
-        truth_geometric=rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
-        foresight_goal_frame=rng.normal(size=(3, 1, 2, 2, 6)).astype(np.float16),
-    )  # fmt: skip
+    write_arrays(root / "results/foresight", {
+        "frames": rng.integers(0, 256, (3, 4, 16, 16, 3), dtype=np.uint8),
+        "foresight_geometric": rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
+        "truth_geometric": rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
+        "foresight_goal_frame": rng.normal(size=(3, 1, 2, 2, 6)).astype(np.float16),
+    })  # fmt: skip
+    write_arrays(root / "results/rollouts/reach_0", {
+        "frames": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "calls": np.array([0, 3, 6]),
+        "foresight_one_step": rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
+    })  # fmt: skip
     video = {f"{kind}_{key}": 0.25 for kind in ("generated", "one_step", "repeated") for key in ("mse", "psnr", "ssim")}
     write_json(root / "video/metrics.json", video | {"error_share_of_repeat": 0.123456})
-    Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)).save(root / "video/samples.png")
+    write_arrays(root / "video/samples", {"clips": rng.integers(0, 256, (3, 2, 4, 16, 16, 3), dtype=np.uint8)})
     for branch, key in (("geometric", "rmse_std"), ("semantic", "mean")):
         dense = {view: {key: 0.7} for view in ("real", "generated", "one_step")}
         scores = {
@@ -83,7 +90,7 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     values["report"] = {"clips": 2, "dpi": 50}
     yaml.dump(values, run / "params.yaml")
     options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
-    return CliRunner().invoke(app, [str(out), *options, f"--params={run / 'params.yaml'}"])
+    return CliRunner().invoke(app, [str(out), f"--films={out}_films", *options, f"--params={run / 'params.yaml'}"])
 
 
 def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_path: Path) -> None:
@@ -92,6 +99,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
         assert result.exit_code == 0, result.output
     out = tmp_path / "one"
     assert sha256_tree(out) == sha256_tree(tmp_path / "two")
+    assert sha256_tree(tmp_path / "one_films") == sha256_tree(tmp_path / "two_films")
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     figures = {"success", "distillation", "teachers", "curves", "clips", "actions", "foresight_0", "foresight_1"}
     plots = {"success", "distillation", "teachers", "actions", "curves"}
@@ -139,12 +147,38 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     assert set(tables.flat_metrics(without)) == {"video_error_share", "action_error"}
 
 
-@pytest.mark.parametrize("broken", ["results/metrics.json", "video/samples.png", "results/foresight.npz"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "results/metrics.json",
+        "video/samples/clips.npy",
+        "results/foresight/frames.npy",
+        "results/rollouts/reach_0/calls.npy",
+    ],
+)
 def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path, broken: str) -> None:
     (run / broken).write_bytes(b"{")
     result = invoke(run, tmp_path / "out")
     assert result.exit_code == 1 and broken.split("/")[1] in result.output.replace("\n", "")
     assert not (tmp_path / "out").exists()
+
+
+def test_films_hold_one_picture_for_each_step(run: Path, tmp_path: Path) -> None:
+    draw_films(tmp_path, run / "results", 80.0)
+    with av.open(str(tmp_path / "reach_0.mp4")) as film:
+        shown = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
+        assert len(shown) == 8 and float(film.streams.video[0].average_rate) == 20.0
+    assert shown[0].shape == (192 + 16, 2 * 192, 3)
+    (run / "results/rollouts/reach_0/calls.npy").unlink()
+    with pytest.raises(FileError, match=r"reach_0: frames\.npy or calls\.npy is missing; run evaluate again"):
+        draw_films(tmp_path, run / "results", 80.0)
+
+
+def test_clips_stand_in_a_sheet() -> None:
+    clips = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3, 1, 1, 1).repeat(3, axis=5)
+    sheet = clip_sheet(clips, zoom=1, gap=1)
+    assert sheet.shape == (2 * 7, 3 * 2, 3)
+    np.testing.assert_array_equal(sheet[[0, 2, 7, 9]][:, ::2, 0], clips[..., 0, 0, 0].reshape(4, 3))
 
 
 def test_pca_recovers_a_plane_and_shares_its_scale() -> None:
@@ -163,7 +197,7 @@ def test_film_plays_the_foresight_between_calls() -> None:
     frames = np.zeros((8, 4, 4, 3), np.uint8)
     # One channel that says which call (0, 1) and which foreseen frame (0..3) is shown.
     foresight = np.broadcast_to(np.arange(8.0).reshape(2, 4, 1, 1, 1), (2, 4, 2, 2, 3)).astype(np.float32)
-    film = rollout_film(frames, (0, 4), {"one_step": foresight}, size=32)
+    film = rollout_film(frames, np.array([0, 4]), {"one_step": foresight}, size=32)
     assert film.shape == (8, 48, 64, 3)
     cells = film[:, 24, 40, 0].astype(int)
     assert (np.diff(cells) != 0).all() and len(set(np.sign(np.diff(cells)))) == 1

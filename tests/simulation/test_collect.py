@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
+from PIL import Image
+from safetensors.numpy import load_file
 
 from svam.contract import Annotation, Episode
+from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
 from svam.params import Collect
 from svam.seeds import generator, seed_of
-from svam.simulation.collect import collect
+from svam.simulation.collect import OTHERS_KEPT, collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
-from tests.toy import committed
+from svam.sources.metaworld import MetaworldSource
+from tests import ROOT
+from tests.toy import committed, write_toy_params
 
 _CHANGES = {"tasks": ["reach"], "episodes": 2, "episodes_of": {}, "noisy_share": 0.5, "annotate_every": 10, "tail": 4}
 SMALL = Collect.model_validate(committed("collect", image_size=32, cameras=["corner2", "topview"], attempts=5, **_CHANGES))
@@ -25,20 +34,90 @@ SMALL = Collect.model_validate(committed("collect", image_size=32, cameras=["cor
 
 @pytest.fixture(scope="module")
 def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("raw") / "reach"
-    collect("reach", folder, SMALL, 5, 2)
-    return folder
+    root = tmp_path_factory.mktemp("collected")
+    collect(root / "raw", SMALL, 5, 2, root / "scratch", "")
+    return root / "raw/reach"
 
 
-def arrays_of(folder: Path, index: int) -> dict[str, NDArray[np.generic]]:
-    with np.load(folder / f"episode_{index:04d}.npz") as file:
-        return dict(file)
+def arrays_of(folder: Path, index: int) -> dict[str, Any]:
+    """All arrays of an episode, its frames as the source of the convert stage reads them."""
+    frames = MetaworldSource(folder.parent).read(index).frames
+    name = f"episode_{index:04d}.safetensors"
+    return load_file(folder / name) | {f"frames_{camera}": np.asarray(values) for camera, values in frames.items()}
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(collected: Path, tmp_path: Path) -> None:
-    collect("reach", tmp_path / "alone", SMALL, 5, 1)
-    assert sha256_tree(tmp_path / "alone") == sha256_tree(collected)
-    assert [p.name for p in tmp_path.iterdir()] == ["alone"], "nothing temporary is left"
+    collect(tmp_path / "alone", SMALL, 5, 1, tmp_path / "scratch", "")
+    assert sha256_tree(tmp_path / "alone/reach") == sha256_tree(collected)
+    assert {p.name for p in tmp_path.iterdir()} == {"alone", "scratch"}, "nothing temporary is left"
+
+
+def test_only_what_is_new_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task, more episodes, a damaged file; other params, other code and another seed begin anew."""
+    started: list[tuple[str, int]] = []
+    submit = ProcessPoolExecutor.submit
+
+    def counted(self: Any, function: Any, task: str, index: int, *rest: Any) -> Any:
+        started.append((task, index))
+        return submit(self, function, task, index, *rest)
+
+    monkeypatch.setattr(ProcessPoolExecutor, "submit", counted)
+
+    def run(out: str, seed: int = 5, code: str = "", **changes: Any) -> list[tuple[str, int]]:
+        started.clear()
+        params = Collect.model_validate(SMALL.model_dump() | {"cameras": ["corner2"], "annotate_every": 100} | changes)
+        collect(tmp_path / out, params, seed, 1, tmp_path / "scratch", code)
+        return sorted(started)
+
+    assert run("one") == [("reach", 0), ("reach", 1)]
+    before = sha256_tree(tmp_path / "one")
+    assert run("one") == [] and sha256_tree(tmp_path / "one") == before
+    assert run("two", tasks=["window-close", "reach"], episodes_of={"reach": 3}) == [
+        ("reach", 2), ("window-close", 0), ("window-close", 1),
+    ]  # fmt: skip
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["reach", "window-close"]
+    (damaged,) = (tmp_path / "scratch/reach").glob("*/episode_0001.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert run("one") == [("reach", 1)] and sha256_tree(tmp_path / "one") == before, "the third episode is left out again"
+    assert len(run("one", seed=6)) == len(run("one", code="edited")) == len(run("one", tail=0)) == 2
+    assert len(list((tmp_path / "scratch/reach").iterdir())) == 1 + OTHERS_KEPT, "older ones are deleted"
+    assert run("one", tail=0) == []
+
+
+def test_a_killed_collection_goes_on(tmp_path: Path, collected: Path) -> None:
+    write_toy_params(
+        ROOT / "params.yaml", tmp_path / "params.yaml",
+        {"collect": {"episodes_of": {}, "episodes": 6, "tasks": ["reach"]}, "evaluate": {"tasks": ["reach"]}},
+    )  # fmt: skip
+    command = [sys.executable, "-m", "stages.collect", str(tmp_path / "out"), "--params", str(tmp_path / "params.yaml")]
+    environment = {**os.environ, "DVC_ROOT": str(tmp_path)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
+    while not (whole := sorted(tmp_path.glob(".cache/collect/reach/*/episode_*.json"))):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "out").exists()
+    before = {file: file.stat().st_mtime_ns for file in whole}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "of 6 episodes were collected before" in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in whole} == before
+    assert len(list((tmp_path / "out/reach").glob("*.safetensors"))) == 6
+
+
+def test_no_task_is_an_empty_folder(tmp_path: Path) -> None:
+    """For data from elsewhere, without a simulator."""
+    collect(tmp_path / "raw", SMALL.model_copy(update={"tasks": []}), 5, 2, tmp_path / "scratch", "")
+    assert not list((tmp_path / "raw").iterdir())
+
+
+def test_frames_stand_from_left_to_right_in_a_picture(collected: Path) -> None:
+    """The files are read by any program: a PNG for each camera, the rest as safetensors."""
+    frames = arrays_of(collected, 1)["frames_topview"]
+    picture = np.asarray(Image.open(collected / "episode_0001.topview.png"))
+    assert picture.shape == (32, 32 * len(frames), 3)
+    np.testing.assert_array_equal(picture[:, 32 * 7 : 32 * 8], frames[7])
 
 
 def test_an_episode_keeps_the_contract(collected: Path) -> None:
@@ -117,15 +196,16 @@ def test_a_failing_expert_is_tried_on_other_goals_and_then_reported() -> None:
 
 
 def test_errors_are_one_line_and_leave_no_output(tmp_path: Path) -> None:
+    params, out, scratch = tmp_path / "params.yaml", tmp_path / "out", tmp_path / "scratch"
+    write_toy_params(ROOT / "params.yaml", params, {"collect": {"tasks": ["draw-open"], "episodes_of": {}}})
     result = subprocess.run(
-        [sys.executable, "-m", "stages.collect", "draw-open", str(tmp_path / "out")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "stages.collect", str(out), "--params", str(params)], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert "unknown MetaWorld task 'draw-open'" in result.stderr and "drawer-open" in result.stderr
-    with pytest.raises(ValueError, match=r"unknown camera 'moon'.*corner2"):
-        collect("reach", tmp_path / "out", SMALL.model_copy(update={"cameras": ["moon"]}), 0, 1)
+    with pytest.raises(ParamsError, match=r"unknown camera 'moon'.*corner2"):
+        collect(out, SMALL.model_copy(update={"cameras": ["moon"]}), 0, 1, scratch, "")
     too_short = SMALL.model_copy(update={"max_steps": 10, "attempts": 1})
-    with pytest.raises(ValueError, match=r"raise collect.attempts or collect.max_steps"):
-        collect("reach", tmp_path / "out", too_short, 0, 1)
-    assert not list(tmp_path.iterdir())
+    with pytest.raises(ParamsError, match=r"raise collect.attempts or collect.max_steps"):
+        collect(out, too_short, 0, 1, scratch, "")
+    assert not out.exists() and not [file for file in scratch.rglob("*") if file.is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from svam.evaluation import closed_loop
 from svam.files import read_json
 from svam.params import Collect, Evaluate
 from svam.simulation.collect import collect
-from svam.simulation.experts import rehearse
+from svam.simulation.experts import first_success
 from svam.simulation.metaworld import TaskEnvironment
 from svam.simulation.scenes import SCENES, Scene, shared_tasks
 from svam.sources.metaworld import MetaworldSource
@@ -57,7 +58,7 @@ def test_tasks_of_a_scene_start_from_the_same_bytes_and_part(scene: Scene, make:
             assert np.linalg.norm(first.goal - other.goal) > 0.05, "one picture, two ends"
         assert not (first.annotate()[1] == SEGMENTATION_CLASSES.index("goal")).any()
     seen = [env.observe()["corner2"] for env in envs]
-    assert all(rehearse(env, 2, QUIET, 300) is not None for env in envs)
+    assert all(first_success(env, 2, QUIET, 300) is not None for env in envs)
     assert not np.array_equal(envs[0].observe()["corner2"], envs[1].observe()["corner2"])
     envs[0].reset(3)
     assert not np.array_equal(envs[0].observe()["corner2"], seen[0]), "another seed is another picture"
@@ -82,7 +83,7 @@ def test_a_task_without_a_shared_scene_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"collect.scenes is 'shared', but task 'reach' .* expected faucet-open, faucet-close"):
         TaskEnvironment("reach", 32, scenes="shared")
     with pytest.raises(ValueError, match="task 'reach' has no shared scene"):
-        collect("reach", tmp_path / "reach", small("reach", scenes="shared"), 0, 1)
+        collect(tmp_path / "raw", small("reach", scenes="shared"), 0, 1, tmp_path / "scratch", "")
     assert not list(tmp_path.iterdir())
 
 
@@ -101,15 +102,16 @@ class Still:
 def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
     tasks = ["coffee-button", "coffee-push"]
     for task, scenes in zip(tasks, ("shared", "stock"), strict=True):
-        collect(task, tmp_path / "raw" / task, small(task, scenes=scenes), 5, 1)
+        collect(tmp_path / scenes, small(task, scenes=scenes), 5, 1, tmp_path / "scratch", "")
+        shutil.copytree(tmp_path / scenes, tmp_path / "raw", dirs_exist_ok=True)
     assert read_json(tmp_path / "raw/coffee-button/meta.json")["provenance"]["scenes"] == "shared"
     assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
     convert(MetaworldSource(tmp_path / "raw", tasks), tmp_path / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(tmp_path / "episodes.zarr")
-    assert closed_loop.look_of(store, tasks[1:])["scenes"] == "stock"
+    assert closed_loop.render_settings(store, tasks[1:])["scenes"] == "stock"
     with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):
-        closed_loop.look_of(store, tasks)
-    assert closed_loop.look_of(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
+        closed_loop.render_settings(store, tasks)
+    assert closed_loop.render_settings(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
 
     asked = Evaluate(
         protocols=["metaworld"], tasks=tasks[:1], episodes=1, held_out_instruction_episodes=0, max_steps=60, execute=4, batch=1,

@@ -14,7 +14,7 @@ from svam.files import read_json
 from svam.params import Collect, Style
 from svam.seeds import seed_of
 from svam.simulation.collect import collect
-from svam.simulation.experts import DETOUR_METRES, demonstrate, disturbances, record, rehearse, style_of
+from svam.simulation.experts import DETOUR_METRES, demonstrate, disturbances, first_success, record, style_of
 from svam.simulation.metaworld import TaskEnvironment
 from tests.toy import committed
 
@@ -48,7 +48,7 @@ def test_styles_go_different_ways_from_one_picture_and_succeed(make: Make) -> No
     env = make("faucet-close")
     made = {}
     for style in STYLES:
-        steps = rehearse(env, 5, QUIET, 300, style)
+        steps = first_success(env, 5, QUIET, 300, style)
         assert steps is not None
         made[style] = record(env, 5, QUIET, steps + 1, 1000, style)
         assert made[style]["success"][-1]
@@ -102,7 +102,7 @@ def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
 def test_a_collection_states_its_styles(tmp_path: Path) -> None:
     changes = {"episodes": 2, "episodes_of": {}, "styles": ["left", "right"], "image_size": 32, "annotate_every": 50}
     params = Collect.model_validate(committed("collect", tasks=["reach"], noisy_share=0.0, tail=0, **changes))
-    collect("reach", tmp_path / "styled", params, 5, 1)
-    provenance = read_json(tmp_path / "styled/meta.json")["provenance"]
+    collect(tmp_path / "styled", params, 5, 1, tmp_path / "scratch", "")
+    provenance = read_json(tmp_path / "styled/reach/meta.json")["provenance"]
     assert provenance["styles"] == ["left", "right"] and "scenes" not in provenance
     assert {entry["style"] for entry in provenance["episodes"]} == {"left", "right"}
