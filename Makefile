@@ -1,4 +1,5 @@
-# `make repro`: environment, rendering, then the whole pipeline. `make test`: the same set-up, then the tests
+# `make quick`: environment, rendering, then the whole pipeline at small sizes, a look in five minutes. `make repro`: the real
+#   sizes. `make test`: the same set-up, then the tests
 #   (`make test-all`: also the slow ones: killed stages, the comparison, a real robot's recordings).
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
@@ -21,15 +22,27 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
 unexport PYTHONHOME
 
-.PHONY: help setup repro status test test-all lint lock table compare clean
+.PHONY: help setup quick repro status test test-all lint lock table compare clean
 help:
-	@sed -n '1,6s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup repro status test test-all lint lock table compare clean"
+	@sed -n '1,7s/^# *//p' $(firstword $(MAKEFILE_LIST)); echo "Targets: setup quick repro status test test-all lint lock table compare clean"
 
 setup: $(VENV)/.installed $(VENV)/.renders
 
 repro: setup
 	python -m stages.check_params
 	dvc repro $(DVC_ARGS)
+
+# A look, not a result: what differs from params.yaml are `-S` arguments of an experiment, which DVC runs beside the workspace.
+quick: setup
+	@git config user.email >/dev/null && git config user.name >/dev/null || { \
+		echo "DVC keeps the run as a commit, which needs a name: git config user.name NAME; git config user.email ADDRESS" >&2; exit 1; }
+	dvc exp remove --quiet quick 2>/dev/null || true
+	mapfile -t changes < <(sed -n 's/^\([a-z_.]*\): */-S\n\1=/p' svam/presets/quick.yaml); \
+		dvc exp run --temp --name quick "$${changes[@]}"
+	rm -rf .cache/quick && mkdir -p .cache/quick
+	git archive "$$(git for-each-ref --format='%(refname)' --count 1 'refs/exps/*/*/quick')" data/report data/foresight \
+		| tar -x -C .cache/quick --strip-components 1
+	@echo "A look, not a result: .cache/quick/report/results.md and .cache/quick/foresight/foresight.md, with figures"
 
 test: setup
 	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(PYTEST_ARGS)

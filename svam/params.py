@@ -410,8 +410,9 @@ class Foresight(Section):
 
 
 class Report(Section):
-    """Figures."""
+    """Figures. note: a sentence above the tables, empty for none."""
 
+    note: str
     clips: Count
     dpi: Annotated[int, Field(ge=50, le=300)]
 
@@ -422,7 +423,17 @@ class Benchmark(Section):
 
     parts: list[
         Literal[
-            "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader", "times"
+            "store",
+            "teacher_cache",
+            "memory",
+            "conversion",
+            "encode",
+            "features",
+            "evaluation",
+            "rendering",
+            "sharing",
+            "loader",
+            "times",
         ]
     ]
     videos: str | None
@@ -441,6 +452,7 @@ class Benchmark(Section):
     rendered_task: Name
     rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)]
     rendered_frames: Count
+    sharing_steps: Count
     repeats: Count
 
 
