@@ -36,7 +36,7 @@ def main(
     with whole_directory(out) as folder:
         flat = tables.flat_metrics(run)
         write_json(folder / "metrics.json", flat)
-        (folder / "results.md").write_text(tables.markdown(run), encoding="utf-8")
+        (folder / "results.md").write_text(tables.markdown(run, params.report.note), encoding="utf-8")
         for name, lines in tables.plot_tables(run, curves).items():
             write_json(folder / "plots" / f"{name}.json", lines)
         draw_all(folder, run, curves, results, video, params.report)

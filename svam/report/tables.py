@@ -211,9 +211,9 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, rule, *lines))
 
 
-def markdown(run: RunMetrics) -> str:
-    """All results as one Markdown page."""
-    parts = ["# Results"]
+def markdown(run: RunMetrics, note: str = "") -> str:
+    """All results as one Markdown page, under a `note` where there is one."""
+    parts = ["# Results", *([note] if note else [])]
     rows = [row for row in ROW_NAMES if row in run.success]
     if rows:
         cells = {(line["name"], line["row"]): line for line in success_table(run)}
