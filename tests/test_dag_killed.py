@@ -1,4 +1,4 @@
-"""The whole toy pipeline killed by SIGKILL while it keeps something, in another folder and with other workers: `dvc repro`
+"""Stages of the toy pipeline killed by SIGKILL while they keep something, in another folder and with other workers: `dvc repro`
 again ends with the same bytes as a run that nothing interrupted."""
 
 from __future__ import annotations
@@ -12,65 +12,45 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import PAUSE, attempt, found, locked_stages, make_project, mend, ran, run, running_repro
+from tests.project import PAUSE, attempt, found, locked_stages, mend, ran, run, running_repro
+from tests.stage_deps import ROOT
+from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(1500)
 
-# One of each kind that keeps state, in the order in which they run; every stage is killed in `test_dag_killed_anytime.py`.
-LONG = ("collect", "convert", "finetune_video", "generate", "cache_teacher@geometric", "train_policy", "evaluate")
-WENT_ON = {
-    "collect": r"collect: [1-9]\d* of \d+ episodes were collected before",
-    "convert": r"convert: going on after [1-9]\d* of \d+ steps",
-}
-# Listed by no stage, so that no hash differs.
-MACHINE = {"machine": {"checkpoint_seconds": 0.0, "workers": 1}}
+# One of each kind that keeps state: units, training, features with training, episodes. Every stage is killed, beginning with
+# nothing, in `test_dag_killed_anytime.py`.
+LONG = ("convert", "finetune_video", "train_policy", "evaluate")
+WENT_ON = {"convert": r"convert: going on after [1-9]\d* of \d+ steps"}
 
 
 def kept(root: Path, stage: str) -> list[Path]:
     """What an unfinished run of a stage has kept so far."""
-    own = {"collect": ".cache/collect/*/*/*.json", "convert": ".cache/convert/*/unit_*/episodes.json"}
-    return found(root, own.get(stage, f".ckpt/{stage}/*/*.json"))
+    return found(root, ".cache/convert/*/unit_*/episodes.json" if stage == "convert" else f".ckpt/{stage}/*/*.json")
 
 
-def kill_at_first_record(root: Path, log: Path, stages: list[str], *options: str) -> tuple[str | None, int]:
-    """Run `dvc repro` and kill it when one of `stages` has kept something.
-
-    Returns:
-        That stage, or None if the run or the stage ended before it was killed; and the exit status.
-    """
-    due = None
-    with running_repro(root, log, *options) as process:
-        while process.poll() is None and due is None:
-            due = next((stage for stage in stages if kept(root, stage)), None)
+def killed_at_first_record(root: Path, log: Path, stage: str) -> bool:
+    """Run the stage from nothing and kill it when it has kept something; whether it was killed before it ended."""
+    with running_repro(root, log, "--single-item", "--force", stage) as process:
+        while process.poll() is None and not kept(root, stage):
             time.sleep(PAUSE)
     mend(root)
-    return (due if due is not None and kept(root, due) else None), process.returncode
+    assert process.returncode in (0, -signal.SIGKILL), log.read_text()[-3000:]
+    return bool(kept(root, stage))
 
 
-def test_every_long_stage_is_killed_once_and_goes_on(finished: Path, tmp_path: Path) -> None:
-    project = make_project(tmp_path / "another folder", MACHINE)
-    waiting = list(LONG)
-    last: str | None = None  # the stage that the run before was killed in
-    options: list[str] = []
-    for number in range(2 * len(LONG)):
-        log = tmp_path / f"{number}.log"
-        killed, status = kill_at_first_record(project, log, waiting, *options)
-        said, options = log.read_text(), []
-        if last is not None:
-            assert re.search(WENT_ON.get(last, f"{last}: goes on from what"), said), f"{last} did not go on: {said[-3000:]}"
-        last = killed
-        if killed is not None:
-            waiting.remove(killed)
-            continue
-        assert status in (0, -signal.SIGKILL), said[-3000:]
-        if status == 0 and not waiting:
-            break
-        if status == 0:  # too quick to be seen at work: once more, from nothing
-            options = ["--single-item", "--force", waiting[0]]
-    assert not waiting, f"never killed while something was kept: {waiting}"
+def test_killed_stages_go_on(finished: Path, tmp_path: Path) -> None:
+    project = tmp_path / "another folder"
+    shutil.copytree(finished, project, symlinks=True)
+    # `machine` is listed by no stage, so that no hash differs.
+    write_toy_params(ROOT / "params.yaml", project / "params.yaml", {"machine": {"checkpoint_seconds": 0.0, "workers": 1}})
+    for stage in LONG:
+        assert any(killed_at_first_record(project, tmp_path / "log", stage) for _ in range(5)), f"{stage} is too quick"
+        again = attempt(project, "dvc", "repro", "--single-item", "--force", stage)
+        said = again.stdout + again.stderr
+        assert again.returncode == 0 and re.search(WENT_ON.get(stage, f"{stage}: goes on from what"), said), said[-3000:]
+    assert ran(run(project, "dvc", "repro")) == []
     assert locked_stages(project) == locked_stages(finished)
-    for file in sorted(path for path in (finished / "data/report").rglob("*") if path.is_file()):
-        assert (project / file.relative_to(finished)).read_bytes() == file.read_bytes(), file.name
     assert not (project / ".ckpt").exists() and not any((project / ".cache/convert").iterdir())
     assert not list((project / "data").rglob("*.partial-*")), "what the killed runs left half is gone"
 

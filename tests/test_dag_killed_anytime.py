@@ -50,7 +50,7 @@ def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | Non
 @pytest.mark.slow
 def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path) -> None:
     """At seeded times within what the stage took in the uninterrupted run."""
-    project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0}})
+    project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0, "workers": 3}})
     log, kills = tmp_path / "log", dict[str, int]()
     for stage in run(project, "dvc", "stage", "list", "--name-only").split():
         rng = generator(1, "kills", stage)
