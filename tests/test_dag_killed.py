@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.project import PAUSE, attempt, found, locked_stages, mend, ran, run, running_repro
-from tests.stage_deps import ROOT
 from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(1500)
@@ -43,7 +42,8 @@ def test_killed_stages_go_on(finished: Path, tmp_path: Path) -> None:
     project = tmp_path / "another folder"
     shutil.copytree(finished, project, symlinks=True)
     # `machine` is listed by no stage, so that no hash differs.
-    write_toy_params(ROOT / "params.yaml", project / "params.yaml", {"machine": {"checkpoint_seconds": 0.0, "workers": 1}})
+    machine = {"machine": {"checkpoint_seconds": 0.0, "workers": 1}}
+    write_toy_params(project / "params.yaml", project / "params.yaml", machine)
     for stage in LONG:
         assert any(killed_at_first_record(project, tmp_path / "log", stage) for _ in range(5)), f"{stage} is too quick"
         again = attempt(project, "dvc", "repro", "--single-item", "--force", stage)

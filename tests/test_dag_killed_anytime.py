@@ -33,7 +33,7 @@ def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | Non
     Returns:
         None, or the seconds that it was at work, where it ended before.
     """
-    keeps, before = stage not in ("check_params", "foresight", "report"), opened_by(root, stage)
+    keeps, before = stage not in ("code", "check_params", "foresight", "report"), opened_by(root, stage)
     begun = seen = 0.0
     with running_repro(root, log, "--single-item", "--force", stage) as process:
         while process.poll() is None:
@@ -47,26 +47,37 @@ def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | Non
     return seen - begun
 
 
+def kill_three_times(project: Path, log: Path, stage: str, finished: Path) -> int:
+    """Kill a stage at seeded times within what it took in the uninterrupted run.
+
+    Returns:
+        How often it was killed before it ended, in twelve attempts at most.
+    """
+    rng, kills = generator(1, "kills", stage), 0
+    seconds = json.loads((finished / f".cache/times/{stage}.json").read_text())["seconds"]
+    for _ in range(12):
+        lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
+        if lasted is not None:  # it had ended: the next begins from nothing, with less time
+            seconds = min(seconds, lasted)
+            shutil.rmtree(project / ".cache/collect", ignore_errors=True)
+            continue
+        mend(project)
+        kills += 1
+        if kills == 3:
+            break
+    return kills
+
+
 @pytest.mark.slow
 def test_three_kills_of_every_stage_at_any_moment(finished: Path, tmp_path: Path) -> None:
-    """At seeded times within what the stage took in the uninterrupted run."""
     project = make_project(tmp_path / "elsewhere", {"machine": {"checkpoint_seconds": 0.0, "workers": 3}})
     log, kills = tmp_path / "log", dict[str, int]()
     for stage in run(project, "dvc", "stage", "list", "--name-only").split():
-        rng = generator(1, "kills", stage)
-        seconds = json.loads((finished / f".cache/times/{stage}.json").read_text())["seconds"]
-        for _ in range(12):
-            lasted = kill_after(project, log, stage, float(rng.uniform(0, seconds)))
-            if lasted is not None:  # it had ended: the next begins from nothing, with less time
-                seconds = min(seconds, lasted)
-                shutil.rmtree(project / ".cache/collect", ignore_errors=True)
-                continue
-            mend(project)
-            kills[stage] = kills.get(stage, 0) + 1
-            if kills[stage] == 3:
-                break
+        kind = stage.partition("@")[0]  # what is done for two branches is killed in the first
+        if kind not in kills:
+            kills[kind] = kill_three_times(project, log, stage, finished)
         run(project, "dvc", "repro", "--single-item", "--force", stage)
     run(project, "dvc", "repro")  # nothing but what a mended `dvc.lock` no longer names
-    assert set(kills.values()) == {3} and len(kills) == 18
+    assert set(kills.values()) == {3} and set(kills) >= {"collect", "convert", "train_policy", "evaluate"}
     assert locked_stages(project) == locked_stages(finished)
     assert not (project / ".ckpt").exists() and not list((project / "data").rglob("*.partial-*"))
