@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stages import cache_teacher, distill, finetune_video
-from stages import generate as generate_stage
 from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
@@ -29,7 +27,7 @@ from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.loop import fit
 from tests import ROOT
-from tests.killing import kill, one_code, run_stage
+from tests.killing import kill, one_code
 from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts
 from tests.toy import optimiser, write_toy_params
 
@@ -355,33 +353,3 @@ def test_leftovers_of_killed_runs_are_cleared(tmp_path: Path) -> None:
     names = {p.name for p in tmp_path.iterdir()}
     assert names == {"out", f".out.partial-{alive}", f".other.partial-{dead}"}, "what had stepped aside is back"
     assert (tmp_path / "out/file").read_text() == f".out.replaced.partial-{dead}"
-
-
-# --- whole stages --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
-def test_stages_between_go_on_to_the_same_bytes(parts: Path, tmp_path: Path, settings: Params) -> None:
-    """Video model, generation, teacher features, decoupler: each killed once, from the commands that DVC runs."""
-    toy(
-        tmp_path, generate={"grid": GRID, "batch": 2}, prepare_backbones={"geometric": {"image_size": 16}},
-        finetune_video={"stride_seconds": 0.1, "frames": 3, "evaluation_steps": 2, "training": {"batch": 2}},
-    )  # fmt: skip
-    shared = ("--episodes", parts / "episodes.zarr", "--backbones", parts / "backbones", "--params", tmp_path / "params.yaml")
-    video = ("--video", tmp_path / "straight/video")
-    generated = ("--generated", tmp_path / "straight/generated")
-    teacher = ("--teacher", tmp_path / "straight/teacher")
-    for app, branch, out, after, options in (
-        (finetune_video.app, (), "video", 3, ("--live",)),
-        (generate_stage.app, (), "generated", 3, video),
-        (cache_teacher.app, ("geometric",), "teacher", 4, generated),
-        (distill.app, ("geometric",), "decoupler", 2, (*teacher, *generated, *video, "--live")),
-    ):
-        for side in ("straight", "resumed"):
-            live = (tmp_path / side / f"{out}_live",) if options[-1] == "--live" else ()
-            command = (app, *branch, tmp_path / side / out, *shared, *options, *live)
-            if side == "resumed":
-                kill(after, run_stage, *command)
-                assert len(states(tmp_path)) == 1
-            run_stage(*command)
-    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not states(tmp_path)

@@ -108,19 +108,6 @@ def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segm
         assert episode.timestamps is None and not episode.annotations
 
 
-def test_the_action_at_a_frame_is_the_one_taken_there(dataset: Path) -> None:
-    """rel_actions[t] is the pose that is wanted next, less the pose that frame t shows, so the two are in step."""
-    episode = open_source(dataset, Options()).read(1)
-    absolute = open_source(dataset, Options(actions="actions")).read(1)
-    wanted = np.clip((absolute.actions[:, :3] - episode.proprioception[:, :3]) / 0.02, -1, 1)
-    np.testing.assert_allclose(episode.actions[:, :3], wanted, atol=1e-5)
-    shifted = np.clip((absolute.actions[1:, :3] - episode.proprioception[:-1, :3]) / 0.02, -1, 1)
-    assert np.abs(shifted - episode.actions[:-1, :3]).max() > 0.5
-    np.testing.assert_array_equal(
-        frames_of(episode, "static")[2], np.load(dataset / "training/episode_0000105.npz")["rgb_static"]
-    )
-
-
 def test_a_misaligned_set_gets_a_note(tmp_path: Path) -> None:
     root = write_set(tmp_path, validation=False)
     assert open_source(root, Options()).notes == []

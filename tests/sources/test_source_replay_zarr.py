@@ -109,18 +109,6 @@ def test_the_real_buffer() -> None:
             assert (frames_of(episode) == pictures[rows]).all()
 
 
-def test_actions_belong_to_the_frame_of_their_row() -> None:
-    """PushT's action is where the agent is told to go: nearer to where it is a moment later than before."""
-    source = open_source(real(REAL), TOLD.model_copy(update={"proprioception": ("state[0:2]",)}))
-    before, after = [], []
-    for index in range(0, 151, 15):
-        episode = source.read(index)
-        action, agent = episode.actions[1:-1], episode.proprioception
-        before.append(np.linalg.norm(action - agent[:-2], axis=1))
-        after.append(np.linalg.norm(action - agent[2:], axis=1))
-    assert np.concatenate(after).mean() < 0.5 * np.concatenate(before).mean()
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 200])
 @pytest.mark.parametrize("zipped", [False, True])
 def test_written_buffers(tmp_path: Path, chunk: int, zipped: bool) -> None:

@@ -62,18 +62,6 @@ def test_real_folders(
             assert len(expected) == len(content[state]) and (frames_of(episode, camera) == expected[:n]).all()
 
 
-@pytest.mark.parametrize("folder", ["bridge", "rt1"])
-def test_the_real_alignment_is_as_stated(folder: str) -> None:
-    """Action t is as long as the way from state t to state t + 1, and as the way between no other two neighbours."""
-    source = open_source(real(f"video_text_folders/{folder}"), Options())
-    for index in range(len(source)):
-        episode = source.read(index)
-        moved = np.linalg.norm(np.diff(episode.proprioception[:, :3], axis=0), axis=1)
-        asked = np.linalg.norm(episode.actions[:, :3], axis=1)
-        aligned, late, early = (np.abs(moved - a).mean() for a in (asked[:-1], np.roll(asked, 1)[:-1], asked[1:]))
-        assert aligned < 1e-4 and min(late, early) > 20 * aligned
-
-
 def layout(folder: Path, n: int = 6, **changes: Any) -> Path:
     """An episode in each of two splits; `changes` go into the first JSON, where None removes a key."""
     for split, name in (("train", "1"), ("val", "2")):
