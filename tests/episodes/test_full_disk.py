@@ -66,6 +66,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     """The command that trains a text encoder, six steps with a checkpoint after each, but for the folder to write."""
     monkeypatch.setenv("DVC_STAGE", "text")
     monkeypatch.setattr("svam.resume.code", one_code)
+    monkeypatch.setattr("stages._command._check_code", lambda source: None)
     write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}})
     make_store(tmp_path / "episodes.zarr")
     return "text", "--episodes", tmp_path / "episodes.zarr", "--params", tmp_path / "params.yaml"
