@@ -22,7 +22,7 @@ from svam.params import Distill
 from svam.resume import NOTHING_KEPT, Resume
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, kept
-from svam.training.foresight_metrics import ForesightScore
+from svam.training.foresight_metrics import ChannelMoments, ForesightScore
 from svam.training.loop import fit
 
 RIDGE = 1e-4
@@ -69,7 +69,7 @@ class TrainingStatistics:
         train = data.windows.train
         c_f, c_i = data.feature_shape[-1], data.teacher.channels
         gram, cross = np.zeros((c_f + 1, c_f + 1)), np.zeros((c_f + 1, c_i))
-        moments_f, moments_y = np.zeros((2, c_f)), np.zeros((2, c_i))
+        features, targets = ChannelMoments(c_f), ChannelMoments(c_i)
         centre = np.zeros((*data.feature_shape[1:3], c_i))
         # Sums of squares around a value near the mean keep their digits in float32 products.
         shift = data.features.read(train[:1]).astype(np.float32).reshape(-1, c_f).mean(axis=0)
@@ -78,17 +78,15 @@ class TrainingStatistics:
         for start in track(starts, "statistics", len(starts)):
             numbers = train[start : start + block]
             f, y = data.features.read(numbers).astype(np.float32), data.targets.read(numbers).astype(np.float32)
-            for moments, values in ((moments_f, f), (moments_y, y)):
-                flat = values.reshape(-1, values.shape[-1])
-                moments += np.stack([flat.sum(axis=0, dtype=np.float64), np.square(flat).sum(axis=0, dtype=np.float64)])
+            features.add(f)
+            targets.add(y)
             centre += y[:, 1:].sum(axis=(0, 1), dtype=np.float64)
             x = np.concatenate([(f[:, 1:] - shift).reshape(-1, c_f), np.ones((f[:, 1:].size // c_f, 1), np.float32)], axis=1)
             gram += x.T @ x
             cross += x.T @ y[:, 1:].reshape(-1, c_i)
             count += len(numbers)
-        tokens = count * int(np.prod(data.feature_shape[:3]))
-        self.feature_mean, self.feature_std = _moments(moments_f, tokens)
-        self.teacher_mean, self.teacher_std = _moments(moments_y, tokens)
+        self.feature_mean, self.feature_std = features.result()
+        self.teacher_mean, self.teacher_std = targets.result()
         self.centre = (centre / (count * (data.feature_shape[0] - 1))).astype(np.float32)
         penalty = RIDGE * gram[-1, -1] * np.append(np.square(self.feature_std, dtype=np.float64), 0.0)
         solution = np.linalg.solve(gram + np.diag(penalty), cross)
@@ -102,13 +100,6 @@ class TrainingStatistics:
     def tensors(self, name: str) -> tuple[Tensor, Tensor]:
         """(mean, deviation) of `feature` or `teacher`."""
         return torch.from_numpy(getattr(self, f"{name}_mean")), torch.from_numpy(getattr(self, f"{name}_std"))
-
-
-def _moments(sums: NDArray[np.float64], count: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean and deviation from sums and sums of squares; a constant channel gets deviation 1."""
-    mean = sums[0] / count
-    std = np.sqrt(np.maximum(sums[1] / count - mean**2, 0.0))
-    return mean.astype(np.float32), np.where(std < 1e-6, 1.0, std).astype(np.float32)
 
 
 def build(data: DistillationData, statistics: TrainingStatistics, params: Distill) -> Decoupler:

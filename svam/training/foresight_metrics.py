@@ -4,6 +4,8 @@ the headline looks at what is left after the training mean of each position, on 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,6 +34,35 @@ def moved_patches(frames: NDArray[np.uint8], grid: int) -> NDArray[np.bool_]:
     return np.asarray(sums / pixels > MOVED_LEVELS)
 
 
+def centred_cosine(
+    prediction: NDArray[np.float32], target: NDArray[np.float32], centre: NDArray[np.float32], patches: NDArray[np.bool_]
+) -> NDArray[np.float64]:
+    """Cosine of prediction and target (B, T, h, w, C) after subtracting `centre` (h, w, C), for each of the `patches`
+    (B, T, h, w) that are true."""
+    p, t = (prediction - centre)[patches].astype(np.float64), (target - centre)[patches].astype(np.float64)
+    norms = np.linalg.norm(p, axis=-1) * np.linalg.norm(t, axis=-1)
+    return np.asarray((p * t).sum(axis=-1) / np.maximum(norms, 1e-12))
+
+
+class ChannelMoments:
+    """Mean and deviation per channel of values (..., C) that come in parts."""
+
+    def __init__(self, channels: int) -> None:
+        self.count, self.sums = 0, np.zeros((2, channels))
+
+    def add(self, values: NDArray[Any]) -> None:
+        """Add values (..., C) of any float type."""
+        flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
+        self.sums += np.stack([flat.sum(axis=0), np.square(flat).sum(axis=0)])
+        self.count += len(flat)
+
+    def result(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """(C,) mean and (C,) deviation; a constant channel gets deviation 1."""
+        mean = self.sums[0] / self.count
+        std = np.sqrt(np.maximum(self.sums[1] / self.count - mean**2, 0.0))
+        return mean.astype(np.float32), np.where(std < 1e-6, 1.0, std).astype(np.float32)
+
+
 class ForesightScore:
     """Running sums of one predictor's errors, batch by batch.
 
@@ -52,9 +83,7 @@ class ForesightScore:
         self.patches += errors.size
         self.moved += int(moved.sum())
         self.error_moved += float(errors[moved].sum())
-        p, t = (prediction - self.centre)[moved].astype(np.float64), (target - self.centre)[moved].astype(np.float64)
-        norms = np.linalg.norm(p, axis=-1) * np.linalg.norm(t, axis=-1)
-        self.cosine_moved += float(((p * t).sum(axis=-1) / np.maximum(norms, 1e-12)).sum())
+        self.cosine_moved += float(centred_cosine(prediction, target, self.centre, moved).sum())
 
     def result(self, repeat: ForesightScore) -> dict[str, float]:
         """`mse` (in units of the targets' variance per channel), `mse_moved`, `cosine_moved` (centred), and the explained

@@ -31,6 +31,7 @@ from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import seed_of
 from svam.training.batch_order import EndlessOrder
 from svam.training.feature_cache import Encode, FeatureCache, Features, Wanted, observation_address
+from svam.training.foresight_metrics import ChannelMoments
 from svam.training.loop import fit
 
 STATISTICS_ROWS = 512
@@ -164,13 +165,10 @@ def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
     positions = np.linspace(0, len(data.observations) - 1, count).round().astype(np.int64)
     for entry in svam.config.frozen_entries:
         space, numbers = data.features.spaces[entry], data.features.numbers[entry]
-        total = square = np.zeros(svam.config.shapes[entry][3])
-        count_values = 0
+        moments = ChannelMoments(svam.config.shapes[entry][3])
         for part in np.array_split(positions, max(1, count // 32)):
-            values = space.read(numbers[part]).astype(np.float64).reshape(-1, len(total))
-            total, square, count_values = total + values.sum(0), square + (values**2).sum(0), count_values + len(values)
-        mean = total / count_values
-        std = np.sqrt(np.maximum(square / count_values - mean**2, 0.0))
+            moments.add(space.read(numbers[part]))
+        mean, std = moments.result()
         svam.network.set_input_statistics(entry, torch.from_numpy(mean), torch.from_numpy(std))
 
 

@@ -9,16 +9,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from svam.contract import ContractError
 from svam.episodes.arrays import round_mantissa
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError
+from svam.files import FileError, sha256_tree
 from svam.models.teachers import Teacher
 from svam.params import CacheTeacher
-from svam.training.cache_teacher import Target, cache_windows, storage
+from svam.resume import Resume
+from svam.training.cache_teacher import Target, arrays_of, cache_windows
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
-from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, moved_patches
+from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
 from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, write_windows
 
@@ -142,14 +144,29 @@ def test_a_teacher_without_a_head_has_no_dense_metrics(tmp_path: Path, windows: 
 def test_the_storage_is_told_first(
     tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sizes = storage(windows, 12)
+    sizes = {name: array.rows * array.row_bytes for name, array in arrays_of(windows, 12, SECTION).items()}
     assert sizes == {"targets": 8 * 288, "reference": 8 * 96, "moved": 8 * 12, "one_step": 3 * 288, "other_noise": 3 * 288}
     cache, _ = cached(tmp_path / "cache", windows, store, make_teacher())
     for name in ("targets", "reference", "one_step", "other_noise", "moved"):
         reader = getattr(cache, name)
         assert sizes[name] == len(reader) * reader.row_bytes
     printed = capsys.readouterr().err
-    assert "8 windows of 0.000 MB" in printed and "before compression" in printed
+    assert "targets 8 x 0.000 MB" in printed and "before compression" in printed and "as much again in .ckpt" in printed
+
+
+def test_the_state_of_a_run_is_what_it_writes(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
+    """But for the references of held-out windows, of which both kinds are measured and one is written."""
+    (tmp_path / "state").mkdir()
+    teacher, metrics = make_teacher(), []
+    for name, folder in (("straight", None), ("saved", tmp_path / "state"), ("resumed", tmp_path / "state")):
+        resume = Resume(folder, 0)
+        metrics.append(cache_windows(tmp_path / name, windows, store, teacher, "x", SECTION, "generated", CPU, resume))
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "saved") == sha256_tree(tmp_path / "resumed")
+    arrays = arrays_of(windows, teacher.channels, SECTION)
+    written = sum(array.rows * array.row_bytes for array in arrays.values())
+    kept = [array for file in (tmp_path / "state").glob("*.data-*") for array in load_file(file).values()]
+    assert sum(array.nbytes for array in kept) == written + len(windows.test) * arrays["reference"].row_bytes
 
 
 def test_equal_input_gives_equal_bytes(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
@@ -215,6 +232,8 @@ def test_scores_by_hand() -> None:
     assert result["explained"] == pytest.approx(1 - 1.0625 / 0.5) and result["explained_moved"] == pytest.approx(0.75)
     assert result["cosine_moved"] == pytest.approx(np.sqrt(0.5))
     assert repeat.result(repeat)["explained"] == 0.0
+    assert centred_cosine(guess, target, centre, ~moved) == pytest.approx([np.sqrt(0.5)])  # (2, 2) and (0, 2)
+    assert centred_cosine(still, target, centre, moved) == pytest.approx([0.0])
     nothing = ForesightScore(centre, scale)
     nothing.add(guess, target, np.zeros_like(moved))
     assert nothing.result(nothing)["cosine_moved"] == nothing.result(nothing)["explained_moved"] == 0.0

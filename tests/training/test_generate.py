@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from svam.episodes.arrays import read_attributes
 from svam.episodes.rows import RowReader
@@ -16,6 +17,7 @@ from svam.models.foresight import ForesightModel, needs_of
 from svam.models.generator import SamplerConfig
 from svam.models.text import TextEncoder
 from svam.params import FinetuneVideo, Generate
+from svam.resume import Resume
 from svam.training import finetune_video
 from svam.training.finetune_video import LatentClips, TextTable, _psnr, evaluate_video
 from svam.training.generate import choose_windows, generate_windows
@@ -78,6 +80,25 @@ def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, F
     other = RowReader(path / "other_noise_frames").read_range(0, 3)
     assert (other != RowReader(path / "frames").read_range(5, 8)).any()
     assert read_attributes(path)["sampler"]["steps"] == 2
+
+
+def test_the_state_of_a_run_is_what_it_writes(
+    parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No more on disk than was announced, and a run that goes on from it writes the same bytes."""
+    store, model = parts
+    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
+    (tmp_path / "state").mkdir()
+    for name, resume in (("straight", Resume(None)), ("saved", Resume(tmp_path / "state", 0))):
+        generate_windows(tmp_path / name, store, model, windows, SECTION, 0, "abc", resume)
+    generate_windows(tmp_path / "resumed", store, model, windows, SECTION, 0, "abc", Resume(tmp_path / "state", 0))
+    assert sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "saved") == sha256_tree(tmp_path / "resumed")
+    arrays = [RowReader(tmp_path / "straight" / name) for name in ("frames", "reconstruction", "features")]
+    arrays += [RowReader(tmp_path / "straight" / name) for name in ("one_step_frames", "other_noise_frames")]
+    written = sum(len(array) * array.row_bytes for array in arrays)
+    kept = [array for file in (tmp_path / "state").glob("*.data-*") for array in load_file(file).values()]
+    assert sum(array.nbytes for array in kept) == written
+    assert f"{written / 1e9:.3f} GB before compression" in capsys.readouterr().err
 
 
 def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> None:

@@ -76,6 +76,23 @@ def test_selection_keeps_the_lowest_evaluation() -> None:
     assert torch.equal(module.weight, seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+def test_the_schedule_is_a_choice() -> None:
+    cosine, constant = settings(steps=30), settings(steps=30, schedule="constant")
+    factors = {s.schedule: [learning_rate_factor(step, s) for step in (0, 4, 5, 17, 29)] for s in (cosine, constant)}
+    assert factors["cosine"][:2] == factors["constant"][:2] == pytest.approx([1 / 6, 5 / 6])
+    assert factors["constant"][2:] == [1.0] * 3 and factors["cosine"][2] == 1.0 > factors["cosine"][3] > factors["cosine"][4]
+
+
+def test_betas_are_used() -> None:
+    weights = []
+    for betas in ([0.9, 0.999], [0.9, 0.9]):
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        fit(module, lambda b: linear_loss(module, b), batch_of, settings(betas=betas), CPU, "line")  # noqa: B023
+        weights.append(module.weight.detach().clone())
+    assert not torch.equal(*weights)
+
+
 def test_accumulated_small_batches_equal_one_large_batch() -> None:
     results = []
     for accumulate, size in ((1, 8), (4, 2)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.published import save_published
 from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
+from svam.resume import Resume
 from svam.training.prepare_backbones import autoencoder, teacher, text
 from tests.killing import kill, one_code, run_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.toy import ADAM
+from tests.toy import ADAM, committed
 
 TRAINING = {**ADAM, "steps": 3, "batch": 4, "learning_rate": 0.003}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -91,6 +93,38 @@ def test_a_killed_training_goes_on_to_the_same_bytes(
             assert len(list((tmp_path / ".ckpt" / part).glob("*/training.json"))) == 1
         run_stage(*whole)
     assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
+
+
+class Stopping(Resume):
+    """A run's state; the run fails once that was saved twice."""
+
+    saved = 0
+
+    def keep(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
+        super().keep(name, value, write)
+        self.saved += 1
+        if self.saved == 2:
+            raise InterruptedError
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_self_supervised_teacher_goes_on_to_the_same_bits(seed: int, store: Path, tmp_path: Path) -> None:
+    """The patches that are hidden follow the seed and the batch's number, not what was drawn before."""
+    changes = {**CHANGES["semantic"], "objective": "self_supervised", "training": {**TRAINING, "steps": 5}}
+    section = params.TeacherModel.model_validate(committed("prepare_backbones.semantic", **changes))
+    levels = committed("prepare_backbones.autoencoder", **CHANGES["autoencoder"])
+    seen_through = Autoencoder(autoencoder.build(params.Autoencoder.model_validate(levels), (16, 16)))
+
+    def trained(resume: Resume) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        data, cpu = EpisodeStore.open(store), torch.device("cpu")
+        return teacher.train("semantic", section, data, seen_through, seed, cpu, None, resume)[0].state_dict()
+
+    straight = trained(Resume(None))
+    with pytest.raises(InterruptedError):
+        trained(Stopping(tmp_path, 0))
+    resumed = trained(Resume(tmp_path, 0))
+    assert all(torch.equal(resumed[name], weights) for name, weights in straight.items())
 
 
 def test_all_four_in_domain_and_the_same_bytes_twice(store: Path, tmp_path: Path) -> None:

@@ -70,6 +70,21 @@ def test_rows_are_every_nth_of_the_side(store: EpisodeStore) -> None:
     assert choose_rows(store, "train", 12, 1).tolist() == [12 * e for e in train_side[:2]]
 
 
+def test_few_demonstrations_choose_their_checkpoint_by_as_few(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy of n demonstrations a task that was chosen by all held-out episodes would have seen more than it says."""
+    sides: list[tuple[str, int | None]] = []
+
+    def watched(store: EpisodeStore, split: Any, stride: int, episodes_per_task: int | None) -> Any:
+        sides.append((split, episodes_per_task))
+        return choose_rows(store, split, stride, episodes_per_task)
+
+    monkeypatch.setattr(training, "choose_rows", watched)
+    run(store, folders, tmp_path / "cache", episodes_per_task=1, training=steps(1) | {"warmup": 0})
+    assert sides == [("train", 1), ("held_out", 1)]
+
+
 def test_targets_are_the_experts_padded_and_masked(store: EpisodeStore) -> None:
     rows = np.array([0, 10], dtype=np.int64)  # the second is the last but one of its episode
     found = observe(store, rows, 4, True, seed=0)
