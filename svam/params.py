@@ -35,6 +35,8 @@ def _distinct(values: list[Any]) -> list[Any]:
 Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
+DataPart = Literal["store", "teacher_cache", "memory", "conversion", "loader", "times"]
+ModelPart = Literal["encode", "features", "evaluation", "rendering", "sharing"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -421,21 +423,7 @@ class Benchmark(Section):
     """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window. `parts` are those that can be
     stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
 
-    parts: list[
-        Literal[
-            "store",
-            "teacher_cache",
-            "memory",
-            "conversion",
-            "encode",
-            "features",
-            "evaluation",
-            "rendering",
-            "sharing",
-            "loader",
-            "times",
-        ]
-    ]
+    parts: list[Literal[DataPart, ModelPart]]
     videos: str | None
     frames: Count
     conversion_frames: Count
