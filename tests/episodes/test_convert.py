@@ -24,6 +24,7 @@ from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
 from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
+from tests.sources.common import refused
 
 SOURCE = two_tasks()
 
@@ -272,26 +273,10 @@ def test_an_unknown_source_lists_those_there_are(raw: Path, tmp_path: Path) -> N
     assert "metaworld" in result.output and "Traceback" not in result.output
 
 
-def damage(file: Path, how: str) -> None:
-    data = bytearray(file.read_bytes())
-    if how == "truncated":
-        del data[len(data) // 2 :]
-    elif how == "cut by a byte":
-        del data[-1:]
-    elif how == "empty":
-        data.clear()
-    elif how == "text":
-        data = bytearray(b"hello")
-    elif how == "flipped":
-        data[len(data) // 3] ^= 16
-    file.write_bytes(data)
-
-
 @pytest.mark.parametrize("name", ["episode_0001.safetensors", "episode_0001.corner2.png"])
-@pytest.mark.parametrize("how", ["truncated", "cut by a byte", "empty", "text", "flipped"])
-def test_a_damaged_file_is_named(raw: Path, params: Path, tmp_path: Path, name: str, how: str) -> None:
+def test_a_damaged_file_is_named(raw: Path, params: Path, tmp_path: Path, name: str) -> None:
     file = raw / "reach" / name
-    damage(file, how)
+    file.write_bytes(file.read_bytes()[:-1])
     result = run(raw, tmp_path / "s.zarr", params)
     assert result.exit_code == 1 and f"error: {file}: truncated or damaged: its SHA-256 is not" in result.output
     assert "Traceback" not in result.output and not (tmp_path / "s.zarr").exists()
@@ -309,34 +294,23 @@ def rewrite(file: Path, **arrays: np.ndarray[Any, Any] | None) -> None:
 
 def test_faults_of_an_episode_are_named(raw: Path) -> None:
     file = raw / "reach" / "episode_0003.safetensors"
-
-    def read() -> Episode:
-        return open_source(raw, Options(tasks=["reach"])).read(3)
-
     whole = load_file(file)
-    rewrite(file, actions=None)
-    with pytest.raises(FileError, match="array 'actions' is missing; it has annotation_index, depth"):
-        read()
-    rewrite(file, actions=whole["actions"][:5])
-    with pytest.raises(FileError, match=r"0003\.corner2\.png: 8 x 104 pixels in mode RGB, expected 8 x 40 in RGB"):
-        read()
     for actions, sentence in (
+        (None, "array 'actions' is missing; it has annotation_index, depth"),
+        (whole["actions"][:5], r"0003\.corner2\.png: 8 x 104 pixels in mode RGB, expected 8 x 40 in RGB"),
         (np.zeros((13, 4)), r"episode_0003\.safetensors: .*actions.*float64"),
         (np.full((13, 4), np.nan, np.float32), r"episode_0003\.safetensors.*actions\[0, 0\] is nan"),
     ):
         rewrite(file, actions=actions)
-        with pytest.raises(ContractError, match=sentence) as error:
-            read()
-        one_sentence(error)
+        with refused(sentence):
+            open_source(raw, Options(tasks=["reach"])).read(3)
     file.unlink()
-    with pytest.raises(FileError, match=r"episode_0003\.safetensors: no such file, though meta\.json lists its episode"):
-        read()
+    with refused(r"episode_0003\.safetensors: no such file, though meta\.json lists its episode"):
+        open_source(raw, Options(tasks=["reach"])).read(3)
 
 
-def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="no such directory"):
-        open_source(tmp_path / "nowhere", Options())
-    with pytest.raises(FileError, match=r"sweep/meta\.json: no such file; collect task 'sweep' first"):
+def test_the_description_must_be_whole(raw: Path) -> None:
+    with refused(r"sweep/meta\.json: no such file; collect task 'sweep' first"):
         open_source(raw, Options(tasks=["reach", "sweep"]))
     meta = json.loads((raw / "reach" / "meta.json").read_text())
     for change, message in (
@@ -347,9 +321,8 @@ def test_the_description_must_be_whole(raw: Path, tmp_path: Path) -> None:
         ({"task": "push"}, "task is 'push', expected 'reach'"),
     ):
         (raw / "reach" / "meta.json").write_text(json.dumps(meta | change))
-        with pytest.raises(ValueError, match=message) as error:
+        with refused(message):
             open_source(raw, Options())
-        one_sentence(error)
     (raw / "reach" / "meta.json").write_text("[]")
-    with pytest.raises(FileError, match="key 'schema_version' is missing"):
+    with refused("key 'schema_version' is missing"):
         open_source(raw, Options())

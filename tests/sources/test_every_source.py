@@ -85,7 +85,7 @@ def _video(suffix: str, codec: str) -> Set:
 
 CHECKED = ("episode_0000100.npz", "ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy")
 SETS = {
-    "metaworld": Set("metaworld", lambda folder: write_raw(folder, ["reach"], episodes=2), {}),
+    "metaworld": Set("metaworld", lambda folder: write_raw(folder, ["reach"], episodes=2), {}, exact=["*.[sp]*"]),
     "raw": Set("raw", lambda folder: raw.write(folder, raw.ONE_TASK, a=raw.arrays_of(0, 5)), {}, exact=["*.npz"]),
     "video_folder mp4": _video(".mp4", "libx264"),
     "video_folder webm": _video(".webm", "libvpx-vp9"),
