@@ -116,17 +116,12 @@ def test_v3_with_late_timestamps_never_shifts_a_frame(tmp_path: Path) -> None:
 
 def test_a_trimmed_episode_is_found_by_its_timestamps(tmp_path: Path) -> None:
     """Rows were cut away but not frames: timestamps lead to the right frames, also with idle rows cut from the middle."""
-    root = write_v2(
-        tmp_path, change=lambda e, n: {"timestamp": pa.array(([0, 1, 3, 4, 5] if e == 0 else range(2, 9)), pa.float64())}
-    )
+    kept = ([0, 1, 3, 4, 5], list(range(2, 9)))
+    root = write_v2(tmp_path, change=lambda e, n: {"timestamp": pa.array(np.array(kept[e]) / 10)})
     for e in range(2):
-        path = root / f"data/chunk-000/episode_{e:06d}.parquet"
-        table = pq.read_table(path)
-        stamps = np.array(table["timestamp"].to_pylist()) / 10
-        pq.write_table(table.set_column(table.schema.get_field_index("timestamp"), "timestamp", pa.array(stamps)), path)
         film(video_of(root, e), pictures(range(12)))
     data = source(root)
-    assert [numbers(data.read(e)) for e in range(2)] == [[0, 1, 3, 4, 5], list(range(2, 9))]
+    assert tuple(numbers(data.read(e)) for e in range(2)) == kept
 
 
 @pytest.mark.parametrize(
