@@ -26,7 +26,6 @@ from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
 from svam.resume import Resume
 from svam.training.prepare_backbones import autoencoder, teacher, text
-from tests.killing import kill, one_code, run_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.toy import ADAM, committed
 
@@ -70,29 +69,6 @@ def write_params(path: Path, **changes: dict[str, Any]) -> Path:
 def run(*arguments: object) -> tuple[int, str]:
     result = CliRunner().invoke(app, [str(a) for a in arguments])
     return result.exit_code, re.sub(r"\s+", " ", result.output)
-
-
-@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
-@pytest.mark.parametrize("part", list(CHANGES))
-def test_a_killed_training_goes_on_to_the_same_bytes(
-    part: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("DVC_STAGE", part)
-    monkeypatch.setattr("svam.resume.code", one_code)
-    settings = write_params(tmp_path / "params.yaml")
-    settings.write_text(settings.read_text().replace("checkpoint_seconds: 60.0", "checkpoint_seconds: 0.0"))
-    options: tuple[object, ...] = ("--episodes", store, "--params", settings)
-    if part in ("geometric", "semantic"):
-        run_stage(app, "autoencoder", tmp_path / "autoencoder", *options)
-        options += ("--autoencoder", tmp_path / "autoencoder")
-    for out in ("straight", "resumed"):
-        whole = (app, part, tmp_path / out / "model", "--live", tmp_path / out / "live", *options)
-        if out == "resumed":
-            kill(2, run_stage, *whole)
-            assert len(list((tmp_path / ".ckpt" / part).glob("*/training.json"))) == 1
-        run_stage(*whole)
-    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
 
 
 class Stopping(Resume):

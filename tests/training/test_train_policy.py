@@ -26,7 +26,6 @@ from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
 from tests import ROOT
-from tests.killing import kill, one_code, run_stage
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 from tests.toy import ADAM
@@ -276,26 +275,6 @@ def test_the_stage_writes_a_whole_svam(root: Path, store: EpisodeStore, tmp_path
     done = CliRunner().invoke(app, arguments(root, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
     assert done.exit_code == 0, done.output
     assert SVAM.load(tmp_path / "svam").act(observations(store, 2)).shape == (2, 8, 3)
-
-
-@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
-def test_a_killed_training_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("DVC_STAGE", "train_policy")
-    monkeypatch.setattr("svam.resume.code", one_code)
-    params = write_params(tmp_path / "params.yaml", training=steps(8))
-    params.write_text(params.read_text().replace("checkpoint_seconds: 60.0", "checkpoint_seconds: 0.0"))
-    for out in ("straight", "resumed"):
-        (tmp_path / out).mkdir()
-        if out == "resumed":
-            for after in (3, 2):
-                kill(after, run_stage, app, *arguments(root, tmp_path / out / "svam", params))
-            (state,) = (p for p in (tmp_path / ".ckpt/train_policy").iterdir() if p.is_dir())
-            assert json.loads((state / "training.json").read_text())["value"]["step"] == 5
-        run_stage(app, *arguments(root, tmp_path / out / "svam", params))
-        shutil.rmtree(tmp_path / out / "cache")
-    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
-    assert list((tmp_path).glob(".ckpt/**/*")) == []
 
 
 def test_a_missing_part_is_one_line_and_leaves_nothing(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
