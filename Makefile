@@ -14,7 +14,7 @@ PYTHON ?= $(or $(shell for p in python3 python3.11 python3.12; do \
 PIP_ARGS ?=
 DVC_ARGS ?=
 PYTEST_ARGS ?=
-# Test files that run at the same time, in the order of their names: the longest do not begin last.
+# Test files that run at the same time (tests/conftest.py says which begin first).
 JOBS ?= 2
 COMPARE_ARGS ?=
 

@@ -116,20 +116,13 @@ def test_libero_two_tasks(tmp_path: Path) -> None:
                 assert np.array_equal(frames_of(episode, camera), np.stack([np.flipud(p) for p in demo[f"obs/{camera}_rgb"]]))
 
 
-@pytest.mark.parametrize(
-    ("flip", "opengl", "expected"),
-    [
-        ("auto", True, "vertical"), ("auto", False, "vertical"), ("none", True, "none"),
-        ("vertical", True, "vertical"), ("rotate_180", False, "rotate_180"),
-    ],
-)  # fmt: skip
-def test_flip(tmp_path: Path, flip: Any, opengl: bool, expected: str) -> None:
+@pytest.mark.parametrize("opengl", [True, False])
+def test_flip(tmp_path: Path, opengl: bool) -> None:
     libero(tmp_path / "x.hdf5", "x", {"demo_0": 3}, opengl=opengl)
-    found = frames_of(open_source(tmp_path, Options(flip=flip)).read(0), "agentview")
     with h5py.File(tmp_path / "x.hdf5") as root:
         stored = root["data/demo_0/obs/agentview_rgb"][:]
-    turned = {"none": stored, "vertical": stored[:, ::-1], "rotate_180": np.rot90(stored, 2, axes=(1, 2))}[expected]
-    assert np.array_equal(found, turned)
+    for flip, turned in (("auto", stored[:, ::-1]), ("none", stored), ("rotate_180", np.rot90(stored, 2, axes=(1, 2)))):
+        assert np.array_equal(frames_of(open_source(tmp_path, Options(flip=flip)).read(0), "agentview"), turned)
 
 
 def test_observations_after_the_action(tmp_path: Path) -> None:
