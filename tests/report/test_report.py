@@ -87,7 +87,7 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     values["distill"] |= distill
     values["train_policy"]["context"] = ["one_step"]
-    values["report"] = {"clips": 2, "dpi": 50}
+    values["report"] |= {"note": "A look, not a result.", "clips": 2, "dpi": 50}
     yaml.dump(values, run / "params.yaml")
     options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
     return CliRunner().invoke(app, [str(out), f"--films={out}_films", *options, f"--params={run / 'params.yaml'}"])
@@ -103,6 +103,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     figures = {"success", "distillation", "teachers", "curves", "clips", "actions", "foresight_0", "foresight_1"}
     plots = {"success", "distillation", "teachers", "actions", "curves"}
+    assert "\n\nA look, not a result.\n\n" in (tmp_path / "one/results.md").read_text(encoding="utf-8")
     assert names == {"metrics.json", "results.md"} | {f"{n}.png" for n in figures} | {f"plots/{n}.json" for n in plots}
     for name in figures:
         picture = Image.open(out / f"{name}.png")
