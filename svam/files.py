@@ -117,11 +117,11 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
     """Hold the lock file `path`, which is removed afterwards; it does not outlive its process, however that ends.
 
     Raises:
-        FileError: another process holds it.
+        FileError: another process holds it, and `wait` is false.
     """
     import fcntl
 
@@ -132,7 +132,7 @@ def locked(path: Path) -> Iterator[None]:
         except FileNotFoundError:  # whoever held it has just removed the folder too
             continue
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 break
         except FileNotFoundError:  # its holder removed it between our opening and locking

@@ -31,7 +31,7 @@ from svam.params import Params
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.training.batch_order import EndlessOrder
-from svam.training.feature_cache import FeatureCache, Wanted, observation_address
+from svam.training.feature_cache import FeatureCache, ObservationSet, observation_address
 from svam.training.loop import fit
 from svam.training.train_policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
 
@@ -206,7 +206,7 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
     sources = sources_of(kept, svam.foresight, {name: inputs.model / name for name in svam.config.needs.parts}, svam.camera)
     with fresh_folder(inputs.scratch / "features") as folder:
-        wanted = Wanted.of(observed.instructions, lambda positions: store.frames(rows[positions]))
+        wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
         cache = FeatureCache(folder, params.machine.cache_gb)
         start = time.perf_counter()
         cached = cache.fill(wanted, sources, encoder_of(svam.foresight), section.encode_batch)

@@ -8,20 +8,20 @@ SHA-256 of its frame and instruction. So variants share entries, and more demons
     index.json   shape, dtype, the source in words, and the observations' addresses in row order
 
 Rows are flushed before the index that lists them is renamed into place: a killed writer leaves rows that no index lists,
-and the next writer overwrites them. Reading is `pread`, row by row: the page cache holds what fits, the process little.
+and the next writer overwrites them. One process at a time writes; others wait. A folder that is deleted to make room stays
+readable for those who have it open. Reading is `pread`, row by row: the page cache holds what fits, the process little.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,12 +29,11 @@ from numpy.typing import NDArray
 from svam.console import console, progress_bar, timed
 from svam.contract import ContractError
 from svam.errors import MachineError
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, locked, named_refusals, read_json, write_json
 
 Encode = Callable[[NDArray[np.uint8], list[str], list[str]], Mapping[str, NDArray[Any]]]
 """(frames (B, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are (B, T, h, w, C) float16."""
 
-FORMAT = 1
 FLUSH_ROWS = 512
 """Rows between two writes of the index: what a killed run may lose."""
 
@@ -52,75 +51,69 @@ def observation_address(frame: NDArray[np.uint8], instruction: str) -> str:
 
 
 class FeatureRows:
-    """The rows of one entry and source, open for reading; appended to only within `FeatureCache.fill`."""
+    """The rows of one entry and source, open for reading; appended to only within `FeatureCache.fill`.
+
+    rows: address of an observation -> number of its row. shape, dtype: of a row; shape is None as long as there is none.
+    """
 
     def __init__(self, directory: Path, source: Mapping[str, Any]) -> None:
-        self.directory = directory
-        self.source = dict(source)
+        """Open the folder, or begin it anew where its index is missing or lists rows that the file does not hold."""
+        self.directory, self.source = directory, dict(source)
         self.shape: tuple[int, ...] | None = None
-        self.dtype = np.dtype(np.float16)
-        self.rows: dict[str, int] = {}
+        self.dtype, self.rows = np.dtype(np.float16), dict[str, int]()
+        file, index = directory / "rows.bin", directory / "index.json"
+        if index.exists():
+            try:
+                values = read_json(index)
+                self.shape, self.dtype = tuple(int(n) for n in values["shape"]), np.dtype(values["dtype"])
+                self.rows = {key: row for row, key in enumerate(values["rows"])}
+                whole = file.stat().st_size >= len(self.rows) * self.row_bytes > 0
+            except (FileError, OSError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                console.print(f"{directory}: damaged, its features are computed again", style="yellow", highlight=False)
+                shutil.rmtree(directory)
+                self.shape, self.rows = None, {}
+            else:
+                os.utime(index)  # making room goes by it
         directory.mkdir(parents=True, exist_ok=True)
-        self._in_use: IO[bytes] = (directory / "in_use.lock").open("ab")
-        fcntl.flock(self._in_use, fcntl.LOCK_SH)
-        self._file = os.open(directory / "rows.bin", os.O_RDWR | os.O_CREAT, 0o644)
-        self.reload()
+        file.touch()
+        self._file = file.open("r+b", buffering=0)
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one row; 0 as long as no row has been written."""
         return self.dtype.itemsize * int(np.prod(self.shape)) if self.shape else 0
 
-    def reload(self) -> None:
-        """Read the index again; rows that it lists but the file does not hold make the whole folder worthless."""
-        index_file = self.directory / "index.json"
-        if not index_file.exists():
-            return
-        try:
-            index = read_json(index_file)
-            shape, dtype, keys = tuple(int(n) for n in index["shape"]), np.dtype(index["dtype"]), list(index["rows"])
-        except (FileError, KeyError, TypeError):
-            shape, dtype, keys = (0,), self.dtype, [""]
-        if not all(shape) or os.fstat(self._file).st_size < len(keys) * dtype.itemsize * int(np.prod(shape)):
-            console.print(f"{self.directory}: damaged, its features are computed again", style="yellow", highlight=False)
-            index_file.unlink()
-            self.shape, self.rows = None, {}
-            return
-        self.shape, self.dtype, self.rows = shape, dtype, {key: row for row, key in enumerate(keys)}
-        os.utime(index_file)  # what the eviction of the least recently used goes by
-
     def append(self, keys: Sequence[str], values: NDArray[Any]) -> None:
-        """Write rows (B, ...); they count only once `flush` has listed them.
+        """Write rows (B, ...) that are not there; they count only once `flush` has listed them.
 
         Raises:
-            ValueError: NaN or infinity among the features, or rows of another shape or dtype than those present.
+            ContractError: NaN or infinity among the features, or rows of another shape or dtype than those present.
+            FileError: the file system refuses.
         """
         if not np.isfinite(values).all():
             raise ContractError(f"{self.directory.name}: a frozen part produced NaN or values beyond float16")
         if self.shape is None:
             self.shape, self.dtype = values.shape[1:], values.dtype
         if (values.shape[1:], values.dtype) != (self.shape, self.dtype):
-            found, present = f"{values.dtype} {values.shape[1:]}", f"{self.dtype} {self.shape}"
-            raise ContractError(f"{self.directory.name}: rows are {found}, those in the cache {present}")
+            rows, present = f"{values.dtype} {values.shape[1:]}", f"{self.dtype} {self.shape}"
+            raise ContractError(f"{self.directory.name}: rows are {rows}, those in the cache {present}")
+        path = self.directory / "rows.bin"
         for key, row in zip(keys, np.ascontiguousarray(values), strict=True):
-            if key in self.rows:
-                continue
-            data, place = memoryview(row).cast("B"), len(self.rows) * self.row_bytes
-            try:
-                written = os.pwrite(self._file, data, place)
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(self.directory / "rows.bin")) from None
+            data = memoryview(row).cast("B")
+            with named_refusals(path):
+                written = os.pwrite(self._file.fileno(), data, len(self.rows) * self.row_bytes)
             if written != len(data):
-                raise FileError(f"{self.directory}/rows.bin: the disk took {written} of {len(data)} bytes; is it full?")
+                raise FileError(f"{path}: the disk took {written} of {len(data)} bytes; is it full?")
             self.rows[key] = len(self.rows)
 
     def flush(self) -> None:
         """Make every row written so far durable, then list it."""
-        if self.shape is None:
-            return
-        os.fsync(self._file)
-        what = {"format": FORMAT, "shape": list(self.shape), "dtype": self.dtype.str, "source": self.source}
-        write_json(self.directory / "index.json", {**what, "rows": list(self.rows)})
+        if self.shape is not None:
+            os.fsync(self._file.fileno())
+            index = {"shape": list(self.shape), "dtype": self.dtype.str, "source": self.source, "rows": list(self.rows)}
+            write_json(self.directory / "index.json", index)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows by number, (k, ...).
@@ -132,26 +125,27 @@ class FeatureRows:
             raise FileError(f"{self.directory}: holds no rows")
         out = np.empty((len(rows), *self.shape), dtype=self.dtype)
         for target, row in zip(out, rows, strict=True):
-            if os.preadv(self._file, [memoryview(target).cast("B")], int(row) * self.row_bytes) != self.row_bytes:
+            if os.preadv(self._file.fileno(), [memoryview(target).cast("B")], int(row) * self.row_bytes) != self.row_bytes:
                 raise FileError(f"{self.directory}/rows.bin: truncated at row {int(row)}; delete this folder and run again")
         return out
 
     def close(self) -> None:
-        """Release the file and the mark that it is in use."""
-        os.close(self._file)
-        self._in_use.close()
+        """Release the file."""
+        self._file.close()
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Observations to have features of: addresses and sentences by position, and how to read frames by position."""
+class ObservationSet:
+    """Observations to have features of: sentences and addresses by position, and how to read frames by position."""
 
     instructions: list[str]
     frames: Callable[[NDArray[np.int64]], NDArray[np.uint8]]
-    addresses: list[str] = field(default_factory=list)
+    addresses: list[str]
 
     @classmethod
-    def of(cls, instructions: list[str], frames: Callable[[NDArray[np.int64]], NDArray[np.uint8]], block: int = 1024) -> Wanted:
+    def of(
+        cls, instructions: list[str], frames: Callable[[NDArray[np.int64]], NDArray[np.uint8]], block: int = 1024
+    ) -> ObservationSet:
         """Address every observation; reads each frame once, `block` at a time."""
         addresses: list[str] = []
         for start in range(0, len(instructions), block):
@@ -193,10 +187,11 @@ class FeatureCache:
     def __init__(self, root: Path, budget_gb: float) -> None:
         self.root = Path(root)
         self.budget = int(budget_gb * 1e9)
-        self.root.mkdir(parents=True, exist_ok=True)
 
-    def fill(self, wanted: Wanted, sources: Mapping[str, Mapping[str, Any]], encode: Encode, batch: int) -> Features:
-        """Compute what is missing and return the features of `wanted`.
+    def fill(
+        self, observations: ObservationSet, sources: Mapping[str, Mapping[str, Any]], encode: Encode, batch: int
+    ) -> Features:
+        """Compute what is missing and return the features of `observations`.
 
         Batches are padded to `batch` observations, so that a row does not depend on which rows were already there.
 
@@ -206,63 +201,49 @@ class FeatureCache:
         Raises:
             MachineError: the features of these observations alone exceed the budget.
         """
-        spaces = {e: FeatureRows(self.root / f"{e}-{address_of(s)[:16]}", s) for e, s in sorted(sources.items())}
-        locks = [(space.directory / "writer.lock").open("ab") for space in spaces.values()]
-        try:
-            for lock in locks:  # in sorted order, so that two runs cannot wait for one another
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            for space in spaces.values():
-                space.reload()
-            self._compute(wanted, spaces, encode, batch)
-        finally:
-            for lock in locks:
-                lock.close()
-        numbers = {e: np.asarray([s.rows[a] for a in wanted.addresses], dtype=np.int64) for e, s in spaces.items()}
+        with locked(self.root / "writer.lock", wait=True):
+            spaces = {e: FeatureRows(self.root / f"{e}-{address_of(s)[:16]}", s) for e, s in sorted(sources.items())}
+            self._compute(observations, spaces, encode, batch)
+        numbers = {e: np.asarray([s.rows[a] for a in observations.addresses], dtype=np.int64) for e, s in spaces.items()}
         return Features(spaces, numbers)
 
-    def _compute(self, wanted: Wanted, spaces: Mapping[str, FeatureRows], encode: Encode, batch: int) -> None:
-        """Encode the observations that some entry lacks, in order, asking for exactly the entries that are lacking."""
+    def _compute(self, observations: ObservationSet, spaces: Mapping[str, FeatureRows], encode: Encode, batch: int) -> None:
+        """Encode the observations that some entry lacks, in order, and only the entries that lack them."""
+        first = {address: position for position, address in reversed(list(enumerate(observations.addresses)))}
         groups: dict[tuple[str, ...], list[int]] = {}
-        seen: set[str] = set()
-        for position, address in enumerate(wanted.addresses):
-            lacking = tuple(e for e, space in spaces.items() if address not in space.rows)
-            if lacking and address not in seen:
-                groups.setdefault(lacking, []).append(position)
-                seen.add(address)
-        total = sum(len(positions) for positions in groups.values())
-        if not total:
-            return
-        room_made = False
+        for position in sorted(first.values()):
+            lacking = tuple(e for e, space in spaces.items() if observations.addresses[position] not in space.rows)
+            groups.setdefault(lacking, []).append(position)
+        todo = [
+            (lacking, np.asarray(positions[start : start + batch], dtype=np.int64))
+            for lacking, positions in groups.items()
+            if lacking
+            for start in range(0, len(positions), batch)
+        ]
         with progress_bar() as bar:
-            task = bar.add_task("foresight features", total=total, note="")
-            for lacking, positions in groups.items():
-                for start in range(0, len(positions), batch):
-                    real = np.asarray(positions[start : start + batch], dtype=np.int64)
-                    padded = np.resize(real, batch)  # repeats the batch's own observations
-                    with timed("encoding features"):
-                        values = encode(wanted.frames(padded), [wanted.instructions[p] for p in padded], list(lacking))
-                    for entry in lacking:
-                        spaces[entry].append([wanted.addresses[p] for p in real], values[entry][: len(real)])
-                    if not room_made and all(space.shape for space in spaces.values()):
-                        self._make_room(spaces, wanted.addresses)
-                        room_made = True
-                    if start // batch % max(1, FLUSH_ROWS // batch) == 0:
-                        for entry in lacking:
-                            spaces[entry].flush()
-                    bar.advance(task, len(real))
+            task = bar.add_task("foresight features", total=sum(len(positions) for _, positions in todo), note="")
+            for number, (lacking, positions) in enumerate(todo):
+                padded = np.resize(positions, batch)  # repeats the batch's own observations
+                with timed("encoding features"):
+                    sentences = [observations.instructions[p] for p in padded]
+                    values = encode(observations.frames(padded), sentences, list(lacking))
                 for entry in lacking:
-                    spaces[entry].flush()
+                    spaces[entry].append([observations.addresses[p] for p in positions], values[entry][: len(positions)])
+                if number == 0:
+                    self._make_room(spaces, observations.addresses)
+                if number % max(1, FLUSH_ROWS // batch) == 0 or number == len(todo) - 1:
+                    for space in spaces.values():
+                        space.flush()
+                bar.advance(task, len(positions))
 
     def _make_room(self, spaces: Mapping[str, FeatureRows], addresses: Sequence[str]) -> None:
-        """Print what this run needs, and delete the least recently used folders that nobody reads until it fits."""
+        """Print what this run needs, and delete the least recently used folders of others until it fits."""
         count = len(set(addresses))
         needed = count * sum(space.row_bytes for space in spaces.values())
         console.print(
             f"features of {count} observations: {needed / 1e9:.2f} GB on disk (machine.cache_gb {self.budget / 1e9:g})",
             highlight=False,
         )
-        own = {space.directory.name for space in spaces.values()}
-        others = [d for d in self.root.iterdir() if d.is_dir() and d.name not in own]
         if needed > self.budget:
             for space in spaces.values():
                 if not (space.directory / "index.json").exists():
@@ -271,28 +252,18 @@ class FeatureCache:
                 f"machine.cache_gb is {self.budget / 1e9:g}, but the features of {count} observations take "
                 f"{needed / 1e9:.2f} GB; raise it or train_policy.observation_stride, or lower train_policy.episodes_per_task"
             )
+        own = {space.directory for space in spaces.values()}
         used = sum(space.row_bytes * len(space.rows.keys() | set(addresses)) for space in spaces.values())
-        sizes = {d: (d / "rows.bin").stat().st_size for d in others if (d / "rows.bin").exists()}
+        sizes = {file.parent: file.stat().st_size for file in self.root.glob("*/rows.bin") if file.parent not in own}
         for directory in sorted(sizes, key=_last_use):
             if used + sum(sizes.values()) <= self.budget:
                 return
-            if _evict(directory):
-                console.print(f"{directory}: deleted to stay within machine.cache_gb", highlight=False)
-                sizes.pop(directory)
+            shutil.rmtree(directory)
+            sizes.pop(directory)
+            console.print(f"{directory}: deleted to stay within machine.cache_gb", highlight=False)
 
 
 def _last_use(directory: Path) -> float:
     """When a folder's index was last opened; a folder without one was never complete and goes first."""
     index = directory / "index.json"
     return index.stat().st_mtime if index.exists() else 0.0
-
-
-def _evict(directory: Path) -> bool:
-    """Delete a folder unless some process has it open."""
-    try:
-        with (directory / "in_use.lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(directory)
-    except OSError:
-        return False
-    return True

@@ -30,7 +30,7 @@ from svam.params import Generate, TrainPolicy
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import seed_of
 from svam.training.batch_order import EndlessOrder
-from svam.training.feature_cache import Encode, FeatureCache, Features, Wanted, observation_address
+from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet, observation_address
 from svam.training.foresight_metrics import ChannelMoments
 from svam.training.loop import fit
 
@@ -253,7 +253,7 @@ def train(
 
     rows = np.concatenate([train_rows, held_rows])
     sentences = sides[0].instructions + sides[1].instructions
-    wanted = Wanted.of(sentences, lambda positions: store.frames(rows[positions]))
+    wanted = ObservationSet.of(sentences, lambda positions: store.frames(rows[positions]))
     sources = sources_of(kept, foresight, folders, store.cameras[0])
     features = cache.fill(wanted, sources, encoder_of(foresight), section.encode_batch)
     seed = seed if section.seed is None else section.seed

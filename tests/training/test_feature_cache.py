@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from svam.errors import MachineError
 from svam.files import FileError
-from svam.training.feature_cache import FeatureCache, Features, Wanted, address_of, observation_address
+from svam.training.feature_cache import FeatureCache, Features, ObservationSet, address_of, observation_address
 
 SHAPE = (2, 3, 3, 4)
 ROW = 2 * 2 * 3 * 3 * 4
@@ -42,8 +43,8 @@ class Encoder:
         return {e: np.stack([expected(f, s, e) for f, s in pairs]) for e in entries}
 
 
-def wanted(count: int = 10) -> Wanted:
-    return Wanted.of(SENTENCES[:count], lambda p: FRAMES[p], block=3)
+def wanted(count: int = 10) -> ObservationSet:
+    return ObservationSet.of(SENTENCES[:count], lambda p: FRAMES[p], block=3)
 
 
 def sources(*entries: str, parts: str = "abc") -> dict[str, dict[str, Any]]:
@@ -94,7 +95,7 @@ def test_another_part_sentence_or_frame_is_another_row(tmp_path: Path) -> None:
 
 
 def test_equal_observations_are_computed_once(tmp_path: Path) -> None:
-    twice = Wanted.of(["x 1"] * 3, lambda p: FRAMES[p * 0])
+    twice = ObservationSet.of(["x 1"] * 3, lambda p: FRAMES[p * 0])
     encoder = Encoder()
     features = FeatureCache(tmp_path, 1.0).fill(twice, sources("one"), encoder, batch=1)
     assert len(encoder.calls) == 1 and features.numbers["one"].tolist() == [0, 0, 0]
@@ -103,7 +104,7 @@ def test_equal_observations_are_computed_once(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from svam.training.feature_cache import FeatureCache, Wanted
+from svam.training.feature_cache import FeatureCache, ObservationSet
 import tests.training.test_feature_cache as t
 class Dying(t.Encoder):
     def __call__(self, *arguments):
@@ -163,7 +164,7 @@ def test_too_small_a_budget_is_one_sentence_before_the_work(tmp_path: Path) -> N
     assert not list(tmp_path.iterdir())
 
 
-def test_the_least_recently_used_is_deleted_unless_in_use(tmp_path: Path) -> None:
+def test_the_least_recently_used_is_deleted_and_stays_readable_for_its_users(tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path, 35 * ROW / 1e9)  # room for three sets of ten
     for number, parts in enumerate(["a", "b", "c"]):
         features, _ = fill(cache, ("one",), parts=parts)
@@ -177,8 +178,30 @@ def test_the_least_recently_used_is_deleted_unless_in_use(tmp_path: Path) -> Non
     held, _ = fill(cache, ("one",), parts="c")
     os.utime(third / "index.json", (0, 0))
     fill(cache, ("one",), parts="e")[0].close()
-    assert third.exists() and not first.exists()
+    assert not third.exists() and first.exists()
+    check(held, list(range(10)))
     held.close()
+
+
+def test_two_writers_that_make_room_for_themselves_do_not_meet(tmp_path: Path) -> None:
+    """Each deletes the folder of the other: they take turns, and both get all of their rows."""
+    cache, failed = FeatureCache(tmp_path, 15 * ROW / 1e9), list[BaseException]()  # room for one set of ten
+
+    def write(parts: str) -> None:
+        try:
+            for _ in range(15):
+                features, _ = fill(cache, ("one",), parts=parts)
+                check(features, list(range(10)))
+                features.close()
+        except BaseException as error:
+            failed.append(error)
+
+    writers = [threading.Thread(target=write, args=(parts,)) for parts in ("a", "b")]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert not failed and not list(tmp_path.glob("*.lock"))
 
 
 def test_frames_may_be_cached_too(tmp_path: Path) -> None:

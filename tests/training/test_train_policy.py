@@ -164,7 +164,7 @@ def test_cached_features_are_what_act_computes(store: EpisodeStore, folders: dic
     rows = np.arange(4, dtype=np.int64)
     sentences = [store.instruction_of(0, i) for i in range(4)]
     cached = FeatureCache(tmp_path / "cache", 1.0).fill(
-        training.Wanted.of(sentences, lambda p: store.frames(rows[p])),
+        training.ObservationSet.of(sentences, lambda p: store.frames(rows[p])),
         training.sources_of(list(section.context), svam.foresight, folders, "front"), training.encoder_of(svam.foresight), 4,
     )  # fmt: skip
     inputs = svam.encode(observations(store, 4))
