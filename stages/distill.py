@@ -20,7 +20,7 @@ def main(
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     teacher: Annotated[Path, typer.Option(help="Teacher cache of this branch.")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
-    backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/, text/ and the branch's teacher.")],
+    backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     video: Annotated[Path, typer.Option(help="Video model that the windows were generated with.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
@@ -29,26 +29,28 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
+    from svam.models.foresight import part_folders
     from svam.resume import unfinished
     from svam.training.distill import DistillationData, distill, print_results
-    from svam.training.distill_data import GeneratedWindows, TeacherWindows
-    from svam.training.one_step import OneStepFeatures, load_foresight, print_latency
+    from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows
+    from svam.training.one_step import OneStepFeatures, load_for_windows
 
     device = prepare_torch(params.machine.device, params.threads, seed)
     windows = GeneratedWindows(generated)
     cache = TeacherWindows(teacher, windows)
     cache.expect(branch=branch, target=section.target)
-    model = load_foresight(windows, cache, backbones, video, branch).to(device)
-    one_step = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
-    data = DistillationData(windows, cache, one_step if windows.features is None else windows.features)
-    inputs = [generated, teacher, episodes, *(backbones / part for part in ("autoencoder", "text", branch)), video]
+    features: Rows | None = windows.features
+    if features is None:
+        model = load_for_windows(windows, part_folders(backbones, video)).to(device)
+        features = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
+    data = DistillationData(windows, cache, features)
+    inputs = [generated, teacher, episodes, backbones / "autoencoder", backbones / "text", video]
     with unfinished(f"distill-{branch}", params, ["distill"], inputs, device) as resume:
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
         with whole_directory(out) as partial:
             decoupler.save(partial)
             write_json(partial / "metrics.json", metrics)
     print_results(metrics, branch)
-    print_latency(one_step, decoupler, branch)
 
 
 app = stage_command(main)

@@ -24,15 +24,18 @@ def main(
     policy: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
 ) -> None:
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
-    from svam.analysis.foresight import AnalysisInputs, load_model, write_analysis
+    from svam.analysis.foresight import AnalysisInputs, write_analysis
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
+    from svam.models.foresight import BRANCHES, part_folders
     from svam.models.svam import SVAM
     from svam.training.distill_data import GeneratedWindows
+    from svam.training.one_step import load_for_windows
 
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     windows, branches = GeneratedWindows(generated), params.distill.branches
-    model = load_model(windows, backbones, video, decouplers, branches).to(device)
+    folders = part_folders(backbones, video, decouplers)
+    model = load_for_windows(windows, folders, BRANCHES, branches).to(device)
     inputs = AnalysisInputs(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
     with whole_directory(out) as folder:
         metrics = write_analysis(folder, inputs, SVAM.load(policy, device))

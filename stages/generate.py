@@ -24,7 +24,8 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.files import sha256_tree, whole_directory
-    from svam.models.generator import SamplerConfig, VideoForesight
+    from svam.models.generator import VideoGenerator
+    from svam.models.video import SamplerConfig
     from svam.resume import unfinished
     from svam.training.generate import choose_windows, generate_windows
 
@@ -32,7 +33,7 @@ def main(
     store = EpisodeStore.open(episodes)
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
-    model = VideoForesight.load(sampler, folders).to(device)
+    model = VideoGenerator.load(sampler, folders).to(device)
     windows = choose_windows(store, section, model.video_model.config, seed)
     with (
         unfinished("generate", params, ["generate"], [episodes, *folders.values()], device) as resume,

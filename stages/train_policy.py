@@ -27,15 +27,14 @@ def main(
     section = params.train_policy
 
     from svam.episodes.store import EpisodeStore
+    from svam.models.foresight import part_folders
     from svam.resume import unfinished
     from svam.training.feature_cache import FeatureCache
     from svam.training.train_policy import load_foresight, train
 
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     store = EpisodeStore.open(episodes)
-    branches = ("geometric", "semantic")  # ordered: the order of the inputs is part of what a killed run is known by
-    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
-    folders |= {f"teacher_{b}": backbones / b for b in branches} | {f"decoupler_{b}": decouplers / b for b in branches}
+    folders = part_folders(backbones, video, decouplers)
     foresight = load_foresight(section, params.generate, folders).to(device)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
     features = FeatureCache(root / cache, params.machine.cache_gb)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svam.contract import CHECKPOINT_SCHEMA
 from svam.files import FileError, read_json, write_json
+
+Config = TypeVar("Config", bound=BaseModel)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -58,8 +61,21 @@ def load_config(directory: Path, file: str = "config.json") -> dict[str, Any]:
     config: dict[str, Any] = read_json(path)
     found = config.pop("schema_version", None) if isinstance(config, dict) else None
     if found != CHECKPOINT_SCHEMA:
-        raise FileError(f"{path}: schema_version is {found!r}, this code reads {CHECKPOINT_SCHEMA}; run the stage again")
+        raise FileError(
+            f"{path}: schema_version is {found!r}, but this version of the code reads {CHECKPOINT_SCHEMA}; train it again "
+            "(dvc repro), or load it with the version that wrote it"
+        )
     return config
+
+
+def checked(model: type[Config], values: object, file: Path) -> Config:
+    """`values`, read from `file`, as a pydantic model. Raises `FileError`, which names the first key at fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "the whole"
+        raise FileError(f"{file}: {key}: {first['msg']}") from None
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 STORE_SCHEMA = 2
 """Version of the episode store's layout; written into every store and checked when it is opened."""
-CHECKPOINT_SCHEMA = 1
+CHECKPOINT_SCHEMA = 2
 """Version of the checkpoint layout; written into every `config.json` and checked when it is loaded."""
 
 SEGMENTATION_CLASSES = ("background", "table", "arm", "gripper", "object", "fixture", "goal")

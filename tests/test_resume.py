@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
-from svam.models.generator import SamplerConfig, VideoForesight
+from svam.models.generator import VideoGenerator
+from svam.models.video import SamplerConfig
 from svam.params import CacheTeacher, Generate, Params
 from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
 from svam.training import cache_teacher as teacher_cache
@@ -148,7 +149,7 @@ def generate(parts: Path, out: Path, resume: Resume) -> None:
     store = EpisodeStore.open(parts / "episodes.zarr")
     sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
     folders = {"autoencoder": parts / "backbones/autoencoder", "text": parts / "backbones/text", "video": parts / "video"}
-    model = VideoForesight.load(sampler, folders)
+    model = VideoGenerator.load(sampler, folders)
     windows = choose_windows(store, SECTION, model.video_model.config, 0)
     with whole_directory(out) as partial:
         generate_windows(partial, store, model, windows, SECTION, 0, "abc", resume)

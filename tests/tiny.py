@@ -11,7 +11,9 @@ import torch
 from svam.contract import Observation
 from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
+from svam.models.svam import SVAM, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
+from svam.training.train_policy import load_foresight
 from tests.tiny_foresight import FRAMES, GRID, make_teacher, save_parts
 from tests.toy import ADAM
 
@@ -62,3 +64,20 @@ def observations(store: EpisodeStore, count: int, proprioception: bool = False) 
     state = store.vector("proprioception", rows) if proprioception else [None] * count
     pictures = store.frames(rows)
     return [Observation({store.cameras[0]: pictures[i]}, store.instruction_of(0, i), state[i]) for i in range(count)]
+
+
+def make_svam(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> SVAM:
+    """An untrained S-VAM of the parts in `folders`, whose gates are open, so that every input shows in the actions."""
+    section = policy_params(**changes)
+    channels = {"one_step": FEATURE_CHANNELS, "generated": 2 * TEACHER_CHANNELS, "goal_frame": 2 * TEACHER_CHANNELS}
+    shapes = {
+        entry: (1 if entry in ("goal_frame", "observation") else FRAMES, GRID, GRID, channels.get(entry, TEACHER_CHANNELS))
+        for entry in frozen_entries(section.context, section.observation_encoder)
+    }
+    foresight = load_foresight(section, GENERATE, folders)
+    config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
+    torch.manual_seed(0)
+    svam = SVAM(config, store.statistics, foresight)
+    for layer in svam.network.diffusion.decoder:
+        torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
+    return svam

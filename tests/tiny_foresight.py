@@ -58,7 +58,7 @@ def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:
         frames=FRAMES, stride=2, rate_hz=20.0, latent_channels=4, latent_size=(latent, latent), text_tokens=8, text_width=16,
         sigma_min=0.02, sigma_max=80.0, noise=noise, camera=store.cameras[0], image_size=(SIZE, SIZE),
     )  # fmt: skip
-    unet = build_unet([32, 64], 1, [2, 4], 4, text_width=16, frames=FRAMES, latent_size=latent)
+    unet = build_unet(params.UNet(pretrained=None, revision=None, channels=[32, 64], layers=1, heads=[2, 4]), video)
     parts: dict[str, Any] = {
         "backbones/autoencoder": Autoencoder(autoencoder_training.build(section, store.image_size)),
         "backbones/text": TextEncoder(text, tokenizer, 8),

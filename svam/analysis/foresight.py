@@ -23,9 +23,8 @@ from svam.contract import ContractError
 from svam.episodes.store import AnnotatedRows, EpisodeStore
 from svam.episodes.windows import clip_rows
 from svam.evaluation.offline import encode_rows
-from svam.files import sha256_tree, write_json
-from svam.models.foresight import BRANCHES, ForesightModel, Needs
-from svam.models.generator import SamplerConfig
+from svam.files import write_json
+from svam.models.foresight import BRANCHES, ForesightModel
 from svam.models.svam import SVAM
 from svam.models.teachers import Teacher
 from svam.params import Foresight
@@ -67,27 +66,6 @@ class AnalysisInputs:
         rows = self.windows.rows[numbers]
         frames = self.store.frames(rows.reshape(-1))
         return frames.reshape(*rows.shape, *frames.shape[1:])
-
-
-def load_model(
-    windows: GeneratedWindows, backbones: Path, video: Path, decouplers: Path, branches: Sequence[str]
-) -> ForesightModel:
-    """The frozen parts that made the windows, both teachers, and the decouplers of `branches`.
-
-    Raises:
-        ContractError: the video model is not the one that the windows were generated with.
-        FileError: a part is missing or damaged.
-    """
-    if sha256_tree(video) != windows.attributes.get("video_sha256"):
-        raise ContractError(f"{video}: not the video model that {windows.path} was generated with; run generate again")
-    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
-    folders |= {f"teacher_{branch}": backbones / branch for branch in BRANCHES}
-    folders |= {f"decoupler_{branch}": decouplers / branch for branch in branches}
-    needs = Needs(video=True, teachers=BRANCHES, decouplers=tuple(b for b in BRANCHES if b in branches))
-    model = ForesightModel.load_parts(needs, SamplerConfig.model_validate(windows.attributes["sampler"]), folders, "frame")
-    for branch in branches:  # what a decoupler was trained on decides what it must see; they all share `cache_teacher`
-        model.reference = model.decouplers[branch].config.reference  # type: ignore[assignment, union-attr]
-    return model
 
 
 def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:

@@ -24,7 +24,6 @@ from svam.evaluation.closed_loop import check_tasks, render_settings
 from svam.evaluation.latency import timed_components
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
-from svam.models.foresight import needs_of
 from svam.models.svam import SVAM, Batch
 from svam.models.svam import Inputs as PolicyInputs
 from svam.params import Params
@@ -196,7 +195,7 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     if not frozen:
         raise ContractError(f"{inputs.model}: its context {described['context']} has no frozen entry, so nothing is cached")
     store = EpisodeStore.open(inputs.episodes)
-    check_camera(svam.foresight, store, needs_of(frozen, frozen_observation=True).video)
+    check_camera(svam.foresight, store, svam.config.frozen_parts.video)
     available = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     order = EndlessOrder(len(available), min(section.training.batch, len(available)), seed, "benchmark features")
     drawn = [order.batch(number) for number in range(steps)]
@@ -204,7 +203,8 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     batches, rows = [np.searchsorted(places, batch) for batch in drawn], available[places]
     observed = observe(store, rows, svam.chunk, svam.needs_proprioception, seed)
     kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
-    sources = sources_of(kept, svam.foresight, {name: inputs.model / name for name in svam.config.needs.parts}, svam.camera)
+    folders = {name: inputs.model / name for name in svam.config.frozen_parts.names}
+    sources = sources_of(kept, svam.foresight, folders, svam.camera)
     with fresh_folder(inputs.scratch / "features") as folder:
         wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
         cache = FeatureCache(folder, params.machine.cache_gb)

@@ -48,16 +48,17 @@ class Training:
     def __init__(self, params: Params) -> None:
         import torch
 
-        from svam.models.video import build_unet
+        from svam.models.video import VideoConfig, build_unet
 
         section, encoder = params.finetune_video, params.prepare_backbones.autoencoder
         torch.set_num_threads(params.threads)
         torch.backends.cuda.enable_flash_sdp(False)
         side = params.collect.image_size // 2 ** len(encoder.channels[1:])
         channels, text = encoder.latent_channels, params.prepare_backbones.text
-        unet = build_unet(
-            section.unet.channels, section.unet.layers, section.unet.heads, channels, text.width, section.frames, side
+        config = VideoConfig.model_construct(
+            frames=section.frames, latent_channels=channels, latent_size=(side, side), text_width=text.width
         )
+        unet = build_unet(section.unet, config)
         batch = section.training.batch
         self.unet, self.bf16 = unet.train(), section.training.bf16
         self.adam = torch.optim.AdamW(unet.parameters(), fused=True)

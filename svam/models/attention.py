@@ -1,36 +1,102 @@
-"""Attention over short sequences, as the U-Net and the decouplers have them: grids of patches, clips of frames, sentences."""
+"""The one attention and the one MLP: of the decouplers, the Uni-Perceiver, the action transformer and the U-Net."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
+from svam.errors import ParamsError
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention over (N, heads, L, d), the same shape back.
 
-    Grids and clips are short, and on a CPU the fused kernel is several times slower there than the two matrix products
-    written out (bf16, L = 64: 86 against 19 ms forward and backward).
+def fused(device: torch.device) -> bool:
+    """Whether attention runs as torch's fused kernel on this device.
+
+    Sequences are short here (grids of patches, frames of a clip, sentences, chunks of actions). On a CPU the fused kernel is
+    then several times slower than the two matrix products written out (bf16, L = 64: 86 against 19 ms forward and backward).
     """
-    if q.is_cuda:
-        return functional.scaled_dot_product_attention(q, k, v)
-    weights = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(dim=-1)
-    return torch.matmul(weights, v)
+    return device.type != "cpu"
 
 
-def _split(x_NLD: Tensor, heads: int) -> Tensor:
+def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T), (N, heads, L, S), of queries (N, heads, L, d) and keys (N, heads, S, d); default scale d^-1/2."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return torch.matmul(q * scale, k.transpose(-1, -2)).softmax(dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(scale q k^T) v, (N, heads, L, d), of queries (N, heads, L, d), keys and values (N, heads, S, d)."""
+    if fused(q.device):
+        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    return torch.matmul(attention_weights(q, k, scale), v)
+
+
+def split_heads(x_NLD: Tensor, heads: int) -> Tensor:
+    """(N, L, D) to (N, heads, L, D / heads)."""
     n, length, width = x_NLD.shape
     return x_NLD.view(n, length, heads, width // heads).transpose(1, 2)
 
 
-class ShortAttention:
-    """What diffusers' attention layers of a spatio-temporal U-Net compute, by `attend`: a processor for `set_attn_processor`.
+def join_heads(x_NHLd: Tensor) -> Tensor:
+    """(N, heads, L, d) to (N, L, heads * d)."""
+    return x_NHLd.transpose(1, 2).flatten(2)
 
-    A clip's one sentence reaches its layers repeated for every frame or position, but unmaterialised (stride 0) where the
-    batch is one clip, as a robot has it; its keys and values are then computed once: 64 times less work at 8 x 8 positions.
+
+class Attention(nn.Module):
+    """Multi-head attention of a sequence to itself or to another one."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """Raises `ParamsError` if the heads do not divide the width."""
+        super().__init__()
+        if width % heads:
+            raise ParamsError(f"attention: width ({width}) must be a multiple of heads ({heads})")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x_NLD: Tensor, context_NSD: Tensor | None = None) -> Tensor:
+        """What (N, L, D) tokens read from the context's (N, S, D), or from one another where there is none: (N, L, D)."""
+        if context_NSD is None:
+            q, k, v = self.qkv(x_NLD).chunk(3, dim=-1)
+        else:
+            weight, bias, width = self.qkv.weight, self.qkv.bias, self.out.in_features
+            q = functional.linear(x_NLD, weight[:width], bias[:width])
+            k, v = functional.linear(context_NSD, weight[width:], bias[width:]).chunk(2, dim=-1)
+        q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
+        read: Tensor = self.out(join_heads(attend(q, k, v)))
+        return read
+
+
+def mlp(width: int) -> nn.Sequential:
+    """Two layers, four times the width between them."""
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer over (N, L, D): self-attention, then the MLP, each added to its input after dropout."""
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width)
+        self.attention = Attention(width, heads)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = mlp(width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_NLD: Tensor) -> Tensor:
+        """The tokens after this layer, (N, L, D)."""
+        x_NLD = x_NLD + self.dropout(self.attention(self.attention_norm(x_NLD)))
+        mixed: Tensor = x_NLD + self.dropout(self.mlp(self.mlp_norm(x_NLD)))
+        return mixed
+
+
+class UNetAttention:
+    """The attention layers of diffusers' spatio-temporal U-Net, computed by `attend`: a processor for `set_attn_processor`.
+
+    The layers get the sentence repeated for every frame or position of a clip. For a batch of one clip, as on a robot, that is
+    a view of stride 0, and keys and values are computed once instead: 64 times less work at 8 x 8 positions.
     """
 
     def __call__(
@@ -54,8 +120,8 @@ class ShortAttention:
             context = encoder_hidden_states
             if context.stride(0) == 0:
                 query, context = query.reshape(1, n * length, -1), context[:1]
-        q, k, v = (_split(x, attn.heads) for x in (query, attn.to_k(context), attn.to_v(context)))
-        joined = attend(q, k, v).transpose(1, 2).reshape(n, length, -1)
+        q, k, v = (split_heads(x, attn.heads) for x in (query, attn.to_k(context), attn.to_v(context)))
+        read = join_heads(attend(q, k, v)).reshape(n, length, -1)
         for layer in attn.to_out:  # a linear layer and dropout
-            joined = layer(joined)
-        return joined
+            read = layer(read)
+        return read

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from svam.checkpoint import load_state, restore, save_module
+from svam.checkpoint import checked, load_state, restore, save_module
 from svam.contract import ContractError, Frozen
-from svam.files import FileError
-from svam.models.attention import attend
+from svam.models.attention import Block
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -41,61 +40,21 @@ class DecouplerConfig(Frozen):
     heads: Count
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
 
-    @model_validator(mode="after")
-    def _heads_divide_the_width(self) -> DecouplerConfig:
-        if self.width % self.heads:
-            raise ValueError(f"width ({self.width}) must be a multiple of heads ({self.heads})")
-        return self
-
-
-class Attention(nn.Module):
-    """Pre-norm self-attention over the second-to-last axis of (N, L, D), added to its input."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads = heads
-        self.dropout = dropout
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x_NLD: Tensor) -> Tensor:
-        n, length, width = x_NLD.shape
-        qkv = self.qkv(self.norm(x_NLD)).view(n, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        joined = self.out(attend(q, k, v).transpose(1, 2).reshape(n, length, width))
-        mixed: Tensor = x_NLD + functional.dropout(joined, self.dropout, self.training)
-        return mixed
-
-
-class MLP(nn.Module):
-    """Pre-norm two-layer perceptron of four times the width, added to its input."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width),
-            nn.Dropout(dropout),
-        )  # fmt: skip
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)  # type: ignore[no-any-return]
-
 
 class FactorisedBlock(nn.Module):
     """Spatial attention over h*w within each frame, then temporal attention over T at each position, each with its MLP."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.spatial, self.spatial_mlp = Attention(width, heads, dropout), MLP(width, dropout)
-        self.temporal, self.temporal_mlp = Attention(width, heads, dropout), MLP(width, dropout)
+        self.spatial = Block(width, heads, dropout)
+        self.temporal = Block(width, heads, dropout)
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
-        b, t, s, d = x_BTSD.shape
-        x = self.spatial_mlp(self.spatial(x_BTSD.reshape(b * t, s, d)))
-        x = x.view(b, t, s, d).transpose(1, 2).reshape(b * s, t, d)
-        x_BSTD: Tensor = self.temporal_mlp(self.temporal(x)).view(b, s, t, d)
-        return x_BSTD.transpose(1, 2)
+        """The tokens after this block, (B, T, S, D)."""
+        batch, frames, positions, width = x_BTSD.shape
+        x: Tensor = self.spatial(x_BTSD.flatten(0, 1)).view_as(x_BTSD)
+        x = self.temporal(x.transpose(1, 2).flatten(0, 1)).view(batch, positions, frames, width)
+        return x.transpose(1, 2)
 
 
 class Decoupler(nn.Module):
@@ -196,11 +155,6 @@ class Decoupler(nn.Module):
         """
         directory = Path(directory)
         state, config = load_state(directory)
-        try:
-            decoupler = cls(DecouplerConfig.model_validate(config))
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"]) or "sizes"
-            raise FileError(f"{directory / 'config.json'}: {key}: {first['msg']}") from None
+        decoupler = cls(checked(DecouplerConfig, config, directory / "config.json"))
         restore(decoupler, state, directory / "model.safetensors")
         return decoupler.eval()

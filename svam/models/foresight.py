@@ -14,47 +14,52 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from svam.contract import Foresight
+from svam.contract import ContractError, Foresight
+from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
-from svam.models.generator import SamplerConfig, VideoForesight
-from svam.models.teachers import Teacher
+from svam.models.generator import VideoGenerator
+from svam.models.teachers import Teacher, to_grid
 from svam.models.text import TextEncoder
-from svam.models.tokens import to_grid
-from svam.models.video import VideoModel
+from svam.models.video import SamplerConfig, VideoModel
 
 BRANCHES = ("geometric", "semantic")
+Reference = Literal["frame", "reconstruction"]
+"""What the teacher sees for the reference of the current frame: the frame itself, or its reconstruction by the autoencoder."""
 
 
 @dataclass(frozen=True)
-class Needs:
-    """Which frozen parts a list of context entries needs; what is not needed is neither loaded, run nor saved."""
+class FrozenParts:
+    """Which frozen parts some context entries need; what is not needed is neither loaded, run nor saved."""
 
-    video: bool
-    teachers: tuple[str, ...]
-    decouplers: tuple[str, ...]
+    video: bool = True
+    teachers: tuple[str, ...] = ()
+    decouplers: tuple[str, ...] = ()
+
+    @classmethod
+    def of_entries(cls, entries: Sequence[str]) -> FrozenParts:
+        """The parts behind frozen entries of `train_policy.context`; `observation` is the frozen encoder's here."""
+        decouplers = tuple(b for b in BRANCHES if b in entries)
+        generated = "generated" in entries or "goal_frame" in entries
+        teachers = set(BRANCHES) if generated else set(decouplers) | ({"semantic"} if "observation" in entries else set())
+        video = generated or bool(decouplers) or "one_step" in entries
+        return cls(video, tuple(b for b in BRANCHES if b in teachers), decouplers)
 
     @property
-    def parts(self) -> list[str]:
+    def names(self) -> list[str]:
         """Part names in the order in which they are saved. Text always conditions the policy."""
-        return (
-            ["text"] + ["autoencoder", "video"] * self.video
-            + [f"teacher_{b}" for b in self.teachers] + [f"decoupler_{b}" for b in self.decouplers]
-        )  # fmt: skip
+        video = ["autoencoder", "video"] if self.video else []
+        return ["text", *video, *(f"teacher_{b}" for b in self.teachers), *(f"decoupler_{b}" for b in self.decouplers)]
 
 
-def needs_of(entries: Sequence[str], frozen_observation: bool = False) -> Needs:
-    """The parts that `entries` of `train_policy.context` need. A trained observation encoder needs none of them."""
-    distilled = tuple(b for b in BRANCHES if b in entries)
-    generated = "generated" in entries or "goal_frame" in entries
-    teachers = set(BRANCHES) if generated else set(distilled)
-    if frozen_observation and "observation" in entries:
-        teachers.add("semantic")
-    video = generated or bool(distilled) or "one_step" in entries
-    return Needs(video=video, teachers=tuple(b for b in BRANCHES if b in teachers), decouplers=distilled)
+def part_folders(backbones: Path, video: Path, decouplers: Path | None = None) -> dict[str, Path]:
+    """Part name -> the folder in which the pipeline's stages leave it. `decouplers` holds a folder for each branch."""
+    folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
+    folders |= {f"teacher_{branch}": backbones / branch for branch in BRANCHES}
+    return folders | ({f"decoupler_{branch}": decouplers / branch for branch in BRANCHES} if decouplers else {})
 
 
-class ForesightModel(VideoForesight):
+class ForesightModel(VideoGenerator):
     """The frozen parts. Any of them may be absent; asking for an entry that needs an absent part raises."""
 
     def __init__(
@@ -65,55 +70,50 @@ class ForesightModel(VideoForesight):
         video: VideoModel | None = None,
         teachers: Mapping[str, Teacher] | None = None,
         decouplers: Mapping[str, Decoupler] | None = None,
-        reference: Literal["frame", "reconstruction"] = "reconstruction",
     ) -> None:
+        """Raises `ContractError` if the decouplers were distilled with different references."""
         super().__init__(text, sampler, autoencoder, video)
         self.teachers = nn.ModuleDict(dict(teachers or {}))
         self.decouplers = nn.ModuleDict(dict(decouplers or {}))
-        self.reference: Literal["frame", "reconstruction"] = reference
+        references = {branch: decoupler.config.reference for branch, decoupler in (decouplers or {}).items()}
+        if len(set(references.values())) > 1:
+            raise ContractError(
+                f"the decouplers were distilled with different references, {references}; run cache_teacher and distill again"
+            )
+        self.reference: Reference = next(iter(references.values()), "frame")
         self.requires_grad_(False)
         self.eval()
 
     @classmethod
     def load_parts(
-        cls,
-        needs: Needs,
-        sampler: SamplerConfig,
-        folders: Mapping[str, Path],
-        reference: Literal["frame", "reconstruction"] = "reconstruction",
+        cls, parts: FrozenParts, sampler: SamplerConfig, folders: Mapping[str, Path], video_sha256: str | None = None
     ) -> ForesightModel:
-        """Load just the parts of `needs`; `folders` maps part names (`Needs.parts`) to their directories.
+        """Load just `parts`, each from its own folder in `folders` (see `part_folders`).
+
+        Args:
+            video_sha256: of the video model that made the windows which are to be used with these parts.
 
         Raises:
-            ValueError: a part is missing or truncated; the message names its folder.
+            FileError: a part is missing or damaged; the message names its folder.
+            ContractError: the video model is another one than `video_sha256`, or the decouplers have different references.
         """
+        if video_sha256 is not None and sha256_tree(folders["video"]) != video_sha256:
+            raise ContractError(f"{folders['video']}: not the video model that made the generated windows; run generate again")
         return cls(
             text=TextEncoder.load(folders["text"]),
             sampler=sampler,
-            autoencoder=Autoencoder.load(folders["autoencoder"]) if needs.video else None,
-            video=VideoModel.load(folders["video"]) if needs.video else None,
-            teachers={b: Teacher.load(folders[f"teacher_{b}"]) for b in needs.teachers},
-            decouplers={b: Decoupler.load(folders[f"decoupler_{b}"]) for b in needs.decouplers},
-            reference=reference,
+            autoencoder=Autoencoder.load(folders["autoencoder"]) if parts.video else None,
+            video=VideoModel.load(folders["video"]) if parts.video else None,
+            teachers={b: Teacher.load(folders[f"teacher_{b}"]) for b in parts.teachers},
+            decouplers={b: Decoupler.load(folders[f"decoupler_{b}"]) for b in parts.decouplers},
         )
 
     def part(self, name: str) -> nn.Module:
-        """A part by its name in `Needs.parts`; every one has `save(directory)`."""
+        """A part by its name in `FrozenParts.names`; every one has `save(directory)`."""
         kind, _, branch = name.partition("_")
-        found = {"teacher": self.teachers, "decoupler": self.decouplers}[kind][branch] if branch else getattr(self, name)
-        if found is None:
-            raise ValueError(f"the foresight model was assembled without its {name}")
-        return found
-
-    def entry_channels(self, entry: str) -> int:
-        """Channels C of a context entry."""
-        if entry == "one_step":
-            return self.one_step_channels
-        if entry in ("generated", "goal_frame"):
-            return sum(self._teacher(b).channels for b in self.teachers)
-        if entry == "observation":
-            return self._teacher("semantic").channels
-        return self._teacher(entry).channels
+        if not branch:
+            return self.video_model if name == "video" else self.frame_autoencoder if name == "autoencoder" else self.text
+        return {"teacher": self.teachers, "decoupler": self.decouplers}[kind][branch]
 
     def _teacher(self, branch: str) -> Teacher:
         if branch not in self.teachers:
@@ -140,13 +140,9 @@ class ForesightModel(VideoForesight):
 
     @torch.no_grad()
     def encode(
-        self,
-        frames_BHWC: Tensor,
-        instructions: Sequence[str],
-        entries: Sequence[str],
-        noise_seeds: list[int] | None = None,
+        self, frames_BHWC: Tensor, instructions: Sequence[str], entries: Sequence[str], noise_seeds: Sequence[int]
     ) -> Foresight:
-        """Observed frames and instructions to the asked context entries.
+        """Observed frames and instructions to context entries.
 
         Args:
             frames_BHWC: (B, H, W, 3) uint8 of the foresight camera.
@@ -154,35 +150,29 @@ class ForesightModel(VideoForesight):
             noise_seeds: one per observation, used where the video model draws fresh noise.
         """
         frames = frames_BHWC.to(self.device)
-        needs = needs_of(entries, frozen_observation=True)
-        found: dict[str, Tensor] = {}
+        parts = FrozenParts.of_entries(entries)
+        encoded: dict[str, Tensor] = {}
         if "observation" in entries:
-            found["observation"] = self.teacher_features("semantic", frames)[:, None]
-        if not needs.video:
-            return Foresight(entries=found, text=self.embed_text(instructions))
+            encoded["observation"] = self.teacher_features("semantic", frames)[:, None]
+        if not parts.video:
+            return Foresight(entries=encoded, text=self.embed_text(instructions))
         condition, text = self.prepare(frames, instructions)
-        noise = self.video_model.initial_noise(noise_seeds if noise_seeds is not None else len(frames))
+        noise = self.video_model.initial_noise(noise_seeds)
         if "generated" in entries or "goal_frame" in entries:
             generation = self.generate(condition, text, noise)
             features = generation.features
-            found |= self._generated(generation.latents, entries)
+            encoded |= self._generated(generation.latents, entries)
         else:
             features = self.one_step(condition, text, noise)
         if "one_step" in entries:
-            found["one_step"] = features
-        for branch in needs.decouplers:
-            found[branch] = self.decouple(branch, features, self.reference_features(branch, frames))
-        return Foresight(entries={e: found[e] for e in entries if e in found}, text=text)
+            encoded["one_step"] = features
+        for branch in parts.decouplers:
+            encoded[branch] = self.decouple(branch, features, self.reference_features(branch, frames))
+        return Foresight(entries={e: encoded[e] for e in entries if e in encoded}, text=text)
 
     def _generated(self, latents: Tensor, entries: Sequence[str]) -> dict[str, Tensor]:
         """Teacher features of the generated clip (multi-step VAM) and of its last frame (SuSIE-like)."""
-        found: dict[str, Tensor] = {}
         clips = self.decode(latents if "generated" in entries else latents[:, -1:])
-        batch, frames = clips.shape[:2]
         tokens = torch.cat([self.teacher_features(b, clips.flatten(0, 1)) for b in self.teachers], dim=-1)
-        tokens = tokens.reshape(batch, frames, *tokens.shape[1:])
-        if "generated" in entries:
-            found["generated"] = tokens
-        if "goal_frame" in entries:
-            found["goal_frame"] = tokens[:, -1:]
-        return found
+        tokens = tokens.view(*clips.shape[:2], *tokens.shape[1:])
+        return {"generated": tokens, "goal_frame": tokens[:, -1:]}

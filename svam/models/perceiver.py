@@ -1,4 +1,4 @@
-"""Context tokens (B, T, h, w, C) to a few tokens for the policy: the Uni-Perceiver (paper section 3.4) or plain pooling.
+"""Context tokens (B, T, h, w, C) to a few tokens for the policy: the Uni-Perceiver (S-VAM section 3.4) or plain pooling.
 
 N learned queries per frame look at that frame's h*w tokens (cross-attention), then each query exchanges with its own
 copies in the other frames (self-attention along time), then an FFN: FFN(SelfAttn(CrossAttn(Q, C))), `depth` times.
@@ -6,15 +6,16 @@ copies in the other frames (self-attention along time), then an FFN: FFN(SelfAtt
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svam.errors import ParamsError
+from svam.models.attention import Block, attend, attention_weights
+from svam.params import Perceiver
 
-Aggregator = Literal["uni_perceiver", "mean_pool"]
+Shape = tuple[int, int, int, int]
+"""(T, h, w, C) of a context."""
 
 
 class FrameCrossAttention(nn.Module):
@@ -27,52 +28,34 @@ class FrameCrossAttention(nn.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, (width // heads) ** -0.5
         self.norm = nn.LayerNorm(width)
         self.to_query = nn.Linear(width, width, bias=False)
         self.to_key = nn.Linear(width, width, bias=False)
         self.to_value = nn.Linear(width, width, bias=False)
         self.out = nn.Linear(width, width)
 
-    def forward(self, queries_MND: Tensor, tokens_MSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (M, N, D) and tokens (M, S, D), M = B*T frames; returns the update (M, N, D) and weights (M, N, heads, S)."""
-        m, n, width = queries_MND.shape
-        depth = width // self.heads
-        query = self.to_query(self.norm(queries_MND)).view(m, n, self.heads, depth)
-        key_weight = self.to_key.weight.view(self.heads, depth, width)
-        value_weight = self.to_value.weight.view(self.heads, depth, width)
-        carried = torch.einsum("mnhd,hdc->mnhc", query, key_weight).reshape(m, n * self.heads, width)
-        # Tokens stay on the left: the gradient of the big operand then needs no transposed copies.
-        scores_MSQ = torch.bmm(tokens_MSD, carried.transpose(1, 2) * depth**-0.5)
-        weights_MSQ = scores_MSQ.softmax(dim=1).to(tokens_MSD.dtype)
-        mean = torch.bmm(weights_MSQ.transpose(1, 2), tokens_MSD).view(m, n, self.heads, width)
-        values = torch.einsum("mnhc,hdc->mnhd", mean, value_weight).reshape(m, n, width)
-        return self.out(values), weights_MSQ.transpose(1, 2).reshape(m, n, self.heads, -1)
+    def _carried(self, queries_MND: Tensor) -> Tensor:
+        """Each head's query in the space of the tokens, (M, 1, N * heads, D)."""
+        frames, count, width = queries_MND.shape
+        query = self.to_query(self.norm(queries_MND)).view(frames, count, self.heads, -1)
+        key_weight = self.to_key.weight.view(self.heads, -1, width)
+        return torch.einsum("mnhd,hdc->mnhc", query, key_weight).reshape(frames, 1, count * self.heads, width)
 
+    def forward(self, queries_MND: Tensor, tokens_MSD: Tensor) -> Tensor:
+        """What the queries (M, N, D) read from the tokens (M, S, D), M = B*T frames: (M, N, D)."""
+        frames, count, width = queries_MND.shape
+        tokens = tokens_MSD[:, None]
+        mean = attend(self._carried(queries_MND), tokens, tokens, self.scale).reshape(frames, count, self.heads, width)
+        value_weight = self.to_value.weight.view(self.heads, -1, width)
+        read: Tensor = self.out(torch.einsum("mnhc,hdc->mnhd", mean, value_weight).reshape(frames, count, width))
+        return read
 
-class SelfAttention(nn.Module):
-    """Pre-norm multi-head self-attention over the second axis of (M, S, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.to_qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x_MSD: Tensor) -> Tensor:
-        """The update (M, S, D) to be added to `x_MSD`."""
-        m, s, width = x_MSD.shape
-        qkv = self.to_qkv(self.norm(x_MSD)).view(m, s, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # Written out: on a CPU the fused kernel is several times slower on so few frames.
-        weights = torch.matmul(qkv[0] * (width // self.heads) ** -0.5, qkv[1].transpose(-1, -2)).softmax(dim=-1)
-        mixed = torch.matmul(weights.to(qkv.dtype), qkv[2])
-        return torch.as_tensor(self.out(mixed.transpose(1, 2).reshape(m, s, width)))
-
-
-def feed_forward(width: int) -> nn.Sequential:
-    """Pre-norm MLP of four times the width."""
-    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+    def weights(self, queries_MND: Tensor, tokens_MSD: Tensor) -> Tensor:
+        """The softmax of `forward`, (M, N, heads, S)."""
+        frames, count, _ = queries_MND.shape
+        weights = attention_weights(self._carried(queries_MND), tokens_MSD[:, None], self.scale)
+        return weights.view(frames, count, self.heads, -1)
 
 
 class TokenEmbedding(nn.Module):
@@ -81,10 +64,10 @@ class TokenEmbedding(nn.Module):
     The positions matter: where a token is, is half of what the policy wants to know, and attention alone forgets it.
     """
 
-    def __init__(self, channels: int, shape: tuple[int, int, int], width: int) -> None:
+    def __init__(self, shape: Shape, width: int) -> None:
         super().__init__()
-        frames, rows, columns = shape
-        self.shape, self.channels = shape, channels
+        self.shape = shape
+        frames, rows, columns, channels = shape
         self.project = nn.Linear(channels, width)
         self.position = nn.Parameter(torch.randn(rows * columns, width) * 0.5)
         self.time = nn.Parameter(torch.randn(frames, 1, width) * 0.02)
@@ -94,12 +77,10 @@ class TokenEmbedding(nn.Module):
         """(B, T, h, w, C) to (B, T, h*w, width).
 
         Raises:
-            ValueError: T, h, w or C differ from what the module was built for.
+            ParamsError: T, h, w or C differ from what the module was built for.
         """
-        if tuple(context_BTHWC.shape[1:]) != (*self.shape, self.channels):
-            raise ParamsError(
-                f"context: found (T, h, w, C) = {tuple(context_BTHWC.shape[1:])}, expected {(*self.shape, self.channels)}"
-            )
+        if tuple(context_BTHWC.shape[1:]) != self.shape:
+            raise ParamsError(f"context: found (T, h, w, C) = {tuple(context_BTHWC.shape[1:])}, expected {self.shape}")
         projected = self.project(context_BTHWC.flatten(2, 3))
         embedded = projected + (self.position + self.time).to(projected.dtype)
         # Autocast would make float32 of it; this is the one large tensor of the policy, and the norm itself sums in float32.
@@ -109,61 +90,54 @@ class TokenEmbedding(nn.Module):
 
 
 class UniPerceiver(nn.Module):
-    """N queries per frame; the released sizes are 14 queries, width 384, depth 6, 8 heads (method.md, part 5)."""
+    """N queries per frame; the released sizes are 14 queries, width 384, depth 6, 8 heads."""
 
-    def __init__(self, channels: int, shape: tuple[int, int, int], queries: int, width: int, depth: int, heads: int) -> None:
-        """`shape` is (T, h, w)."""
+    def __init__(self, sizes: Perceiver, shape: Shape) -> None:
         super().__init__()
-        self.embed = TokenEmbedding(channels, shape, width)
-        self.queries = nn.Parameter(torch.randn(queries, width) * 0.5)
-        self.query_time = nn.Parameter(torch.randn(shape[0], 1, width) * 0.5)
-        self.cross = nn.ModuleList(FrameCrossAttention(width, heads) for _ in range(depth))
-        self.along_time = nn.ModuleList(SelfAttention(width, heads) for _ in range(depth))
-        self.feed_forward = nn.ModuleList(feed_forward(width) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.tokens = shape[0] * queries
+        self.embed = TokenEmbedding(shape, sizes.width)
+        self.queries = nn.Parameter(torch.randn(sizes.queries, sizes.width) * 0.5)
+        self.query_time = nn.Parameter(torch.randn(shape[0], 1, sizes.width) * 0.5)
+        self.cross = nn.ModuleList(FrameCrossAttention(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        self.along_time = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.depth))
+        self.norm = nn.LayerNorm(sizes.width)
 
     def forward(self, context_BTHWC: Tensor) -> Tensor:
         """(B, T, h, w, C) to (B, T*N, width)."""
-        return self.attend(context_BTHWC)[0]
+        tokens: Tensor = self.norm(self._run(context_BTHWC)[0]).flatten(1, 2)
+        return tokens
 
-    def attend(self, context_BTHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T*N, width), and the last cross-attention's head-averaged weights (B, T, N, h, w), each summing to 1."""
+    @torch.no_grad()
+    def attention(self, context_BTHWC: Tensor) -> Tensor:
+        """The last cross-attention's head-averaged weights (B, T, N, h, w), each map summing to 1."""
         batch, frames, rows, columns = context_BTHWC.shape[:4]
-        tokens = self.embed(context_BTHWC).flatten(0, 1)
-        n, width = self.queries.shape
-        x = (self.queries + self.query_time).expand(batch, -1, -1, -1).reshape(batch * frames, n, width)
-        weights = tokens.new_zeros(())
-        for cross, along_time, mlp in zip(self.cross, self.along_time, self.feed_forward, strict=True):
-            update, weights = cross(x, tokens)
-            x = x + update
-            if frames > 1:
-                by_query = x.view(batch, frames, n, width).transpose(1, 2).reshape(batch * n, frames, width)
-                by_query = by_query + along_time(by_query)
-                x = by_query.view(batch, n, frames, width).transpose(1, 2).reshape(batch * frames, n, width)
-            x = x + mlp(x)
-        attention = weights.float().mean(dim=2).view(batch, frames, n, rows, columns)
-        return self.norm(x).view(batch, frames * n, width), attention
+        _, queries_MND, tokens_MSD = self._run(context_BTHWC)
+        weights: Tensor = self.cross[-1].weights(queries_MND, tokens_MSD).float().mean(dim=2)  # type: ignore[operator]
+        return weights.view(batch, frames, -1, rows, columns)
+
+    def _run(self, context_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer's output (B, T, N, D), and what its cross-attention saw: queries (M, N, D) and tokens (M, S, D)."""
+        batch, frames, (count, width) = *context_BTHWC.shape[:2], self.queries.shape
+        tokens_MSD = self.embed(context_BTHWC).flatten(0, 1)
+        x = (self.queries + self.query_time).expand(batch, -1, -1, -1)
+        for cross, along_time in zip(self.cross, self.along_time, strict=True):
+            queries_MND = x.flatten(0, 1)
+            x = x + cross(queries_MND, tokens_MSD).view_as(x)
+            x = along_time(x.transpose(1, 2).flatten(0, 1)).view(batch, count, frames, width).transpose(1, 2)
+        return x, queries_MND, tokens_MSD
 
 
 class MeanPool(nn.Module):
     """The ablation without Uni-Perceiver: a linear layer and the mean over each frame's grid, one token per frame."""
 
-    def __init__(self, channels: int, shape: tuple[int, int, int], width: int) -> None:
-        """`shape` is (T, h, w)."""
+    def __init__(self, sizes: Perceiver, shape: Shape) -> None:
         super().__init__()
-        self.embed = TokenEmbedding(channels, shape, width)
-        self.tokens = shape[0]
+        self.embed = TokenEmbedding(shape, sizes.width)
 
     def forward(self, context_BTHWC: Tensor) -> Tensor:
         """(B, T, h, w, C) to (B, T, width)."""
-        return torch.as_tensor(self.embed(context_BTHWC).mean(dim=2))
+        tokens: Tensor = self.embed(context_BTHWC).mean(dim=2)
+        return tokens
 
 
-def build_aggregator(
-    aggregator: Aggregator, channels: int, shape: tuple[int, int, int], queries: int, width: int, depth: int, heads: int
-) -> UniPerceiver | MeanPool:
-    """The module that `train_policy.aggregator` names, for context of (T, h, w) = `shape` and C = `channels`."""
-    if aggregator == "mean_pool":
-        return MeanPool(channels, shape, width)
-    return UniPerceiver(channels, shape, queries, width, depth, heads)
+AGGREGATORS: dict[str, type[UniPerceiver] | type[MeanPool]] = {"uni_perceiver": UniPerceiver, "mean_pool": MeanPool}
+"""By the names of `train_policy.aggregator`; each is built from its sizes and the shape of its context."""

@@ -1,6 +1,6 @@
 """The action diffusion transformer: a K x A chunk of actions, denoised while looking at the aggregated context.
 
-Two objectives (method.md, part 6): `edm`, the released code's (Karras et al. 2022 preconditioning, log-logistic noise
+Two objectives (S-VAM section 3.4): `edm`, the released code's (Karras et al. 2022 preconditioning, log-logistic noise
 levels as in MDT, Reuss et al. 2024, DDIM on an exponential schedule), and `epsilon`, the paper's (DDPM, Ho et al. 2020).
 All actions in this module are normalised; physical units are the business of `svam.normalisation.Statistics`.
 """
@@ -12,12 +12,14 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
+from torch.nn import functional
 
+from svam.models.attention import Attention, Block, mlp
 from svam.models.diffusion import EDM, ddim_step, expand_like, exponential_sigmas, log_logistic_sigmas
+from svam.params import ActionTransformer
 
 Objective = Literal["edm", "epsilon"]
 LOG_LOGISTIC_SCALE = 0.5
@@ -51,43 +53,8 @@ class LevelEmbedding(nn.Module):
     def forward(self, level_B: Tensor) -> Tensor:
         """(B,) to (B, width)."""
         angle = level_B.float()[:, None] * self.frequencies
-        return torch.as_tensor(self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1)))
-
-
-class _Attention(nn.Module):
-    """Multi-head attention from x (B*R, K, D) to y (B, S, D): R chunks in a row share one y, whose keys are computed once."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_query = nn.Linear(width, width)
-        self.to_key_value = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        batch, width = len(y), x.shape[-1]
-        query = self.to_query(x).reshape(batch, -1, self.heads, width // self.heads).transpose(1, 2)
-        key_value = self.to_key_value(y).view(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        # Written out: on a CPU the fused kernel is several times slower on so few tokens.
-        weights = torch.matmul(query * query.shape[-1] ** -0.5, key_value[0].transpose(-1, -2)).softmax(dim=-1)
-        mixed = torch.matmul(weights.to(query.dtype), key_value[1])
-        return torch.as_tensor(self.out(mixed.transpose(1, 2).reshape(x.shape)))
-
-
-class EncoderLayer(nn.Module):
-    """Pre-norm self-attention and MLP over the context (B, S, D)."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attention = _Attention(width, heads)
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """The context's tokens after this layer, (B, S, D)."""
-        h = self.norm(x_BSD)
-        x_BSD = x_BSD + self.attention(h, h)
-        return torch.as_tensor(x_BSD + self.mlp(x_BSD))
+        embedded: Tensor = self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        return embedded
 
 
 class DecoderLayer(nn.Module):
@@ -100,21 +67,24 @@ class DecoderLayer(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
-        self.self_attention = _Attention(width, heads)
-        self.cross_attention = _Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.self_attention = Attention(width, heads)
+        self.cross_attention = Attention(width, heads)
+        self.mlp = mlp(width)
 
     def forward(self, x_BKD: Tensor, context_BSD: Tensor, level_BD: Tensor) -> Tensor:
         """The chunks' tokens (B*R, K, D) after this layer; R chunks in a row share one context of (B, S, D)."""
-        part = self.modulation(F.silu(level_BD))[:, None].chunk(9, dim=-1)
+        part = self.modulation(functional.silu(level_BD))[:, None].chunk(9, dim=-1)
 
         def modulated(index: int) -> Tensor:
-            return torch.as_tensor(self.norms[index](x_BKD) * (1 + part[3 * index]) + part[3 * index + 1])
+            h: Tensor = self.norms[index](x_BKD) * (1 + part[3 * index]) + part[3 * index + 1]
+            return h
 
-        h = modulated(0)
-        x_BKD = x_BKD + part[2] * self.self_attention(h, h)
-        x_BKD = x_BKD + part[5] * self.cross_attention(modulated(1), context_BSD)
-        return torch.as_tensor(x_BKD + part[8] * self.mlp(modulated(2)))
+        x_BKD = x_BKD + part[2] * self.self_attention(modulated(0))
+        # The keys of a context are computed once for all of its chunks.
+        queries_BLD = modulated(1).reshape(len(context_BSD), -1, x_BKD.shape[-1])
+        x_BKD = x_BKD + part[5] * self.cross_attention(queries_BLD, context_BSD).view_as(x_BKD)
+        x_BKD = x_BKD + part[8] * self.mlp(modulated(2))
+        return x_BKD
 
 
 class ActionDiffusion(nn.Module):
@@ -125,39 +95,32 @@ class ActionDiffusion(nn.Module):
 
     def __init__(
         self,
-        chunk: int,
-        dimensions: int,
+        config: ActionTransformer,
+        objective: Objective,
+        chunk: tuple[int, int],
         context_width: int,
         text_width: int,
         proprioception: int | None,
-        objective: Objective,
-        width: int,
-        encoder_layers: int,
-        decoder_layers: int,
-        heads: int,
-        sigma_min: float,
-        sigma_max: float,
-        sigma_data: float,
-        steps: int,
-        largest: float,
+        action_limit: float,
     ) -> None:
-        """`largest`: bound on the magnitude of a normalised action, used to clip the `epsilon` objective's estimates."""
+        """Args: sizes and noise levels; (K, A) of the chunk; channels of aggregated and of text tokens; dimensions P of the
+        proprioception, if any; the largest magnitude of a normalised action, to which `epsilon`'s estimates are clipped."""
         super().__init__()
-        self.chunk, self.dimensions, self.objective, self.steps = chunk, dimensions, objective, steps
-        self.sigma_min, self.sigma_max, self.edm = sigma_min, sigma_max, EDM(sigma_data)
+        self.config, self.objective, self.edm = config, objective, EDM(config.sigma_data)
+        width, heads = config.width, config.heads
         self.from_context = nn.Sequential(nn.LayerNorm(context_width), nn.Linear(context_width, width))
         self.from_text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.from_proprioception = nn.Linear(proprioception, width) if proprioception else None
         self.kind = nn.Parameter(torch.randn(3, width) * 0.02)
-        self.encoder = nn.Sequential(*(EncoderLayer(width, heads) for _ in range(encoder_layers)), nn.LayerNorm(width))
+        self.encoder = nn.Sequential(*(Block(width, heads) for _ in range(config.encoder_layers)), nn.LayerNorm(width))
         self.level = LevelEmbedding(width)
-        self.from_actions = nn.Linear(dimensions, width)
-        self.position = nn.Parameter(torch.randn(chunk, width) * 0.02)
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads) for _ in range(decoder_layers))
-        self.to_actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, dimensions))
+        self.from_actions = nn.Linear(chunk[1], width)
+        self.position = nn.Parameter(torch.randn(chunk[0], width) * 0.02)
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads) for _ in range(config.decoder_layers))
+        self.to_actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, chunk[1]))
         self._chain = {
             "num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
-            "clip_sample": True, "clip_sample_range": largest,
+            "clip_sample": True, "clip_sample_range": action_limit,
         }  # fmt: skip
 
     def encode_context(self, tokens_BMD: Tensor, text_BLE: Tensor, proprioception_BP: Tensor | None) -> Tensor:
@@ -168,11 +131,12 @@ class ActionDiffusion(nn.Module):
         """
         parts = [self.from_context(tokens_BMD) + self.kind[0], self.from_text(text_BLE) + self.kind[1]]
         if (self.from_proprioception is None) != (proprioception_BP is None):
-            given, wanted = proprioception_BP is not None, self.from_proprioception is not None
-            raise ValueError(f"proprioception: given is {given}, but the policy was built with proprioception {wanted}")
+            given, expected = proprioception_BP is not None, self.from_proprioception is not None
+            raise ValueError(f"proprioception: given is {given}, but the policy was built with proprioception {expected}")
         if self.from_proprioception is not None and proprioception_BP is not None:
             parts.append(self.from_proprioception(proprioception_BP)[:, None] + self.kind[2])
-        return torch.as_tensor(self.encoder(torch.cat(parts, dim=1)))
+        context: Tensor = self.encoder(torch.cat(parts, dim=1))
+        return context
 
     def raw(self, actions_BKA: Tensor, level_B: Tensor, context_BSD: Tensor) -> Tensor:
         """The network's output (B, K, A) for scaled noisy actions at a noise level of about [-2, 2]."""
@@ -180,7 +144,8 @@ class ActionDiffusion(nn.Module):
         level = self.level(level_B)
         for layer in self.decoder:
             x = layer(x, context_BSD, level)
-        return torch.as_tensor(self.to_actions(x))
+        output: Tensor = self.to_actions(x)
+        return output
 
     def denoised(self, noisy_BKA: Tensor, sigma_B: Tensor, context_BSD: Tensor) -> Tensor:
         """EDM's D(x; sigma): the estimate of the clean chunk."""
@@ -203,10 +168,9 @@ class ActionDiffusion(nn.Module):
             timestep = torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(device)
             noisy = DDPMScheduler(**self._chain).add_noise(clean, noise, timestep)
             return masked_mean_square(self.epsilon(noisy, timestep, context_BSD).float() - noise, mask)
-        location = math.log(self.edm.sigma_data)
-        sigma = log_logistic_sigmas(len(clean), location, LOG_LOGISTIC_SCALE, self.sigma_min, self.sigma_max, generator).to(
-            device
-        )
+        c, location = self.config, math.log(self.config.sigma_data)
+        sigma = log_logistic_sigmas(len(clean), location, LOG_LOGISTIC_SCALE, c.sigma_min, c.sigma_max, generator)
+        sigma = sigma.to(device)
         noisy = clean + noise * expand_like(sigma, clean)
         scaled = noisy * self.edm.c_in(expand_like(sigma, noisy))
         output = self.raw(scaled, self.edm.c_noise(sigma), context_BSD).float()
@@ -217,13 +181,13 @@ class ActionDiffusion(nn.Module):
         """Normalised actions (B, K, A) from unit noise: `steps` deterministic DDIM steps."""
         if self.objective == "epsilon":
             scheduler = DDIMScheduler(**self._chain, timestep_spacing="trailing")
-            scheduler.set_timesteps(self.steps)
+            scheduler.set_timesteps(self.config.steps)
             x = noise_BKA
             for timestep in scheduler.timesteps.tolist():
                 level = torch.full((len(x),), timestep, device=x.device)
                 x = scheduler.step(self.epsilon(x, level, context_BSD).float(), timestep, x).prev_sample
             return x
-        levels = exponential_sigmas(self.steps, self.sigma_min, self.sigma_max).tolist()
+        levels = exponential_sigmas(self.config.steps, self.config.sigma_min, self.config.sigma_max).tolist()
         x = noise_BKA * levels[0]
         for sigma, sigma_next in pairwise(levels):
             estimate = self.denoised(x, torch.full((len(x),), sigma, device=x.device), context_BSD)

@@ -14,20 +14,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from svam.checkpoint import load_state, restore, save_module
+from svam.checkpoint import checked, load_state, restore, save_module
 from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
 from svam.files import FileError, whole_directory
-from svam.models.foresight import ForesightModel, Needs, needs_of
-from svam.models.generator import SamplerConfig
+from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.manifest import verify_manifest, write_manifest
 from svam.models.observation import ObservationEncoder
-from svam.models.perceiver import UniPerceiver, build_aggregator
+from svam.models.perceiver import AGGREGATORS, UniPerceiver
 from svam.models.policy import ActionDiffusion
+from svam.models.video import SamplerConfig
 from svam.normalisation import denormalise_actions, normalise_proprioception
 from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy
+from svam.seeds import seed_of
 
 Shape = tuple[int, int, int, int]
 """(T, h, w, C) of a context entry."""
@@ -37,8 +37,7 @@ class SVAMConfig(Frozen):
     """Everything that decides shapes and inputs; the checkpoint carries it, so that nothing is typed twice.
 
     shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens. camera, image_size: the frame
-    that the policy looks at, (H, W) pixels. rate_hz: actions per second. reference: what the decouplers' reference of the
-    current frame is computed on. proprioception: its dimensions P, or None.
+    that the policy looks at, (H, W) pixels. rate_hz: actions per second. proprioception: its dimensions P, or None.
     """
 
     context: list[Context]
@@ -55,7 +54,6 @@ class SVAMConfig(Frozen):
     image_size: tuple[int, int]
     rate_hz: float
     sampler: SamplerConfig
-    reference: Literal["frame", "reconstruction"]
 
     @classmethod
     def of(
@@ -70,13 +68,16 @@ class SVAMConfig(Frozen):
         dimensions = len(statistics.proprioception.mean) if statistics.proprioception else None
         if section.proprioception and dimensions is None:
             raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
-        kept = set(cls.model_fields) & set(TrainPolicy.model_fields) - {"proprioception"}
         return cls(
-            **section.model_dump(include=kept),
+            **section.model_dump(include=set(cls.model_fields) - {"proprioception"}),
             proprioception=dimensions if section.proprioception else None,
-            shapes=dict(shapes), text=(foresight.text.tokens, foresight.text.width), camera=camera, image_size=image_size,
-            rate_hz=rate_hz, sampler=foresight.sampler, reference=foresight.reference,
-        )  # fmt: skip
+            shapes=dict(shapes),
+            text=(foresight.text.tokens, foresight.text.width),
+            camera=camera,
+            image_size=image_size,
+            rate_hz=rate_hz,
+            sampler=foresight.sampler,
+        )
 
     @property
     def frozen_entries(self) -> list[Context]:
@@ -84,9 +85,17 @@ class SVAMConfig(Frozen):
         return frozen_entries(self.context, self.observation_encoder)
 
     @property
-    def needs(self) -> Needs:
+    def frozen_parts(self) -> FrozenParts:
         """The frozen parts behind `frozen_entries`, and the text encoder."""
-        return needs_of(self.frozen_entries, frozen_observation=True)
+        return FrozenParts.of_entries(self.frozen_entries)
+
+
+class PolicyRecord(Frozen):
+    """`policy/config.json` of a saved S-VAM. selected: the held-out values of the saved weights and their step."""
+
+    svam: SVAMConfig
+    statistics: Statistics
+    selected: dict[str, int | float]
 
 
 def frozen_entries(context: Sequence[Context], observation_encoder: str) -> list[Context]:
@@ -124,26 +133,28 @@ class PolicyNetwork(nn.Module):
     def __init__(self, config: SVAMConfig, statistics: Statistics) -> None:
         super().__init__()
         self.config = config
-        p, shapes = config.perceiver, dict(config.shapes)
+        sizes, shapes = config.perceiver, dict(config.shapes)
         trained = "observation" in config.context and config.observation_encoder == "trained"
-        self.observation = ObservationEncoder(config.image_size, p.width) if trained else None
+        self.observation = ObservationEncoder(config.image_size, sizes.width) if trained else None
         if self.observation is not None:
-            shapes["observation"] = (1, *self.observation.grid, self.observation.channels)
-        self.groups: dict[tuple[int, int, int], list[str]] = {}
+            shapes["observation"] = self.observation.shape
+        self.groups: dict[tuple[int, ...], list[str]] = {}
         for entry in config.context:
             self.groups.setdefault(shapes[entry][:3], []).append(entry)
-        self.aggregators = nn.ModuleList(
-            build_aggregator(config.aggregator, sum(shapes[e][3] for e in entries), group, **p.model_dump())
-            for group, entries in self.groups.items()
-        )
+        joined = [(*shapes[entries[0]][:3], sum(shapes[entry][3] for entry in entries)) for entries in self.groups.values()]
+        self.aggregators = nn.ModuleList(AGGREGATORS[config.aggregator](sizes, shape) for shape in joined)
         for entry in config.frozen_entries:  # statistics of the training observations, so that no entry drowns another
             self.register_buffer(f"mean_{entry}", torch.zeros(shapes[entry][3]))
             self.register_buffer(f"std_{entry}", torch.ones(shapes[entry][3]))
         self.diffusion = ActionDiffusion(
-            chunk=config.chunk, dimensions=statistics.convention.dimensions, context_width=p.width, text_width=config.text[1],
-            proprioception=config.proprioception, objective=config.objective,
-            largest=5.0 if statistics.convention.normalisation == "meanstd" else 1.0, **config.transformer.model_dump(),
-        )  # fmt: skip
+            config.transformer,
+            config.objective,
+            chunk=(config.chunk, statistics.convention.dimensions),
+            context_width=sizes.width,
+            text_width=config.text[1],
+            proprioception=config.proprioception,
+            action_limit=5.0 if statistics.convention.normalisation == "meanstd" else 1.0,
+        )
 
     @torch.no_grad()
     def set_input_statistics(self, entry: str, mean: Tensor, std: Tensor) -> None:
@@ -170,13 +181,12 @@ class PolicyNetwork(nn.Module):
         tokens = torch.cat([aggregator(self._group(entries, inputs)) for aggregator, entries in groups], dim=1)
         return self.diffusion.encode_context(tokens, inputs.text, inputs.proprioception)
 
-    @torch.no_grad()
     def attention(self, inputs: Inputs) -> dict[str, Tensor]:
         """Group of entries ("geometric+semantic+one_step") -> head-averaged weights of the Uni-Perceiver's last
         cross-attention, (B, T, N, h, w); empty for mean pooling."""
         groups = zip(self.aggregators, self.groups.values(), strict=True)
-        perceivers = [(a, e) for a, e in groups if isinstance(a, UniPerceiver)]
-        return {"+".join(entries): a.attend(self._group(entries, inputs))[1] for a, entries in perceivers}
+        perceivers = [(a, entries) for a, entries in groups if isinstance(a, UniPerceiver)]
+        return {"+".join(entries): a.attention(self._group(entries, inputs)) for a, entries in perceivers}
 
 
 class SVAM:
@@ -184,7 +194,7 @@ class SVAM:
 
     `pad_to`: size of every batch that `act` and `encode` compute (the last observation is repeated to fill it), so that
     the bits of an action do not depend on how many observations came with it; None computes just what came.
-    `selected`: the held-out values of the kept checkpoint and its step, for the record.
+    `selected`: the held-out values of the saved weights and their step, for the record.
     """
 
     def __init__(
@@ -237,21 +247,23 @@ class SVAM:
             )
         if c.proprioception is None:
             return
-        found = None if observation.proprioception is None else observation.proprioception.shape
-        if found != (c.proprioception,):
-            raise ContractError(f"observation: proprioception has shape {found}, expected {(c.proprioception,)}")
+        shape = None if observation.proprioception is None else observation.proprioception.shape
+        if shape != (c.proprioception,):
+            raise ContractError(f"observation: proprioception has shape {shape}, expected {(c.proprioception,)}")
         if not np.isfinite(observation.proprioception).all():  # type: ignore[arg-type]
             raise ContractError("observation: proprioception holds NaN or infinity")
 
     def encode_frames(
-        self, frames_BHWC: NDArray[np.uint8], instructions: Sequence[str], entries: Sequence[str], noise_seeds: list[int] | None
+        self, frames_BHWC: NDArray[np.uint8], instructions: Sequence[str], entries: Sequence[str], noise_seeds: Sequence[int]
     ) -> Foresight:
         """Frozen entries as float16, which is what the cache holds and so what the policy is trained on; text float32.
 
-        Shapes and arguments as `ForesightModel.encode`.
+        Shapes and arguments as `ForesightModel.encode`, but that the video model's seeds are derived from `noise_seeds`: with
+        the same seeds as `sample`, a chunk's noise would be the first numbers of the video noise, which no training has seen.
         """
-        found = self.foresight.encode(torch.from_numpy(np.ascontiguousarray(frames_BHWC)), instructions, entries, noise_seeds)
-        return Foresight(entries={e: v.half() for e, v in found.entries.items()}, text=found.text)
+        frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
+        foresight = self.foresight.encode(frames, instructions, entries, seeds)
+        return Foresight(entries={e: v.half() for e, v in foresight.entries.items()}, text=foresight.text)
 
     def encode(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> Inputs:
         """Observations to what the policy is conditioned on. `noise_seeds` as in `act`.
@@ -263,14 +275,14 @@ class SVAM:
             self.check(observation)
         frames = np.stack([o.frames[self.config.camera] for o in observations])
         seeds = _seeds(observations, noise_seeds)
-        found = self.encode_frames(frames, [o.instruction for o in observations], self.config.frozen_entries, seeds)
+        foresight = self.encode_frames(frames, [o.instruction for o in observations], self.config.frozen_entries, seeds)
         proprioception = None
         if self.needs_proprioception:
             stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])
             proprioception = torch.from_numpy(normalise_proprioception(self.statistics, stacked)).to(self.device)
         trained = self.network.observation is not None
         pixels = torch.from_numpy(frames).to(self.device) if trained else None
-        return Inputs(entries=found.entries, text=found.text, frames=pixels, proprioception=proprioception)
+        return Inputs(entries=foresight.entries, text=foresight.text, frames=pixels, proprioception=proprioception)
 
     def loss(self, batch: Batch, generator: torch.Generator, draws: int = 1) -> Tensor:
         """Scalar loss of the denoised action chunk at `draws` noise levels each; padded actions count nothing. `generator`
@@ -314,10 +326,9 @@ class SVAM:
     def save(self, directory: Path) -> None:
         """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`."""
         with whole_directory(Path(directory)) as partial:
-            records = {"svam": self.config, "statistics": self.statistics}
-            config: dict[str, Any] = {name: record.model_dump(mode="json") for name, record in records.items()}
-            save_module(partial / "policy", self.network, config | {"selected": self.selected})
-            for name in self.config.needs.parts:
+            record = PolicyRecord(svam=self.config, statistics=self.statistics, selected=self.selected)
+            save_module(partial / "policy", self.network, record.model_dump(mode="json"))
+            for name in self.config.frozen_parts.names:
                 (partial / name).mkdir()
                 part: Any = self.foresight.part(name)
                 part.save(partial / name)
@@ -335,22 +346,17 @@ class SVAM:
         if "policy" not in present:
             raise FileError(f"{directory}: part 'policy' is not in the manifest")
         state, raw = load_state(directory / "policy")
-        try:
-            config, statistics = SVAMConfig.model_validate(raw["svam"]), Statistics.model_validate(raw["statistics"])
-        except KeyError as error:
-            raise FileError(f"{directory}/policy/config.json: key {error} is missing") from None
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise FileError(f"{directory}/policy/config.json: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        lacking = [name for name in config.needs.parts if name not in present]
-        if lacking:
-            raise FileError(f"{directory}: part '{lacking[0]}' is not in the manifest, but the policy's context needs it")
-        folders = {name: directory / name for name in config.needs.parts}
-        foresight = ForesightModel.load_parts(config.needs, config.sampler, folders, config.reference)
+        record = checked(PolicyRecord, raw, directory / "policy/config.json")
+        config, statistics = record.svam, record.statistics
+        folders = {name: directory / name for name in config.frozen_parts.names}
+        missing = [name for name in folders if name not in present]
+        if missing:
+            raise FileError(f"{directory}: part '{missing[0]}' is not in the manifest, but the policy's context needs it")
+        foresight = ForesightModel.load_parts(config.frozen_parts, config.sampler, folders)
         network = PolicyNetwork(config, statistics)
         restore(network, state, directory / "policy")
         svam = cls(config, statistics, foresight, network).to(torch.device(device))
-        svam.selected = dict(raw.get("selected", {}))
+        svam.selected = record.selected
         return svam
 
 

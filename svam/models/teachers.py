@@ -178,3 +178,10 @@ class Teacher(nn.Module):
 def unpatchify(values: Tensor, patch: int) -> Tensor:
     """(B, g, g, K * patch * patch) -> (B, K, g * patch, g * patch)."""
     return F.pixel_shuffle(values.permute(0, 3, 1, 2), patch)
+
+
+def to_grid(tokens: Tensor, grid: int) -> Tensor:
+    """(B, g, g', C) float tokens resized bilinearly (antialiased) to (B, grid, grid, C); untouched where that is its grid."""
+    if tokens.shape[1:3] == (grid, grid):
+        return tokens
+    return F.interpolate(tokens.permute(0, 3, 1, 2), (grid, grid), mode="bilinear", antialias=True).permute(0, 2, 3, 1)

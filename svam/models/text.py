@@ -14,14 +14,21 @@ from svam.models.published import adapter_record, freeze, load_strict, quiet, re
 
 VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 """Weights of a published CLIP that its text model does not use."""
-REMEMBERED = 4096
-"""Sentences whose token ids are kept: a robot says the same one for a whole episode, a data set a few over and over."""
+SENTENCES = 4096
+"""Sentences whose token ids are remembered: a robot is told the same one for a whole episode, a data set repeats a few."""
+
+
+def attention_mask(ids: Tensor, end: int) -> Tensor:
+    """The tokenizer's mask of padded token ids (B, L): 1 up to and including the first `end` token, 0 on padding, int64."""
+    ended = (ids == end).long()
+    return (ended.cumsum(dim=1) - ended < 1).long()
 
 
 class TextEncoder(nn.Module):
     """A sentence -> the last hidden state of all `tokens` positions, as Stable Diffusion's U-Nets take it. Frozen.
 
-    Sentences are padded with CLIP's own padding token. Published setting (S-VAM's code): ViT-B/32, 20 tokens of 512.
+    Sentences are padded with CLIP's own padding token, which no position attends to, as in the released code. Published
+    setting (S-VAM's code): ViT-B/32, 20 tokens of 512.
     """
 
     def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: int) -> None:
@@ -33,7 +40,7 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.tokens = tokens
-        self._rows: dict[str, list[int]] = {}
+        self._ids: dict[str, list[int]] = {}
 
     @property
     def width(self) -> int:
@@ -72,20 +79,21 @@ class TextEncoder(nn.Module):
         Raises:
             ContractError: an instruction needs more than `tokens` tokens.
         """
-        rows = {said: self._rows[said] for said in instructions if said in self._rows}
-        new = [said for said in dict.fromkeys(instructions) if said not in rows]
-        for said, row in zip(new, self.tokenizer(new)["input_ids"] if new else [], strict=True):  # one call for all
+        new = [sentence for sentence in dict.fromkeys(instructions) if sentence not in self._ids]
+        rows = dict(zip(new, self.tokenizer(new)["input_ids"] if new else [], strict=True))  # one call for all
+        for sentence, row in rows.items():
             if len(row) > self.tokens:
-                raise ContractError(f"the instruction {said!r} takes {len(row)} tokens, the text encoder has {self.tokens}")
-            rows[said] = row + [int(self.tokenizer.pad_token_id)] * (self.tokens - len(row))
-            if len(self._rows) < REMEMBERED:
-                self._rows[said] = rows[said]
-        return torch.tensor([rows[said] for said in instructions])
+                raise ContractError(f"the instruction {sentence!r} takes {len(row)} tokens, the text encoder has {self.tokens}")
+            row += [int(self.tokenizer.pad_token_id)] * (self.tokens - len(row))
+        ids = torch.tensor([rows.get(sentence) or self._ids[sentence] for sentence in instructions])
+        self._ids |= dict(list(rows.items())[: SENTENCES - len(self._ids)])
+        return ids
 
     @torch.no_grad()
     def embed(self, instructions: list[str]) -> Tensor:
         """Last hidden states (B, tokens, width) float32, on the model's device. Raises `ContractError` as `ids`."""
         device = next(self.model.parameters()).device
+        ids = self.ids(instructions).to(device)
         with torch.autocast(device.type, enabled=False):
-            hidden: Tensor = self.model(input_ids=self.ids(instructions).to(device)).last_hidden_state
+            hidden: Tensor = self.model(ids, attention_mask(ids, int(self.tokenizer.eos_token_id))).last_hidden_state
         return hidden.float()

@@ -5,6 +5,7 @@ Source: S-VAM sections 3.1-3.2; Stable Video Diffusion (Blattmann et al. 2023). 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +13,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from svam.checkpoint import load_config, load_tensors, save_tensors
-from svam.contract import CHECKPOINT_SCHEMA
+from svam.checkpoint import checked, load_config, load_tensors, save_tensors
+from svam.contract import CHECKPOINT_SCHEMA, Frozen
 from svam.errors import ParamsError
 from svam.files import FileError, write_json
-from svam.models.attention import ShortAttention
+from svam.models.attention import UNetAttention
 from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
 from svam.models.published import load_strict, save_published
+from svam.params import UNet
 
 
-class VideoConfig(BaseModel):
+class VideoConfig(Frozen):
     """What the video model was built for; written beside its weights, and read from there by every later stage."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     frames: int
     stride: int
@@ -43,6 +42,22 @@ class VideoConfig(BaseModel):
     image_size: tuple[int, int]
     added_time_ids: tuple[float, float, float] = (6.0, 127.0, 0.02)
     """SVD's frame rate - 1, motion bucket and noise augmentation; constants, since clips of one store share them."""
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(T, c, h', w') of the latents of one clip."""
+        return (self.frames, self.latent_channels, *self.latent_size)
+
+
+class SamplerConfig(Frozen):
+    """How the video model is read: features of the first `up_blocks` up blocks on a `grid` x `grid` grid, and `steps` and
+    `guidance` of the multi-step generation. bf16: whether both run under autocast."""
+
+    up_blocks: int
+    grid: int
+    steps: int
+    guidance: float
+    bf16: bool
 
 
 @dataclass(frozen=True)
@@ -71,23 +86,18 @@ class VideoModel(nn.Module):
             raise ParamsError(
                 f"the U-Net's cross_attention_dim is {width}, expected a multiple of the text width {config.text_width}"
             )
-        found, latent = (sizes["in_channels"], sizes["out_channels"]), config.latent_channels
-        if found != (2 * latent, latent):
+        inputs, outputs, latent = sizes["in_channels"], sizes["out_channels"], config.latent_channels
+        if (inputs, outputs) != (2 * latent, latent):
             raise ParamsError(
-                f"the U-Net has {found[0]} input and {found[1]} output channels; "
+                f"the U-Net has {inputs} input and {outputs} output channels; "
                 f"the autoencoder's {latent} latent channels need {2 * latent} and {latent}"
             )
         self.unet: Any = unet  # diffusers' classes carry no usable types
-        self.unet.set_attn_processor(ShortAttention())
+        self.unet.set_attn_processor(UNetAttention())
         self.config = config
         self.edm = EDM(sigma_data=1.0, sign=-1.0)
         self.text_repeats = width // config.text_width
         self.register_buffer("fixed_noise", fixed_noise)
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        """(T, c, h', w') of one clip."""
-        return (self.config.frames, self.config.latent_channels, *self.config.latent_size)
 
     def feature_channels(self, up_blocks: int) -> int:
         """Channels C of the one-step features of the first `up_blocks` up blocks."""
@@ -96,18 +106,15 @@ class VideoModel(nn.Module):
             raise ParamsError(f"generate.up_blocks is {up_blocks}, but this U-Net has {len(widths)} up blocks")
         return int(sum(widths[:up_blocks]))
 
-    def initial_noise(self, seeds: list[int] | int) -> Tensor:
-        """(B, T, c, h', w') unit noise: the fixed tensor repeated (`noise: fixed`) or one draw per seed (`fresh`)."""
-        batch = seeds if isinstance(seeds, int) else len(seeds)
+    def initial_noise(self, seeds: Sequence[int]) -> Tensor:
+        """(B, T, c, h', w') unit noise, a clip for each seed: the fixed tensor each time (`noise: fixed`), or a draw."""
         if self.config.noise == "fixed":
-            return self.fixed_noise.expand(batch, *self.latent_shape)
-        if isinstance(seeds, int):
-            raise ParamsError("finetune_video.noise is 'fresh': one noise seed per observation is needed")
+            return self.fixed_noise.expand(len(seeds), *self.config.clip_shape)
         return self.seeded_noise(seeds)
 
-    def seeded_noise(self, seeds: list[int]) -> Tensor:
+    def seeded_noise(self, seeds: Sequence[int]) -> Tensor:
         """(B, T, c, h', w'), one draw per seed on the CPU, so that every device sees the same numbers."""
-        draws = [torch.randn(self.latent_shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
+        draws = [torch.randn(self.config.clip_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         return torch.stack(draws).to(self.fixed_noise.device)
 
     def raw(
@@ -131,7 +138,7 @@ class VideoModel(nn.Module):
         embedding = unet.time_embedding(unet.time_proj(self.edm.c_noise(sigma_B)).to(noisy.dtype))
         embedding = embedding + unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(noisy.dtype))
         embedding = embedding.repeat_interleave(frames, dim=0)
-        # Of one clip, a view of stride 0, which `ShortAttention` reads once for all frames and positions.
+        # Of one clip, a view of stride 0, which `UNetAttention` reads once for all frames and positions.
         tokens = text.repeat(1, 1, self.text_repeats)[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
         image_only = torch.zeros(batch, frames, dtype=noisy.dtype, device=noisy.device)
 
@@ -162,15 +169,16 @@ class VideoModel(nn.Module):
         joined = torch.cat([r.float() for r in resized], dim=1)
         return joined.reshape(batch, -1, *joined.shape[1:]).permute(0, 1, 3, 4, 2)
 
-    def one_step(self, condition: Tensor, text: Tensor, noise: Tensor, up_blocks: int, grid: int) -> Tensor:
-        """One-step features F (B, T, h, w, C) float32: a single evaluation at the first sigma, cut after `up_blocks`.
+    def one_step(self, condition: Tensor, text: Tensor, noise: Tensor, sampler: SamplerConfig) -> Tensor:
+        """One-step features F (B, T, h, w, C) float32: a single evaluation at the first sigma, cut after `up_blocks`
+        (S-VAM section 3.2).
 
         condition (B, c, h', w'), text (B, L, D), noise (B, T, c, h', w') with unit variance.
         """
-        self.feature_channels(up_blocks)
+        self.feature_channels(sampler.up_blocks)
         sigma = noise.new_full((len(noise),), self.config.sigma_max)
-        maps, _ = self.raw(self._start(noise), sigma, condition, text, up_blocks)
-        return self._features(maps, grid, len(noise))
+        maps, _ = self.raw(self._start(noise), sigma, condition, text, sampler.up_blocks)
+        return self._features(maps, sampler.grid, len(noise))
 
     def _start(self, noise: Tensor) -> Tensor:
         """Pure noise with the variance that a latent of unit variance has at the first sigma."""
@@ -190,21 +198,19 @@ class VideoModel(nn.Module):
         unconditional = self.edm.denoised(noisy, output.float(), sigma_B)
         return maps, unconditional + guidance * (clean - unconditional)
 
-    def generate(
-        self, condition: Tensor, text: Tensor, noise: Tensor, steps: int, guidance: float, up_blocks: int, grid: int
-    ) -> Generation:
+    def generate(self, condition: Tensor, text: Tensor, noise: Tensor, sampler: SamplerConfig) -> Generation:
         """The multi-step generation V^ by the deterministic sampler, and F from its first evaluation: the same noise.
 
         Shapes as in `one_step`; `steps` evaluations on Karras noise levels from sigma_max to sigma_min, then 0.
         """
-        self.feature_channels(up_blocks)
-        levels = karras_sigmas(steps, self.config.sigma_min, self.config.sigma_max).tolist()
+        self.feature_channels(sampler.up_blocks)
+        levels = karras_sigmas(sampler.steps, self.config.sigma_min, self.config.sigma_max).tolist()
         noisy = self._start(noise)
         features = first = noisy
         for i, sigma in enumerate(levels[:-1]):
-            maps, clean = self.denoise(noisy, noisy.new_full((len(noisy),), sigma), condition, text, guidance)
+            maps, clean = self.denoise(noisy, noisy.new_full((len(noisy),), sigma), condition, text, sampler.guidance)
             if i == 0:
-                features, first = self._features(maps[:up_blocks], grid, len(noisy)), clean
+                features, first = self._features(maps[: sampler.up_blocks], sampler.grid, len(noisy)), clean
             noisy = ddim_step(noisy, clean, sigma, levels[i + 1])
         return Generation(features=features, latents=noisy, one_step=first)
 
@@ -219,14 +225,13 @@ class VideoModel(nn.Module):
         """Read what `save` wrote.
 
         Raises:
-            ValueError: a part is missing, truncated or does not fit the others.
+            FileError: a file is missing, truncated, of another schema, or does not fit the others.
         """
-        config = VideoConfig.model_validate(load_config(directory))
+        config = checked(VideoConfig, load_config(directory), directory / "config.json")
         noise = load_tensors(directory / "noise.safetensors").get("fixed_noise")
-        model_shape = (config.frames, config.latent_channels, *config.latent_size)
-        if noise is None or tuple(noise.shape) != model_shape:
-            found = "none" if noise is None else tuple(noise.shape)
-            raise FileError(f"{directory}/noise.safetensors: fixed_noise is {found}, expected {model_shape}")
+        if noise is None or tuple(noise.shape) != config.clip_shape:
+            shape = "missing" if noise is None else tuple(noise.shape)
+            raise FileError(f"{directory}/noise.safetensors: fixed_noise is {shape}, expected {config.clip_shape}")
         return cls(load_strict(UNetSpatioTemporalConditionModel, directory / "unet"), config, noise).eval()
 
 
@@ -247,16 +252,22 @@ def _run(
     return block(**arguments)
 
 
-def build_unet(
-    channels: list[int], layers: int, heads: list[int], latent_channels: int, text_width: int, frames: int, latent_size: int
-) -> UNetSpatioTemporalConditionModel:
+def build_unet(sizes: UNet, config: VideoConfig) -> UNetSpatioTemporalConditionModel:
     """A fresh U-Net in SVD's form: text and temporal attention at every level but the lowest, whose blocks are convolutions."""
-    levels = len(channels)
+    levels = len(sizes.channels)
     down = ["CrossAttnDownBlockSpatioTemporal"] * (levels - 1) + ["DownBlockSpatioTemporal"]
     up = ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * (levels - 1)
     return UNetSpatioTemporalConditionModel(
-        sample_size=latent_size, in_channels=2 * latent_channels, out_channels=latent_channels,
-        down_block_types=tuple(down), up_block_types=tuple(up), block_out_channels=tuple(channels),
-        layers_per_block=layers, num_attention_heads=tuple(heads), cross_attention_dim=text_width,
-        addition_time_embed_dim=channels[0], projection_class_embeddings_input_dim=3 * channels[0], num_frames=frames,
-    )  # fmt: skip
+        sample_size=min(config.latent_size),
+        in_channels=2 * config.latent_channels,
+        out_channels=config.latent_channels,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        block_out_channels=tuple(sizes.channels),
+        layers_per_block=sizes.layers,
+        num_attention_heads=tuple(sizes.heads),
+        cross_attention_dim=config.text_width,
+        addition_time_embed_dim=sizes.channels[0],
+        projection_class_embeddings_input_dim=3 * sizes.channels[0],
+        num_frames=config.frames,
+    )

@@ -19,8 +19,7 @@ from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.arrays import GroupWriter, round_mantissa
 from svam.episodes.rows import RowReader
 from svam.episodes.store import AnnotatedRows, EpisodeStore
-from svam.models.teachers import Teacher
-from svam.models.tokens import to_grid
+from svam.models.teachers import Teacher, to_grid
 from svam.params import CacheTeacher
 from svam.resume import NOTHING_KEPT, Resume
 from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows

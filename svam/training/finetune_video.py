@@ -19,7 +19,7 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.diffusion import expand_like, log_normal_sigmas
 from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
-from svam.models.video import VideoConfig, VideoModel, build_unet
+from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import generator, seed_of
@@ -125,12 +125,8 @@ def new_video_model(
         unet = load_strict(UNetSpatioTemporalConditionModel, folder)
         unet.requires_grad_(True)
     else:
-        unet = build_unet(
-            params.unet.channels, params.unet.layers, params.unet.heads, config.latent_channels, text.width, params.frames,
-            min(config.latent_size),
-        )  # fmt: skip
-    noise_shape = (config.frames, config.latent_channels, *config.latent_size)
-    noise = torch.randn(noise_shape, generator=torch.Generator().manual_seed(seed_of(seed, "initial noise")))
+        unet = build_unet(params.unet, config)
+    noise = torch.randn(config.clip_shape, generator=torch.Generator().manual_seed(seed_of(seed, "initial noise")))
     return VideoModel(unet, config, noise)
 
 
@@ -187,6 +183,9 @@ def evaluate_video(
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    sampler = SamplerConfig(
+        up_blocks=1, grid=2, steps=params.evaluation_steps, guidance=1.0, bf16=params.training.bf16
+    )  # its features, which nothing here looks at, are small
     rng, available = generator(seed, "finetune_video held out"), len(store.rows("held_out"))
     places = np.sort(rng.choice(available, size=min(params.evaluation_clips, available), replace=False))
     clips = LatentClips(store, "held_out", autoencoder, params.frames, model.config.stride, device, places)
@@ -208,10 +207,7 @@ def evaluate_video(
                     denoising_loss(model, clean, level.exp().to(device), noise, condition, tokens).cpu()
                 )
             seeds = [seed_of(seed, "held-out noise", int(p)) for p in places[block]]
-            made = model.generate(
-                condition, tokens, model.initial_noise(seeds), steps=params.evaluation_steps, guidance=1.0, up_blocks=1,
-                grid=2,  # of features, which nothing here looks at
-            )  # fmt: skip
+            made = model.generate(condition, tokens, model.initial_noise(seeds), sampler)
         repeated = clean[:, :1].expand_as(clean)
         truth = _decoded(autoencoder, clean)
         for name, latents in (("generated", made.latents), ("repeated", repeated), ("one_step", made.one_step)):

@@ -16,7 +16,7 @@ from svam.console import console, track
 from svam.episodes.arrays import GroupWriter
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows
-from svam.models.generator import VideoForesight
+from svam.models.generator import VideoGenerator
 from svam.models.video import VideoConfig
 from svam.params import Generate
 from svam.resume import NOTHING_KEPT, Resume
@@ -60,7 +60,7 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
 
 
 def generate_windows(
-    path: Path, store: EpisodeStore, model: VideoForesight, windows: Windows, params: Generate, seed: int, video_sha256: str,
+    path: Path, store: EpisodeStore, model: VideoGenerator, windows: Windows, params: Generate, seed: int, video_sha256: str,
     resume: Resume = NOTHING_KEPT,
 ) -> None:  # fmt: skip
     """Write `path` (which the caller makes whole): `frames` V^ (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16
@@ -96,7 +96,7 @@ def generate_windows(
 
 
 def _generated(
-    store: EpisodeStore, model: VideoForesight, windows: Windows, batch: NDArray[np.int64], keep_features: bool
+    store: EpisodeStore, model: VideoGenerator, windows: Windows, batch: NDArray[np.int64], keep_features: bool
 ) -> dict[str, NDArray[Any]]:
     """The rows of the windows `batch`, of one side of the split, by array name."""
     video = model.video_model

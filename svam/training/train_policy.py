@@ -22,9 +22,9 @@ from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, window_starts
 from svam.files import sha256_tree
-from svam.models.foresight import ForesightModel, needs_of
-from svam.models.generator import SamplerConfig
+from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
+from svam.models.video import SamplerConfig
 from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.params import Generate, TrainPolicy
 from svam.resume import NOTHING_KEPT, Resume
@@ -99,12 +99,12 @@ def sources_of(
         if entry == FRAMES:
             sources[entry] = {"entry": entry, "camera": camera}
             continue
-        needs = needs_of([entry], frozen_observation=True).parts
+        needs = FrozenParts.of_entries([entry]).names
         for name in needs:
             parts.setdefault(name, sha256_tree(folders[name]))
         sources[entry] = {
             "entry": entry, "camera": camera, "parts": {n: parts[n] for n in needs if n != "text" or "video" in needs},
-            "code": code, "sampler": foresight.sampler.model_dump(), "reference": foresight.reference,
+            "code": code, "sampler": foresight.sampler.model_dump(),
             "device": foresight.device.type, "threads": torch.get_num_threads(), "libraries": library_versions(),
         }  # fmt: skip
     return sources
@@ -192,20 +192,11 @@ def action_error(svam: SVAM, data: TrainingData, batch: int, seed: int) -> dict[
 def load_foresight(section: TrainPolicy, sampling: Generate, folders: Mapping[str, Path]) -> ForesightModel:
     """Just the frozen parts that the context needs, read and sampled as `generate` says, but for the policy's own precision.
 
-    `folders`: part name -> directory. What the decouplers' reference is computed on, they state themselves.
-
-    Raises:
-        ValueError: a part is missing or damaged, or the decouplers were distilled with different references.
+    `folders`: part name -> directory. Raises as `ForesightModel.load_parts`.
     """
-    needs = needs_of(frozen_entries(section.context, section.observation_encoder), frozen_observation=True)
+    parts = FrozenParts.of_entries(frozen_entries(section.context, section.observation_encoder))
     sampler = SamplerConfig(**sampling.model_dump(include=set(SamplerConfig.model_fields) - {"bf16"}), bf16=section.encode_bf16)
-    foresight = ForesightModel.load_parts(needs, sampler, folders)
-    configs: dict[str, Any] = {branch: foresight.part(f"decoupler_{branch}").config for branch in needs.decouplers}
-    references = {branch: config.reference for branch, config in configs.items()}
-    if len(set(references.values())) > 1:
-        raise ContractError(f"the decouplers were distilled with different references: {references}; run cache_teacher again")
-    foresight.reference = next(iter(references.values()), foresight.reference)
-    return foresight
+    return ForesightModel.load_parts(parts, sampler, folders)
 
 
 def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) -> None:
@@ -241,7 +232,7 @@ def train(
         MachineError: the features do not fit `machine.cache_gb`.
     """
     frozen = frozen_entries(section.context, section.observation_encoder)
-    check_camera(foresight, store, needs_of(frozen).video)
+    check_camera(foresight, store, FrozenParts.of_entries(frozen).video)
     kept = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.

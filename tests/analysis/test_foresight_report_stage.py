@@ -19,13 +19,15 @@ from svam.analysis.side_by_side import Prediction, picture_rows, side_by_side
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
-from svam.models.generator import VideoForesight
+from svam.models.foresight import BRANCHES, ForesightModel, part_folders
+from svam.models.generator import VideoGenerator
+from svam.models.video import SamplerConfig
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
+from svam.training.one_step import load_for_windows
 from tests import ROOT
-from tests.models.test_svam import build
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import GENERATE, save_all_parts
+from tests.tiny import GENERATE, make_svam, save_all_parts
 from tests.tiny_foresight import FRAMES, SIZE, make_teacher
 from tests.toy import committed, write_toy_params
 
@@ -48,16 +50,19 @@ def write_store(path: Path, **changes: Any) -> EpisodeStore:
 def write_run(root: Path, store: EpisodeStore, keep_features: bool = True) -> dict[str, Path]:
     """Generated windows and every frozen part of the store `root`/episodes.zarr; part name -> folder."""
     folders = save_all_parts(root, store)
-    model = VideoForesight.load(sampler_of(), folders)
+    model = VideoGenerator.load(sampler_of(), folders)
     params = GENERATED.model_copy(update={"keep_features": keep_features})
     windows = choose_windows(store, params, model.video_model.config, 0)
     generate_windows(root / "generated.zarr", store, model, windows, params, 0, sha256_tree(root / "video"))
     return folders
 
 
-def sampler_of() -> Any:
-    from svam.models.generator import SamplerConfig
+def load_model(windows: GeneratedWindows, root: Path) -> ForesightModel:
+    folders = part_folders(root / "backbones", root / "video", root / "decouplers")
+    return load_for_windows(windows, folders, BRANCHES, ["geometric"])
 
+
+def sampler_of() -> Any:
     return SamplerConfig(**GENERATED.model_dump(include=set(SamplerConfig.model_fields)))
 
 
@@ -66,8 +71,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("foresight")
     store = write_store(root / "episodes.zarr")
     folders = write_run(root, store)
-    build(store, folders).save(root / "svam")
-    build(store, folders, context=["one_step"]).save(root / "vpp")
+    make_svam(store, folders).save(root / "svam")
+    make_svam(store, folders, context=["one_step"]).save(root / "vpp")
     return root
 
 
@@ -115,7 +120,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_pa
 def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
     """Errors of V^ and of the decoded one-step prediction, and IoU against the simulator, computed again from the arrays."""
     store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated.zarr")
-    model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
+    model = load_model(windows, root)
     subject = report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0)
     found = report.measure_gap(subject)
     truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
@@ -146,7 +151,7 @@ def test_features_that_were_not_kept_are_computed_again(root: Path, tmp_path: Pa
     found = []
     for folder in (root, tmp_path):
         windows = GeneratedWindows(folder / "generated.zarr")
-        model = report.load_model(windows, root / "backbones", root / "video", root / "decouplers", ["geometric"])
+        model = load_model(windows, root)
         subject = report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0)
         found.append(report.probe_features(subject)(numbers, frames))
     assert set(found[0]) == set(found[1]) == {"repeat", "one_step", "geometric", "generated", "truth"}
@@ -169,7 +174,7 @@ def test_what_a_variant_does_not_have_is_absent(
     others = {"pooled": {"context": ["one_step"], "aggregator": "mean_pool"}, "blind": {"context": ["observation"]}}
     if policy in others and not (root / policy).exists():
         folders = {p.name: p for p in (root / "backbones").iterdir()} | {"video": root / "video"}
-        build(EpisodeStore.open(root / "episodes.zarr"), folders, **others[policy]).save(root / policy)
+        make_svam(EpisodeStore.open(root / "episodes.zarr"), folders, **others[policy]).save(root / policy)
     result = invoke(root, tmp_path / "out", policy, branches)
     assert result.exit_code == 0, result.output
     found = read_json(tmp_path / "out/metrics.json")

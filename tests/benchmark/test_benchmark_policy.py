@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from svam.benchmark.policy import evaluation_plans
 from svam.contract import Episode, SourceDescription
@@ -16,13 +15,12 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.evaluation.closed_loop import ROWS, plan_episodes
 from svam.files import sha256
-from svam.models.svam import SVAM, SVAMConfig
 from svam.params import Evaluate
-from svam.training.train_policy import choose_rows, load_foresight
+from svam.training.train_policy import choose_rows
 from tests.benchmark.common import check_ratio, measured, refused
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import GENERATE, policy_params, save_all_parts
-from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store
+from tests.tiny import GENERATE, make_svam, policy_params, save_all_parts
+from tests.tiny_foresight import FRAMES, SIZE, make_store
 
 TASKS = ["reach", "window-close"]
 EVALUATE = {"tasks": TASKS[:1], "max_steps": 10, "execute": 4, "batch": 2}
@@ -49,25 +47,13 @@ class Demonstrations(Recorded):
         )  # fmt: skip
 
 
-def save_policy(root: Path, store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> Path:
-    """An untrained but whole policy in `root/svam`."""
-    section = policy_params(**changes)
-    foresight = load_foresight(section, GENERATE, folders)
-    frozen = [entry for entry in section.context if entry != "observation"]
-    shapes = {entry: (FRAMES, GRID, GRID, foresight.entry_channels(entry)) for entry in frozen}
-    config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
-    torch.manual_seed(0)
-    SVAM(config, store.statistics, foresight).save(root / "svam")
-    return root / "svam"
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`episodes.zarr`, `parts` and `svam`."""
     root = tmp_path_factory.mktemp("benchmark")
     convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(root / "episodes.zarr")
-    save_policy(root, store, save_all_parts(root / "parts", store))
+    make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
     return root
 
 
@@ -131,7 +117,7 @@ def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, cap
     said = refused("encode", tmp_path, changes(), capfd, "--model", str(tmp_path / "nowhere"))
     assert str(tmp_path / "nowhere") in said
     store = make_store(tmp_path / "episodes.zarr")
-    save_policy(tmp_path, store, {"text": root / "parts/backbones/text"}, context=["observation"])
+    make_svam(store, {"text": root / "parts/backbones/text"}, context=["observation"]).save(tmp_path / "svam")
     said = refused("encode", tmp_path, changes(), capfd, *options(tmp_path))
     assert "its context ['observation'] uses no video model" in said
     said = refused("features", tmp_path, changes(), capfd, *options(tmp_path))

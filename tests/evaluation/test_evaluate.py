@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
@@ -25,16 +24,15 @@ from svam.evaluation import closed_loop, offline
 from svam.evaluation.rollout import Outcome
 from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, macro_of, rate_of, summary, tier_of
 from svam.files import read_json, sha256_tree
-from svam.models.svam import SVAM, SVAMConfig
+from svam.models.svam import SVAM
 from svam.params import Params
 from svam.resume import Resume
 from svam.simulation.metaworld import TaskEnvironment
-from svam.training.train_policy import load_foresight
 from tests import ROOT
 from tests.killing import kill, one_code
 from tests.killing import run_stage as whole_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import GENERATE, policy_params, save_all_parts
+from tests.tiny import make_svam, save_all_parts
 from tests.tiny_foresight import FRAMES, GRID, SIZE
 from tests.toy import write_toy_params
 
@@ -115,15 +113,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("evaluate")
     convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(root / "episodes.zarr")
-    section = policy_params()
-    foresight = load_foresight(section, GENERATE, save_all_parts(root / "parts", store))
-    shapes = {entry: (FRAMES, GRID, GRID, foresight.entry_channels(entry)) for entry in section.context}
-    config = SVAMConfig.of(section, foresight, shapes, store.statistics, "corner2", store.image_size, store.rate_hz)
-    torch.manual_seed(0)
-    svam = SVAM(config, store.statistics, foresight)
-    for layer in svam.network.diffusion.decoder:
-        torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
-    svam.save(root / "svam")
+    make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
     write_params(root / "params.yaml")
     return root
 

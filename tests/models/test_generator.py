@@ -1,4 +1,4 @@
-"""The video half of the foresight: sentences are embedded once, to the same bits whatever came before or beside them."""
+"""Sentences are embedded once, to the same bits whatever came before or beside them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from svam.models import generator
-from svam.models.generator import SamplerConfig, VideoForesight
+from svam.models.generator import VideoGenerator
+from svam.models.video import SamplerConfig
 from tests.tiny_foresight import make_store, save_parts
 
 
@@ -15,7 +16,7 @@ def test_a_sentence_is_embedded_once_and_to_the_same_bits(tmp_path: Path) -> Non
     save_parts(tmp_path, make_store(tmp_path / "episodes.zarr"), "fixed")
     folders = {name: tmp_path / "backbones" / name for name in ("text", "autoencoder")} | {"video": tmp_path / "video"}
     sampler = SamplerConfig(up_blocks=2, grid=2, steps=2, guidance=1.0, bf16=False)
-    model = VideoForesight.load(sampler, folders)
+    model = VideoGenerator.load(sampler, folders)
     calls: list[int] = []
     model.text.model.register_forward_hook(lambda *_: calls.append(1))
     together = model.embed_text(["push", "pull", "push"])
@@ -30,7 +31,7 @@ def test_a_sentence_is_embedded_once_and_to_the_same_bits(tmp_path: Path) -> Non
 def test_only_the_last_sentences_are_kept(tmp_path: Path) -> None:
     save_parts(tmp_path, make_store(tmp_path / "episodes.zarr"), "fixed")
     folders = {name: tmp_path / "backbones" / name for name in ("text", "autoencoder")} | {"video": tmp_path / "video"}
-    model = VideoForesight.load(SamplerConfig(up_blocks=2, grid=2, steps=2, guidance=1.0, bf16=False), folders)
+    model = VideoGenerator.load(SamplerConfig(up_blocks=2, grid=2, steps=2, guidance=1.0, bf16=False), folders)
     calls: list[int] = []
     model.text.model.register_forward_hook(lambda *_: calls.append(1))
     many = ["push" + " a" * (k % 4) + " b" * (k // 4) for k in range(4)]

@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from svam.models.perceiver import FrameCrossAttention, MeanPool, UniPerceiver, build_aggregator
+from svam.models.perceiver import AGGREGATORS, FrameCrossAttention, MeanPool, UniPerceiver
+from svam.params import Perceiver
+
+SIZES = Perceiver(queries=2, width=16, depth=2, heads=4)
 
 
 def perceiver(**changes: int) -> UniPerceiver:
     torch.manual_seed(0)
-    sizes = {"queries": 2, "width": 16, "depth": 2, "heads": 4} | changes
-    return UniPerceiver(5, (3, 2, 4), **sizes).eval()
+    return UniPerceiver(SIZES.model_copy(update=changes), (3, 2, 4, 5)).eval()
 
 
 def context(batch: int = 2) -> Tensor:
@@ -28,17 +30,15 @@ def test_reordered_attention_equals_the_textbook() -> None:
     k, v = (layer(tokens).view(3, 5, 2, 4).transpose(1, 2) for layer in (attention.to_key, attention.to_value))
     weights = (q @ k.transpose(-1, -2) / 4**0.5).softmax(-1)  # (M, heads, N, S)
     expected = attention.out((weights @ v).transpose(1, 2).reshape(3, 2, 8))
-    update, found = attention(queries, tokens)
-    torch.testing.assert_close(update, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(found, weights.transpose(1, 2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention(queries, tokens), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention.weights(queries, tokens), weights.transpose(1, 2), rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_tokens_and_attention_have_the_stated_shapes() -> None:
-    tokens, weights = perceiver().attend(context())
+    tokens, weights = perceiver()(context()), perceiver().attention(context())
     assert tokens.shape == (2, 6, 16) and weights.shape == (2, 3, 2, 2, 4)
     torch.testing.assert_close(weights.sum((-1, -2)), torch.ones(2, 3, 2))
-    assert torch.equal(tokens, perceiver()(context()))
 
 
 def changed_frames(model: UniPerceiver, frame: int) -> list[bool]:
@@ -56,7 +56,7 @@ def test_frames_meet_along_time_only() -> None:
     assert changed_frames(perceiver(), 1) == [True, True, True]
     alone = perceiver()
     for layer in alone.along_time:  # without the exchange along time, cross-attention stays within its frame
-        layer.out.weight.zero_()
+        layer.attention.out.weight.zero_()
     assert changed_frames(alone, 1) == [False, True, False]
 
 
@@ -64,7 +64,7 @@ def test_frames_meet_along_time_only() -> None:
 @pytest.mark.parametrize("aggregator", ["uni_perceiver", "mean_pool"])
 def test_times_are_told_apart(aggregator: str) -> None:
     torch.manual_seed(0)
-    model = build_aggregator(aggregator, 5, (3, 2, 4), 2, 16, 1, 4).eval()  # type: ignore[arg-type]
+    model = AGGREGATORS[aggregator](SIZES, (3, 2, 4, 5)).eval()
     same = torch.ones(1, 3, 2, 4, 5)
     tokens = model(same).view(1, 3, -1, 16)
     assert (tokens[0, 0] - tokens[0, 1]).abs().max() > 1e-3
@@ -83,9 +83,9 @@ def test_positions_are_told_apart() -> None:
 @torch.no_grad()
 def test_mean_pooling_is_the_mean_of_the_embedded_tokens() -> None:
     torch.manual_seed(0)
-    model = MeanPool(5, (3, 2, 4), 16)
+    model = MeanPool(SIZES, (3, 2, 4, 5))
+    assert model(context()).shape == (2, 3, 16)
     torch.testing.assert_close(model(context()), model.embed(context()).mean(2))
-    assert model.tokens == 3
 
 
 def test_a_wrong_shape_is_named() -> None:

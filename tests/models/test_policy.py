@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from svam.models.policy import TRAIN_TIMESTEPS, ActionDiffusion, masked_mean_square
+from svam.models.policy import TRAIN_TIMESTEPS, ActionDiffusion, Objective, masked_mean_square
+from svam.params import ActionTransformer
 
-OBJECTIVES = ["edm", "epsilon"]
+OBJECTIVES: list[Objective] = ["edm", "epsilon"]
 
 
-def build(objective: str = "edm", **changes: Any) -> ActionDiffusion:
+def build(objective: Objective = "edm", **changes: Any) -> ActionDiffusion:
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "chunk": 3, "dimensions": 2, "context_width": 8, "text_width": 6, "proprioception": None, "objective": objective,
-        "width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "sigma_min": 0.001, "sigma_max": 80.0,
-        "sigma_data": 0.5, "steps": 10, "largest": 1.0,
-    }  # fmt: skip
-    return ActionDiffusion(**(sizes | changes)).eval()
+    sizes = ActionTransformer(
+        width=32, encoder_layers=1, decoder_layers=1, heads=2, sigma_min=0.001, sigma_max=80.0, sigma_data=0.5, steps=10
+    )
+    shapes: dict[str, Any] = {"chunk": (3, 2), "context_width": 8, "text_width": 6, "proprioception": None, "action_limit": 1.0}
+    return ActionDiffusion(sizes, objective, **(shapes | changes)).eval()
 
 
 def conditions(batch: int = 4) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ def _alpha_bar(t: float) -> float:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_of_a_fresh_network_and_its_mask(objective: str) -> None:
+def test_loss_of_a_fresh_network_and_its_mask(objective: Objective) -> None:
     model = build(objective)
     context = model.encode_context(*conditions(), None)
     actions, mask = torch.zeros(4, 3, 2), torch.ones(4, 3, dtype=torch.bool)
@@ -103,7 +103,7 @@ def test_loss_of_a_fresh_network_and_its_mask(objective: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_chunks_of_one_observation_share_its_keys(objective: str) -> None:
+def test_chunks_of_one_observation_share_its_keys(objective: Objective) -> None:
     """Four draws against one context equal four contexts."""
     model = build(objective)
     torch.nn.init.normal_(model.decoder[0].modulation.weight, std=0.5)  # a fresh layer's gates are zero
@@ -116,7 +116,7 @@ def test_chunks_of_one_observation_share_its_keys(objective: str) -> None:
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_learns_four_chunks_by_heart(objective: str) -> None:
+def test_it_learns_four_chunks_by_heart(objective: Objective) -> None:
     model = build(objective).train()
     tokens, text = conditions()
     actions = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(5)) * 1.6 - 0.8

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError
-from svam.models.svam import SVAM, Batch, PolicyNetwork, SVAMConfig, frozen_entries
+from svam.models.manifest import write_manifest
+from svam.models.svam import SVAM, Batch, PolicyNetwork
 from svam.normalisation import denormalise_actions, normalise_actions
-from svam.params import TrainPolicy, load_params
-from svam.training.train_policy import load_foresight
+from svam.params import load_params
 from tests import ROOT
-from tests.tiny import FRAMES, GENERATE, GRID, TEACHER_CHANNELS, observations, policy_params, save_all_parts
+from tests.tiny import FRAMES, GRID, make_svam, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 
 VIDEO = {"text", "autoencoder", "video"}
@@ -59,30 +60,9 @@ def folders(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> di
     return save_all_parts(tmp_path_factory.mktemp("parts"), store)
 
 
-def shapes_of(svam_section: TrainPolicy) -> dict[str, tuple[int, int, int, int]]:
-    channels = {"geometric": TEACHER_CHANNELS, "semantic": TEACHER_CHANNELS, "one_step": 64, "observation": TEACHER_CHANNELS}
-    channels |= {"generated": 2 * TEACHER_CHANNELS, "goal_frame": 2 * TEACHER_CHANNELS}
-    entries = frozen_entries(svam_section.context, svam_section.observation_encoder)
-    return {e: (1 if e in ("goal_frame", "observation") else FRAMES, GRID, GRID, channels[e]) for e in entries}
-
-
-def build(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> SVAM:
-    """An untrained S-VAM whose gates are open, so that every input shows in the actions."""
-    section = policy_params(**changes)
-    foresight = load_foresight(section, GENERATE, folders)
-    config = SVAMConfig.of(
-        section, foresight, shapes_of(section), store.statistics, store.cameras[0], store.image_size, store.rate_hz
-    )
-    torch.manual_seed(0)
-    svam = SVAM(config, store.statistics, foresight)
-    for layer in svam.network.diffusion.decoder:
-        torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
-    return svam
-
-
 @pytest.fixture(scope="module")
 def svam(store: EpisodeStore, folders: dict[str, Path]) -> SVAM:
-    return build(store, folders)
+    return make_svam(store, folders)
 
 
 @pytest.fixture
@@ -95,7 +75,7 @@ def saved(svam: SVAM, tmp_path: Path) -> Path:
 def test_every_variant_is_params_alone(name: str, store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
     changes, parts, tokens = VARIANTS[name]
     used = {part: folder for part, folder in folders.items() if part in parts}  # what a variant does not use is not loaded
-    model = build(store, used, **changes)
+    model = make_svam(store, used, **changes)
     assert model.needs_proprioception == ("proprioception" in changes)
     seen = observations(store, 2, model.needs_proprioception)
     actions = model.act(seen)
@@ -181,12 +161,27 @@ def test_frames_and_instructions_matter(svam: SVAM, store: EpisodeStore) -> None
     assert (svam.act([replace(one, instruction="pull b")], [0]) != base).any()
 
 
-def test_fresh_video_noise_follows_the_seed(store: EpisodeStore, tmp_path: Path) -> None:
-    model = build(store, save_all_parts(tmp_path, store, noise="fresh"))
+def test_fresh_video_noise_follows_the_seed_and_is_not_the_chunks(
+    store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_svam(store, save_all_parts(tmp_path, store, noise="fresh"))
     seen = observations(store, 1)
     first, second = (model.encode(seen, [seed]).entries["one_step"] for seed in (1, 2))
     assert not torch.equal(first, second)
     assert torch.equal(first, model.encode(seen, [1]).entries["one_step"])
+    noises: list[Tensor] = []
+    for part, method, place in ((model.foresight.video, "one_step", 2), (model.network.diffusion, "sample", 1)):
+        compute = getattr(part, method)
+
+        def recorded(*arguments: Any, compute: Any = compute, place: int = place) -> Any:
+            noises.append(arguments[place].flatten())
+            return compute(*arguments)
+
+        monkeypatch.setattr(part, method, recorded)
+    model.act(seen, [1])
+    video, chunk = noises
+    assert not torch.equal(video[: len(chunk)], chunk)
+    assert torch.equal(chunk, torch.randn(len(chunk), generator=torch.Generator().manual_seed(1)))
 
 
 def test_actions_are_in_physical_units(svam: SVAM, store: EpisodeStore) -> None:
@@ -216,7 +211,7 @@ def test_a_misfit_observation_is_one_sentence(
 
 
 def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict[str, Path]) -> None:
-    model = build(store, folders, context=["one_step"], proprioception=True)
+    model = make_svam(store, folders, context=["one_step"], proprioception=True)
     seen = observations(store, 1, proprioception=True)[0]
     model.act([seen])
     for wrong, found in ((None, "None"), (np.zeros(5, np.float32), r"\(5,\)")):
@@ -229,7 +224,7 @@ def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict
 
 
 def test_nan_fails_loudly(store: EpisodeStore, folders: dict[str, Path]) -> None:
-    model = build(store, folders, context=["one_step"])
+    model = make_svam(store, folders, context=["one_step"])
     with torch.no_grad():
         model.network.diffusion.to_actions[1].bias[0] = float("nan")
     with pytest.raises(ContractError, match="the policy returned NaN or infinity for observation 0 of 2"):
@@ -278,6 +273,14 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_part(damage: Callable[[
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_an_older_version_is_one_sentence(saved: Path) -> None:
+    file = saved / "policy/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"schema_version": 1}))
+    write_manifest(saved)
+    with pytest.raises(FileError, match=r"policy/config.json: schema_version is 1, but this version of the code reads 2"):
+        SVAM.load(saved)
+
+
 def test_no_folder_at_all(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="nothing: no such folder"):
         SVAM.load(tmp_path / "nothing")
@@ -285,7 +288,7 @@ def test_no_folder_at_all(tmp_path: Path) -> None:
 
 def test_it_overfits_one_batch_and_act_repeats_it(store: EpisodeStore, folders: dict[str, Path]) -> None:
     """The whole path: observations -> encode -> loss; afterwards act returns the demonstrated actions."""
-    model = build(store, folders, context=["one_step", "observation"], transformer=wider())
+    model = make_svam(store, folders, context=["one_step", "observation"], transformer=wider())
     seen = observations(store, 4)
     seen = [replace(o, frames={"front": np.roll(o.frames["front"], 3 * i, 0)}) for i, o in enumerate(seen)]
     inputs = model.encode(seen)

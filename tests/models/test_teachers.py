@@ -18,7 +18,7 @@ from transformers import (
 from svam import params
 from svam.contract import ContractError
 from svam.models.published import save_published
-from svam.models.teachers import FARTHEST, Backbone, Family, Teacher, TeacherConfig, unpatchify
+from svam.models.teachers import FARTHEST, Backbone, Family, Teacher, TeacherConfig, to_grid, unpatchify
 from svam.training.prepare_backbones.teacher import Views, blur, build, inverse_depth, objective_of
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
 from tests.toy import committed
@@ -221,3 +221,11 @@ def test_intersection_over_union_by_hand() -> None:
 def test_dinov2_without_registers_drops_the_class_token_only(frames: torch.Tensor) -> None:
     config = Dinov2Config(image_size=SIZE, patch_size=4, hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
     assert Teacher(Dinov2Model(config), TeacherConfig("dinov2", SIZE)).special == 1
+
+
+def test_tokens_go_to_another_grid() -> None:
+    tokens = torch.arange(16.0).view(1, 4, 4, 1)
+    assert to_grid(tokens, 4) is tokens
+    small = to_grid(tokens, 2)
+    assert small.shape == (1, 2, 2, 1) and abs(float(small.mean()) - 7.5) < 1e-5
+    assert small[0, 0, 0, 0] < small[0, 0, 1, 0] < small[0, 1, 0, 0] < small[0, 1, 1, 0]

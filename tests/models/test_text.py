@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from svam.contract import ContractError
 from svam.files import FileError
 from svam.models.published import save_published
-from svam.models.text import TextEncoder
+from svam.models.text import TextEncoder, attention_mask
 from svam.seeds import generator
 from svam.training.prepare_backbones.text import (
     BEGIN,
@@ -53,9 +53,13 @@ def test_the_published_text_model_gives_the_same_features(published: tuple[Path,
     batch = tokenizer(SENTENCES, padding="max_length", max_length=10, return_tensors="pt")
     assert torch.equal(encoder.ids(SENTENCES), batch["input_ids"])
     with torch.no_grad():
-        expected = clip.text_model(input_ids=batch["input_ids"]).last_hidden_state
+        expected = clip.text_model(**batch).last_hidden_state
+        unmasked = clip.text_model(input_ids=batch["input_ids"]).last_hidden_state
     assert encoder.embed(SENTENCES).shape == (4, 10, 16) and encoder.width == 16
+    assert torch.equal(attention_mask(batch["input_ids"], tokenizer.eos_token_id), batch["attention_mask"])
     assert torch.equal(encoder.embed(SENTENCES), expected)
+    padding = batch["attention_mask"] == 0
+    assert torch.equal(expected[~padding], unmasked[~padding]) and (expected - unmasked)[padding].abs().max() > 1e-3
 
 
 def test_vocab_and_merges_alone_are_enough(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svam.files import FileError
-from svam.models.video import VideoConfig, VideoModel, build_unet
-from svam.params import FinetuneVideo
+from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
+from svam.params import FinetuneVideo, UNet
 from svam.training.finetune_video import denoising_loss, draw_sigmas
 from svam.training.loop import fit
 from tests.toy import optimiser
@@ -21,10 +21,17 @@ CONFIG = VideoConfig(
     sigma_max=80.0, noise="fixed", camera="front", image_size=(32, 32),
 )  # fmt: skip
 
+UNET = UNet(pretrained=None, revision=None, channels=[32, 64], layers=1, heads=[2, 4])
+SAMPLER = SamplerConfig(up_blocks=2, grid=4, steps=3, guidance=1.0, bf16=False)
+
+
+def sampler(**changes: float) -> SamplerConfig:
+    return SAMPLER.model_copy(update=changes)
+
 
 def tiny(noise: str = "fixed") -> VideoModel:
     torch.manual_seed(0)
-    unet = build_unet([32, 64], 1, [2, 4], 4, text_width=32, frames=3, latent_size=4)  # 32 = twice the text's width, as SVD
+    unet = build_unet(UNET, CONFIG.model_copy(update={"text_width": 32}))  # twice the text's width, as SVD
     fixed = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
     return VideoModel(unet, CONFIG.model_copy(update={"noise": noise}), fixed).eval()
 
@@ -64,12 +71,12 @@ def test_the_forward_is_the_librarys_own(batch: int) -> None:
 def test_features_and_generation_start_from_the_same_noise() -> None:
     model = tiny()
     condition, text, _ = inputs()
-    noise = model.initial_noise(2)
-    features = model.one_step(condition, text, noise, up_blocks=2, grid=4)
-    made = model.generate(condition, text, noise, steps=3, guidance=1.0, up_blocks=2, grid=4)
+    noise = model.initial_noise([0, 1])
+    features = model.one_step(condition, text, noise, SAMPLER)
+    made = model.generate(condition, text, noise, SAMPLER)
     assert features.shape == (2, 3, 4, 4, 96)
     assert torch.equal(features, made.features)
-    other = model.generate(condition, text, model.seeded_noise([5, 6]), 3, 1.0, 2, 4)
+    other = model.generate(condition, text, model.seeded_noise([5, 6]), SAMPLER)
     assert not torch.allclose(other.features, features)
     assert made.latents.shape == made.one_step.shape == (2, 3, 4, 4, 4)
 
@@ -79,26 +86,24 @@ def test_blocks_after_the_last_used_do_not_run() -> None:
     model = tiny()
     condition, text, noise = inputs()
     model.unet.up_blocks[1].register_forward_hook(lambda *_: pytest.fail("the second up block ran"))
-    assert model.one_step(condition, text, noise, up_blocks=1, grid=2).shape == (2, 3, 2, 2, 64)
+    assert model.one_step(condition, text, noise, sampler(up_blocks=1, grid=2)).shape == (2, 3, 2, 2, 64)
     with pytest.raises(ValueError, match="up_blocks is 3, but this U-Net has 2"):
-        model.one_step(condition, text, noise, up_blocks=3, grid=2)
+        model.one_step(condition, text, noise, sampler(up_blocks=3))
 
 
 @torch.no_grad()
 def test_one_step_sampling_is_the_denoised_estimate() -> None:
     model = tiny()
     condition, text, noise = inputs()
-    made = model.generate(condition, text, noise, steps=1, guidance=1.0, up_blocks=1, grid=4)
+    made = model.generate(condition, text, noise, sampler(steps=1))
     torch.testing.assert_close(made.latents, made.one_step)
-    guided = model.generate(condition, text, noise, steps=1, guidance=3.0, up_blocks=1, grid=4)
-    free = model.generate(condition * 0, text * 0, noise, steps=1, guidance=1.0, up_blocks=1, grid=4)
+    guided = model.generate(condition, text, noise, sampler(steps=1, guidance=3.0))
+    free = model.generate(condition * 0, text * 0, noise, sampler(steps=1))
     torch.testing.assert_close(guided.latents, free.latents + 3 * (made.latents - free.latents), rtol=1e-4, atol=1e-4)
 
 
-def test_fresh_noise_needs_seeds_and_follows_them() -> None:
+def test_fresh_noise_follows_its_seeds() -> None:
     model = tiny("fresh")
-    with pytest.raises(ValueError, match="one noise seed per observation"):
-        model.initial_noise(2)
     first, again = model.initial_noise([3, 4]), model.initial_noise([4, 3])
     assert torch.equal(first[0], again[1]) and not torch.equal(first[0], first[1])
     assert torch.equal(tiny().initial_noise([3, 4])[0], tiny().initial_noise([9, 9])[1])
@@ -109,17 +114,21 @@ def test_saved_and_loaded_models_agree_to_the_bit(tmp_path: Path) -> None:
     model = tiny().requires_grad_(False)  # as loaded: torch multiplies by another kernel where weights could have gradients
     model.save(tmp_path)
     condition, text, noise = inputs()
-    assert torch.equal(
-        VideoModel.load(tmp_path).one_step(condition, text, noise, 2, 4), model.one_step(condition, text, noise, 2, 4)
-    )
+    again = VideoModel.load(tmp_path).one_step(condition, text, noise, SAMPLER)
+    assert torch.equal(again, model.one_step(condition, text, noise, SAMPLER))
     assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"frames": 3', '"frames": "three"'))
+    with pytest.raises(FileError, match=r"config\.json: frames: Input should be a valid integer"):
+        VideoModel.load(tmp_path)
+    (tmp_path / "config.json").write_text(config)
     save_file({"fixed_noise": torch.zeros(2)}, str(tmp_path / "noise.safetensors"))
     with pytest.raises(FileError, match=r"fixed_noise is \(2,\), expected \(3, 4, 4, 4\)"):
         VideoModel.load(tmp_path)
 
 
 def test_sizes_that_do_not_fit_are_named() -> None:
-    unet = build_unet([32, 64], 1, [2, 4], 8, text_width=32, frames=3, latent_size=4)
+    unet = build_unet(UNET, CONFIG.model_copy(update={"text_width": 32, "latent_channels": 8}))
     with pytest.raises(ValueError, match="16 input and 8 output channels.*need 8 and 4"):
         VideoModel(unet, CONFIG, torch.zeros(3, 4, 4, 4))
     with pytest.raises(ValueError, match="cross_attention_dim is 32, expected a multiple of the text width 24"):

@@ -13,9 +13,9 @@ from svam.episodes.arrays import read_attributes
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
-from svam.models.foresight import ForesightModel, needs_of
-from svam.models.generator import SamplerConfig
+from svam.models.foresight import ForesightModel, FrozenParts, part_folders
 from svam.models.text import TextEncoder
+from svam.models.video import SamplerConfig
 from svam.params import FinetuneVideo, Generate
 from svam.resume import Resume
 from svam.training import finetune_video
@@ -36,8 +36,8 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[EpisodeStore, Fores
     store = make_store(folder / "episodes.zarr")
     save_parts(folder, store, "fixed")
     sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
-    folders = {"autoencoder": folder / "backbones/autoencoder", "text": folder / "backbones/text", "video": folder / "video"}
-    return store, ForesightModel.load_parts(needs_of(["one_step"]), sampler, folders)
+    folders = part_folders(folder / "backbones", folder / "video")
+    return store, ForesightModel.load_parts(FrozenParts(), sampler, folders)
 
 
 def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, ForesightModel]) -> None:
@@ -68,7 +68,7 @@ def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, F
     assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
     path = tmp_path / "a.zarr"
     frames = torch.from_numpy(store.frames(windows.rows[:4, 0]))
-    seen = model.encode(frames, windows.instructions[:4], ["one_step"]).entries["one_step"]
+    seen = model.encode(frames, windows.instructions[:4], ["one_step"], range(4)).entries["one_step"]
     np.testing.assert_allclose(RowReader(path / "features").read_range(0, 4), seen.numpy(), rtol=2e-3, atol=2e-3)
     shapes = {
         n: RowReader(path / n).shape for n in ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")
@@ -103,21 +103,19 @@ def test_the_state_of_a_run_is_what_it_writes(
 
 def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> None:
     with pytest.raises(ValueError, match="without its semantic teacher"):
-        parts[1].encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"])
+        parts[1].encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"], [0])
 
 
 def test_each_entry_asks_for_just_its_parts() -> None:
-    assert needs_of(["observation"]).parts == ["text"]
-    assert needs_of(["observation"], frozen_observation=True).parts == ["text", "teacher_semantic"]
-    assert needs_of(["one_step"]).parts == ["text", "autoencoder", "video"]
-    assert needs_of(["semantic", "one_step"]).parts == [
-        "text",
-        "autoencoder",
-        "video",
-        "teacher_semantic",
-        "decoupler_semantic",
-    ]
-    assert needs_of(["goal_frame"]).parts == ["text", "autoencoder", "video", "teacher_geometric", "teacher_semantic"]
+    video = ["text", "autoencoder", "video"]
+    for entries, names in (
+        ([], ["text"]),
+        (["observation"], ["text", "teacher_semantic"]),
+        (["one_step"], video),
+        (["semantic", "one_step"], [*video, "teacher_semantic", "decoupler_semantic"]),
+        (["goal_frame"], [*video, "teacher_geometric", "teacher_semantic"]),
+    ):
+        assert FrozenParts.of_entries(entries).names == names
 
 
 def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeStore, ForesightModel]) -> None:

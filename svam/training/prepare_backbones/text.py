@@ -16,7 +16,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 from svam import params
 from svam.episodes.store import EpisodeStore
 from svam.models.published import freeze, resolve_weights
-from svam.models.text import TextEncoder
+from svam.models.text import TextEncoder, attention_mask
 from svam.resume import NOTHING_KEPT, Resume
 from svam.seeds import generator
 from svam.training.batch_order import EndlessOrder
@@ -127,7 +127,7 @@ class Contrast(nn.Module):
         if pixels.shape[-2:] != (side, side):
             pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
         images = F.normalize(clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output), dim=-1)
-        text = clip.text_model(input_ids=ids)
+        text = clip.text_model(ids, attention_mask(ids, clip.config.text_config.eos_token_id))
         last = F.normalize(clip.text_projection(text.pooler_output), dim=-1)
         mean = F.normalize(self.mean_projection(text.last_hidden_state.mean(dim=1)), dim=-1)
         scale = clip.logit_scale.exp().clamp(max=100.0)
