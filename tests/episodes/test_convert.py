@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 from stages.convert import app
 from svam.console import console
-from svam.contract import Annotation, ContractError, Episode, EpisodeShape, SourceDescription
+from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
 from svam.episodes.convert import convert, split_episodes
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
@@ -47,14 +47,14 @@ def test_the_split_holds_out_a_share_of_each_task() -> None:
 def test_a_tasks_only_episode_is_trained_on() -> None:
     assert drawn(["a", "a", "b"], 0.1, seed=0)[2] == 0
     assert drawn(["a", "b", "c", "d"], 0.25, seed=0).sum() == 1  # no task has two: all are one pool
-    with pytest.raises(ContractError, match="1 episode in all; at least 2 are needed"):
+    with refused("1 episode in all; at least 2 are needed"):
         drawn(["a"], 0.1, seed=0)
 
 
 def test_a_sources_own_split_is_kept() -> None:
     shapes = [EpisodeShape(9, held_out=side) for side in (False, True, False)]
     assert split_episodes(["a", "a", "a"], shapes, 0.9, seed=0).tolist() == [0, 1, 0]
-    with pytest.raises(ContractError, match="own split has 0 training and 3 held-out episodes"):
+    with refused("own split has 0 training and 3 held-out episodes"):
         split_episodes(["a"] * 3, [EpisodeShape(9, held_out=True)] * 3, 0.9, seed=0)
 
 
@@ -93,12 +93,6 @@ def test_equal_input_gives_equal_bytes_and_few_files(tmp_path: Path) -> None:
     assert sha256_tree(tmp_path / "a.zarr") != sha256_tree(tmp_path / "c.zarr")
 
 
-def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 400
-    return text
-
-
 def bad_actions(value: float) -> np.ndarray[Any, Any]:
     actions = SOURCE.episodes[2].actions.copy()
     actions[4, 1] = value
@@ -125,9 +119,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("fields, message", WRONG, ids=[message[:30] for _, message in WRONG])
 def test_an_episode_that_breaks_the_contract_leaves_nothing(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
-    with pytest.raises(ContractError, match=message) as error:
+    with refused(message):
         convert(SOURCE.changed(2, **fields), tmp_path / "s.zarr", SETTINGS, seed=0)
-    one_sentence(error)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +131,7 @@ def test_an_episode_that_breaks_the_contract_leaves_nothing(tmp_path: Path, fiel
 def test_wrong_annotations(tmp_path: Path, index: list[int], classes: int, message: str) -> None:
     annotation = Annotation(np.full((3, 8, 8), classes, np.uint8), np.array(index, dtype=np.int64))
     source = SOURCE.changed(1, annotations=SOURCE.episodes[1].annotations | {"segmentation": annotation})
-    with pytest.raises(ContractError, match=message):
+    with refused(message):
         convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
 
 
@@ -152,11 +145,10 @@ def test_binary_dimensions_are_checked(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"binary_dimensions": [2]})
     convert(source, tmp_path / "s.zarr", settings, seed=0)
     assert EpisodeStore.open(tmp_path / "s.zarr").statistics.convention.binary_dimensions == [2]
-    with pytest.raises(ContractError, match=r"actions\[:, 2\] must be -1 or 1"):
+    with refused(r"actions\[:, 2\] must be -1 or 1"):
         convert(SOURCE, tmp_path / "t.zarr", settings, seed=0)
-    with pytest.raises(ContractError, match=r"convert: binary_dimensions \[7\] are outside 0\.\.2") as error:
+    with refused(r"convert: binary_dimensions \[7\] are outside 0\.\.2"):
         convert(SOURCE, tmp_path / "t.zarr", SETTINGS.model_copy(update={"binary_dimensions": [7]}), seed=0)
-    one_sentence(error)
 
 
 @contextmanager
@@ -175,9 +167,8 @@ def file_size_limit(limit: int) -> Iterator[None]:
 @pytest.mark.parametrize("limit", [0, 2000])
 def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, limit: int) -> None:
     out = tmp_path / "s.zarr"
-    with file_size_limit(limit), pytest.raises(FileError, match="writing failed: File too large; nothing was kept") as error:
+    with file_size_limit(limit), refused("writing failed: File too large; nothing was kept"):
         convert(SOURCE, out, SETTINGS, seed=0)
-    one_sentence(error)
     assert list(tmp_path.iterdir()) == []
     convert(SOURCE, out, SETTINGS, seed=0)
     before = sha256_tree(out)

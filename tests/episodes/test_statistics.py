@@ -29,11 +29,6 @@ def test_hand_computed() -> None:
     assert found.q99 == pytest.approx([3.96, 5.0])
 
 
-def test_one_row() -> None:
-    found = of(np.array([[-1.5]], dtype=np.float32))
-    assert found.mean == found.min == found.max == found.q01 == found.q99 == [-1.5] and found.std == [0.0]
-
-
 def test_a_constant_dimension_is_exactly_constant() -> None:
     found = of(*(np.full((n, 1), 0.1, dtype=np.float32) for n in (3, 7, 11)))
     assert found.mean == found.min == found.max == found.q01 == found.q99 and found.std == [0.0]

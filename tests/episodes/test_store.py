@@ -10,13 +10,13 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from svam.contract import ContractError
 from svam.episodes.arrays import GroupWriter, round_mantissa
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import sha256_tree
 from tests.episodes.stores import SOURCE, edit, replace, shards
 from tests.recorded import CAMERAS
+from tests.sources.common import refused
 
 
 def test_everything_comes_back_exactly(kept: Path) -> None:
@@ -72,67 +72,54 @@ def test_paraphrases_are_drawn_from_the_training_ones_by_seed(kept: Path) -> Non
 
 def test_wrong_questions(kept: Path) -> None:
     store = EpisodeStore.open(kept)
-    with pytest.raises(ContractError, match=r"no camera 'top'; there are front, wrist"):
+    with refused(r"no camera 'top'; there are front, wrist"):
         store.frames(np.array([0]), "top")
-    with pytest.raises(ContractError, match="no vector 'state'; there are actions, expert_actions, proprioception"):
+    with refused("no vector 'state'; there are actions, expert_actions, proprioception"):
         store.vector("state", np.array([0]))
-    with pytest.raises(ContractError, match=rf"rows -1\.\.0 asked for, there are 0\.\.{len(store) - 1}"):
+    with refused(rf"rows -1\.\.0 asked for, there are 0\.\.{len(store) - 1}"):
         store.frames(np.array([0, -1]))
-    with pytest.raises(ContractError, match=r"expected \(k,\)"):
+    with refused(r"expected \(k,\)"):
         store.frames(np.array([[0]]))
 
 
-def one_sentence(error: pytest.ExceptionInfo[Exception]) -> str:
-    text = str(error.value)
-    assert "\n" not in text and len(text) < 400
-    return text
-
-
 def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="no such directory"):
+    with refused("no such directory"):
         EpisodeStore.open(tmp_path / "nothing.zarr")
     (tmp_path / "empty.zarr").mkdir()
-    with pytest.raises(FileError, match="not a Zarr v3 group"):
+    with refused("not a Zarr v3 group"):
         EpisodeStore.open(tmp_path / "empty.zarr")
     (path / "zarr.json").write_text("{")
-    with pytest.raises(FileError, match="not valid JSON"):
+    with refused("not valid JSON"):
         EpisodeStore.open(path)
 
 
 def test_another_schema_version(path: Path) -> None:
     edit(path, lambda attributes: attributes.update(schema_version=99))
-    with pytest.raises(FileError, match=r"schema_version is 99, this code reads 2; run the convert stage again"):
+    with refused(r"schema_version is 99, this code reads 2; run the convert stage again"):
         EpisodeStore.open(path)
 
 
 def test_a_wrong_attribute_is_named(path: Path) -> None:
     edit(path, lambda attributes: attributes.update(tasks="push"))
-    with pytest.raises(FileError, match="attribute tasks") as error:
+    with refused("attribute tasks"):
         EpisodeStore.open(path)
-    one_sentence(error)
 
 
 def test_numbers_that_contradict_one_another(path: Path) -> None:
-    ends = EpisodeStore.open(path).episode_ends
-    replace(path, "episode_ends", lambda ends: np.where(np.arange(len(ends)) == 3, ends[2], ends))
-    with pytest.raises(ContractError, match=f"episode_ends must increase from above 0, but episode 3 ends at row {ends[2]}"):
-        EpisodeStore.open(path)
-    replace(path, "episode_ends", lambda _: ends[:-1])
-    with pytest.raises(ContractError, match="episode_split has 9 entries, episode_ends has 8"):
-        EpisodeStore.open(path)
-    replace(path, "episode_ends", lambda _: ends + 1)
-    with pytest.raises(ContractError, match=rf"frames/front is uint8 .*, expected uint8 \({ends[-1] + 1}, H, W, 3\)"):
-        EpisodeStore.open(path)
-    replace(path, "episode_ends", lambda _: ends.astype(np.int32))
-    with pytest.raises(ContractError, match="episode_ends is int32"):
-        EpisodeStore.open(path)
-    replace(path, "episode_ends", lambda _: ends)
-    replace(path, "episode_split", lambda split: split * 0)
-    with pytest.raises(ContractError, match="has no held_out episode"):
-        EpisodeStore.open(path)
-    replace(path, "episode_split", lambda split: split * 0 + 2)
-    with pytest.raises(ContractError, match=r"episode_split holds 2\.\.2, expected 0\.\.1"):
-        EpisodeStore.open(path)
+    ends, split = EpisodeStore.open(path).episode_ends, np.zeros(9, dtype=np.uint8)
+    twice = np.where(np.arange(9) == 3, ends[2], ends)
+    for name, values, message in (
+        ("episode_ends", twice, f"episode_ends must increase from above 0, but episode 3 ends at row {ends[2]}"),
+        ("episode_ends", ends[:-1], "episode_split has 9 entries, episode_ends has 8"),
+        ("episode_ends", ends + 1, rf"frames/front is uint8 .*, expected uint8 \({ends[-1] + 1}, H, W, 3\)"),
+        ("episode_ends", ends.astype(np.int32), "episode_ends is int32"),
+        ("episode_split", split, "has no held_out episode"),
+        ("episode_split", split + np.uint8(2), r"episode_split holds 2\.\.2, expected 0\.\.1"),
+    ):
+        replace(path, "episode_ends", lambda _: ends)
+        replace(path, name, lambda _, values=values: values)  # type: ignore[misc]
+        with refused(message):
+            EpisodeStore.open(path)
 
 
 @pytest.mark.parametrize("array", ["frames/front", "actions", "annotations/depth/values", "episode_ends"])
@@ -140,24 +127,21 @@ def test_numbers_that_contradict_one_another(path: Path) -> None:
 def test_a_truncated_shard_is_found_on_opening(path: Path, array: str, share: float) -> None:
     file = shards(path, array)[-1]
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    with pytest.raises(FileError, match="truncated or damaged") as error:
+    with refused("truncated or damaged", str(file)):
         EpisodeStore.open(path)
-    assert str(file) in one_sentence(error)
 
 
 def test_a_missing_shard_is_not_zeros(path: Path) -> None:
     file = shards(path, "frames/front")[1]
     file.unlink()
-    with pytest.raises(FileError, match="no such file, though the array has") as error:
+    with refused("no such file, though the array has", str(file)):
         EpisodeStore.open(path)
-    assert str(file) in one_sentence(error)
 
 
 def test_a_foreign_layout_is_named(tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path / "plain"), shape=(4, 2), dtype="float32", chunks=(2, 1))
-    with pytest.raises(FileError, match=r"not the metadata of a sharded|expected shards") as error:
+    with refused(r"not the metadata of a sharded|expected shards"):
         RowReader(tmp_path / "plain")
-    one_sentence(error)
 
 
 def test_arrays_grow_in_any_portions_and_zeros_are_kept(tmp_path: Path) -> None:
@@ -175,14 +159,6 @@ def test_arrays_grow_in_any_portions_and_zeros_are_kept(tmp_path: Path) -> None:
         trees.append(sha256_tree(tmp_path / name))
         assert len(shards(tmp_path / name, "deep/x")) == 5
     assert trees[0] == trees[1]
-
-
-def test_an_empty_array(tmp_path: Path) -> None:
-    with GroupWriter(tmp_path / "g") as group:
-        group.array("x", (2,), np.float16, 2, 8)
-    reader = RowReader(tmp_path / "g" / "x")
-    reader.check()
-    assert reader.read(np.zeros(0, dtype=np.int64)).shape == (0, 2)
 
 
 def test_mantissas_are_rounded_to_the_nearest(tmp_path: Path) -> None:
@@ -206,11 +182,11 @@ def test_mantissas_are_rounded_to_the_nearest(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     array = GroupWriter(tmp_path / "g").array("x", (2,), np.float16, 2, 8)
     array.append(np.zeros((3, 2), dtype=np.float32))
-    with pytest.raises(ContractError, match=r"x: rows are float32 \(1, 3\), expected float16 \(k, 2\)"):
+    with refused(r"x: rows are float32 \(1, 3\), expected float16 \(k, 2\)"):
         array.append(np.zeros((1, 3), dtype=np.float32))
-    with pytest.raises(ContractError, match="rows are int64"):
+    with refused("rows are int64"):
         array.append(np.zeros((1, 2), dtype=np.int64))
-    with pytest.raises(ContractError, match=r"x\[4, 1\] is inf as float16"):
+    with refused(r"x\[4, 1\] is inf as float16"):
         array.append(np.array([[0, 0], [0, 1e6]], dtype=np.float32))
-    with pytest.raises(ContractError, match="must be a multiple of chunk_rows"):
+    with refused("must be a multiple of chunk_rows"):
         GroupWriter(tmp_path / "h").array("x", (2,), np.float16, 3, 8)
