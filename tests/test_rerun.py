@@ -1,6 +1,6 @@
 """Changing one param, or one module, re-runs exactly the stages it affects: DVC itself decides, on the real `dvc.yaml`.
 
-Only the commands are replaced: each writes something new into its outs.
+Only the commands are replaced: each writes something new into its outs. That of `code` is called in this process.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
+from svam.code import code_text, stage_code, stage_names
 from svam.params import load_params
 from tests import ROOT
+from tests.project import attempt, make_project, ran, run
 
 YAML_12 = YAML(typ="safe", pure=True)
+CODE = {"code"}
 CHECK = {"check_params"}
 REPORT = {"report"}
 EVALUATE = {"evaluate", *REPORT}
@@ -75,6 +78,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
         CHECK | {"prepare_backbones_teacher@semantic"} | of_branch("semantic", CACHE),
     ),
     ("convert.held_out", 0.2, CHECK | CONVERT),
+    ("convert.source", "raw", CODE | CHECK | CONVERT),
     ("collect.episodes", 41, CHECK | COLLECT),
     ("collect.image_size", 96, CHECK | COLLECT),
     ("collect.styles", ["left", "right"], CHECK | COLLECT),
@@ -83,26 +87,40 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("seed", 7, CHECK | COLLECT),
 ]
 
-MODULES: list[tuple[str, set[str]]] = [
-    ("stages/report.py", REPORT),
-    ("svam/analysis/gap.py", FORESIGHT),
-    ("svam/evaluation/scores.py", EVALUATE),
-    ("svam/models/decoupler.py", DISTILL | POLICY),
-    ("svam/models/perceiver.py", POLICY),
-    ("svam/models/policy.py", POLICY),
-    ("stages/train_policy.py", POLICY),
-    ("stages/distill.py", DISTILL),
-    ("stages/cache_teacher.py", CACHE),
-    ("stages/generate.py", GENERATE),
-    ("svam/training/finetune_video.py", VIDEO),
-    ("svam/training/prepare_backbones/text.py", {"prepare_backbones_text"} | VIDEO),
-    ("svam/training/prepare_backbones/teacher.py", TEACHERS | CACHE),
-    ("svam/training/prepare_backbones/autoencoder.py", AUTOENCODER),
-    ("svam/episodes/convert.py", CONVERT),
-    ("svam/sources/metaworld.py", CHECK | CONVERT),
-    ("svam/params.py", set()),
-    ("svam/contract.py", set()),
-]
+# A module, a text in it, what stands there instead, and every stage that must run then: `code` always, which finds digests that
+# have changed or not.
+EDITS: list[tuple[str, str, str, set[str]]] = [
+    ("svam/models/perceiver.py", '"""', '"""Said otherwise: ', set()),
+    ("svam/training/loop.py", "\nimport math", "\nimport math  # a comment", set()),
+    ("svam/contract.py", ": no camera", ": there is no camera", set()),
+    ("svam/training/distill.py", 'track(starts, "statistics"', 'track(starts, "means"', set()),
+    ("svam/training/finetune_video.py", 'f"encode {split} frames"', '"frames"', set()),
+    ("svam/console.py", "SECONDS_PER_LINE = 20.0", "SECONDS_PER_LINE = 30.0", set()),
+    ("svam/files.py", "def sha256(", "def other() -> int:\n    return 1\n\n\ndef sha256(", set()),
+    ("svam/resume.py", "COST_SHARE = 0.01", "COST_SHARE = 0.02", set()),
+    ("svam/params.py", "\nclass Params(", "\nLIMIT = 3\n\n\nclass Params(", set()),
+    ("stages/generate.py", 'help="Zarr group to write."', 'help="Where to write."', set()),
+    ("svam/contract.py", "CHECKPOINT_SCHEMA = 1", "CHECKPOINT_SCHEMA = 2", CHECK | COLLECT),
+    ("svam/normalisation.py", "/ 2.0 < 1e-6", "/ 2.0 < 1e-5", POLICY),
+    ("svam/models/perceiver.py", "\nclass UniPerceiver", "\nLIMIT = 3\n\n\nclass UniPerceiver", POLICY),
+    ("svam/models/policy.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", POLICY),
+    ("svam/training/train_policy.py", "STATISTICS_ROWS = 512", "STATISTICS_ROWS = 256", POLICY),
+    ("svam/models/decoupler.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", DISTILL),
+    ("stages/cache_teacher.py", "\ndef main(", "\nLIMIT = 3\n\n\ndef main(", CACHE),
+    ("svam/training/generate.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", GENERATE),
+    ("svam/training/finetune_video.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", VIDEO),
+    ("svam/training/prepare_backbones/text.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", {"prepare_backbones_text"} | VIDEO),
+    ("svam/training/prepare_backbones/teacher.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", TEACHERS | CACHE),
+    ("svam/training/prepare_backbones/autoencoder.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", AUTOENCODER),
+    ("svam/training/loop.py", "\ndef fit(", "\nLIMIT = 3\n\n\ndef fit(", BACKBONES),
+    ("svam/episodes/convert.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", CONVERT),
+    ("svam/sources/metaworld.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", CHECK | CONVERT),
+    ("svam/sources/calvin.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", set()),
+    ("svam/evaluation/rollout.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", EVALUATE),
+    ("svam/analysis/gap.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", FORESIGHT),
+    ("svam/report/films.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", REPORT),
+    ("svam/report/figures.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", REPORT | FORESIGHT),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,12 +152,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / file, root / file)
     pipeline = YAML_12.load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
     for name, stage in pipeline["stages"].items():
+        if name == "code":
+            stage["cmd"] = "true"
+            continue
         outs = " ".join(out if isinstance(out, str) else next(iter(out)) for out in stage["outs"])
         content = "echo always the same" if name == "check_params" else "date +%s%N"
         stage["cmd"] = f"for out in {outs}; do mkdir -p $out; {content} > $out/content; done"
     YAML_12.dump(pipeline, root / "dvc.yaml")
     with chdir(root):
         Repo.init(no_scm=True).close()
+    write_code(root)
+    with chdir(root), Repo() as repo:
+        repo.commit("code", force=True)
     assert reproduced(root) == COLLECT | CHECK
     return root
 
@@ -147,10 +171,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(finished: Path) -> Iterator[Path]:
     """The finished project; what a test edits is put back."""
-    sources = {file: file.read_bytes() for file in [*finished.rglob("*.py"), finished / "params.yaml"]}
+    code = [*(finished / "data/code").iterdir(), *finished.rglob("*.py")]
+    sources = {file: file.read_bytes() for file in [*code, finished / "params.yaml"]}
     yield finished
     for file, content in sources.items():
-        file.write_bytes(content)
+        if file.read_bytes() != content:
+            file.write_bytes(content)
+
+
+def write_code(root: Path) -> None:
+    """What the stage `code` does."""
+    source = YAML_12.load((root / "params.yaml").read_text(encoding="utf-8"))["convert"]["source"]
+    (root / "data/code").mkdir(parents=True, exist_ok=True)
+    for stage in stage_names(root):
+        file, text = root / f"data/code/{stage}.txt", code_text(stage_code(stage, source, root))
+        if not file.exists() or file.read_text(encoding="utf-8") != text:
+            file.write_text(text, encoding="utf-8")
 
 
 def reproduced(root: Path) -> set[str]:
@@ -160,12 +196,13 @@ def reproduced(root: Path) -> set[str]:
 
 
 def would_run(root: Path) -> set[str]:
-    """What `dvc status` calls changed, and what follows from it in DVC's graph (nothing follows from `check_params`, whose
-    output is always the same). Missing stages are not counted: their inputs changed because they are gone."""
+    """What `dvc status` calls changed after `code` has run, and what follows from it in DVC's graph. Nothing follows from
+    `code` and `check_params` by themselves: whether their outputs changed is seen by those who depend on them."""
+    write_code(root)
     with chdir(root), Repo() as repo:
         changed = set(repo.status())
         follows = nx.reverse(repo.index.graph)
-        affected = {after for s in follows if s.addressing in changed - CHECK for after in nx.descendants(follows, s)}
+        affected = {after for s in follows if s.addressing in changed - CHECK - CODE for after in nx.descendants(follows, s)}
         return changed | {stage.addressing for stage in affected}
 
 
@@ -183,13 +220,14 @@ def change(root: Path, key: str, value: Any) -> None:
     load_params(file)
 
 
-def stage_names(root: Path) -> set[str]:
+def pipeline(root: Path) -> set[str]:
+    """All stages but `code`."""
     with chdir(root), Repo() as repo:
-        return {stage.addressing for stage in repo.index.stages}
+        return {stage.addressing for stage in repo.index.stages} - CODE
 
 
 def test_nothing_changed_runs_nothing(project: Path) -> None:
-    assert stage_names(project) == COLLECT | CHECK
+    assert pipeline(project) == COLLECT | CHECK
     assert would_run(project) == set()
 
 
@@ -204,11 +242,21 @@ def test_every_section_is_tried() -> None:
     assert {key.split(".")[0] for key, _, _ in PARAMS} == sections
 
 
-@pytest.mark.parametrize(("module", "expected"), MODULES, ids=[case[0] for case in MODULES])
-def test_a_module_reruns_exactly_who_uses_it(project: Path, module: str, expected: set[str]) -> None:
-    with (project / module).open("a", encoding="utf-8") as file:
-        file.write("\n# edited\n")
-    assert would_run(project) == expected
+@pytest.mark.parametrize(("module", "old", "new", "expected"), EDITS, ids=[f"{module}: {new}" for module, _, new, _ in EDITS])
+def test_an_edit_reruns_exactly_whose_numbers_it_can_change(
+    project: Path, module: str, old: str, new: str, expected: set[str]
+) -> None:
+    file = project / module
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new, 1), encoding="utf-8")
+    assert would_run(project) == CODE | expected
+
+
+def test_a_page_reruns_nothing(project: Path) -> None:
+    page = project / "svam/models/README.md"
+    page.write_text("A page.\n")
+    assert would_run(project) == set()
 
 
 def test_pycache_reruns_nothing(project: Path) -> None:
@@ -224,7 +272,7 @@ def test_what_is_not_used_is_not_run(project: Path) -> None:
     change(project, "distill.branches", [])
     assert would_run(project) == CHECK | POLICY
     unused = {name for name in COLLECT if name.startswith(("cache_teacher", "distill"))}
-    assert stage_names(project) == (COLLECT | CHECK) - unused
+    assert pipeline(project) == (COLLECT | CHECK) - unused
 
     (project / "elsewhere").mkdir()
     (project / "elsewhere/episode").write_text("recorded")
@@ -239,3 +287,29 @@ def test_repro_runs_what_is_said_here(project: Path) -> None:
     change(project, "report.dpi", 80)
     assert reproduced(project) == CHECK | REPORT
     assert reproduced(project) == set()
+
+
+def test_a_stage_refuses_digests_of_other_code(tmp_path: Path) -> None:
+    """Real commands: `-s` and a run in a copy do not run `code` first; a stage whose module changed since says so."""
+    project = make_project(tmp_path / "project")
+    table = YAML_12.load((project / "dvc.yaml").read_text(encoding="utf-8"))
+    table = {"stages": {name: table["stages"][name] for name in ("code", "check_params")}}
+    YAML_12.dump(table, project / "dvc.yaml")
+    assert ran(run(project, "dvc", "repro")) == ["code", "check_params"]
+    run(project, "git", "add", ".")
+    run(project, "git", "commit", "--quiet", "--message", "run")
+    run(project, "dvc", "exp", "run", "--temp", "--set-param", "seed=7")
+
+    edited = project / "svam/simulation/scenes.py"
+    edited.write_text(edited.read_text() + "LIMIT = 1\n")
+    change(project, "seed", 8)
+    refused = attempt(project, "dvc", "repro", "-s", "check_params")
+    assert refused.returncode != 0
+    sentence = "check_params.txt is not of the code that is here: svam/simulation/scenes.py differs; run `dvc repro code`"
+    assert sentence in " ".join(refused.stderr.split())
+    assert ran(run(project, "dvc", "repro")) == ["code", "check_params"]
+
+    edited.write_text("# A comment\n" + edited.read_text())
+    change(project, "seed", 9)
+    assert ran(run(project, "dvc", "repro", "-s", "check_params")) == ["check_params"]
+    assert ran(run(project, "dvc", "repro")) == ["code"]
