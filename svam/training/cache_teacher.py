@@ -181,14 +181,18 @@ def dense_metrics(
         return {}
     rows = windows.rows[windows.test]
     places = np.searchsorted(labels.rows, rows).clip(max=len(labels.rows) - 1)
-    found = np.argwhere((labels.rows[places] == rows) & (np.arange(rows.shape[1]) > 0))
+    labelled = np.argwhere((labels.rows[places] == rows) & (np.arange(rows.shape[1]) > 0))
     # A window that runs past its episode repeats the last frame: it counts once.
-    _, first = np.unique([f"{w} {rows[w, t]}" for w, t in found], return_index=True)
-    found = found[np.sort(first)]
-    found = found[np.unique(np.linspace(0, len(found) - 1, min(most, len(found))).astype(np.int64))] if len(found) else found
-    if not len(found):
+    _, first = np.unique([f"{w} {rows[w, t]}" for w, t in labelled], return_index=True)
+    labelled = labelled[np.sort(first)]
+    labelled = (
+        labelled[np.unique(np.linspace(0, len(labelled) - 1, min(most, len(labelled))).astype(np.int64))]
+        if len(labelled)
+        else labelled
+    )
+    if not len(labelled):
         return {}
-    w, t = found.T
+    w, t = labelled.T
     truth = labels.values(places[w, t])
     views: dict[str, Callable[[slice], NDArray[np.uint8]]] = {
         "real": lambda part: store.frames(rows[w[part], t[part]]),
@@ -221,8 +225,8 @@ def _dense(
         if kind == "depth":
             depths.append(dense.numpy())
         else:
-            found = confusion(dense.argmax(dim=1).numpy(), truth[part], dense.shape[1])
-            counts = found if not len(counts) else counts + found
+            part_counts = confusion(dense.argmax(dim=1).numpy(), truth[part], dense.shape[1])
+            counts = part_counts if not len(counts) else counts + part_counts
     if kind == "depth":
         return depth_error(np.concatenate(depths), truth, teacher.config.depth_std)
     return intersection_over_union(counts, SEGMENTATION_CLASSES)

@@ -21,7 +21,7 @@ from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
 from svam.resume import NOTHING_KEPT, Resume
 from svam.training.batch_order import EndlessOrder
-from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, kept
+from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, in_memory_if_small
 from svam.training.foresight_metrics import ChannelMoments, ForesightScore
 from svam.training.loop import fit
 
@@ -44,9 +44,9 @@ class DistillationData:
                 f"features of {windows.path} are {self.feature_shape} per window and targets of {teacher.path} "
                 f"{teacher.targets.shape[1:]}; both must begin with {expected}"
             )
-        self.features = kept(features, count, example.nbytes, "read features")
-        self.targets = kept(teacher.targets, count, teacher.targets.row_bytes, "read targets")
-        self.reference = kept(teacher.reference, count, teacher.reference.row_bytes, "read references")
+        self.features = in_memory_if_small(features, count, example.nbytes, "read features")
+        self.targets = in_memory_if_small(teacher.targets, count, teacher.targets.row_bytes, "read targets")
+        self.reference = in_memory_if_small(teacher.reference, count, teacher.reference.row_bytes, "read references")
 
     def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(F, reference, targets) float16 of the windows `numbers`."""

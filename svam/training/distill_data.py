@@ -44,7 +44,9 @@ class InMemory:
         return self.values[rows]
 
 
-def kept(rows: Rows, count: int, row_bytes: int, what: str, limit: int = IN_MEMORY_BYTES, block: int = 16) -> Rows:
+def in_memory_if_small(
+    rows: Rows, count: int, row_bytes: int, what: str, limit: int = IN_MEMORY_BYTES, block: int = 16
+) -> Rows:
     """All `count` rows in memory where they fit in `limit` bytes, else `rows` itself."""
     if count * row_bytes > limit:
         return rows
@@ -129,10 +131,10 @@ class TeacherWindows(WindowGroup):
     def __init__(self, path: Path, generated: GeneratedWindows) -> None:
         """Raises `FileError` also if the cache is of another schema or was made from other windows than `generated`."""
         super().__init__(path, "cache_teacher")
-        found = self.attributes.get("schema_version")
-        if found != TEACHER_SCHEMA:
+        version = self.attributes.get("schema_version")
+        if version != TEACHER_SCHEMA:
             raise FileError(
-                f"{self.path}: schema_version is {found!r}, this code reads {TEACHER_SCHEMA}; run cache_teacher again"
+                f"{self.path}: schema_version is {version!r}, this code reads {TEACHER_SCHEMA}; run cache_teacher again"
             )
         same = np.array_equal(self.rows, generated.rows) and np.array_equal(self.held_out, generated.held_out)
         if not same or self.attributes.get("video_sha256") != generated.attributes.get("video_sha256"):
@@ -146,9 +148,9 @@ class TeacherWindows(WindowGroup):
     def expect(self, **attributes: str) -> None:
         """Raise `FileError` unless the cache was made with these `branch`, `target`, ..."""
         for name, expected in attributes.items():
-            found = self.attributes.get(name)
-            if found != expected:
-                raise FileError(f"{self.path}: {name} is {found!r}, expected {expected!r}; run cache_teacher again")
+            value = self.attributes.get(name)
+            if value != expected:
+                raise FileError(f"{self.path}: {name} is {value!r}, expected {expected!r}; run cache_teacher again")
 
     @property
     def channels(self) -> int:

@@ -212,13 +212,13 @@ def evaluate_video(
         truth = _decoded(autoencoder, clean)
         for name, latents in (("generated", made.latents), ("repeated", repeated), ("one_step", made.one_step)):
             pixels = _decoded(autoencoder, latents)
-            future, wanted = pixels[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)
+            future, expected = pixels[:, 1:].flatten(0, 1), truth[:, 1:].flatten(0, 1)
             share = len(block) / len(places)
             for key, value in (
                 ("latent_mse", (latents[:, 1:] - clean[:, 1:]).square().mean()),
-                ("mse", (future - wanted).square().mean()),
-                ("psnr", _psnr(future, wanted)),
-                ("ssim", structural_similarity_index_measure(future, wanted, data_range=1.0)),
+                ("mse", (future - expected).square().mean()),
+                ("psnr", _psnr(future, expected)),
+                ("ssim", structural_similarity_index_measure(future, expected, data_range=1.0)),
             ):
                 sums[f"{name}_{key}"] = sums.get(f"{name}_{key}", 0.0) + share * float(value)
             if name == "generated":

@@ -67,7 +67,7 @@ def fit(
         resume: where a killed run's state is found, and this run's is kept. Both runs end with the same bits as one.
 
     Returns:
-        The values of the kept evaluation (empty without `evaluate`).
+        The values of the chosen evaluation (empty without `evaluate`).
 
     Raises:
         DivergedError: the loss is not finite.
@@ -101,8 +101,8 @@ def fit(
                 module.eval()
                 with timed("held-out evaluation"), state.average.applied():
                     values = evaluate()
-                if select is None or not state.kept or values[select] < state.kept[select]:
-                    state.kept = {**values, "step": float(step)}
+                if select is None or not state.chosen or values[select] < state.chosen[select]:
+                    state.chosen = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None
                 state.curves.log(step, {f"held_out/{key}": number for key, number in values.items()})
             if resume.due() or (last and resume.active):  # at the end too: what follows, such as measuring, may take long
@@ -111,7 +111,7 @@ def fit(
     state.average.copy_to_module(state.best if state.best is not None else state.average.average)
     module.eval()
     state.curves.end()
-    return state.kept
+    return state.chosen
 
 
 def _train_step(

@@ -40,12 +40,12 @@ class AveragedWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the module holds the average; afterwards the training weights again."""
-        kept = [p.detach().clone() for p in self.parameters]
+        training = [p.detach().clone() for p in self.parameters]
         self.copy_to_module(self.average)
         try:
             yield
         finally:
-            self.copy_to_module(kept)
+            self.copy_to_module(training)
 
     @torch.no_grad()
     def copy_to_module(self, values: list[Tensor]) -> None:
@@ -84,7 +84,7 @@ class Curves:
 class TrainingState:
     """The module and its optimiser after `step` steps, with what the loop remembers.
 
-    recent: smoothed loss. kept: values of the chosen evaluation, and best: its averaged weights, where one is selected.
+    recent: smoothed loss. chosen: values of the chosen evaluation, and best: its averaged weights, where one is selected.
     """
 
     module: nn.Module
@@ -94,40 +94,40 @@ class TrainingState:
     device: torch.device
     step: int = 0
     recent: float = 0.0
-    kept: dict[str, float] = field(default_factory=dict)
+    chosen: dict[str, float] = field(default_factory=dict)
     best: list[Tensor] | None = None
 
     def save(self, resume: Resume) -> None:
         """Keep everything, the random state included. Raises `FileError` if the file system refuses."""
         value = {
-            "step": self.step, "recent": self.recent, "kept": self.kept, "updates": self.average.updates,
+            "step": self.step, "recent": self.recent, "chosen": self.chosen, "updates": self.average.updates,
             "history": self.curves.history,
         }  # fmt: skip
         resume.keep(RECORD, value, partial(save_tensors, tensors=self._tensors()))
 
     def restore(self, resume: Resume) -> None:
         """Take over what was kept, if anything was."""
-        found = resume.kept(RECORD)
-        if found is None or found.file is None:
+        record = resume.kept(RECORD)
+        if record is None or record.file is None:
             return
         groups: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in load_tensors(found.file).items():
+        for name, tensor in load_tensors(record.file).items():
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
-        self.step, self.recent, self.kept = found.value["step"], found.value["recent"], found.value["kept"]
-        restore(self.module, groups["module"], found.file)
+        self.step, self.recent, self.chosen = record.value["step"], record.value["recent"], record.value["chosen"]
+        restore(self.module, groups["module"], record.file)
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in groups.get("adam", {}).items():
             number, _, kind = name.partition("/")
             moments.setdefault(int(number), {})[kind] = tensor
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
-        self.average.updates = found.value["updates"]
+        self.average.updates = record.value["updates"]
         self.average.average = self._listed(groups["average"])
         self.best = self._listed(groups["best"]) if "best" in groups else None
         torch.set_rng_state(groups["random"]["cpu"])
         if self.device.type == "cuda":
             torch.cuda.set_rng_state(groups["random"]["cuda"], self.device)
-        for step, values in found.value["history"]:
+        for step, values in record.value["history"]:
             self.curves.log(step, values)
 
     def _listed(self, group: dict[str, Tensor]) -> list[Tensor]:

@@ -75,8 +75,8 @@ def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, propriocep
     """Instructions (a training paraphrase drawn for each row), targets and proprioception of the given store rows."""
     episodes = store.episode_of(rows)
     bounds = np.asarray([store.bounds(int(e)) for e in episodes], dtype=np.int64)
-    wanted, mask = action_rows(rows, bounds[:, 0], bounds[:, 1], chunk)
-    values = store.vector("expert_actions" if store.has("expert_actions") else "actions", wanted.reshape(-1))
+    targets, mask = action_rows(rows, bounds[:, 0], bounds[:, 1], chunk)
+    values = store.vector("expert_actions" if store.has("expert_actions") else "actions", targets.reshape(-1))
     state = None
     if proprioception:
         if not store.has("proprioception"):
@@ -115,13 +115,13 @@ def encoder_of(foresight: ForesightModel) -> Encode:
     addressed by content."""
 
     def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
-        found: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
+        values: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
         frozen = [e for e in entries if e != FRAMES]
         if frozen:
             seeds = [int(observation_address(f, i)[:15], 16) for f, i in zip(frames, instructions, strict=True)]
             encoded = foresight.encode(torch.from_numpy(frames), instructions, frozen, seeds).entries
-            found |= {e: v.half().cpu().numpy() for e, v in encoded.items()}
-        return found
+            values |= {e: v.half().cpu().numpy() for e, v in encoded.items()}
+        return values
 
     return encode
 
@@ -204,9 +204,9 @@ def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) ->
     if not video:
         return
     config = foresight.video_model.config
-    found, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
-    if found != expected:
-        raise ContractError(f"{store.path}: the first camera is {found}, but the video model was trained on {expected}")
+    present, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
+    if present != expected:
+        raise ContractError(f"{store.path}: the first camera is {present}, but the video model was trained on {expected}")
 
 
 def train(
@@ -233,7 +233,7 @@ def train(
     """
     frozen = frozen_entries(section.context, section.observation_encoder)
     check_camera(foresight, store, FrozenParts.of_entries(frozen).video)
-    kept = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
+    cached = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.
     held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
@@ -244,9 +244,9 @@ def train(
 
     rows = np.concatenate([train_rows, held_rows])
     sentences = sides[0].instructions + sides[1].instructions
-    wanted = ObservationSet.of(sentences, lambda positions: store.frames(rows[positions]))
-    sources = sources_of(kept, foresight, folders, store.cameras[0])
-    features = cache.fill(wanted, sources, encoder_of(foresight), section.encode_batch)
+    observations = ObservationSet.of(sentences, lambda positions: store.frames(rows[positions]))
+    sources = sources_of(cached, foresight, folders, store.cameras[0])
+    features = cache.fill(observations, sources, encoder_of(foresight), section.encode_batch)
     seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each

@@ -22,7 +22,7 @@ from svam.models.video import SamplerConfig
 from svam.params import Distill, Generate
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
-from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, kept
+from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, in_memory_if_small
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_for_windows
 from tests.tiny_foresight import FRAMES, GRID, make_store, save_parts, write_windows
@@ -124,7 +124,7 @@ def test_an_epoch_shows_every_training_window_once(data: DistillationData) -> No
 def test_large_arrays_stay_on_disk_with_the_same_rows(data: DistillationData) -> None:
     reader = data.windows.features
     assert reader is not None
-    memory, disk = (kept(reader, len(reader), reader.row_bytes, "test", limit=limit) for limit in (1 << 20, 10))
+    memory, disk = (in_memory_if_small(reader, len(reader), reader.row_bytes, "test", limit=limit) for limit in (1 << 20, 10))
     assert isinstance(memory, InMemory) and disk is reader
     rows = np.asarray([5, 0, 47, 5])
     assert np.array_equal(memory.read(rows), disk.read(rows))

@@ -159,11 +159,11 @@ def inverse_depth(depth: NDArray[Any], side: int) -> Tensor:
 
 def annotated(store: EpisodeStore, objective: str, split: Split) -> tuple[NDArray[np.int64], NDArray[Any]]:
     """Rows of one split that have annotations (as many as fit in memory), and their values (m, H, W)."""
-    found = store.annotation(objective, split)
-    if found is None or len(found.rows) == 0:
+    labels = store.annotation(objective, split)
+    if labels is None or len(labels.rows) == 0:
         raise ContractError(f"the data set has no {objective} annotations of {split.replace('_', '-')} episodes")
-    places = frames_that_fit(store, np.arange(len(found.rows)))
-    return found.rows[places], found.values(places)
+    places = frames_that_fit(store, np.arange(len(labels.rows)))
+    return labels.rows[places], labels.values(places)
 
 
 def objective_of(

@@ -137,8 +137,8 @@ class Contrast(nn.Module):
 def drop_words(sentence: str, share: float, rng: np.random.Generator) -> str:
     """`sentence` without about `share` of its words, but never without all."""
     words = sentence.split()
-    kept = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= share]
-    return " ".join(kept or words)
+    remaining = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= share]
+    return " ".join(remaining or words)
 
 
 def word_ids(tokenizer: CLIPTokenizer, sentences: list[str]) -> dict[str, list[int]]:
