@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from svam.benchmark.inputs import Inputs
 from svam.benchmark.timing import in_turn, ratio_of, rounded
 from svam.console import console
-from svam.device import become_worker
+from svam.device import become_worker, mixed_precision
 from svam.params import Params
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ class Training:
         import torch
 
         self.adam.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.bf16):
+        with mixed_precision(torch.device("cpu"), self.bf16):
             output = self.unet(self.clips, self.level, self.text, added_time_ids=self.ids).sample
             loss = output.float().square().mean()
         loss.backward()

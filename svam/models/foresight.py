@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.contract import ContractError, Foresight
+from svam.device import mixed_precision
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
@@ -135,7 +136,7 @@ class ForesightModel(VideoGenerator):
     @torch.no_grad()
     def decouple(self, branch: str, features: Tensor, reference: Tensor) -> Tensor:
         """(B, T, h, w, C_i) float32 foresight of one branch, in the teacher's units."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.sampler.bf16):
+        with mixed_precision(self.device, self.sampler.bf16):
             return self.decouplers[branch](features, reference).float()  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from svam.device import mixed_precision
 from svam.models.autoencoder import Autoencoder
 from svam.models.text import TextEncoder
 from svam.models.video import Generation, SamplerConfig, VideoModel
@@ -95,13 +96,13 @@ class VideoGenerator(nn.Module):
     @torch.no_grad()
     def one_step(self, condition: Tensor, text: Tensor, noise: Tensor) -> Tensor:
         """F (B, T, h, w, C) float32; see `VideoModel.one_step`."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.sampler.bf16):
+        with mixed_precision(self.device, self.sampler.bf16):
             return self.video_model.one_step(condition, text, noise, self.sampler)
 
     @torch.no_grad()
     def generate(self, condition: Tensor, text: Tensor, noise: Tensor) -> Generation:
         """F, V^ and the one-step prediction from the same noise; see `VideoModel.generate`."""
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.sampler.bf16):
+        with mixed_precision(self.device, self.sampler.bf16):
             return self.video_model.generate(condition, text, noise, self.sampler)
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from svam.console import console, track
 from svam.contract import ContractError
+from svam.device import mixed_precision
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
 from svam.resume import NOTHING_KEPT, Resume
@@ -163,7 +164,7 @@ def predictors(
     @torch.no_grad()
     def decoupled(places: NDArray[np.int64]) -> NDArray[np.float32]:
         features, reference, _ = data.batch(test[places], device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        with mixed_precision(device, bf16):
             return decoupler(features, reference).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def repeated(places: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from svam.console import track
 from svam.contract import ContractError
+from svam.device import mixed_precision
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows, stride_of
 from svam.models.autoencoder import Autoencoder
@@ -199,7 +200,7 @@ def evaluate_video(
         clean, tokens = clips.clips(places[block]).to(device), text[torch.from_numpy(block)].to(device)
         condition = autoencoder.condition_of(clean[:, 0])
         noise = torch.randn(clean.shape, generator=random).to(device)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=params.training.bf16):
+        with mixed_precision(device, params.training.bf16):
             for low, high in (*SIGMA_BANDS, (params.sigma_max, params.sigma_max)):
                 level = torch.rand(len(block), generator=random) * np.log(high / low) + np.log(low)
                 key = f"loss_sigma_{low:g}_{high:g}" if high > low else "loss_sigma_first"

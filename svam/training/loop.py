@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.console import progress_bar, timed
+from svam.device import mixed_precision
 from svam.errors import SvamError
 from svam.params import Optimiser
 from svam.resume import NOTHING_KEPT, Resume
@@ -129,7 +130,7 @@ def _train_step(
     for _ in range(optimiser.accumulate):
         with timed("data"):
             batch = next(batches)
-        with timed("forward"), torch.autocast(device.type, dtype=torch.bfloat16, enabled=optimiser.bf16):
+        with timed("forward"), mixed_precision(device, optimiser.bf16):
             value = loss(batch)
             if not torch.isfinite(value):
                 raise DivergedError(f"{where}: the loss is {value.item()}; lower the learning rate or look at the data")
