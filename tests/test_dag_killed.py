@@ -79,5 +79,5 @@ def test_what_a_killed_dvc_leaves(finished: Path, tmp_path: Path) -> None:
         refused = attempt(project, "dvc", "repro")
         assert refused.returncode != 0 and "dvc.lock" in refused.stdout + refused.stderr
         restore()
-        assert set(ran(run(project, "dvc", "repro"))) <= {"foresight", "report"}, "only what DVC does not cache runs again"
+        assert set(ran(run(project, "dvc", "repro"))) <= {"code", "foresight", "report"}, "only what DVC does not cache"
         assert locked_stages(project) == locked_stages(finished)

@@ -1,1 +1,1 @@
-"""Tables and figures."""
+"""Results as tables, figures and films."""
