@@ -92,7 +92,7 @@ class ForesightModel(VideoGenerator):
         """Load just `parts`, each from its own folder in `folders` (see `part_folders`).
 
         Args:
-            video_sha256: of the video model that made the windows which are to be used with these parts.
+            video_sha256: of the video model that made the generated windows which these parts are to be used with.
 
         Raises:
             FileError: a part is missing or damaged; the message names its folder.

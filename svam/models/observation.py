@@ -44,8 +44,7 @@ class ObservationEncoder(nn.Module):
     """
 
     def __init__(self, image_size: tuple[int, int], width: int) -> None:
-        """`image_size` is (H, W) in pixels, `width` that of the policy (a multiple of 16). The tokens have (1, h, w, C) =
-        `shape`."""
+        """`image_size`: (H, W) pixels. `width`: that of the policy, a multiple of 16. `shape` is the tokens' (1, h, w, C)."""
         super().__init__()
         self.image_size = image_size
         self.crop = (round(image_size[0] * CROP), round(image_size[1] * CROP))

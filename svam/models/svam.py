@@ -258,8 +258,8 @@ class SVAM:
     ) -> Foresight:
         """Frozen entries as float16, which is what the cache holds and so what the policy is trained on; text float32.
 
-        Shapes and arguments as `ForesightModel.encode`, but that the video model's seeds are derived from `noise_seeds`: with
-        the same seeds as `sample`, a chunk's noise would be the first numbers of the video noise, which no training has seen.
+        Shapes and arguments as `ForesightModel.encode`. The video model's seeds are derived from `noise_seeds`, which `sample`
+        uses as they are: with equal seeds the chunk's noise would be the first numbers of the video noise, unlike in training.
         """
         frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
         foresight = self.foresight.encode(frames, instructions, entries, seeds)
