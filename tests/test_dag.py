@@ -138,4 +138,4 @@ def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> 
     params.write_text(params.read_text().replace("dpi: 100", "dpi: 60"))
     run(clone, "dvc", "pull", "finetune_video", "distill", "train_policy")
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == ["code", "check_params", "report"]
-    assert not (clone / "data/svam").exists()
+    assert not (clone / "data/generated.zarr").exists()
