@@ -25,7 +25,7 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory
     from svam.models.teachers import Teacher
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
     from svam.training.cache_teacher import cache_windows
     from svam.training.distill_data import GeneratedWindows
 
@@ -35,7 +35,7 @@ def main(
     section, target = params.cache_teacher, params.distill.target
     inputs = [generated, episodes, backbones / branch]
     with (
-        unfinished(f"cache_teacher-{branch}", params, ["cache_teacher", "distill.target"], inputs, device) as resume,
+        resumable_run(f"cache_teacher@{branch}", params, ["cache_teacher", "distill.target"], inputs, device) as resume,
         whole_directory(out) as partial,
     ):
         metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)

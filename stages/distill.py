@@ -30,7 +30,7 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.models.foresight import part_folders
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
     from svam.training.distill import DistillationData, distill, print_results
     from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows
     from svam.training.one_step import OneStepFeatures, load_for_windows
@@ -45,7 +45,7 @@ def main(
         features = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
     data = DistillationData(windows, cache, features)
     inputs = [generated, teacher, episodes, backbones / "autoencoder", backbones / "text", video]
-    with unfinished(f"distill-{branch}", params, ["distill"], inputs, device) as resume:
+    with resumable_run(f"distill@{branch}", params, ["distill"], inputs, device) as resume:
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
         with whole_directory(out) as partial:
             decoupler.save(partial)

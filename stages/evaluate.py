@@ -27,7 +27,7 @@ def main(
     from svam.evaluation.latency import print_latencies
     from svam.evaluation.offline import write_offline
     from svam.models.svam import SVAM
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
 
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
@@ -37,7 +37,7 @@ def main(
     device = prepare_torch(params.machine.device, params.threads, seed)
     svam = SVAM.load(model, device)
     metrics: dict[str, Any] = {"protocols": list(section.protocols)}
-    with unfinished("evaluate", params, ["evaluate"], [model, episodes], device) as resume:
+    with resumable_run("evaluate", params, ["evaluate"], [model, episodes], device) as resume:
         with whole_directory(out) as folder:
             if "offline" in section.protocols:
                 metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)

@@ -32,7 +32,7 @@ def main(
     from svam.models.autoencoder import Autoencoder
     from svam.models.text import TextEncoder
     from svam.npy import write_arrays
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
     from svam.training.finetune_video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
 
     device = prepare_torch(params.machine.device, params.threads, seed)
@@ -44,7 +44,7 @@ def main(
     window = (section.frames, model.config.stride)
     clips = LatentClips(store, "train", autoencoder, *window, device)
     inputs = [episodes, backbones / "autoencoder", backbones / "text"]
-    with unfinished("finetune_video", params, ["finetune_video"], inputs, device) as resume:
+    with resumable_run("finetune_video", params, ["finetune_video"], inputs, device) as resume:
         train_video(model, section, clips, autoencoder, table, seed, device, live, resume)
         metrics, pictures = evaluate_video(model, section, store, autoencoder, table, seed, device)
         with whole_directory(out) as partial:

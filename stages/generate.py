@@ -26,7 +26,7 @@ def main(
     from svam.files import sha256_tree, whole_directory
     from svam.models.generator import VideoGenerator
     from svam.models.video import SamplerConfig
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
     from svam.training.generate import choose_windows, generate_windows
 
     device = prepare_torch(params.machine.device, params.threads, seed)
@@ -36,7 +36,7 @@ def main(
     model = VideoGenerator.load(sampler, folders).to(device)
     windows = choose_windows(store, section, model.video_model.config, seed)
     with (
-        unfinished("generate", params, ["generate"], [episodes, *folders.values()], device) as resume,
+        resumable_run("generate", params, ["generate"], [episodes, *folders.values()], device) as resume,
         whole_directory(out) as partial,
     ):
         generate_windows(partial, store, model, windows, section, seed, sha256_tree(video), resume)

@@ -11,7 +11,7 @@ from stages._command import stage_command
 from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
 from svam.params import Params
-from svam.resume import unfinished
+from svam.resume import resumable_run
 from svam.seeds import seed_of
 
 
@@ -42,7 +42,8 @@ def main(
     if live is not None:
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
     inputs = [episodes, *([autoencoder] if autoencoder else [])]
-    with unfinished(f"prepare_backbones-{part}", params, [f"prepare_backbones.{part}"], inputs, device) as resume:
+    stage = f"prepare_backbones_{kind}" + ("" if kind == part else f"@{part}")
+    with resumable_run(stage, params, [f"prepare_backbones.{part}"], inputs, device) as resume:
         backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live, resume)
         with whole_directory(out) as folder:
             backbone.save(folder)

@@ -28,7 +28,7 @@ def main(
 
     from svam.episodes.store import EpisodeStore
     from svam.models.foresight import part_folders
-    from svam.resume import unfinished
+    from svam.resume import resumable_run
     from svam.training.feature_cache import FeatureCache
     from svam.training.train_policy import load_foresight, train
 
@@ -39,7 +39,7 @@ def main(
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
     features = FeatureCache(root / cache, params.machine.cache_gb)
     sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]
-    with unfinished("train_policy", params, sections, inputs, device) as resume:
+    with resumable_run("train_policy", params, sections, inputs, device) as resume:
         train(store, foresight, folders, section, features, params.seed, device, live, resume).save(out)
 
 

@@ -128,7 +128,7 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
             _print_account(max(time.monotonic() - start, 1e-6))
         except KeyboardInterrupt as stop:
-            # Whoever keeps the state of an unfinished run has noted how to go on.
+            # `svam.resume` has noted how to go on.
             note = getattr(stop, "__notes__", ["interrupted; run the same command again to start over"])[0]
             console.print(note, style="red", highlight=False, soft_wrap=True)
             sys.exit(130)

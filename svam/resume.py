@@ -1,9 +1,9 @@
 """What an unfinished run leaves for the next one: kill a stage at any moment, and the same command goes on where it was.
 
-The state lies outside all outputs, in `$DVC_ROOT/.ckpt/<stage>/<key>/` (without DVC: `.cache/resume/<command>/<key>/`). The
-key is a hash of the params, the code, the inputs and the device, so changed work never meets stale state. A folder holds
-records, each a JSON file and perhaps one data file (safetensors, or whatever a worker wrote); the JSON file is renamed into
-place last and states the checksum of both, so that a record is whole or is not there. The folder goes when the run succeeds.
+The state lies outside all outputs, in `$DVC_ROOT/.ckpt/<stage>/<key>/` (without DVC: `.ckpt` here). The key is a hash of the
+params, the code, the libraries, the inputs and the device, so that changed work never meets stale state. A folder holds
+records, each a JSON file and perhaps one data file (safetensors); the JSON file is renamed into place last and states the
+checksum of both, so that a record is whole or is not there. The folder goes when the run succeeds.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,8 +25,9 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from svam.code import library_versions, stage_code
 from svam.console import console
-from svam.files import FileError, locked, read_json, sha256, sha256_tree, whole_file
+from svam.files import FileError, locked, read_json, sha256_tree, whole_file
 from svam.params import Params
 
 COST_SHARE = 0.01
@@ -36,22 +35,20 @@ COST_SHARE = 0.01
 PENDING_BYTES = 256 << 20
 """Arrays held in memory between two saves; more are written at once."""
 CONTENT_BYTES = 256 << 20
-"""Inputs up to this size are known by their content, larger ones by the names, sizes and times of their files."""
-OTHERS_KEPT = 2
+"""Inputs up to this size are recognised by their content, larger ones by the names, sizes and times of their files."""
+OLD_STATES = 2
 """States of the same stage under other keys that stay (a variant that one goes back to); older ones are deleted."""
-LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "torch", "transformers", "zarr")
-"""Libraries whose version decides numbers."""
 
 
-class Kept(NamedTuple):
-    """A record: its JSON value, and its data file where it has one."""
+class Record(NamedTuple):
+    """Something saved: its JSON value, and its data file where it has one."""
 
     value: Any
     file: Path | None
 
 
 class Resume:
-    """The records of one run. Without a folder it keeps and finds nothing, so callers need not ask."""
+    """The records of one run. Without a folder nothing is saved and nothing loaded, so that callers need no second way."""
 
     def __init__(self, folder: Path | None, seconds: float = 60.0) -> None:
         """`seconds`: time between two saves of what is saved as a whole; 0 saves at every opportunity."""
@@ -61,7 +58,7 @@ class Resume:
 
     @property
     def active(self) -> bool:
-        """Whether anything is kept at all."""
+        """Whether anything is saved at all."""
         return self.folder is not None
 
     def due(self) -> bool:
@@ -70,11 +67,11 @@ class Resume:
             return self.folder is not None
         return time.monotonic() - self._last >= max(self.seconds, self._cost / COST_SHARE)
 
-    def keep(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
-        """Keep a record, replacing one of the same name. `write` writes its data file to the path that it is given.
+    def save_record(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
+        """Save a record in place of one of the same name. `write` writes its data file to the path that it is given.
 
         Raises:
-            FileError: the file system refuses; what was kept before stays.
+            FileError: the file system refuses; what was saved before stays.
         """
         if self.folder is None:
             return
@@ -102,53 +99,47 @@ class Resume:
             old.unlink(missing_ok=True)
         self._last, self._cost = time.monotonic(), time.monotonic() - start
 
-    def kept(self, name: str) -> Kept | None:
+    def load_record(self, name: str) -> Record | None:
         """The record of that name, or None; a damaged one is deleted with a sentence: that work is done again."""
-        place = self.folder / f"{name}.json" if self.folder else None
-        if self.folder is None or place is None or not place.is_file():
+        if self.folder is None or not (place := self.folder / f"{name}.json").is_file():
             return None
-        try:
+        with suppress(FileError, OSError, KeyError, TypeError, AttributeError):
             record = read_json(place)
             file = self.folder / record["file"] if record["file"] else None
-            whole = record.pop("check") == _check(record) and (file is None or _checksum(file) == record["crc32c"])
-        except (FileError, OSError, KeyError, TypeError, AttributeError):
-            whole = False
-        if whole:
-            return Kept(record["value"], file)
-        console.print(
-            f"{place}: truncated or damaged; it is ignored, and the work that it stood for starts over",
-            style="yellow", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+            if record.pop("check") == _check(record) and (file is None or _checksum(file) == record["crc32c"]):
+                return Record(record["value"], file)
+        message = f"{place}: truncated or damaged; it is ignored, and the work that it stood for starts over"
+        console.print(message, style="yellow", highlight=False, soft_wrap=True)
         place.unlink(missing_ok=True)
         return None
 
-    def arrays(self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
+    def computed_once(self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
         """What `compute` returns, or returned in an earlier run; new arrays are held until it is time to save them.
 
         Always in C order, since sums of floats depend on it.
         """
-        found = self.kept(name)
-        if found is not None and found.file is not None:
-            return dict(load_file(found.file))
+        record = self.load_record(name)
+        if record is not None and record.file is not None:
+            return dict(load_file(record.file))
         values = {key: np.ascontiguousarray(value) for key, value in compute().items()}
         if self.active:
             self._pending[name] = values
             size = sum(array.nbytes for block in self._pending.values() for array in block.values())
             if self.due() or size > PENDING_BYTES:
-                self.flush()
+                self.save_pending()
         return values
 
-    def flush(self) -> None:
-        """Keep the arrays that were waiting. Raises `FileError` as `keep`."""
+    def save_pending(self) -> None:
+        """Save the arrays that were waiting. Raises `FileError` as `save_record`."""
         start = time.monotonic()
         for name in list(self._pending):
             values = self._pending[name]
-            self.keep(name, None, lambda file, values=values: save_file(values, file))  # type: ignore[misc]
+            self.save_record(name, None, lambda file, values=values: save_file(values, file))  # type: ignore[misc]
             del self._pending[name]
         self._last, self._cost = time.monotonic(), time.monotonic() - start
 
 
-NOTHING_KEPT = Resume(None)
+NO_RESUME = Resume(None)
 """For callers that have no run to resume."""
 
 
@@ -160,7 +151,7 @@ def _data_file(place: Path) -> Path | None:
 
 
 def _checksum(file: Path) -> int:
-    """CRC-32C of a file: it finds damage at the speed of memory, which is all that is asked here."""
+    """CRC-32C of a file: it finds damage at the speed of memory, which is all that is needed here."""
     value = 0
     with file.open("rb") as opened:
         while block := opened.read(1 << 20):
@@ -173,13 +164,13 @@ def _check(record: Mapping[str, Any]) -> int:
 
 
 @contextmanager
-def unfinished(
-    name: str, settings: Params, sections: Iterable[str], inputs: Iterable[Path], device: object = "any"
+def resumable_run(
+    stage: str, params: Params, sections: Iterable[str], inputs: Iterable[Path], device: object = "any"
 ) -> Iterator[Resume]:
-    """Open the state of this run, found or new; delete it when the block ends without an error.
+    """Open the state of this run, an earlier one's or new; delete it when the block ends without an error.
 
     Args:
-        name: of the run where DVC does not give one (`DVC_STAGE`).
+        stage: as DVC calls it, with the part after "@" where `dvc.yaml` has a matrix.
         sections: dotted keys of the params that decide the result; `seed` and `threads` always count.
         inputs: files and folders that are read.
         device: what computes.
@@ -187,47 +178,43 @@ def unfinished(
     Raises:
         FileError: another process is doing the same work.
     """
-    values = {key: _param(settings, key) for key in ("seed", "threads", *sections)}
-    stage = os.environ.get("DVC_STAGE", name).replace("/", "_")
-    parent = Path(os.environ["DVC_ROOT"], ".ckpt") if "DVC_ROOT" in os.environ else Path(".cache/resume")
-    parent = parent / stage
-    what = {"params": values, "code": code(), "libraries": _libraries(), "device": str(device)}
-    folder = parent / _digest({**what, "inputs": [identity(Path(path)) for path in inputs]})[:32]
+    deciding = {
+        "params": {key: _param(params, key) for key in ("seed", "threads", *sections)},
+        "code": stage_code(stage.partition("@")[0], params.convert.source),
+        "libraries": library_versions(),
+        "inputs": [identity(Path(path)) for path in inputs],
+        "device": str(device),
+    }
+    states = Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / stage
+    folder = states / _digest(deciding)[:32]
+    resume = Resume(folder, params.machine.checkpoint_seconds)
     try:
         with locked(_lock_of(folder)):
-            _forget(parent, folder)
+            _delete_old_states(folder)
             folder.mkdir(exist_ok=True)
             for half_written in folder.glob(".*.partial-*"):
                 half_written.unlink()
             if any(folder.glob("*.json")):
-                console.print(f"{stage}: goes on from what an earlier run kept in {folder}", highlight=False, soft_wrap=True)
-            with _removed_at_success(Resume(folder, settings.machine.checkpoint_seconds)) as resume:
+                console.print(f"{stage}: goes on from what an earlier run saved in {folder}", highlight=False, soft_wrap=True)
+            try:
                 yield resume
+                shutil.rmtree(folder)
+            except BaseException as error:
+                with suppress(FileError):
+                    resume.save_pending()
+                if not any(folder.glob("*.json")):
+                    shutil.rmtree(folder, ignore_errors=True)
+                elif isinstance(error, KeyboardInterrupt):
+                    error.add_note(f"interrupted; run the same command again to go on from the last checkpoint, in {folder}")
+                raise
     finally:
-        for empty in (parent, parent.parent):
+        for empty in (states, states.parent):
             with suppress(OSError):
                 empty.rmdir()
 
 
-@contextmanager
-def _removed_at_success(resume: Resume) -> Iterator[Resume]:
-    folder = resume.folder
-    assert folder is not None
-    try:
-        yield resume
-        shutil.rmtree(folder)
-    except BaseException as error:
-        with suppress(FileError):
-            resume.flush()
-        if not any(folder.glob("*.json")):
-            shutil.rmtree(folder, ignore_errors=True)
-        elif isinstance(error, KeyboardInterrupt):
-            error.add_note(f"interrupted; run the same command again to go on from the last checkpoint, in {folder}")
-        raise
-
-
-def _param(settings: Params, key: str) -> Any:
-    value: Any = settings
+def _param(params: Params, key: str) -> Any:
+    value: Any = params
     for part in key.split("."):
         value = getattr(value, part)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -237,41 +224,24 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def code() -> dict[str, str]:
-    """SHA-256 of every module of ours that is loaded, but for `svam.params`, whose values count by themselves."""
-    root = Path(__file__).resolve().parent.parent
-    named = [module for name, module in list(sys.modules.items()) if name.split(".")[0] in ("svam", "stages", "__main__")]
-    files = {Path(str(file)).resolve() for module in named if (file := getattr(module, "__file__", None))}
-    ours = sorted(file for file in files if {root / "svam", root / "stages"} & set(file.parents))
-    return {file.relative_to(root).as_posix(): sha256(file) for file in ours if file != root / "svam/params.py"}
-
-
-def _libraries() -> dict[str, str]:
-    found = {"python": sys.version}
-    for name in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
 def identity(path: Path) -> str:
     """What tells one input from another: its content, or for a large one the names, sizes and times of its files."""
     if not path.exists():
         return "absent"
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    found = [(file, file.stat()) for file in files]
-    if sum(stat.st_size for _, stat in found) <= CONTENT_BYTES:
+    stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
+    if sum(stat.st_size for _, stat in stats) <= CONTENT_BYTES:
         return sha256_tree(path)
-    return _digest([(file.relative_to(path).as_posix(), stat.st_size, stat.st_mtime_ns) for file, stat in found])
+    return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-def _forget(parent: Path, own: Path) -> None:
+def _delete_old_states(own: Path) -> None:
     """Delete the states of other params, code or inputs, but for the newest few and those in use."""
-    others = [folder for folder in parent.iterdir() if folder.is_dir() and folder != own]
-    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[OTHERS_KEPT:]:
+    others = [folder for folder in own.parent.iterdir() if folder.is_dir() and folder != own]
+    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[OLD_STATES:]:
         with suppress(FileError), locked(_lock_of(folder)):
             shutil.rmtree(folder, ignore_errors=True)
-            console.print(f"{folder}: deleted, it was kept for other params, code or inputs", highlight=False, soft_wrap=True)
+            console.print(f"{folder}: deleted, it was of other params, code or inputs", highlight=False, soft_wrap=True)
 
 
 def _lock_of(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Runs that are killed by SIGKILL at a chosen moment of keeping their state."""
+"""Runs that are killed by SIGKILL at a chosen moment of saving their state."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-import svam.resume
 from svam.resume import Resume
 
 HEAVY = [
@@ -49,13 +48,12 @@ def _die(
     environment: dict[str, str], settings: tuple[int, bool, bool], after: int, while_writing: bool, run: Callable[..., object],
     *arguments: Any,
 ) -> None:  # fmt: skip
-    """Within its own process: call `run`, with `Resume.keep` replaced by one that kills the process at the right moment."""
+    """Within its own process: call `run`; saving a record kills the process at the right moment."""
     os.environ.update(environment)
     torch.set_num_threads(settings[0])
     torch.backends.cuda.enable_flash_sdp(settings[1])
     torch.backends.cuda.enable_mem_efficient_sdp(settings[2])
-    svam.resume.code = one_code
-    keep, count = Resume.keep, 0
+    save, count = Resume.save_record, 0
 
     def counting(self: Resume, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
         nonlocal count
@@ -67,26 +65,21 @@ def _die(
             os.truncate(file, file.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-        keep(self, name, value, half if while_writing and count == after else write)
+        save(self, name, value, half if while_writing and count == after else write)
         if count == after:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Resume.keep = counting  # type: ignore[method-assign]
+    Resume.save_record = counting  # type: ignore[method-assign]
     run(*arguments)
 
 
 def kill(after: int, run: Callable[..., object], *arguments: Any, while_writing: bool = False) -> None:
-    """Call `run` in a process that is killed when its `after`-th record has been kept, or when half of it has been written."""
+    """Call `run` in a process that is killed when its `after`-th record has been saved, or when half of it has been written."""
     environment = {name: value for name, value in os.environ.items() if name.startswith("DVC_")}
     process = PROCESSES.Process(target=_die, args=(environment, _torch_settings(), after, while_writing, run, *arguments))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-
-
-def one_code() -> dict[str, str]:
-    """In place of `svam.resume.code`: a test process has loaded other modules than the stage alone would."""
-    return {"svam": "tested"}
 
 
 def run_stage(app: typer.Typer, *arguments: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from svam.code import stage_code
 from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, clear_leftovers, sha256, sha256_tree, whole_directory
+from svam.files import FileError, clear_leftovers, sha256_tree, whole_directory
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
 from svam.params import CacheTeacher, Generate, Params
-from svam.resume import OTHERS_KEPT, Resume, code, identity, unfinished
+from svam.resume import OLD_STATES, Resume, identity, resumable_run
 from svam.training import cache_teacher as teacher_cache
 from svam.training import generate as generation
 from svam.training.batch_order import EndlessOrder
@@ -28,7 +30,7 @@ from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.loop import fit
 from tests import ROOT
-from tests.killing import kill, one_code
+from tests.killing import kill
 from tests.tiny_foresight import GRID, make_store, make_teacher, save_parts
 from tests.toy import optimiser, write_toy_params
 
@@ -207,10 +209,8 @@ def test_teacher_features_are_computed_once(parts: Path, tmp_path: Path, monkeyp
 
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params]:
-    """Toy params that save at every opportunity; state below `tmp_path/.ckpt/stage@x`."""
+    """Toy params that save at every opportunity; state below `tmp_path/.ckpt/generate@x`."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("DVC_STAGE", "stage@x")
-    monkeypatch.setattr("svam.resume.code", one_code)
     yield toy(tmp_path)
 
 
@@ -219,19 +219,19 @@ def toy(folder: Path, **changes: Any) -> Params:
 
 
 def states(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.glob(".ckpt/stage@x/*") if p.is_dir())
+    return sorted(p for p in folder.glob(".ckpt/generate@x/*") if p.is_dir())
 
 
 def leave_one(settings: Params, inputs: list[Path], value: Any = 1, sections: tuple[str, ...] = ("generate",)) -> None:
     """A run that keeps a record and fails."""
-    with pytest.raises(ZeroDivisionError), unfinished("run", settings, sections, inputs) as resume:
-        resume.keep("record", value)
+    with pytest.raises(ZeroDivisionError), resumable_run("generate@x", settings, sections, inputs) as resume:
+        resume.save_record("record", value)
         raise ZeroDivisionError
 
 
 def found(settings: Params, inputs: list[Path], sections: tuple[str, ...] = ("generate",)) -> Any:
-    with unfinished("run", settings, sections, inputs) as resume:
-        kept = resume.kept("record")
+    with resumable_run("generate@x", settings, sections, inputs) as resume:
+        kept = resume.load_record("record")
         return None if kept is None else kept.value
 
 
@@ -253,7 +253,7 @@ def test_stale_state_is_not_found(settings: Params, tmp_path: Path, monkeypatch:
     changed = settings.generate.model_copy(update={"steps": 9})
     assert found(settings.model_copy(update={"generate": changed}), inputs) is None
     with monkeypatch.context() as patch:
-        patch.setattr("svam.resume.code", dict)
+        patch.setattr("svam.code.version", lambda name: "0.0")
         assert found(settings, inputs) is None
     (tmp_path / "input/a").write_text("b")
     assert found(settings, inputs) is None
@@ -262,19 +262,34 @@ def test_stale_state_is_not_found(settings: Params, tmp_path: Path, monkeypatch:
     assert found(settings.model_copy(update={"machine": machine}), inputs) == 1
 
 
-def test_the_code_is_what_is_loaded() -> None:
-    found = code()
-    assert {"svam/resume.py", "svam/training/loop.py", "stages/collect.py"} <= set(found) and "svam/params.py" not in found
-    assert found["svam/files.py"] == sha256(ROOT / "svam/files.py")
+def test_state_belongs_to_the_code_that_can_change_it(
+    settings: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the modules that the stage runs, those imported only within its function included, whatever this process has loaded. A
+    comment, or another stage's module, is no other code."""
+    for folder in ("svam", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("svam.resume.stage_code", lambda stage, source: stage_code(stage, source, tmp_path))
+    leave_one(settings, [])
+    for module, line, same in (
+        ("svam/models/generator.py", "# A comment", True),
+        ("svam/training/train_policy.py", "LIMIT = 1", True),
+        ("svam/models/generator.py", "LIMIT = 1", False),
+    ):
+        file = tmp_path / module
+        file.write_text(f"{file.read_text(encoding='utf-8')}{line}\n", encoding="utf-8")
+        assert (found(settings, []) == 1) == same, module
+        if same:
+            leave_one(settings, [])
 
 
 def test_few_stale_states_stay(settings: Params, tmp_path: Path) -> None:
-    for seed in range(OTHERS_KEPT + 3):
+    for seed in range(OLD_STATES + 3):
         leave_one(settings.model_copy(update={"seed": seed}), [])
         newest = max(states(tmp_path), key=lambda p: p.stat().st_mtime_ns)
         os.utime(newest, (seed, seed))
-    assert len(states(tmp_path)) == OTHERS_KEPT + 1
-    assert found(settings.model_copy(update={"seed": OTHERS_KEPT + 2}), []) == 1
+    assert len(states(tmp_path)) == OLD_STATES + 1
+    assert found(settings.model_copy(update={"seed": OLD_STATES + 2}), []) == 1
     assert found(settings.model_copy(update={"seed": 0}), []) is None
 
 
@@ -287,9 +302,9 @@ def test_a_large_input_is_known_by_its_files(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_second_writer_is_refused(settings: Params, tmp_path: Path) -> None:
-    sentence = rf"stage@x/\w+.lock: process {os.getpid()} is doing the same work; wait for it or end it"
-    with unfinished("run", settings, ["generate"], []):
-        with pytest.raises(FileError, match=sentence), unfinished("run", settings, ["generate"], []):
+    sentence = rf"generate@x/\w+.lock: process {os.getpid()} is doing the same work; wait for it or end it"
+    with resumable_run("generate@x", settings, ["generate"], []):
+        with pytest.raises(FileError, match=sentence), resumable_run("generate@x", settings, ["generate"], []):
             pass
         other = settings.model_copy(update={"seed": 9})
         assert found(other, []) is None, "other work may run beside it"
@@ -304,9 +319,9 @@ def test_a_killed_run_leaves_no_lock(settings: Params, tmp_path: Path) -> None:
 def test_control_c_says_how_to_go_on(settings: Params, tmp_path: Path) -> None:
     @one_line_errors
     def stage(keep: bool) -> None:
-        with unfinished("run", settings, ["generate"], []) as resume:
+        with resumable_run("generate@x", settings, ["generate"], []) as resume:
             if keep:
-                resume.arrays("block", lambda: {"a": np.ones(3)})
+                resume.computed_once("block", lambda: {"a": np.ones(3)})
             raise KeyboardInterrupt
 
     for keep, sentence in ((True, "to go on from the last checkpoint, in"), (False, "to start over")):
@@ -323,9 +338,9 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(settings: Params, 
         file.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(FileError) as failure, unfinished("run", settings, ["generate"], []) as resume:
-        resume.keep("record", 5, lambda file: file.write_bytes(b"before") and None)
-        resume.keep("record", 6, full)
+    with pytest.raises(FileError) as failure, resumable_run("generate@x", settings, ["generate"], []) as resume:
+        resume.save_record("record", 5, lambda file: file.write_bytes(b"before") and None)
+        resume.save_record("record", 6, full)
     assert "saving the state of the run failed: No space left on device" in str(failure.value)
     assert "\n" not in str(failure.value) and len(list(states(tmp_path)[0].iterdir())) == 2
     assert found(settings, []) == 5
@@ -334,10 +349,10 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(settings: Params, 
 def test_saving_is_spread_over_time(tmp_path: Path) -> None:
     resume = Resume(tmp_path, 3600.0)
     assert not resume.due() and Resume(tmp_path, 0.0).due() and not Resume(None, 0.0).due()
-    assert resume.arrays("block", lambda: {"a": np.ones(3).T})["a"].flags.c_contiguous
+    assert resume.computed_once("block", lambda: {"a": np.ones(3).T})["a"].flags.c_contiguous
     assert not list(tmp_path.iterdir()), "nothing is written before it is time"
-    resume.flush()
-    again = Resume(tmp_path, 3600.0).arrays("block", lambda: pytest.fail("computed twice"))
+    resume.save_pending()
+    again = Resume(tmp_path, 3600.0).computed_once("block", lambda: pytest.fail("computed twice"))
     assert np.array_equal(again["a"], np.ones(3))
 
 

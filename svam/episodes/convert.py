@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from svam.code import ROOT, code_of, library_versions, module_file
 from svam.console import console, progress_bar, timed
 from svam.contract import (
     STORE_SCHEMA,
@@ -145,11 +146,12 @@ class Plan:
 
     def key(self, shapes: Sequence[EpisodeShape]) -> str:
         """Changes with anything that the units depend on: params, description, lengths, the inputs' stamps, this code."""
-        code = [*sorted((Path(__file__).parent).rglob("*.py")), Path(__file__).parents[1] / "contract.py"]
+        files = [module_file(name) for name in ("svam.episodes.convert", type(self.source).__module__)]
+        code = code_of(file.relative_to(ROOT).as_posix() for file in files if file is not None)
         layouts = {name: str(layout) for name, layout in self.layouts.items()}
         known = [
             self.params.model_dump_json(), self.description.model_dump_json(), json.dumps(layouts), str(list(shapes)),
-            STORE_SCHEMA, *(hashlib.sha256(file.read_bytes()).hexdigest() for file in code),
+            STORE_SCHEMA, json.dumps([code, library_versions()]),
         ]  # fmt: skip
         return hashlib.sha256("\0".join(map(str, known)).encode()).hexdigest()[:16]
 

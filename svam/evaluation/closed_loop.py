@@ -25,7 +25,7 @@ from svam.evaluation.scores import rate_of, summary, tier_of
 from svam.models.svam import SVAM
 from svam.npy import write_arrays
 from svam.params import Evaluate
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
@@ -148,7 +148,7 @@ def assert_unseen(outcomes: Sequence[Outcome], store: EpisodeStore) -> int:
 
 def run(
     store: EpisodeStore, policy: Policy, params: Evaluate, *, camera: str, proprioception: bool, seed: int, workers: int,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> dict[Row, list[Outcome]]:  # fmt: skip
     """Run all four rows.
 

@@ -190,14 +190,14 @@ def write_offline(
     folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, resume: Resume
 ) -> dict[str, Any]:
     """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics."""
-    record = resume.kept("offline")
+    record = resume.load_record("offline")
     if record is not None and record.file is not None:
         metrics: dict[str, Any] = record.value
         pictures: dict[str, NDArray[Any]] = load_file(record.file)
     else:
         metrics, pictures = evaluate_offline(store, model, params, seed)
         pictures = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
-        resume.keep("offline", metrics, lambda file: save_file(pictures, file))
+        resume.save_record("offline", metrics, lambda file: save_file(pictures, file))
     write_arrays(folder / "foresight", pictures)
     errors = {name: round(metrics[name]["mae"], 4) for name in ("policy", "mean_action", "hold_last")}
     console.print(f"offline, mean absolute action error: {errors}", highlight=False)

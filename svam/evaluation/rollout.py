@@ -26,7 +26,7 @@ from svam.console import progress_bar, timed
 from svam.contract import Observation
 from svam.device import become_worker
 from svam.errors import MachineError, SvamError
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 
 Controller = Literal["expert", "random"]
@@ -109,12 +109,12 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
     }  # fmt: skip
     frames = outcome.frames
     write = None if frames is None else lambda file: save_file({"frames": frames}, file)
-    resume.keep(_record_name(outcome.plan), value, write)
+    resume.save_record(_record_name(outcome.plan), value, write)
 
 
 def _load_outcome(plan: PlannedEpisode, resume: Resume) -> Outcome | None:
     """The outcome of an episode that an earlier, killed run has finished."""
-    record = resume.kept(_record_name(plan))
+    record = resume.load_record(_record_name(plan))
     if record is None or record.value["plan"] != list(astuple(plan)):
         return None
     frames = load_file(record.file)["frames"] if record.file else None
@@ -328,7 +328,7 @@ class PolicyRollouts:
     execute: int
     max_steps: int
     proprioception: bool
-    resume: Resume = NOTHING_KEPT
+    resume: Resume = NO_RESUME
 
     def run(self, plans: Sequence[PlannedEpisode]) -> list[Outcome]:
         """Outcomes in the order of `plans`.

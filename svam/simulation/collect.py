@@ -48,7 +48,7 @@ RAW_SCHEMA = 2
 """Version of this layout, written into `meta.json`."""
 LIBRARIES = ("metaworld", "mujoco", "numpy", "pillow", "safetensors")
 """Their versions may change an episode's bytes."""
-OTHERS_KEPT = 2
+OLD_STATES = 2
 """Sets of finished episodes of a task, made under other params or by other code, that stay in the scratch folder."""
 
 _environments: dict[str, TaskEnvironment] = {}
@@ -201,7 +201,7 @@ def _scratch_of_task(parent: Path, key: str) -> Iterator[Path]:
         for half_written in folder.glob(".*.partial-*"):
             half_written.unlink()
         others = sorted((f for f in parent.iterdir() if f.is_dir() and f != folder), key=lambda f: f.stat().st_mtime)
-        for old in others[: max(0, len(others) - OTHERS_KEPT)]:
+        for old in others[: max(0, len(others) - OLD_STATES)]:
             with suppress(FileError), locked(_lock(old)):  # unless another process is at it
                 shutil.rmtree(old, ignore_errors=True)
         try:

@@ -21,7 +21,7 @@ from svam.episodes.rows import RowReader
 from svam.episodes.store import AnnotatedRows, EpisodeStore
 from svam.models.teachers import Teacher, to_grid
 from svam.params import CacheTeacher
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows
 from svam.training.foresight_metrics import centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
@@ -67,7 +67,7 @@ def cache_windows(
     params: CacheTeacher,
     target: Target,
     device: torch.device,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> dict[str, Any]:
     """Write the arrays that `TeacherWindows` reads to `path` (which the caller makes whole); returns and stores the metrics.
 
@@ -101,7 +101,7 @@ def cache_windows(
         task = bar.add_task(f"cache {branch}", total=len(windows) + 2 * len(windows.test), note="")
         opened = open_arrays(writer, arrays)
         for numbers in batches(windows.held_out, block):
-            made = resume.arrays(f"windows_{numbers[0]}", partial(of_windows, numbers))
+            made = resume.computed_once(f"windows_{numbers[0]}", partial(of_windows, numbers))
             for name, values in (("targets", "targets"), ("moved", "moved"), ("reference", params.reference)):
                 opened[name].append(made[values])
             if windows.held_out[numbers[0]]:
@@ -112,7 +112,7 @@ def cache_windows(
             bar.advance(task, len(numbers))
         for name, reader in (("one_step", windows.one_step_frames), ("other_noise", windows.other_noise_frames)):
             for start in range(0, len(reader), block):
-                opened[name].append(resume.arrays(f"{name}_{start}", partial(of_clips, reader, start))["features"])
+                opened[name].append(resume.computed_once(f"{name}_{start}", partial(of_clips, reader, start))["features"])
                 bar.advance(task, min(block, len(reader) - start))
         writer.write("rows", windows.rows)
         writer.write("held_out", windows.held_out.astype(np.uint8))

@@ -20,7 +20,7 @@ from svam.contract import ContractError
 from svam.device import mixed_precision
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, in_memory_if_small
 from svam.training.foresight_metrics import ChannelMoments, ForesightScore
@@ -123,7 +123,7 @@ def distill(
     device: torch.device,
     name: str = "decoupler",
     live: Path | None = None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[Decoupler, dict[str, Any]]:
     """Train one branch's decoupler; returns it and the metrics of `evaluate`. `live`: folder of DVCLive's curves."""
     torch.manual_seed(seed)

@@ -22,7 +22,7 @@ from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
@@ -149,7 +149,7 @@ def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Ten
 
 def train_video(
     model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
-    device: torch.device, live: Path | None, resume: Resume = NOTHING_KEPT,
+    device: torch.device, live: Path | None, resume: Resume = NO_RESUME,
 ) -> None:  # fmt: skip
     """Fine-tune in place; the averaged weights are in `model` afterwards."""
     order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")

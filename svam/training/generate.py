@@ -19,7 +19,7 @@ from svam.episodes.windows import clip_rows
 from svam.models.generator import VideoGenerator
 from svam.models.video import VideoConfig
 from svam.params import Generate
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.window_arrays import WindowArray, announce, batches, open_arrays, to_stored
 
@@ -61,7 +61,7 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
 
 def generate_windows(
     path: Path, store: EpisodeStore, model: VideoGenerator, windows: Windows, params: Generate, seed: int, video_sha256: str,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> None:  # fmt: skip
     """Write `path` (which the caller makes whole): `frames` V^ (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16
     (where kept), `reconstruction` (W, H, W, 3) uint8 of the observed frame, `rows`, `held_out`; and for held-out windows
@@ -84,7 +84,8 @@ def generate_windows(
     with GroupWriter(path) as writer:
         opened, parts = open_arrays(writer, arrays), batches(windows.held_out, params.batch)
         for number, batch in enumerate(track(parts, "generate", len(parts))):
-            made = resume.arrays(f"windows_{number}", partial(_generated, store, model, windows, batch, params.keep_features))
+            compute = partial(_generated, store, model, windows, batch, params.keep_features)
+            made = resume.computed_once(f"windows_{number}", compute)
             for name, values in made.items():
                 opened[name].append(values)
         writer.write("rows", windows.rows)

@@ -17,7 +17,7 @@ from svam.console import progress_bar, timed
 from svam.device import mixed_precision
 from svam.errors import SvamError
 from svam.params import Optimiser
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
 
 
@@ -54,7 +54,7 @@ def fit(
     evaluate: Callable[[], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     select: str | None = None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it.
 

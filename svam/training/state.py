@@ -103,11 +103,11 @@ class TrainingState:
             "step": self.step, "recent": self.recent, "chosen": self.chosen, "updates": self.average.updates,
             "history": self.curves.history,
         }  # fmt: skip
-        resume.keep(RECORD, value, partial(save_tensors, tensors=self._tensors()))
+        resume.save_record(RECORD, value, partial(save_tensors, tensors=self._tensors()))
 
     def restore(self, resume: Resume) -> None:
         """Take over what was kept, if anything was."""
-        record = resume.kept(RECORD)
+        record = resume.load_record(RECORD)
         if record is None or record.file is None:
             return
         groups: dict[str, dict[str, Tensor]] = {}

@@ -27,7 +27,7 @@ from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
 from svam.models.video import SamplerConfig
 from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.params import Generate, TrainPolicy
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.training.batch_order import EndlessOrder
 from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet, observation_address
@@ -218,7 +218,7 @@ def train(
     seed: int,
     device: torch.device,
     live: Path | None = None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> SVAM:
     """Train everything that `train_policy` describes and return the assembled S-VAM with the best averaged weights.
 

@@ -18,7 +18,7 @@ from stages.convert import app as convert_app
 from stages.prepare_backbones import app as backbones_app
 from svam.files import sha256_tree
 from tests import ROOT
-from tests.killing import kill, one_code, run_stage
+from tests.killing import kill, run_stage
 from tests.recorded import write_raw
 from tests.tiny_foresight import make_store
 from tests.toy import write_toy_params
@@ -64,8 +64,6 @@ def refused(app: typer.Typer, *arguments: object) -> str:
 @pytest.fixture
 def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
     """The command that trains a text encoder, six steps with a checkpoint after each, but for the folder to write."""
-    monkeypatch.setenv("DVC_STAGE", "text")
-    monkeypatch.setattr("svam.resume.code", one_code)
     monkeypatch.setattr("stages._command._check_code", lambda source: None)
     write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}})
     make_store(tmp_path / "episodes.zarr")
@@ -73,7 +71,7 @@ def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
 
 
 def steps_kept(root: Path) -> int:
-    (record,) = (root / ".ckpt/text").glob("*/training.json")
+    (record,) = (root / ".ckpt/prepare_backbones_text").glob("*/training.json")
     return int(json.loads(record.read_text())["value"]["step"])
 
 
@@ -87,7 +85,11 @@ def test_a_checkpoint_that_finds_no_room(
     state = sum(file.stat().st_size for file in disk.rglob("*") if file.is_file())
     ballast = fill(disk, state // 2)
     sentence = refused(backbones_app, *text, tmp_path / "out")
-    assert str(disk / ".ckpt/text") in sentence and "No space left on device" in sentence and "make room" in sentence
+    assert (
+        str(disk / ".ckpt/prepare_backbones_text") in sentence
+        and "No space left on device" in sentence
+        and "make room" in sentence
+    )
     assert steps_kept(disk) == 2 and not (tmp_path / "out").exists()
     ballast.unlink()
     run_stage(backbones_app, *text, tmp_path / "out")

@@ -29,7 +29,7 @@ from svam.params import Params
 from svam.resume import Resume
 from svam.simulation.metaworld import TaskEnvironment
 from tests import ROOT
-from tests.killing import kill, one_code
+from tests.killing import kill
 from tests.killing import run_stage as whole_stage
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.tiny import make_svam, save_all_parts
@@ -174,8 +174,6 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Pat
     """Seven records: offline, and six episodes of the policy in two slots. What ran is not run again, and the rest finds the
     slot that it would have had."""
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    monkeypatch.setenv("DVC_STAGE", "evaluate")
-    monkeypatch.setattr("svam.resume.code", one_code)
     write_params(tmp_path / "params.yaml", batch=2)
     options = ("--model", root / "svam", "--episodes", root / "episodes.zarr", "--params", tmp_path / "params.yaml")
     whole_stage(app, tmp_path / "straight", *options)
@@ -185,8 +183,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Pat
     (state,) = (p for p in (tmp_path / ".ckpt/evaluate").iterdir() if p.is_dir())
     assert len(list(state.glob("*.json"))) == 4
     played: list[str] = []
-    keep = Resume.keep
-    monkeypatch.setattr(Resume, "keep", lambda self, name, *rest: (played.append(name), keep(self, name, *rest))[1])
+    save = Resume.save_record
+    monkeypatch.setattr(Resume, "save_record", lambda self, name, *rest: (played.append(name), save(self, name, *rest))[1])
     whole_stage(app, tmp_path / "resumed", *options)
     assert len(played) == 3 and "offline" not in played
     assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()

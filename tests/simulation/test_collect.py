@@ -21,7 +21,7 @@ from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
 from svam.params import Collect
 from svam.seeds import generator, seed_of
-from svam.simulation.collect import OTHERS_KEPT, collect
+from svam.simulation.collect import OLD_STATES, collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
 from svam.sources.metaworld import MetaworldSource
@@ -80,7 +80,7 @@ def test_only_what_is_new_is_collected(tmp_path: Path, monkeypatch: pytest.Monke
     damaged.write_bytes(damaged.read_bytes()[:-1])
     assert run("one") == [("reach", 1)] and sha256_tree(tmp_path / "one") == before, "the third episode is left out again"
     assert len(run("one", seed=6)) == len(run("one", code="edited")) == len(run("one", tail=0)) == 2
-    assert len(list((tmp_path / "scratch/reach").iterdir())) == 1 + OTHERS_KEPT, "older ones are deleted"
+    assert len(list((tmp_path / "scratch/reach").iterdir())) == 1 + OLD_STATES, "older ones are deleted"
     assert run("one", tail=0) == []
 
 

@@ -76,8 +76,8 @@ class Stopping(Resume):
 
     saved = 0
 
-    def keep(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
-        super().keep(name, value, write)
+    def save_record(self, name: str, value: Any, write: Callable[[Path], None] | None = None) -> None:
+        super().save_record(name, value, write)
         self.saved += 1
         if self.saved == 2:
             raise InterruptedError

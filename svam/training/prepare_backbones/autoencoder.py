@@ -17,7 +17,7 @@ from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import freeze, resolve_weights
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
 from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames
@@ -34,7 +34,7 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[Autoencoder, dict[str, float]]:
     """The autoencoder and its metrics on held-out episodes (none for published weights). `autoencoder` is not used."""
     if section.source == "pretrained":
@@ -100,7 +100,7 @@ def moving_weight(pixels: Tensor, background: Tensor, weights: params.Autoencode
 
 def train(
     section: params.Autoencoder, store: EpisodeStore, seed: int, device: torch.device, live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[Autoencoder, dict[str, float]]:  # fmt: skip
     """Train on training episodes only; measure the latents' statistics there too, and the errors on held-out episodes."""
     autoencoder = Autoencoder(build(section, store.image_size)).to(device)

@@ -32,7 +32,7 @@ from svam.episodes.store import EpisodeStore, Split
 from svam.models.autoencoder import Autoencoder
 from svam.models.published import freeze, resolve_weights
 from svam.models.teachers import Backbone, Teacher, TeacherConfig, unpatchify
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
@@ -48,7 +48,7 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[Teacher, dict[str, Any]]:
     """The teacher of params key `key` ("geometric" or "semantic") and its metrics on held-out episodes (none for published)."""
     if section.source == "pretrained":
@@ -214,7 +214,7 @@ def train(
     seed: int,
     device: torch.device,
     live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[Teacher, dict[str, Any]]:
     """Train on annotated frames of training episodes; measure on those of held-out ones.
 

@@ -17,7 +17,7 @@ from svam import params
 from svam.episodes.store import EpisodeStore
 from svam.models.published import freeze, resolve_weights
 from svam.models.text import TextEncoder, attention_mask
-from svam.resume import NOTHING_KEPT, Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
@@ -36,7 +36,7 @@ def prepare(
     seed: int,
     device: torch.device,
     live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[TextEncoder, dict[str, float]]:
     """The text encoder and its metrics (none for published weights). `autoencoder` is not used."""
     if section.source == "pretrained":
@@ -164,7 +164,7 @@ def training_sentences(store: EpisodeStore, task: str) -> list[str]:
 
 def train(
     section: params.Text, store: EpisodeStore, seed: int, device: torch.device, live: Path | None,
-    resume: Resume = NOTHING_KEPT,
+    resume: Resume = NO_RESUME,
 ) -> tuple[TextEncoder, dict[str, float]]:  # fmt: skip
     """Train on the training episodes' frames and the training paraphrases of their tasks; held-out paraphrases only measure."""
     sentences = {task: training_sentences(store, task) for task in store.tasks}
