@@ -36,7 +36,7 @@ Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 DataPart = Literal["store", "teacher_cache", "memory", "conversion", "loader", "times"]
-ModelPart = Literal["encode", "features", "evaluation", "rendering", "sharing"]
+ModelPart = Literal["encode", "features", "evaluation", "rendering"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -440,7 +440,6 @@ class Benchmark(Section):
     rendered_task: Name
     rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)]
     rendered_frames: Count
-    sharing_steps: Count
     repeats: Count
 
 

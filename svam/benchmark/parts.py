@@ -11,7 +11,7 @@ from svam.params import Params
 Part = Callable[[Inputs, Params], dict[str, Any]]
 
 PARTS = (
-    "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "sharing", "loader",
+    "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader",
     "times", "repro",
 )  # fmt: skip
 
@@ -32,10 +32,6 @@ def part_named(name: str) -> Part:
         from svam.benchmark import rendering
 
         return rendering.rendering
-    if name == "sharing":
-        from svam.benchmark import sharing
-
-        return sharing.sharing
     from svam.benchmark import pipeline
 
     return {"loader": pipeline.loader, "times": pipeline.times, "repro": pipeline.repro}[name]
