@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -55,19 +56,18 @@ def test_git_and_dvc_share_the_files(finished: Path) -> None:
     assert not list((finished / "data").rglob("*.partial-*"))
 
 
-def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path) -> None:
-    """The folder works elsewhere on its own, and one of its bytes changed is noticed."""
-    from svam.contract import Observation
+def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder works elsewhere on its own, by the code that README shows, and one of its bytes changed is noticed."""
     from svam.models.svam import SVAM
 
-    folder = tmp_path / "elsewhere"
+    folder = tmp_path / "data/svam"
     shutil.copytree(finished / "data/svam", folder)
-    policy = SVAM.load(folder)
-    frames = {policy.camera: np.zeros((32, 32, 3), np.uint8)}
-    actions = policy.act([Observation(frames=frames, instruction="press the button from above")], noise_seeds=[1])
-    assert actions.shape == (1, policy.chunk, 4)
-    assert actions.dtype == np.float32
-    assert np.isfinite(actions).all()
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec((ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
+    assert names["actions"].shape == (1, names["svam"].chunk, 4)
+    assert names["actions"].dtype == np.float32
+    assert np.isfinite(names["actions"]).all()
     weights = sorted(folder.rglob("*.safetensors"))[0]
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
