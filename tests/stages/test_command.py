@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
+from importlib import import_module
 
 import pytest
+from typer.testing import CliRunner
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 STAGES = sorted(file.stem for file in (ROOT / "stages").glob("[a-z]*.py"))
 
 
@@ -23,8 +25,8 @@ def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_says_how_it_is_called(stage: str) -> None:
-    done = run("-m", f"stages.{stage}", "--help", COLUMNS="200")
-    assert done.returncode == 0, done.stderr
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(import_module(f"stages.{stage}").app, ["--help"])
+    assert done.exit_code == 0, done.output
     assert "--params" in done.stdout and "default: params.yaml" in done.stdout
 
 
