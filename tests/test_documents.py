@@ -18,7 +18,15 @@ from svam.params import Params
 from tests import ROOT
 
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted(ROOT.glob("s*/**/README.md"))]}
-EXAMPLES = (".dvc/", "data/benchmark/", "data/compare/", "svam/sources/<name>.py", "svam/simulation/<name>.py")
+EXAMPLES = (
+    ".dvc/",
+    ".cache/",
+    ".ckpt/",
+    "data/benchmark/",
+    "data/compare/",
+    "svam/sources/<name>.py",
+    "svam/simulation/<name>.py",
+)
 """Paths that are there once something was run or written."""
 FILES = (".py", ".png", ".md", ".json")
 SVAM = ROOT / "svam"

@@ -100,7 +100,7 @@ EDITS: list[tuple[str, str, str, set[str]]] = [
     ("svam/resume.py", "COST_SHARE = 0.01", "COST_SHARE = 0.02", set()),
     ("svam/params.py", "\nclass Params(", "\nLIMIT = 3\n\n\nclass Params(", set()),
     ("stages/generate.py", 'help="Zarr group to write."', 'help="Where to write."', set()),
-    ("svam/contract.py", "CHECKPOINT_SCHEMA = 1", "CHECKPOINT_SCHEMA = 2", CHECK | COLLECT),
+    ("svam/contract.py", "\nCHECKPOINT_SCHEMA = ", "\nLIMIT = 3\nCHECKPOINT_SCHEMA = ", CHECK | COLLECT),
     ("svam/normalisation.py", "/ 2.0 < 1e-6", "/ 2.0 < 1e-5", POLICY),
     ("svam/models/perceiver.py", "\nclass UniPerceiver", "\nLIMIT = 3\n\n\nclass UniPerceiver", POLICY),
     ("svam/models/policy.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", POLICY),
