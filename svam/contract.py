@@ -229,25 +229,54 @@ class Episode:
             raise ContractError(f"{where}: class {values.max()}, expected 0..{len(SEGMENTATION_CLASSES) - 1}")
 
 
+class Choice(Frozen):
+    """What `convert` chooses of a data set, in the same words for every source.
+
+    episodes, drop, tasks, success are applied by `svam.episodes.options.open_named_source`, through `EpisodeSource.shape`. A
+    source applies the others: it never looks for a camera that is left out.
+
+    cameras: names to read, the first is the foresight camera; empty: all. Both forms of a name are accepted (with and without
+        the format's prefix; see `svam.sources._choice.chosen_cameras`).
+    rate_hz: steps a second in place of what the data set says. instruction: the sentence of all episodes, in place of theirs.
+    missing_instruction: the sentence of episodes that have none.
+    """
+
+    cameras: list[str] = []
+    rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    instruction: Annotated[str, Field(pattern=r"\S")] | None = None
+    missing_instruction: Annotated[str, Field(pattern=r"\S")] | None = None
+
+
+EVERYTHING = Choice()
+"""All cameras, and what the data set says."""
+
+
 @dataclass(frozen=True)
 class EpisodeShape:
     """What is known of an episode before its frames are decoded.
 
     steps: n. annotated: annotation name -> number of labelled frames. held_out: the data set's own split, None where it has
     none (then one is drawn). stamp: changes when the episode's file does, e.g. `svam.files.stamp`; in no output.
+    name: by which `convert.episodes` and `convert.drop` may name it, beside its number: its file's, without the ending, or the
+    format's own number for it; "" where there is none. task: as in `Episode`. success: whether the demonstration reached its
+    goal, None where the format does not say.
     """
 
     steps: int
     annotated: Mapping[str, int] = field(default_factory=dict)
     held_out: bool | None = None
     stamp: str = ""
+    name: str = ""
+    task: str = ""
+    success: bool | None = None
 
 
 class EpisodeSource(Protocol):
     """A reader of one data set format. It is sent to worker processes, so it holds no open file.
 
     `svam.sources.<name>` defines `Options`, a pydantic model of what `convert.options` may say, and
-    `open_source(path: Path, options: Options) -> EpisodeSource`. Libraries beyond the project's own are imported in functions.
+    `open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> EpisodeSource`. Libraries beyond the project's
+    own are imported in functions.
     """
 
     @property
@@ -262,7 +291,11 @@ class EpisodeSource(Protocol):
     def __len__(self) -> int: ...
 
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths of one episode, cheaply."""
+        """Lengths of one episode, cheaply: no picture is decoded, but every file that the episode needs is looked at.
+
+        Raises:
+            FileError, ContractError: it cannot be read; all that `shape` refuses are listed together, before any is read.
+        """
         ...
 
     def read(self, index: int) -> Episode:

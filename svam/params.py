@@ -149,6 +149,13 @@ class Convert(Section):
     depends_on: str
     options: dict[str, Any]
     cameras: list[str]
+    episodes: list[int | str]
+    drop: list[int | str]
+    tasks: list[str]
+    success: bool | None
+    rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
+    instruction: Annotated[str, Field(pattern=r"\S")] | None
+    missing_instruction: Annotated[str, Field(pattern=r"\S")] | None
     image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
     crop: Literal["none", "centre"]
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)]

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
 from svam.sources._hdf5 import MAX_PIXELS, Hdf5File, check_named, hdf5_files, picture_shape, text_of
 
@@ -313,7 +313,7 @@ class AlohaSource:
         return episode
 
 
-def open_source(path: Path, options: Options) -> AlohaSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> AlohaSource:
     """Open a folder of `episode_*.hdf5` files, or one such file; every file's header is read.
 
     Raises:

@@ -34,7 +34,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from svam.contract import Annotation, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import (
+    EVERYTHING,
+    Annotation,
+    Choice,
+    ContractError,
+    Episode,
+    EpisodeShape,
+    FrameBlocks,
+    Frozen,
+    SourceDescription,
+)
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources._calvin_files import (
@@ -348,7 +358,7 @@ class CalvinSource:
             raise FileError(f"{file}: rel_actions[{d}] is {action[d]:g}, expected a relative action within [-1, 1]")
 
 
-def open_source(path: Path, options: Options) -> CalvinSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> CalvinSource:
     """Open a CALVIN data set, or one of its folders.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources._lerobot_files import (
@@ -425,7 +425,7 @@ def _joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArra
         return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def open_source(path: Path, options: Options) -> LerobotSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> LerobotSource:
     """Open the folder of a LeRobot data set (the one that holds `meta/`).
 
     Raises:

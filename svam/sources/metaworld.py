@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load
 
-from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Annotation, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
 
 RAW_SCHEMA = 2
@@ -179,7 +179,7 @@ class Options(Frozen):
     tasks: tuple[str, ...] = ()
 
 
-def open_source(path: Path, options: Options) -> MetaworldSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> MetaworldSource:
     """Open the folder that the collect stage filled.
 
     Raises:

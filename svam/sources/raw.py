@@ -49,7 +49,17 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from svam.contract import Annotation, ContractError, Episode, EpisodeShape, Frames, Frozen, SourceDescription
+from svam.contract import (
+    EVERYTHING,
+    Annotation,
+    Choice,
+    ContractError,
+    Episode,
+    EpisodeShape,
+    Frames,
+    Frozen,
+    SourceDescription,
+)
 from svam.files import FileError, read_json, stamp
 from svam.sources._npz import Header, field, frame_blocks_of, headers, load
 from svam.sources._video import probe, video_blocks
@@ -287,7 +297,7 @@ class Options(Frozen):
     """None: `meta.json` says it all."""
 
 
-def open_source(path: Path, options: Options) -> RawSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RawSource:
     """Open a folder of the layout above.
 
     Raises:

@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources._npz import frames_per_block
@@ -273,7 +273,7 @@ def _to_uint8(path: Path, name: str, row: int, pictures: NDArray[Any]) -> NDArra
     return converted
 
 
-def open_source(path: Path, options: Options) -> ReplayZarrSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> ReplayZarrSource:
     """Open a replay buffer: the folder `x.zarr`, the archive `x.zarr.zip`, or a folder that holds one of them.
 
     Raises:

@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.console import track
-from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources._pictures import picture_blocks
@@ -333,7 +333,7 @@ class RldsSource:
         return episode
 
 
-def open_source(path: Path, options: Options) -> RldsSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RldsSource:
     """Open a TFDS folder, or a folder above the only one; the shards are scanned when the first episode is asked for.
 
     Raises:

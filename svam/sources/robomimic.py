@@ -32,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svam.contract import ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.files import FileError, stamp
 from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, picture_shape
 
@@ -391,7 +391,7 @@ class RobomimicSource:
         return FrameBlocks(shape, lambda: self._blocks(file, name, shape))
 
 
-def open_source(path: Path, options: Options) -> RobomimicSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RobomimicSource:
     """Open a file, or a folder of files that are a task each; what every demonstration holds is looked up.
 
     Raises:

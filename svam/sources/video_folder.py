@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svam.contract import ContractError, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, stamp
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
@@ -372,7 +372,7 @@ class VideoFolderSource:
         return episode
 
 
-def open_source(path: Path, options: Options) -> VideoFolderSource:
+def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> VideoFolderSource:
     """Open a folder of videos with text files; see the module.
 
     Raises:

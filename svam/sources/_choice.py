@@ -1,0 +1,53 @@
+"""What every source does with `svam.contract.Choice`, and at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from svam.contract import Choice, ContractError, Episode
+from svam.errors import ParamsError
+from svam.files import FileError
+
+
+def chosen_cameras(choice: Choice, available: Sequence[str], where: Path, prefix: str = "") -> list[str]:
+    """The cameras to read, by the source's names, in the order asked for: all of `available` where none is.
+
+    A name counts with and without the format's `prefix` ("observation.images." for LeRobot).
+
+    Raises:
+        ParamsError: one is asked for that is not there, or twice.
+    """
+    short = {name.removeprefix(prefix): name for name in available}
+    chosen = []
+    for name in choice.cameras:
+        if name not in available and name.removeprefix(prefix) not in short:
+            raise ParamsError(f"convert.cameras names {name!r}, but {where} has {', '.join(available) or 'none'}")
+        chosen.append(name if name in available else short[name.removeprefix(prefix)])
+    if twice := [name for name in chosen if chosen.count(name) > 1]:
+        raise ParamsError(f"convert.cameras names {twice[0]!r} twice")
+    return chosen or list(available)
+
+
+def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
+    """The sentence of an episode: `convert.instruction`, else its own, else `convert.missing_instruction`.
+
+    Raises:
+        FileError: there is none of the three.
+    """
+    sentence = choice.instruction or (own or "").strip() or choice.missing_instruction
+    if not sentence:
+        raise FileError(
+            f"{where}: no instruction; set convert.missing_instruction to the sentence of episodes without one, or "
+            "convert.instruction to one for all"
+        )
+    return sentence
+
+
+def checked(episode: Episode, file: Path | str) -> Episode:
+    """The episode, if it keeps the contract; else `ContractError` that names `file`."""
+    try:
+        episode.check()
+    except ContractError as error:
+        raise ContractError(f"{file}: {error}") from None
+    return episode
