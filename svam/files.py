@@ -166,11 +166,29 @@ def read_json(path: Path) -> Any:
         FileError: the file is missing or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits, deep nesting
         raise FileError(f"{path}: not valid JSON ({error})") from None
+
+
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def refuse_lfs_pointer(path: Path) -> None:
+    """Nothing, unless `path` is the note of some 130 bytes that Git LFS leaves in place of a file it has not fetched.
+
+    Raises:
+        FileError: it is; the message says how to get the file.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
+    except OSError:
+        return
+    if pointer:
+        raise FileError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in the data set's repository")
 
 
 def stamp(path: Path) -> str:
