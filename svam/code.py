@@ -2,14 +2,17 @@
 
 `data/code/<stage>.txt` holds it for DVC; a resumed run, the conversion and the feature cache ask for it as well. A digest is
 of a module's syntax tree, without what changes no number: comments, docstrings, annotations for type checkers, the words of
-errors, of the console, of progress bars and of `--help`. Only the standard library is imported here, and the digest is the
-same on Python 3.11 and 3.12 (`ast.dump` is not).
+errors, of the console, of progress bars and of `--help`. It is the same on Python 3.11 and 3.12 (`ast.dump` is not).
+
+A module may keep values in a YAML file beside it of the same name (`instructions.yaml` of `instructions.py`), which counts with
+the module, by its parsed content. Of other data files nothing is known here.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -44,25 +47,26 @@ def stage_names(root: Path = ROOT) -> list[str]:
 
 
 def stage_code(stage: str, source: str, root: Path = ROOT) -> dict[str, str]:
-    """Path of each module that a stage runs -> its digest; `source` is `convert.source`."""
+    """Path of each module that a stage runs, and of its YAML file -> its digest; `source` is `convert.source`."""
     part = stage.removeprefix("prepare_backbones_")
     file = "stages/prepare_backbones.py" if part in BACKBONES else f"stages/{stage}.py"
     return code_of([file], {"svam.sources.": source, "svam.training.prepare_backbones.": part}, root)
 
 
 def code_text(code: Mapping[str, str]) -> str:
-    """A line for each module, as `data/code/<stage>.txt` has them."""
+    """A line for each file, as `data/code/<stage>.txt` has them."""
     return "".join(f"{digest} {path}\n" for path, digest in code.items())
 
 
 def first_difference(code: Mapping[str, str], text: str) -> str | None:
-    """The first module in which `text` (see `code_text`) is not `code`; None where they agree."""
+    """The first file in which `text` (see `code_text`) is not `code`; None where they agree."""
     recorded = {path: digest for digest, _, path in (line.partition(" ") for line in text.splitlines())}
     return min((path for path, _ in code.items() ^ recorded.items()), default=None)
 
 
 def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, str]:
-    """Path -> digest of the given modules and of all that they import, also within functions; paths are relative to `root`.
+    """Path -> digest of the given modules, of all that they import, also within functions, and of their YAML files; paths are
+    relative to `root`.
 
     Args:
         chosen: of `import_module(f"a.{name}")`: "a." -> the name.
@@ -81,6 +85,9 @@ def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, roo
         digest, imported = _read(file.read_text(encoding="utf-8"), path.rpartition("/")[0].replace("/", "."))
         if path not in UNTRACKED and digest != _EMPTY:
             code[path] = digest
+        data = file.with_suffix(".yaml")
+        if path not in UNTRACKED and data.is_file():
+            code[data.relative_to(root).as_posix()] = digest_of_data(data.read_text(encoding="utf-8"))
         for name in imported:
             if name.endswith(".") and name.startswith(("svam.", "stages.")):
                 if name not in (chosen or {}):
@@ -162,6 +169,15 @@ def digest_of(source: str) -> str:
     written: list[str] = []
     _write(_Words(tree).visit(tree), written)
     return hashlib.sha256("\0".join(written).encode()).hexdigest()[:16]
+
+
+@cache
+def digest_of_data(text: str) -> str:
+    """Sixteen hexadecimal digits of what a YAML file says: comments, quotes and indentation do not count, order does."""
+    from ruamel.yaml import YAML  # only where there is such a file: reading code needs the standard library alone
+
+    values = YAML(typ="safe", pure=True).load(text)
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
 def _write(value: Any, written: list[str]) -> None:

@@ -5,13 +5,24 @@ from __future__ import annotations
 import ast
 import json
 import subprocess
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
 from stages.code import app
-from svam.code import UNTRACKED, code_of, code_text, digest_of, first_difference, imported_names, stage_code, stage_names
+from svam.code import (
+    UNTRACKED,
+    code_of,
+    code_text,
+    digest_of,
+    digest_of_data,
+    first_difference,
+    imported_names,
+    stage_code,
+    stage_names,
+)
 from tests import ROOT
 from tests.killing import run_stage
 
@@ -122,7 +133,9 @@ def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
         "svam/__init__.py": '"""Docstring."""',
         "svam/deep.py": "x = 1",
         "svam/middle.py": "def f():\n    from svam.deep import x\n    return x",
+        "svam/middle.yaml": "# Words.\na: [1, 2.5]\nb: text",
         "svam/unused.py": "x = 2",
+        "svam/unused.yaml": "c: 1",
         "svam/files.py": "from svam.far import y",
         "svam/far.py": "y = 3",
         "svam/sources/__init__.py": "",
@@ -138,7 +151,8 @@ def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
         (tmp_path / name).write_text(text + "\n")
     code = stage_code("run", "one", tmp_path)
     assert list(code) == [
-        "stages/run.py", "svam/deep.py", "svam/far.py", "svam/middle.py", "svam/sources/_shared.py", "svam/sources/one.py",
+        "stages/run.py", "svam/deep.py", "svam/far.py", "svam/middle.py", "svam/middle.yaml", "svam/sources/_shared.py",
+        "svam/sources/one.py",
     ]  # fmt: skip
     text = code_text(code)
     assert first_difference(code, text) is None
@@ -146,6 +160,21 @@ def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
     assert first_difference(code, "") == "stages/run.py"
     with pytest.raises(ValueError, match="stages/run.py chooses a module of svam.sources"):
         code_of(["stages/run.py"], root=tmp_path)
+
+
+def test_data_counts_by_what_it_says() -> None:
+    """The digest is that of the values as JSON, which is the same everywhere."""
+    text = "# Words.\na: [1, 2.5]\nb: text\n"
+    assert digest_of_data(text) == sha256(b'{"a": [1, 2.5], "b": "text"}').hexdigest()[:16]
+    assert digest_of_data("a:\n- 1\n- 2.5  # more words\nb: 'text'\n") == digest_of_data(text)
+    assert len({digest_of_data(other) for other in (text, "b: text\na: [1, 2.5]", text.replace("2.5", "2"))}) == 3
+
+
+def test_every_data_file_is_counted() -> None:
+    """All YAML files of `svam` that a stage may read are named as the module that reads them."""
+    data = [file for file in (ROOT / "svam").rglob("*.yaml") if file.parent.name not in ("presets", "experiments")]
+    assert data and all(file.with_suffix(".py").is_file() for file in data)
+    assert {"svam/episodes/instructions.py", "svam/episodes/instructions.yaml"} <= set(stage_code("collect", "metaworld"))
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
