@@ -259,7 +259,8 @@ class EpisodeShape:
     none (then one is drawn). stamp: changes when the episode's file does, e.g. `svam.files.stamp`; in no output.
     name: by which `convert.episodes` and `convert.drop` may name it, beside its number: its file's, without the ending, or the
     format's own number for it; "" where there is none. task: as in `Episode`. success: whether the demonstration reached its
-    goal, None where the format does not say.
+    goal, None where the format does not say. group: the same for episodes that share frames, which must be on one side of the
+    split; "" where none do.
     """
 
     steps: int
@@ -269,6 +270,7 @@ class EpisodeShape:
     name: str = ""
     task: str = ""
     success: bool | None = None
+    group: str = ""
 
 
 class EpisodeSource(Protocol):

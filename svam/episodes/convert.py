@@ -63,11 +63,12 @@ _SAMPLE_FRAMES = 64
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
     """(E,) uint8, 1 for held-out episodes: the source's own split where it has one, else of each task's episodes the share
     `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool.
+    Where episodes share frames (`EpisodeShape.group`), whole groups are drawn instead, until they are that share of all.
 
-    Which ones are drawn depends on the seed, the task and its number of episodes only.
+    Which ones are drawn depends on the seed, the task and its number of episodes only; of groups, on the seed and their sizes.
 
     Raises:
-        ContractError: there is a single episode, or the source's own split leaves one side empty.
+        ContractError: there is a single episode or group, or the source's own split leaves one side empty.
     """
     split = np.zeros(len(tasks), dtype=np.uint8)
     if any(shape.held_out is not None for shape in shapes):
@@ -78,6 +79,8 @@ def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_ou
         return split
     if len(tasks) < 2:
         raise ContractError(f"{len(tasks)} episode in all; at least 2 are needed, one of which is held out")
+    if any(shape.group for shape in shapes):
+        return _split_groups([shape.group or str(number) for number, shape in enumerate(shapes)], held_out, seed)
     groups = {task: np.flatnonzero([name == task for name in tasks]) for task in dict.fromkeys(tasks)}
     if max(map(len, groups.values())) == 1:
         groups = {"": np.arange(len(tasks))}
@@ -86,6 +89,21 @@ def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_ou
             count = min(max(1, round(held_out * len(members))), len(members) - 1)
             split[generator(seed, "split", task).permutation(members)[:count]] = 1
     return split
+
+
+def _split_groups(groups: Sequence[str], held_out: float, seed: int) -> NDArray[np.uint8]:
+    """As `split_episodes`: whole groups, in an order that is drawn, as many as fit into the share; or the smallest one."""
+    names, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise ContractError(
+            f"all {len(groups)} episodes share frames with each other, so none can be held out; convert more recordings"
+        )
+    left, chosen = min(round(held_out * len(groups)), len(groups) - 1), []
+    for number in generator(seed, "split").permutation(len(names)):
+        if sizes[number] <= left:
+            chosen.append(number)
+            left -= sizes[number]
+    return np.isin(group, chosen or [int(np.argmin(sizes))]).astype(np.uint8)
 
 
 def _parts(episode: Episode) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]:

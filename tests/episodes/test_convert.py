@@ -58,6 +58,18 @@ def test_a_sources_own_split_is_kept() -> None:
         split_episodes(["a"] * 3, [EpisodeShape(9, held_out=True)] * 3, 0.9, seed=0)
 
 
+def test_episodes_that_share_frames_are_on_one_side() -> None:
+    groups = [g for g in "abcdefghij" for _ in range(3)]
+    shapes = [EpisodeShape(9, group=g) for g in groups]
+    split = split_episodes(["push", "pull", "open"] * 10, shapes, 0.2, seed=0)
+    assert split.sum() == 6 and {g for g, s in zip(groups, split, strict=True) if s}.isdisjoint(
+        g for g, s in zip(groups, split, strict=True) if not s
+    )
+    assert split_episodes(["a"] * 3, [EpisodeShape(9, group=g) for g in "aab"], 0.1, seed=0).tolist() == [0, 0, 1]
+    with refused("all 3 episodes share frames"):
+        split_episodes(["a"] * 3, [EpisodeShape(9, group="a")] * 3, 0.1, seed=0)
+
+
 def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
     convert(SOURCE, tmp_path / "s.zarr", SETTINGS, seed=0)
     store = EpisodeStore.open(tmp_path / "s.zarr")
