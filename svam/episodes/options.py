@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pkgutil
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from importlib import import_module
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from svam import sources
 from svam.contract import Choice, ContractError, Episode, EpisodeShape, EpisodeSource, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError
-from svam.params import Convert, Params, describe
+from svam.params import Convert, Params, describe, did_you_mean
+from svam.sources._layouts import recognised
 
 LISTED = 5
-"""Episodes that a message names, of those that cannot be read."""
+"""Episodes that a message describes, of those that cannot be read; of the others it gives the numbers."""
 
 
 def available_sources() -> list[str]:
@@ -34,9 +37,18 @@ def source_options(params: Params) -> tuple[Any, Any]:
     """
     name = params.convert.source
     if name not in available_sources():
-        raise ParamsError(f"convert.source is {name!r}; available: {', '.join(available_sources())}")
+        raise ParamsError(
+            f"convert.source is {name!r}; available: {', '.join(available_sources())}{did_you_mean(name, available_sources())}"
+        )
     module = import_module(f"svam.sources.{name}")
-    given = dict(params.convert.options)
+    known, given = list(module.Options.model_fields), dict(params.convert.options)
+    for key in given:
+        if key not in known and key in Convert.model_fields:
+            raise ParamsError(f"convert.options.{key}: it is convert.{key}, the same for every source")
+        if key not in known:
+            raise ParamsError(
+                f"convert.options of {name!r} are {', '.join(known) or 'none, {}'}, not {key!r}{did_you_mean(key, known)}"
+            )
     if name == "metaworld":  # what was collected last may be less than what lies in the folder
         given.setdefault("tasks", params.collect.tasks)
     try:
@@ -53,117 +65,128 @@ def open_named_source(path: Path, params: Params) -> EpisodeSource:
         FileError: the data is not as the source expects; every episode that cannot be read is listed.
     """
     module, options = source_options(params)
-    chosen = params.convert
-    choice = Choice(
-        cameras=chosen.cameras, rate_hz=chosen.rate_hz, instruction=chosen.instruction,
-        missing_instruction=chosen.missing_instruction,
-    )  # fmt: skip
-    return ChosenEpisodes(module.open_source(path, options, choice), params.convert)
+    choice = Choice(**{name: getattr(params.convert, name) for name in Choice.model_fields})
+    try:
+        source = module.open_source(path, options, choice)
+    except FileError as error:
+        hint = recognised(path, params.convert.source)
+        raise FileError(f"{error}; {hint}" if hint else str(error)) from None
+    return ChosenEpisodes(source, params.convert)
 
 
 class ChosenEpisodes:
     """The episodes of a source that `convert.episodes`, `drop`, `tasks` and `success` leave, in the source's order."""
 
     def __init__(self, source: EpisodeSource, chosen: Convert) -> None:
-        """Look at every chosen episode.
+        """Look at every chosen episode once; where one is chosen by name, at all.
 
         Raises:
             ParamsError: a choice names what is not there, or leaves nothing.
             FileError: episodes that cannot be read, all of them listed.
         """
-        self.source = source
-        numbers = range(len(source))
-        names = [self._name(number) for number in numbers] if _has_names(chosen.episodes + chosen.drop) else []
-        kept = _listed(chosen.episodes, "episodes", numbers, names) if chosen.episodes else set(numbers)
-        kept -= _listed(chosen.drop, "drop", numbers, names)
+        self._source, self._total = source, len(source)
         shapes: dict[int, EpisodeShape] = {}
         refused: dict[int, str] = {}
-        for number in sorted(kept):
-            try:
-                shapes[number] = source.shape(number)
-            except (FileError, ContractError) as error:
-                refused[number] = str(error)
-        if refused:
-            raise FileError(_refusal(refused, len(kept)))
+
+        def look(numbers: Iterable[int]) -> None:
+            for number in sorted(set(numbers) - shapes.keys() - refused.keys()):
+                try:
+                    shapes[number] = source.shape(number)
+                except (FileError, ContractError) as error:
+                    refused[number] = str(error)
+
+        if any(isinstance(item, str) and not _RANGE.fullmatch(item) for item in chosen.episodes + chosen.drop):
+            look(range(self._total))
+        names = {number: shape.name for number, shape in shapes.items() if shape.name}
+        numbers = _numbers(chosen.episodes or [":"], "episodes", self._total, names) - _numbers(
+            chosen.drop, "drop", self._total, names
+        )
+        look(numbers)
+        if unreadable := {number: refused[number] for number in sorted(numbers & refused.keys())}:
+            raise FileError(_refusal(unreadable, len(numbers)))
+        self._shapes = {number: shapes[number] for number in sorted(numbers)}
         if chosen.tasks:
-            known = {shape.task for shape in shapes.values()}
+            known = {shape.task for shape in self._shapes.values()}
             if unknown := [task for task in chosen.tasks if task not in known]:
-                raise ParamsError(f"convert.tasks names {unknown[0]!r}; tasks are {', '.join(map(repr, sorted(known)))}")
-            shapes = {number: shape for number, shape in shapes.items() if shape.task in chosen.tasks}
+                tasks = ", ".join(map(repr, sorted(known)))
+                raise ParamsError(f"convert.tasks names {unknown[0]!r}; tasks are {tasks}{did_you_mean(unknown[0], known)}")
+            self._shapes = {number: shape for number, shape in self._shapes.items() if shape.task in chosen.tasks}
         if chosen.success is not None:
-            if unsaid := [number for number, shape in shapes.items() if shape.success is None]:
+            if unsaid := [number for number, shape in self._shapes.items() if shape.success is None]:
                 raise ParamsError(
                     f"convert.success is set, but nothing says whether episode {unsaid[0]} succeeded; set it to null"
                 )
-            shapes = {number: shape for number, shape in shapes.items() if shape.success == chosen.success}
-        if not shapes:
-            raise ParamsError("convert.episodes, drop, tasks and success leave no episode")
-        self._numbers, self._shapes = list(shapes), list(shapes.values())
-
-    def _name(self, number: int) -> str:
-        """Of an episode, where it can be read."""
-        try:
-            return self.source.shape(number).name
-        except (FileError, ContractError):
-            return ""
+            self._shapes = {number: shape for number, shape in self._shapes.items() if shape.success == chosen.success}
+        if not self._shapes and self._total:
+            raise ParamsError(f"convert.episodes, drop, tasks and success leave none of {self._total} episodes")
+        self._numbers = list(self._shapes)
 
     @property
     def notes(self) -> Sequence[str]:
-        """The source's."""
-        return self.source.notes
+        """The source's, and how many episodes are left out by choice."""
+        left_out = self._total - len(self)
+        return [*self._source.notes, *([f"{left_out} of {self._total} episodes are left out by choice"] if left_out else [])]
 
     def describe(self) -> SourceDescription:
         """The source's, with the chosen tasks' sentences only."""
-        description = self.source.describe()
-        tasks = {shape.task for shape in self._shapes}
+        description = self._source.describe()
+        tasks = {shape.task for shape in self._shapes.values()}
         sentences = {task: said for task, said in description.instructions.items() if task in tasks}
         return description.model_copy(update={"instructions": sentences or description.instructions})
 
     def __len__(self) -> int:
-        return len(self._numbers)
+        return len(self._shapes)
 
     def shape(self, index: int) -> EpisodeShape:
         """As it was when the source was opened."""
-        return self._shapes[index]
+        return self._shapes[self._numbers[index]]
 
     def read(self, index: int) -> Episode:
-        """The source's."""
-        return self.source.read(self._numbers[index])
+        """The source's; where that has another number for it, provenance has that as `number`."""
+        number = self._numbers[index]
+        episode = self._source.read(number)
+        return episode if number == index else replace(episode, provenance={**episode.provenance, "number": number})
 
 
 _RANGE = re.compile(r"(\d*):(\d*)")
 
 
-def _has_names(chosen: list[int | str]) -> bool:
-    return any(isinstance(item, str) and not _RANGE.fullmatch(item) for item in chosen)
-
-
-def _listed(chosen: list[int | str], knob: str, numbers: range, names: list[str]) -> set[int]:
+def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int, str]) -> set[int]:
     """The episodes that a list of numbers, ranges and names means."""
-    listed: set[int] = set()
+    numbers: set[int] = set()
     for item in chosen:
-        if isinstance(item, str) and (ends := _RANGE.fullmatch(item)):
-            first, end = int(ends[1] or 0), int(ends[2] or len(numbers))
-            part = set(range(first, end))
+        if isinstance(item, int):
+            part = {item}
+        elif ends := _RANGE.fullmatch(item):
+            part = set(range(int(ends[1] or 0), int(ends[2] or total)))
         else:
-            part = {item} if isinstance(item, int) else {number for number in numbers if names[number] == item}
-        if not part or not part <= set(numbers):
+            part = {number for number, name in names.items() if name == item}
+        if total and (not part or min(part) < 0 or max(part) >= total):
+            called = list(names.values())[:LISTED] + ["..."] * (len(names) > LISTED)
             raise ParamsError(
-                f"convert.{knob} names {item!r}, which is not there; episodes are 0 to {len(numbers) - 1}"
-                + (f", called {', '.join(names[:LISTED])}{', ...' * (len(names) > LISTED)}" if any(names) else "")
+                f"convert.{knob} names {item!r}, which is not there: episodes are 0 to {total - 1}"
+                + (f", or {', '.join(called)}{did_you_mean(item, names.values())}" if names else "")
             )
-        listed |= part
-    return listed
+        numbers |= part
+    return numbers
 
 
-def _refusal(refused: dict[int, str], looked_at: int) -> str:
+def _refusal(refused: Mapping[int, str], looked_at: int) -> str:
     """One sentence about all episodes that cannot be read, and the way out."""
-    first = "; ".join(f"episode {number}: {said}" for number, said in list(refused.items())[:LISTED])
+    said = "; ".join(f"episode {number}: {said}" for number, said in list(refused.items())[:LISTED])
     more = f"; and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
     if len(refused) == looked_at:
-        return f"none of {looked_at} episodes can be read: {first}{more}"
-    numbers = ", ".join(map(str, refused))
+        return f"none of {looked_at} episodes can be read: {said}{more}"
     return (
-        f"{len(refused)} of {looked_at} episodes cannot be read: {first}{more}; mend them, or leave them out: "
-        f"convert.drop: [{numbers}]"
+        f"{len(refused)} of {looked_at} episodes cannot be read: {said}{more}; mend them, or leave them out: "
+        f"convert.drop: [{', '.join(_ranges(refused))}]"
     )
+
+
+def _ranges(numbers: Iterable[int]) -> list[str]:
+    """Increasing numbers as `convert.drop` takes them, neighbours as a range."""
+    ranges = []
+    for _, group in groupby(numbers, key=lambda number, at=count(): number - next(at)):
+        run = list(group)
+        ranges += [f'"{run[0]}:{run[-1] + 1}"'] if len(run) > 2 else [str(number) for number in run]
+    return ranges

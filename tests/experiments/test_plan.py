@@ -61,7 +61,7 @@ def test_some_runs_of_a_plan(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"others": ["vppp"]}, "others.0 is 'vppp'; accepted"),
+        ({"others": ["vppp"]}, "others.0 is 'vppp'; expected"),
         ({"collection": "none"}, "collection is 'none', expected one of collections: default, several_futures"),
         ({"size": 1}, "unknown key 'size'"),
         (["train_policy.contxt=[one_step]"], "contxt.*with -S train_policy.contxt=.one_step."),

@@ -1,0 +1,97 @@
+"""Whose recordings lie in a folder that a source refused: told by names, and of HDF5 files by their keys."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import islice
+from pathlib import Path
+
+_ENTRIES, _ENTRIES_OF_A_FOLDER = 2000, 200
+"""So many names are looked at, so that a folder of millions of files costs no time."""
+_READ = (
+    ("lerobot", "a LeRobotDataset", r"(^|/)meta/info\.json$"),
+    ("rlds", "an RLDS data set", r"(^|/)dataset_info\.json$"),
+    ("calvin", "CALVIN", r"(^|/)(ep_start_end_ids\.npy|episode_\d{7}\.npz)$"),
+    ("replay_zarr", "a replay buffer of diffusion_policy", r"(^|/)meta/episode_ends$|\.zarr\.zip$"),
+    ("metaworld", "what `collect` records", r"(^|/)episode_\d{4}\.safetensors$"),
+)
+"""Source, what it reads, and a pattern of paths below the folder."""
+_NOT_READ = (
+    ("DROID's raw recordings", r"(^|/)trajectory\.h5$"),
+    ("AgiBot World", r"(^|/)(task_info/task_\d+\.json|proprio_stats\.h5)$"),
+    ("RH20T", r"(^|/)task_\d+_user_\d+_scene_\d+_cfg_\d+"),
+    ("raw BridgeData", r"(^|/)(traj_group\d+|obs_dict\.pkl|policy_out\.pkl)$"),
+    ("a ROS or MCAP recording", r"\.(mcap|bag|db3)$"),
+    ("recordings in pickle files", r"\.(pkl|pickle)$"),
+)
+_HDF5 = (
+    ("robomimic", "robomimic's HDF5", r"^data/demo_\d+$"),
+    ("aloha", "ALOHA's HDF5", r"^observations/(images|qpos)$"),
+    ("", "RoboMIND", r"^observations/rgb_images$|^puppet/"),
+    ("", "RoboTwin", r"^joint_action/"),
+    ("", "ManiSkill", r"^traj_\d+/"),
+)
+"""The same by the first two levels of keys in an HDF5 file; source "" where none reads it."""
+
+
+def recognised(path: Path, source: str) -> str:
+    """What `path` looks like, as a clause for the end of a message; "" where nothing is known, or it is of `source` itself."""
+    names = _names(path)
+    for reader, title, pattern in _READ:
+        if name := _first(pattern, names):
+            return "" if reader == source else _other_source(title, name, reader)
+    for title, pattern in _NOT_READ:
+        if name := _first(pattern, names):
+            return _no_source(title, name)
+    if name := _first(r"\.(hdf5|h5)$", names):
+        keys = _keys(path / name if path.is_dir() else path)
+        for reader, title, pattern in _HDF5:
+            if _first(pattern, keys):
+                return "" if reader == source else _other_source(title, name, reader) if reader else _no_source(title, name)
+    if name := _first(r"\.(tar|tgz|tar\.\w+|zip|7z)$", names):
+        return f"there are archives in it ({name}): unpack them first"
+    return ""
+
+
+def _other_source(title: str, name: str, source: str) -> str:
+    return f"this looks like {title} ({name}), which convert.source {source!r} reads"
+
+
+def _no_source(title: str, name: str) -> str:
+    return f"this looks like {title} ({name}), which no source reads; bring it as `raw` (svam/sources/README.md)"
+
+
+def _names(path: Path) -> list[str]:
+    """Paths of what lies below a folder, the nearest first; of a file its name."""
+    if not path.is_dir():
+        return [path.name] if path.exists() else []
+    names: list[str] = []
+    folders = [""]
+    for folder in folders:
+        try:
+            with os.scandir(path / folder) as entries:
+                listed = sorted((f"{folder}{entry.name}", entry.is_dir()) for entry in islice(entries, _ENTRIES_OF_A_FOLDER))
+        except OSError:
+            continue
+        names += [name for name, _ in listed]
+        folders += [f"{name}/" for name, is_folder in listed if is_folder]
+        if len(names) > _ENTRIES:
+            break
+    return names
+
+
+def _first(pattern: str, names: list[str]) -> str:
+    return next((name for name in names if re.search(pattern, name)), "")
+
+
+def _keys(file: Path) -> list[str]:
+    """The keys of an HDF5 file, two levels deep; none where it cannot be read here."""
+    try:
+        import h5py
+
+        with h5py.File(file, "r") as content:
+            top = {key: content[key] for key in islice(content, 50)}
+            return [f"{key}/{inner}" for key, group in top.items() if hasattr(group, "keys") for inner in islice(group, 50)]
+    except (ImportError, OSError, KeyError, RuntimeError):
+        return []
