@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from difflib import get_close_matches
 
-from svam.episodes.instructions import described_tasks
+from svam.episodes.instructions import described_tasks, likely_task
 from svam.episodes.windows import stride_of
 from svam.errors import ParamsError
 from svam.params import Params
@@ -58,15 +57,15 @@ def _of_sizes(params: Params) -> Iterator[str]:
         return
     key = "convert.image_size" if params.convert.image_size else "collect.image_size"
     factor, levels = params.prepare_backbones.autoencoder.factor, 4 if unet.pretrained else len(unet.channels)
-    wanted = factor * 2 ** (levels - 1)
+    multiple = factor * 2 ** (levels - 1)
     if size[0] % factor or size[1] % factor:
         yield (
             f"{key} is {size[0]}x{size[1]}, but must be a multiple of {factor}, by which the autoencoder "
             "(prepare_backbones.autoencoder.channels, one level per factor of two) shrinks a frame"
         )
-    elif size[0] % wanted or size[1] % wanted:
+    elif size[0] % multiple or size[1] % multiple:
         yield (
-            f"{key} is {size[0]}x{size[1]}, but must be a multiple of {wanted}: the autoencoder shrinks a frame by {factor}, "
+            f"{key} is {size[0]}x{size[1]}, but must be a multiple of {multiple}: the autoencoder shrinks a frame by {factor}, "
             f"and the U-Net's {levels} levels (finetune_video.unet.channels) halve the latents {levels - 1} times"
         )
     elif params.generate.grid > min(size) // factor:
@@ -95,9 +94,7 @@ def _of_metaworld(params: Params) -> Iterator[str]:
     named = {"collect.tasks": tasks if collected else [], "evaluate.tasks": params.evaluate.tasks if closed_loop else []}
     unknown = {(key, task) for key, names in named.items() for task in names if task not in described_tasks()}
     for key, task in sorted(unknown):
-        close = get_close_matches(task.removesuffix("-v3"), described_tasks(), n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected some of {', '.join(described_tasks())}"
-        yield f"{key} names {task!r}, which is no task of MetaWorld; {hint}"
+        yield f"{key} names {task!r}, which is no task of MetaWorld; {likely_task(task)}"
     if not collected:
         return
     try:

@@ -128,11 +128,6 @@ def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], i
     return figure
 
 
-def table(lines: list[dict[str, float]]) -> list[dict[str, float]]:
-    """The lines of `score_attention`, six digits after the point, for the DVC plots."""
-    return [{name: round(value, 6) for name, value in line.items()} for line in lines]
-
-
 def markdown(lines: list[Mapping[str, float]]) -> str:
     """The lines of `score_attention` as Markdown."""
     header = ["frames ahead", "attention on patches that moved", "share of patches that moved", "within 3 x 3 of the maximum"]

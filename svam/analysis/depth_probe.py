@@ -46,9 +46,9 @@ def to_patches(depth: NDArray[np.float32], grid: int) -> NDArray[np.float32]:
 def from_patches(patches: NDArray[np.float32], grid: int, height: int, width: int) -> NDArray[np.float32]:
     """The other way: (n, grid * grid, pixels) to (n, height, width)."""
     p, q = (_samples(size, grid)[1] for size in (height, width))
-    whole = patches.reshape(len(patches), grid, grid, p, q).transpose(0, 1, 3, 2, 4).reshape(len(patches), grid * p, grid * q)
+    joined = patches.reshape(len(patches), grid, grid, p, q).transpose(0, 1, 3, 2, 4).reshape(len(patches), grid * p, grid * q)
     rows, columns = (np.arange(n) * (grid * k) // n for n, k in ((height, p), (width, q)))
-    return np.asarray(whole[:, rows[:, None], columns])
+    return np.asarray(joined[:, rows[:, None], columns])
 
 
 def _samples(size: int, grid: int) -> tuple[NDArray[np.int64], int]:
@@ -211,10 +211,9 @@ def markdown(result: Mapping[str, Any]) -> str:
 
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line for each source, for the DVC plots: {what, rmse_m, moved_rmse_m}."""
-    return [
-        {"what": SOURCES[name], **{key: round(values[key], 6) for key in ("rmse_m", "moved_rmse_m") if key in values}}
-        for name, values in ((name, result["sources"][name]) for name in SOURCES if name in result["sources"])
-    ]
+    sources = {title: result["sources"][name] for name, title in SOURCES.items() if name in result["sources"]}
+    keys = ("rmse_m", "moved_rmse_m")
+    return [{"what": title, **{k: values[k] for k in keys if k in values}} for title, values in sources.items()]
 
 
 def depth_figure(

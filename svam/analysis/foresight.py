@@ -7,7 +7,7 @@ in `left_out` says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,7 @@ from svam.analysis.measures import measures_figure
 from svam.console import track
 from svam.contract import ContractError
 from svam.episodes.store import AnnotatedRows, EpisodeStore
-from svam.episodes.windows import clip_rows
-from svam.evaluation.offline import encode_rows
+from svam.evaluation.offline import encode_rows, recorded_clips
 from svam.files import write_json
 from svam.models.foresight import BRANCHES, ForesightModel
 from svam.models.svam import SVAM
@@ -31,6 +30,7 @@ from svam.params import Foresight
 from svam.report import figures
 from svam.report.grid import Row, picture_grid
 from svam.report.pca import pca_colours
+from svam.report.tables import rounded
 from svam.seeds import seed_of
 from svam.training.distill_data import GeneratedWindows
 from svam.training.foresight_metrics import moved_patches
@@ -87,20 +87,20 @@ def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
         flat = torch.from_numpy(truth.reshape(-1, *truth.shape[2:]))
         reconstruction = model.reconstruct(flat).cpu().numpy().reshape(truth.shape)
         many, other = windows.frames.read(numbers), windows.other_noise_frames.read(places)
-        made = {
+        clips = {
             "multi_step": many, "one_step": windows.one_step_frames.read(places),
             "repeat": np.broadcast_to(truth[:, :1], truth.shape), "reconstruction": reconstruction,
         }  # fmt: skip
-        sums = {row: gap.pixel_sums(clip, truth, reconstruction, windows.grid) for row, clip in made.items()}
+        sums = {row: gap.pixel_sums(clip, truth, reconstruction, windows.grid) for row, clip in clips.items()}
         sums["seed_to_seed"] = gap.pixel_sums(many, other, other, windows.grid)
         if teacher is not None:
-            shown = {row: clip[:, 1:] for row, clip in {**made, "truth": truth, "other": other}.items()}
+            shown = {row: clip[:, 1:] for row, clip in {**clips, "truth": truth, "other": other}.items()}
             shown["repeat"] = truth[:, :1]  # one picture: the teacher looks at it once
             seen = {row: predicted_labels(teacher, frames, batch, model.device) for row, frames in shown.items()}
             seen["repeat"] = np.broadcast_to(seen["repeat"], seen["truth"].shape)
             everywhere = np.ones(seen["truth"].shape[:2], dtype=bool)
             known, simulated = simulator_labels(labels, windows.rows[numbers], seen["truth"])
-            for row in made:
+            for row in clips:
                 sums[row] |= gap.label_sums(seen[row], simulated, known, "iou")
                 sums[row] |= gap.label_sums(seen[row], seen["truth"], ~known, "agree")
             sums["seed_to_seed"] |= gap.label_sums(seen["multi_step"], seen["other"], everywhere, "agree")
@@ -258,16 +258,13 @@ def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
     seeds = [seed_of(inputs.seed, "foresight sequence", int(row)) for row in rows]
     entries = [branch for branch in BRANCHES if branch in inputs.branches]
     foreseen = model.encode(observed, [instruction] * len(rows), entries, seeds).entries
-    future = clip_rows(rows, start, end, config.frames, config.stride)
-    recorded = store.frames(future.reshape(-1))
-    pictures: list[Row] = [
-        ("observed", list(observed.numpy())),
-        ("recorded\nfuture", list(recorded.reshape(*future.shape, *recorded.shape[1:])[:, -1])),
-    ]
+    recorded = recorded_clips(store, rows, config.frames, config.stride)
+    pictures: list[Row] = [("observed", list(observed.numpy())), ("recorded\nfuture", list(recorded[:, -1]))]
+    flat = torch.from_numpy(recorded.reshape(-1, *recorded.shape[2:]))
     for branch in entries:
-        made = foreseen[branch].float().cpu().numpy()
-        real = model.reference_features(branch, torch.from_numpy(recorded)).cpu().numpy().reshape(made.shape)
-        colours = pca_colours(np.stack([made, real]))
+        predicted = foreseen[branch].float().cpu().numpy()
+        real = model.reference_features(branch, flat).cpu().numpy().reshape(predicted.shape)
+        colours = pca_colours(np.stack([predicted, real]))
         pictures += [(f"{branch}\nforesight", list(colours[0, :, -1])), (f"{branch}\nteacher", list(colours[1, :, -1]))]
     ahead = (config.frames - 1) * config.stride / store.rate_hz
     heading = f"{store.task_of(episode)}: '{instruction}'; foresight {ahead:.2g} s ahead, beside the teacher on what came"
@@ -286,7 +283,7 @@ def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[s
         pages.append(depth_probe.markdown(metrics["depth"]))
     if (attended := measure_attention(inputs, policy)) is not None:
         metrics["attention"], drawn["attention"] = attended
-        plots["attention"] = attention.table(metrics["attention"])
+        plots["attention"] = metrics["attention"]
         pages.append(attention.markdown(metrics["attention"]))
     drawn["measures"] = measures_figure(metrics)
     metrics["left_out"] = inputs.left_out
@@ -295,16 +292,7 @@ def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[s
     write_json(folder / "metrics.json", rounded(metrics))
     (folder / "foresight.md").write_text("\n\n".join(["# What foresight holds", *pages]) + "\n", encoding="utf-8")
     for name in ("gap", "depth", "attention"):  # empty where left out: the plots of dvc.yaml name every file
-        write_json(folder / "plots" / f"{name}.json", plots.get(name, []))
+        write_json(folder / "plots" / f"{name}.json", rounded(plots.get(name, [])))
     for name, figure in drawn.items():
         figures.save(figure, folder / f"{name}.png", inputs.params.dpi)
     return metrics
-
-
-def rounded(value: Any) -> Any:
-    """JSON values with six digits after the point."""
-    if isinstance(value, Mapping):
-        return {key: rounded(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [rounded(inner) for inner in value]
-    return round(value, 6) if isinstance(value, float) else value

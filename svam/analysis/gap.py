@@ -98,11 +98,11 @@ def to_pixels(patches: NDArray[Any], height: int, width: int) -> NDArray[Any]:
     return np.asarray(patches[..., rows[:, None], columns])
 
 
-def pixel_sums(made: NDArray[np.uint8], truth: NDArray[np.uint8], sharp: NDArray[np.uint8], grid: int) -> dict[str, Sums]:
+def pixel_sums(predicted: NDArray[np.uint8], truth: NDArray[np.uint8], sharp: NDArray[np.uint8], grid: int) -> dict[str, Sums]:
     """Measures that need no teacher.
 
     Args:
-        made, truth: clips (k, T, H, W, 3) uint8; frame 0 is the observed one and counts for none of them.
+        predicted, truth: clips (k, T, H, W, 3) uint8; frame 0 is the observed one and counts for none of them.
         sharp: clips whose gradient energy is the unit of sharpness: the reconstructed truth, since nothing that comes out of
             the autoencoder is sharper.
         grid: patches along one side.
@@ -110,12 +110,12 @@ def pixel_sums(made: NDArray[np.uint8], truth: NDArray[np.uint8], sharp: NDArray
     Raises:
         ValueError: the shapes differ, or H or W is smaller than the grid.
     """
-    if not made.shape == truth.shape == sharp.shape:
-        raise ValueError(f"clips differ in shape: made {made.shape}, truth {truth.shape}, sharp {sharp.shape}")
-    a, b = made.astype(np.float32), truth.astype(np.float32)
+    if not predicted.shape == truth.shape == sharp.shape:
+        raise ValueError(f"clips differ in shape: predicted {predicted.shape}, truth {truth.shape}, sharp {sharp.shape}")
+    a, b = predicted.astype(np.float32), truth.astype(np.float32)
     difference = a - b
-    moves, moved = moved_patches(made, grid)[:, 1:], moved_patches(truth, grid)[:, 1:]
-    energy, unit = gradient_energy(made[:, 1:]), gradient_energy(sharp[:, 1:])
+    moves, moved = moved_patches(predicted, grid)[:, 1:], moved_patches(truth, grid)[:, 1:]
+    energy, unit = gradient_energy(predicted[:, 1:]), gradient_energy(sharp[:, 1:])
     where = to_pixels(moved, *truth.shape[2:4])
     return {
         "error": Sums(per_window(np.square(difference[:, 1:])), per_window(np.square(b[:, 1:] - b[:, :1]))),
@@ -127,21 +127,21 @@ def pixel_sums(made: NDArray[np.uint8], truth: NDArray[np.uint8], sharp: NDArray
     }
 
 
-def label_sums(made: NDArray[Any], truth: NDArray[Any], counted: NDArray[np.bool_], prefix: str) -> dict[str, Sums]:
+def label_sums(predicted: NDArray[Any], truth: NDArray[Any], counted: NDArray[np.bool_], prefix: str) -> dict[str, Sums]:
     """Intersection over union of `REGIONS`, as `<prefix>_<region>`.
 
     Args:
-        made, truth: (k, n, H, W) integer labels of `SEGMENTATION_CLASSES`. counted: (k, n) the frames that count.
+        predicted, truth: (k, n, H, W) integer labels of `SEGMENTATION_CLASSES`. counted: (k, n) the frames that count.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if made.shape != truth.shape or made.shape[:2] != counted.shape:
-        raise ValueError(f"labels differ in shape: made {made.shape}, truth {truth.shape}, counted {counted.shape}")
+    if predicted.shape != truth.shape or predicted.shape[:2] != counted.shape:
+        raise ValueError(f"labels differ in shape: predicted {predicted.shape}, truth {truth.shape}, counted {counted.shape}")
     sums = {}
     for region, names in REGIONS.items():
         classes = [SEGMENTATION_CLASSES.index(name) for name in names]
-        a, b = (np.isin(labels, classes) & counted[..., None, None] for labels in (made, truth))
+        a, b = (np.isin(labels, classes) & counted[..., None, None] for labels in (predicted, truth))
         sums[f"{prefix}_{region}"] = Sums(per_window(a & b), per_window(a | b))
     return sums
 
@@ -241,7 +241,7 @@ def verdict(result: Mapping[str, Any]) -> str:
 def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line for each measure, multi-step and one step, for the DVC plots: {what, measure, predictor, value}."""
     return [
-        {"what": f"{name}, {PREDICTORS[row]}", "measure": name, "predictor": row, "value": round(value, 6)}
+        {"what": f"{name}, {PREDICTORS[row]}", "measure": name, "predictor": row, "value": value}
         for name in MEASURES
         for row in ("multi_step", "one_step")
         if (value := result["values"][row].get(name)) is not None

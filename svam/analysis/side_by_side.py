@@ -24,6 +24,8 @@ COLOURS = ("#1f77b4", "#d6604d")
 """Of the two policies' actions."""
 DIMENSIONS = 8
 """Action dimensions drawn, the first ones."""
+ATTENTION = "\nattention"
+"""Ends the labels of rows under which attention is drawn."""
 PICTURE = 1.0
 """Inches of a picture's side."""
 
@@ -87,20 +89,17 @@ def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[
     Raises:
         ContractError: a policy does not fit the store, or the two do not fit each other.
     """
-    from svam.episodes.windows import action_rows, clip_rows
-    from svam.evaluation.offline import target_name
+    from svam.episodes.windows import action_rows
+    from svam.evaluation.offline import episode_bounds, recorded_clips, target_name
 
     cameras = {model.camera for model in models}
     if len(cameras) > 1:
         raise ContractError(f"the two policies look through different cameras: {sorted(cameras)}; expected the same")
     frames, stride = horizon(models)
     rows = choose_rows(store, count, (frames - 1) * stride, seed)
-    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
-    future = clip_rows(rows, starts, ends, frames, stride)
-    recorded = store.frames(future.reshape(-1), cameras.pop())
-    clips = recorded.reshape(*future.shape, *recorded.shape[1:])
+    clips = recorded_clips(store, rows, frames, stride, cameras.pop())
     predictions = [predict(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
-    chunk, real = action_rows(rows, starts, ends, max(model.chunk for model in models))
+    chunk, real = action_rows(rows, *episode_bounds(store, rows), max(model.chunk for model in models))
     expert = store.vector(target_name(store), chunk.reshape(-1)).reshape(*chunk.shape, -1)
     titles = [store.instruction_of(int(episode)) for episode in store.episode_of(rows)]
     return draw(clips, predictions, np.where(real[..., None], expert, np.nan), titles)
@@ -126,8 +125,10 @@ def draw(
         part.suptitle(titles[i], fontsize=9)
         left, right = part.subfigures(1, 2, width_ratios=[wide, 4.2])
         grid = PictureGrid(left.subplots(), rows[i], ["observed", *(f"+{t}" for t in range(1, steps))])
-        for row, weights in _attention_rows(predictions):
-            mark(grid, row, weights[i])
+        attended = [policy.attention[i] for policy in predictions if policy.attention is not None]
+        places = [row for row, (label, _) in enumerate(rows[i]) if label.endswith(ATTENTION)]
+        for row, weights in zip(places, attended, strict=True):
+            mark(grid, row, weights)
         _draw_actions(right, predictions, expert[i], i, legend=i == 0)
     return figure
 
@@ -146,18 +147,7 @@ def picture_rows(clip: NDArray[np.uint8], predictions: Sequence[Prediction], win
             places = [None] * (steps - len(pictures)) + pictures if entry != "observation" else pictures
             rows.append((f"{policy.name}\n{entry.replace('_', '-')}", (places + [None] * steps)[:steps]))
         if policy.attention is not None:
-            rows.append((f"{policy.name}\nattention", list(overlay(clip, policy.attention[window].mean(axis=1)))))
-    return rows
-
-
-def _attention_rows(predictions: Sequence[Prediction]) -> list[tuple[int, NDArray[np.float32]]]:
-    """At which row of `picture_rows` each policy's attention stands, and its weights."""
-    rows, row = [], 0
-    for policy in predictions:
-        row += len(policy.entries)
-        if policy.attention is not None:
-            row += 1
-            rows.append((row, policy.attention))
+            rows.append((policy.name + ATTENTION, list(overlay(clip, policy.attention[window].mean(axis=1)))))
     return rows
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
@@ -24,10 +25,16 @@ def instructions_of(task: str) -> dict[str, list[str]]:
         ParamsError: the table has no such task.
     """
     if task not in _sentences():
-        raise ParamsError(f"no instruction for task {task!r}: the table knows {', '.join(described_tasks())}")
+        raise ParamsError(f"no instruction for task {task!r}: {likely_task(task)}")
     return _sentences()[task]
 
 
 def described_tasks() -> list[str]:
     """The tasks that have instructions, sorted."""
     return sorted(_sentences())
+
+
+def likely_task(name: str) -> str:
+    """What was probably meant by a name that is none of `described_tasks`, for the end of a sentence."""
+    close = get_close_matches(name.removesuffix("-v3"), described_tasks(), n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(described_tasks())}"

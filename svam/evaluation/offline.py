@@ -4,7 +4,6 @@ policy may err on every action and still solve the task, or err little and drift
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from svam.console import console, track
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
+from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
 from svam.params import Evaluate
@@ -26,6 +26,8 @@ from svam.seeds import generator, seed_of
 NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
 PICTURED_CLIPS = 8
 """Windows whose foresight is written, for the report's figures."""
+UNTAUGHT = ("one_step", "observation")
+"""Context entries that no teacher's view of the future can be compared with."""
 
 
 def choose_windows(store: EpisodeStore, count: int, seed: int) -> NDArray[np.int64]:
@@ -43,23 +45,17 @@ def choose_windows(store: EpisodeStore, count: int, seed: int) -> NDArray[np.int
     return rows
 
 
-@dataclass
-class ActionErrors:
-    """Absolute errors (windows, K, A) in physical units of one predictor; padded steps count nothing."""
-
-    errors: list[NDArray[np.float64]] = field(default_factory=list)
-
-    def summary(self, valid: NDArray[np.bool_]) -> dict[str, Any]:
-        """{mae, mae_per_dimension (A), mae_per_step (K)}; `valid` (windows, K) says which steps the episodes really have."""
-        errors = np.concatenate(self.errors)
-        weight = valid.astype(np.float64)
-        per_step = np.einsum("wka,wk->ka", errors, weight) / np.maximum(weight.sum(axis=0), 1.0)[:, None]
-        per_dimension = np.einsum("wka,wk->a", errors, weight) / weight.sum()
-        return {
-            "mae": float(per_dimension.mean()),
-            "mae_per_dimension": [float(value) for value in per_dimension],
-            "mae_per_step": [float(value) for value in per_step.mean(axis=1)],
-        }
+def action_errors(errors: NDArray[np.float64], valid: NDArray[np.bool_]) -> dict[str, Any]:
+    """{mae, mae_per_dimension (A), mae_per_step (K)} of absolute errors (windows, K, A) in physical units; `valid`
+    (windows, K) says which steps the episodes really have, and the others count nothing."""
+    weight = valid.astype(np.float64)
+    per_step = np.einsum("wka,wk->ka", errors, weight) / np.maximum(weight.sum(axis=0), 1.0)[:, None]
+    per_dimension = np.einsum("wka,wk->a", errors, weight) / weight.sum()
+    return {
+        "mae": float(per_dimension.mean()),
+        "mae_per_dimension": per_dimension.tolist(),
+        "mae_per_step": per_step.mean(axis=1).tolist(),
+    }
 
 
 class FeatureErrors:
@@ -112,21 +108,34 @@ def target_name(store: EpisodeStore) -> str:
     return "expert_actions" if store.has("expert_actions") else "actions"
 
 
-def true_features(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], entry: str) -> NDArray[np.float32] | None:
-    """What the teachers see in the recorded future, (B, T, h, w, C), prepared as the reference of the current frame is; None
-    for an entry that no teacher answers for. `generated` and `goal_frame` hold all teachers' channels."""
-    foresight = model.foresight
-    branches = [entry] if entry in ("geometric", "semantic") else list(foresight.teachers)
-    if entry in ("one_step", "observation") or foresight.video is None:
-        return None
-    config = foresight.video.config
-    episodes = store.episode_of(rows)
-    starts, ends = np.asarray([store.bounds(int(e)) for e in episodes]).T
-    future = clip_rows(rows, starts, ends, config.frames, config.stride)
-    frames = torch.from_numpy(store.frames(future.reshape(-1), model.camera))
-    parts = [foresight.reference_features(branch, frames).cpu() for branch in branches]
-    features = torch.cat(parts, dim=-1).numpy()
-    return np.asarray(features.reshape(*future.shape, *features.shape[1:]), dtype=np.float32)
+def episode_bounds(store: EpisodeStore, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """First row (n,) of the episode of each row, and the row (n,) after its last one."""
+    starts, ends = np.asarray([store.bounds(int(episode)) for episode in store.episode_of(rows)], dtype=np.int64).T
+    return starts, ends
+
+
+def recorded_clips(
+    store: EpisodeStore, rows: NDArray[np.int64], frames: int, stride: int, camera: str | None = None
+) -> NDArray[np.uint8]:
+    """The clips (n, T, H, W, 3) uint8 that were recorded from rows (n,) on, by the first camera if none is named."""
+    future = clip_rows(rows, *episode_bounds(store, rows), frames, stride)
+    recorded = store.frames(future.reshape(-1), camera)
+    return recorded.reshape(*future.shape, *recorded.shape[1:])
+
+
+def foreseen_clips(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """The recorded clips (n, T, H, W, 3) uint8 of what the policy's video model foresees at rows (n,)."""
+    config = model.foresight.video_model.config
+    return recorded_clips(store, rows, config.frames, config.stride, model.camera)
+
+
+def true_features(model: SVAM, clips: NDArray[np.uint8], entry: str) -> NDArray[np.float32]:
+    """What the teachers see in recorded clips (n, T, H, W, 3): (n, T, h, w, C), prepared as the reference of the current frame
+    is. `generated` and `goal_frame` hold all teachers' channels."""
+    branches = [entry] if entry in BRANCHES else list(model.foresight.teachers)
+    frames = torch.from_numpy(clips.reshape(-1, *clips.shape[2:]))
+    features = torch.cat([model.foresight.reference_features(branch, frames).cpu() for branch in branches], dim=-1).numpy()
+    return np.asarray(features.reshape(*clips.shape[:2], *features.shape[1:]), dtype=np.float32)
 
 
 def evaluate_offline(
@@ -145,13 +154,13 @@ def evaluate_offline(
         ContractError: the store has no held-out window, or the model returned NaN.
     """
     rows = choose_windows(store, params.offline_windows, seed)
-    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
-    chunk, valid = action_rows(rows, starts, ends, model.chunk)
+    chunk, valid = action_rows(rows, *episode_bounds(store, rows), model.chunk)
     name = target_name(store)
     truth = store.vector(name, chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
     last = store.vector("actions", rows - 1).astype(np.float64)[:, None]
     mean = np.asarray(store.statistics.actions.mean, dtype=np.float64)
-    policy, centre, best, spread = ActionErrors(), ActionErrors(), ActionErrors(), []
+    each: dict[str, list[NDArray[np.float64]]] = {"policy": [], "mean_of_samples": [], "best_sample": []}
+    spread = []
     features: dict[str, FeatureErrors] = {}
     blocks = np.array_split(np.arange(len(rows)), -(-len(rows) // params.batch))
     for block in track(blocks, "offline", len(blocks)):
@@ -164,10 +173,10 @@ def evaluate_offline(
             ]
         ).astype(np.float64)
         errors = np.abs(samples - truth[block])
-        policy.errors.append(errors.mean(axis=0))
-        centre.errors.append(np.abs(samples.mean(axis=0) - truth[block]))
+        each["policy"].append(errors.mean(axis=0))
+        each["mean_of_samples"].append(np.abs(samples.mean(axis=0) - truth[block]))
         nearest = (errors * valid[block][..., None]).sum(axis=(2, 3)).argmin(axis=0)
-        best.errors.append(errors[nearest, np.arange(len(block))])
+        each["best_sample"].append(errors[nearest, np.arange(len(block))])
         spread.append(samples.std(axis=0).mean(axis=(0, 1)) * len(block))
         add_feature_errors(features, store, model, rows[block], inputs)
     metrics = {
@@ -175,12 +184,10 @@ def evaluate_offline(
         "windows": len(rows),
         "samples": params.offline_samples,
         "target": name,
-        "policy": policy.summary(valid),
-        "mean_of_samples": centre.summary(valid),
-        "best_sample": best.summary(valid),
+        **{name: action_errors(np.concatenate(blocks), valid) for name, blocks in each.items()},
         "sample_spread_per_dimension": [float(value) for value in np.sum(spread, axis=0) / len(rows)],
-        "mean_action": ActionErrors([np.abs(mean - truth)]).summary(valid),
-        "hold_last": ActionErrors([np.abs(last - truth)]).summary(valid),
+        "mean_action": action_errors(np.abs(mean - truth), valid),
+        "hold_last": action_errors(np.abs(last - truth), valid),
         "foresight": {entry: errors.summary() for entry, errors in features.items()},
     }
     return metrics, clips_for_pictures(store, model, rows, params.batch, seed)
@@ -207,12 +214,13 @@ def write_offline(
 def add_feature_errors(
     features: dict[str, FeatureErrors], store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], inputs: Inputs
 ) -> None:
-    """Add the foresight errors of some windows, entry by entry."""
-    for entry, values in inputs.entries.items():
-        truth = true_features(store, model, rows, entry)
-        if truth is None:
-            continue
-        predicted = values[: len(rows)].float().cpu().numpy()
+    """Add the foresight errors of some windows, for each entry whose truth a teacher sees in the recorded future."""
+    entries = [entry for entry in inputs.entries if entry not in UNTAUGHT]
+    if not entries:
+        return
+    clips = foreseen_clips(store, model, rows)
+    for entry in entries:
+        truth, predicted = true_features(model, clips, entry), inputs.entries[entry][: len(rows)].float().cpu().numpy()
         # The reference is what the teacher sees in the current frame, which is frame 0 of the clip.
         future = truth[:, -1:] if entry == "goal_frame" else truth[:, 1:]
         repeated = np.broadcast_to(truth[:, :1], future.shape)
@@ -226,16 +234,10 @@ def clips_for_pictures(
     if model.foresight.video is None:
         return {}
     rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(PICTURED_CLIPS, len(rows), batch)).astype(np.int64))]
-    padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])
-    inputs = encode_rows(store, model, padded, seed)
-    config = model.foresight.video.config
-    starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(rows)]).T
-    future = clip_rows(rows, starts, ends, config.frames, config.stride)
-    frames = store.frames(future.reshape(-1), model.camera)
-    arrays: dict[str, NDArray[Any]] = {"frames": frames.reshape(*future.shape, *frames.shape[1:])}
+    inputs = encode_rows(store, model, np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))]), seed)
+    arrays: dict[str, NDArray[Any]] = {"frames": foreseen_clips(store, model, rows)}
     for entry, values in inputs.entries.items():
         arrays[f"foresight_{entry}"] = values[: len(rows)].half().cpu().numpy()
-        truth = true_features(store, model, rows, entry)
-        if truth is not None:
-            arrays[f"truth_{entry}"] = truth.astype(np.float16)
+        if entry not in UNTAUGHT:
+            arrays[f"truth_{entry}"] = true_features(model, arrays["frames"], entry).astype(np.float16)
     return arrays

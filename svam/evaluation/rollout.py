@@ -280,8 +280,8 @@ def take_next(waiting: list[tuple[int, PlannedEpisode]], task: str | None) -> tu
     task with most plans left (the first such), so that few environments are built and no task is left for the end."""
     if not waiting:
         return None
-    left = Counter(plan.task for _, plan in waiting)
-    chosen = task if task in left else max(left, key=lambda name: left[name])
+    counts = Counter(plan.task for _, plan in waiting)
+    chosen = task if task in counts else max(counts, key=lambda name: counts[name])
     return waiting.pop(next(i for i, (_, plan) in enumerate(waiting) if plan.task == chosen))
 
 
@@ -346,10 +346,10 @@ class PolicyRollouts:
             self._shown = self._bar.add_task("policy", total=len(plans), note="")
             self._fill_slots()
             while self._slots or self._rounds_left:
-                self._rounds_left = {row: left - 1 for row, left in self._rounds_left.items()}
+                self._rounds_left = {row: rounds - 1 for row, rounds in self._rounds_left.items()}
                 if self._slots:
                     self._play_round()
-                self._rounds_left = {row: left for row, left in self._rounds_left.items() if left}
+                self._rounds_left = {row: rounds for row, rounds in self._rounds_left.items() if rounds}
                 self._fill_slots()
         return [self._outcomes[position] for position in range(len(plans))]
 

@@ -9,35 +9,38 @@ from typing import Annotated
 import typer
 
 from svam.console import console, one_line_errors
-from svam.experiments.plan import load_plan, planned_runs
+from svam.experiments.plan import Run, load_plan, planned_runs
 from svam.experiments.running import run_all, unfinished_runs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 Only = Annotated[list[str] | None, typer.Option(help="Only runs of this name, pattern (vpp-*) or variant; may be repeated.")]
 
 
+def _planned(only: list[str] | None) -> tuple[list[Run], list[Run], Path]:
+    """The runs of plan.yaml, those of them that are not finished, and the folder of their records."""
+    chosen = load_plan()
+    runs, folder = planned_runs(chosen, only or []), Path("data/compare", chosen.collection)
+    return runs, unfinished_runs(runs, folder), folder
+
+
 @app.command()
 @one_line_errors
 def plan(only: Only = None) -> None:
     """Print each experiment of plan.yaml as the line that can be run alone."""
-    asked = load_plan()
-    runs = planned_runs(asked, only or [])
-    left = unfinished_runs(runs, Path("data/compare", asked.collection))
+    runs, unfinished, _ = _planned(only)
     for run in runs:
-        typer.echo(shlex.join(run.command) + ("" if run in left else "   # finished"))
-    typer.echo(f"# {len(runs)} runs, {len(runs) - len(left)} finished")
+        typer.echo(shlex.join(run.command) + ("" if run in unfinished else "   # finished"))
+    typer.echo(f"# {len(runs)} runs, {len(runs) - len(unfinished)} finished")
 
 
 @app.command()
 @one_line_errors
 def run(only: Only = None) -> None:
     """Run what of plan.yaml is not finished, one after another. What was killed goes on with the same command."""
-    asked = load_plan()
-    runs = planned_runs(asked, only or [])
-    left = unfinished_runs(runs, Path("data/compare", asked.collection))
-    if left:
-        run_all(left, Path("data/compare", asked.collection))
-    console.print(f"{len(runs)} runs finished, {len(left)} of them now", highlight=False)
+    runs, unfinished, folder = _planned(only)
+    if unfinished:
+        run_all(unfinished, folder)
+    console.print(f"{len(runs)} runs finished, {len(unfinished)} of them now", highlight=False)
 
 
 @app.command()

@@ -1,1 +1,1 @@
-"""Networks. Only `foresight` and `svam` assemble siblings."""
+"""Networks. Only `foresight` and `svam` assemble siblings. "S-VAM section ..." cites Yan et al., arXiv 2603.16195."""

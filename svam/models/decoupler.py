@@ -58,7 +58,8 @@ class FactorisedBlock(nn.Module):
 
 
 class Decoupler(nn.Module):
-    """F (B, T, h, w, C_F) and the current frame's teacher features (B, h, w, C_i) -> teacher features (B, T, h, w, C_i).
+    """F (B, T, h, w, C_F) and the current frame's teacher features (B, h, w, C_i) -> teacher features (B, T, h, w, C_i)
+    (S-VAM section 3.3).
 
     Per-channel means and deviations of F and of the teacher's features are buffers: inputs and outputs are in the units of
     the video model and of the teacher, and only the inside is normalised. Reference and targets live in the teacher's one

@@ -90,7 +90,7 @@ class TokenEmbedding(nn.Module):
 
 
 class UniPerceiver(nn.Module):
-    """N queries per frame; the released sizes are 14 queries, width 384, depth 6, 8 heads."""
+    """The Uni-Perceiver, N queries per frame (S-VAM section 3.4); released sizes: 14 queries, width 384, depth 6, 8 heads."""
 
     def __init__(self, sizes: Perceiver, shape: Shape) -> None:
         super().__init__()

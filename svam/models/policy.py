@@ -88,7 +88,8 @@ class DecoderLayer(nn.Module):
 
 
 class ActionDiffusion(nn.Module):
-    """Encoder over the context (aggregated tokens, text, proprioception) and denoising decoder over the chunk.
+    """Encoder over the context (aggregated tokens, text, proprioception) and denoising decoder over the chunk (S-VAM
+    section 3.4).
 
     Released sizes: width 384, 4 encoder and 4 decoder layers, sigma 0.001..80, sigma_data 0.5, 10 steps.
     """

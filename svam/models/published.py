@@ -91,9 +91,11 @@ def load_strict(cls: type[Model], folder: Path, ignored: tuple[str, ...] = ()) -
     except Exception as error:  # the libraries raise bare RuntimeError, KeyError, SafetensorError... for broken files
         raise FileError(f"{folder}: cannot be read as {cls.__name__}: {type(error).__name__}: {_first_line(error)}") from None
     for fault in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        found = sorted(str(k) for k in info[fault] if fault != "unexpected_keys" or not str(k).startswith(ignored or ("\0",)))
-        if found:
-            raise FileError(f"{folder}: the weights do not fit {cls.__name__}: {len(found)} {fault}, first {found[0]}")
+        keys = sorted(map(str, info[fault]))
+        if fault == "unexpected_keys":
+            keys = [key for key in keys if not key.startswith(ignored)]
+        if keys:
+            raise FileError(f"{folder}: the weights do not fit {cls.__name__}: {len(keys)} {fault}, first {keys[0]}")
     result: Model = model
     return freeze(result)
 
@@ -121,13 +123,14 @@ def read_adapter(folder: Path, kind: str) -> dict[str, Any]:
         FileError: missing, not JSON, of another version, or of another kind of backbone.
     """
     record = read_json(folder / "svam.json")
-    found = record.get("kind") if isinstance(record, dict) else None
-    if found != kind or record.get("schema_version") != ADAPTER_SCHEMA:
+    values = dict(record) if isinstance(record, dict) else {}
+    stated = (values.pop("kind", None), values.pop("schema_version", None))
+    if stated != (kind, ADAPTER_SCHEMA):
         raise FileError(
-            f"{folder}/svam.json: expected kind {kind!r}, schema_version {ADAPTER_SCHEMA}; found {found!r}, "
-            f"{record.get('schema_version') if isinstance(record, dict) else None!r}; run prepare_backbones again"
+            f"{folder}/svam.json: expected kind {kind!r}, schema_version {ADAPTER_SCHEMA}; found {stated[0]!r}, {stated[1]!r}; "
+            "run prepare_backbones again"
         )
-    return {name: value for name, value in record.items() if name not in ("kind", "schema_version")}
+    return values
 
 
 ADAPTER_SCHEMA = 1
@@ -145,18 +148,17 @@ def quiet() -> Iterator[None]:
     import diffusers.utils.logging as diffusers_logging
     import transformers.utils.logging as transformers_logging
 
-    kept = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
-    bars = [(library, library.is_progress_bar_enabled()) for library in (diffusers_logging, transformers_logging)]
-    for library, _ in kept:
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in kept:
+        for library, level, bars in before:
             library.set_verbosity(level)
-        for library, enabled in bars:
-            if enabled:
+            if bars:
                 library.enable_progress_bar()
 
 

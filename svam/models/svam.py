@@ -190,7 +190,7 @@ class PolicyNetwork(nn.Module):
 
 
 class SVAM:
-    """`encode`, `loss`, `act`, `save`, `load`.
+    """The whole model (S-VAM section 3): `encode`, `loss`, `act`, `save`, `load`.
 
     `pad_to`: size of every batch that `act` and `encode` compute (the last observation is repeated to fill it), so that
     the bits of an action do not depend on how many observations came with it; None computes just what came.

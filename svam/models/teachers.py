@@ -54,7 +54,8 @@ class TeacherConfig:
 
 
 class Teacher(nn.Module):
-    """One frozen vision model; owns resizing and normalisation, so that every stage and serving prepare frames alike."""
+    """One frozen vision model (S-VAM section 3.3); owns resizing and normalisation, so that every stage and serving prepare
+    frames alike."""
 
     mean: Tensor
     std: Tensor

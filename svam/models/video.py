@@ -74,7 +74,8 @@ class Generation:
 
 
 class VideoModel(nn.Module):
-    """U-Net + EDM preconditioning + the fixed initial noise (T, c, h', w') that caching, policy and serving share."""
+    """U-Net, EDM preconditioning, and the fixed initial noise (T, c, h', w') that caching, policy and serving share (S-VAM
+    section 3.1)."""
 
     fixed_noise: Tensor
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from svam.files import whole_file
 from svam.npy import read_arrays
 from svam.params import Report
+from svam.report.grid import Row, picture_grid
 from svam.report.pca import pca_colours
 from svam.report.tables import (
     ERRORS,
@@ -157,30 +158,17 @@ def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
     teacher sees in the recorded future. Components and colours are computed over the entry's whole sequence, and those of
     truth and foresight are the same."""
     frames = arrays["frames"][clip]
-    rows: list[tuple[str, NDArray[np.uint8]]] = [("recorded", frames)]
+    rows: list[Row] = [("recorded", list(frames))]
     for name in (name.removeprefix("foresight_") for name in arrays if name.startswith("foresight_")):
         foreseen, truth = arrays[f"foresight_{name}"][clip], arrays.get(f"truth_{name}")
         both = foreseen if truth is None else np.concatenate([foreseen, truth[clip]])
-        colours = pca_colours(both)
-        rows.append((f"{name}\nforesight".replace("_", "-"), colours[: len(foreseen)]))
+        pictures = list(pca_colours(both))
+        # A single picture (the goal frame) stands where its time is: at the end.
+        before: list[None] = [None] * (len(frames) - len(foreseen))
+        rows.append((f"{name}\nforesight".replace("_", "-"), [*before, *pictures[: len(foreseen)]]))
         if truth is not None:
-            rows.append((f"{name}\nof the truth".replace("_", "-"), colours[len(foreseen) :]))
-    columns = len(frames)
-    size = (1.1 * columns + 0.6, 1.1 * len(rows) + 0.3)
-    figure, axes = plt.subplots(len(rows), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, (label, pictures) in zip(axes, rows, strict=True):
-        for t, axis in enumerate(line):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            axis.set_frame_on(False)
-            # A single picture (the goal frame) stands where its time is: at the end.
-            index = t - (columns - len(pictures))
-            if index >= 0:
-                axis.imshow(pictures[index], interpolation="nearest")
-        line[0].set_ylabel(label, fontsize=7)
-    for t, axis in enumerate(axes[0]):
-        axis.set_title("observed" if t == 0 else f"+{t}", fontsize=7)
-    return figure
+            rows.append((f"{name}\nof the truth".replace("_", "-"), pictures[len(foreseen) :]))
+    return picture_grid(rows, ["observed", *(f"+{t}" for t in range(1, len(frames)))], "")[0]
 
 
 def draw_all(

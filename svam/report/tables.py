@@ -58,10 +58,10 @@ def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branch
     """
 
     def read(folder: Path) -> Mapping[str, Any]:
-        found = read_json(folder / "metrics.json")
-        if not isinstance(found, dict):
+        metrics = read_json(folder / "metrics.json")
+        if not isinstance(metrics, dict):
             raise FileError(f"{folder / 'metrics.json'}: expected a mapping")
-        return found
+        return metrics
 
     return RunMetrics(
         results=read(results),
@@ -169,8 +169,8 @@ def read_curve(file: Path) -> tuple[list[int], list[float]]:
 
 def curves_of(live: Path, branches: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
     """Part -> steps and training loss, of every trained part that this run has and that streamed its loss."""
-    wanted = [part for part in PARTS if not part.startswith("distill_") or part.removeprefix("distill_") in branches]
-    files = {part: live / part / "plots" / "metrics" / "train" / "loss.tsv" for part in wanted}
+    parts = [part for part in PARTS if not part.startswith("distill_") or part.removeprefix("distill_") in branches]
+    files = {part: live / part / "plots" / "metrics" / "train" / "loss.tsv" for part in parts}
     return {part: read_curve(file) for part, file in files.items() if file.exists()}
 
 
@@ -192,17 +192,23 @@ def plot_tables(
     run: RunMetrics, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]
 ) -> dict[str, list[dict[str, Any]]]:
     """Name -> lines of numbers, six digits after the point, for the titled plots of `dvc.yaml`; `what` names a bar."""
-    tables = {
+    tables: dict[str, list[dict[str, Any]]] = rounded({
         "success": [{"what": f"{t['name']}, {ROW_NAMES[t['row']]}", **t} for t in success_table(run)],
         "distillation": [{"what": f"{t['branch']}, {PREDICTORS[t['predictor']]}", **t} for t in distillation_table(run)],
         "teachers": [{"what": f"{t['branch']}, {t['view']} frames", **t} for t in teacher_table(run)],
         "actions": action_table(run),
         "curves": curve_table(curves),
-    }
-    return {
-        name: [{k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()} for line in lines]
-        for name, lines in tables.items()
-    }
+    })  # fmt: skip
+    return tables
+
+
+def rounded(value: Any) -> Any:
+    """JSON values with six digits after the point."""
+    if isinstance(value, Mapping):
+        return {key: rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [rounded(inner) for inner in value]
+    return round(value, 6) if isinstance(value, float) else value
 
 
 def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -83,20 +83,20 @@ def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: 
         while _environments:
             _environments.popitem()[1].close()
         _environments[task] = TaskEnvironment(task, params.image_size, params.cameras, params.render, params.scenes)
-    made = demonstrate(
+    demonstration = demonstrate(
         _environments[task], seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
         annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
         styles=params.styles,
     )  # fmt: skip
     entry = {
-        "attempt": made.attempt,
-        "noisy": made.noisy,
-        "steps": len(made.arrays["actions"]),
-        "draw": [round(float(x), 6) for x in made.arrays["draw"]],
+        "attempt": demonstration.attempt,
+        "noisy": demonstration.noisy,
+        "steps": len(demonstration.arrays["actions"]),
+        "draw": [round(float(x), 6) for x in demonstration.arrays["draw"]],
     }
     if params.styles != ["direct"]:
-        entry["style"] = made.style
-    files = write_episode(folder, index, made.arrays)
+        entry["style"] = demonstration.style
+    files = write_episode(folder, index, demonstration.arrays)
     record = {"entry": entry, "sha256": {file: sha256(folder / file) for file in files}}
     write_json(folder / f"{episode_name(index)}.json", record)
     return record

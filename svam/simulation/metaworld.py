@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
+from svam.episodes.instructions import described_tasks, likely_task
 from svam.errors import ParamsError
 from svam.simulation.rendering import Renderer, choose_backend
 from svam.simulation.scenes import check_scenes, prepare_shared_scene, reset_shared_scene
@@ -31,25 +31,10 @@ _TURNED_CAMERAS = frozenset({"corner", "corner2", "corner3", "corner4"})
 _VERSION = "-v3"
 
 
-def task_names() -> list[str]:
-    """The names of all MetaWorld tasks, without their version, sorted.
-
-    Raises:
-        MachineError: no GL library draws on this machine.
-    """
-    choose_backend()  # before anything imports mujoco, which fails with a traceback where GL is missing
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
-
-    return sorted(name.removesuffix(_VERSION) for name in ALL_V3_ENVIRONMENTS)
-
-
 def check_task(task: str) -> None:
-    """Raise ValueError, naming the closest matches, unless MetaWorld has `task`."""
-    names = task_names()
-    if task not in names:
-        close = get_close_matches(task.removesuffix(_VERSION), names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
-        raise ParamsError(f"unknown MetaWorld task {task!r}: {hint}")
+    """Raise `ParamsError`, naming the closest matches, unless MetaWorld has `task`."""
+    if task not in described_tasks():
+        raise ParamsError(f"unknown MetaWorld task {task!r}: {likely_task(task)}")
 
 
 def _body_classes(model: Any) -> NDArray[np.uint8]:
@@ -95,7 +80,7 @@ def _drawn_classes(model: Any) -> dict[int, NDArray[np.uint8]]:
 class TaskEnvironment:
     """One MetaWorld task, to be reset many times. Any number may live in one process.
 
-    task: a name of `task_names()`. image_size: side of the square pictures in pixels. cameras: MuJoCo camera names.
+    task: one of `described_tasks()`. image_size: side of the square pictures in pixels. cameras: MuJoCo camera names.
     render: "fast" has no shadows and reflections, "full" is the stock look at a tenth of the speed. scenes: "stock" is
     MetaWorld's own start of each task, "shared" one start for the tasks of a scene (see `svam.simulation.scenes`).
 
@@ -110,6 +95,7 @@ class TaskEnvironment:
     ) -> None:  # fmt: skip
         check_task(task)
         check_scenes(scenes, [task])
+        choose_backend()  # before anything imports mujoco, which fails with a traceback where GL is missing
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from stages.evaluate import app
 from svam.contract import ContractError, Observation, SourceDescription
 from svam.episodes.convert import convert
+from svam.episodes.instructions import described_tasks
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import closed_loop, offline
 from svam.evaluation.rollout import Outcome
@@ -47,10 +48,8 @@ def test_wilson_against_published_values() -> None:
 
 
 def test_tiers_partition_the_fifty_tasks() -> None:
-    from svam.simulation.metaworld import task_names
-
     assert [len(TIERS[t]) for t in ("easy", "medium", "hard", "very_hard")] == [28, 11, 6, 5]
-    assert sorted(t for tasks in TIERS.values() for t in tasks) == task_names()
+    assert sorted(t for tasks in TIERS.values() for t in tasks) == described_tasks()
     assert [len(tasks) for tasks in PUBLISHED_TIERS.values()] == [28, 11, 11]
     assert tier_of("reach") == "easy" and tier_of("stick-pull") == "very_hard" and tier_of("somewhere") is None
 
