@@ -153,6 +153,7 @@ def test_frame_t_is_what_is_seen_before_action_t(collected: Path) -> None:
     for t in range(12):
         np.testing.assert_array_equal(env.observe()["corner2"], a["frames_corner2"][t])
         np.testing.assert_array_equal(env.state(), a["state"][t])
+        np.testing.assert_array_equal(env.expert_action(), a["expert_actions"][t])  # in its own style, undisturbed
         if t % SMALL.annotate_every == 0:
             np.testing.assert_array_equal(env.annotate()[1], a["segmentation"][t // SMALL.annotate_every])
         env.step(a["actions"][t])

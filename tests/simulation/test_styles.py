@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 
 from svam.files import read_json
 from svam.params import Collect, Style
-from svam.seeds import seed_of
 from svam.simulation.collect import collect
-from svam.simulation.experts import DETOUR_METRES, demonstrate, disturbances, first_success, record, style_of
+from svam.simulation.experts import DETOUR_METRES, disturbances, first_success, record, style_of
 from svam.simulation.metaworld import TaskEnvironment
 from tests.toy import committed
 
 Make = Callable[..., TaskEnvironment]
 QUIET = np.zeros((500, 4), np.float32)
 STYLES: tuple[Style, ...] = ("direct", "left", "right", "high")
-
-
-@pytest.fixture
-def make() -> Iterator[Make]:
-    made: list[TaskEnvironment] = []
-
-    def build(task: str, scenes: str = "shared") -> TaskEnvironment:
-        made.append(TaskEnvironment(task, 32, scenes=scenes))  # type: ignore[arg-type]
-        return made[-1]
-
-    yield build
-    for env in made:
-        env.close()
 
 
 def way_of(arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -45,7 +30,7 @@ def way_of(arrays: dict[str, NDArray[Any]]) -> tuple[NDArray[np.float64], NDArra
 
 
 def test_styles_go_different_ways_from_one_picture_and_succeed(make: Make) -> None:
-    env = make("faucet-close")
+    env = make("faucet-close", 32, scenes="shared")
     made = {}
     for style in STYLES:
         steps = first_success(env, 5, QUIET, 300, style)
@@ -63,7 +48,7 @@ def test_styles_go_different_ways_from_one_picture_and_succeed(make: Make) -> No
 
 
 def test_what_is_wished_is_the_styled_experts_also_under_noise(make: Make) -> None:
-    env = make("window-open")
+    env = make("window-open", 32, scenes="shared")
     noise = disturbances(np.random.default_rng(3), 500, 0.6)
     arrays = record(env, 4, noise, 40, 1000, "left")
     wished = arrays["expert_actions"]
@@ -73,19 +58,6 @@ def test_what_is_wished_is_the_styled_experts_also_under_noise(make: Make) -> No
     # At the first step, from one state: to the left of the way, against the scripted expert's own wish.
     assert wished[0, 0] < clean["expert_actions"][0, 0] - 0.3
     assert wished[0, 3] == clean["expert_actions"][0, 3]
-
-
-def test_the_direct_style_is_the_scripted_expert_alone(make: Make) -> None:
-    env = make("window-close", "stock")
-    made = demonstrate(
-        env, 1, 0, noisy_share=0.0, noise_scale=0.0, annotate_every=1000, tail=0, max_steps=300, attempts=1
-    )  # fmt: skip
-    assert made.style == "direct" and made.attempt == 0
-    env.reset(seed_of(1, "collect", "window-close", 0, 0))
-    for state, action in zip(made.arrays["state"], made.arrays["actions"], strict=True):
-        np.testing.assert_array_equal(env.state(), state)
-        np.testing.assert_array_equal(env.expert_action(), action)
-        env.step(action)
 
 
 def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
