@@ -89,13 +89,6 @@ def test_blocks_and_cross_attention_are_the_librarys() -> None:
     torch.testing.assert_close(block.attention(x, context), layer.self_attn(x, context, context)[0])
 
 
-def test_dropout_is_of_training_alone() -> None:
-    torch.manual_seed(0)
-    block, x = Block(8, 2, dropout=0.5), noise(1, 4, 8)
-    assert not torch.equal(block(x), block(x))
-    assert torch.equal(block.eval()(x), block(x))
-
-
 def test_heads_must_divide_the_width() -> None:
     with pytest.raises(ParamsError, match=r"width \(8\) must be a multiple of heads \(3\)"):
         Attention(8, 3)

@@ -7,13 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    DepthAnythingForDepthEstimation,
-    Dinov2Config,
-    Dinov2Model,
-    Dinov2WithRegistersConfig,
-    Dinov2WithRegistersModel,
-)
+from transformers import DepthAnythingForDepthEstimation, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from svam import params
 from svam.contract import ContractError
@@ -171,14 +165,14 @@ def test_views_keep_to_their_shares() -> None:
     views = Views(frames, rebuilt, torch.arange(8))
     rng = np.random.default_rng(0)
     kinds = {"clean": 0, "reconstructed": 0, "blurred": 0}
-    for _ in range(200):
+    for _ in range(60):
         chosen = torch.from_numpy(rng.choice(8, 3, replace=False))
         seen, clean, labels = views.batch(chosen, section("dinov2", "depth"), rng, torch.device("cpu"))
         assert len(set(labels.tolist())) == 3
         for one, original in zip(seen, clean, strict=True):
             rebuilt_one = torch.allclose(one, torch.full_like(one, 0.2))
             kinds["reconstructed" if rebuilt_one else "clean" if torch.equal(one, original) else "blurred"] += 1
-    assert 250 < kinds["clean"] < 350 and 110 < kinds["reconstructed"] < 190 and 110 < kinds["blurred"] < 190
+    assert 70 < kinds["clean"] < 110 and 30 < kinds["reconstructed"] < 60 and 30 < kinds["blurred"] < 60
 
 
 def test_blur_keeps_the_mean_and_spreads_a_point() -> None:
@@ -216,11 +210,6 @@ def test_intersection_over_union_by_hand() -> None:
     values = intersection_over_union(counts, ["a", "b", "c", "d"])
     assert values["a"] == 2 / 4 and values["b"] == 1 / 3 and values["d"] == 1.0 and "c" not in values
     assert values["mean"] == pytest.approx((0.5 + 1 / 3 + 1) / 3) and values["accuracy"] == 4 / 6
-
-
-def test_dinov2_without_registers_drops_the_class_token_only(frames: torch.Tensor) -> None:
-    config = Dinov2Config(image_size=SIZE, patch_size=4, hidden_size=12, num_hidden_layers=1, num_attention_heads=2)
-    assert Teacher(Dinov2Model(config), TeacherConfig("dinov2", SIZE)).special == 1
 
 
 def test_tokens_go_to_another_grid() -> None:
