@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from stages.evaluate import app
-from svam.contract import ContractError, Observation, SourceDescription
+from svam.contract import ContractError, SourceDescription
 from svam.episodes.convert import convert
 from svam.episodes.instructions import described_tasks
 from svam.episodes.store import EpisodeStore
@@ -26,6 +26,7 @@ from svam.evaluation.rollout import Outcome
 from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, macro_of, rate_of, summary, tier_of
 from svam.files import read_json, sha256_tree
 from svam.models.svam import SVAM
+from svam.npy import read_arrays
 from svam.params import Params
 from svam.resume import Resume
 from svam.simulation.metaworld import TaskEnvironment
@@ -40,8 +41,8 @@ from tests.toy import write_toy_params
 
 def test_wilson_against_published_values() -> None:
     # 8 of 10: 0.4902 to 0.9433 (Brown, Cai & DasGupta 2001's formula, computed by hand); 0 of 25 and 25 of 25 mirror.
-    found = rate_of([True] * 8 + [False] * 2)
-    assert (found["low"], found["high"]) == pytest.approx((0.49016, 0.94332), abs=1e-5)
+    rate = rate_of([True] * 8 + [False] * 2)
+    assert (rate["low"], rate["high"]) == pytest.approx((0.49016, 0.94332), abs=1e-5)
     none, all_ = rate_of([False] * 25), rate_of([True] * 25)
     assert none["low"] == 0.0 and none["high"] == pytest.approx(3.841458820694124 / (25 + 3.841458820694124), abs=1e-9)
     assert all_["high"] == 1.0 and all_["low"] == pytest.approx(1.0 - none["high"], abs=1e-9)
@@ -55,22 +56,17 @@ def test_tiers_partition_the_fifty_tasks() -> None:
 
 
 def test_averages_of_tasks() -> None:
-    found = summary({"reach": [True, False], "push": [True, True], "shelf-place": [False, False]})
-    assert found["micro"]["success"] == found["macro"]["success"] == 0.5
-    assert found["micro"]["episodes"] == 6 and found["macro"]["tasks"] == 3
-    assert (found["macro"]["low"], found["macro"]["high"]) == (found["micro"]["low"], found["micro"]["high"])
-    assert set(found["tiers"]) == {"easy", "hard", "very_hard"}
-    assert found["published_tiers"]["hard"] == rate_of([True] * 2 + [False] * 2)
-    assert found["tasks"]["reach"]["success"] == 0.5
+    averages = summary({"reach": [True, False], "push": [True, True], "shelf-place": [False, False]})
+    assert averages["micro"]["success"] == averages["macro"]["success"] == 0.5
+    assert averages["micro"]["episodes"] == 6 and averages["macro"]["tasks"] == 3
+    assert (averages["macro"]["low"], averages["macro"]["high"]) == (averages["micro"]["low"], averages["micro"]["high"])
+    assert set(averages["tiers"]) == {"easy", "hard", "very_hard"}
+    assert averages["published_tiers"]["hard"] == rate_of([True] * 2 + [False] * 2)
+    assert averages["tasks"]["reach"]["success"] == 0.5
     with pytest.raises(ValueError, match="tasks of .1, 2. episodes, expected equally many"):
         macro_of([[True], [True, False]])
-
-
-def test_no_episodes_is_an_error() -> None:
     with pytest.raises(ValueError, match="at least one episode"):
         summary({"reach": []})
-    with pytest.raises(ValueError, match="expected equally many"):
-        macro_of([])
 
 
 TASKS = ("reach", "window-close")
@@ -154,6 +150,10 @@ def test_the_stage_writes_both_protocols_and_the_same_bytes_again(root: Path, tm
     }
     assert sha256_tree(out) == sha256_tree(tmp_path / "results_1"), "another number of workers, or another run, changed a byte"
 
+    rollout = read_arrays(out / "rollouts/reach_0")
+    shape = (len(rollout["calls"]), FRAMES, GRID, GRID)
+    assert all(rollout[f"foresight_{e}"].shape[:4] == shape and rollout[f"foresight_{e}"].dtype == np.float16 for e in entries)
+
     metrics = read_json(out / "metrics.json")
     rows = metrics["metaworld"]["rows"]
     assert set(rows) == {"policy", "held_out_instruction", "same_goals", "random", "expert"}
@@ -187,16 +187,6 @@ def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Pat
     whole_stage(app, tmp_path / "resumed", *options)
     assert len(played) == 3 and "offline" not in played
     assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
-
-
-def test_a_recorded_rollout_holds_the_foresight_at_each_call(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (8, SIZE, SIZE, 3), dtype=np.uint8)
-    plan = closed_loop.plan_episodes("policy", store, write_params(tmp_path / "p.yaml").evaluate, 0)[0]
-    outcome = Outcome(plan, (0.0,), True, 7, (0, 3, 6), frames)
-    foresight = closed_loop.foresight_at_calls(SVAM.load(root / "svam"), outcome, seed=0, batch=2)
-    assert {entry: (values.shape[:4], values.dtype) for entry, values in foresight.items()} == dict.fromkeys(
-        ("geometric", "semantic", "one_step"), ((3, FRAMES, GRID, GRID), np.float16)
-    )
 
 
 def test_rows_that_are_compared_have_the_same_goals(store: EpisodeStore, tmp_path: Path) -> None:
@@ -316,13 +306,3 @@ def test_tasks_that_cannot_be_evaluated_are_one_sentence(
     result = run_stage(root, tmp_path / "results", "--params", str(tmp_path / "params.yaml"))
     assert result.exit_code == 1 and sentence in result.output
     assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "results").exists()
-
-
-def test_nan_fails_loudly_and_leaves_nothing(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
-    class Broken:
-        def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
-            return np.full((len(observations), 4, 4), np.nan, np.float32)
-
-    params = write_params(tmp_path / "p.yaml", tasks=["reach"], episodes=1, held_out_instruction_episodes=0).evaluate
-    with pytest.raises(ValueError, match=r"returned nan .* episode 0 of 'reach' at step 0"):
-        closed_loop.run(store, Broken(), params, camera="corner2", proprioception=False, seed=0, workers=1)

@@ -124,9 +124,9 @@ def test_batches_are_padded_and_noise_is_keyed_by_seed_episode_and_step() -> Non
     assert set(policy.batches) == {3}
     assert policy.seeds[0] == [noise_seed(0, episodes[i], 0) for i in range(3)]
     used = [seed for seeds in policy.seeds for seed in seeds]
-    wanted = {noise_seed(0, o.plan, step) for o in outcomes for step in o.calls}
-    assert set(used) == wanted
-    assert len(wanted) == sum(len(o.calls) for o in outcomes)
+    expected = {noise_seed(0, o.plan, step) for o in outcomes for step in o.calls}
+    assert set(used) == expected
+    assert len(expected) == sum(len(o.calls) for o in outcomes)
     assert all(o.calls == tuple(range(0, 3 * len(o.calls), 3)) for o in outcomes)
     assert noise_seed(0, episodes[0], 0) != noise_seed(1, episodes[0], 0) != noise_seed(1, episodes[1], 0)
 
@@ -179,6 +179,8 @@ def test_a_policy_that_returns_no_number_fails_loudly(bad: float) -> None:
     policy.act = act  # type: ignore[method-assign]
     with pytest.raises(PolicyError, match=r"episode 1 of 'a' at step 3"):
         roll(plans(3), workers=1, policy=policy)
+    with pytest.raises(PolicyError, match=r"\(2, 2, 1\), expected \(2, 3 or more"):
+        checked_actions(np.zeros((2, 2, 1)), {}, 2, 3)
 
 
 def test_workers_end_with_a_killed_policy_process() -> None:
@@ -205,11 +207,6 @@ if __name__ == "__main__":
             assert time.monotonic() < deadline, "the worker outlived its policy process"
             time.sleep(0.1)
         process.stdout.close()
-
-
-def test_wrong_chunk_shape_names_both_shapes() -> None:
-    with pytest.raises(PolicyError, match=r"\(2, 2, 1\), expected \(2, 3 or more"):
-        checked_actions(np.zeros((2, 2, 1)), {}, 2, 3)
 
 
 class Looker:

@@ -58,10 +58,10 @@ def test_holm_by_hand() -> None:
 
 def test_the_bootstrap() -> None:
     """Of one task it is binomial; tasks are kept apart; a goal is drawn with the outcomes of all seeds."""
-    found = pairs(*["10"] * 30, *["11"] * 70)
-    assert difference([found])[0] == pytest.approx(0.3)
-    assert difference([found])[1:] == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.0101)
-    assert difference([found]) == difference([found])
+    thirty = pairs(*["10"] * 30, *["11"] * 70)
+    assert difference([thirty])[0] == pytest.approx(0.3)
+    assert difference([thirty])[1:] == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.0101)
+    assert difference([thirty]) == difference([thirty])
     assert difference([{**pairs(*["10"] * 20), **pairs(*["01"] * 20, task="push")}]) == (0.0, 0.0, 0.0)
     one, other = pairs(*["10"] * 20, *["00"] * 20), pairs(*["00"] * 20, *["10"] * 20)
     assert difference([one, other]) == (0.5, 0.5, 0.5)  # the second seed wins just where the first did not
@@ -70,9 +70,9 @@ def test_the_bootstrap() -> None:
 
 
 def test_runs_are_paired_on_the_goals_that_they_share() -> None:
-    found = paired(make_record("no_semantic", wins="01"), make_record(wins="1100"))
-    assert found["reach"].tolist() == [[0, 1], [1, 1]]
-    assert (difference([found])[0], only_one(found)) == (-0.5, (0, 1))
+    shared = paired(make_record("no_semantic", wins="01"), make_record(wins="1100"))
+    assert shared["reach"].tolist() == [[0, 1], [1, 1]]
+    assert (difference([shared])[0], only_one(shared)) == (-0.5, (0, 1))
 
 
 def test_unlike_runs_are_not_paired() -> None:
@@ -81,9 +81,9 @@ def test_unlike_runs_are_not_paired() -> None:
                     [variant.episodes[0].model_copy(update={"index": 9}), *variant.episodes[:3]]):  # fmt: skip
         with pytest.raises(FileError, match="vpp-5-seed1 and svam-5-seed1 cannot be compared: expected the goals of one"):
             paired(variant.model_copy(update={"episodes": changed}), record)
-    for key, value, found in (("policy_steps", 5, "5 and 4"), ("batch", 3, "3 and 2"), ("data", "e.dir", "e.dir and d.dir")):
+    for key, value, both in (("policy_steps", 5, "5 and 4"), ("batch", 3, "3 and 2"), ("data", "e.dir", "e.dir and d.dir")):
         unlike = variant.model_copy(update={"budget": variant.budget | {key: value}})
-        with pytest.raises(FileError, match=f"{key} is {found}, expected equal budgets"):
+        with pytest.raises(FileError, match=f"{key} is {both}, expected equal budgets"):
             paired(unlike, record)
 
 
@@ -98,13 +98,13 @@ def some_records() -> list[Record]:
 
 def test_the_table_says_what_can_be_said() -> None:
     rows, ((mean),) = compared(some_records())
-    found = {(row["variant"], row["seed"]): row for row in rows}
+    by_run = {(row["variant"], row["seed"]): row for row in rows}
     assert [row["variant"] for row in rows][:4] == ["svam", "vpp", "diffusion_policy", "no_semantic"]
     # Four comparisons; 12 goals that S-VAM alone reached.
-    assert found["diffusion_policy", 1]["p_corrected"] == pytest.approx(4 * 2 / 2**12)
-    assert found["diffusion_policy", 1]["verdict"] == "S-VAM ahead"
-    assert found["vpp", 1]["verdict"] == "not distinguishable" and found["vpp", 1]["p_corrected"] == 1.0
-    assert found["svam", 1]["verdict"] == found["goal_frame", 1]["verdict"] == ""
+    assert by_run["diffusion_policy", 1]["p_corrected"] == pytest.approx(4 * 2 / 2**12)
+    assert by_run["diffusion_policy", 1]["verdict"] == "S-VAM ahead"
+    assert by_run["vpp", 1]["verdict"] == "not distinguishable" and by_run["vpp", 1]["p_corrected"] == 1.0
+    assert by_run["svam", 1]["verdict"] == by_run["goal_frame", 1]["verdict"] == ""
     assert (mean["label"], mean["size"], mean["seeds"]) == ("VPP", 5, [1, 2])
     assert mean["difference"] == pytest.approx(-0.075) and mean["difference_low"] <= -0.075 <= mean["difference_high"]
     page = markdown(rows, [mean], "A note.", ["2 x processor"])

@@ -25,7 +25,7 @@ def config(anchor: Literal["concat", "add"] = "concat") -> DecouplerConfig:
     )  # fmt: skip
 
 
-def made(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
+def fresh(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
     torch.manual_seed(0)
     decoupler = Decoupler(config(anchor))
     decoupler.set_statistics((torch.full((5,), 2.0), torch.full((5,), 3.0)), (torch.full((6,), -1.0), torch.full((6,), 4.0)))
@@ -43,7 +43,7 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
 
 def awake(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
     """A decoupler whose output depends on everything, as after training."""
-    decoupler = made(anchor).eval()
+    decoupler = fresh(anchor).eval()
     torch.nn.init.normal_(decoupler.project.weight)
     return decoupler
 
@@ -51,7 +51,7 @@ def awake(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
 @pytest.mark.parametrize("anchor", ["concat", "add"])
 def test_it_starts_as_repeat_the_reference(anchor: Literal["concat", "add"]) -> None:
     features, reference, targets = inputs()
-    decoupler = made(anchor)
+    decoupler = fresh(anchor)
     prediction = decoupler(features, reference)
     assert prediction.shape == (2, 3, 2, 4, 6) and prediction.dtype == torch.float32
     torch.testing.assert_close(prediction, reference[:, None].expand_as(prediction))
@@ -97,15 +97,15 @@ def test_attention_is_factorised() -> None:
 def test_order_of_frames_and_places_matters_and_observations_do_not_mix() -> None:
     decoupler = awake()
     features, reference, _ = inputs()
-    whole = decoupler(features, reference)
-    torch.testing.assert_close(decoupler(features[:1], reference[:1]), whole[:1])
-    assert not torch.allclose(decoupler(features.flip(1), reference).flip(1), whole)
-    assert not torch.allclose(decoupler(features.flip(3), reference.flip(2)).flip(3), whole)
+    prediction = decoupler(features, reference)
+    torch.testing.assert_close(decoupler(features[:1], reference[:1]), prediction[:1])
+    assert not torch.allclose(decoupler(features.flip(1), reference).flip(1), prediction)
+    assert not torch.allclose(decoupler(features.flip(3), reference.flip(2)).flip(3), prediction)
 
 
 @pytest.mark.parametrize("anchor", ["concat", "add"])
 def test_it_overfits_one_batch(anchor: Literal["concat", "add"]) -> None:
-    decoupler, batch = made(anchor), inputs()
+    decoupler, batch = fresh(anchor), inputs()
     with torch.no_grad():
         before = float(decoupler.loss(*batch))
     settings = optimiser(steps=150, batch=2, learning_rate=0.01, warmup=5, ema=0.5, weight_decay=0.0)
@@ -128,7 +128,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
 
 
 def test_broken_folders_are_named(tmp_path: Path) -> None:
-    made().save(tmp_path)
+    fresh().save(tmp_path)
     file = tmp_path / "config.json"
     text = file.read_text()
     file.write_text(json.dumps(json.loads(text) | {"width": 16}))
@@ -144,13 +144,13 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
 def test_shapes_it_was_not_built_for_are_named() -> None:
     features, reference, _ = inputs()
     with pytest.raises(ContractError, match=r"features have shape \(2, 2, 2, 4, 5\), .* \(B, 3, 2, 4, 5\)"):
-        made()(features[:, :2], reference)
+        fresh()(features[:, :2], reference)
     with pytest.raises(ContractError, match=r"reference has shape \(1, 2, 4, 6\), .* \(2, 2, 4, 6\)"):
-        made()(features, reference[:1])
+        fresh()(features, reference[:1])
 
 
 def test_a_constant_channel_is_safe() -> None:
-    decoupler = made()
+    decoupler = fresh()
     decoupler.set_statistics((torch.zeros(5), torch.zeros(5)), (torch.zeros(6), torch.tensor([0.0, 1, 1, 1, 1, 1])))
     features, reference, targets = inputs()
     assert torch.isfinite(decoupler.loss(features, reference, targets))

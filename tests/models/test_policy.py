@@ -58,8 +58,8 @@ def test_the_edm_sampler_visits_the_exponential_schedule() -> None:
         return torch.full_like(noisy, 0.3)
 
     model.denoised = constant  # type: ignore[method-assign, assignment]
-    found = model.sample(torch.zeros(2, 1, 32), torch.randn(2, 3, 2))
-    torch.testing.assert_close(found, torch.full((2, 3, 2), 0.3))
+    sampled = model.sample(torch.zeros(2, 1, 32), torch.randn(2, 3, 2))
+    torch.testing.assert_close(sampled, torch.full((2, 3, 2), 0.3))
     assert seen == pytest.approx([80.0 * (0.001 / 80.0) ** (i / 9) for i in range(10)], rel=1e-5)
 
 
@@ -69,15 +69,15 @@ def test_the_epsilon_sampler_inverts_the_noising() -> None:
     model = build("epsilon")
     clean = torch.linspace(-0.9, 0.9, 6).view(1, 3, 2)
     betas = [min(1 - _alpha_bar((i + 1) / 100) / _alpha_bar(i / 100), 0.999) for i in range(TRAIN_TIMESTEPS)]
-    kept = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
+    alpha_bar = torch.cumprod(1 - torch.tensor(betas, dtype=torch.float64), 0)
 
     def oracle(noisy: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
-        a = kept[timestep[0]]
+        a = alpha_bar[timestep[0]]
         return ((noisy - a.sqrt() * clean) / (1 - a).sqrt()).float()
 
     model.epsilon = oracle  # type: ignore[method-assign, assignment]
-    found = model.sample(torch.zeros(1, 1, 32), torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0)))
-    torch.testing.assert_close(found, clean, rtol=0, atol=1e-4)
+    sampled = model.sample(torch.zeros(1, 1, 32), torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(sampled, clean, rtol=0, atol=1e-4)
 
 
 def _alpha_bar(t: float) -> float:
@@ -131,9 +131,9 @@ def test_it_learns_four_chunks_by_heart(objective: Objective) -> None:
         losses.append(loss.item())
     model.eval()
     assert sum(losses[-20:]) / 20 < 0.35 * losses[0]
-    found = model.sample(model.encode_context(tokens, text, None), torch.randn(4, 3, 2, generator=random))
-    assert (found - actions).abs().mean() < 0.15
-    assert (found.roll(1, 0) - actions).abs().mean() > 0.3
+    sampled = model.sample(model.encode_context(tokens, text, None), torch.randn(4, 3, 2, generator=random))
+    assert (sampled - actions).abs().mean() < 0.15
+    assert (sampled.roll(1, 0) - actions).abs().mean() > 0.3
 
 
 def test_proprioception_is_one_more_token_and_never_silently_absent() -> None:

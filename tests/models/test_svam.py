@@ -122,9 +122,9 @@ def test_inputs_are_normalised_per_channel(svam: SVAM, store: EpisodeStore) -> N
     network = type(svam.network)(svam.config, svam.statistics)
     network.load_state_dict(svam.network.state_dict())
     network.set_input_statistics("one_step", values.mean((0, 1, 2, 3)), values.std((0, 1, 2, 3), correction=0))
-    found = network._group(["one_step"], inputs)
-    torch.testing.assert_close(found.mean((0, 1, 2, 3)), torch.zeros(64), atol=1e-4, rtol=0)
-    torch.testing.assert_close(found.std((0, 1, 2, 3), correction=0), torch.ones(64), atol=1e-3, rtol=0)
+    normalised = network._group(["one_step"], inputs)
+    torch.testing.assert_close(normalised.mean((0, 1, 2, 3)), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normalised.std((0, 1, 2, 3), correction=0), torch.ones(64), atol=1e-3, rtol=0)
 
 
 def test_noise_seeds_decide_and_padding_does_not(svam: SVAM, store: EpisodeStore) -> None:
@@ -200,8 +200,8 @@ def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict
     model = make_svam(store, folders, context=["one_step"], proprioception=True)
     seen = observations(store, 1, proprioception=True)[0]
     model.act([seen])
-    for wrong, found in ((None, "None"), (np.zeros(5, np.float32), r"\(5,\)")):
-        with pytest.raises(ContractError, match=rf"proprioception has shape {found}, expected \(2,\)"):
+    for wrong, shape in ((None, "None"), (np.zeros(5, np.float32), r"\(5,\)")):
+        with pytest.raises(ContractError, match=rf"proprioception has shape {shape}, expected \(2,\)"):
             model.act([replace(seen, proprioception=wrong)])
     with pytest.raises(ContractError, match="NaN"):
         model.act([replace(seen, proprioception=np.full(2, np.nan, np.float32))])

@@ -125,9 +125,9 @@ def test_words_are_dropped_but_never_all() -> None:
 
 def test_ids_of_words_make_up_those_of_sentences(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
     said = [*SENTENCES, "Don't  open it; push (twice) 12.5 cm!", "ouvre-le où tu veux, \tça va", "x"]
-    whole = published[2](said)["input_ids"]
+    together = published[2](said)["input_ids"]
     ids = padded_ids(published[2], word_ids(published[2], said), said, 64).tolist()
-    assert ids == [row + [published[2].pad_token_id] * (64 - len(row)) for row in whole]
+    assert ids == [row + [published[2].pad_token_id] * (64 - len(row)) for row in together]
 
 
 def test_measure_of_a_random_encoder(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:

@@ -73,12 +73,12 @@ def test_features_and_generation_start_from_the_same_noise() -> None:
     condition, text, _ = inputs()
     noise = model.initial_noise([0, 1])
     features = model.one_step(condition, text, noise, SAMPLER)
-    made = model.generate(condition, text, noise, SAMPLER)
+    generation = model.generate(condition, text, noise, SAMPLER)
     assert features.shape == (2, 3, 4, 4, 96)
-    assert torch.equal(features, made.features)
+    assert torch.equal(features, generation.features)
     other = model.generate(condition, text, model.seeded_noise([5, 6]), SAMPLER)
     assert not torch.allclose(other.features, features)
-    assert made.latents.shape == made.one_step.shape == (2, 3, 4, 4, 4)
+    assert generation.latents.shape == generation.one_step.shape == (2, 3, 4, 4, 4)
 
 
 @torch.no_grad()
@@ -95,11 +95,11 @@ def test_blocks_after_the_last_used_do_not_run() -> None:
 def test_one_step_sampling_is_the_denoised_estimate() -> None:
     model = tiny()
     condition, text, noise = inputs()
-    made = model.generate(condition, text, noise, sampler(steps=1))
-    torch.testing.assert_close(made.latents, made.one_step)
+    generation = model.generate(condition, text, noise, sampler(steps=1))
+    torch.testing.assert_close(generation.latents, generation.one_step)
     guided = model.generate(condition, text, noise, sampler(steps=1, guidance=3.0))
     free = model.generate(condition * 0, text * 0, noise, sampler(steps=1))
-    torch.testing.assert_close(guided.latents, free.latents + 3 * (made.latents - free.latents), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(guided.latents, free.latents + 3 * (generation.latents - free.latents), rtol=1e-4, atol=1e-4)
 
 
 def test_fresh_noise_follows_its_seeds() -> None:

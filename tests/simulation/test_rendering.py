@@ -21,9 +21,9 @@ def test_a_pixel_is_the_mean_of_its_samples() -> None:
     for number in (1, 2, 3):
         squares = samples.reshape(12 // number, number, 18 // number, number, 3).astype(np.float64)
         expected = np.floor(squares.mean(axis=(1, 3)) + 0.5)
-        found = average(samples, number)
-        assert found.dtype == np.uint8
-        np.testing.assert_array_equal(found, expected)
+        pixels = average(samples, number)
+        assert pixels.dtype == np.uint8
+        np.testing.assert_array_equal(pixels, expected)
     np.testing.assert_array_equal(average(np.full((6, 6, 3), 255, np.uint8), 3), np.full((2, 2, 3), 255))
 
 
