@@ -141,7 +141,7 @@ def test_examples_of_options_are_valid() -> None:
     for source, cell in rows:
         options = importlib.import_module(f"svam.sources.{source}").Options
         for example in re.findall(r"`(\{.*?\})`", cell):
-            options.model_validate(({"rate_hz": 5.0} if source == "rlds" else {}) | _yaml.load(example))
+            options.model_validate(_yaml.load(example))
 
 
 def test_every_source_and_benchmark_has_its_line() -> None:

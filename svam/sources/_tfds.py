@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
+import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, Field, ValidationError
 
 from svam.errors import ParamsError
 from svam.files import FileError, read_json
+from svam.params import describe
 from svam.sources._tfrecord import byte_strings, numbers
 
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 _NUMERIC = {
     "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 }  # fmt: skip
-_ENCODINGS = ("none", "", "bytes", "zlib")
 _STRINGS = {"string", "object", "object_", "str", "bytes"}
 _MAX_STEP_BYTES = 2**28
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,25 @@ class Feature:
     encoding: str = ""
 
     @property
+    def packed(self) -> bool:
+        """Whether a step is a string of bytes instead of numbers."""
+        return self.encoding in ("bytes", "zlib")
+
+    @property
     def size(self) -> int:
         """Numbers per step of a numeric tensor of fixed shape and a known encoding; 0 for everything else."""
-        if self.kind != "tensor" or self.dtype not in _NUMERIC or self.encoding not in _ENCODINGS or None in self.shape:
+        known = self.packed or self.encoding in ("none", "")
+        if self.kind != "tensor" or self.dtype not in _NUMERIC or not known or None in self.shape:
             return 0
         return math.prod(n for n in self.shape if n is not None)
+
+    @property
+    def channels(self) -> int:
+        """The axis of the colours of an 8-bit picture: 2, or 0 of a tensor with channels first; -1 for everything else."""
+        if self.dtype != "uint8" or len(self.shape) != 3:
+            return -1
+        axes = [axis for axis in ((2, 0) if self.size else (2,)) if self.shape[axis] in (3, 4)]
+        return axes[0] if axes else 2 if self.kind == "image" and self.shape[2] is None else -1
 
     def __str__(self) -> str:
         sizes = ", ".join("?" if n is None else str(n) for n in self.shape)
@@ -56,13 +72,38 @@ class Shard:
     records: int
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
-    """Name, version, and the shards of each split."""
-
+class _Split(BaseModel):
     name: str
-    version: str
-    splits: Mapping[str, list[Shard]]
+    shardLengths: list[Annotated[int, Field(ge=0)]]
+    filepathTemplate: str = ""
+
+
+class DatasetInfo(BaseModel):
+    """What is read of `dataset_info.json`."""
+
+    name: Annotated[str, Field(min_length=1)]
+    version: str = ""
+    fileFormat: str = "tfrecord"
+    splits: Annotated[list[_Split], Field(min_length=1)]
+
+    def shards(self, split: _Split, file: Path) -> list[Shard]:
+        """Of a split."""
+        count, shards = len(split.shardLengths), []
+        template = split.filepathTemplate or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        for number, records in enumerate(split.shardLengths):
+            values = {
+                "DATASET": self.name, "SPLIT": split.name, "FILEFORMAT": self.fileFormat, "SHARD_INDEX": f"{number:05d}",
+                "NUM_SHARDS": f"{count:05d}", "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
+            }  # fmt: skip
+            name = re.sub(r"\{(\w+)\}", lambda key, values=values: values.get(key[1], key[0]), template)
+            if any(sign in name for sign in "{/\\\0") or name in ("", ".", ".."):
+                raise FileError(
+                    f"{file}: filepathTemplate {template!r} gives {name!r}, expected the name of a file in this folder"
+                )
+            shards.append(Shard(split.name, name, records))
+        if len({shard.name for shard in shards}) != count:
+            raise FileError(f"{file}: filepathTemplate {template!r} gives several shards one name")
+        return shards
 
 
 def find_version(path: Path, version: str) -> Path:
@@ -76,98 +117,56 @@ def find_version(path: Path, version: str) -> Path:
         raise FileError(f"{path}: no such directory")
     if not version and (path / "dataset_info.json").is_file():
         return path
-    found = sorted(
-        file.parent
+    folders = {
+        file.parent: file.parent.relative_to(path).as_posix()
         for depth in ("", "*/", "*/*/", "*/*/*/")
-        for file in path.glob(f"{depth}dataset_info.json")
+        for file in sorted(path.glob(f"{depth}dataset_info.json"))
         if file.is_file()
-    )
-    if not found:
+    }
+    if not folders:
         raise FileError(
             f"{path}: no dataset_info.json in it or up to three folders below; expected a TFDS folder such as 1.0.0"
         )
-    names = {folder: folder.relative_to(path).as_posix() for folder in found}
-    chosen = (
-        found if not version else [f for f in found if f"/{path.name}/{names[f]}".removesuffix("/.").endswith(f"/{version}")]
-    )
+    chosen = [
+        folder
+        for folder, name in folders.items()
+        if not version or f"/{path.name}/{name}".removesuffix("/.").endswith(f"/{version}")
+    ]
     if len(chosen) != 1:
-        wanted = (
-            f"convert.options.version is {version!r}, which fits {len(chosen)}"
-            if version
-            else "say which by convert.options.version"
+        which = f"convert.options.version is {version!r}, which fits {len(chosen)}"
+        raise ParamsError(
+            f"{path}: {len(folders)} data sets ({', '.join(folders.values())}); "
+            f"{which if version else 'say which by convert.options.version'}, expected one"
         )
-        raise ParamsError(f"{path}: {len(found)} data sets ({', '.join(names.values())}); {wanted}, expected one")
     return chosen[0]
 
 
 def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = read_json(file)
-    except RecursionError:
-        raise FileError(f"{file}: nested too deeply") from None
+    value = read_json(file)
     if not isinstance(value, dict):
         raise FileError(f"{file}: {type(value).__name__}, expected an object")
     return value
 
 
-def _whole_number(value: Any) -> int | None:
-    """A number as protobuf's JSON has it, "25" or 25; None where it is none."""
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19:
-        return int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def read_dataset_info(folder: Path) -> DatasetInfo:
-    """Parse `dataset_info.json`.
+def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]]:
+    """(`dataset_info.json`, split -> its shards).
 
     Raises:
         FileError: it is missing, damaged, of another file format than tfrecord, or names files outside its folder.
     """
     file = folder / "dataset_info.json"
-    info = _json(file)
-    name, version, file_format = info.get("name"), info.get("version", folder.name), info.get("fileFormat", "tfrecord")
-    if not isinstance(name, str) or not name or not isinstance(version, str):
-        raise FileError(f"{file}: name is {name!r} and version {version!r}, expected strings")
-    if file_format != "tfrecord":
-        raise FileError(f"{file}: fileFormat is {file_format!r}, this reader knows 'tfrecord'")
-    splits: dict[str, list[Shard]] = {}
-    declared = info.get("splits")
-    if not isinstance(declared, list) or not declared:
-        raise FileError(f"{file}: splits is missing or empty")
-    for at, split in enumerate(declared):
-        if (
-            not isinstance(split, dict)
-            or not isinstance(split.get("name"), str)
-            or not isinstance(split.get("shardLengths"), list)
-        ):
-            raise FileError(f"{file}: splits[{at}] lacks a name or a list of shardLengths")
-        if split["name"] in splits:
-            raise FileError(f"{file}: split {split['name']!r} is there twice")
-        template = split.get("filepathTemplate") or _TEMPLATE
-        lengths = split["shardLengths"]
-        shards = []
-        for number, length in enumerate(lengths):
-            records = _whole_number(length)
-            if records is None or not isinstance(template, str):
-                raise FileError(
-                    f"{file}: splits[{at}].shardLengths[{number}] is {length!r}, expected a number (template {template!r})"
-                )
-            values = {
-                "DATASET": name, "SPLIT": split["name"], "FILEFORMAT": "tfrecord", "SHARD_INDEX": f"{number:05d}",
-                "NUM_SHARDS": f"{len(lengths):05d}", "SHARD_X_OF_Y": f"{number:05d}-of-{len(lengths):05d}",
-            }  # fmt: skip
-            shard = template
-            for key, value in values.items():
-                shard = shard.replace("{" + key + "}", value)
-            if "{" in shard or "/" in shard or "\\" in shard or "\0" in shard or shard in ("", ".", ".."):
-                raise FileError(
-                    f"{file}: filepathTemplate {template!r} gives {shard!r}, expected the name of a file in this folder"
-                )
-            shards.append(Shard(split["name"], shard, records))
-        if len({shard.name for shard in shards}) != len(shards):
-            raise FileError(f"{file}: filepathTemplate {template!r} gives several shards one name")
-        splits[split["name"]] = shards
-    return DatasetInfo(name, version, splits)
+    try:
+        info = DatasetInfo.model_validate(_json(file))
+    except ValidationError as error:
+        raise FileError(describe(error, file).splitlines()[0]) from None
+    if info.fileFormat != "tfrecord":
+        raise FileError(
+            f"{file}: fileFormat is {info.fileFormat!r}, expected 'tfrecord'; TFDS writes that with `tfds convert_format`"
+        )
+    splits = {split.name: info.shards(split, file) for split in info.splits}
+    if len(splits) != len(info.splits):
+        raise FileError(f"{file}: two splits have one name")
+    return info, splits
 
 
 def read_features(folder: Path) -> dict[str, Feature]:
@@ -182,10 +181,7 @@ def read_features(folder: Path) -> dict[str, Feature]:
         raise FileError(
             f"{file}: in the form of early TFDS versions (type, content), expected featuresDict; rewrite it with a newer TFDS"
         )
-    try:
-        features = dict(_leaves(root, "", file, 0))
-    except RecursionError:
-        raise FileError(f"{file}: nested too deeply") from None
+    features = dict(_leaves(root, "", file, 0))
     if not any(name.startswith("steps/") for name in features):
         raise FileError(
             f"{file}: no features under 'steps', so this is no RLDS data set; it has {', '.join(features)[:200] or 'none'}"
@@ -195,48 +191,49 @@ def read_features(folder: Path) -> dict[str, Feature]:
 
 def _leaves(node: Any, name: str, file: Path, depth: int) -> Iterator[tuple[str, Feature]]:
     """The leaves below a node of `features.json`. Only the sequence `steps` is entered: others have no fixed length a step."""
-    where = f"{file}: feature {name!r}"
-    if not isinstance(node, dict):
-        raise FileError(f"{where} is {type(node).__name__}, expected an object")
+
+    def entry(value: Any, key: str, kind: type = dict) -> Any:
+        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
+            raise FileError(f"{file}: feature {name!r} lacks {key}, or it is of the wrong type")
+        return value[key]
+
+    if not isinstance(node, dict) or depth > _MAX_DEPTH:
+        raise FileError(f"{file}: feature {name!r} is {type(node).__name__}, expected an object, not nested too deeply")
     sequence = node.get("sequence", node.get("dataset"))
     if "featuresDict" in node:
-        children = node["featuresDict"].get("features") if isinstance(node["featuresDict"], dict) else None
-        if not isinstance(children, dict):
-            raise FileError(f"{where} lacks featuresDict.features")
-        for key, child in children.items():
+        for key, child in entry(node["featuresDict"], "features").items():
             yield from _leaves(child, f"{name}/{key}" if name else key, file, depth + 1)
     elif sequence is not None and name == "steps":
-        yield from _leaves(sequence.get("feature") if isinstance(sequence, dict) else None, name, file, depth + 1)
+        yield from _leaves(entry(sequence, "feature"), name, file, depth + 1)
     elif "text" in node:
         yield name, Feature("text")
-    elif "image" in node or "tensor" in node:
-        kind: Literal["image", "tensor"] = "image" if "image" in node else "tensor"
-        content = node[kind]
-        if not isinstance(content, dict):
-            raise FileError(f"{where}: {kind} is {type(content).__name__}, expected an object")
-        dtype = content.get("dtype", "uint8" if kind == "image" else None)
-        encoding = content.get("encodingFormat", "") if kind == "image" else content.get("encoding", "none")
-        if not isinstance(dtype, str) or not isinstance(encoding, str):
-            raise FileError(f"{where}: dtype is {dtype!r} and the encoding {encoding!r}, expected strings")
-        shape = _shape(content.get("shape"), where)
-        if kind == "tensor" and dtype in _STRINGS:
+    elif "image" in node:
+        image = entry(node, "image")
+        encoding = str(image.get("encodingFormat", "")).lower()
+        yield (
+            name,
+            Feature("image", _shape(image, file, name) or (None, None, None), str(image.get("dtype", "uint8")), encoding),
+        )
+    elif "tensor" in node:
+        tensor = entry(node, "tensor")
+        shape, dtype = _shape(tensor, file, name), entry(tensor, "dtype", str)
+        if dtype in _STRINGS:
             yield name, Feature("text" if shape in ((), (1,)) else "other", shape, dtype)
         else:
-            yield name, Feature(kind, shape or ((None, None, None) if kind == "image" else ()), dtype, encoding.lower())
+            yield name, Feature("tensor", shape, dtype, str(tensor.get("encoding", "none")).lower())
     else:
         yield name, Feature("other")
 
 
-def _shape(node: Any, where: str) -> tuple[int | None, ...]:
-    dimensions = node.get("dimensions", []) if isinstance(node, dict) else [] if node is None else node
-    if not isinstance(dimensions, list):
-        raise FileError(f"{where}: shape is {node!r}, expected a list of dimensions")
-    shape: list[int | None] = []
-    for n in dimensions:
-        if n not in (-1, "-1", None) and _whole_number(n) is None:
-            raise FileError(f"{where}: shape is {dimensions!r}, expected whole numbers, -1 for a size that varies")
-        shape.append(_whole_number(n))
-    return tuple(shape)
+def _shape(content: dict[str, Any], file: Path, name: str) -> tuple[int | None, ...]:
+    """Sizes as protobuf's JSON has them: "25" or 25, "-1" where one varies."""
+    shape = content.get("shape") or {}
+    sizes = shape.get("dimensions", []) if isinstance(shape, dict) else shape
+    try:
+        numbers = [-1 if size is None else int(size) for size in sizes]
+    except (TypeError, ValueError):
+        raise FileError(f"{file}: feature {name!r}: shape is {shape!r}, expected whole numbers") from None
+    return tuple(number if number >= 0 else None for number in numbers)
 
 
 def texts(data: memoryview, feature: Feature, where: str) -> list[str]:
@@ -263,9 +260,8 @@ def texts(data: memoryview, feature: Feature, where: str) -> list[str]:
 
 
 def unpacked(item: memoryview, feature: Feature, where: str) -> bytes:
-    """The bytes of one step of a tensor with encoding bytes or zlib, of exactly the declared size."""
-    dtype = np.dtype(feature.dtype)
-    expected = feature.size * dtype.itemsize
+    """The bytes of one step of a packed tensor, of exactly the declared size."""
+    expected = feature.size * np.dtype(feature.dtype).itemsize
     if expected > _MAX_STEP_BYTES:
         raise FileError(f"{where}: {expected} bytes a step, expected at most {_MAX_STEP_BYTES}")
     data = bytes(item)
@@ -285,7 +281,7 @@ def vectors(data: memoryview, feature: Feature, where: str) -> NDArray[Any]:
     Raises:
         FileError: damaged, or no multiple of the declared size.
     """
-    if feature.encoding in ("bytes", "zlib"):
+    if feature.packed:
         rows = [unpacked(item, feature, f"{where}, step {step}") for step, item in enumerate(byte_strings(data, where))]
         dtype = np.dtype(feature.dtype).newbyteorder("<")
         return np.frombuffer(b"".join(rows), dtype=dtype).reshape(len(rows), feature.size)
@@ -293,3 +289,16 @@ def vectors(data: memoryview, feature: Feature, where: str) -> NDArray[Any]:
     if len(values) % feature.size:
         raise FileError(f"{where}: {len(values)} numbers, expected a multiple of {feature.size} ({feature})")
     return values.reshape(-1, feature.size)
+
+
+def tensor_pictures(data: memoryview, feature: Feature, where: str) -> NDArray[np.uint8]:
+    """(n, H, W, 3) of a tensor of pictures, as `Feature.channels` says they lie.
+
+    Raises:
+        FileError: as `vectors`, or numbers are no pixels.
+    """
+    values = vectors(data, feature, where)
+    if values.dtype.kind == "f" or not ((values >= 0) & (values <= 255)).all():
+        raise FileError(f"{where}: numbers outside 0..255, expected pixels")
+    pictures = values.astype(np.uint8, copy=False).reshape(-1, *(size or 0 for size in feature.shape))
+    return np.ascontiguousarray(np.moveaxis(pictures, feature.channels + 1, 3)[..., :3])

@@ -4,15 +4,18 @@ A folder `<name>/<version>/` with `dataset_info.json`, `features.json` and `<nam
 is an episode, with one list per feature over all its steps (`steps/action`, `steps/observation/image_0`, ...).
 
 What becomes what:
-- cameras: the RGB images under `steps/observation`, sorted by name, "/" in a name becoming "_". Depth images, other images and
-  pictures stored as integers are left out with a note. JPEG is decoded with Pillow; TensorFlow's default decoder is a faster,
-  coarser one, so its pixels may differ by a few levels. PNG and raw pictures are exact.
+- cameras: the RGB images under `steps/observation`, sorted by name, "/" in a name becoming "_"; `convert.cameras` takes a
+  feature's name too. Depth and other images are left out with a note. JPEG is decoded with Pillow; TensorFlow's default decoder
+  is a faster, coarser one, so its pixels may differ by a few levels. PNG and pictures in tensors are exact; a fourth channel is
+  dropped.
 - vectors: float32; float64, integers and booleans are cast to it, and the axes of a step are flattened in row-major order.
 - alignment, as RLDS defines it: step t holds observation t and the action that was taken from there. Of a step with `is_last`
   only the observation is meaningful, so that step is left out (option `last_step`), with a note. `is_terminal` says why an
   episode ended, not whether its action is valid: it changes nothing. A recording cut short has no `is_last`: all steps stay.
+- instruction: of `language_instruction` or kin; where that is empty, of `language_instruction_2` or `_3`, which DROID has.
 - repeated episodes (in a validation split that repeats the training split, for example): the same data under `steps/`, by
   SHA-256. The first is kept, the others are left out with a note.
+- an episode's name is `<shard>#<number in it>`; `episode_metadata/success` is its success.
 
 Every record is checked against its CRC-32C when it is read. Before, one pass over the shards notes where records are, their
 numbers of steps and instructions, skipping pictures. One record at a time is in memory.
@@ -26,123 +29,119 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svam.console import track
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frames, SourceDescription
 from svam.errors import ParamsError
-from svam.files import FileError, stamp
+from svam.files import FileError, refuse_lfs_pointer, stamp
+from svam.sources._choice import checked, chosen_instruction
 from svam.sources._pictures import picture_blocks
 from svam.sources._rlds_options import Options, choose
-from svam.sources._tfds import (
-    DatasetInfo,
-    Feature,
-    Shard,
-    find_version,
-    read_dataset_info,
-    read_features,
-    texts,
-    vectors,
-)
-from svam.sources._tfrecord import byte_strings, feature_spans, features_of, fetch_from_file, read_record, record_spans
+from svam.sources._tfds import Shard, find_version, read_dataset_info, read_features, tensor_pictures, texts, vectors
+from svam.sources._tfrecord import byte_strings, features_of, mapped, read_record, record_spans
+
+_LISTED = 10
+"""Missing shards that a message names."""
 
 
 class _Entry(NamedTuple):
-    """An episode's place and facts: shard number, record number in it, payload's offset and length, steps, steps kept."""
+    """An episode's place and facts: shard number, record number in it, payload's offset and length; steps, steps kept."""
 
     shard: int
     record: int
     offset: int
     length: int
-    recorded: int
-    kept: int
-    instruction: str
-
-
-class _Index(NamedTuple):
-    """All episodes that are read, and what was left out."""
-
-    entries: list[_Entry]
-    notes: list[str]
+    recorded: int = 0
+    kept: int = 0
+    instruction: str = ""
+    success: bool | None = None
+    refusal: str = ""
+    """Why it cannot be read."""
 
 
 class RldsSource:
     """Episodes in the order of splits, shards and records."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.folder, self._options = find_version(Path(path), options.version), options
-        self._info: DatasetInfo = read_dataset_info(self.folder)
-        self._features: dict[str, Feature] = read_features(self.folder)
-        self._notes: list[str] = []
-        self._shards = self._chosen_shards()
-        self._chosen = choose(self._features, options, self.folder / "features.json")
-
-    def _chosen_shards(self) -> list[Shard]:
-        names = list(dict.fromkeys([*self._options.splits, *self._options.held_out_splits]))
-        for name in names:
-            if name not in self._info.splits:
-                raise ParamsError(
-                    f"convert.options.splits: {name!r}; {self.folder} has the splits {', '.join(self._info.splits)}"
-                )
-        for name, unread in self._info.splits.items():
-            if name not in names:
-                count = sum(shard.records for shard in unread)
-                self._notes.append(f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are")
-        shards = [shard for name in names for shard in self._info.splits[name]]
-        missing = [shard.name for shard in shards if not (self.folder / shard.name).is_file()]
-        if missing and (self._options.missing_shards == "refuse" or len(missing) == len(shards)):
-            raise FileError(
-                f"{self.folder / missing[0]}: no such file, though dataset_info.json lists it ({len(missing)} of {len(shards)} "
-                "are missing); convert.options.missing_shards: leave_out reads the others"
+        if choice.rate_hz is None:
+            raise ParamsError(
+                "convert.rate_hz is null, but RLDS does not record the steps per second: set it, for example to 5 for bridge, "
+                "3 for fractal20220817_data (RT-1), 15 for droid"
             )
-        if missing:
-            self._notes.append(f"{len(missing)} of {len(shards)} shards are missing and left out, the first is {missing[0]}")
-        return [shard for shard in shards if shard.name not in missing]
+        self.folder, self._options, self._choice = find_version(path, options.version), options, choice
+        self._rate_hz = choice.rate_hz
+        self._info, splits = read_dataset_info(self.folder)
+        self._features = read_features(self.folder)
+        self._chosen = choose(self._features, options, choice, self.folder / "features.json")
+        self._notes: list[str] = []
+        self._shards = self._present(splits)
+        self._notes += self._chosen.notes
+
+    def _present(self, splits: Mapping[str, list[Shard]]) -> list[Shard]:
+        """The shards of the chosen splits, which must all be there."""
+        names = list(dict.fromkeys([*self._options.splits, *self._options.held_out_splits]))
+        if unknown := [name for name in names if name not in splits]:
+            raise ParamsError(f"convert.options.splits: {unknown[0]!r}; {self.folder} has the splits {', '.join(splits)}")
+        for name in [name for name in splits if name not in names]:
+            count = sum(shard.records for shard in splits[name])
+            self._notes.append(f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are")
+        shards = [shard for name in names for shard in splits[name]]
+        absent: dict[str, str] = {}
+        for shard in shards:
+            try:
+                if not (self.folder / shard.name).is_file():
+                    raise FileError(f"{self.folder / shard.name}: no such file, though dataset_info.json lists it")
+                refuse_lfs_pointer(self.folder / shard.name)
+            except FileError as error:
+                absent[shard.name] = str(error)
+        if absent and (self._options.missing_shards == "refuse" or len(absent) == len(shards)):
+            listed = ", ".join(list(absent)[:_LISTED]) + f" and {len(absent) - _LISTED} more" * (len(absent) > _LISTED)
+            raise FileError(
+                f"{next(iter(absent.values()))}; {len(absent)} of {len(shards)} shards are missing ({listed}); "
+                "convert.options.missing_shards: leave_out reads the others"
+            )
+        if absent:
+            self._notes.append(f"{len(absent)} of {len(shards)} shards are missing and left out: {', '.join(absent)}")
+        return [shard for shard in shards if shard.name not in absent]
 
     @cached_property
-    def _index(self) -> _Index:
-        """Scan all shards, once; workers receive the result."""
-        notes: list[str] = []
+    def _index(self) -> tuple[list[_Entry], list[str]]:
+        """All episodes, and what was left out: one scan of all shards; workers receive the result."""
         entries: list[_Entry] = []
-        empty, unlabelled, shortened = [], [], 0
         sizes: list[int] = []
-        interned: dict[str, str] = {}
+        empty, unlabelled, shortened = [], [], 0
         with closing(track(enumerate(self._shards), "index of the shards", len(self._shards))) as shards:
             for number, shard in shards:
                 for entry, size in self._scan(number, shard):
-                    if not entry.kept:
+                    if not (entry.kept or entry.refusal):
                         empty.append(self._where(entry))
-                    elif not entry.instruction.strip():
+                    elif not (entry.instruction or entry.refusal) and self._options.without_instruction == "leave_out":
                         unlabelled.append(self._where(entry))
                     else:
                         shortened += entry.kept < entry.recorded
-                        entries.append(entry._replace(instruction=interned.setdefault(entry.instruction, entry.instruction)))
+                        entries.append(entry)
                         sizes.append(size)
-        if unlabelled and self._options.without_instruction == "refuse":
-            raise ContractError(
-                f"{unlabelled[0]}: the instruction is empty, as in {len(unlabelled)} episodes in all; set "
-                "convert.options.instruction or without_instruction: leave_out"
-            )
-        if unlabelled:
-            notes.append(f"{len(unlabelled)} episodes without an instruction are left out, the first is {unlabelled[0]}")
-        if empty:
-            notes.append(f"{len(empty)} episodes without a usable step are left out, the first is {empty[0]}")
+        notes = [
+            f"{len(places)} episodes without {what} are left out, the first is {places[0]}"
+            for what, places in (("an instruction", unlabelled), ("a usable step", empty))
+            if places
+        ]
         if shortened:
             notes.append(
                 f"the last step of {shortened} episodes is left out: is_last marks it, and RLDS gives its action no meaning "
                 "(convert.options.last_step: keep)"
             )
-        repeated = self._repeated(entries, sizes)
-        if repeated:
-            of_split = Counter(self._shards[entries[at].shard].split for at in repeated)
-            first = entries[min(repeated)]
+        if repeated := self._repeated(entries, sizes):
+            splits = Counter(self._shards[entries[at].shard].split for at in repeated)
+            first, original = entries[min(repeated)], entries[repeated[min(repeated)]]
             notes.append(
-                f"{len(repeated)} repeated episodes are left out ({', '.join(f'{n} in {s!r}' for s, n in of_split.items())}), "
-                f"the first is {self._where(first)}, which repeats {self._where(entries[repeated[min(repeated)]])}"
+                f"{len(repeated)} repeated episodes are left out ({', '.join(f'{n} in {s!r}' for s, n in splits.items())}), "
+                f"the first is {self._where(first)}, which repeats {self._where(original)}"
             )
         kept = [entry for at, entry in enumerate(entries) if at not in repeated]
         for split in self._options.held_out_splits:
@@ -153,70 +152,64 @@ class RldsSource:
                 )
         if not kept:
             raise ContractError(f"{self.folder}: no episodes" + ("; " + notes[0] if notes else ""))
-        return _Index(kept, notes)
+        return kept, notes
 
     def _scan(self, number: int, shard: Shard) -> Iterator[tuple[_Entry, int]]:
         """Each record of a shard, with the number of bytes under `steps/`; pictures are skipped, data are not checked."""
-        path = self.folder / shard.name
-        try:
-            with path.open("rb") as file:
-                found = 0
-                for offset, length in record_spans(file, path.stat().st_size, str(path)):
-                    yield self._facts(file, number, found, offset, length)
-                    found += 1
-        except OSError as error:
-            raise FileError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
-        if found != shard.records:
-            raise FileError(f"{path}: {found} records, but dataset_info.json says {shard.records}")
+        path, record = self.folder / shard.name, -1
+        content = mapped(path)
+        for record, (offset, length) in enumerate(record_spans(content, str(path))):
+            place, size = _Entry(number, record, offset, length), -1
+            try:
+                try:
+                    data = features_of(content[offset : offset + length], self._where(place))
+                    entry = self._entry(place, data)
+                    size = sum(len(feature) for name, feature in data.items() if name.startswith("steps/"))
+                except (FileError, ContractError):
+                    self._payload(place)  # a damaged record is told as that
+                    raise
+                if not (entry.kept and entry.instruction):  # never left out because it is damaged
+                    self._payload(place)
+            except (FileError, ContractError) as error:
+                entry = place._replace(refusal=str(error))
+            yield entry, size
+        if record + 1 != shard.records:
+            raise FileError(f"{path}: {record + 1} records, but dataset_info.json says {shard.records}")
 
-    def _facts(self, file: BinaryIO, shard: int, record: int, offset: int, length: int) -> tuple[_Entry, int]:
-        where = self._place(shard, record)
-        fetch = fetch_from_file(file, where)
-        path = self.folder / self._shards[shard].name
-        try:
-            spans = feature_spans(fetch, offset, offset + length, where)
-            wanted = {name for name in (self._chosen.counter, self._chosen.is_last, self._chosen.instruction) if name in spans}
-            entry = self._entry(shard, record, offset, length, {name: memoryview(fetch(*spans[name])) for name in wanted})
-        except (FileError, ContractError):
-            read_record(path, offset, length, where)  # a damaged record is told as that
-            raise
-        if not entry.kept or not entry.instruction.strip():  # never left out because it is damaged
-            read_record(path, offset, length, where)
-        return entry, sum(end - start for name, (start, end) in spans.items() if name.startswith("steps/"))
-
-    def _entry(self, shard: int, record: int, offset: int, length: int, data: Mapping[str, memoryview]) -> _Entry:
+    def _entry(self, place: _Entry, data: Mapping[str, memoryview]) -> _Entry:
         """An episode's facts, from its small features."""
-        where = self._place(shard, record)
-        recorded = kept = self._length(self._chosen.counter, data, where)
+        where = self._where(place)
+        counter = self._chosen.counter
+        if self._features[counter].size and not self._features[counter].packed:
+            recorded = kept = len(self._vector(counter, data, where))
+        else:
+            recorded = kept = len(byte_strings(self._feature(counter, data, where), f"{where}: {counter}"))
         if self._chosen.is_last and recorded:
-            marked = np.flatnonzero(self._vector(self._chosen.is_last, data, recorded, where))
+            marked = np.flatnonzero(self._vector(self._chosen.is_last, data, where, recorded))
             if len(marked) and marked[0] != recorded - 1:
                 raise ContractError(
                     f"{where}: is_last marks step {marked[0]} of {recorded}, expected the last; "
                     "convert.options.last_step: keep ignores it"
                 )
             kept -= len(marked)
-        instruction = ""
-        if self._chosen.instruction and recorded:
-            steps = self._chosen.instruction.startswith("steps/")
-            feature = self._feature(self._chosen.instruction, data, where)
-            lines = texts(feature, self._features[self._chosen.instruction], f"{where}: {self._chosen.instruction}")
-            if len(lines) != (recorded if steps else 1):
-                raise ContractError(f"{where}: {len(lines)} instructions, expected {recorded if steps else 1}")
-            different = list(dict.fromkeys(line for line in lines[:kept] if line.strip()))
-            if len(different) > 1 and self._options.changing_instruction == "refuse":
-                raise ContractError(
-                    f"{where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
-                    "convert.options.changing_instruction: first takes the first"
-                )
-            instruction = different[0] if different else ""
-        return _Entry(shard, record, offset, length, recorded, kept, instruction or self._options.instruction)
+        success = bool(self._vector(self._chosen.success, data, where, 1)[0, 0]) if self._chosen.success else None
+        sentences = (self._sentence(name, data, recorded, kept, where) for name in self._chosen.instructions if kept)
+        sentence = next(filter(None, sentences), "")
+        return place._replace(recorded=recorded, kept=kept, instruction=sentence, success=success)
 
-    def _length(self, name: str, data: Mapping[str, memoryview], where: str) -> int:
-        feature, found = self._features[name], self._feature(name, data, where)
-        if feature.size and feature.kind == "tensor" and feature.encoding not in ("bytes", "zlib"):
-            return len(vectors(found, feature, f"{where}: {name}"))
-        return len(byte_strings(found, f"{where}: {name}"))
+    def _sentence(self, name: str, data: Mapping[str, memoryview], recorded: int, kept: int, where: str) -> str:
+        """The one that is not empty, of a feature's steps that are kept."""
+        lines = texts(self._feature(name, data, where), self._features[name], f"{where}: {name}")
+        expected = recorded if name.startswith("steps/") else 1
+        if len(lines) != expected:
+            raise ContractError(f"{where}: {name} has {len(lines)} instructions, expected {expected}")
+        different = list(dict.fromkeys(line for line in lines[:kept] if line.strip()))
+        if len(different) > 1 and self._options.changing_instruction == "refuse":
+            raise ContractError(
+                f"{where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
+                "convert.options.changing_instruction: first takes the first"
+            )
+        return different[0].strip() if different else ""
 
     @staticmethod
     def _feature(name: str, data: Mapping[str, memoryview], where: str) -> memoryview:
@@ -224,75 +217,75 @@ class RldsSource:
             raise FileError(f"{where}: feature {name!r} is missing, though features.json lists it")
         return data[name]
 
-    def _vector(self, name: str, data: Mapping[str, memoryview], rows: int, where: str) -> NDArray[Any]:
+    def _vector(self, name: str, data: Mapping[str, memoryview], where: str, rows: int | None = None) -> NDArray[Any]:
         values = vectors(self._feature(name, data, where), self._features[name], f"{where}: {name}")
-        if len(values) != rows:
+        if rows is not None and len(values) != rows:
             raise ContractError(f"{where}: {name} has {len(values)} rows, expected {rows} as {self._chosen.counter} has")
         return values
 
     def _repeated(self, entries: Sequence[_Entry], sizes: Sequence[int]) -> dict[int, int]:
         """Number of an episode that repeats an earlier one -> the earlier one's. Only those of equal sizes are read."""
         alike = Counter((entry.recorded, size) for entry, size in zip(entries, sizes, strict=True))
+        todo = [at for at, entry in enumerate(entries) if not entry.refusal and alike[entry.recorded, sizes[at]] > 1]
         first: dict[bytes, int] = {}
         repeated: dict[int, int] = {}
-        todo = [at for at, entry in enumerate(entries) if alike[entry.recorded, sizes[at]] > 1]
         if not todo:
             return repeated
         with closing(track(todo, "episodes of equal size, compared", len(todo))) as numbers:
             for at in numbers:
-                digest = self._digest(entries[at])
-                if digest in first:
-                    repeated[at] = first[digest]
-                first.setdefault(digest, at)
+                digest = hashlib.sha256()
+                for name, feature in sorted(features_of(self._payload(entries[at]), self._where(entries[at])).items()):
+                    if name.startswith("steps/"):  # by name: a record's own order is arbitrary
+                        digest.update(f"{name}\0{len(feature)}\0".encode())
+                        digest.update(feature)
+                if (original := first.setdefault(digest.digest(), at)) != at:
+                    repeated[at] = original
         return repeated
 
-    def _digest(self, entry: _Entry) -> bytes:
-        """SHA-256 of all features under `steps/`, in the order of their names: a record's own order is arbitrary."""
-        digest = hashlib.sha256()
-        for name, feature in sorted(self._data(entry).items()):
-            if name.startswith("steps/"):
-                digest.update(f"{name}\0{len(feature)}\0".encode())
-                digest.update(feature)
-        return digest.digest()
-
-    def _place(self, shard: int, record: int) -> str:
-        return f"{self.folder / self._shards[shard].name}: record {record}"
-
     def _where(self, entry: _Entry) -> str:
-        return self._place(entry.shard, entry.record)
+        return f"{self.folder / self._shards[entry.shard].name}: record {entry.record}"
 
-    def _data(self, entry: _Entry) -> dict[str, memoryview]:
-        """All features of a record, which is checked against its checksum."""
-        where = self._where(entry)
-        return features_of(read_record(self.folder / self._shards[entry.shard].name, entry.offset, entry.length, where), where)
+    def _payload(self, entry: _Entry) -> memoryview:
+        """A record, which is checked against its checksum."""
+        return read_record(self.folder / self._shards[entry.shard].name, entry.offset, entry.length, self._where(entry))
+
+    def _sentence_of(self, entry: _Entry) -> str:
+        return chosen_instruction(self._choice, entry.instruction, self._where(entry))
 
     @property
     def notes(self) -> list[str]:
         """What is left out, and why."""
-        return [*self._notes, *self._chosen.notes, *self._index.notes]
+        return [*self._notes, *self._index[1]]
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, one task per different instruction, and the data set's name and version."""
-        sentences = dict.fromkeys(entry.instruction for entry in self._index.entries)
+        choice = self._choice
+        own = [choice.instruction or entry.instruction or choice.missing_instruction for entry in self._index[0]]
+        sentences = dict.fromkeys(filter(None, own))
         return SourceDescription(
-            rate_hz=self._options.rate_hz, cameras=list(self._chosen.cameras),
+            rate_hz=self._rate_hz, cameras=list(self._chosen.cameras),
             instructions={sentence: {"train": [sentence], "held_out": []} for sentence in sentences},
             provenance={
-                "source": "rlds", "name": self._info.name, "version": self._info.version,
+                "source": "rlds", "name": self._info.name, "version": self._info.version or self.folder.name,
                 "splits": list(dict.fromkeys(shard.split for shard in self._shards)),
                 "actions": self._chosen.action, "proprioception": self._chosen.proprioception, "state": self._chosen.state,
             },
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._index.entries)
+        return len(self._index[0])
 
     def shape(self, index: int) -> EpisodeShape:
-        """Steps and split, from the scan."""
-        entry = self._index.entries[index]
+        """Steps, split and sentence, from the scan."""
+        entry = self._index[0][index]
+        if entry.refusal:
+            raise FileError(entry.refusal)
         shard = self._shards[entry.shard]
-        held_out = shard.split in self._options.held_out_splits if self._options.held_out_splits else None
-        return EpisodeShape(entry.kept, held_out=held_out, stamp=f"{stamp(self.folder / shard.name)}:{entry.offset}")
+        return EpisodeShape(
+            entry.kept, held_out=shard.split in self._options.held_out_splits if self._options.held_out_splits else None,
+            stamp=f"{stamp(self.folder / shard.name)}:{entry.offset}", name=f"{shard.name}#{entry.record}",
+            task=self._sentence_of(entry), success=entry.success,
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode; its pictures are decoded when they are asked for.
@@ -301,36 +294,33 @@ class RldsSource:
             FileError: the record is damaged, lacks a feature, or changed since the scan.
             ContractError: the episode breaks the contract.
         """
-        entry = self._index.entries[index]
-        where, data, rows = self._where(entry), self._data(entry), entry.recorded
-        if self._entry(entry.shard, entry.record, entry.offset, entry.length, data) != entry:
+        entry = self._index[0][index]
+        where, rows, kept = self._where(entry), entry.recorded, entry.kept
+        data = features_of(self._payload(entry), where)
+        if self._entry(_Entry(*entry[:4]), data) != entry:
             raise FileError(f"{where}: differs from when the shards were scanned; run the same command again")
 
         def joined(names: Sequence[str]) -> NDArray[np.float32] | None:
-            parts = [self._vector(name, data, rows, where) for name in names]
+            parts = [self._vector(name, data, where, rows) for name in names]
             with np.errstate(over="ignore", invalid="ignore"):  # an infinity is refused by the contract's check
-                return np.concatenate([part.astype(np.float32) for part in parts], axis=1)[: entry.kept] if parts else None
+                return np.concatenate([part.astype(np.float32) for part in parts], axis=1)[:kept] if parts else None
 
-        frames: dict[str, FrameBlocks] = {}
-        for camera, name in self._chosen.cameras.items():
-            pictures = byte_strings(self._feature(name, data, where), f"{where}: {name}")
-            if len(pictures) != rows:
-                raise ContractError(
-                    f"{where}: {name} has {len(pictures)} pictures, expected {rows} as {self._chosen.counter} has"
-                )
-            frames[camera] = picture_blocks(pictures[: entry.kept], self._features[name], f"{where}: {name}")
-        shard = self._shards[entry.shard]
+        def pictures(name: str) -> Frames:
+            feature, content, what = self._features[name], self._feature(name, data, where), f"{where}: {name}"
+            items = byte_strings(content, what) if feature.kind == "image" else tensor_pictures(content, feature, what)
+            if len(items) != rows:
+                raise ContractError(f"{what} has {len(items)} pictures, expected {rows} as {self._chosen.counter} has")
+            return items[:kept] if isinstance(items, np.ndarray) else picture_blocks(items[:kept], feature, what)
+
+        shard, sentence = self._shards[entry.shard], self._sentence_of(entry)
         episode = Episode(
-            task=entry.instruction, instruction=entry.instruction, rate_hz=self._options.rate_hz, frames=frames,
+            task=sentence, instruction=sentence, rate_hz=self._rate_hz,
+            frames={camera: pictures(name) for camera, name in self._chosen.cameras.items()},
             actions=joined(self._chosen.action), proprioception=joined(self._chosen.proprioception),
             state=joined(self._chosen.state),
-            provenance={"file": f"{shard.name}#{entry.record}", "split": shard.split, "recorded_steps": entry.recorded},
+            provenance={"file": f"{shard.name}#{entry.record}", "split": shard.split, "recorded_steps": rows},
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{where}: {error}") from None
-        return episode
+        return checked(episode, where)
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RldsSource:
@@ -338,6 +328,6 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Rl
 
     Raises:
         FileError: the folder, a description or a shard is missing or damaged, or there is no camera.
-        ParamsError: an option names what the data set does not have, or must name what cannot be guessed.
+        ParamsError: a choice or option names what the data set does not have, or must name what cannot be guessed.
     """
-    return RldsSource(Path(path), options)
+    return RldsSource(Path(path), options, choice)

@@ -17,8 +17,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from svam.contract import EpisodeSource, frame_blocks
+from svam.contract import Choice, EpisodeSource, frame_blocks
 from svam.errors import SvamError
+from tests import ROOT
 from tests.recorded import write_raw
 from tests.sources import test_source_aloha as aloha
 from tests.sources import test_source_calvin as calvin
@@ -28,7 +29,7 @@ from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
 from tests.sources import tfds_writer
-from tests.sources.common import damaged, everything, film, refused
+from tests.sources.common import damaged, everything, film, refused, squares
 from tests.sources.lerobot_sets import write_v3
 
 
@@ -43,10 +44,11 @@ class Set:
     fuzzed: Sequence[str] = ("**/*",)
     exact: Sequence[str] = ()
     library: str = ""
+    rate_hz: float | None = None
 
     def opened(self, path: Path) -> EpisodeSource:
         module = import_module(f"svam.sources.{self.source}")
-        source: EpisodeSource = module.open_source(path, module.Options(**self.options))
+        source: EpisodeSource = module.open_source(path, module.Options(**self.options), Choice(rate_hz=self.rate_hz))
         return source
 
 
@@ -102,7 +104,7 @@ SETS = {
         [f"training/{name}" for name in CHECKED], ["*.npz"],
     ),
     "lerobot": Set("lerobot", lambda folder: write_v3(folder, (3, 4)), {}, library="pyarrow"),
-    "rlds": Set("rlds", lambda folder: rlds.toy(folder, rlds.episode(0, 2), rlds.episode(1, 2)), {"rate_hz": 5}, exact=["*"]),
+    "rlds": Set("rlds", lambda folder: rlds.toy(folder, rlds.episode(0, 2), rlds.episode(1, 2)), {}, exact=["*"], rate_hz=5),
 }  # fmt: skip
 
 
@@ -194,3 +196,20 @@ def test_checksums_of_records_do_not_make_them_right(tmp_path: Path) -> None:
             assert "\n" not in str(error)
 
     check()
+
+
+def test_the_recipe_for_other_formats_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script of the page, run as a person would."""
+    page = (ROOT / "svam/sources/README.md").read_text(encoding="utf-8")
+    recordings = [
+        {
+            "pictures": squares(n, (32, 16)), "actions": np.ones((n, 7)) * n, "joints": np.zeros((n, 2), np.float32),
+            "sentence": f"count to {n}",
+        }
+        for n in (2, 3)
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {"recordings": recordings})
+    for recording, values in zip(recordings, everything(Set("raw", str, {}).opened(tmp_path / "my_set")), strict=True):
+        assert values["instruction"] == recording["sentence"] and np.array_equal(values["front"], recording["pictures"])
+        assert np.array_equal(values["actions"], recording["actions"]) and values["proprioception"].shape[1] == 2

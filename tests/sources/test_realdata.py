@@ -21,46 +21,44 @@ pytestmark = pytest.mark.skipif(
     not REAL.is_dir(), reason=f"{REAL} is not here: recordings of others are no part of the project"
 )
 
-CONVERTED: dict[str, tuple[str, dict[str, Any], int, int]] = {
-    "lerobot_v2.1/cr5_grasp_cube": ("lerobot", {}, 5, 530),
-    "lerobot_v2.0/gr00t_robot_sim_PickNPlace": ("lerobot", {}, 5, 2096),
-    "lerobot_v3.0/ioai_fixture_v3": ("lerobot", {}, 2, 6),
-    "rlds_tfds/octo_debug_bridge_dataset": ("rlds", {"rate_hz": 5}, 25, 250),
-    "diffusion_policy_zarr/pusht_keypoint_x356_y356": ("replay_zarr", {"instruction": "push the T", "rate_hz": 10}, 151, 24644),
-    "video_text_folders/bridge": ("video_folder", {}, 2, 62),
-    "video_text_folders/rt1": ("video_folder", {}, 2, 81),
-    "video_text_folders/xhand": ("video_folder", {}, 2, 163),
-}
-"""Folder -> source, options, episodes, steps."""
+CONVERTED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "lerobot_v2.1/cr5_grasp_cube": ({"source": "lerobot"}, 5, 530),
+    "lerobot_v2.0/gr00t_robot_sim_PickNPlace": ({"source": "lerobot"}, 5, 2096),
+    "lerobot_v3.0/ioai_fixture_v3": ({"source": "lerobot"}, 2, 6),
+    "rlds_tfds/octo_debug_bridge_dataset": ({"source": "rlds", "rate_hz": 5}, 25, 250),
+    "diffusion_policy_zarr/pusht_keypoint_x356_y356": (
+        {"source": "replay_zarr", "options": {"instruction": "push the T", "rate_hz": 10}}, 151, 24644,
+    ),
+    "video_text_folders/bridge": ({"source": "video_folder"}, 2, 62),
+    "video_text_folders/rt1": ({"source": "video_folder"}, 2, 81),
+    "video_text_folders/xhand": ({"source": "video_folder"}, 2, 163),
+}  # fmt: skip
+"""Folder -> `convert`, episodes, steps."""
 FOUND = {"lerobot_v3.0/ioai_fixture_v3": "episodes 0 and 1 have the same frames"}
 """Folder -> what `validate` rightly finds: this fixture's pictures are all of one colour."""
-REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "lerobot_v2.1/screwdriver_panel_novideo": ("lerobot", {}, "have no files; a data set without"),
-    "calvin_npz/calvin_text_annotations": ("calvin", {}, "no CALVIN data set"),
-    "robomimic_hdf5/robosuite_raw_door": ("robomimic", {"instruction": "open the door"}, "has states but no pictures"),
-    "robomimic_hdf5/robosuite_raw_lift": ("robomimic", {"instruction": "lift the cube"}, "has states but no pictures"),
-    "robomimic_hdf5/robosuite_raw_stack": ("robomimic", {"instruction": "stack the cubes"}, "has states but no pictures"),
+NO_PICTURES = ({"source": "robomimic"}, "has states but no pictures")
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "lerobot_v2.1/screwdriver_panel_novideo": ({"source": "lerobot"}, "have no files; a data set without"),
+    "calvin_npz/calvin_text_annotations": ({"source": "calvin"}, "no CALVIN data set"),
+    **{f"robomimic_hdf5/robosuite_raw_{name}": NO_PICTURES for name in ("door", "lift", "stack")},
 }
-"""Folder -> source, options, and a part of the sentence."""
+"""Folder -> `convert`, and a part of the sentence."""
 
 
-def converted(folder: str, source: str, options: dict[str, Any], tmp_path: Path) -> Result:
-    changes = {
-        "collect": {"tasks": [], "episodes_of": {}},
-        "convert": {"source": source, "options": options, "image_size": 32, "crop": "centre", "chunk_frames": 16},
-    }
-    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", changes)
+def converted(folder: Path, changes: dict[str, Any], tmp_path: Path) -> Result:
+    """The stage's result with such values of `convert`."""
+    convert = {"image_size": 32, "crop": "centre", "chunk_frames": 16, **changes}
+    params = {"collect": {"tasks": [], "episodes_of": {}}, "convert": convert}
+    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", params)
     console.width = 4000
-    return CliRunner().invoke(
-        app, [str(REAL / folder), str(tmp_path / "episodes.zarr"), "--params", str(tmp_path / "params.yaml")]
-    )
+    return CliRunner().invoke(app, [str(folder), str(tmp_path / "episodes.zarr"), "--params", str(tmp_path / "params.yaml")])
 
 
 @pytest.mark.parametrize("folder", CONVERTED)
 def test_it_converts(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    source, options, count, steps = CONVERTED[folder]
-    result = converted(folder, source, options, tmp_path)
+    changes, count, steps = CONVERTED[folder]
+    result = converted(REAL / folder, changes, tmp_path)
     assert result.exit_code == 0, result.output
     store = EpisodeStore.open(tmp_path / "episodes.zarr")
     assert (len(store.episode_ends), len(store)) == (count, steps)
@@ -74,8 +72,8 @@ def test_it_converts(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("folder", REFUSED)
 def test_it_says_why_not(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    source, options, sentence = REFUSED[folder]
-    result = converted(folder, source, options, tmp_path)
+    changes, sentence = REFUSED[folder]
+    result = converted(REAL / folder, changes, tmp_path)
     lines = [line for line in result.output.splitlines() if line.startswith("error")]
     assert result.exit_code == 1 and len(lines) == 1 and sentence in lines[0], result.output
     assert not (tmp_path / "episodes.zarr").exists()
