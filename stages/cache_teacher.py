@@ -16,28 +16,27 @@ from svam.params import Branch, Params
 def main(
     params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which teacher.")],
-    out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds the teacher, named as the branch.")],
 ) -> None:
-    """Write targets and references to a sharded Zarr group; print how good the teacher still is on generated frames."""
+    """Write targets and references as a folder of arrays; print how good the teacher still is on generated frames."""
     from svam.episodes.store import EpisodeStore
-    from svam.files import whole_directory
     from svam.models.teachers import Teacher
     from svam.resume import resumable_run
     from svam.training.cache_teacher import cache_windows
     from svam.training.distill_data import GeneratedWindows
 
     device = prepare_torch(params.machine.device, params.threads, params.seed)
-    windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
-    teacher = Teacher.load(backbones / branch).to(device)
     section, target = params.cache_teacher, params.distill.target
     inputs = [generated, episodes, backbones / branch]
     with (
         resumable_run(f"cache_teacher@{branch}", params, ["cache_teacher", "distill.target"], inputs, device) as resume,
-        whole_directory(out) as partial,
+        resume.directory(out) as partial,
     ):
+        windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
+        teacher = Teacher.load(backbones / branch).to(device)
         metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)
     for kind, values in metrics["reference"].items():
         used = " (used)" if kind == section.reference else ""

@@ -19,7 +19,6 @@ def main(
     out: Annotated[Path, typer.Argument(help="Directory to write the decoupler to.")],
     generated: Annotated[Path, typer.Option(help="Windows of the generate stage.")],
     teacher: Annotated[Path, typer.Option(help="Teacher cache of this branch.")],
-    episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     video: Annotated[Path, typer.Option(help="Video model that the windows were generated with.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
@@ -27,7 +26,6 @@ def main(
     """Write the decoupler and metrics.json: headline metrics of it, of its baselines, and of its ceiling."""
     section, seed = params.distill, seed_of(params.seed, "distill", branch)
 
-    from svam.episodes.store import EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.models.foresight import part_folders
     from svam.resume import resumable_run
@@ -36,16 +34,15 @@ def main(
     from svam.training.one_step import OneStepFeatures, load_for_windows
 
     device = prepare_torch(params.machine.device, params.threads, seed)
-    windows = GeneratedWindows(generated)
-    cache = TeacherWindows(teacher, windows)
-    cache.expect(branch=branch, target=section.target)
-    features: Rows | None = windows.features
-    if features is None:
-        model = load_for_windows(windows, part_folders(backbones, video)).to(device)
-        features = OneStepFeatures(windows, EpisodeStore.open(episodes), model)
-    data = DistillationData(windows, cache, features)
-    inputs = [generated, teacher, episodes, backbones / "autoencoder", backbones / "text", video]
+    inputs = [generated, teacher, backbones / "autoencoder", backbones / "text", video]
     with resumable_run(f"distill@{branch}", params, ["distill"], inputs, device) as resume:
+        windows = GeneratedWindows(generated)
+        cache = TeacherWindows(teacher, windows)
+        cache.expect(branch=branch, target=section.target)
+        features: Rows | None = windows.features
+        if features is None:
+            features = OneStepFeatures(windows, load_for_windows(windows, part_folders(backbones, video)).to(device))
+        data = DistillationData(windows, cache, features)
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
         with whole_directory(out) as partial:
             decoupler.save(partial)

@@ -22,31 +22,33 @@ def main(
     out: Annotated[Path, typer.Argument(help="Directory to write the video model to.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
+    latents: Annotated[Path, typer.Option(help="Latents of the encode stage.")],
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
     """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and held-out clips (samples/clips.npy)."""
     section, seed = params.finetune_video, params.seed
 
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.store import SPLITS, EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.models.autoencoder import Autoencoder
     from svam.models.text import TextEncoder
     from svam.npy import write_arrays
     from svam.resume import resumable_run
-    from svam.training.finetune_video import LatentClips, TextTable, evaluate_video, new_video_model, train_video
+    from svam.training.finetune_video import TextTable, evaluate_video, new_video_model, train_video
+    from svam.training.latents import LatentClips, open_latents
 
     device = prepare_torch(params.machine.device, params.threads, seed)
-    store = EpisodeStore.open(episodes)
-    autoencoder, text = Autoencoder.load(backbones / "autoencoder"), TextEncoder.load(backbones / "text")
-    autoencoder, text = autoencoder.to(device), text.to(device)
-    model = new_video_model(section, store, autoencoder, text, seed).to(device)
-    table = TextTable.build(store, text)
-    window = (section.frames, model.config.stride)
-    clips = LatentClips(store, "train", autoencoder, *window, device)
-    inputs = [episodes, backbones / "autoencoder", backbones / "text"]
-    with resumable_run("finetune_video", params, ["finetune_video"], inputs, device) as resume:
-        train_video(model, section, clips, autoencoder, table, seed, device, live, resume)
-        metrics, pictures = evaluate_video(model, section, store, autoencoder, table, seed, device)
+    inputs = [episodes, latents, backbones / "autoencoder", backbones / "text"]
+    with resumable_run("finetune_video", params, ["encode", "finetune_video"], inputs, device) as resume:
+        store = EpisodeStore.open(episodes)
+        autoencoder = Autoencoder.load(backbones / "autoencoder", params.encode.batch).to(device)
+        encoded = open_latents(latents, store, autoencoder, backbones / "autoencoder")
+        text = TextEncoder.load(backbones / "text").to(device)
+        model = new_video_model(section, store, autoencoder, text, seed).to(device)
+        table = TextTable.build(store, text)
+        train, held_out = (LatentClips(store, s, encoded, section.frames, model.config.stride) for s in SPLITS)
+        train_video(model, section, train, autoencoder, table, seed, device, live, resume)
+        metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
         with whole_directory(out) as partial:
             model.save(partial)
             write_json(partial / "metrics.json", metrics)

@@ -14,32 +14,36 @@ from svam.params import Params
 
 def main(
     params: Params,
-    out: Annotated[Path, typer.Argument(help="Zarr group to write.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
+    latents: Annotated[Path, typer.Option(help="Latents of the encode stage.")],
     backbones: Annotated[Path, typer.Option(help="Directory that holds autoencoder/ and text/.")],
     video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
 ) -> None:
-    """Write F, V^ and what the distillation's baselines need to a sharded Zarr group."""
+    """Write F, V^ and what the distillation's baselines need as a folder of arrays."""
     section, seed = params.generate, params.seed
 
     from svam.episodes.store import EpisodeStore
-    from svam.files import sha256_tree, whole_directory
+    from svam.files import sha256_tree
     from svam.models.generator import VideoGenerator
     from svam.models.video import SamplerConfig
     from svam.resume import resumable_run
     from svam.training.generate import choose_windows, generate_windows
+    from svam.training.latents import open_latents
 
     device = prepare_torch(params.machine.device, params.threads, seed)
-    store = EpisodeStore.open(episodes)
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = {"autoencoder": backbones / "autoencoder", "text": backbones / "text", "video": video}
-    model = VideoGenerator.load(sampler, folders).to(device)
-    windows = choose_windows(store, section, model.video_model.config, seed)
+    inputs = [episodes, latents, *folders.values()]
     with (
-        resumable_run("generate", params, ["generate"], [episodes, *folders.values()], device) as resume,
-        whole_directory(out) as partial,
+        resumable_run("generate", params, ["encode", "generate"], inputs, device) as resume,
+        resume.directory(out) as partial,
     ):
-        generate_windows(partial, store, model, windows, section, seed, sha256_tree(video), resume)
+        store = EpisodeStore.open(episodes)
+        model = VideoGenerator.load(sampler, folders, params.encode.batch).to(device)
+        encoded = open_latents(latents, store, model.frame_autoencoder, folders["autoencoder"])
+        windows = choose_windows(store, section, model.video_model.config, seed)
+        generate_windows(partial, encoded, model, windows, section, seed, sha256_tree(video), resume)
 
 
 app = stage_command(main)

@@ -79,23 +79,38 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
-    replaced = path.parent / f".{path.name}.replaced.partial-{os.getpid()}"
     clear_leftovers(path)
     temporary.mkdir(parents=True)
     try:
         with named_refusals(path):
             yield temporary
-        if path.exists():  # a directory cannot be replaced in one step: step aside, so that a whole one is always on disk
+        replace_directory(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_directory(folder: Path, path: Path) -> None:
+    """Move `folder`, also from another file system, to the place of `path`, of which a whole one is always on disk.
+
+    Raises:
+        FileError: the file system refuses.
+    """
+    beside = path.parent / f".{path.name}.partial-{os.getpid()}"
+    replaced = path.parent / f".{path.name}.replaced.partial-{os.getpid()}"
+    with named_refusals(path):
+        if folder != beside:
+            clear_leftovers(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(folder, beside)
+        if path.exists():  # a directory cannot be replaced in one step: it steps aside
             path.rename(replaced)
         try:
-            temporary.rename(path)
+            beside.rename(path)
         except OSError:
             if replaced.exists():
                 replaced.rename(path)
             raise
         shutil.rmtree(replaced, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-DataPart = Literal["store", "teacher_cache", "memory", "conversion", "loader", "times"]
+DataPart = Literal["store", "memory", "conversion", "loader", "times"]
 ModelPart = Literal["encode", "features", "evaluation", "rendering"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
@@ -304,6 +304,13 @@ class UNet(Section):
         return self
 
 
+class Encode(Section):
+    """Latents of all frames. batch: frames that the autoencoder encodes or decodes at a time, here and in the stages of the
+    video model; it bounds their memory."""
+
+    batch: Count
+
+
 class FinetuneVideo(NoiseLevels):
     """The video diffusion model on robot clips."""
 
@@ -333,7 +340,6 @@ class Generate(Section):
     batch: Count
     bf16: bool
     keep_features: bool
-    mantissa_bits: Annotated[int, Field(ge=1, le=10)]
 
 
 class CacheTeacher(Section):
@@ -341,7 +347,6 @@ class CacheTeacher(Section):
 
     reference: Literal["frame", "reconstruction"]
     batch: Count
-    mantissa_bits: Annotated[int, Field(ge=1, le=10)]
 
 
 class Distill(Attention):
@@ -431,7 +436,7 @@ class Report(Section):
 
 
 class Benchmark(Section):
-    """What is measured on demand. `window_shapes`: name -> (T, h, w, C) of a teacher's window. `parts` are those that can be
+    """What is measured on demand. `parts` are those that can be
     stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
 
     parts: list[Literal[DataPart, ModelPart]]
@@ -443,8 +448,6 @@ class Benchmark(Section):
     strides: Annotated[list[Count], Field(min_length=1)]
     action_chunk: Count
     clips: Count
-    window_shapes: dict[Name, Annotated[list[Count], Field(min_length=4, max_length=4)]]
-    window_megabytes: Positive
     workers: Annotated[list[Count], Field(min_length=1)]
     policy_steps: Count
     evaluation_episodes: Count
@@ -463,6 +466,7 @@ class Params(Section):
     collect: Collect
     convert: Convert
     prepare_backbones: PrepareBackbones
+    encode: Encode
     finetune_video: FinetuneVideo
     generate: Generate
     cache_teacher: CacheTeacher

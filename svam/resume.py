@@ -19,21 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import google_crc32c
-import numpy as np
-from numpy.typing import NDArray
 from pydantic import BaseModel
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from svam.code import library_versions, stage_code
 from svam.console import console
-from svam.files import FileError, locked, read_json, sha256_tree, whole_file
+from svam.files import FileError, locked, read_json, replace_directory, sha256_tree, whole_directory, whole_file
 from svam.params import Params
 
 COST_SHARE = 0.01
 """Most of a run's time that saving may take: after a save of s seconds the next waits at least s / COST_SHARE."""
-PENDING_BYTES = 256 << 20
-"""Arrays held in memory between two saves; more are written at once."""
 CONTENT_BYTES = 256 << 20
 """Inputs up to this size are recognised by their content, larger ones by the names, sizes and times of their files."""
 OLD_STATES = 2
@@ -54,7 +49,6 @@ class Resume:
         """`seconds`: time between two saves of what is saved as a whole; 0 saves at every opportunity."""
         self.folder, self.seconds = folder, seconds
         self._last, self._cost = time.monotonic(), 0.0
-        self._pending: dict[str, dict[str, NDArray[Any]]] = {}
 
     @property
     def active(self) -> bool:
@@ -113,30 +107,19 @@ class Resume:
         place.unlink(missing_ok=True)
         return None
 
-    def computed_once(self, name: str, compute: Callable[[], Mapping[str, NDArray[Any]]]) -> Mapping[str, NDArray[Any]]:
-        """What `compute` returns, or returned in an earlier run; new arrays are held until it is time to save them.
+    @contextmanager
+    def directory(self, out: Path) -> Iterator[Path]:
+        """Yield a folder that becomes `out` when the block ends without an error; after one, the next run finds it again.
 
-        Always in C order, since sums of floats depend on it.
-        """
-        record = self.load_record(name)
-        if record is not None and record.file is not None:
-            return dict(load_file(record.file))
-        values = {key: np.ascontiguousarray(value) for key, value in compute().items()}
-        if self.active:
-            self._pending[name] = values
-            size = sum(array.nbytes for block in self._pending.values() for array in block.values())
-            if self.due() or size > PENDING_BYTES:
-                self.save_pending()
-        return values
-
-    def save_pending(self) -> None:
-        """Save the arrays that were waiting. Raises `FileError` as `save_record`."""
-        start = time.monotonic()
-        for name in list(self._pending):
-            values = self._pending[name]
-            self.save_record(name, None, lambda file, values=values: save_file(values, file))  # type: ignore[misc]
-            del self._pending[name]
-        self._last, self._cost = time.monotonic(), time.monotonic() - start
+        Raises `FileError` if the file system refuses."""
+        if self.folder is None:
+            with whole_directory(out) as temporary:
+                yield temporary
+            return
+        folder = self.folder / "out"
+        folder.mkdir(exist_ok=True)
+        yield folder
+        replace_directory(folder, out)
 
 
 NO_RESUME = Resume(None)
@@ -145,7 +128,7 @@ NO_RESUME = Resume(None)
 
 def _data_file(place: Path) -> Path | None:
     """The data file that a record's JSON file states; None where there is no record, or a damaged one."""
-    with suppress(FileError, KeyError, TypeError):
+    with suppress(FileError, KeyError, TypeError, ValueError):  # that of no file is none
         return place.with_name(read_json(place)["file"])
     return None
 
@@ -200,8 +183,6 @@ def resumable_run(
                 yield resume
                 shutil.rmtree(folder)
             except BaseException as error:
-                with suppress(FileError):
-                    resume.save_pending()
                 if not any(folder.glob("*.json")):
                     shutil.rmtree(folder, ignore_errors=True)
                 elif isinstance(error, KeyboardInterrupt):

@@ -34,8 +34,9 @@ DISTILL = {"distill@geometric", "distill@semantic", *POLICY}
 CACHE = {"cache_teacher@geometric", "cache_teacher@semantic", *DISTILL}
 GENERATE = {"generate", *CACHE}
 VIDEO = {"finetune_video", *GENERATE}
+ENCODE = {"encode", *VIDEO}
 TEACHERS = {"prepare_backbones_teacher@geometric", "prepare_backbones_teacher@semantic"}
-AUTOENCODER = {"prepare_backbones_autoencoder", *TEACHERS, *VIDEO}
+AUTOENCODER = {"prepare_backbones_autoencoder", *TEACHERS, *ENCODE}
 BACKBONES = {"prepare_backbones_text", *AUTOENCODER}
 CONVERT = {"convert", *BACKBONES}
 COLLECT = {"collect", *CONVERT}
@@ -60,9 +61,10 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("train_policy.training.steps", 2999, CHECK | POLICY),
     ("distill.width", 64, CHECK | DISTILL),
     ("distill.target", "ground_truth", CHECK | CACHE),
-    ("cache_teacher.mantissa_bits", 8, CHECK | CACHE),
+    ("cache_teacher.batch", 8, CHECK | CACHE),
     ("generate.windows", 100, CHECK | GENERATE),
     ("generate.grid", 4, CHECK | GENERATE),
+    ("encode.batch", 128, CHECK | ENCODE),
     ("finetune_video.stride_seconds", 0.1, CHECK | VIDEO),
     ("finetune_video.training.ema", 0.9, CHECK | VIDEO),
     ("prepare_backbones.autoencoder.latent_channels", 8, CHECK | AUTOENCODER),
@@ -94,12 +96,12 @@ EDITS: list[tuple[str, str, str, set[str]]] = [
     ("svam/training/loop.py", "\nimport math", "\nimport math  # a comment", set()),
     ("svam/contract.py", ": no camera", ": there is no camera", set()),
     ("svam/training/distill.py", 'track(starts, "statistics"', 'track(starts, "means"', set()),
-    ("svam/training/finetune_video.py", 'f"encode {split} frames"', '"frames"', set()),
+    ("svam/training/finetune_video.py", '"evaluate video"', '"measure"', set()),
     ("svam/console.py", "SECONDS_PER_LINE = 20.0", "SECONDS_PER_LINE = 30.0", set()),
     ("svam/files.py", "def sha256(", "def other() -> int:\n    return 1\n\n\ndef sha256(", set()),
     ("svam/resume.py", "COST_SHARE = 0.01", "COST_SHARE = 0.02", set()),
     ("svam/params.py", "\nclass Params(", "\nLIMIT = 3\n\n\nclass Params(", set()),
-    ("stages/generate.py", 'help="Zarr group to write."', 'help="Where to write."', set()),
+    ("stages/generate.py", 'help="Folder to write."', 'help="Where to write."', set()),
     ("svam/contract.py", "\nCHECKPOINT_SCHEMA = ", "\nLIMIT = 3\nCHECKPOINT_SCHEMA = ", CHECK | COLLECT),
     ("svam/normalisation.py", "/ 2.0 < 1e-6", "/ 2.0 < 1e-5", POLICY),
     ("svam/models/perceiver.py", "\nclass UniPerceiver", "\nLIMIT = 3\n\n\nclass UniPerceiver", POLICY),
@@ -108,6 +110,7 @@ EDITS: list[tuple[str, str, str, set[str]]] = [
     ("svam/models/decoupler.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", DISTILL),
     ("stages/cache_teacher.py", "\ndef main(", "\nLIMIT = 3\n\n\ndef main(", CACHE),
     ("svam/training/generate.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", GENERATE),
+    ("svam/training/encode.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", ENCODE),
     ("svam/training/finetune_video.py", "\nclass ", "\nLIMIT = 3\n\n\nclass ", VIDEO),
     ("svam/training/prepare_backbones/text.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", {"prepare_backbones_text"} | VIDEO),
     ("svam/training/prepare_backbones/teacher.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", TEACHERS | CACHE),

@@ -19,7 +19,6 @@ from tests.toy import ADAM
 
 GENERATE = Generate(
     windows=4, held_out_windows=2, up_blocks=1, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
-    mantissa_bits=7,
 )  # fmt: skip
 FEATURE_CHANNELS, TEACHER_CHANNELS = 64, 12
 

@@ -10,13 +10,14 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
 
 from svam import params
-from svam.episodes.arrays import GroupWriter
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder
 from svam.models.teachers import Objective, Teacher, TeacherConfig
 from svam.models.text import TextEncoder
 from svam.models.video import VideoConfig, VideoModel, build_unet
+from svam.npy import write_arrays
+from svam.training.blocks import write_attributes
 from svam.training.prepare_backbones import autoencoder as autoencoder_training
 from svam.training.prepare_backbones.text import train_tokenizer
 from tests.recorded import SETTINGS, Recorded, make_episode
@@ -71,21 +72,20 @@ def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:
 
 
 def write_windows(path: Path, rows: np.ndarray[Any, Any], held_out: list[bool], **arrays: np.ndarray[Any, Any]) -> None:
-    """A `generated.zarr` of chosen arrays; what is not given is random."""
+    """A folder of generated windows of chosen arrays; what is not given is random."""
     rng = np.random.default_rng(7)
     shape, held = (FRAMES, SIZE, SIZE, 3), sum(held_out)
     shapes = {
         "frames": (len(rows), *shape), "reconstruction": (len(rows), *shape[1:]), "one_step_frames": (held, *shape),
         "other_noise_frames": (held, *shape),
     }  # fmt: skip
-    with GroupWriter(path) as writer:
-        for name, whole in shapes.items():
-            values = arrays.pop(name, None)
-            values = rng.integers(0, 256, whole).astype(np.uint8) if values is None else values
-            writer.array(name, values.shape[1:], np.uint8, chunk_rows=1, shard_rows=4).append(values)
-        for name, values in arrays.items():
-            writer.array(name, values.shape[1:], np.float16, chunk_rows=1, shard_rows=4).append(values)
-        writer.write("rows", rows)
-        writer.write("held_out", np.asarray(held_out, dtype=np.uint8))
-        sampler = {"up_blocks": 2, "grid": GRID, "steps": 2, "guidance": 1.0, "bf16": False}
-        writer.attributes = {"sampler": sampler, "video_sha256": "abc", "instructions": [], "noise_seeds": []}
+    drawn = {name: rng.integers(0, 256, whole).astype(np.uint8) for name, whole in shapes.items()}
+    latents = np.zeros((len(rows), 4, SIZE // 4, SIZE // 4), np.float16)
+    write_arrays(path, drawn | {"latents": latents, "rows": rows, "held_out": np.asarray(held_out)} | arrays)
+    sampler = {"up_blocks": 2, "grid": GRID, "steps": 2, "guidance": 1.0, "bf16": False}
+    write_attributes(path, sampler=sampler, video_sha256="abc", instructions=[], noise_seeds=[])
+
+
+def encoded(store: EpisodeStore, autoencoder: Autoencoder) -> np.ndarray[Any, Any]:
+    """Latents (N, c, h', w') float16 of the store, as the stage `encode` writes them."""
+    return np.asarray(autoencoder.encode(torch.from_numpy(store.frames(np.arange(len(store))))).half().numpy())

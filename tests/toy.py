@@ -35,6 +35,7 @@ OVERRIDES: dict[str, Any] = {
         "geometric": TEACHER,
         "semantic": TEACHER,
     },
+    "encode": {"batch": 16},
     "finetune_video": {
         "frames": 4,
         "unet": {"channels": [32, 64], "layers": 1, "heads": [1, 2]},

@@ -1,6 +1,6 @@
 """What foresight holds: the gap that distillation could close, depth and features of the future, and where the policy looks.
 
-All of it is measured on held-out windows of `generated.zarr`. What a variant or a data set lacks is left out, and a sentence
+All of it is measured on held-out windows of `data/generated`. What a variant or a data set lacks is left out, and a sentence
 in `left_out` says so.
 """
 
@@ -86,9 +86,9 @@ def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
         truth = inputs.truth(numbers)
         flat = torch.from_numpy(truth.reshape(-1, *truth.shape[2:]))
         reconstruction = model.reconstruct(flat).cpu().numpy().reshape(truth.shape)
-        many, other = windows.frames.read(numbers), windows.other_noise_frames.read(places)
+        many, other = windows.frames[numbers], windows.other_noise_frames[places]
         clips = {
-            "multi_step": many, "one_step": windows.one_step_frames.read(places),
+            "multi_step": many, "one_step": windows.one_step_frames[places],
             "repeat": np.broadcast_to(truth[:, :1], truth.shape), "reconstruction": reconstruction,
         }  # fmt: skip
         sums = {row: gap.pixel_sums(clip, truth, reconstruction, windows.grid) for row, clip in clips.items()}
@@ -176,14 +176,14 @@ def probe_depth(inputs: AnalysisInputs) -> tuple[dict[str, Any], Any] | None:
 def probe_features(inputs: AnalysisInputs) -> depth_probe.Features:
     """What depth is read from, by source: each (n, h, w, C) at frames t of windows n."""
     windows, model, store = inputs.windows, inputs.model, inputs.store
-    one_step = windows.features if windows.features is not None else OneStepFeatures(windows, store, model)
+    one_step = windows.features if windows.features is not None else OneStepFeatures(windows, model)
 
     def features(numbers: NDArray[np.int64], frames: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
         each = np.arange(len(numbers))
-        step = torch.from_numpy(one_step.read(numbers)).to(model.device).float()
+        step = torch.from_numpy(one_step[numbers]).to(model.device).float()
         reference = model.reference_features("geometric", torch.from_numpy(store.frames(windows.rows[numbers, 0])))
         recorded = torch.from_numpy(store.frames(windows.rows[numbers, frames]))
-        generated = torch.from_numpy(windows.frames.read(numbers)[each, frames])
+        generated = torch.from_numpy(windows.frames[numbers, frames])
         tokens = {"repeat": reference, "one_step": step[each, frames]}
         if "geometric" in inputs.branches:
             tokens["geometric"] = model.decouple("geometric", step, reference)[each, frames]

@@ -11,18 +11,18 @@ from svam.params import Params
 Part = Callable[[Inputs, Params], dict[str, Any]]
 
 PARTS = (
-    "store", "teacher_cache", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader",
+    "store", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader",
     "times", "repro",
 )  # fmt: skip
 
 
 def part_named(name: str) -> Part:
     """The function that measures the part `name`, one of `PARTS`, and returns its figures as JSON."""
-    if name in ("store", "teacher_cache", "memory", "conversion"):
+    if name in ("store", "memory", "conversion"):
         from svam.benchmark import store
 
         return {
-            "store": store.clips, "teacher_cache": store.teacher_cache, "memory": store.memory, "conversion": store.conversion,
+            "store": store.clips, "memory": store.memory, "conversion": store.conversion,
         }[name]  # fmt: skip
     if name in ("encode", "features", "evaluation"):
         from svam.benchmark import policy

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import pstats
+import runpy
+import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Generator
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ruamel.yaml import YAML
 
 from svam.benchmark.inputs import Inputs, fresh_folder
+from svam.benchmark.timing import ratio_of, rounded
 from svam.console import console
 from svam.errors import MachineError
 from svam.files import FileError, read_json
 from svam.params import Params
+from svam.training import loop
 
-STEP = ("data", "forward", "backward", "optimiser")
-"""What a step of the training loop consists of; loading frozen parts, evaluating and saving are no step."""
+STEPS = 20
+"""Steps of a training that are timed together."""
+ENDLESS = 10**6
+"""Steps that no training which is watched comes to."""
 UNACCOUNTED = "other"
 """What no part of a stage's account names: imports, reading params and models, writing outputs, waiting for workers."""
 MOST_REPEATS = 3
@@ -111,41 +121,81 @@ def times(inputs: Inputs, params: Params) -> dict[str, Any]:
     return found
 
 
-def waits(accounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The share of its steps' time that each training stage waits for data: `share`; the largest, and that of all together."""
-    stages: dict[str, Any] = {}
-    total = dict.fromkeys(STEP, 0.0)
-    for stage, account in accounts.items():
-        spent = {part: account["spent"].get(part, 0.0) for part in STEP}
-        if spent["forward"] > 0.0:  # others than trainings make no step
-            total = {part: total[part] + spent[part] for part in STEP}
-            step = sum(spent.values())
-            stages[stage] = {
-                "share": round(spent["data"] / step, 6),
-                "step_seconds": round(step, 3),
-                "parts": _parts(spent, step),
-            }
-    if not stages:
-        raise FileError("no account of a training: no stage has made a step; run `dvc repro` first")
-    largest = max(stages, key=lambda stage: stages[stage]["share"])
-    return {
-        "stages": stages, "largest": {"stage": largest, "share": stages[largest]["share"]},
-        "share": round(total["data"] / sum(total.values()), 6),
-    }  # fmt: skip
+class _Measured(BaseException):
+    """Ends a training that was watched for long enough; no stage takes it for an error."""
+
+
+def trainings(lock: Path, scratch: Path) -> dict[str, list[str]]:
+    """Stage -> its module and arguments, with its outs below `scratch`, for each stage in `dvc.lock` that writes curves.
+
+    Raises:
+        FileError: there is no `dvc.lock`.
+    """
+    if not lock.is_file():
+        raise FileError(f"{lock}: no such file; run `dvc repro` first")
+    commands = {}
+    for name, stage in YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8"))["stages"].items():
+        words, outs = shlex.split(stage["cmd"]), {out["path"] for out in stage["outs"]}
+        if "--live" in words and words[words.index("--live") + 1] in outs:
+            commands[name] = [str(scratch / word) if word in outs else word for word in words[2:]]
+    return commands
+
+
+def steps_of(command: list[str], pairs: int) -> dict[str, list[float]]:
+    """Seconds of `STEPS` steps of a stage's training, with batches `drawn` and one batch `repeated`, in turn, in one run. The
+    stage ends after `pairs` of each and writes nothing."""
+    seconds: dict[str, list[float]] = {"drawn": [], "repeated": []}
+
+    def in_turn(batch_of: Callable[[int], Any], numbers: range) -> Generator[Any, None, None]:
+        first = batch_of(numbers[0])
+        with closing(made_ahead(batch_of, numbers)) as drawn:
+            for kind in ("drawn", "repeated") * pairs:
+                for step in range(loop.AHEAD + STEPS):
+                    if step == loop.AHEAD:  # what was made during the turn before is used up
+                        start = time.perf_counter()
+                    yield next(drawn) if kind == "drawn" else first
+                seconds[kind].append(time.perf_counter() - start)
+        raise _Measured
+
+    made_ahead, argv = loop.made_ahead, sys.argv
+    loop.made_ahead, sys.argv = in_turn, command
+    try:
+        with suppress(_Measured):
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+    finally:
+        loop.made_ahead, sys.argv = made_ahead, argv
+    return seconds
+
+
+def _endless(values: Any) -> Any:
+    """Params whose trainings do not end by themselves."""
+    if not isinstance(values, dict):
+        return values
+    return {key: value | {"steps": ENDLESS} if key == "training" else _endless(value) for key, value in values.items()}
 
 
 def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """How long training waits for data, in every training stage of the last run.
+    """Steps a second of every training stage of the last `dvc repro` against the same training on one repeated batch: what
+    making batches costs it, whether it waits for them or shares the processor with them.
 
     Raises:
-        FileError: a stage has left no account.
-        MachineError: this is no DVC project.
+        FileError: the pipeline has not run.
     """
-    found = waits(read_accounts(inputs.times, _stages()))
-    for stage, wait in found["stages"].items():
-        said = f"{stage}: waits {wait['share']:.2%} of {wait['step_seconds']:.0f} s of steps"
-        console.print(said, highlight=False, soft_wrap=True)
-    return found
+    found: dict[str, Any] = {}
+    with fresh_folder(inputs.scratch / "loader") as folder:
+        state = os.environ.get("DVC_ROOT")
+        os.environ["DVC_ROOT"] = str(folder)  # an unfinished run's state is left alone
+        try:
+            long = folder / "params.yaml"
+            YAML(typ="safe", pure=True).dump(_endless(params.model_dump(mode="json")), long)
+            for stage, command in trainings(Path("dvc.lock"), folder).items():
+                seconds = steps_of([*command, "--params", str(long)], params.benchmark.repeats)
+                found[stage] = ratio_of(seconds, "repeated", "drawn") | {"seconds": rounded(seconds)}
+                said = f"{stage}: {found[stage]['ratio']:.3f} of the steps a second of one repeated batch"
+                console.print(said, highlight=False, soft_wrap=True)
+        finally:
+            os.environ.pop("DVC_ROOT") if state is None else os.environ.update(DVC_ROOT=state)
+    return {"steps": STEPS, "stages": found}
 
 
 def package_of(file: str) -> str:

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,10 @@ from svam.benchmark.peers import (
 from svam.benchmark.recordings import Recording
 from svam.benchmark.timing import Reader, measure, peak_bytes, summary
 from svam.console import console
-from svam.episodes.arrays import GroupWriter
 from svam.episodes.convert import convert
-from svam.episodes.memory import page_aligned
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.params import Params
-from svam.seeds import generator
 
 Data = tuple[Recording, dict[str, Any]]
 
@@ -139,65 +135,6 @@ def _timed(readers: list[Reader], samples: int, params: Params, ours: str) -> It
             cache = "cold" if cold else "warm"
             console.print(f"{workers} workers, {cache}: times as long {found['times_as_long']}", highlight=False)
             yield {"workers": workers, "cache": cache} | found
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Windows of a teacher cache: one row, which is one chunk, of our array."""
-
-    path: Path
-    name: str = "store"
-
-    def open(self) -> Callable[[int], NDArray[np.float16]]:
-        """Through one open array, into one buffer, as batches are."""
-        reader = RowReader(self.path)
-        room = page_aligned((1, *reader.shape[1:]), reader.dtype)
-        return lambda i: reader.read(np.array([i]), room)
-
-    def files(self, sample: int) -> list[Path]:
-        """All shards: which one holds a window is the array's business."""
-        return [file for file in self.path.rglob("*") if file.is_file()]
-
-
-@dataclass(frozen=True)
-class WindowFiles:
-    """A raw array file per window."""
-
-    path: Path
-    name: str = "npy_per_window"
-
-    def open(self) -> Callable[[int], NDArray[np.float16]]:
-        """`numpy.load`."""
-        return lambda i: np.asarray(np.load(self.path / f"{i}.npy"))
-
-    def files(self, sample: int) -> list[Path]:
-        """Its own."""
-        return [self.path / f"{sample}.npy"]
-
-
-def teacher_cache(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Windows (T, h, w, C) float16 of normal numbers, rounded as `cache_teacher` rounds: the worst case of compression."""
-    results = []
-    for name, shape in params.benchmark.window_shapes.items():
-        row_bytes = 2 * int(np.prod(shape))
-        count = max(4, min(256, int(params.benchmark.window_megabytes * 1e6) // row_bytes))
-        with fresh_folder(inputs.scratch / "teacher_cache") as folder:
-            (folder / "npy").mkdir()
-            with GroupWriter(folder / "ours") as writer:
-                array = writer.array(
-                    "targets", tuple(shape), np.float16, chunk_rows=1, shard_rows=max(1, min(count, (32 << 20) // row_bytes)),
-                    mantissa_bits=params.cache_teacher.mantissa_bits,
-                )  # fmt: skip
-                for i in range(count):
-                    array.append(generator("benchmark windows", i).standard_normal((1, *shape), dtype=np.float32))
-            reader = RowReader(folder / "ours" / "targets")
-            for i in range(count):
-                np.save(folder / "npy" / f"{i}.npy", reader.read(np.array([i])))
-            readers: list[Reader] = [Windows(folder / "ours" / "targets"), WindowFiles(folder / "npy")]
-            sizes = {"store": size_of(folder / "ours") / 1e6, "npy_per_window": size_of(folder / "npy") / 1e6}
-            for found in _timed(readers, count, params, "store"):
-                results.append({"windows": name, "shape": shape, "count": count, "megabytes": sizes} | found)
-    return {"mantissa_bits": params.cache_teacher.mantissa_bits, "results": results}
 
 
 def _apart(function: Callable[..., Any], *arguments: Any) -> Any:

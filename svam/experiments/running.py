@@ -157,7 +157,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
 
     params = run.params
     unused = [] if params["distill"]["branches"] else ["generate", "cache_teacher", "distill"]
-    unused += ["finetune_video"] if params["train_policy"]["context"] == ["observation"] else []
+    unused += ["encode", "finetune_video"] if params["train_policy"]["context"] == ["observation"] else []
     stages = {}
     for name in [name for name in lock if not name.startswith(tuple(unused))]:
         same_work, account = "".join(work[name].values()), PROJECT / f".cache/times/{name}.json"

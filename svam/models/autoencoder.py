@@ -41,9 +41,12 @@ class Autoencoder(nn.Module):
         model: AutoencoderDC | AutoencoderKLTemporalDecoder,
         mean: list[float] | None = None,
         std: list[float] | None = None,
+        batch: int | None = None,
     ) -> None:
-        """Args: the library's model, and per-channel statistics of its latents (`dc` only; `svd` brings its own)."""
+        """Args: the library's model, and per-channel statistics of its latents (`dc` only; `svd` brings its own). batch: frames
+        that are encoded or decoded at a time, so that memory is bounded; None: all."""
         super().__init__()
+        self.batch = batch
         self.family: Family = "dc" if isinstance(model, AutoencoderDC) else "svd"
         self.model = model
         channels = self.latent_channels
@@ -73,13 +76,13 @@ class Autoencoder(nn.Module):
         return math.isqrt(int(self.model.config["in_channels"]) // 3)
 
     @classmethod
-    def load(cls, folder: Path) -> Autoencoder:
-        """Read what `save` wrote. Raises `FileError` for missing, broken or unfitting files."""
+    def load(cls, folder: Path, batch: int | None = None) -> Autoencoder:
+        """Read what `save` wrote; `batch` as above. Raises `FileError` for missing, broken or unfitting files."""
         record = read_adapter(Path(folder), "autoencoder")
         if record.get("family") not in CLASSES:
             raise FileError(f"{folder}/svam.json: family is {record.get('family')!r}, expected one of {sorted(CLASSES)}")
         model = load_strict(CLASSES[record["family"]], Path(folder))
-        return freeze(cls(model, record.get("latent_mean"), record.get("latent_std")))
+        return freeze(cls(model, record.get("latent_mean"), record.get("latent_std"), batch))
 
     @classmethod
     def load_published(cls, folder: Path) -> Autoencoder:
@@ -99,10 +102,14 @@ class Autoencoder(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, C, H / factor, W / factor) float32 scaled latents; deterministic (the posterior's mode).
 
+        Rounded to what float16 holds, as the latents that training reads are stored, so that `act` sees the same.
+
         Raises:
             ContractError: not uint8 RGB, or a side that is no multiple of `factor`.
         """
-        return (self._latents(frames) - self.latent_mean) / self.latent_std
+        parts = torch.split(frames, self.batch or max(1, len(frames)))
+        latents = torch.cat([(self._latents(part) - self.latent_mean) / self.latent_std for part in parts])
+        return latents.half().float()
 
     @torch.no_grad()
     def encode_condition(self, frames: Tensor) -> Tensor:
@@ -122,12 +129,14 @@ class Autoencoder(nn.Module):
         """(B, C, h, w) scaled latents -> (B, 3, H, W) float32 in [0, 1].
 
         `frames`: length of the clips that lie one after another on B; SVD's temporal decoder mixes within a clip, the
-        in-domain one looks at each frame alone. Raises `ContractError` if B is no multiple of it.
+        in-domain one looks at each frame alone, and clips are never cut. Raises `ContractError` if B is no multiple of it.
         """
         if len(latents) % frames:
             raise ContractError(f"decode: {len(latents)} latents are no whole number of clips of {frames} frames")
+        size = frames * max(1, (self.batch or len(latents)) // frames)
         with torch.autocast(latents.device.type, enabled=False):
-            return (self.decode_pixels(latents.float() * self.latent_std + self.latent_mean, frames) / 2 + 0.5).clamp(0.0, 1.0)
+            parts = (part.float() * self.latent_std + self.latent_mean for part in torch.split(latents, size))
+            return torch.cat([(self.decode_pixels(part, frames) / 2 + 0.5).clamp(0.0, 1.0) for part in parts])
 
     def decode_u8(self, latents: Tensor, frames: int = 1) -> Tensor:
         """As `decode`, to (B, H, W, 3) uint8."""

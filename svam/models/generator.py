@@ -41,13 +41,13 @@ class VideoGenerator(nn.Module):
         self.eval()
 
     @classmethod
-    def load(cls, sampler: SamplerConfig, folders: Mapping[str, Path]) -> VideoGenerator:
-        """Load `folders["text"]`, `folders["autoencoder"]` and `folders["video"]`.
+    def load(cls, sampler: SamplerConfig, folders: Mapping[str, Path], batch: int | None = None) -> VideoGenerator:
+        """Load `folders["text"]`, `folders["autoencoder"]` (for `batch` frames at a time) and `folders["video"]`.
 
         Raises:
             FileError: a part is missing or damaged; the message names its folder.
         """
-        autoencoder, video = Autoencoder.load(folders["autoencoder"]), VideoModel.load(folders["video"])
+        autoencoder, video = Autoencoder.load(folders["autoencoder"], batch), VideoModel.load(folders["video"])
         return cls(TextEncoder.load(folders["text"]), sampler, autoencoder, video)
 
     @property

@@ -22,7 +22,7 @@ from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
 from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
-from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows, in_memory_if_small
+from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows
 from svam.training.foresight_metrics import ChannelMoments, ForesightScore
 from svam.training.loop import fit
 
@@ -33,25 +33,22 @@ EVALUATIONS = 5
 
 
 class DistillationData:
-    """Everything that is read per window: `features`, `reference`, `targets`, `moved`; in memory where it fits."""
+    """Everything that is read per window: `features`, `reference`, `targets`, `moved`."""
 
     def __init__(self, windows: GeneratedWindows, teacher: TeacherWindows, features: Rows) -> None:
-        count, example = len(windows), features.read(np.zeros(1, dtype=np.int64))
         self.windows, self.teacher = windows, teacher
-        self.feature_shape: tuple[int, ...] = example.shape[1:]
+        self.features, self.targets, self.reference = features, teacher.targets, teacher.reference
+        self.feature_shape: tuple[int, ...] = features[np.zeros(1, dtype=np.int64)].shape[1:]
         expected = (windows.frames_per_clip, windows.grid, windows.grid)
         if self.feature_shape[:3] != expected or teacher.targets.shape[1:4] != expected:
             raise ContractError(
                 f"features of {windows.path} are {self.feature_shape} per window and targets of {teacher.path} "
                 f"{teacher.targets.shape[1:]}; both must begin with {expected}"
             )
-        self.features = in_memory_if_small(features, count, example.nbytes, "read features")
-        self.targets = in_memory_if_small(teacher.targets, count, teacher.targets.row_bytes, "read targets")
-        self.reference = in_memory_if_small(teacher.reference, count, teacher.reference.row_bytes, "read references")
 
     def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(F, reference, targets) float16 of the windows `numbers`."""
-        arrays = (self.features.read(numbers), self.reference.read(numbers), self.targets.read(numbers))
+        arrays = (self.features[numbers], self.reference[numbers], self.targets[numbers])
         features, reference, targets = (torch.from_numpy(a).to(device) for a in arrays)
         return features, reference, targets
 
@@ -73,12 +70,12 @@ class TrainingStatistics:
         features, targets = ChannelMoments(c_f), ChannelMoments(c_i)
         centre = np.zeros((*data.feature_shape[1:3], c_i))
         # Sums of squares around a value near the mean keep their digits in float32 products.
-        shift = data.features.read(train[:1]).astype(np.float32).reshape(-1, c_f).mean(axis=0)
+        shift = data.features[train[:1]].astype(np.float32).reshape(-1, c_f).mean(axis=0)
         count = 0
         starts = range(0, len(train), block)
         for start in track(starts, "statistics", len(starts)):
             numbers = train[start : start + block]
-            f, y = data.features.read(numbers).astype(np.float32), data.targets.read(numbers).astype(np.float32)
+            f, y = data.features[numbers].astype(np.float32), data.targets[numbers].astype(np.float32)
             features.add(f)
             targets.add(y)
             centre += y[:, 1:].sum(axis=(0, 1), dtype=np.float64)
@@ -168,14 +165,14 @@ def predictors(
             return decoupler(features, reference).float().cpu().numpy()  # type: ignore[no-any-return]
 
     def repeated(places: NDArray[np.int64]) -> NDArray[np.float32]:
-        reference = data.reference.read(test[places]).astype(np.float32)
+        reference = data.reference[test[places]].astype(np.float32)
         return np.broadcast_to(reference[:, None], (len(places), frames, *reference.shape[1:]))
 
     every: dict[str, Predictor] = {
         "decoupler": decoupled,
-        "linear_probe": lambda places: statistics.probe(data.features.read(test[places])),
-        "decoded_one_step": lambda places: teacher.one_step.read(places).astype(np.float32),
-        "other_noise": lambda places: teacher.other_noise.read(places).astype(np.float32),
+        "linear_probe": lambda places: statistics.probe(data.features[test[places]]),
+        "decoded_one_step": lambda places: teacher.one_step[places].astype(np.float32),
+        "other_noise": lambda places: teacher.other_noise[places].astype(np.float32),
     }
     return {"repeat_reference": repeated} | {name: every[name] for name in only}
 
@@ -193,8 +190,8 @@ def score(
     for start in range(0, len(places), block):
         part = places[start : start + block]
         chosen = data.windows.test[part]
-        truth = data.targets.read(chosen)[:, 1:].astype(np.float32)
-        moved = data.teacher.moved.read(chosen)[:, 1:].astype(bool)
+        truth = data.targets[chosen][:, 1:].astype(np.float32)
+        moved = data.teacher.moved[chosen][:, 1:]
         for name, guess in guesses.items():
             scores[name].add(guess(part)[:, 1:], truth, moved)
     return {name: s.result(scores["repeat_reference"]) for name, s in scores.items()}
@@ -207,8 +204,7 @@ def evaluate(
     result: dict[str, Any] = dict(
         score(data, statistics, predictors(data, statistics, decoupler, device, bf16), data.windows.test)
     )
-    moved = [data.teacher.moved.read(data.windows.test[i : i + 64])[:, 1:] for i in range(0, len(data.windows.test), 64)]
-    result["moved_share"] = float(np.concatenate(moved).mean())
+    result["moved_share"] = float(data.teacher.moved[data.windows.test][:, 1:].mean())
     result["held_out_windows"] = len(data.windows.test)
     result["target"] = data.teacher.attributes["target"]
     result["teacher"] = data.teacher.attributes["metrics"]

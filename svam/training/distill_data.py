@@ -1,8 +1,8 @@
 """Readers of what distillation learns from: the generated windows, and one teacher's view of them.
 
-`generated.zarr` is written by `svam.training.generate`, `teachers/<branch>.zarr` by `svam.training.cache_teacher`. Both hold
-W windows, training ones first, with `held_out` (W,) and the ground truth's store `rows` (W, T); arrays of held-out windows
-only have Wh rows, in the same order.
+`data/generated` is written by `svam.training.generate`, `data/teachers/<branch>` by `svam.training.cache_teacher`: folders of
+`.npy` files, mapped to memory, and `attributes.json`. Both hold W windows, training ones first, with `held_out` (W,) and the
+ground truth's store `rows` (W, T); arrays of held-out windows only have Wh rows, in the same order.
 """
 
 from __future__ import annotations
@@ -13,50 +13,18 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.console import track
 from svam.contract import ContractError
-from svam.episodes.arrays import read_attributes
-from svam.episodes.rows import RowReader
 from svam.files import FileError
-
-TEACHER_SCHEMA = 1
-"""Version of the teacher cache's layout; written into it and checked when it is opened."""
-IN_MEMORY_BYTES = 1 << 30
-"""Arrays up to this size are held in memory, larger ones are read window by window (a chunk is a window)."""
+from svam.npy import read_arrays
+from svam.training.blocks import read_attributes
 
 
 class Rows(Protocol):
-    """Anything that returns rows by number: an array on disk, in memory, or computed when asked for."""
+    """Anything that returns rows by number: an array mapped to memory, or computed when asked for."""
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
+    def __getitem__(self, numbers: NDArray[np.int64], /) -> NDArray[Any]:
         """(k, ...) in the order asked for."""
         ...
-
-
-class InMemory:
-    """Rows of an array in memory."""
-
-    def __init__(self, values: NDArray[Any]) -> None:
-        self.values = values
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """(k, ...) copies."""
-        return self.values[rows]
-
-
-def in_memory_if_small(
-    rows: Rows, count: int, row_bytes: int, what: str, limit: int = IN_MEMORY_BYTES, block: int = 16
-) -> Rows:
-    """All `count` rows in memory where they fit in `limit` bytes, else `rows` itself."""
-    if count * row_bytes > limit:
-        return rows
-    starts = range(0, count, block)
-    values: NDArray[Any] | None = None
-    for start in track(starts, what, len(starts)):
-        part = rows.read(np.arange(start, min(start + block, count), dtype=np.int64))
-        values = np.empty((count, *part.shape[1:]), dtype=part.dtype) if values is None else values
-        values[start : start + len(part)] = part
-    return rows if values is None else InMemory(values)
 
 
 class WindowGroup:
@@ -66,12 +34,12 @@ class WindowGroup:
     """
 
     def __init__(self, path: Path, stage: str) -> None:
-        """Raises `FileError` if the store or a shard of it is missing, truncated or damaged."""
+        """Raises `FileError` if the folder or an array in it is missing or truncated."""
         self.path, self.stage = Path(path), stage
-        self.attributes: dict[str, Any] = read_attributes(self.path)
-        rows, held_out = self.array("rows"), self.array("held_out")
-        self.rows: NDArray[np.int64] = rows.read_range(0, len(rows)).astype(np.int64)
-        self.held_out = held_out.read_range(0, len(held_out)).astype(bool)
+        self.attributes = read_attributes(self.path, stage)
+        self._arrays = read_arrays(self.path)
+        self.rows: NDArray[np.int64] = np.array(self.array("rows"))
+        self.held_out: NDArray[np.bool_] = np.array(self.array("held_out"))
         if self.rows.ndim != 2 or self.held_out.shape != self.rows.shape[:1]:
             raise ContractError(
                 f"{self.path}: rows {self.rows.shape} and held_out {self.held_out.shape} must be (W, T) and (W,); "
@@ -91,30 +59,33 @@ class WindowGroup:
         """T."""
         return int(self.rows.shape[1])
 
-    def array(self, name: str, rows: int | None = None) -> RowReader:
-        """One array, its shards checked.
+    def array(self, name: str, rows: int | None = None) -> NDArray[Any]:
+        """One array.
 
         Raises:
-            FileError: it is missing, truncated or damaged, or does not have the `rows` rows expected.
+            FileError: it is missing, or does not have the `rows` rows expected.
         """
-        reader = RowReader(self.path / name)
-        reader.check()
-        if rows is not None and len(reader) != rows:
-            raise FileError(f"{self.path}: {name} has {len(reader)} rows, expected {rows}; run {self.stage} again")
-        return reader
+        if name not in self._arrays:
+            raise FileError(f"{self.path}: no {name}.npy in it; run {self.stage} again")
+        array = self._arrays[name]
+        if rows is not None and len(array) != rows:
+            raise FileError(f"{self.path}: {name} has {len(array)} rows, expected {rows}; run {self.stage} again")
+        return array
 
 
 class GeneratedWindows(WindowGroup):
-    """`generated.zarr`: `frames` V^ (W, T, H, W', 3), `reconstruction` (W, H, W', 3), `one_step_frames` and
-    `other_noise_frames` (Wh, T, H, W', 3), all uint8; `features` F (W, T, h, w, C_F) float16, or None where not kept."""
+    """`data/generated`: `frames` V^ (W, T, H, W', 3), `reconstruction` (W, H, W', 3), `one_step_frames` and
+    `other_noise_frames` (Wh, T, H, W', 3), all uint8; `latents` (W, c, h', w') float16 of the observed frame; `features` F
+    (W, T, h, w, C_F) float16, or None where not kept."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, "generate")
         self.frames = self.array("frames", len(self))
         self.reconstruction = self.array("reconstruction", len(self))
+        self.latents = self.array("latents", len(self))
         self.one_step_frames = self.array("one_step_frames", len(self.test))
         self.other_noise_frames = self.array("other_noise_frames", len(self.test))
-        self.features = self.array("features", len(self)) if (self.path / "features").exists() else None
+        self.features = self.array("features", len(self)) if "features" in self._arrays else None
         if "sampler" not in self.attributes:
             raise FileError(f"{self.path}: attribute sampler is missing; run generate again")
 
@@ -125,17 +96,12 @@ class GeneratedWindows(WindowGroup):
 
 
 class TeacherWindows(WindowGroup):
-    """`teachers/<branch>.zarr`: `targets` (W, T, h, w, C_i) and `reference` (W, h, w, C_i) float16; `moved` (W, T, h, w) bool,
-    stored as uint8; of held-out windows `one_step` and `other_noise` (Wh, T, h, w, C_i) float16."""
+    """`data/teachers/<branch>`: `targets` (W, T, h, w, C_i) and `reference` (W, h, w, C_i) float16; `moved` (W, T, h, w) bool;
+    of held-out windows `one_step` and `other_noise` (Wh, T, h, w, C_i) float16."""
 
     def __init__(self, path: Path, generated: GeneratedWindows) -> None:
-        """Raises `FileError` also if the cache is of another schema or was made from other windows than `generated`."""
+        """Raises `FileError` also if the cache was made from other windows than `generated`."""
         super().__init__(path, "cache_teacher")
-        version = self.attributes.get("schema_version")
-        if version != TEACHER_SCHEMA:
-            raise FileError(
-                f"{self.path}: schema_version is {version!r}, this code reads {TEACHER_SCHEMA}; run cache_teacher again"
-            )
         same = np.array_equal(self.rows, generated.rows) and np.array_equal(self.held_out, generated.held_out)
         if not same or self.attributes.get("video_sha256") != generated.attributes.get("video_sha256"):
             raise FileError(f"{self.path}: made from other windows than {generated.path} holds; run cache_teacher again")

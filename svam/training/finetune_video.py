@@ -14,8 +14,8 @@ from torch import Tensor
 from svam.console import track
 from svam.contract import ContractError
 from svam.device import mixed_precision
-from svam.episodes.store import EpisodeStore, Split
-from svam.episodes.windows import clip_rows, stride_of
+from svam.episodes.store import EpisodeStore
+from svam.episodes.windows import stride_of
 from svam.models.autoencoder import Autoencoder
 from svam.models.diffusion import expand_like, log_normal_sigmas
 from svam.models.published import load_strict, resolve_weights
@@ -25,6 +25,7 @@ from svam.params import FinetuneVideo
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.batch_order import EndlessOrder
+from svam.training.latents import LatentClips
 from svam.training.loop import fit
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
@@ -32,49 +33,8 @@ SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
 EXACT_PSNR = 100.0
 """Decibels that an exactly equal picture counts for, as in the autoencoder's metrics; JSON has no infinity. A GPU decodes equal
 latents to equal pixels, so a clip that stands still has such pictures where its first frame is repeated."""
-ENCODED_TOGETHER = 256
-"""Frames that the autoencoder encodes at a time."""
 EMBEDDED_TOGETHER = 256
 """Sentences that the text encoder embeds at a time; a data set may have one for each episode."""
-
-
-class LatentClips:
-    """Latents of one side of the split, encoded once, and the clips that can be cut from them.
-
-    Latents are kept as float16 on the CPU: 2 bytes x c x h' x w' a frame (2 kB at the default, 8 kB for SVD at 256 px).
-    """
-
-    def __init__(
-        self, store: EpisodeStore, split: Split, autoencoder: Autoencoder, frames: int, stride: int, device: torch.device,
-        places: NDArray[np.int64] | None = None,
-    ) -> None:  # fmt: skip
-        """`places`: the only clips that will be cut, by the place of their observed frame in the split; None: any."""
-        self.frames, self.stride = frames, stride
-        episodes = store.episodes(split)
-        bounds = [store.bounds(int(e)) for e in episodes]
-        lengths = np.array([end - start for start, end in bounds])
-        self.episodes = np.repeat(episodes, lengths)
-        self.first = np.repeat(np.cumsum(lengths) - lengths, lengths)
-        self.last = np.repeat(np.cumsum(lengths), lengths)
-        self.rows = np.concatenate([np.arange(start, end) for start, end in bounds])
-        self.encoded = self.rows if places is None else np.unique(self.clip_rows(places))
-        blocks = np.array_split(self.encoded, max(1, len(self.encoded) // ENCODED_TOGETHER))
-        latents = [
-            autoencoder.encode(torch.from_numpy(store.frames(block)).to(device)).half().cpu()
-            for block in track(blocks, f"encode {split} frames", len(blocks))
-        ]
-        self.latents = torch.cat(latents)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def clip_rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Store rows (B, T) of the clips whose observed frames are the `places`-th frames of this split."""
-        return self.rows[clip_rows(places, self.first[places], self.last[places], self.frames, self.stride)]
-
-    def clips(self, places: NDArray[np.int64]) -> Tensor:
-        """(B, T, c, h', w') float32."""
-        return self.latents[torch.from_numpy(np.searchsorted(self.encoded, self.clip_rows(places)))].float()
 
 
 @dataclass(frozen=True)
@@ -158,7 +118,7 @@ def train_video(
         random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
         places = order.batch(number)
         clean = clips.clips(places).to(device)
-        text = table.draw(clips.episodes[places], generator(seed, "finetune_video sentences", number)).to(device)
+        text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number)).to(device)
         condition = autoencoder.condition_of(clean[:, 0])
         # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
         shown = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
@@ -174,10 +134,10 @@ def train_video(
 
 @torch.no_grad()
 def evaluate_video(
-    model: VideoModel, params: FinetuneVideo, store: EpisodeStore, autoencoder: Autoencoder, table: TextTable, seed: int,
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
     device: torch.device,
 ) -> tuple[dict[str, float], NDArray[np.uint8]]:  # fmt: skip
-    """Metrics on held-out episodes, and sample pictures.
+    """Metrics on `clips` of held-out episodes, and sample pictures.
 
     Errors of generated clips are against the autoencoder's reconstruction of the truth, over frames 1..T-1, beside
     "repeat the first frame". Returns (metrics, pictures (clips, 2, T, H, W, 3) uint8: truth and generation).
@@ -187,10 +147,9 @@ def evaluate_video(
     sampler = SamplerConfig(
         up_blocks=1, grid=2, steps=params.evaluation_steps, guidance=1.0, bf16=params.training.bf16
     )  # its features, which nothing here looks at, are small
-    rng, available = generator(seed, "finetune_video held out"), len(store.rows("held_out"))
-    places = np.sort(rng.choice(available, size=min(params.evaluation_clips, available), replace=False))
-    clips = LatentClips(store, "held_out", autoencoder, params.frames, model.config.stride, device, places)
-    text = table.draw(clips.episodes[places], rng)
+    rng = generator(seed, "finetune_video held out")
+    places = np.sort(rng.choice(len(clips), size=min(params.evaluation_clips, len(clips)), replace=False))
+    text = table.draw(clips.episode_of(places), rng)
     losses: dict[str, list[Tensor]] = {}
     sums: dict[str, float] = {}
     pictures = []

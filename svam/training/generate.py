@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.console import console, track
-from svam.episodes.arrays import GroupWriter
+from svam.console import console
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows
 from svam.models.generator import VideoGenerator
 from svam.models.video import VideoConfig
+from svam.npy import write_arrays
 from svam.params import Generate
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
-from svam.training.window_arrays import WindowArray, announce, batches, open_arrays, to_stored
+from svam.training.blocks import in_batches, write_attributes, write_blocks
 
 
 @dataclass(frozen=True)
@@ -60,54 +59,55 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
 
 
 def generate_windows(
-    path: Path, store: EpisodeStore, model: VideoGenerator, windows: Windows, params: Generate, seed: int, video_sha256: str,
-    resume: Resume = NO_RESUME,
+    folder: Path, latents: NDArray[np.float16], model: VideoGenerator, windows: Windows, params: Generate, seed: int,
+    video_sha256: str, resume: Resume = NO_RESUME,
 ) -> None:  # fmt: skip
-    """Write `path` (which the caller makes whole): `frames` V^ (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16
-    (where kept), `reconstruction` (W, H, W, 3) uint8 of the observed frame, `rows`, `held_out`; and for held-out windows
+    """Write to `folder`, which `Resume.directory` gives, what `svam.training.distill_data.GeneratedWindows` reads: `frames` V^
+    (W, T, H, W, 3) uint8, `features` F (W, T, h, w, C) float16 (where kept), `latents` (W, c, h', w') float16 of the observed
+    frame and `reconstruction` (W, H, W, 3) uint8, its decoding, `rows`, `held_out`; and for held-out windows
     `one_step_frames`, the decoded one-step prediction, and `other_noise_frames`, V^ from another noise seed (the ceiling
     of what any distillation of V^ can reach).
+
+    `latents`: of all rows of the store, see `svam.training.latents`.
     """
-    config, every, held_out = model.video_model.config, len(windows.rows), int(windows.held_out.sum())
+    config, every, train = model.video_model.config, len(windows.rows), int((~windows.held_out).sum())
     picture = (*config.image_size, 3)
     clip = (config.frames, *picture)
-    arrays = {
-        "frames": WindowArray(every, clip, np.uint8),
-        "reconstruction": WindowArray(every, picture, np.uint8),
-        "one_step_frames": WindowArray(held_out, clip, np.uint8),
-        "other_noise_frames": WindowArray(held_out, clip, np.uint8),
+    arrays: dict[str, Any] = {
+        "frames": ((every, *clip), np.uint8),
+        "reconstruction": ((every, *picture), np.uint8),
+        "latents": ((every, *latents.shape[1:]), np.float16),
+        "one_step_frames": ((every - train, *clip), np.uint8),
+        "other_noise_frames": ((every - train, *clip), np.uint8),
     }
     if params.keep_features:
-        shape = (config.frames, params.grid, params.grid, model.one_step_channels)
-        arrays["features"] = WindowArray(every, shape, np.float16, params.mantissa_bits)
-    announce("generate", arrays)
-    with GroupWriter(path) as writer:
-        opened, parts = open_arrays(writer, arrays), batches(windows.held_out, params.batch)
-        for number, batch in enumerate(track(parts, "generate", len(parts))):
-            compute = partial(_generated, store, model, windows, batch, params.keep_features)
-            made = resume.computed_once(f"windows_{number}", compute)
-            for name, values in made.items():
-                opened[name].append(values)
-        writer.write("rows", windows.rows)
-        writer.write("held_out", windows.held_out.astype(np.uint8))
-        writer.attributes = {
-            "instructions": windows.instructions, "noise_seeds": windows.seeds, "sampler": model.sampler.model_dump(),
-            "video_sha256": video_sha256, "seed": seed, "stride": config.stride,
-        }  # fmt: skip
+        shape = (every, config.frames, params.grid, params.grid, model.one_step_channels)
+        arrays["features"] = (shape, np.float16)
+
+    def compute(block: slice) -> dict[str, NDArray[Any]]:
+        return _generated(latents, model, windows, block, params.keep_features)
+
+    write_blocks(folder, arrays, in_batches(params.batch, train, every), compute, resume, "generate")
+    write_arrays(folder, {"rows": windows.rows, "held_out": windows.held_out})
+    write_attributes(
+        folder, instructions=windows.instructions, noise_seeds=windows.seeds, sampler=model.sampler.model_dump(),
+        video_sha256=video_sha256, seed=seed, stride=config.stride,
+    )  # fmt: skip
 
 
 def _generated(
-    store: EpisodeStore, model: VideoGenerator, windows: Windows, batch: NDArray[np.int64], keep_features: bool
+    latents: NDArray[np.float16], model: VideoGenerator, windows: Windows, block: slice, keep_features: bool
 ) -> dict[str, NDArray[Any]]:
-    """The rows of the windows `batch`, of one side of the split, by array name."""
-    video = model.video_model
-    first = torch.from_numpy(store.frames(windows.rows[batch, 0])).to(model.device)
-    condition, text = model.prepare(first, [windows.instructions[i] for i in batch])
-    generation = model.generate(condition, text, video.initial_noise([windows.seeds[i] for i in batch]))
-    frames = {"frames": model.decode(generation.latents), "reconstruction": model.reconstruct(first)}
-    if windows.held_out[batch[0]]:
-        others = video.seeded_noise([seed_of(windows.seeds[i], "other") for i in batch])
+    """The rows of the windows `block`, of one side of the split, by array name."""
+    video, autoencoder, seeds = model.video_model, model.frame_autoencoder, windows.seeds[block]
+    observed = latents[windows.rows[block, 0]]
+    first, text = torch.from_numpy(observed).to(model.device).float(), model.embed_text(windows.instructions[block])
+    condition = autoencoder.condition_of(first)
+    generation = model.generate(condition, text, video.initial_noise(seeds))
+    frames = {"frames": model.decode(generation.latents), "reconstruction": autoencoder.decode_u8(first)}
+    if windows.held_out[block.start]:
+        others = video.seeded_noise([seed_of(seed, "other") for seed in seeds])
         frames["one_step_frames"] = model.decode(generation.one_step)
         frames["other_noise_frames"] = model.decode(model.generate(condition, text, others).latents)
-    made: dict[str, NDArray[Any]] = {name: values.cpu().numpy() for name, values in frames.items()}
-    return made | ({"features": to_stored(generation.features)} if keep_features else {})
+    made: dict[str, NDArray[Any]] = {name: values.cpu().numpy() for name, values in frames.items()} | {"latents": observed}
+    return made | ({"features": generation.features.half().cpu().numpy()} if keep_features else {})

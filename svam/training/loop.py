@@ -6,7 +6,10 @@ The averaged (EMA) weights are what is evaluated, selected and left in the modul
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,9 @@ from svam.errors import SvamError
 from svam.params import Optimiser
 from svam.resume import NO_RESUME, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
+
+AHEAD = 2
+"""Batches that are made while one is being used."""
 
 
 class DivergedError(SvamError, ValueError):
@@ -43,6 +49,20 @@ def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[
     ]
 
 
+def made_ahead(batch_of: Callable[[int], Any], numbers: range) -> Generator[Any, None, None]:
+    """`batch_of` of each number, made by one thread beside what is done with the batches before; it raises what that raises."""
+    pool = ThreadPoolExecutor(1, "batches")
+    try:
+        waiting = deque(pool.submit(batch_of, number) for number in numbers[:AHEAD])
+        for number in numbers:
+            batch = waiting.popleft().result()
+            if number + AHEAD in numbers:
+                waiting.append(pool.submit(batch_of, number + AHEAD))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def fit(
     module: nn.Module,
     loss: Callable[[Any], Tensor],
@@ -61,7 +81,8 @@ def fit(
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
         batch_of: the n-th batch, from 0 on, a function of n alone, so that a resumed run sees the data that it would have
-            seen; `optimiser.accumulate` batches make one step.
+            seen; `optimiser.accumulate` batches make one step. Another thread calls it, ahead of the step, so it must not draw
+            from torch's global random state.
         live_dir: where DVCLive streams `metrics.json` and curves (a DVC out of the stage).
         evaluate: called every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
@@ -81,13 +102,13 @@ def fit(
     state.restore(resume)
     log_every = max(1, optimiser.steps // 100)
 
-    with progress_bar() as bar:
+    numbers = range(state.step * optimiser.accumulate, optimiser.steps * optimiser.accumulate)
+    with progress_bar() as bar, closing(made_ahead(batch_of, numbers)) as batches:
         task = bar.add_task(name, total=optimiser.steps, completed=state.step, note="")
         for step in range(state.step + 1, optimiser.steps + 1):
             module.train()
             for group in adam.param_groups:
                 group["lr"] = optimiser.learning_rate * learning_rate_factor(step - 1, optimiser)
-            batches = map(batch_of, range((step - 1) * optimiser.accumulate, step * optimiser.accumulate))
             value = _train_step(loss, batches, optimiser, device, adam, parameters, f"{name} step {step}")
             state.average.update()
             state.recent = value if step == 1 else 0.95 * state.recent + 0.05 * value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.episodes.store import EpisodeStore
 from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.video import SamplerConfig
 from svam.training.distill_data import GeneratedWindows
@@ -30,15 +30,19 @@ def load_for_windows(
 
 
 class OneStepFeatures:
-    """F of the windows: the same frame, instruction and noise through the same model as in `generate`."""
+    """F of the windows: the same latents, instruction and noise through the same model as in `generate`, at every read. A
+    training and its evaluation may read at once."""
 
-    def __init__(self, windows: GeneratedWindows, store: EpisodeStore, model: ForesightModel) -> None:
-        self.windows, self.store, self.model = windows, store, model
+    def __init__(self, windows: GeneratedWindows, model: ForesightModel) -> None:
+        self.windows, self.model = windows, model
+        self._lock = Lock()
 
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float16]:
+    def __getitem__(self, numbers: NDArray[np.int64], /) -> NDArray[np.float16]:
         """(k, T, h, w, C_F) float16 of windows by number."""
-        attributes = self.windows.attributes
-        frames = torch.from_numpy(self.store.frames(self.windows.rows[rows, 0]))
-        condition, text = self.model.prepare(frames, [attributes["instructions"][i] for i in rows])
-        noise = self.model.video_model.initial_noise([attributes["noise_seeds"][i] for i in rows])
-        return self.model.one_step(condition, text, noise).cpu().numpy().astype(np.float16)
+        attributes, model = self.windows.attributes, self.model
+        latents = torch.from_numpy(self.windows.latents[numbers]).to(model.device).float()
+        with self._lock:
+            text = model.embed_text([attributes["instructions"][i] for i in numbers])
+            noise = model.video_model.initial_noise([attributes["noise_seeds"][i] for i in numbers])
+            features = model.one_step(model.frame_autoencoder.condition_of(latents), text, noise)
+        return np.asarray(features.half().cpu().numpy())

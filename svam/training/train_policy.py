@@ -256,15 +256,15 @@ def train(
         learning = TrainingData(sides[0], features.part(0, len(train_rows)), foresight, svam, device)
         judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
         set_input_statistics(svam, learning)
-        noise, optimiser = torch.Generator(), section.training
+        optimiser = section.training
         order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
 
-        def batch_of(number: int) -> Batch:
-            noise.manual_seed(seed_of(seed, "train_policy noise", number))
-            return learning.batch(order.batch(number))
+        def batch_of(number: int) -> tuple[Batch, torch.Generator]:
+            noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise", number))
+            return learning.batch(order.batch(number)), noise
 
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws), batch_of, optimiser, device,
+            svam.network, lambda batch: svam.loss(*batch, section.noise_draws), batch_of, optimiser, device,
             "train_policy", live, lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
             "action_error", resume,
         )  # fmt: skip

@@ -26,7 +26,6 @@ from tests.recorded import SETTINGS, Recorded, make_episode
 SMALL = {
     "frames": 60, "conversion_frames": 90, "image_sizes": [32], "clips": 3, "clip_frames": 4, "strides": [2], "repeats": 2,
     "workers": [1, 2],
-    "window_shapes": {"small": [2, 2, 2, 8]}, "window_megabytes": 0.001,
 }  # fmt: skip
 
 
@@ -61,12 +60,6 @@ def test_clips(store: Path, tmp_path: Path) -> None:
         exact = {name: value == 0 for name, value in result["difference"].items()}
         assert exact == {name: not name.startswith("mp4") for name in exact} and "store" in exact
     assert {(r["workers"], r["cache"]) for r in found["results"]} == {(n, c) for n in (1, 2) for c in ("warm", "cold")}
-
-
-def test_windows(store: Path, tmp_path: Path) -> None:
-    found = run("teacher_cache", store, tmp_path)
-    assert {(r["windows"], r["workers"], r["cache"]) for r in found["results"]} >= {("small", 1, "warm"), ("small", 2, "cold")}
-    assert set(found["results"][0]["milliseconds"]) == {"store", "npy_per_window"}
 
 
 def test_memory_and_conversion(store: Path, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from dvc.repo import Repo
 
 from svam import console as machine
-from svam.benchmark.pipeline import read_accounts, shares, waits
+from svam.benchmark.pipeline import read_accounts, shares, steps_of, trainings
 from svam.files import FileError
 from tests.benchmark.common import measured, refused
 
@@ -28,6 +29,26 @@ stages:
       part: [times]
     cmd: echo times > times
     outs: [times]
+"""
+SLOW = """
+import sys, time
+from pathlib import Path
+import torch
+from svam.training.loop import fit
+from tests.toy import optimiser
+
+def batch_of(number):
+    time.sleep(0.004)
+    return torch.ones(2, 3)
+
+module = torch.nn.Linear(3, 1)
+
+def loss(batch):
+    time.sleep(0.001)
+    return module(batch).mean()
+
+fit(module, loss, batch_of, optimiser(steps=1000, batch=2, learning_rate=0.001), torch.device("cpu"), "slow")
+Path(sys.argv[1]).write_text("finished")
 """
 TRAINED = {"seconds": 10.0, "spent": {"data": 0.1, "forward": 3.0, "backward": 4.5, "optimiser": 0.4, "saving": 1.0}}
 WAITED = {"seconds": 30.0, "spent": {"data": 2.0, "forward": 3.0, "backward": 4.0, "optimiser": 1.0, "statistics": 15.0}}
@@ -54,12 +75,10 @@ def write_accounts(folder: Path, accounts: dict[str, Any]) -> Path:
     return folder
 
 
-def test_times_and_waits_of_a_project(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_a_project(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project)
     found = measured("times", tmp_path, {})
     assert found["total_seconds"] == 40.0 and set(found["stages"]) == {"train@one", "train@two"}
-    found = measured("loader", tmp_path, {}, "--times", str(project / ".cache/times"))
-    assert set(found["stages"]) == {"train@one", "train@two"} and found["largest"]["stage"] == "train@two"
 
 
 def test_shares_by_hand() -> None:
@@ -72,12 +91,22 @@ def test_shares_by_hand() -> None:
     assert found["parts"]["other"] == {"seconds": 21.0, "share": 0.21}
 
 
-def test_waiting_is_a_share_of_steps_alone() -> None:
-    found = waits({"a": TRAINED, "b": WAITED, "c": CONVERTED})
-    assert {stage: wait["share"] for stage, wait in found["stages"].items()} == {"a": 0.0125, "b": 0.2}
-    assert found["largest"] == {"stage": "b", "share": 0.2} and found["share"] == pytest.approx(2.1 / 18, abs=1e-6)
-    with pytest.raises(FileError, match="no account of a training"):
-        waits({"c": CONVERTED})
+def test_a_training_is_timed_with_and_without_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage whose batch takes twice as long as its step; its outs are untouched, whatever its state says."""
+    (tmp_path / "slow_stage.py").write_text(SLOW)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    found = steps_of(["slow_stage", str(tmp_path / "out")], 2)
+    drawn, repeated = (np.median(found[kind]) for kind in ("drawn", "repeated"))
+    assert len(found["drawn"]) == len(found["repeated"]) == 2 and drawn > 1.2 * repeated
+    assert not (tmp_path / "out").exists()
+    lock = tmp_path / "dvc.lock"
+    lock.write_text(
+        "stages:\n  train:\n    cmd: python -m stages.train data/x --live data/live\n"
+        "    outs:\n    - path: data/x\n    - path: data/live\n"
+        "  report:\n    cmd: python -m stages.report data/report --live data/live\n    outs:\n    - path: data/report\n"
+    )
+    out = tmp_path / "scratch/data"
+    assert trainings(lock, tmp_path / "scratch") == {"train": ["stages.train", str(out / "x"), "--live", str(out / "live")]}
 
 
 def test_accounts_are_those_that_stages_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +122,6 @@ def test_accounts_are_those_that_stages_keep(tmp_path: Path, monkeypatch: pytest
 
     stage()
     accounts = read_accounts(machine.scratch_folder("times"), ["train@one"])
-    assert set(waits(accounts)["stages"]) == {"train@one"}
     assert set(shares(accounts)["stages"]["train@one"]["parts"]) == {"data", "forward", "backward", "optimiser", "other"}
 
 

@@ -13,19 +13,20 @@ from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from svam.contract import ContractError
-from svam.episodes.arrays import GroupWriter
 from svam.files import sha256_tree
 from svam.models.decoupler import Decoupler
 from svam.models.foresight import part_folders
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
+from svam.npy import write_arrays
 from svam.params import Distill, Generate
 from svam.training.batch_order import EndlessOrder
+from svam.training.blocks import write_attributes
 from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
-from svam.training.distill_data import TEACHER_SCHEMA, GeneratedWindows, InMemory, TeacherWindows, in_memory_if_small
+from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_for_windows
-from tests.tiny_foresight import FRAMES, GRID, make_store, save_parts, write_windows
+from tests.tiny_foresight import FRAMES, GRID, encoded, make_store, save_parts, write_windows
 from tests.toy import optimiser
 
 CPU = torch.device("cpu")
@@ -48,7 +49,7 @@ def arrays() -> dict[str, Any]:
     moved = np.abs(change[..., 0]) > 0.5
     return {
         "features": features.astype(np.float16), "reference": reference.astype(np.float16),
-        "targets": targets.astype(np.float16), "moved": moved.astype(np.uint8), "one_step": targets[TRAIN:].astype(np.float16),
+        "targets": targets.astype(np.float16), "moved": moved, "one_step": targets[TRAIN:].astype(np.float16),
         "other_noise": np.broadcast_to(reference[TRAIN:, None], targets[TRAIN:].shape).astype(np.float16),
     }  # fmt: skip
 
@@ -57,18 +58,12 @@ def open_data(folder: Path, values: dict[str, Any]) -> DistillationData:
     """Write both stores and open them."""
     folder.mkdir(exist_ok=True)
     rows = np.arange((TRAIN + TEST) * FRAMES, dtype=np.int64).reshape(-1, FRAMES)
-    write_windows(folder / "generated.zarr", rows, HELD_OUT, features=values["features"])
-    with GroupWriter(folder / "teacher.zarr") as writer:
-        for name in ("targets", "reference", "moved", "one_step", "other_noise"):
-            writer.array(name, values[name].shape[1:], values[name].dtype, chunk_rows=1, shard_rows=16).append(values[name])
-        writer.write("rows", rows)
-        writer.write("held_out", np.asarray(HELD_OUT, dtype=np.uint8))
-        writer.attributes = {
-            "schema_version": TEACHER_SCHEMA, "video_sha256": "abc", "target": "generated", "reference": "frame", "metrics": {}
-        }  # fmt: skip
-    windows = GeneratedWindows(folder / "generated.zarr")
+    write_windows(folder / "generated", rows, HELD_OUT, features=values["features"])
+    write_arrays(folder / "teacher", values | {"rows": rows, "held_out": np.asarray(HELD_OUT)})
+    write_attributes(folder / "teacher", video_sha256="abc", target="generated", reference="frame", metrics={})
+    windows = GeneratedWindows(folder / "generated")
     assert windows.features is not None
-    return DistillationData(windows, TeacherWindows(folder / "teacher.zarr", windows), windows.features)
+    return DistillationData(windows, TeacherWindows(folder / "teacher", windows), windows.features)
 
 
 @pytest.fixture(scope="module")
@@ -121,15 +116,6 @@ def test_an_epoch_shows_every_training_window_once(data: DistillationData) -> No
         assert np.array_equal(seen[order[0]], train[order[1]])
 
 
-def test_large_arrays_stay_on_disk_with_the_same_rows(data: DistillationData) -> None:
-    reader = data.windows.features
-    assert reader is not None
-    memory, disk = (in_memory_if_small(reader, len(reader), reader.row_bytes, "test", limit=limit) for limit in (1 << 20, 10))
-    assert isinstance(memory, InMemory) and disk is reader
-    rows = np.asarray([5, 0, 47, 5])
-    assert np.array_equal(memory.read(rows), disk.read(rows))
-
-
 def test_each_baseline_is_what_its_name_says(data: DistillationData) -> None:
     statistics = TrainingStatistics(data)
     untrained = build(data, statistics, SECTION).eval()
@@ -160,7 +146,7 @@ def test_it_beats_its_baselines_where_there_is_something_to_learn(data: Distilla
 
 
 def test_features_and_targets_must_agree(data: DistillationData) -> None:
-    wrong = InMemory(arrays()["features"][:, :, :1])
+    wrong = arrays()["features"][:, :, :1]
     with pytest.raises(ContractError, match=r"both must begin with \(3, 2, 2\)"):
         DistillationData(data.windows, data.teacher, wrong)
 
@@ -185,7 +171,6 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
     save_parts(tmp_path, store, noise)
     section = Generate(
         windows=6, held_out_windows=4, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
-        mantissa_bits=10,
     )  # fmt: skip
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = part_folders(tmp_path / "backbones", tmp_path / "video")
@@ -193,22 +178,24 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
     chosen = choose_windows(store, section, model.video_model.config, 0)
     for name, keep in (("with", True), ("without", False)):
         changed = section.model_copy(update={"keep_features": keep})
-        generate_windows(tmp_path / name, store, model, chosen, changed, 0, sha256_tree(tmp_path / "video"))
+        (tmp_path / name).mkdir()
+        latents = encoded(store, model.frame_autoencoder)
+        generate_windows(tmp_path / name, latents, model, chosen, changed, 0, sha256_tree(tmp_path / "video"))
     stored, absent = GeneratedWindows(tmp_path / "with"), GeneratedWindows(tmp_path / "without")
     assert stored.features is not None and absent.features is None
 
     from stages import cache_teacher
     from stages import distill as distill_stage
 
-    runner, common = CliRunner(), ["--episodes", tmp_path / "episodes.zarr", "--backbones", tmp_path / "backbones"]
-    common += ["--params", params_file(tmp_path), "--generated", tmp_path / "without"]
-    cache, out = tmp_path / "teachers" / "geometric.zarr", tmp_path / "decoupler"
-    arguments = ["geometric", cache, *common]
+    runner, common = CliRunner(), ["--backbones", tmp_path / "backbones", "--params", params_file(tmp_path)]
+    common += ["--generated", tmp_path / "without"]
+    cache, out = tmp_path / "teachers" / "geometric", tmp_path / "decoupler"
+    arguments = ["geometric", cache, *common, "--episodes", tmp_path / "episodes.zarr"]
     assert runner.invoke(cache_teacher.app, [str(a) for a in arguments]).exit_code == 0
     again = load_for_windows(absent, folders)
     rows = np.asarray([7, 2, 0])
-    computed = OneStepFeatures(absent, store, again).read(rows)
-    np.testing.assert_allclose(computed.astype(float), stored.features.read(rows).astype(float), rtol=2e-3, atol=2e-3)
+    computed = OneStepFeatures(absent, again)[rows]
+    np.testing.assert_allclose(computed.astype(float), stored.features[rows].astype(float), rtol=2e-3, atol=2e-3)
     assert not np.allclose(computed[0], computed[1], atol=1e-2)
 
     arguments = ["geometric", out, *common, "--teacher", cache, "--video", tmp_path / "video"]

@@ -7,10 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 
-from svam.episodes.arrays import read_attributes
-from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, FrozenParts, part_folders
@@ -19,14 +16,15 @@ from svam.models.video import SamplerConfig
 from svam.params import FinetuneVideo, Generate
 from svam.resume import Resume
 from svam.training import finetune_video
-from svam.training.finetune_video import LatentClips, TextTable, _psnr, evaluate_video
+from svam.training.distill_data import GeneratedWindows
+from svam.training.finetune_video import TextTable, _psnr, evaluate_video
 from svam.training.generate import choose_windows, generate_windows
-from tests.tiny_foresight import GRID, OPTIMISER, make_store, save_parts
+from svam.training.latents import LatentClips
+from tests.tiny_foresight import GRID, OPTIMISER, encoded, make_store, save_parts
 from tests.toy import committed
 
 SECTION = Generate(
     windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
-    mantissa_bits=10,
 )  # fmt: skip
 
 
@@ -60,45 +58,34 @@ def test_too_many_windows_are_all_there_are(parts: tuple[EpisodeStore, Foresight
     assert (~windows.held_out).sum() == len(store.rows("train"))
 
 
-def test_what_is_cached_is_what_the_policy_will_see(parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path) -> None:
+def test_what_is_cached_is_what_the_policy_will_see(
+    parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the bytes of a run that was never interrupted are those of one that kept its state, and those announced."""
     store, model = parts
     windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
-    for name in ("a.zarr", "b.zarr"):
-        generate_windows(tmp_path / name, store, model, windows, SECTION, seed=0, video_sha256="abc")
-    assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
-    path = tmp_path / "a.zarr"
+    latents = encoded(store, model.frame_autoencoder)
+    (tmp_path / "state").mkdir()
+    for name, resume in (("a", Resume(None)), ("b", Resume(tmp_path / "state", 0))):
+        with resume.directory(tmp_path / name) as folder:
+            generate_windows(folder, latents, model, windows, SECTION, 0, "abc", resume)
+    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    made = GeneratedWindows(tmp_path / "a")
     frames = torch.from_numpy(store.frames(windows.rows[:4, 0]))
     seen = model.encode(frames, windows.instructions[:4], ["one_step"], range(4)).entries["one_step"]
-    np.testing.assert_allclose(RowReader(path / "features").read_range(0, 4), seen.numpy(), rtol=2e-3, atol=2e-3)
-    shapes = {
-        n: RowReader(path / n).shape for n in ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")
-    }
-    assert shapes == {
+    assert made.features is not None
+    np.testing.assert_allclose(made.features[:4], seen.numpy(), rtol=2e-3, atol=2e-3)
+    np.testing.assert_allclose(made.reconstruction[:4], model.reconstruct(frames).numpy(), atol=1)
+    assert np.array_equal(made.latents, latents[windows.rows[:, 0]])
+    names = ("frames", "one_step_frames", "other_noise_frames", "reconstruction", "rows")
+    assert {n: made.array(n).shape for n in names} == {
         "frames": (8, 3, 16, 16, 3), "one_step_frames": (3, 3, 16, 16, 3), "other_noise_frames": (3, 3, 16, 16, 3),
         "reconstruction": (8, 16, 16, 3), "rows": (8, 3),
     }  # fmt: skip
-    other = RowReader(path / "other_noise_frames").read_range(0, 3)
-    assert (other != RowReader(path / "frames").read_range(5, 8)).any()
-    assert read_attributes(path)["sampler"]["steps"] == 2
-
-
-def test_the_state_of_a_run_is_what_it_writes(
-    parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """No more on disk than was announced, and a run that goes on from it writes the same bytes."""
-    store, model = parts
-    windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
-    (tmp_path / "state").mkdir()
-    for name, resume in (("straight", Resume(None)), ("saved", Resume(tmp_path / "state", 0))):
-        generate_windows(tmp_path / name, store, model, windows, SECTION, 0, "abc", resume)
-    generate_windows(tmp_path / "resumed", store, model, windows, SECTION, 0, "abc", Resume(tmp_path / "state", 0))
-    assert sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "saved") == sha256_tree(tmp_path / "resumed")
-    arrays = [RowReader(tmp_path / "straight" / name) for name in ("frames", "reconstruction", "features")]
-    arrays += [RowReader(tmp_path / "straight" / name) for name in ("one_step_frames", "other_noise_frames")]
-    written = sum(len(array) * array.row_bytes for array in arrays)
-    kept = [array for file in (tmp_path / "state").glob("*.data-*") for array in load_file(file).values()]
-    assert sum(array.nbytes for array in kept) == written
-    assert f"{written / 1e9:.3f} GB before compression" in capsys.readouterr().err
+    assert (made.other_noise_frames != made.frames[5:]).any()
+    assert made.attributes["sampler"]["steps"] == 2
+    written = sum(made.array(n).nbytes for n in (*names[:4], "latents", "features"))
+    assert f"generate: writes {written / 1e9:.3f} GB" in capsys.readouterr().err
 
 
 def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> None:
@@ -122,9 +109,10 @@ def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeS
     store, model = parts
     changes = {"training": OPTIMISER, "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}
     section = FinetuneVideo.model_validate(committed("finetune_video") | changes)
-    autoencoder, video, cpu = model.part("autoencoder"), model.part("video"), torch.device("cpu")
+    autoencoder, video, cpu = model.frame_autoencoder, model.video_model, torch.device("cpu")
     table = TextTable.build(store, model.text)
-    metrics, pictures = evaluate_video(video, section, store, autoencoder, table, 0, cpu)  # type: ignore[arg-type]
+    clips = LatentClips(store, "held_out", encoded(store, autoencoder), 3, video.config.stride)
+    metrics, pictures = evaluate_video(video, section, clips, autoencoder, table, 0, cpu)
     assert pictures.shape == (4, 2, 3, 16, 16, 3)
     truth = pictures[:, 0].astype(np.float64) / 255
     # "repeat the first frame" is recomputed by hand from the decoded truth, frames 1..T-1 only
@@ -132,16 +120,6 @@ def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeS
     assert metrics["repeated_mse"] == pytest.approx(expected, rel=0.02)
     assert metrics["error_share_of_repeat"] == pytest.approx(metrics["generated_mse"] / metrics["repeated_mse"])
     assert {"loss_sigma_first", "loss_sigma_0.2_1", "generated_psnr", "generated_ssim"} <= set(metrics)
-
-
-def test_clips_that_are_named_need_no_other_frames(parts: tuple[EpisodeStore, ForesightModel]) -> None:
-    store, model = parts
-    places, cpu = np.array([3, 9, 11]), torch.device("cpu")
-    every = LatentClips(store, "held_out", model.part("autoencoder"), 3, 2, cpu)  # type: ignore[arg-type]
-    few = LatentClips(store, "held_out", model.part("autoencoder"), 3, 2, cpu, places)  # type: ignore[arg-type]
-    assert every.rows.tolist() == few.rows.tolist() == store.rows("held_out").tolist()
-    assert len(few.latents) == len(set(few.clip_rows(places).ravel().tolist())) < len(every.latents) == len(every.rows)
-    torch.testing.assert_close(few.clips(places), every.clips(places), atol=2e-3, rtol=2e-3)
 
 
 def test_many_sentences_are_embedded_in_parts(parts: tuple[EpisodeStore, ForesightModel]) -> None:

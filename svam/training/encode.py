@@ -1,0 +1,34 @@
+"""Frames of the store -> latents, once for all: what fine-tuning and generation read instead of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from svam.episodes.store import EpisodeStore
+from svam.models.autoencoder import Autoencoder
+from svam.resume import NO_RESUME, Resume
+from svam.training.blocks import in_batches, stem_of, write_attributes, write_blocks
+
+
+def encode_frames(
+    folder: Path, store: EpisodeStore, autoencoder: Autoencoder, autoencoder_sha256: str, batch: int, device: torch.device,
+    resume: Resume = NO_RESUME,
+) -> None:  # fmt: skip
+    """Write `<camera>.npy`, (N, c, h', w') float16 with the rows of the store, of the foresight camera, the one that training
+    reads. `batch` frames are read and encoded at a time."""
+    name = stem_of(store.cameras[0])
+
+    def compute(block: slice) -> dict[str, NDArray[Any]]:
+        rows = np.arange(block.start, block.stop, dtype=np.int64)
+        return {name: autoencoder.encode(torch.from_numpy(store.frames(rows)).to(device)).half().cpu().numpy()}
+
+    height, width = store.image_size
+    factor = autoencoder.factor
+    shape = (len(store), autoencoder.latent_channels, height // factor, width // factor)
+    write_blocks(folder, {name: (shape, np.float16)}, in_batches(batch, len(store)), compute, resume, "encode")
+    write_attributes(folder, autoencoder_sha256=autoencoder_sha256)
