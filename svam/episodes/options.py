@@ -5,7 +5,6 @@ from __future__ import annotations
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from importlib import import_module
 from itertools import count, groupby
 from pathlib import Path
@@ -75,7 +74,8 @@ def open_named_source(path: Path, params: Params) -> EpisodeSource:
 
 
 class ChosenEpisodes:
-    """The episodes of a source that `convert.episodes`, `drop`, `tasks` and `success` leave, in the source's order."""
+    """The episodes of a source that `convert.episodes`, `drop`, `tasks` and `success` leave, in the source's order: `numbers`
+    are those that they have in `source`."""
 
     def __init__(self, source: EpisodeSource, chosen: Convert) -> None:
         """Look at every chosen episode once; where one is chosen by name, at all.
@@ -84,7 +84,7 @@ class ChosenEpisodes:
             ParamsError: a choice names what is not there, or leaves nothing.
             FileError: episodes that cannot be read, all of them listed.
         """
-        self._source, self._total = source, len(source)
+        self.source, self._total = source, len(source)
         shapes: dict[int, EpisodeShape] = {}
         refused: dict[int, str] = {}
 
@@ -119,17 +119,17 @@ class ChosenEpisodes:
             self._shapes = {number: shape for number, shape in self._shapes.items() if shape.success == chosen.success}
         if not self._shapes and self._total:
             raise ParamsError(f"convert.episodes, drop, tasks and success leave none of {self._total} episodes")
-        self._numbers = list(self._shapes)
+        self.numbers = list(self._shapes)
 
     @property
     def notes(self) -> Sequence[str]:
         """The source's, and how many episodes are left out by choice."""
         left_out = self._total - len(self)
-        return [*self._source.notes, *([f"{left_out} of {self._total} episodes are left out by choice"] if left_out else [])]
+        return [*self.source.notes, *([f"{left_out} of {self._total} episodes are left out by choice"] if left_out else [])]
 
     def describe(self) -> SourceDescription:
         """The source's, with the chosen tasks' sentences only."""
-        description = self._source.describe()
+        description = self.source.describe()
         tasks = {shape.task for shape in self._shapes.values()}
         sentences = {task: said for task, said in description.instructions.items() if task in tasks}
         return description.model_copy(update={"instructions": sentences or description.instructions})
@@ -139,13 +139,11 @@ class ChosenEpisodes:
 
     def shape(self, index: int) -> EpisodeShape:
         """As it was when the source was opened."""
-        return self._shapes[self._numbers[index]]
+        return self._shapes[self.numbers[index]]
 
     def read(self, index: int) -> Episode:
-        """The source's; where that has another number for it, provenance has that as `number`."""
-        number = self._numbers[index]
-        episode = self._source.read(number)
-        return episode if number == index else replace(episode, provenance={**episode.provenance, "number": number})
+        """The source's."""
+        return self.source.read(self.numbers[index])
 
 
 _RANGE = re.compile(r"(\d*):(\d*)")

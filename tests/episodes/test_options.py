@@ -60,11 +60,9 @@ def chosen(source: Recorded = SOURCE, **choice: Any) -> ChosenEpisodes:
 def test_what_is_chosen(choice: dict[str, Any], numbers: list[int]) -> None:
     """Lengths, pictures and sentences are those of the chosen ones, in a worker's copy too."""
     source = copy.deepcopy(chosen(**choice))  # as pickle copies
-    assert [source.shape(index).steps for index in range(len(source))] == [2 + number for number in numbers]
+    assert source.numbers == numbers and len(source) == len(numbers)
     for index, number in enumerate(numbers):
-        episode = source.read(index)
-        assert episode.instruction == SOURCE.episodes[number].instruction
-        assert episode.provenance.get("number", index) == number
+        assert source.shape(index).steps == 2 + number and source.read(index).instruction == SOURCE.episodes[number].instruction
     assert set(source.describe().instructions) == {TASKS[number] for number in numbers}
     assert list(source.notes) == ([] if len(numbers) == 6 else [f"{6 - len(numbers)} of 6 episodes are left out by choice"])
 
