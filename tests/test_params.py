@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from svam.agreement import check_agreement, notes
@@ -46,50 +46,33 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     [
         ("seed", -1, ["seed is -1", "at least 0"]),
         ("seed", "zero", ["seed is 'zero'; expected a whole number"]),
-        ("threads", 0, ["threads is 0", "at least 1"]),
-        ("threads", 2.5, ["threads is 2.5; expected a whole number"]),
         ("machine.device", "CUDA", ["machine.device is 'CUDA'; expected 'auto', 'cpu' or 'cuda'; did you mean 'cuda'?"]),
         ("collect.episodes", True, ["collect.episodes is true; expected a whole number"]),
-        ("collect.episodes", "40", ["collect.episodes is '40'", "whole number"]),
         ("generate.bf16", 1, ["generate.bf16 is 1; expected true or false"]),
-        ("collect.image_size", 16, ["collect.image_size is 16", "32"]),
         ("collect.tasks", "reach", ["collect.tasks is 'reach'; expected a list, such as [a, b]"]),
         ("collect.tasks", ["reach", "reach"], ["collect", "['reach']", "more than once"]),
         ("collect.tasks", ["../up"], ["collect.tasks.0 is '../up'; expected a name of letters, digits"]),
         ("collect.scenes", "mine", ["collect.scenes is 'mine'", "'stock' or 'shared'"]),
-        ("collect.styles", [], ["collect.styles is []", "at least 1"]),
         ("collect.styles", ["left", "left"], ["collect.styles", "['left']", "more than once"]),
-        ("collect.cameras", [], ["collect.cameras is []", "at least 1"]),
         ("collect.noisy_share", 1.5, ["collect.noisy_share is 1.5; expected at most 1"]),
         ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
         ("convert.held_out", 0.0, ["convert.held_out is 0.0; expected more than 0"]),
-        ("convert.shard_megabytes", 0, ["convert.shard_megabytes is 0", "more than 0"]),
         ("convert.instruction", " ", ["convert.instruction is ' '; expected a sentence"]),
         ("convert.episodes", [0, 1.5], ["convert.episodes.1 is 1.5; expected a whole number or a text"]),
         ("convert.rate_hz", "5", ["convert.rate_hz is '5'; expected a number"]),
         ("convert.cameras", None, ["convert.cameras is null; expected a list"]),
         ("convert.options", "x", ["convert.options is 'x'; expected keys and values, such as {a: 1}"]),
-        ("convert.normalisation", "max", ["convert.normalisation is 'max'", "'minmax', 'quantile' or 'meanstd'"]),
         ("prepare_backbones.geometric.source", "pretrained", ["prepare_backbones.geometric", "path"]),
         ("prepare_backbones.semantic.patch", 7, ["image_size (64)", "patch (7)"]),
         ("prepare_backbones.autoencoder.layers", [0, 1], ["layers [0, 1]", "same length"]),
         ("finetune_video.unet.channels", [64, 100], ["finetune_video.unet.channels.1 is 100", "32"]),
         ("finetune_video.unet.heads", [2, 3], ["channels [64, 128]", "heads [2, 3]"]),
-        ("finetune_video.training.schedule", "step", ["finetune_video.training.schedule is 'step'", "'cosine' or 'constant'"]),
-        ("finetune_video.training.betas", [0.9], ["finetune_video.training.betas is [0.9]", "at least 2"]),
         ("finetune_video.sigma_min", 90.0, ["sigma_min (90.0)", "sigma_max (80.0)"]),
         ("finetune_video.training.warmup", 10**6, ["warmup (1000000)", "steps ("]),
         ("finetune_video.training.learning_rate", float("nan"), ["finetune_video.training.learning_rate", "nan"]),
-        ("generate.guidance", 0.5, ["generate.guidance is 0.5", "1"]),
-        ("cache_teacher.reference", "depth", ["cache_teacher.reference is 'depth'", "'frame' or 'reconstruction'"]),
-        ("distill.anchor", "multiply", ["distill.anchor is 'multiply'", "'concat' or 'add'"]),
         ("distill.heads", 7, ["width (", "heads (7)"]),
-        ("train_policy.context", [], ["train_policy.context is []", "at least 1"]),
         ("train_policy.context", ["motion"], ["train_policy.context.0 is 'motion'", "one_step"]),
-        ("evaluate.protocols", ["calvin"], ["evaluate.protocols.0 is 'calvin'", "'metaworld' or 'offline'"]),
-        ("report.dpi", 10, ["report.dpi is 10", "50"]),
         ("report.colour", "red", ["unknown key 'report.colour'", "'red'"]),
-        ("machine.gpus", 1, ["unknown key 'machine.gpus'", "1"]),
         ("evaluation", {"episodes": 5}, ["unknown key 'evaluation'"]),
     ],
 )
@@ -123,13 +106,7 @@ def test_every_knob_is_written_out() -> None:
         for part in key.split("."):
             assert part in value, f"params.yaml lacks {key}"
             value = value[part]
-    sections = [
-        *(
-            field.annotation
-            for name, field in Params.model_fields.items()
-            if _is_section(field.annotation) and name != "compare"
-        )
-    ]
+    sections = [field.annotation for field in Params.model_fields.values() if _is_section(field.annotation)]
     defaults = [f"{s.__name__}.{n}" for s in sections for n, field in s.model_fields.items() if not field.is_required()]
     assert not defaults
 
@@ -227,6 +204,7 @@ def test_a_first_noise_level_that_hides_too_little_is_noted(changes: dict[str, A
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
+        ("distill.width", "wide", ["distill.width is 'wide'"]),
         ("evaluate.tasks", ["raech"], ["evaluate.tasks names 'raech'"]),
         ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
         ("convert.source", "LeRobot", ["convert.source is 'LeRobot'", "; did you mean 'lerobot'?"]),
@@ -236,16 +214,11 @@ def test_a_first_noise_level_that_hides_too_little_is_noted(changes: dict[str, A
         ("collect.scenes", "shared", ["collect.scenes is 'shared', but task 'reach' has no shared scene", "faucet-open"]),
     ],
 )
-def test_a_wrong_source_or_scene_is_found_before_anything_runs(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
-    file = write(tmp_path, {key: value})
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.check_params", "--params", str(file)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+def test_the_first_stage_stops_in_one_line(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
+    file, out = write(tmp_path, {key: value}), tmp_path / "checked.txt"
+    command = [sys.executable, "-m", "stages.check_params", str(out), "--params", str(file)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1 and not out.exists()
     assert all(part in " ".join(done.stderr.split()) for part in said), done.stderr
 
 
@@ -284,27 +257,5 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ParamsError, match=r"params\.yaml"):
         load_params(file)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ParamsError, match="no such file"):
-        load_params(tmp_path / "params.yaml")
-
-
-def test_params_are_frozen() -> None:
-    params = load_params(ROOT / "params.yaml")
-    with pytest.raises(ValidationError, match="frozen"):
-        params.seed = 1  # type: ignore[misc]
-
-
-def test_the_first_stage_stops_on_a_wrong_param_in_one_line(tmp_path: Path) -> None:
-    file = write(tmp_path, {"distill.width": "wide"})
-    out = tmp_path / "checked.txt"
-    done = subprocess.run(
-        [sys.executable, "-m", "stages.check_params", str(out), "--params", str(file)],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert "distill.width is 'wide'" in done.stderr
-    assert not out.exists()
+        load_params(tmp_path / "absent.yaml")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.models.svam import SVAM, Inputs
-from svam.report.grid import PictureGrid, Row, heat, picture_grid
+from svam.report.grid import PictureGrid, PictureRow, heat, picture_grid
 from svam.report.tables import markdown_table
 from svam.training.foresight_metrics import moved_patches
 
@@ -112,7 +112,7 @@ def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], i
     right the path of its maximum, dark to bright, on the observed frame."""
     count, steps = frames.shape[:2]
     seen = overlay(frames, weights.mean(axis=2))
-    rows: list[Row] = [(f"clip {i}", [*seen[i], frames[i, 0]]) for i in range(count)]
+    rows: list[PictureRow] = [(f"clip {i}", [*seen[i], frames[i, 0]]) for i in range(count)]
     titles = ["observed", *(f"+{t}" for t in range(1, steps)), "path"]
     heading = (
         "Attention of the Uni-Perceiver on the foreseen frames, drawn on the recorded ones: maximum and its 3 x 3 cells; a dot "

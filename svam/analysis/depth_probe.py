@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from svam.analysis.gap import EpisodeBootstrap, Sums, annotated_frames, per_window, to_pixels
 from svam.contract import ContractError
-from svam.report.grid import Row, heat, picture_grid
+from svam.report.grid import PictureRow, heat, picture_grid
 from svam.report.tables import markdown_table
 from svam.training.teacher_metrics import FARTHEST, depth_error, valid_depth
 
@@ -233,7 +233,8 @@ def depth_figure(
     shown = [name for name in ("geometric", "repeat", "one_step") if name in predicted]
     error = {name: np.abs(predicted[name] - known) for name in shown}
     worst = float(np.nanquantile(np.stack(list(error.values())), 0.99))
-    rows: list[Row] = [("observed", list(observed)), ("future", list(future)), ("its depth", list(heat(known, low, high)))]
+    rows: list[PictureRow] = [("observed", list(observed)), ("future", list(future))]
+    rows.append(("its depth", list(heat(known, low, high))))
     for name in shown:
         title = SOURCES[name].replace(" ", "\n", 1)
         rows += [(title, list(heat(predicted[name], low, high))), ("error", list(heat(error[name], 0.0, worst, "magma")))]

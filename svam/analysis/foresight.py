@@ -28,7 +28,7 @@ from svam.models.svam import SVAM
 from svam.models.teachers import Teacher
 from svam.params import Foresight
 from svam.report import figures
-from svam.report.grid import Row, picture_grid
+from svam.report.grid import PictureRow, picture_grid
 from svam.report.pca import pca_colours
 from svam.report.tables import rounded
 from svam.seeds import seed_of
@@ -259,7 +259,7 @@ def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
     entries = [branch for branch in BRANCHES if branch in inputs.branches]
     foreseen = model.encode(observed, [instruction] * len(rows), entries, seeds).entries
     recorded = recorded_clips(store, rows, config.frames, config.stride)
-    pictures: list[Row] = [("observed", list(observed.numpy())), ("recorded\nfuture", list(recorded[:, -1]))]
+    pictures: list[PictureRow] = [("observed", list(observed.numpy())), ("recorded\nfuture", list(recorded[:, -1]))]
     flat = torch.from_numpy(recorded.reshape(-1, *recorded.shape[2:]))
     for branch in entries:
         predicted = foreseen[branch].float().cpu().numpy()

@@ -30,9 +30,9 @@ from svam.seeds import seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
 
-Row = Literal["policy", "held_out_instruction", "random", "expert"]
+ResultRow = Literal["policy", "held_out_instruction", "random", "expert"]
 """Of the table of results."""
-ROWS: tuple[Row, ...] = ("policy", "held_out_instruction", "random", "expert")
+ROWS: tuple[ResultRow, ...] = ("policy", "held_out_instruction", "random", "expert")
 SAME_DRAW = 1e-5
 """Metres: demonstrations' draws are stored with six decimals, so equal ones differ by less than this."""
 
@@ -99,7 +99,7 @@ def render_settings(store: EpisodeStore, tasks: Sequence[str]) -> RenderSettings
     )
 
 
-def plan_episodes(row: Row, store: EpisodeStore, params: Evaluate, seed: int) -> list[PlannedEpisode]:
+def plan_episodes(row: ResultRow, store: EpisodeStore, params: Evaluate, seed: int) -> list[PlannedEpisode]:
     """The episodes of one row. Environment seeds depend on `seed`, task and index alone, so rows share their goals: those of
     `held_out_instruction` are the first of the others'.
 
@@ -149,7 +149,7 @@ def assert_unseen(outcomes: Sequence[Outcome], store: EpisodeStore) -> int:
 def run(
     store: EpisodeStore, policy: Policy, params: Evaluate, *, camera: str, proprioception: bool, seed: int, workers: int,
     resume: Resume = NO_RESUME,
-) -> dict[Row, list[Outcome]]:  # fmt: skip
+) -> dict[ResultRow, list[Outcome]]:  # fmt: skip
     """Run all four rows.
 
     Args:
@@ -166,7 +166,7 @@ def run(
     choose_backend()
     plans = {row: plan_episodes(row, store, params, seed) for row in ROWS}
     make = partial(TaskEnvironment, cameras=(camera,), **settings)
-    outcomes: dict[Row, list[Outcome]] = {}
+    outcomes: dict[ResultRow, list[Outcome]] = {}
     with Workers(make, workers) as pool:
         for controller in ("expert", "random"):
             outcomes[controller] = run_scripted(
@@ -193,7 +193,7 @@ def successes(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     return table
 
 
-def closed_loop_metrics(outcomes: Mapping[Row, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
+def closed_loop_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
     """Row -> `scores.summary`, and `same_goals`: the policy row on the goals of the held-out paraphrase, to compare it with."""
     rows: dict[str, Any] = {row: summary(successes(group)) for row, group in outcomes.items() if group}
     goals = {(o.plan.task, o.plan.index) for o in outcomes["held_out_instruction"]}

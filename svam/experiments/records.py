@@ -12,7 +12,7 @@ from svam.contract import Frozen
 from svam.files import FileError, whole_file
 
 
-class Episode(Frozen):
+class EpisodeOutcome(Frozen):
     """One evaluation episode of the policy. `seed` decides the goal; `steps`: until the first success or the limit."""
 
     task: str
@@ -22,7 +22,7 @@ class Episode(Frozen):
     steps: int
 
 
-class Stage(Frozen):
+class StageCost(Frozen):
     """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured."""
 
     work: str
@@ -46,8 +46,8 @@ class Record(Frozen):
     policy: str
     budget: dict[str, str | int | float]
     latency: float | None
-    stages: dict[str, Stage]
-    episodes: list[Episode]
+    stages: dict[str, StageCost]
+    episodes: list[EpisodeOutcome]
 
     def seconds(self, *beginnings: str) -> float | None:
         """Of all stages together whose name begins so; 0 where there is none, None where one was not measured."""

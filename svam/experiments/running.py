@@ -24,7 +24,7 @@ from svam.console import console
 from svam.device import prepare_torch, processor
 from svam.errors import MachineError
 from svam.experiments.plan import Run, read_yaml
-from svam.experiments.records import Episode, Record, Stage, read_records, write_records
+from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.files import FileError, read_json, write_json
 
 SCRATCH = Path(".cache/experiments")
@@ -145,7 +145,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     model = work["train_policy"]["data/svam"]
     lines = (PROJECT / "data/results/episodes.jsonl").read_text(encoding="utf-8").splitlines()
     values = [value for value in map(json.loads, lines) if value["row"] == "policy"]
-    episodes = [Episode(**{key: value[key] for key in Episode.model_fields}) for value in values]
+    episodes = [EpisodeOutcome(**{key: value[key] for key in EpisodeOutcome.model_fields}) for value in values]
     same = next((r for r in records if (r.name, r.policy, r.episodes) == (run.name, model, episodes)), None)
     if same is not None:  # restored from DVC's cache: there is nothing new to measure
         return same.model_copy(update={"revision": revision})
@@ -164,7 +164,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         seconds = [r.stages[name].seconds for r in records if name in r.stages and r.stages[name].work == same_work]
         if began is not None and account.is_file() and account.stat().st_mtime >= began:
             seconds.append(round(float(read_json(account)["seconds"]), 2))
-        stages[name] = Stage(work=same_work, seconds=next((s for s in reversed(seconds) if s is not None), None))
+        stages[name] = StageCost(work=same_work, seconds=next((s for s in reversed(seconds) if s is not None), None))
     store = EpisodeStore.open(PROJECT / "data/episodes.zarr")
     tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))

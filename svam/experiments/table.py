@@ -27,11 +27,11 @@ COSTS = {
 WHICH = ["variant", "demonstrations a task"]
 POINTS = "difference to S-VAM, points"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
-Row = dict[str, Any]
+RunRow = dict[str, Any]
 """A run, with the columns of table.csv; None for what was not compared or not measured."""
 
 
-def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
+def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
     """A row for each run, by size, seed and variant, beside the reference's run of the same size and seed; and a row for each
     variant and size whose seeds were compared on the same goals: label, size, seeds, `DIFFERENCE`.
 
@@ -42,10 +42,10 @@ def compared(records: Sequence[Record]) -> tuple[list[Row], list[Row]]:
     if unknown:
         raise FileError(f"{unknown[0].name}: no variant is called {unknown[0].variant!r} any more; delete its record")
     references = {(record.size, record.seed): record for record in records if record.variant == REFERENCE}
-    rows: list[Row] = []
+    rows: list[RunRow] = []
     several: dict[Any, dict[int, Pairs]] = {}
     for record in sorted(records, key=lambda record: (record.size, record.seed, list(VARIANTS).index(record.variant))):
-        row: Row = {
+        row: RunRow = {
             "variant": record.variant, "label": VARIANTS[record.variant]["label"], "episodes_per_task": record.size,
             "seed": record.seed, **rate_of([episode.success for episode in record.episodes]), "pairs": None, "difference": None,
             "difference_low": None, "difference_high": None, "only_variant": None, "only_svam": None, "p_corrected": None,
@@ -83,7 +83,7 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machines: Sequence[str]) -> str:
+def markdown(rows: Sequence[RunRow], means: Sequence[RunRow], note: str | None, machines: Sequence[str]) -> str:
     """The whole comparison as one Markdown page. note: printed above it. machines: on which the runs were made."""
     tested = [row for row in rows if row["pairs"] is not None]
     lines = []
@@ -121,7 +121,7 @@ def markdown(rows: Sequence[Row], means: Sequence[Row], note: str | None, machin
     return "\n\n".join(parts) + "\n"
 
 
-def _costs(rows: Sequence[Row]) -> list[list[str]]:
+def _costs(rows: Sequence[RunRow]) -> list[list[str]]:
     """A line for each variant."""
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -131,7 +131,7 @@ def _costs(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def figure(rows: Sequence[Row]) -> Figure:
+def figure(rows: Sequence[RunRow]) -> Figure:
     """Success of every run by data size, and paired differences to S-VAM, with their 95 % intervals."""
     sizes = sorted({row["episodes_per_task"] for row in rows})
     names = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]

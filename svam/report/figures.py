@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from svam.files import whole_file
 from svam.npy import read_arrays
 from svam.params import Report
-from svam.report.grid import Row, picture_grid
+from svam.report.grid import PictureRow, picture_grid
 from svam.report.pca import pca_colours
 from svam.report.tables import (
     ERRORS,
@@ -158,7 +158,7 @@ def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
     teacher sees in the recorded future. Components and colours are computed over the entry's whole sequence, and those of
     truth and foresight are the same."""
     frames = arrays["frames"][clip]
-    rows: list[Row] = [("recorded", list(frames))]
+    rows: list[PictureRow] = [("recorded", list(frames))]
     for name in (name.removeprefix("foresight_") for name in arrays if name.startswith("foresight_")):
         foreseen, truth = arrays[f"foresight_{name}"][clip], arrays.get(f"truth_{name}")
         both = foreseen if truth is None else np.concatenate([foreseen, truth[clip]])

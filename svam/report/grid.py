@@ -14,7 +14,7 @@ from matplotlib import colormaps
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-Row = tuple[str, Sequence[NDArray[np.uint8] | None]]
+PictureRow = tuple[str, Sequence[NDArray[np.uint8] | None]]
 """A label, and a picture (H, W, 3) uint8 for each column; None leaves the place empty."""
 GAP = 0.06
 """Between two cells, in their width."""
@@ -31,7 +31,7 @@ def heat(values: NDArray[np.floating], low: float, high: float, colours: str = "
 class PictureGrid:
     """Rows of pictures on the axes `axis`; every picture is stretched to the shape of the first one."""
 
-    def __init__(self, axis: Any, rows: Sequence[Row], titles: Sequence[str]) -> None:
+    def __init__(self, axis: Any, rows: Sequence[PictureRow], titles: Sequence[str]) -> None:
         first = next(picture for _, pictures in rows for picture in pictures if picture is not None)
         self.axis, self.tall = axis, first.shape[0] / first.shape[1]
         for r, (label, pictures) in enumerate(rows):
@@ -52,7 +52,7 @@ class PictureGrid:
         return column * (1.0 + GAP) + across, (row * (1.0 + GAP) + down) * self.tall
 
 
-def picture_grid(rows: Sequence[Row], titles: Sequence[str], heading: str, side: float = 1.1) -> tuple[Any, PictureGrid]:
+def picture_grid(rows: Sequence[PictureRow], titles: Sequence[str], heading: str, side: float = 1.1) -> tuple[Any, PictureGrid]:
     """A figure of rows of pictures under column titles; `side`: inches of a picture's width."""
     figure = Figure(
         figsize=(side * len(titles) * (1.0 + GAP) + 0.9, side * len(rows) * (1.0 + GAP) + 0.7), layout="constrained"

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy.stats import binom
 
-from svam.experiments.records import Episode, Record, Stage, read_records, write_records
+from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, holm, mcnemar, only_one, paired
 from svam.experiments.table import compared, markdown, write
 from svam.files import FileError
@@ -25,12 +25,12 @@ STAGES = {"finetune_video": 1.0, "generate": 2.0, "distill@geometric": 3.0, "tra
 
 def make_record(variant: str = "svam", size: int = 5, seed: int = 1, wins: str = "1010", **changes: Any) -> Record:
     """A finished run whose episodes of one task succeeded as `wins` says."""
-    episodes = [Episode(task="reach", index=i, seed=100 + i, success=c == "1", steps=9) for i, c in enumerate(wins)]
+    episodes = [EpisodeOutcome(task="reach", index=i, seed=100 + i, success=c == "1", steps=9) for i, c in enumerate(wins)]
     values: dict[str, Any] = {
         "name": f"{variant}-{size}-seed{seed}", "variant": variant, "size": size, "seed": seed, "arguments": [],
         "revision": "r", "machine": "2 x processor", "parameters": 7, "policy": "p.dir", "latency": 20.0,
         "budget": BUDGET | {"episodes_per_task": size}, "episodes": episodes,
-        "stages": {name: Stage(work=name, seconds=seconds) for name, seconds in STAGES.items()},
+        "stages": {name: StageCost(work=name, seconds=seconds) for name, seconds in STAGES.items()},
     }  # fmt: skip
     return Record(**(values | changes))
 
@@ -92,7 +92,7 @@ def some_records() -> list[Record]:
     reached = {"svam": 20, "vpp": 19, "diffusion_policy": 8}
     records = [make_record(name, wins="1" * n + "0" * (20 - n)) for name, n in reached.items()]
     records += [make_record("svam", seed=2, wins="1" * 20), make_record("vpp", seed=2, wins="1" * 18 + "00")]
-    no_time = make_record("no_semantic", wins="1" * 10, latency=None, stages={"evaluate": Stage(work="w", seconds=None)})
+    no_time = make_record("no_semantic", wins="1" * 10, latency=None, stages={"evaluate": StageCost(work="w", seconds=None)})
     return [*records, no_time, make_record("goal_frame", size=30, wins="10")]
 
 
