@@ -7,19 +7,15 @@ second, before anything is computed.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from svam.errors import ParamsError
+from svam.errors import ParamsError, describe
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Count = Annotated[int, Field(ge=1)]
@@ -476,64 +472,6 @@ class Params(Section):
     foresight: Foresight
     report: Report
     benchmark: Benchmark
-
-
-_ACCEPTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "string_type": "a text", "bool_type": "true or false",
-    "list_type": "a list, such as [a, b]", "tuple_type": "a list, such as [a, b]",
-    "dict_type": "keys and values, such as {{a: 1}}", "model_type": "keys and values, such as {{a: 1}}",
-    "greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}", "multiple_of": "a multiple of {multiple_of}", "literal_error": "{expected}",
-    "too_short": "a list of at least {min_length}", "too_long": "a list of at most {max_length}",
-}  # fmt: skip
-"""What a person may write instead, for each kind of error of pydantic."""
-_UNION = re.compile(r"int|str|float|bool|constrained-\w+|literal\[.*\]|\w+\[.*\]")
-
-
-def _accepted(problem: ErrorDetails) -> str:
-    context = problem.get("ctx", {})
-    if problem["type"] == "string_pattern_mismatch":
-        if (pattern := context["pattern"]) == r"\S":
-            return "a sentence"
-        names = pattern.strip("^()$").split("|")
-        return f"one of {', '.join(names)}" if len(names) > 1 else "a name of letters, digits, '_' and '-'"
-    words = _ACCEPTED.get(problem["type"])
-    if words is None:
-        return problem["msg"]
-    close = re.findall(r"'(.*?)'", context.get("expected", ""))
-    return words.format(**context) + did_you_mean(problem["input"], close)
-
-
-def did_you_mean(value: object, names: Iterable[str]) -> str:
-    """ "; did you mean ...?" where one of `names` is near `value`, else nothing."""
-    close = get_close_matches(str(value).lower(), names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def shown(value: object) -> str:
-    """A value as a person writes it in YAML, cut after 80 characters."""
-    text = {"None": "null", "True": "true", "False": "false"}.get(repr(value), repr(value))
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def describe(error: ValidationError, file: Path | str, prefix: str = "") -> str:
-    """One line per key: `file`, the dotted key (after `prefix`), the value there and what is accepted."""
-    lines: dict[str, list[str]] = {}
-    for problem in error.errors():
-        path = [str(part) for part in problem["loc"]]
-        if len(path) > 1 and _UNION.fullmatch(path[-1]):  # one of several types that a value may have
-            path.pop()
-        key = prefix + ".".join(path) or "(whole file)"
-        if problem["type"] == "extra_forbidden":
-            lines[f"unknown key '{key}' (value {shown(problem['input'])}); remove it or correct its name"] = []
-        elif problem["type"] == "missing":
-            lines[f"key '{key}' is missing"] = []
-        elif problem["type"] == "value_error":
-            lines[f"{key}: {problem['msg'].removeprefix('Value error, ')}"] = []
-        else:
-            lines.setdefault(f"{key} is {shown(problem['input'])}; expected ", []).append(_accepted(problem))
-    return "\n".join(f"{file}: {line}{' or '.join(accepted)}" for line, accepted in lines.items())
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -16,17 +16,12 @@ from svam.benchmark.parts import PARTS
 from svam.episodes.options import available_sources
 from svam.params import Params
 from tests import ROOT
+from tests.toy import merged
 
 PAGES = {p.relative_to(ROOT).as_posix(): p for p in [ROOT / "README.md", *sorted(ROOT.glob("s*/**/README.md"))]}
 EXAMPLES = (
-    ".dvc/",
-    ".cache/",
-    ".ckpt/",
-    "data/benchmark/",
-    "data/compare/",
-    "svam/sources/<name>.py",
-    "svam/simulation/<name>.py",
-)
+    ".dvc/", ".cache/", ".ckpt/", "data/benchmark/", "data/compare/", "svam/sources/<name>.py", "svam/simulation/<name>.py",
+)  # fmt: skip
 """Paths that are there once something was run or written."""
 FILES = (".py", ".png", ".md", ".json")
 SVAM = ROOT / "svam"
@@ -122,16 +117,7 @@ def test_params_exist(name: str) -> None:
 
 def test_the_recipe_is_valid() -> None:
     block = PAGES["README.md"].read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-    params = _yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-
-    def merge(target: dict[str, Any], changes: dict[str, Any]) -> None:
-        for key, value in changes.items():
-            if isinstance(value, dict) and value:
-                merge(target[key], value)
-            else:
-                target[key] = value
-
-    merge(params, _yaml.load(block))
+    params = merged(_yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")), _yaml.load(block))
     assert Params.model_validate(params).convert.source == "lerobot"
 
 
@@ -145,10 +131,6 @@ def test_examples_of_options_are_valid() -> None:
 
 
 def test_every_source_and_benchmark_has_its_line() -> None:
-    tables = [
-        re.findall(r"^\| \[?`(.*?)`", PAGES[name].read_text(encoding="utf-8"), re.M)
-        for name in ("README.md", "svam/sources/README.md")
-    ]
-    for table in tables:
-        assert set(available_sources()) <= set(table)
+    for name in ("README.md", "svam/sources/README.md"):
+        assert set(available_sources()) <= set(re.findall(r"^\| \[?`(.*?)`", PAGES[name].read_text(encoding="utf-8"), re.M))
     assert set(PARTS) <= set(re.findall(r"^\| `(\w+)` \|", PAGES["svam/benchmark/README.md"].read_text(encoding="utf-8"), re.M))

@@ -6,7 +6,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
-from itertools import count, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from svam import sources
 from svam.contract import Choice, ContractError, Episode, EpisodeShape, EpisodeSource, SourceDescription
-from svam.errors import ParamsError
+from svam.errors import ParamsError, describe, did_you_mean
 from svam.files import FileError
-from svam.params import Convert, Params, describe, did_you_mean
+from svam.params import Convert, Params
 from svam.sources._layouts import recognised
 
 LISTED = 5
@@ -184,7 +184,7 @@ def _refusal(refused: Mapping[int, str], looked_at: int) -> str:
 def _ranges(numbers: Iterable[int]) -> list[str]:
     """Increasing numbers as `convert.drop` takes them, neighbours as a range."""
     ranges = []
-    for _, group in groupby(numbers, key=lambda number, at=count(): number - next(at)):
-        run = list(group)
+    for _, group in groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0]):
+        run = [number for _, number in group]
         ranges += [f'"{run[0]}:{run[-1] + 1}"'] if len(run) > 2 else [str(number) for number in run]
     return ranges

@@ -14,8 +14,8 @@ from dvc.utils.hydra import apply_overrides
 from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
-from svam.errors import ParamsError
-from svam.params import Count, Name, Section, Seed, describe, load_params
+from svam.errors import ParamsError, describe
+from svam.params import Count, Name, Section, Seed, load_params
 
 FOLDER = Path(__file__).parent
 REFERENCE = "svam"

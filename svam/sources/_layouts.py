@@ -23,7 +23,7 @@ _NOT_READ = (
     ("RH20T", r"(^|/)task_\d+_user_\d+_scene_\d+_cfg_\d+"),
     ("raw BridgeData", r"(^|/)(traj_group\d+|obs_dict\.pkl|policy_out\.pkl)$"),
     ("a ROS or MCAP recording", r"\.(mcap|bag|db3)$"),
-    ("recordings in pickle files", r"\.(pkl|pickle)$"),
+    ("pickled recordings", r"\.p(kl|ickle)$"),
 )
 _HDF5 = (
     ("robomimic", "robomimic's HDF5", r"^data/demo_\d+$"),

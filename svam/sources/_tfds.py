@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
-from svam.errors import ParamsError
+from svam.errors import ParamsError, describe
 from svam.files import FileError, read_json
-from svam.params import describe
 from svam.sources._tfrecord import byte_strings, numbers
 
 _NUMERIC = {
@@ -95,7 +93,9 @@ class DatasetInfo(BaseModel):
                 "DATASET": self.name, "SPLIT": split.name, "FILEFORMAT": self.fileFormat, "SHARD_INDEX": f"{number:05d}",
                 "NUM_SHARDS": f"{count:05d}", "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
             }  # fmt: skip
-            name = re.sub(r"\{(\w+)\}", lambda key, values=values: values.get(key[1], key[0]), template)
+            name = template
+            for key, value in values.items():
+                name = name.replace("{" + key + "}", value)
             if any(sign in name for sign in "{/\\\0") or name in ("", ".", ".."):
                 raise FileError(
                     f"{file}: filepathTemplate {template!r} gives {name!r}, expected the name of a file in this folder"

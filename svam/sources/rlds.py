@@ -68,15 +68,15 @@ class RldsSource:
 
     def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
+        self.folder, self._options, self._choice = find_version(path, options.version), options, choice
+        self._info, splits = read_dataset_info(self.folder)
+        self._features = read_features(self.folder)
         if choice.rate_hz is None:
             raise ParamsError(
                 "convert.rate_hz is null, but RLDS does not record the steps per second: set it, for example to 5 for bridge, "
                 "3 for fractal20220817_data (RT-1), 15 for droid"
             )
-        self.folder, self._options, self._choice = find_version(path, options.version), options, choice
         self._rate_hz = choice.rate_hz
-        self._info, splits = read_dataset_info(self.folder)
-        self._features = read_features(self.folder)
         self._chosen = choose(self._features, options, choice, self.folder / "features.json")
         self._notes: list[str] = []
         self._shards = self._present(splits)

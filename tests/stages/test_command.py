@@ -59,11 +59,5 @@ if __name__ == "__main__":
 
 
 def test_a_wait_policy_that_the_user_sets_stays() -> None:
-    assert (
-        run(
-            "-c",
-            "import os, svam; print(os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ)",
-            OMP_WAIT_POLICY="ACTIVE",
-        ).stdout
-        == "ACTIVE False\n"
-    )
+    code = "import os, svam; print(os.environ['OMP_WAIT_POLICY'], 'GOMP_SPINCOUNT' in os.environ)"
+    assert run("-c", code, OMP_WAIT_POLICY="ACTIVE").stdout == "ACTIVE False\n"
