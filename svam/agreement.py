@@ -101,9 +101,10 @@ def _of_metaworld(params: Params) -> Iterator[str]:
         stride_of(params.finetune_video.stride_seconds, RATE_HZ)
     except ParamsError as error:
         yield f"finetune_video.{error}"
-    absent = [task for task in params.evaluate.tasks if task not in tasks and ("evaluate.tasks", task) not in unknown]
+    key, chosen = ("convert.tasks", params.convert.tasks) if params.convert.tasks else ("collect.tasks", tasks)
+    absent = [task for task in params.evaluate.tasks if task not in chosen]
     if closed_loop and absent and not unknown:
-        yield f"evaluate.tasks names {absent}, of which collect.tasks {tasks} has no demonstrations"
+        yield f"evaluate.tasks names {absent}, of which {key} {chosen} has no demonstrations"
     size = params.convert.image_size
     if closed_loop and size is not None and size != [params.collect.image_size] * 2:
         yield (

@@ -141,6 +141,7 @@ BOTH = ["collect.tasks", "evaluate.tasks"]
             {"convert.options": {"tasks": ["reach"]}, "evaluate.tasks": ["drawer-open"]},
             ["evaluate.tasks names ['drawer-open']"],
         ),
+        ({"convert.tasks": ["reach"]}, ["evaluate.tasks names ['button-press", "of which convert.tasks ['reach'] has no"]),
         ({"evaluate.tasks": []}, ["evaluate.protocols has metaworld", "evaluate.tasks is []"]),
         ({"collect.tasks": [], "evaluate.protocols": ["offline"]}, ["convert.source is metaworld", "collect.tasks is []"]),
     ],
