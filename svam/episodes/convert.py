@@ -197,6 +197,8 @@ def _chunk_rows(name: str, first: Episode, params: Convert) -> int:
 def _chosen_cameras(description: SourceDescription, params: Convert) -> SourceDescription:
     """The description with the cameras of `convert.cameras`, in that order."""
     unknown = [camera for camera in params.cameras if camera not in description.cameras]
+    if unknown and len(params.cameras) == len(description.cameras):
+        return description  # the source has chosen them, by another form of their names
     if unknown:
         raise ContractError(f"convert.cameras names {unknown[0]!r}; the source has {', '.join(description.cameras)}")
     return description.model_copy(update={"cameras": params.cameras or description.cameras})

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.files import FileError
-from svam.sources._npz import frames_per_block, load
+from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._npz import load
+from svam.sources._picture_arrays import frames_per_block
 from svam.sources._restricted_pickle import load_objects
 
 LISTED = ", though a recording or an annotation includes its step"
@@ -38,9 +39,10 @@ def bounds(value: Any) -> tuple[int, int] | None:
 def read_recordings(folder: Path) -> NDArray[np.int64]:
     """(recordings, 2), sorted by their first step."""
     file = folder / "ep_start_end_ids.npy"
+    refuse_lfs_pointer(file)
     try:
         with file.open("rb") as opened:
-            values = np.lib.format.read_array(opened)
+            values = np.lib.format.read_array(opened, allow_pickle=False)
     except FileNotFoundError:
         raise FileError(f"{file}: no such file; it lists the recordings of an official CALVIN folder") from None
     except Exception as error:  # numpy's parser of headers raises a dozen types on damaged bytes
@@ -84,7 +86,7 @@ def is_sentence(value: Any) -> bool:
 
 
 def read_annotations(folder: Path, name: str) -> list[tuple[int, int, str, str]]:
-    """(first step, last step, task, sentence) of each annotation.
+    """(first step, last step, task, sentence) of each annotation; a sentence may be "".
 
     Raises:
         FileError: the file is missing, damaged, or lists differ in length or hold something else.
@@ -114,9 +116,9 @@ def read_annotations(folder: Path, name: str) -> list[tuple[int, int, str, str]]
         steps = bounds(pair)
         if steps is None:
             raise FileError(f"{file}: ['info']['indx'][{number}] is no pair (first step, last step) with 0 <= first <= last")
-        if not is_sentence(task) or not is_sentence(sentence):
-            raise FileError(f"{file}: annotation {number} has no task name or no sentence")
-        entries.append((*steps, str(task), str(sentence)))
+        if not is_sentence(task) or not (sentence == "" or is_sentence(sentence) or str(sentence).isspace()):
+            raise FileError(f"{file}: annotation {number} has no task name, or a sentence that is no text")
+        entries.append((*steps, str(task), str(sentence).strip()))
     return entries
 
 

@@ -9,18 +9,21 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svam.errors import MachineError
-from svam.files import FileError
+from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
 
+T = TypeVar("T")
 # What h5py is known to raise on damaged files, on missing names and on values that it cannot convert.
 _ERRORS = (
     OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, EOFError,
@@ -29,10 +32,6 @@ MAX_VECTOR_BYTES = 2**30
 """Largest vector dataset of one episode, as stored and as read."""
 MAX_CHUNK_BYTES = 2**30
 """Largest HDF5 chunk: the library holds one decompressed."""
-MAX_PIXELS = 2**26
-"""Largest picture, in pixels."""
-BLOCK_FRAMES = 64
-BLOCK_BYTES = 2**26
 # Per dataset: compressed chunks across a block's edge are needed twice, and the library's 1 MiB would decompress them twice.
 _CACHE_BYTES = 2**27
 
@@ -65,7 +64,7 @@ def hdf5_files(path: Path) -> list[Path]:
     """`path` itself, or all .hdf5 and .h5 files under it, hidden ones left out, sorted with numbers as numbers.
 
     Raises:
-        FileError: there is no such path.
+        FileError: there is no such path, or no such file in it.
     """
     if path.is_file():
         return [path]
@@ -78,7 +77,15 @@ def hdf5_files(path: Path) -> list[Path]:
         and file.is_file()
         and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
+    if not found:
+        there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+        raise FileError(f"{path}: no .hdf5 or .h5 file in it or below it; it has {there}")
     return sorted(found, key=lambda file: [by_number(part) for part in file.relative_to(path).parts])
+
+
+def most_common(values: Iterable[T]) -> T:
+    """That of most files, by which the others are judged; of equals the first."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def check_named(path: Path, named: Iterable[str], there: Iterable[str]) -> None:
@@ -130,6 +137,7 @@ class Hdf5File:
         self.file, self._h5py = file, h5py_for(source)
         if not file.is_file():
             raise FileError(f"{file}: no such file")
+        refuse_lfs_pointer(file)
         try:
             self._root = self._h5py.File(file, "r", locking="best-effort", rdcc_nbytes=_CACHE_BYTES)
         except _ERRORS as error:
@@ -197,6 +205,30 @@ class Hdf5File:
                 raise FileError(f"{self.file}: {name} is an empty dataset")
             return tuple(int(size) for size in found.shape), found.dtype
 
+    def listed(self, group: str) -> str:
+        """What lies in a group, for messages."""
+        names = self.names(group)
+        parts = []
+        for name in names[:12]:
+            shape, dtype = self.layout(f"{group}/{name}") if self.is_dataset(f"{group}/{name}") else ("group", "")
+            parts.append(f"{name} {dtype} {shape}".replace("  ", " "))
+        return (", ".join(parts) or "nothing") + ", ..." * (len(names) > 12)
+
+    def pictures(self, name: str) -> PictureArray:
+        """How the pictures of a dataset lie.
+
+        Raises:
+            FileError: it holds none, or absurdly large ones.
+        """
+        return needed_pictures(f"{self.file}: {name}", *self.layout(name))
+
+    def picture_blocks(self, name: str) -> Iterator[NDArray[np.uint8]]:
+        """All pictures of a dataset, as (k, H, W, 3) blocks; errors as `rows`."""
+        pictures, row = self.pictures(name), 0
+        for block in self.blocks(name, pictures.frame_bytes):
+            yield pictures.rgb(block, f"{self.file}: {name}", row)
+            row += len(block)
+
     def is_variable_bytes(self, name: str) -> bool:
         """Whether the rows are byte strings of any length."""
         with guarded(self.file, name):
@@ -263,7 +295,7 @@ class Hdf5File:
         (steps, *_), _ = self.layout(name)
         with guarded(self.file, name):
             chunks = self._dataset(name).chunks
-        count = max(1, min(BLOCK_FRAMES, BLOCK_BYTES // max(1, row_bytes)))
+        count = frames_per_block(row_bytes)
         if chunks and 1 <= chunks[0] <= count:
             count -= count % chunks[0]
         for start in range(0, steps, count):
@@ -308,16 +340,3 @@ class Hdf5File:
             except UnicodeError:
                 raise FileError(f"{self.file}: {name} is not valid UTF-8") from None
         return [text for text in texts if text is not None]
-
-
-def picture_shape(file: Path, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, int, int]:
-    """(n, H, W, 3) of a dataset of raw pictures.
-
-    Raises:
-        FileError: it is none, or its pictures are absurdly large.
-    """
-    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape[1:]) == 0:
-        raise FileError(f"{file}: {name} is {dtype} {shape}, expected uint8 (steps, height, width, 3)")
-    if shape[1] * shape[2] > MAX_PIXELS:
-        raise FileError(f"{file}: {name} claims pictures of {shape[1]} x {shape[2]}, more than {MAX_PIXELS} pixels")
-    return shape[0], shape[1], shape[2], 3

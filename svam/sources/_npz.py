@@ -5,11 +5,8 @@ Every member is checked against its CRC-32 when it is read to its end.
 
 from __future__ import annotations
 
-import lzma
-import struct
-import tokenize
+import io
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,18 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import FrameBlocks
-from svam.files import FileError
+from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
 
 LARGEST_MEMBER = 2 << 30
 """Bytes of an array that is read whole; a small archive can claim far more than any memory holds."""
-BLOCK_FRAMES = 64
-_BLOCK_BYTES = 64 << 20
-# What zipfile, the decompressors and numpy's header parser raise on damaged bytes.
-_DAMAGE = (
-    OSError, EOFError, ValueError, KeyError, IndexError, TypeError, AttributeError, SyntaxError, OverflowError, RecursionError,
-    NotImplementedError, RuntimeError, MemoryError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
-    lzma.LZMAError,
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,42 +35,37 @@ class Header:
 
 
 @contextmanager
-def _damage_as_file_error(file: Path, missing: str) -> Iterator[None]:
+def _opened(file: Path, missing: str = "") -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
+    """An archive and its members by field name; whatever its bytes make the libraries raise becomes a `FileError`."""
+    refuse_lfs_pointer(file)
     try:
-        yield
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            members = {info.filename.removesuffix(".npy"): info for info in infos}
+            if len(members) != len(infos):  # of which readers would choose differently
+                raise ValueError("two members of one name")
+            yield archive, members
     except FileError:
         raise
     except FileNotFoundError:
         raise FileError(f"{file}: no such file{missing}") from None
-    except _DAMAGE as error:
+    except Exception as error:  # zipfile, the decompressors and numpy's parser of headers raise some twenty types
         message = f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})"
         raise FileError(message) from None
 
 
-def _read_header(member: IO[bytes], size: int) -> Header:
-    """The header at the start of a member of `size` bytes. ValueError: no plain array, or not as long as its header says."""
-    version = np.lib.format.read_magic(member)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise ValueError(f"format version {version}")
-    shape, fortran, dtype = read(member)
-    if dtype.hasobject or any(length < 0 for length in shape):
-        raise ValueError("no plain array")
+def _header(file: Path, name: str, member: IO[bytes], size: int) -> Header:
+    """The header at the start of a member of `size` bytes. ValueError: it is not as long as its header says."""
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    shape, fortran, dtype = read[np.lib.format.read_magic(member)](member)
+    if dtype.hasobject:
+        raise FileError(f"{file}: field {name!r} holds Python objects, which are never unpickled; expected numbers or text")
     count = 1
     for length in shape:  # Python's integers do not overflow
         count *= length
-    if member.tell() + count * dtype.itemsize != size:
+    if min((0, *shape)) < 0 or member.tell() + count * dtype.itemsize != size:
         raise ValueError("the header and the size differ")
     return Header(tuple(shape), dtype, fortran)
-
-
-def _members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
-    """Field name -> member. ValueError: two members of one name, of which readers would choose differently."""
-    infos = archive.infolist()
-    found = {info.filename.removesuffix(".npy"): info for info in infos}
-    if len(found) != len(infos):
-        raise ValueError("two members of one name")
-    return found
 
 
 def headers(file: Path, missing: str = "") -> dict[str, Header]:
@@ -89,12 +74,12 @@ def headers(file: Path, missing: str = "") -> dict[str, Header]:
     Raises:
         FileError: the file is absent, damaged, or holds anything but plain arrays.
     """
-    found = {}
-    with _damage_as_file_error(file, missing), zipfile.ZipFile(file) as archive:
-        for name, info in _members(archive).items():
+    known = {}
+    with _opened(file, missing) as (archive, members):
+        for name, info in members.items():
             with archive.open(info) as member:
-                found[name] = _read_header(member, info.file_size)
-    return found
+                known[name] = _header(file, name, member, info.file_size)
+    return known
 
 
 def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> dict[str, NDArray[Any]]:
@@ -104,21 +89,19 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
         FileError: as `headers`; or an array is larger than `LARGEST_MEMBER`.
     """
     arrays = {}
-    with _damage_as_file_error(file, missing), zipfile.ZipFile(file) as archive:
-        for name, info in _members(archive).items():
+    with _opened(file, missing) as (archive, members):
+        for name, info in members.items():
             if only is not None and name not in only:
                 continue
-            with archive.open(info) as member:
-                _read_header(member, info.file_size)
             if info.file_size > LARGEST_MEMBER:
                 raise FileError(
                     f"{file}: field {name!r} has {info.file_size / 2**30:.1f} GiB, expected at most "
                     f"{LARGEST_MEMBER >> 30} GiB; write shorter episodes"
                 )
-            with archive.open(info) as member:
-                arrays[name] = np.lib.format.read_array(member)
-                if member.read(1):  # also reads on to where the CRC-32 is compared
-                    raise ValueError("bytes after the array")
+            member = io.BytesIO(archive.read(info))
+            _header(file, name, member, info.file_size)
+            member.seek(0)
+            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
     return arrays
 
 
@@ -140,37 +123,34 @@ def field(
     return values
 
 
-def frame_blocks_of(file: Path, name: str, header: Header) -> FrameBlocks:
-    """The member `name`, uint8 (n, H, W, 3), as frames that are decompressed block by block when they are asked for.
+def pictures_of(file: Path, name: str, header: Header) -> PictureArray:
+    """How the pictures of a member lie.
 
     Raises:
-        FileError: it is not that, or (while reading) damaged.
+        FileError: it holds none, or in an order in which they cannot be read one by one.
     """
-    if header.dtype != np.uint8 or len(header.shape) != 4 or header.shape[-1] != 3:
-        raise FileError(f"{file}: field {name!r} is {header.dtype} {header.shape}, expected uint8 (n, H, W, 3)")
     if header.fortran:
         raise FileError(f"{file}: field {name!r} is in Fortran order; save numpy.ascontiguousarray of it")
-    count, height, width, _ = header.shape
-    return FrameBlocks((count, height, width, 3), partial(_read_blocks, file, name, header))
+    return needed_pictures(f"{file}: field {name!r}", header.shape, header.dtype)
 
 
-def frames_per_block(frame_bytes: int) -> int:
-    """How many frames a block has: at most `BLOCK_FRAMES`, fewer where frames are large, at least one."""
-    return max(1, min(BLOCK_FRAMES, _BLOCK_BYTES // max(1, frame_bytes)))
+def frame_blocks_of(file: Path, name: str, header: Header) -> FrameBlocks:
+    """The pictures of a member as frames that are decompressed block by block when they are asked for.
+
+    Raises:
+        FileError: as `pictures_of`, or (while reading) the archive is damaged.
+    """
+    return FrameBlocks(pictures_of(file, name, header).shape, partial(_read_blocks, file, name, header))
 
 
 def _read_blocks(file: Path, name: str, header: Header) -> Iterator[NDArray[np.uint8]]:
-    total, *frame = header.shape
-    frame_bytes = int(np.prod(frame, dtype=np.int64))
-    step = frames_per_block(frame_bytes)
-    with _damage_as_file_error(file, ""), zipfile.ZipFile(file) as archive:
-        info = _members(archive)[name]
-        with archive.open(info) as member:
-            if _read_header(member, info.file_size) != header:
-                raise ValueError("changed since it was opened")
-            for start in range(0, total, step):
-                count = min(step, total - start)
-                data = member.read(count * frame_bytes)  # the CRC-32 is compared with the last of them
-                if len(data) != count * frame_bytes:
-                    raise EOFError
-                yield np.frombuffer(data, dtype=np.uint8).reshape(count, *frame)
+    pictures = pictures_of(file, name, header)
+    total, step = header.shape[0], frames_per_block(pictures.frame_bytes)
+    with _opened(file) as (archive, members), archive.open(members[name]) as member:
+        if _header(file, name, member, members[name].file_size) != header:
+            raise ValueError("changed since it was opened")
+        for start in range(0, total, step):
+            count = min(step, total - start)
+            data = member.read(count * pictures.frame_bytes)  # the CRC-32 is compared with the last of them
+            block = np.frombuffer(data, header.dtype).reshape(count, *header.shape[1:])
+            yield pictures.rgb(block, f"{file}: field {name!r}", start)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from svam.contract import FrameBlocks
 from svam.files import FileError
-from svam.sources._npz import frames_per_block
+from svam.sources._picture_arrays import frames_per_block
 
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", ".avi": "avi"}
 """Suffix -> container. It is given to FFmpeg by name: a playlist called `x.mp4` must not make it open other files."""

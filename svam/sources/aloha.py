@@ -1,14 +1,16 @@
 """ALOHA, Mobile ALOHA and AgileX Cobot Magic recordings: one HDF5 file per episode, `episode_0.hdf5`, `episode_1.hdf5`, ...
 
-The files lie in `convert.path` or in folders below it, for example one per task. Read from each:
+The files lie in `convert.path` or in folders below it, for example one per task; where none is named `episode_*`, all .hdf5 and
+.h5 files are read, in the order of the numbers in their names. Read from each:
 
 - `/action` (n, A): what the leader arms commanded; with `append_base_action` followed by the columns of `/base_action` (n, 2).
 - `/observations/qpos` (n, P): proprioception. State: `qpos`, and `qvel` behind it where the files have it. Effort is not read.
-- `/observations/images/<camera>`: raw (n, H, W, 3) uint8, or one JPEG (or PNG) per row: (n, L) uint8 padded with zeros, as
-  Mobile ALOHA's `compress` writes them, fixed-length byte strings, or rows of variable length. The dataset's shape decides;
-  the attribute `compress` and `/compress_len` say nothing more, because a picture knows its own end. Cameras in the order of
-  their names. `/observations/images_depth` is left out, with a note.
-- The instruction: see `Options`.
+- `/observations/images/<camera>`: raw uint8 (n, H, W, 3) (or with alpha, or channels first), or one JPEG (or PNG) per row:
+  (n, L) uint8 padded with zeros, as Mobile ALOHA's `compress` writes them, fixed-length byte strings, or rows of variable
+  length. The dataset's shape decides; the attribute `compress` and `/compress_len` say nothing more, because a picture knows
+  its own end. Cameras in the order of their names. Depth, here or in `/observations/images_depth`, is left out, with a note.
+- The instruction: see `Options`. The rate: the files do not state it; without `convert.rate_hz`, ALOHA's 50 Hz, with a note
+  (AgileX Cobot Magic's recorder has 30).
 
 Alignment: the recorders append the observation and then the action taken on it, so row t of `action` is what was commanded in
 the state that picture t shows; nothing is shifted. Numbers are cast to float32. There are no timestamps.
@@ -26,53 +28,53 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.errors import MachineError, SvamError
 from svam.files import FileError, read_json, stamp
-from svam.sources._hdf5 import MAX_PIXELS, Hdf5File, check_named, hdf5_files, picture_shape, text_of
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, most_common, text_of
+from svam.sources._picture_arrays import MAX_PIXELS, picture_array
 
 _IMAGES = "observations/images"
 _INSTRUCTION_KEYS = ("language_raw", "language_instruction", "instruction", "task_description", "language", "prompt")
 _SIDECARS = ("expanded_instruction_gpt-4-turbo.json", "instructions.json", "instruction.json")
+_RATE_HZ = 50.0
 
 
 class Options(Frozen):
     """What `convert.options` may say for `aloha`.
 
-    rate_hz: recording rate, which the files do not state: 50 for ALOHA and Mobile ALOHA, 30 for AgileX Cobot Magic's recorder.
     channel_order: "rgb" or "bgr", the order of the recorder's arrays; see the module's text.
     append_base_action: put the columns of `/base_action` (a mobile base's velocities) behind those of `/action`.
-    instruction: one sentence for all episodes.
-    instructions: folder below `convert.path` ("." for itself) -> sentence; goes before `instruction`.
-        Where neither says anything, the file's own is taken: the dataset or attribute `language_raw`, `language_instruction`,
-        `instruction`, `task_description`, `language` or `prompt`, or else the key `instruction` or `instructions` of
-        `expanded_instruction_gpt-4-turbo.json`, `instructions.json` or `instruction.json` beside the file. Without: an error.
+    instructions: folder below `convert.path` ("." for itself) -> sentence of its files. Where it says nothing, a file's own is
+        taken: the dataset or attribute `language_raw`, `language_instruction`, `instruction`, `task_description`, `language` or
+        `prompt`, or else the key `instruction` or `instructions` of `expanded_instruction_gpt-4-turbo.json`,
+        `instructions.json` or `instruction.json` beside the file. Where there is none, `convert.missing_instruction`.
     """
 
-    rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 50.0
     channel_order: Literal["rgb", "bgr"] = "rgb"
     append_base_action: bool = False
-    instruction: str = ""
-    instructions: dict[str, str] = Field(default_factory=dict)
+    instructions: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
 class _Header:
-    """What is known of one file without its pictures. `base`: columns of base_action; `sentences`: at least one."""
+    """What is known of one file without its pictures. `cameras`: name -> (n, H, W, 3); `vectors`: dataset -> columns;
+    `sentences`: at least one; `aside`: what lies among the cameras and is none; `notes`: of their pictures."""
 
     file: Path
     steps: int
-    cameras: tuple[str, ...]
-    velocity: bool
-    base: int
-    depth: bool
-    compressed: bool
+    cameras: dict[str, tuple[int, int, int, int]]
+    vectors: dict[str, int]
     sentences: tuple[str, ...]
+    compressed: bool
+    aside: str
+    notes: tuple[str, ...]
 
 
 def _picture(file: Path, where: str, row: Any) -> Any:
@@ -85,119 +87,152 @@ def _picture(file: Path, where: str, row: Any) -> Any:
         raise FileError(f"{file}: {where} is empty, expected a JPEG")
     try:
         picture = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
-    except (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, LookupError, TypeError, Image.DecompressionBombError):
+    except Exception:  # Pillow raises a dozen types on damaged bytes
         raise FileError(f"{file}: {where} is no whole JPEG or PNG picture") from None
     if picture.width * picture.height > MAX_PIXELS:
         raise FileError(f"{file}: {where} claims {picture.width} x {picture.height} pixels, more than {MAX_PIXELS}")
-    if picture.mode not in ("RGB", "L"):
-        raise FileError(f"{file}: {where} has the colour mode {picture.mode}, expected RGB or grey")
     return picture
 
 
 def _pixels(file: Path, where: str, row: Any, size: tuple[int, int]) -> NDArray[np.uint8]:
     """An encoded row as (H, W, 3) uint8 in the order that a standard viewer shows; `size` is (H, W)."""
-    import struct
-    import zlib
-
     picture = _picture(file, where, row)
     if (picture.height, picture.width) != size:
         raise FileError(f"{file}: {where} is {picture.height} x {picture.width}, but the first is {size[0]} x {size[1]}")
+    if picture.mode not in _COLOURS:
+        raise FileError(f"{file}: {where} has the colour mode {picture.mode}, expected RGB or grey")
     try:
         return np.asarray(picture.convert("RGB"))
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        ArithmeticError,
-        LookupError,
-        TypeError,
-        struct.error,
-        zlib.error,
-    ) as error:
+    except Exception as error:  # as above
         raise FileError(f"{file}: {where} is truncated or damaged ({error})") from None
+
+
+_COLOURS = ("RGB", "RGBA", "L", "P")
 
 
 class AlohaSource:
     """Episodes in the order of their folders' names, then by number."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.path, self.options = Path(path), options
-        found = hdf5_files(self.path)
-        files = found if self.path.is_file() else [file for file in found if file.name.startswith("episode_")]
-        if not files:
-            names = f"; it has {found[0].relative_to(self.path)}" if found else ""
-            raise FileError(f"{self.path}: no episode_*.hdf5 in it{names}")
+        self.path, self.options, self._choice = Path(path), options, choice
+        there = hdf5_files(self.path)
+        files = [file for file in there if file.name.startswith("episode_")] or there
         check_named(self.path, options.instructions, map(self._folder, files))
         self._headers = [self._header(file) for file in files]
-        first = self._headers[0]
-        for header in self._headers:
-            for what, name in (("cameras", "cameras"), ("velocity", "observations/qvel"), ("base", "columns of base_action")):
-                if getattr(header, what) != getattr(first, what) and (what != "base" or options.append_base_action):
-                    raise ContractError(
-                        f"{header.file}: {name}: {getattr(header, what)}, but {getattr(first, what)} in {first.file}; "
-                        "convert them as separate sets"
-                    )
-        self.notes = self._notes(found)
+        readable = [header for header in self._headers if isinstance(header, _Header)]
+        if not readable:
+            raise next(header for header in self._headers if isinstance(header, SvamError))
+        known = list(dict.fromkeys(camera for header in readable for camera in header.cameras))
+        asked = chosen_cameras(choice, known, self.path, f"{_IMAGES}/")
+        self._cameras = asked if choice.cameras else list(most_common(tuple(header.cameras) for header in readable))
+        self._vectors = dict(most_common(tuple(header.vectors.items()) for header in readable))
+        self.notes = self._notes(readable, len(there) - len(files), [camera for camera in known if camera not in self._cameras])
 
-    def _notes(self, found: list[Path]) -> list[str]:
-        first, notes = self._headers[0], []
-        if len(found) > len(self._headers):
-            notes.append(f"{self.path}: {len(found) - len(self._headers)} HDF5 files are left out: not named episode_*")
-        if any(header.depth for header in self._headers):
-            notes.append(f"{self.path}: observations/images_depth is left out")
-        if first.base and not self.options.append_base_action:
+    def _notes(self, readable: list[_Header], unnamed: int, unread: list[str]) -> list[str]:
+        notes = [f"{self.path}: {unnamed} HDF5 files are left out: not named episode_*"] if unnamed else []
+        notes += [f"{self.path}: {_IMAGES}/{camera} is left out: most files do not have it" for camera in unread]
+        if aside := next((header.aside for header in readable if header.aside), ""):
+            notes.append(f"{self.path}: left out, as no colour pictures: {aside}")
+        notes += dict.fromkeys(note for header in readable for note in header.notes)
+        if "base_action" in self._vectors and not self.options.append_base_action:
             notes.append(f"{self.path}: base_action is left out; convert.options.append_base_action adds its columns")
-        if any(header.compressed for header in self._headers):
+        if any(header.compressed for header in readable):
             seen = "swapped by" if self.options.channel_order == "rgb" else "as"
             notes.append(
                 f"{self.path}: compressed pictures are read with red and blue {seen} a standard viewer, as channel_order "
                 f"{self.options.channel_order!r} says; look at one episode, and change it if colours are wrong"
             )
+        if self._choice.rate_hz is None:
+            notes.append(
+                f"{self.path}: the files do not state their rate: ALOHA's {_RATE_HZ:g} Hz are assumed (AgileX's recorder has "
+                "30); set convert.rate_hz to that of yours"
+            )
         return notes
 
-    def _header(self, file: Path) -> _Header:
-        with Hdf5File(file, "aloha") as data:
-            if not data.is_group("observations"):
-                other = "; convert.source 'robomimic' reads its layout" if data.is_group("data") else ""
-                raise FileError(f"{file}: no group observations, which ALOHA's layout has{other}")
-            shape, _ = data.layout("action")
+    def _header(self, file: Path) -> _Header | SvamError:
+        """What a file holds, or why it cannot be read."""
+        try:
+            with Hdf5File(file, "aloha") as data:
+                return self._read_header(file, data)
+        except MachineError:
+            raise
+        except SvamError as error:
+            return error
+
+    def _read_header(self, file: Path, data: Hdf5File) -> _Header:
+        if not data.is_group("observations"):
+            raise FileError(f"{file}: no group observations, which ALOHA's layout has; it has {data.listed('/')}")
+        names = ["action", "observations/qpos", *(n for n in ("observations/qvel", "base_action") if data.is_dataset(n))]
+        vectors, steps = {}, data.layout("action")[0][:1] or (0,)
+        for name in names:
+            shape, _ = data.layout(name)
             if len(shape) != 2 or shape[0] == 0:
-                raise FileError(f"{file}: action is {shape}, expected (steps, dimensions) with at least one step")
-            cameras = data.names(_IMAGES)
-            if not cameras:
-                raise FileError(f"{file}: no camera in {_IMAGES}")
-            compressed = False
-            for camera in cameras:
-                pictures, dtype = data.layout(f"{_IMAGES}/{camera}")
-                if not pictures or pictures[0] != shape[0]:
-                    raise ContractError(f"{file}: {_IMAGES}/{camera} is {pictures}, but action has {shape[0]} steps")
-                if len(pictures) == 4 or dtype.kind not in "uSOV":
-                    picture_shape(file, f"{_IMAGES}/{camera}", pictures, dtype)
-                else:
-                    compressed = True
-            base = data.layout("base_action")[0] if data.is_dataset("base_action") else (0, 0)
-            return _Header(
-                file=file, steps=shape[0], cameras=tuple(cameras), velocity=data.is_dataset("observations/qvel"),
-                base=base[1] if len(base) == 2 else 1, depth=bool(data.names("observations/images_depth")),
-                compressed=compressed, sentences=self._sentences(file, data),
-            )  # fmt: skip
+                raise FileError(f"{file}: {name} is {shape}, expected (steps, dimensions) with at least one step")
+            if shape[0] != steps[0] and (name != "base_action" or self.options.append_base_action):
+                raise ContractError(f"{file}: {name} has {shape[0]} steps, but action has {steps[0]}")
+            vectors[name] = shape[1]
+        asked = {name.removeprefix(f"{_IMAGES}/") for name in self._choice.cameras}
+        cameras, aside, notes, compressed = {}, list[str](), list[str](), False
+        for camera in data.names(_IMAGES):
+            if asked and camera not in asked:
+                continue
+            name = f"{_IMAGES}/{camera}"
+            shape, dtype = data.layout(name)
+            if not shape or shape[0] != steps[0]:
+                raise ContractError(f"{file}: {name} is {shape}, but action has {steps[0]} steps{self._without(data, camera)}")
+            if (pictures := picture_array(shape, dtype)) is not None:
+                cameras[camera] = pictures.shape
+                notes += pictures.notes(f"{self.path}: {name}")
+            elif dtype.kind in "uif" and len(shape) > 2 and not asked:
+                aside.append(f"{name} {dtype} {shape}")
+            elif (size := self._encoded(file, data, camera, bool(asked))) is not None:
+                cameras[camera], compressed = (steps[0], *size, 3), True
+            else:
+                aside.append(f"{name}, pictures of depth")
+        if not cameras:
+            raise FileError(
+                f"{file}: no camera {'of convert.cameras ' * bool(asked)}in {_IMAGES}; it has {data.listed(_IMAGES)}"
+            )
+        if (depth := "observations/images_depth") and data.names(depth):
+            aside.append(depth)
+        return _Header(
+            file=file, steps=steps[0], cameras=cameras, vectors=vectors, sentences=self._sentences(file, data),
+            compressed=compressed, aside=", ".join(aside), notes=tuple(notes),
+        )  # fmt: skip
+
+    @staticmethod
+    def _without(data: Hdf5File, camera: str) -> str:
+        """How to leave a camera out, for the end of a message."""
+        others = [name for name in data.names(_IMAGES) if name != camera]
+        return f"; to leave it out, set convert.cameras: [{', '.join(others)}]" if others else ""
+
+    def _encoded(self, file: Path, data: Hdf5File, camera: str, asked: bool) -> tuple[int, int] | None:
+        """(H, W) of encoded pictures, by the first; None where they are of depth and nobody asked for them."""
+        name = f"{_IMAGES}/{camera}"
+        shape, dtype = data.layout(name)
+        rows = (data.is_variable_bytes(name) or (dtype.kind in "SV" and dtype.fields is None)) and len(shape) == 1
+        if not rows and not (dtype == np.uint8 and len(shape) == 2):
+            raise FileError(
+                f"{file}: {name} is {dtype} {shape}, expected uint8 (steps, H, W, 3) or an encoded picture per row"
+                + self._without(data, camera)
+            )
+        try:
+            picture = _picture(file, f"{name}[0]", data.rows(name, 0, 1)[0])
+        except FileError as error:
+            raise FileError(f"{error}{self._without(data, camera)}") from None
+        if picture.mode not in _COLOURS and not asked:
+            return None
+        return picture.height, picture.width
 
     def _folder(self, file: Path) -> str:
         return file.parent.relative_to(self.path).as_posix() if self.path.is_dir() else "."
 
     def _sentences(self, file: Path, data: Hdf5File) -> tuple[str, ...]:
-        folder = self._folder(file)
-        said = self.options.instructions.get(folder, self.options.instruction).strip()
-        found = [said] if said else self._own_sentences(file, data)
-        found = [sentence for sentence in dict.fromkeys(found) if sentence]
-        if not found:
-            raise FileError(
-                f"{file}: no instruction in it (attribute or dataset {', '.join(_INSTRUCTION_KEYS)}) or beside it; "
-                f"set convert.options.instruction, or convert.options.instructions with the key {folder!r}"
-            )
-        return tuple(found)
+        mapped = self.options.instructions.get(self._folder(file), "").strip()
+        own = [mapped] if mapped else [] if self._choice.instruction else self._own_sentences(file, data)
+        first = chosen_instruction(self._choice, own[0] if own else None, str(file))
+        return tuple(dict.fromkeys([first, *(sentence for sentence in own if sentence and not self._choice.instruction)]))
 
     @staticmethod
     def _own_sentences(file: Path, data: Hdf5File) -> list[str]:
@@ -223,54 +258,75 @@ class AlohaSource:
         """Rate, cameras and instructions; a task is named by its (first) sentence."""
         instructions: dict[str, dict[str, list[str]]] = {}
         for header in self._headers:
-            train = instructions.setdefault(header.sentences[0], {"train": [], "held_out": []})["train"]
-            train.extend(sentence for sentence in header.sentences if sentence not in train)
+            if isinstance(header, _Header):
+                train = instructions.setdefault(header.sentences[0], {"train": [], "held_out": []})["train"]
+                train.extend(sentence for sentence in header.sentences if sentence not in train)
         return SourceDescription(
-            rate_hz=self.options.rate_hz, cameras=list(self._headers[0].cameras), instructions=instructions,
+            rate_hz=self._choice.rate_hz or _RATE_HZ, cameras=self._cameras, instructions=instructions,
             provenance={"source": "aloha", "options": self.options.model_dump(), "files": len(self._headers)},
         )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._headers)
 
-    def shape(self, index: int) -> EpisodeShape:
-        """Length of one episode."""
+    def _known(self, index: int) -> _Header:
+        """The header of an episode that can be read, with all cameras and vectors of the set."""
         header = self._headers[index]
-        return EpisodeShape(header.steps, stamp=stamp(header.file))
+        if not isinstance(header, _Header):
+            raise header
+        if absent := [camera for camera in self._cameras if camera not in header.cameras]:
+            raise ContractError(
+                f"{header.file}: no camera {absent[0]!r} in {_IMAGES}, which other files have; it has "
+                f"{', '.join(header.cameras)}, and convert.cameras says which to read"
+            )
+        if self.options.append_base_action and "base_action" not in header.vectors:
+            raise FileError(f"{header.file}: no base_action in it, which convert.options.append_base_action asks for")
+        for name, columns in self._vectors.items():
+            read = name != "base_action" or self.options.append_base_action
+            if read and header.vectors.get(name) != columns:
+                raise ContractError(
+                    f"{header.file}: {name} has {header.vectors.get(name, 'no')} columns, but {columns} in most files; "
+                    "convert them as separate sets"
+                )
+        return header
 
-    def _frames(self, file: Path, data: Hdf5File, camera: str) -> FrameBlocks:
+    def _relative(self, file: Path) -> Path:
+        return file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
+
+    def shape(self, index: int) -> EpisodeShape:
+        """Length, name and task of one episode.
+
+        Raises:
+            FileError, ContractError: it cannot be read, or differs from the others in cameras or vectors.
+        """
+        header = self._known(index)
+        name = self._relative(header.file).with_suffix("").as_posix()
+        return EpisodeShape(header.steps, stamp=stamp(header.file), name=name, task=header.sentences[0])
+
+    def _frames(self, file: Path, camera: str, shape: tuple[int, int, int, int]) -> FrameBlocks:
         """One camera's frames, to be read later from a file of their own."""
-        name = f"{_IMAGES}/{camera}"
-        shape, dtype = data.layout(name)
-        if len(shape) == 4:
-            raw = picture_shape(file, name, shape, dtype)
-            return FrameBlocks(raw, lambda: self._raw_blocks(file, name, raw))
-        variable = data.is_variable_bytes(name)
-        if not (variable and len(shape) == 1) and not (dtype == np.uint8 and len(shape) == 2) and not (
-            dtype.kind in "SV" and dtype.fields is None and len(shape) == 1
-        ):  # fmt: skip
-            raise FileError(f"{file}: {name} is {dtype} {shape}, expected uint8 (steps, H, W, 3) or an encoded picture per row")
-        picture = _picture(file, f"{name}[0]", data.rows(name, 0, 1)[0])
-        encoded = (shape[0], picture.height, picture.width, 3)
-        return FrameBlocks(encoded, lambda: self._decoded_blocks(file, name, encoded))
+        return FrameBlocks(shape, lambda: self._blocks(file, f"{_IMAGES}/{camera}", shape))
 
-    def _raw_blocks(self, file: Path, name: str, shape: tuple[int, int, int, int]) -> Iterator[NDArray[np.uint8]]:
+    def _blocks(self, file: Path, name: str, shape: tuple[int, int, int, int]) -> Iterator[NDArray[np.uint8]]:
         with Hdf5File(file, "aloha") as data:
-            for block in data.blocks(name, shape[1] * shape[2] * 3):
-                yield block if self.options.channel_order == "rgb" else np.ascontiguousarray(block[..., ::-1])
+            raw = len(data.layout(name)[0]) == 4
+            blocks = data.picture_blocks(name) if raw else self._decoded(file, data, name, shape)
+            swapped = (self.options.channel_order == "bgr") == raw
+            for block in blocks:
+                yield np.ascontiguousarray(block[..., ::-1]) if swapped else block
 
-    def _decoded_blocks(self, file: Path, name: str, shape: tuple[int, int, int, int]) -> Iterator[NDArray[np.uint8]]:
-        with Hdf5File(file, "aloha") as data:
-            done = 0
-            stored, dtype = data.layout(name)
-            # Decoded pictures are what fills the memory, unless the padded rows are larger still.
-            size = max(shape[1] * shape[2] * 3, stored[1] if len(stored) == 2 else dtype.itemsize)
-            for rows in data.blocks(name, size):
-                block = np.empty((len(rows), *shape[1:]), dtype=np.uint8)
-                for i, row in enumerate(rows):
-                    block[i] = _pixels(file, f"{name}[{done + i}]", row, (shape[1], shape[2]))
-                done += len(rows)
-                yield block if self.options.channel_order == "bgr" else np.ascontiguousarray(block[..., ::-1])
+    @staticmethod
+    def _decoded(file: Path, data: Hdf5File, name: str, shape: tuple[int, int, int, int]) -> Iterator[NDArray[np.uint8]]:
+        """Encoded pictures, as a standard viewer shows them."""
+        done, (stored, dtype) = 0, data.layout(name)
+        # Decoded pictures are what fills the memory, unless the padded rows are larger still.
+        size = max(shape[1] * shape[2] * 3, stored[1] if len(stored) == 2 else dtype.itemsize)
+        for rows in data.blocks(name, size):
+            block = np.empty((len(rows), *shape[1:]), dtype=np.uint8)
+            for i, row in enumerate(rows):
+                block[i] = _pixels(file, f"{name}[{done + i}]", row, (shape[1], shape[2]))
+            done += len(rows)
+            yield block
 
     def read(self, index: int) -> Episode:
         """One episode; its frames are read when they are asked for.
@@ -280,45 +336,31 @@ class AlohaSource:
             ContractError: the episode breaks the contract.
             MachineError: a compression filter is not installed.
         """
-        header = self._headers[index]
-        file = header.file
+        header = self._known(index)
+        file, sentences = header.file, header.sentences
         with Hdf5File(file, "aloha") as data:
             action, qpos = data.matrix("action"), data.matrix("observations/qpos")
-            parts = {"action": [action], "state": [qpos]}
-            if self.options.append_base_action:
-                if not header.base:
-                    raise FileError(f"{file}: no base_action in it, which convert.options.append_base_action asks for")
-                parts["action"].append(data.matrix("base_action"))
-            if header.velocity:
-                parts["state"].append(data.matrix("observations/qvel"))
-            for name, columns in parts.items():
-                if any(len(column) != len(action) for column in columns):
-                    raise ContractError(
-                        f"{file}: {name} is joined of {[len(c) for c in columns]} steps, expected {len(action)}"
-                    )
+            actions = [action, data.matrix("base_action")] if self.options.append_base_action else [action]
+            state = [qpos, data.matrix("observations/qvel")] if "observations/qvel" in header.vectors else [qpos]
+            if any(len(part) != header.steps for part in (*actions, *state)):
+                raise FileError(f"{file}: changed since it was opened")
             simulated = data.attribute("/", "sim")
-            frames = {camera: self._frames(file, data, camera) for camera in header.cameras}
-        number = index % len(header.sentences)
-        relative = file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
         known = {"sim": bool(simulated)} if isinstance(simulated, (bool, np.bool_)) else {}
         episode = Episode(
-            task=header.sentences[0], instruction=header.sentences[number], rate_hz=self.options.rate_hz, frames=frames,
-            actions=np.hstack(parts["action"]), state=np.hstack(parts["state"]), proprioception=qpos,
-            provenance={"file": relative, **known},
+            task=sentences[0], instruction=sentences[index % len(sentences)], rate_hz=self._choice.rate_hz or _RATE_HZ,
+            frames={camera: self._frames(file, camera, header.cameras[camera]) for camera in self._cameras},
+            actions=np.hstack(actions), state=np.hstack(state), proprioception=qpos,
+            provenance={"file": self._relative(file).as_posix(), **known},
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{file}: {error}") from None
-        return episode
+        return checked(episode, file)
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> AlohaSource:
-    """Open a folder of `episode_*.hdf5` files, or one such file; every file's header is read.
+    """Open a folder of one HDF5 file an episode, or one such file; every file's header is read.
 
     Raises:
-        FileError: no files, or one is damaged, has no camera or no instruction.
-        ContractError: two files differ in their cameras or vectors, or a file's cameras in length from its actions.
+        FileError: no files, or none of them can be read.
+        ParamsError: `choice` names a camera that no file has.
         MachineError: h5py is not installed.
     """
-    return AlohaSource(path, options)
+    return AlohaSource(path, options, choice)

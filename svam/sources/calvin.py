@@ -16,7 +16,8 @@ Alignment: step t's file holds the frame, robot_obs and scene_obs at t and the a
 t + 1: `actions` absolutely (metres, Euler angles, gripper -1 or 1), `rel_actions` less the pose in the same file's robot_obs,
 over 0.02 m and 0.05 rad and clipped to [-1, 1] (calvin_env/datarenderer.py). If the first steps contradict this, a note tells.
 
-Splits: with training and validation both read, validation is held out; `held_out_scenes` holds out more. A folder's scenes
+Splits: with training and validation both read, validation is held out; `held_out_scenes` holds out more. Otherwise segments
+that share steps are on one side of the split (`EpisodeShape.group`), so that no held-out frame is trained on. A folder's scenes
 come from its own scene_info.npy. The official validation folders mostly have none, and the numbers in training's mean other
 steps there, so their scene (D) is stated by `scene_of`; early downloads of D/training wrongly name scene A.
 """
@@ -25,20 +26,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from svam.contract import (
     EVERYTHING,
     Annotation,
     Choice,
-    ContractError,
     Episode,
     EpisodeShape,
     FrameBlocks,
@@ -59,7 +60,8 @@ from svam.sources._calvin_files import (
     scene_name,
     step_file,
 )
-from svam.sources._npz import headers
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._npz import Header, headers
 
 RATE_HZ = 30.0
 NEUTRAL_INSTRUCTION = "play with the objects on the table"
@@ -74,8 +76,8 @@ class Options(Frozen):
     """What `convert.options` may say.
 
     segments: `annotated` (each annotation is an episode) or `whole` (each recording is one).
-    instruction: the sentence of whole recordings, which have none; without it they get `NEUTRAL_INSTRUCTION`.
-    actions: `rel_actions` (then convert.action_kind is relative) or `actions` (absolute). In both, dimension 6 is binary.
+        Recordings have no sentence: `convert.missing_instruction`, or else `NEUTRAL_INSTRUCTION`, with a note.
+    actions: `rel_actions` (relative) or `actions` (absolute). In both, dimension 6 is binary.
     folders: which folders to read; empty means training and validation, as far as they are there.
     annotations: the folder in each of them that holds auto_lang_ann.npy.
     scenes: read only episodes of these, e.g. [A, B, C]; empty means all. held_out_scenes: hold these out.
@@ -84,7 +86,6 @@ class Options(Frozen):
     """
 
     segments: Literal["annotated", "whole"] = "annotated"
-    instruction: str | None = Field(default=None, min_length=1)
     actions: Literal["rel_actions", "actions"] = "rel_actions"
     folders: list[str] = Field([])
     annotations: str = "lang_annotations"
@@ -94,16 +95,11 @@ class Options(Frozen):
     depth: Literal["none", "static", "gripper"] = "none"
     depth_every: int = Field(default=8, ge=1)
 
-    @model_validator(mode="after")
-    def _instruction_is_used(self) -> Options:
-        if self.instruction is not None and self.segments != "whole":
-            raise ValueError("instruction is for segments: whole; annotated segments have their own sentences")
-        return self
-
 
 @dataclass(frozen=True)
 class _Segment:
-    """Steps first..last (both included) of a folder; `number` counts the annotations, or the recordings, of the folder."""
+    """Steps first..last (both included) of a folder; `number` counts the annotations, or the recordings, of the folder.
+    `instruction`: "" where there is none. `group`: of segments that share steps. `fault`: why it cannot be read."""
 
     folder: str
     number: int
@@ -113,6 +109,8 @@ class _Segment:
     instruction: str
     scene: str | None = None
     held_out: bool | None = None
+    group: str = ""
+    fault: str = ""
 
     @property
     def steps(self) -> int:
@@ -122,16 +120,15 @@ class _Segment:
 class CalvinSource:
     """Episodes folder by folder, in the order of the annotations or of the recordings."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.path, self._options, self.notes = Path(path), options, list[str]()
+        self.path, self._options, self._choice, self.notes = Path(path), options, choice, list[str]()
         self._folders = self._find_folders()
         self._stamps = {name: stamp(self.path / name / options.annotations / "auto_lang_ann.npy") for name in self._folders}
         segments = [segment for name in self._folders for segment in self._segments_of(name)]
-        self._segments = self._choose(segments)
+        self._segments = self._grouped(self._choose(segments))
         self._inspect_first_step()
-        self._check_alignment()
-        if options.segments == "whole" and options.instruction is None:
+        if options.segments == "whole" and choice.instruction is None and choice.missing_instruction is None:
             self.notes.append(f"whole recordings carry no language: their instruction is {NEUTRAL_INSTRUCTION!r}")
 
     def _find_folders(self) -> list[str]:
@@ -162,26 +159,27 @@ class CalvinSource:
         recordings = read_recordings(folder)
         if options.segments == "annotated":
             found = read_annotations(folder, options.annotations)
-            place = np.searchsorted(recordings[:, 0], [annotation[0] for annotation in found], side="right") - 1
-            for number, (first, last, _, _) in enumerate(found):
-                if place[number] < 0 or last > recordings[place[number], 1]:
-                    raise FileError(
-                        f"{folder / options.annotations / 'auto_lang_ann.npy'}: annotation {number} covers steps {first} to "
-                        f"{last}, but no recording of {folder / 'ep_start_end_ids.npy'} has all of them"
-                    )
         else:
-            sentence = options.instruction or NEUTRAL_INSTRUCTION
+            sentence = self._choice.missing_instruction or NEUTRAL_INSTRUCTION
             found = [(first, last, sentence, sentence) for first, last in recordings.tolist()]
             if (shared := np.flatnonzero(recordings[1:, 0] <= recordings[:-1, 1])).size:
                 pair = f"{recordings[shared[0]].tolist()} and {recordings[shared[0] + 1].tolist()}"
                 self.notes.append(f"{folder / 'ep_start_end_ids.npy'}: {len(shared)} recordings share steps, first {pair}")
+        place = np.searchsorted(recordings[:, 0], [first for first, *_ in found], side="right") - 1
+        outside = [at < 0 or last > recordings[at, 1] for at, (_, last, *_) in zip(place, found, strict=True)]
         scenes = read_scenes(folder)
         stated = options.scene_of.get(name)
         fixed = None if stated is None else scene_name(stated)
         return [
-            _Segment(name, number, first, last, task, sentence, fixed or self._scene_at(scenes, first, last))
+            _Segment(
+                name, number, first, last, task, self._choice.instruction or sentence or self._choice.missing_instruction or "",
+                fixed or self._scene_at(scenes, first, last), fault="" if not outside[number] else (
+                    f"{folder / options.annotations / 'auto_lang_ann.npy'}: annotation {number} covers steps {first} to "
+                    f"{last}, but no recording of {folder / 'ep_start_end_ids.npy'} has all of them"
+                ),
+            )
             for number, (first, last, task, sentence) in enumerate(found)
-        ]
+        ]  # fmt: skip
 
     @staticmethod
     def _scene_at(scenes: Sequence[tuple[str, int, int]], first: int, last: int) -> str | None:
@@ -216,15 +214,39 @@ class CalvinSource:
                 "choose other folders, scenes or held_out_scenes"
             )
         self.notes.append(f"held out as the data set's own split: {sum(marks)} of {len(chosen)} episodes")
-        return [
-            _Segment(s.folder, s.number, s.first, s.last, s.task, s.instruction, s.scene, mark)
-            for s, mark in zip(chosen, marks, strict=True)
-        ]
+        return [replace(segment, held_out=mark) for segment, mark in zip(chosen, marks, strict=True)]
+
+    def _grouped(self, segments: list[_Segment]) -> list[_Segment]:
+        """The segments with one group for those that share steps, directly or through others; as they are where none do."""
+        order = sorted(range(len(segments)), key=lambda i: (segments[i].folder, segments[i].first))
+        groups, folder, end = [""] * len(segments), "", -1
+        for before, i in zip([0, *order], order, strict=False):
+            segment = segments[i]
+            shares = segment.folder == folder and segment.first <= end
+            groups[i] = groups[before] if shares else f"{segment.folder} {segment.first}"
+            folder, end = segment.folder, max(end, segment.last) if segment.folder == folder else segment.last
+        if len(set(groups)) == len(segments) or any(segment.held_out is not None for segment in segments):
+            return segments
+        self.notes.append(
+            f"{self.path}: segments share frames: {len(segments)} episodes are {len(set(groups))} groups without a common "
+            "frame, each of which is trained on or held out as a whole"
+        )
+        return [replace(segment, group=group) for segment, group in zip(segments, groups, strict=True)]
+
+    def _first_step(self) -> tuple[_Segment, dict[str, Header]]:
+        """The first segment whose first step can be read, and what that holds."""
+        faults = []
+        for segment in self._segments:
+            try:
+                return segment, headers(step_file(self.path / segment.folder, segment.first), LISTED)
+            except FileError as error:
+                faults.append(error)
+        raise faults[0]
 
     def _inspect_first_step(self) -> None:
         """What a step holds, of the first one; all others must be alike."""
-        file = step_file(self.path / self._segments[0].folder, self._segments[0].first)
-        found = headers(file, LISTED)
+        first, found = self._first_step()
+        file = step_file(self.path / first.folder, first.first)
         self._vectors: dict[str, tuple[int, ...]] = {self._options.actions: (_ACTIONS,)}
         for name, meaning in (("robot_obs", "proprioception"), ("scene_obs", "state")):
             if name not in found:
@@ -235,17 +257,18 @@ class CalvinSource:
                 )
             else:
                 self._vectors[name] = found[name].shape
+        there = [camera for camera, name in _CAMERAS.items() if name in found]
+        if not there:
+            raise FileError(f"{file}: neither rgb_static nor rgb_gripper; it has {', '.join(sorted(found)) or 'nothing'}")
         self._cameras: dict[str, tuple[int, int, int]] = {}
-        for camera, name in _CAMERAS.items():
-            if name not in found:
-                self.notes.append(f"{file}: no {name}, so the camera {camera!r} is left out")
-                continue
-            shape = found[name].shape
+        for camera in chosen_cameras(self._choice, there, file, "rgb_"):
+            name, shape = _CAMERAS[camera], found[_CAMERAS[camera]].shape
             if found[name].dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
                 raise FileError(f"{file}: field {name!r} is {found[name].dtype} {shape}, expected uint8 (H, W, 3)")
             self._cameras[camera] = (shape[0], shape[1], shape[2])
-        if not self._cameras:
-            raise FileError(f"{file}: neither rgb_static nor rgb_gripper; it has {', '.join(sorted(found)) or 'nothing'}")
+        self.notes += [
+            f"{file}: no rgb_{camera}, so the camera {camera!r} is left out" for camera in _CAMERAS if camera not in there
+        ]
         self._depth: dict[str, tuple[int, ...]] = {}
         if self._options.depth != "none":
             name = f"depth_{self._options.depth}"
@@ -258,16 +281,17 @@ class CalvinSource:
                     f"convert.options.depth_every is {self._options.depth_every}: the longest episode would have "
                     f"{size / 2**30:.1f} GiB of depth in memory, at most {_LARGEST_DEPTH // 2**30} GiB is expected; label fewer"
                 )
+        if self._options.actions == "rel_actions":
+            with suppress(FileError):  # which `shape` says
+                self._check_alignment(first, file)
 
-    def _check_alignment(self) -> None:
+    def _check_alignment(self, first: _Segment, file: Path) -> None:
         """Note it where the first steps' relative actions are not those of the same step's pose and absolute action."""
-        first = self._segments[0]
-        folder = self.path / first.folder
-        gap = alignment_gap(folder, first.first, first.last) if self._options.actions == "rel_actions" else 0.0
+        gap = alignment_gap(self.path / first.folder, first.first, first.last)
         if gap > _ALIGNED:
             self.notes.append(
-                f"{step_file(folder, first.first)}: rel_actions differ by up to {gap:.2f} from what the same steps' actions "
-                "and robot_obs give; check that a frame and the action taken at it are in one file"
+                f"{file}: rel_actions differ by up to {gap:.2f} from what the same steps' actions and robot_obs give; check "
+                "that a frame and the action taken at it are in one file"
             )
 
     def describe(self) -> SourceDescription:
@@ -279,9 +303,10 @@ class CalvinSource:
         instructions = {}
         for task in dict.fromkeys(segment.task for segment in self._segments):
             seen, unseen = train.get(task, set()), held_out.get(task, set())
+            seen, unseen = seen - {""}, unseen - {""}
             instructions[task] = {"train": sorted(seen or unseen), "held_out": sorted(unseen - seen) if seen else []}
         return SourceDescription(
-            rate_hz=RATE_HZ, cameras=list(self._cameras), instructions=instructions,
+            rate_hz=self._choice.rate_hz or RATE_HZ, cameras=list(self._cameras), instructions=instructions,
             provenance={
                 "source": "calvin", "actions": self._options.actions, "segments": self._options.segments,
                 "episodes": {name: sum(s.folder == name for s in self._segments) for name in self._folders},
@@ -292,13 +317,21 @@ class CalvinSource:
     def __len__(self) -> int:
         return len(self._segments)
 
+    def _sentence(self, segment: _Segment) -> str:
+        """Of a segment that can be read."""
+        if segment.fault:
+            raise FileError(segment.fault)
+        file = self.path / segment.folder / self._options.annotations / "auto_lang_ann.npy"
+        return chosen_instruction(self._choice, segment.instruction, f"{file}: annotation {segment.number}")
+
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths; the stamp covers every step's file and the annotations.
+        """Lengths, split, and where it lies; the stamp covers every step's file and the annotations.
 
         Raises:
-            FileError: a step's file is missing.
+            FileError: a step's file is missing, or it has no sentence.
         """
         segment = self._segments[index]
+        self._sentence(segment)
         digest = hashlib.sha256(self._stamps[segment.folder].encode())
         for step in range(segment.first, segment.last + 1):
             file = step_file(self.path / segment.folder, step)
@@ -306,7 +339,10 @@ class CalvinSource:
                 raise FileError(f"{file}: no such file{LISTED}")
             digest.update(found.encode())
         annotated = {"depth": -(-segment.steps // self._options.depth_every)} if self._depth else {}
-        return EpisodeShape(segment.steps, annotated, segment.held_out, digest.hexdigest())
+        name = f"{segment.folder}/{segment.number}"
+        return EpisodeShape(
+            segment.steps, annotated, segment.held_out, digest.hexdigest(), name, segment.task, group=segment.group
+        )
 
     def read(self, index: int) -> Episode:
         """One episode; its frames are read block by block when they are asked for.
@@ -328,7 +364,7 @@ class CalvinSource:
             self._check_action(file, vectors[self._options.actions][t])
         index_of_depth = np.arange(0, segment.steps, every, dtype=np.int64)
         episode = Episode(
-            task=segment.task, instruction=segment.instruction, rate_hz=RATE_HZ,
+            task=segment.task, instruction=self._sentence(segment), rate_hz=self._choice.rate_hz or RATE_HZ,
             frames={
                 camera: FrameBlocks(
                     (segment.steps, *shape),
@@ -343,11 +379,7 @@ class CalvinSource:
                 "last_step": segment.last, "number": segment.number, "scene": segment.scene,
             },
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{self.path}: {error}") from None
-        return episode
+        return checked(episode, self.path)
 
     def _check_action(self, file: Path, action: NDArray[np.float32]) -> None:
         name = self._options.actions
@@ -365,4 +397,4 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Ca
         FileError: a file is missing, damaged or of another layout.
         ParamsError: the options name scenes or folders that are not there, or leave one side of the split empty.
     """
-    return CalvinSource(path, options)
+    return CalvinSource(path, options, choice)

@@ -19,6 +19,7 @@ from safetensors.numpy import load
 
 from svam.contract import EVERYTHING, Annotation, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
+from svam.sources._choice import checked, chosen_cameras
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
@@ -47,9 +48,9 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 class MetaworldSource:
     """Episodes task by task, in the order of `only` (or of the folders' names), then by number."""
 
-    def __init__(self, path: Path, only: Sequence[str] | None = None) -> None:
+    def __init__(self, path: Path, only: Sequence[str] | None = None, choice: Choice = EVERYTHING) -> None:
         """See `open_source`."""
-        self.path = Path(path)
+        self.path, self._choice = Path(path), choice
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
         present = sorted(file.parent.name for file in self.path.glob("*/meta.json"))
@@ -72,13 +73,17 @@ class MetaworldSource:
                     )
             if meta["task"] != task:
                 raise FileError(f"{self.path / task / 'meta.json'}: task is {meta['task']!r}, expected {task!r}")
+        self._cameras = chosen_cameras(choice, self._meta[first]["cameras"], self.path)
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, instructions and each task's provenance."""
         first = next(iter(self._meta.values()))
         return SourceDescription(
-            rate_hz=first["rate_hz"], cameras=first["cameras"],
-            instructions={task: meta["instructions"] for task, meta in self._meta.items()},
+            rate_hz=self._choice.rate_hz or first["rate_hz"], cameras=self._cameras,
+            instructions={
+                task: {"train": [said], "held_out": []} if (said := self._choice.instruction) else meta["instructions"]
+                for task, meta in self._meta.items()
+            },
             provenance={
                 "source": "metaworld",
                 "tasks": {
@@ -137,9 +142,11 @@ class MetaworldSource:
         task, _, file = self._place(index)
         arrays = self._arrays(task, file)
         labelled = len(arrays["annotation_index"])
-        files = [file, *(_picture(file, camera) for camera in self._meta[task]["cameras"])]
-        annotated = {"depth": labelled, "segmentation": labelled}
-        return EpisodeShape(len(arrays["actions"]), annotated, stamp=" ".join(stamp(part) for part in files))
+        files = [file, *(_picture(file, camera) for camera in self._cameras)]
+        if absent := next((part for part in files if not part.is_file()), None):
+            raise FileError(f"{absent}: no such file, though meta.json lists its episode; collect again")
+        annotated, stamps = {"depth": labelled, "segmentation": labelled}, " ".join(stamp(part) for part in files)
+        return EpisodeShape(len(arrays["actions"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
 
     def read(self, index: int) -> Episode:
         """One episode with its labels.
@@ -154,18 +161,14 @@ class MetaworldSource:
         paraphrases = meta["instructions"]["train"]
         episode = Episode(
             task=task,
-            instruction=paraphrases[number % len(paraphrases)],
-            rate_hz=meta["rate_hz"],
-            frames={camera: self._frames(task, _picture(file, camera), steps) for camera in meta["cameras"]},
+            instruction=self._choice.instruction or paraphrases[number % len(paraphrases)],
+            rate_hz=self._choice.rate_hz or meta["rate_hz"],
+            frames={camera: self._frames(task, _picture(file, camera), steps) for camera in self._cameras},
             annotations={name: Annotation(arrays[name], labelled) for name in ("depth", "segmentation")},
             provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
             **{name: arrays[name] for name in ("actions", "expert_actions", "state", "proprioception")},
         )
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{file}: {error}") from None
-        return episode
+        return checked(episode, file)
 
 
 def _picture(file: Path, camera: str) -> Path:
@@ -186,4 +189,4 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Me
         FileError: the folder, a task or a field of a `meta.json` is missing.
         ContractError: two tasks differ in rate, cameras or image size.
     """
-    return MetaworldSource(path, options.tasks or None)
+    return MetaworldSource(path, options.tasks or None, choice)

@@ -15,7 +15,7 @@ my_recordings/
 
 {"schema_version": 1, "rate_hz": 10, "cameras": ["front", "wrist"],
  "tasks": {"pick": {"train": ["pick up the cup", "lift the cup"], "held_out": ["take the cup"]}, "push": {"train": [...]}},
- "episodes": {"pick_001": {"task": "pick", "instruction": "lift the cup", "held_out": false}, "pick_002": {"task": "pick"}}}
+ "episodes": {"pick_001": {"task": "pick", "instruction": "lift the cup", "held_out": false, "success": true}, "pick_002": {}}}
 ```
 
 - `rate_hz`: time steps a second. `cameras`: the first one is the foresight camera.
@@ -24,11 +24,12 @@ my_recordings/
 - `episodes`: by file name without `.npz`; each key is optional. The task is the only one of `tasks` where nothing says which.
   The instruction is that of `episodes`, or the field `instruction` of the `.npz`, or a training sentence of the task (one
   after the other, by the episode's number). If an episode says `held_out`, those that do not are training episodes;
-  if none does, the convert stage draws a split.
+  if none does, the convert stage draws a split. `success` is for `convert.success`.
 
 The `.npz` (numpy.savez or savez_compressed), n time steps:
 
-- `frames_<camera>` uint8 (n, H, W, 3) RGB for each camera without a video; a video has exactly n frames, row t is frame t.
+- `frames_<camera>` uint8 (n, H, W, 3) RGB (a fourth channel is dropped; (n, C, H, W) is read too) for each camera without a
+  video; a video has exactly n frames, row t is frame t.
 - `actions` (n, A): what was executed from the state that frame t shows, in physical units.
 - optional `state` (n, S), `proprioception` (n, P), `expert_actions` (n, A); all of these are floating
   point (16, 32 or 64 bits) and become float32.
@@ -49,19 +50,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
-from svam.contract import (
-    EVERYTHING,
-    Annotation,
-    Choice,
-    ContractError,
-    Episode,
-    EpisodeShape,
-    Frames,
-    Frozen,
-    SourceDescription,
-)
+from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
+from svam.errors import SvamError, describe
 from svam.files import FileError, read_json, stamp
-from svam.sources._npz import Header, field, frame_blocks_of, headers, load
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._npz import Header, field, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
 RAW_SCHEMA = 1
@@ -81,6 +74,7 @@ class _EpisodeFacts(Frozen):
     task: str | None = None
     instruction: _Sentence | None = None
     held_out: bool | None = None
+    success: bool | None = None
 
 
 class _Meta(Frozen):
@@ -95,10 +89,7 @@ def _read_meta(file: Path) -> _Meta:
     try:
         meta = _Meta.model_validate(read_json(file))
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "its content"
-        found = "" if first["type"] == "missing" else f" (found {str(first['input'])[:80]!r})"
-        raise FileError(f"{file}: {where}: {first['msg'].lower()}{found}") from None
+        raise FileError(describe(error, file).splitlines()[0]) from None
     except (RecursionError, OSError) as error:
         raise FileError(f"{file}: cannot be read ({type(error).__name__})") from None
     if len(set(meta.cameras)) != len(meta.cameras):
@@ -109,29 +100,37 @@ def _read_meta(file: Path) -> _Meta:
 class RawSource:
     """The episodes of a folder, in the order of their names."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, choice: Choice) -> None:
         """See `open_source`."""
-        self.path = Path(path)
+        self.path, self._choice = Path(path), choice
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
         self._meta_file = self.path / "meta.json"
         self._meta = _read_meta(self._meta_file)
         self._names = sorted(file.stem for file in self.path.glob("*.npz"))
         if not self._names:
-            raise FileError(f"{self.path}: no <name>.npz in it")
+            there = ", ".join(sorted(file.name for file in self.path.iterdir())[:5])
+            raise FileError(f"{self.path}: no <name>.npz in it; it has {there}")
         absent = sorted(set(self._meta.episodes) - set(self._names))
         if absent:
             raise FileError(f"{self._meta_file}: episodes names {absent[0]!r}, but there is no {absent[0]}.npz")
+        self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
 
     @cached_property
     def notes(self) -> Sequence[str]:
-        """What of the folder is not read: fields of the first episode, and videos of no episode."""
+        """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
         notes = []
         known = {*_VECTORS, *_LABELS, "annotation_index", "timestamps", "instruction"}
         known |= {f"frames_{camera}" for camera in self._meta.cameras}
         first = self._file(0)
-        if unknown := sorted(set(headers(first)) - known):
+        try:
+            there = headers(first)
+            for name in (f"frames_{camera}" for camera in self._cameras if f"frames_{camera}" in there):
+                notes += pictures_of(first, name, there[name]).notes(f"{first}: {name}")
+        except FileError:  # which `shape` says
+            there = {}
+        if unknown := sorted(set(there) - known):
             notes.append(
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
@@ -152,7 +151,7 @@ class RawSource:
         name, file, tasks = self._names[index], self._file(index), self._meta.tasks
         facts = self._meta.episodes.get(name, _EpisodeFacts())
         instruction = facts.instruction
-        own = self._own_instruction(file)
+        own = None if self._choice.instruction else self._own_instruction(file)
         if own is not None and instruction is not None and own != instruction:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {instruction!r}")
         instruction = instruction or own
@@ -165,13 +164,10 @@ class RawSource:
             task = next(iter(tasks))
         if task is None and tasks:
             raise FileError(f"{self._meta_file}: episodes.{name}.task is missing; tasks are {', '.join(tasks)}")
-        if task is None and instruction is None:
-            raise FileError(
-                f"{file}: no instruction: meta.json has no tasks, and neither it nor the .npz an instruction for it"
-            )
-        if instruction is None:
-            sentences = tasks[str(task)].train
+        if task is not None and instruction is None:
+            sentences = tasks[task].train
             instruction = sentences[index % len(sentences)]
+        instruction = chosen_instruction(self._choice, instruction, str(file))
         return task or instruction, instruction
 
     @staticmethod
@@ -188,9 +184,7 @@ class RawSource:
             text.encode("utf-8")  # numpy keeps any code point, a lone surrogate too
         except UnicodeError:
             raise FileError(f"{file}: field 'instruction' is not UTF-8 text") from None
-        if not text.strip():
-            raise FileError(f"{file}: field 'instruction' is empty, expected a sentence")
-        return text
+        return text.strip() or None
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
@@ -199,13 +193,17 @@ class RawSource:
             for task, sentences in self._meta.tasks.items()
         }
         for index in range(len(self)):
-            task, instruction = self._told(index)
+            try:
+                task, instruction = self._told(index)
+            except SvamError:  # which `shape` says
+                continue
             listed = instructions.setdefault(task, {"train": [], "held_out": []})
             if instruction not in listed["train"] + listed["held_out"]:
                 listed["train"].append(instruction)
         return SourceDescription(
-            rate_hz=self._meta.rate_hz, cameras=self._meta.cameras, instructions=instructions, provenance={"source": "raw"}
-        )
+            rate_hz=self._choice.rate_hz or self._meta.rate_hz, cameras=self._cameras, instructions=instructions,
+            provenance={"source": "raw"},
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._names)
@@ -224,7 +222,7 @@ class RawSource:
         """Lengths, from the headers of the archive.
 
         Raises:
-            FileError: the archive is damaged, lacks a field, or a video is missing.
+            FileError: the archive is damaged, lacks a field, or a video is missing or of another length; or no instruction.
         """
         file = self._file(index)
         found = headers(file)
@@ -234,9 +232,15 @@ class RawSource:
             labelled = field(file, found, "annotation_index", ("int64",), 1).shape[0]
             annotated = {name: labelled for name in _LABELS if name in found}
         facts = self._meta.episodes.get(self._names[index], _EpisodeFacts())
-        held_out = bool(facts.held_out) if self._has_split else None
-        videos = [video for camera in self._meta.cameras if (video := self._video(index, camera, found))]
-        return EpisodeShape(steps, annotated, held_out, " ".join(stamp(part) for part in (file, self._meta_file, *videos)))
+        videos = [video for camera in self._cameras if (video := self._video(index, camera, found))]
+        for video in videos:
+            if (frames := probe(video).frames) != steps:
+                raise FileError(f"{video}: {frames} frames, but {file.name} has {steps} actions; expected a frame a row")
+        return EpisodeShape(
+            steps, annotated, held_out=bool(facts.held_out) if self._has_split else None,
+            stamp=" ".join(stamp(part) for part in (file, self._meta_file, *videos)),
+            name=self._names[index], task=self._told(index)[0], success=facts.success,
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode; its frames are read from the archive or decoded when they are asked for.
@@ -247,20 +251,15 @@ class RawSource:
         """
         file = self._file(index)
         found = headers(file)
+        field(file, found, "actions", _FLOATS, 2)
         task, instruction = self._told(index)
-        steps = field(file, found, "actions", _FLOATS, 2).shape[0]
         frames: dict[str, Frames] = {}
-        for camera in self._meta.cameras:
+        for camera in self._cameras:
             video = self._video(index, camera, found)
             if video is None:
                 frames[camera] = frame_blocks_of(file, f"frames_{camera}", found[f"frames_{camera}"])
             else:
-                facts = probe(video)
-                if facts.frames != steps:
-                    raise FileError(
-                        f"{video}: {facts.frames} frames, but {file.name} has {steps} actions; expected a frame a row"
-                    )
-                frames[camera] = video_blocks(video, facts)
+                frames[camera] = video_blocks(video, probe(video))
         arrays = load(file, [*_VECTORS, *_LABELS, "annotation_index", "timestamps"])
         vectors: dict[str, NDArray[np.float32]] = {}
         for name in _VECTORS:
@@ -271,14 +270,10 @@ class RawSource:
         if "timestamps" in arrays:
             times = field(file, arrays, "timestamps", ("float32", "float64"), 1).astype(np.float64)
         episode = Episode(
-            task=task, instruction=instruction, rate_hz=self._meta.rate_hz, frames=frames, timestamps=times,
-            annotations=self._annotations(file, arrays), provenance={"file": file.name}, **vectors,
+            task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
+            timestamps=times, annotations=self._annotations(file, arrays), provenance={"file": file.name}, **vectors,
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{file}: {error}") from None
-        return episode
+        return checked(episode, file)
 
     @staticmethod
     def _annotations(file: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, Annotation]:
@@ -302,5 +297,6 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Ra
 
     Raises:
         FileError: the folder or its `meta.json` is missing, or `meta.json` is not as described.
+        ParamsError: `choice` names a camera that `meta.json` does not list.
     """
-    return RawSource(path)
+    return RawSource(path, choice)

@@ -1,16 +1,18 @@
-"""Replay buffers of diffusion_policy and its kin: Zarr v2, a folder `x.zarr` or an archive `x.zarr.zip`.
+"""Replay buffers of diffusion_policy and its kin: Zarr v2 or v3, a folder `x.zarr` or an archive `x.zarr.zip`.
 
 `data/<name>` are arrays with one row per time step of all episodes; `meta/episode_ends` (E,) are the rows where episodes end.
 Row t of an action belongs to row t of the pictures: the action that was taken from what the picture shows.
 
-- Pictures: (n, H, W, 3) or (n, 3, H, W), uint8, or floats that are whole numbers in 0..255 (old PushT buffers), which become
-  uint8 exactly; other floats are refused. Their order of channels is taken to be RGB, as the format's own readers do.
+- Cameras are the arrays of pictures: (n, H, W, C) or (n, C, H, W), C 3 or 4 (the fourth is dropped), uint8, or whole numbers
+  in 0..255 of another type (old PushT buffers), which become uint8 exactly; others are refused. Channels are taken to be RGB,
+  as the format's own readers do.
 - Vectors of any numeric dtype become float32; arrays with more axes, such as key points (n, 9, 2), are flattened per row.
-- The format has no instruction and no rate: both are options that must be given.
+- The format has no instruction and no rate: set `convert.instruction` and `convert.rate_hz`. PushT is recorded at 10 Hz.
 - Values are kept as recorded; the notes state the range of what is read (PushT's positions leave their 0..512 now and then).
 
-A chunk that is absent is an error: Zarr would give its fill value instead. Blosc chunks have no checksum: a length that does
-not fit is found, a flipped bit inside need not be (in a `.zarr.zip` the archive's CRC-32 finds it).
+Zarr's writers leave out chunks that hold the fill value alone: an absent chunk is read as that, and a note counts them. Blosc
+chunks have no checksum: a length that does not fit is found, a flipped bit inside need not be (in a `.zarr.zip` the archive's
+CRC-32 finds it).
 """
 
 from __future__ import annotations
@@ -20,52 +22,46 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.sources._npz import frames_per_block
-from svam.sources._zarr2 import ZarrArray, ZarrFolder
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._picture_arrays import PictureArray, frames_per_block, picture_array
+from svam.sources._zarr import ZarrArray, ZarrFolder
 
 _SURVEYED = 50_000_000
 """Numbers of an array up to which its range is read for the notes."""
 
 
 class Options(Frozen):
-    """`instruction` and `rate_hz` must be given: the format has neither. PushT is recorded at 10 Hz.
+    """What `convert.options` may say.
 
-    instruction: the sentence for all episodes. rate_hz: time steps per second.
-    cameras: arrays of `data` that are pictures, the foresight camera first; empty takes all with 4 axes, one of length 3.
     action: arrays joined to the action; empty takes none, and then only the video model can be trained.
     proprioception: arrays joined to what the robot knows of itself. state: arrays joined to the full state.
     Columns are chosen in brackets: for PushT `proprioception: ["state[0:2]"]` is the agent's position.
     timestamp: an array (n,) or (n, 1) of seconds, if there is one.
     """
 
-    instruction: Annotated[str, Field(pattern=r"\S")] | None = None
-    rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    cameras: tuple[str, ...] = ()
-    action: tuple[str, ...] = ("action",)
-    proprioception: tuple[str, ...] = ()
-    state: tuple[str, ...] = ()
+    action: list[str] = ["action"]
+    proprioception: list[str] = []
+    state: list[str] = []
     timestamp: str | None = None
 
 
 def _buffer_path(path: Path) -> Path:
     """The buffer itself: `path`, or the only `*.zarr` or `*.zarr.zip` in it."""
-    if path.is_file() or (path / "meta").is_dir() or (path / ".zgroup").is_file():
+    if path.is_file() or any((path / name).exists() for name in ("meta", ".zgroup", "zarr.json")):
         return path
     if not path.is_dir():
         raise FileError(f"{path}: no such file or directory")
     inside = sorted([*path.glob("*.zarr"), *path.glob("*.zarr.zip")])
     if len(inside) != 1:
-        names = ", ".join(file.name for file in inside) or "none"
-        raise FileError(f"{path}: expected a replay buffer, or one *.zarr or *.zarr.zip in it; found {names}")
+        there = ", ".join(sorted(file.name for file in inside or path.iterdir())[:5]) or "nothing"
+        raise FileError(f"{path}: expected a replay buffer, or one *.zarr or *.zarr.zip in it; it has {there}")
     return inside[0]
 
 
@@ -81,33 +77,32 @@ class _Columns:
 class ReplayZarrSource:
     """The episodes of one buffer, in its order."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        if options.instruction is None:
-            raise ParamsError(
-                "convert.options.instruction is missing: a replay buffer has no instruction; write the sentence for it"
-            )
-        if options.rate_hz is None:
-            raise ParamsError("convert.options.rate_hz is missing: a replay buffer does not say its rate; PushT has 10")
         self.path, self.options = _buffer_path(Path(path)), options
-        self.instruction, self.rate_hz = options.instruction, options.rate_hz
+        if choice.rate_hz is None:
+            raise ParamsError("convert.rate_hz is missing: a replay buffer does not say its rate; PushT has 10")
+        self.rate_hz, self.instruction = choice.rate_hz, chosen_instruction(choice, None, str(self.path))
         self._buffer = ZarrFolder(self.path)
         self._ends = self._episode_ends()
-        self._pictures = self._choose_pictures()
+        self._unreadable: list[str] = []
+        self._pictures = self._choose_pictures(choice)
         self._vectors = {
             "actions": self._columns("action", options.action),
             "proprioception": self._columns("proprioception", options.proprioception),
             "state": self._columns("state", options.state),
         }
         self._times = self._columns("timestamp", (options.timestamp,) if options.timestamp else ())
-        for array in {a.name: a for a in [*self._pictures.values(), *(c.array for c in self._all_columns())]}.values():
+        for array in self._arrays():
             if array.shape[0] < self._ends[-1]:
                 raise FileError(
                     f"{self.path}: {array.name} has {array.shape[0]} rows, but meta/episode_ends reaches to {self._ends[-1]}"
                 )
 
-    def _all_columns(self) -> list[_Columns]:
-        return [column for columns in (*self._vectors.values(), self._times) for column in columns]
+    def _arrays(self) -> list[ZarrArray]:
+        """All that are read."""
+        columns = [column.array for columns in (*self._vectors.values(), self._times) for column in columns]
+        return list({array.name: array for array in [*(array for array, _ in self._pictures.values()), *columns]}.values())
 
     def _episode_ends(self) -> list[int]:
         array = self._buffer.array("meta/episode_ends")
@@ -121,21 +116,30 @@ class ReplayZarrSource:
                 raise FileError(f"{self.path}: meta/episode_ends[{number}] is {end}, expected more than {before}")
         return ends
 
-    def _choose_pictures(self) -> dict[str, ZarrArray]:
-        names = self.options.cameras
-        if not names:
-            headers = [self._buffer.array(f"data/{name}") for name in self._buffer.names()]
-            chosen = [a for a in headers if len(a.shape) == 4 and 3 in (a.shape[-1], a.shape[1])]
-        else:
-            chosen = [self._buffer.array(f"data/{self._known(name, 'cameras')}") for name in names]
-        if not chosen:
+    def _choose_pictures(self, choice: Choice) -> dict[str, tuple[ZarrArray, PictureArray]]:
+        """The chosen arrays of pictures, else all; one that cannot be read is no matter where it is not chosen."""
+        known: dict[str, tuple[ZarrArray, PictureArray]] = {}
+        chosen = {name.removeprefix("data/") for name in choice.cameras}
+        for name in self._buffer.names():
+            try:
+                array = self._buffer.array(f"data/{name}")
+            except FileError as error:
+                if name in chosen:
+                    raise
+                self._unreadable.append(str(error))
+                continue
+            if (pictures := picture_array(array.shape, array.dtype)) is not None:
+                known[name] = array, pictures
+        if not known and not self._buffer.zipped and (videos := self.path.parent / "videos").is_dir():
             raise FileError(
-                f"{self.path}: no pictures: data has {', '.join(self._buffer.names()) or 'nothing'}, none is (n, H, W, 3)"
+                f"{self.path}: no pictures in data: they are in {videos}/<episode>/<camera>.mp4, which this source does not "
+                "read; write them and the vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
             )
-        for array in chosen:
-            if len(array.shape) != 4 or 3 not in (array.shape[-1], array.shape[1]) or array.dtype.kind not in "uf":
-                raise FileError(f"{self.path}: {array.name} is {array.dtype} {array.shape}, expected pictures (n, H, W, 3)")
-        return {array.name.removeprefix("data/"): array for array in chosen}
+        if not known:
+            has = ", ".join(self._buffer.names()) or "nothing"
+            why = "".join(f"; {said}" for said in self._unreadable)
+            raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
+        return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
     def _known(self, name: str, option: str) -> str:
         if name not in self._buffer.names():
@@ -162,19 +166,21 @@ class ReplayZarrSource:
     @cached_property
     def notes(self) -> Sequence[str]:
         """What is not read, and the range of what is."""
-        used = {*self._pictures, *(column.array.name.removeprefix("data/") for column in self._all_columns())}
-        notes = []
+        used = {array.name.removeprefix("data/") for array in self._arrays()}
+        notes = [f"left out: {said}" for said in self._unreadable]
         if unused := [name for name in self._buffer.names() if name not in used]:
             notes.append(f"{self.path}: not read: {', '.join(unused)}")
         if not self._vectors["actions"]:
             notes.append(f"{self.path}: no actions are read: the episodes can train the video model, no policy")
-        for array in self._pictures.values():
-            if array.dtype != np.uint8:
+        for array in self._arrays():
+            if array.left_out:
                 notes.append(
-                    f"{self.path}: {array.name} is {array.dtype}; its whole numbers become uint8, any others are refused"
+                    f"{self.path}: {array.left_out} chunks of {array.name} are absent and read as its fill value, as Zarr's "
+                    "writers mean it; if the folder was copied, check that it is whole"
                 )
-            if array.shape[0] > self._ends[-1]:
-                left = array.shape[0] - self._ends[-1]
+        for array, pictures in self._pictures.values():
+            notes += pictures.notes(f"{self.path}: {array.name}")
+            if (left := array.shape[0] - self._ends[-1]) > 0:
                 notes.append(f"{self.path}: {left} rows of {array.name} are behind the last episode and left out")
         for name, columns in self._vectors.items():
             if columns and self._ends[-1] * sum(c.array.row for c in columns) <= _SURVEYED:
@@ -198,9 +204,9 @@ class ReplayZarrSource:
     def shape(self, index: int) -> EpisodeShape:
         """Length, from `episode_ends`. The stamp covers the arrays' folders, or the archive."""
         start, stop = self._bounds(index)
-        arrays = {*(a.name for a in self._pictures.values()), *(c.array.name for c in self._all_columns())}
-        files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(arrays)]
-        return EpisodeShape(stop - start, stamp=" ".join([f"{start}:{stop}", *(stamp(file) for file in files)]))
+        files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(a.name for a in self._arrays())]
+        stamps = " ".join([f"{start}:{stop}", *(stamp(file) for file in files)])
+        return EpisodeShape(stop - start, stamp=stamps, name=str(index), task=self.instruction)
 
     def _joined(self, columns: Sequence[_Columns], start: int, stop: int) -> NDArray[np.float64]:
         parts = [
@@ -213,16 +219,16 @@ class ReplayZarrSource:
         """One episode; its pictures are read chunk by chunk when they are asked for.
 
         Raises:
-            FileError: a chunk is missing or damaged.
+            FileError: a chunk is damaged.
             ContractError: the episode breaks the contract.
         """
         start, stop = self._bounds(index)
-        frames = {}
-        for camera, array in self._pictures.items():
-            last = array.shape[-1] == 3
-            height, width = array.shape[1:3] if last else array.shape[2:]
-            blocks = partial(_read_pictures, self._buffer, array, start, stop)
-            frames[camera] = FrameBlocks((stop - start, height, width, 3), blocks)
+        frames = {
+            camera: FrameBlocks(
+                (stop - start, *pictures.shape[1:]), partial(_read_pictures, self._buffer, array, pictures, start, stop)
+            )
+            for camera, (array, pictures) in self._pictures.items()
+        }
         vectors: dict[str, NDArray[np.float32]] = {}
         for name, columns in self._vectors.items():
             if columns:
@@ -237,17 +243,14 @@ class ReplayZarrSource:
             timestamps=None if times is None else times[:, 0],
             provenance={"file": f"{self.path.name}[{start}:{stop}]"},
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{self.path}: {error}") from None
-        return episode
+        return checked(episode, self.path)
 
 
-def _read_pictures(buffer: ZarrFolder, array: ZarrArray, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+def _read_pictures(
+    buffer: ZarrFolder, array: ZarrArray, pictures: PictureArray, start: int, stop: int
+) -> Iterator[NDArray[np.uint8]]:
     """Each chunk is decompressed once per episode."""
-    last = array.shape[-1] == 3
-    step = frames_per_block(array.row)
+    step = frames_per_block(pictures.frame_bytes)
     row = start
     while row < stop:
         end = min(stop, (row // array.chunks[0] + 1) * array.chunks[0])
@@ -255,30 +258,16 @@ def _read_pictures(buffer: ZarrFolder, array: ZarrArray, start: int, stop: int) 
             end = min(stop, end + array.chunks[0])
         values = buffer.rows(array, row, end)
         for first in range(0, len(values), step):
-            part = values[first : first + step]
-            pictures = part if last else np.moveaxis(part, 1, -1)
-            yield np.ascontiguousarray(_to_uint8(buffer.path, array.name, row + first, pictures))
+            yield pictures.rgb(values[first : first + step], f"{buffer.path}: {array.name}", row + first)
         row = end
-
-
-def _to_uint8(path: Path, name: str, row: int, pictures: NDArray[Any]) -> NDArray[np.uint8]:
-    if pictures.dtype == np.uint8:
-        return pictures
-    with np.errstate(invalid="ignore"):
-        converted: NDArray[np.uint8] = pictures.astype(np.uint8)
-    different = converted != pictures
-    if different.any():
-        at = tuple(int(part) for part in np.argwhere(different)[0])
-        raise FileError(f"{path}: {name} is {pictures[at]:g} in row {row + at[0]}, expected whole numbers in 0..255")
-    return converted
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> ReplayZarrSource:
     """Open a replay buffer: the folder `x.zarr`, the archive `x.zarr.zip`, or a folder that holds one of them.
 
     Raises:
-        ParamsError: `instruction` or `rate_hz` is missing.
-        FileError: the buffer is missing or damaged, or `episode_ends` does not increase within the arrays' rows.
+        ParamsError: `choice` has no rate, or the options name no array.
+        FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase within the rows.
         MachineError: a codec's library is missing.
     """
-    return ReplayZarrSource(path, options)
+    return ReplayZarrSource(path, options, choice)

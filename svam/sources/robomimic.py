@@ -1,22 +1,26 @@
-"""robomimic and LIBERO: HDF5 files with one demonstration per group `data/demo_<number>`, and usually one task per file.
+"""robomimic, LIBERO and Isaac Lab: HDF5 files with one demonstration per group `data/demo_<number>`, usually one task a file.
 
 `convert.path` is such a file, or a folder whose .hdf5 and .h5 files, sub-folders included, are read as several tasks.
 From each demonstration:
 
-- `actions` (n, A), and `obs/<camera>_image` (robomimic) or `obs/<camera>_rgb` (LIBERO: agentview, eye_in_hand), (n, H, W, 3)
-  uint8 RGB; the camera is named without the ending, in the order of names. `obs/*_depth` is left out, with a note.
+- `actions` (n, A), and as cameras all pictures in `obs`: `<camera>_image` (robomimic), `<camera>_rgb` (LIBERO: agentview,
+  eye_in_hand) or any other uint8 (n, H, W, 3) (Isaac Lab: table_cam; also with alpha, or channels first), in the order of
+  names. A camera is named without those endings; `convert.cameras` takes both forms. `obs/*_depth` is left out, with a note.
 - Proprioception, of the keys in `Options`. State: `states` (n, S), the simulator's own, where it is equally wide in all files.
+- The attribute `success` of a demonstration, where it is there, for `convert.success`.
 
 Numbers are cast to float32. Demonstrations come in the order of their numbers, files in that of their names. `mask/train` and
 `mask/valid`, lists of demonstrations, become the split. Files with states alone are refused: their pictures must be rendered.
+The rate is `control_freq` of the attribute `env_args`, or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
 
 Alignment: row t of `actions` goes with row t of `obs`, as stored; nothing is shifted. In robomimic's files observation t is
 what was seen before action t. LIBERO's own `create_dataset.py` stores what was seen after action t beside it, and everyone
 trains on it like that; `observations: after` puts picture t and action t + 1 together instead, one step fewer per episode.
 
 Pictures: LIBERO's are stored as OpenGL renders them, upside down (`macros_image_convention` is "opengl"), and robomimic's
-upright. `flip: auto` turns those of a file with this attribute, or of a file without it whose pictures are named `*_rgb`, by a
-vertical flip, which is the true correction. Models that follow OpenVLA have seen them rotated by 180 degrees, so mirrored too.
+upright. `flip: auto` turns those of a file with this attribute, or of a file without it whose pictures are LIBERO's two, by a
+vertical flip, which is the true correction; all others stay as stored. Models that follow OpenVLA have seen LIBERO's rotated by
+180 degrees, so mirrored too.
 """
 
 from __future__ import annotations
@@ -26,17 +30,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.errors import MachineError, SvamError
 from svam.files import FileError, stamp
-from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, picture_shape
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, most_common
+from svam.sources._picture_arrays import picture_array
 
 _ENDINGS = ("_image", "_rgb")
+_LIBERO = {"agentview_rgb", "eye_in_hand_rgb"}
 _PROPRIOCEPTION = (
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
     ("ee_states", "gripper_states"),
@@ -47,9 +54,8 @@ _ROBOSUITE_RATE = 20.0
 class Options(Frozen):
     """What `convert.options` may say for `robomimic`.
 
-    instruction: one sentence for all files.
-    instructions: file name without ending -> sentence; goes before `instruction`. Where neither says anything, the file's own
-        is taken: `lang` of a demonstration's `ep_meta`, or `language_instruction` of the attribute `problem_info` (LIBERO).
+    instructions: file name without ending -> sentence of its demonstrations. Where it says nothing, the file's own is taken:
+        `lang` of a demonstration's `ep_meta`, or `language_instruction` of the attribute `problem_info` (LIBERO).
     instruction_from_file_name: where there is none either, take it from the name: `KITCHEN_SCENE1_open_the_drawer_demo` becomes
         "open the drawer".
     proprioception: keys in `obs`, joined in this order; empty takes robot0_eef_pos, robot0_eef_quat, robot0_gripper_qpos, and
@@ -57,41 +63,37 @@ class Options(Frozen):
     flip: "none", "vertical", "rotate_180" or "auto"; see the module's text.
     observations: "as_stored", or "after" where observation t shows the result of action t; see the module's text.
     filter_key: read only the demonstrations that `mask/<filter_key>` lists; empty reads all.
-    rate_hz: empty takes `control_freq` of the attribute `env_args`, or else robosuite's 20, with a note.
     """
 
-    instruction: str = ""
-    instructions: dict[str, str] = Field(default_factory=dict)
+    instructions: dict[str, str] = {}
     instruction_from_file_name: bool = False
-    proprioception: list[str] = Field(default_factory=list)
+    proprioception: list[str] = []
     flip: Literal["auto", "none", "vertical", "rotate_180"] = "auto"
     observations: Literal["as_stored", "after"] = "as_stored"
     filter_key: str = ""
-    rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-
-
-@dataclass(frozen=True)
-class _File:
-    """What is the same for all demonstrations of one file. `rate_hz` is None where it states none."""
-
-    file: Path
-    flip: str
-    rate_hz: float | None
-    depth: bool
 
 
 @dataclass(frozen=True)
 class _Demo:
-    """One demonstration without its pictures. `steps`: rows as stored; `state`: width of `states`, 0 without."""
+    """One demonstration without its pictures. `rate_hz`: None where its file states none; `steps`: rows as stored; `cameras`:
+    name -> (key in `obs`, (n, H, W, 3)); `state`: width of `states`, 0 without; `notes`: of the pictures."""
 
-    file: int
+    file: Path
     name: str
+    flip: str
+    rate_hz: float | None
     steps: int
-    cameras: tuple[tuple[str, str], ...]
+    cameras: dict[str, tuple[str, tuple[int, int, int, int]]]
     proprioception: tuple[str, ...]
     state: int
     sentence: str
+    depth: bool
+    notes: tuple[str, ...]
+    success: bool | None
     held_out: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: data/{self.name}"
 
 
 def _json_attribute(data: Hdf5File, name: str, key: str) -> dict[str, Any]:
@@ -147,86 +149,81 @@ def _from_file_name(file: Path) -> str:
 class RobomimicSource:
     """Demonstrations file by file, then by number."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.path, self.options = Path(path), options
+        self.path, self.options, self._choice = Path(path), options, choice
         files = hdf5_files(self.path)
-        if not files:
-            raise FileError(f"{self.path}: no .hdf5 file in it")
         check_named(self.path, options.instructions, (file.stem for file in files))
         self.notes: list[str] = []
-        self._files: list[_File] = []
-        self._demos: list[_Demo] = []
+        self._demos: list[_Demo | SvamError] = []
         for file in files:
-            with Hdf5File(file, "robomimic") as data:
-                self._scan(file, data)
-        if not self._demos:
-            raise FileError(f"{self.path}: mask/{options.filter_key} lists no demonstration")
-        first = self._demos[0]
-        for demo in self._demos:
-            where, there = self._where(demo), self._where(first)
-            if [camera for camera, _ in demo.cameras] != [camera for camera, _ in first.cameras]:
-                names = ", ".join(camera for camera, _ in demo.cameras)
-                raise ContractError(f"{where}: cameras {names}, but {', '.join(c for c, _ in first.cameras)} in {there}")
-            if demo.proprioception != first.proprioception:
-                raise ContractError(
-                    f"{where}: proprioception of {', '.join(demo.proprioception) or 'nothing'}, but of "
-                    f"{', '.join(first.proprioception) or 'nothing'} in {there}; set convert.options.proprioception"
-                )
-        self._keep_state = first.state > 0 and all(demo.state == first.state for demo in self._demos)
-        self._rate = self._one_rate()
-        self._note(first)
+            try:
+                with Hdf5File(file, "robomimic") as data:
+                    self._demos += self._scan(file, data)
+            except MachineError:
+                raise
+            except SvamError as error:
+                self._demos.append(error)
+        readable = [demo for demo in self._demos if isinstance(demo, _Demo)]
+        if not readable:
+            unread = [demo for demo in self._demos if isinstance(demo, SvamError)]
+            raise unread[0] if unread else FileError(f"{self.path}: mask/{options.filter_key} lists no demonstration")
+        known = {camera: key for demo in readable for camera, (key, _) in demo.cameras.items()}
+        asked = choice.model_copy(update={"cameras": [_camera(name, known) for name in choice.cameras]})
+        self._cameras = chosen_cameras(asked, list(known), self.path, "obs/")
+        if not choice.cameras:
+            self._cameras = list(most_common(tuple(demo.cameras) for demo in readable))
+        self._proprioception = most_common(demo.proprioception for demo in readable)
+        self._keep_state = readable[0].state > 0 and all(demo.state == readable[0].state for demo in readable)
+        self._rate = most_common(demo.rate_hz for demo in readable)
+        self._note(readable, [key for camera, key in known.items() if camera not in self._cameras])
 
-    def _where(self, demo: _Demo) -> str:
-        return f"{self._files[demo.file].file}: data/{demo.name}"
-
-    def _one_rate(self) -> float:
-        if self.options.rate_hz is not None:
-            return self.options.rate_hz
-        first = self._files[0]
-        for file in self._files:
-            if file.rate_hz != first.rate_hz:
-                raise ContractError(
-                    f"{file.file}: control_freq is {file.rate_hz}, but {first.rate_hz} in {first.file}; "
-                    "set convert.options.rate_hz"
-                )
-        if first.rate_hz is None:
-            self.notes.append(f"{self.path}: no control_freq in env_args: robosuite's {_ROBOSUITE_RATE:g} Hz are assumed")
-        return first.rate_hz or _ROBOSUITE_RATE
-
-    def _note(self, first: _Demo) -> None:
-        if any(file.depth for file in self._files):
+    def _note(self, readable: list[_Demo], unread: list[str]) -> None:
+        keys = {key for demo in readable for camera, (key, _) in demo.cameras.items() if camera in self._cameras}
+        self.notes += dict.fromkeys(note for demo in readable for note in demo.notes)
+        self.notes += [f"{self.path}: obs/{key} is left out: most demonstrations do not have it" for key in unread]
+        if self._rate is None and self._choice.rate_hz is None:
+            self.notes.append(
+                f"{self.path}: no control_freq in env_args: robosuite's {_ROBOSUITE_RATE:g} Hz are assumed; set convert.rate_hz"
+            )
+        if any(demo.depth for demo in readable):
             self.notes.append(f"{self.path}: obs/*_depth is left out")
-        if not first.proprioception:
+        if not self._proprioception:
             self.notes.append(
                 f"{self.path}: no proprioception: none of the default keys is in obs; name some in convert.options"
             )
-        if not self._keep_state and any(demo.state for demo in self._demos):
+        if not self._keep_state and any(demo.state for demo in readable):
             self.notes.append(f"{self.path}: states, the simulator's own, is left out: it is not equally wide in all files")
-        turned = [file for file in self._files if file.flip != "none"]
+        turned = {demo.file for demo in readable if demo.flip != "none"}
         if turned and self.options.flip == "auto":
-            self.notes.append(f"{self.path}: pictures of {len(turned)} files are stored upside down and are flipped vertically")
-        if self.options.observations == "as_stored" and any(key.endswith("_rgb") for _, key in first.cameras):
+            self.notes.append(
+                f"{self.path}: pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or "
+                "LIBERO's names of cameras, say that they are upside down; convert.options.flip: none leaves them as stored"
+            )
+        elif self.options.flip == "auto" and any(key.endswith("_rgb") for key in keys):
+            self.notes.append(
+                f"{self.path}: pictures are read as stored, since nothing says that they are upside down, as LIBERO's are; "
+                "look at one episode, and set convert.options.flip: vertical if they are"
+            )
+        if self.options.observations == "as_stored" and keys & _LIBERO:
             self.notes.append(
                 f"{self.path}: LIBERO's own files pair each action with the picture after it, and are read as stored; "
                 "convert.options.observations 'after' pairs it with the picture before it"
             )
 
-    def _scan(self, file: Path, data: Hdf5File) -> None:
-        """Append what one file holds to `_files` and `_demos`."""
+    def _scan(self, file: Path, data: Hdf5File) -> list[_Demo | SvamError]:
+        """The demonstrations of one file, each as it is or as the reason why it cannot be read."""
         if not data.is_group("data"):
-            other = "; convert.source 'aloha' reads its layout" if data.is_group("observations") else ""
-            raise FileError(f"{file}: no group data, which robomimic's layout has{other}")
+            raise FileError(f"{file}: no group data, which robomimic's layout has; it has {data.listed('/')}")
         names = [name for name in data.names("data") if data.is_group(f"data/{name}")]
         if not names:
-            raise FileError(f"{file}: no demonstration in data")
+            raise FileError(f"{file}: no demonstration in data; it has {data.listed('data')}")
         split = {key: set(data.texts(f"mask/{key}")) for key in ("train", "valid") if data.is_dataset(f"mask/{key}")}
         train, valid = split.get("train", set()), split.get("valid", set())
         if train & valid:
             raise FileError(f"{file}: {min(train & valid)} is in mask/train and in mask/valid, expected one of them")
         if absent := sorted((train | valid) - set(names)):
             self.notes.append(f"{file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}")
-        chosen = names
         if self.options.filter_key:
             if not data.is_dataset(f"mask/{self.options.filter_key}"):
                 keys = ", ".join(data.names("mask")) or "none"
@@ -234,22 +231,21 @@ class RobomimicSource:
                     f"{file}: no mask/{self.options.filter_key}, which convert.options.filter_key names; it has {keys}"
                 )
             listed = set(data.texts(f"mask/{self.options.filter_key}"))
-            chosen = [name for name in names if name in listed]
-        demos = [self._demo(file, data, name) for name in chosen]
-        if split and (neither := [name for name in chosen if name not in train | valid]):
+            names = [name for name in names if name in listed]
+        if split and (neither := [name for name in names if name not in train | valid]):
             self.notes.append(
-                f"{file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are split anew"
+                f"{file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
             )
-        self._demos += [
-            replace(demo, held_out=(demo.name in valid) if demo.name in train | valid else None) for demo in demos
-        ]  # fmt: skip
-        flip: str = self.options.flip
-        if flip == "auto":
-            convention = data.text_attribute("data", "macros_image_convention")
-            named = any(key.endswith("_rgb") for demo in demos for _, key in demo.cameras)
-            flip = "vertical" if convention == "opengl" or (convention is None and named) else "none"
-        depth = any(key.endswith("_depth") for name in chosen[:1] for key in data.names(f"data/{name}/obs"))
-        self._files.append(_File(file, flip, _control_rate(data), depth))
+        demos: list[_Demo | SvamError] = []
+        for name in names:
+            try:
+                held_out = (name in valid) if name in train | valid else None
+                demos.append(replace(self._demo(file, data, name), held_out=held_out))
+            except MachineError:
+                raise
+            except SvamError as error:
+                demos.append(error)
+        return demos
 
     def _demo(self, file: Path, data: Hdf5File, name: str) -> _Demo:
         where = f"data/{name}"
@@ -261,28 +257,57 @@ class RobomimicSource:
             raise FileError(f"{file}: {where} has num_samples {samples}, but {shape[0]} actions")
         if self.options.observations == "after" and shape[0] < 2:
             raise FileError(f"{file}: {where} has 1 step, and convert.options.observations 'after' needs 2")
-        keys = data.names(f"{where}/obs")
-        cameras = {key.removesuffix(end): key for end in _ENDINGS for key in keys if key.endswith(end)}
-        if len(cameras) != sum(key.endswith(_ENDINGS) for key in keys):
-            cameras = {key: key for key in keys if key.endswith(_ENDINGS)}
-        if not cameras:
-            has = "states" if data.is_dataset(f"{where}/states") else "observations" if keys else "actions"
-            raise FileError(
-                f"{file}: {where} has {has} but no pictures (obs/<camera>_image or obs/<camera>_rgb): render them first, for "
-                "example with robomimic's dataset_states_to_obs.py (for robosuite's own files, convert_robosuite.py before it)"
-            )
-        for key in cameras.values():
-            found, dtype = data.layout(f"{where}/obs/{key}")
-            if picture_shape(file, f"{where}/obs/{key}", found, dtype)[0] != shape[0]:
-                raise ContractError(f"{file}: {where}/obs/{key} has {found[0]} pictures, but actions has {shape[0]} steps")
+        cameras, notes = self._pictures(file, data, where, shape[0])
         states = data.layout(f"{where}/states")[0] if data.is_dataset(f"{where}/states") else (0, 0)
+        flip: str = self.options.flip
+        if flip == "auto":
+            convention = data.text_attribute("data", "macros_image_convention")
+            libero = {key for key, _ in cameras.values()} <= _LIBERO
+            flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
+        keys, success = data.names(f"{where}/obs"), data.attribute(where, "success")
         return _Demo(
-            file=len(self._files), name=name, steps=shape[0], cameras=tuple(sorted(cameras.items())),
-            proprioception=self._proprioception(file, where, keys), state=states[1] if len(states) == 2 else 0,
-            sentence=self._instruction(file, data, where),
+            file=file, name=name, flip=flip, rate_hz=None if self._choice.rate_hz else _control_rate(data), steps=shape[0],
+            cameras=cameras, proprioception=self._keys_of_proprioception(file, where, keys),
+            state=states[1] if len(states) == 2 else 0, sentence=self._instruction(file, data, where),
+            depth=any(key.endswith("_depth") for key in keys), notes=notes,
+            success=bool(success) if isinstance(success, (bool, np.bool_, int, np.integer)) else None,
         )  # fmt: skip
 
-    def _proprioception(self, file: Path, where: str, keys: list[str]) -> tuple[str, ...]:
+    def _pictures(
+        self, file: Path, data: Hdf5File, where: str, steps: int
+    ) -> tuple[dict[str, tuple[str, tuple[int, int, int, int]]], tuple[str, ...]]:
+        """The cameras of a demonstration (those of `convert.cameras`), and notes on how their pictures are stored."""
+        asked = {name.removeprefix("obs/") for name in self._choice.cameras}
+        keys = [key for key in data.names(f"{where}/obs") if data.is_dataset(f"{where}/obs/{key}")]
+        short = {key: key.removesuffix("_image").removesuffix("_rgb") for key in keys}
+        names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
+        cameras, notes = {}, list[str]()
+        for key in sorted(keys, key=lambda key: names[key]):
+            if asked and asked.isdisjoint((key, short[key])):
+                continue
+            shape, dtype = data.layout(f"{where}/obs/{key}")
+            if picture_array(shape, dtype) is None and not (asked or key.endswith(_ENDINGS)):
+                continue
+            pictures = data.pictures(f"{where}/obs/{key}")
+            if pictures.dtype.kind == "f" and not (asked or key.endswith(_ENDINGS)):
+                continue
+            if shape[0] != steps:
+                raise ContractError(f"{file}: {where}/obs/{key} has {shape[0]} pictures, but actions has {steps} steps")
+            cameras[names[key]] = key, pictures.shape
+            notes += pictures.notes(f"{self.path}: obs/{key}")
+        if not cameras and asked:
+            there = ", ".join(name for key, name in names.items() if len(data.layout(f"{where}/obs/{key}")[0]) == 4) or "none"
+            raise FileError(f"{file}: {where}/obs has no camera of convert.cameras; it has {there}")
+        if not cameras:
+            has = "states" if data.is_dataset(f"{where}/states") else "observations" if keys else "actions"
+            there = f"; obs has {data.listed(f'{where}/obs')}" if keys else ""
+            raise FileError(
+                f"{file}: {where} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; render them first, for example "
+                "with robomimic's dataset_states_to_obs.py (for robosuite's own files, convert_robosuite.py before it)"
+            )
+        return cameras, tuple(notes)
+
+    def _keys_of_proprioception(self, file: Path, where: str, keys: list[str]) -> tuple[str, ...]:
         asked = self.options.proprioception
         for key in asked:
             if key not in keys:
@@ -298,33 +323,28 @@ class RobomimicSource:
         return ()
 
     def _instruction(self, file: Path, data: Hdf5File, where: str) -> str:
-        said = self.options.instructions.get(file.stem, self.options.instruction).strip()
-        sentence = (
-            said
+        own = self._choice.instruction or (
+            self.options.instructions.get(file.stem, "").strip()
             or _sentence(data, where, where, "ep_meta", "lang")
             or _sentence(data, "data", "data", "problem_info", "language_instruction")
             or (_from_file_name(file) if self.options.instruction_from_file_name else "")
         )
-        if not sentence:
-            raise FileError(
-                f"{file}: no instruction in it (language_instruction in the attribute problem_info of data); set "
-                f"convert.options.instruction, or convert.options.instructions with the key {file.stem!r}"
-            )
-        return sentence
+        return chosen_instruction(self._choice, own, f"{file}: {where}")
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and instructions; a task is named by its sentence."""
+        readable = [demo for demo in self._demos if isinstance(demo, _Demo)]
         return SourceDescription(
-            rate_hz=self._rate, cameras=[camera for camera, _ in self._demos[0].cameras],
-            instructions={demo.sentence: {"train": [demo.sentence], "held_out": []} for demo in self._demos},
+            rate_hz=self._choice.rate_hz or self._rate or _ROBOSUITE_RATE, cameras=self._cameras,
+            instructions={demo.sentence: {"train": [demo.sentence], "held_out": []} for demo in readable},
             provenance={
                 "source": "robomimic", "options": self.options.model_dump(),
-                "files": [self._relative(known.file) for known in self._files],
+                "files": [self._relative(file).as_posix() for file in dict.fromkeys(demo.file for demo in readable)],
             },
         )  # fmt: skip
 
-    def _relative(self, file: Path) -> str:
-        return file.relative_to(self.path).as_posix() if self.path.is_dir() else file.name
+    def _relative(self, file: Path) -> Path:
+        return file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
 
     def __len__(self) -> int:
         return len(self._demos)
@@ -333,17 +353,44 @@ class RobomimicSource:
         """By how many steps observations are late."""
         return 1 if self.options.observations == "after" else 0
 
-    def shape(self, index: int) -> EpisodeShape:
-        """Length and split of one episode."""
+    def _known(self, index: int) -> _Demo:
+        """A demonstration that can be read, with all that the set has."""
         demo = self._demos[index]
-        return EpisodeShape(demo.steps - self._late(), held_out=demo.held_out, stamp=stamp(self._files[demo.file].file))
+        if not isinstance(demo, _Demo):
+            raise demo
+        if absent := [camera for camera in self._cameras if camera not in demo.cameras]:
+            raise ContractError(
+                f"{demo}: no camera {absent[0]!r}, which other demonstrations have; it has {', '.join(demo.cameras)}, and "
+                "convert.cameras says which to read"
+            )
+        if demo.proprioception != self._proprioception:
+            raise ContractError(
+                f"{demo}: proprioception of {', '.join(demo.proprioception) or 'nothing'}, but of "
+                f"{', '.join(self._proprioception) or 'nothing'} in most; set convert.options.proprioception"
+            )
+        if demo.rate_hz != self._rate:
+            raise ContractError(f"{demo}: control_freq is {demo.rate_hz}, but {self._rate} in most; set convert.rate_hz")
+        return demo
 
-    def _blocks(self, file: _File, name: str, shape: tuple[int, int, int, int]) -> Iterator[NDArray[np.uint8]]:
-        """The frames of one camera, upright; `shape` is the one to give, which may be shorter than the stored one."""
-        left = shape[0]
-        with Hdf5File(file.file, "robomimic") as data:
-            for block in data.blocks(name, shape[1] * shape[2] * 3):
-                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(file.flip, block)[:left]
+    def shape(self, index: int) -> EpisodeShape:
+        """Length, split, name, task and success of one episode.
+
+        Raises:
+            FileError, ContractError: it cannot be read, or differs from the others in cameras, proprioception or rate.
+        """
+        demo = self._known(index)
+        within = [*self._relative(demo.file).with_suffix("").parts, demo.name] if self.path.is_dir() else [demo.name]
+        return EpisodeShape(
+            demo.steps - self._late(), held_out=demo.held_out, stamp=stamp(demo.file), name="/".join(within),
+            task=demo.sentence, success=demo.success,
+        )  # fmt: skip
+
+    def _blocks(self, demo: _Demo, key: str) -> Iterator[NDArray[np.uint8]]:
+        """The frames of one camera, upright."""
+        left = demo.steps - self._late()
+        with Hdf5File(demo.file, "robomimic") as data:
+            for block in data.picture_blocks(f"data/{demo.name}/obs/{key}"):
+                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(demo.flip, block)[:left]
                 left -= len(upright)
                 if len(upright):
                     yield np.ascontiguousarray(upright)
@@ -356,47 +403,44 @@ class RobomimicSource:
             ContractError: the episode breaks the contract.
             MachineError: a compression filter is not installed.
         """
-        demo = self._demos[index]
-        known = self._files[demo.file]
-        file, where, late = known.file, f"data/{demo.name}", self._late()
-        with Hdf5File(file, "robomimic") as data:
+        demo, late = self._known(index), self._late()
+        with Hdf5File(demo.file, "robomimic") as data:
 
-            def vector(name: str, skip: int, keep: int) -> NDArray[np.float32]:
-                values = data.matrix(f"{where}/{name}")
+            def vector(name: str, skip: int, end: int) -> NDArray[np.float32]:
+                values = data.matrix(f"data/{demo.name}/{name}")
                 if len(values) != demo.steps:
-                    raise ContractError(f"{file}: {where}/{name} has {len(values)} steps, but actions has {demo.steps}")
-                return values[skip:keep]
+                    raise ContractError(f"{demo}/{name} has {len(values)} steps, but actions has {demo.steps}")
+                return values[skip:end]
 
             steps = demo.steps - late
             # What was observed is late by one step under observations "after"; actions and simulator states are not.
             actions = vector("actions", late, demo.steps)
             state = vector("states", late, demo.steps) if self._keep_state else None
             columns = [vector(f"obs/{key}", 0, steps) for key in demo.proprioception]
-            frames = {}
-            for camera, key in demo.cameras:
-                _, height, width, channels = picture_shape(file, f"{where}/obs/{key}", *data.layout(f"{where}/obs/{key}"))
-                frames[camera] = self._frames(known, f"{where}/obs/{key}", (steps, height, width, channels))
+        frames = {camera: self._frames(demo, *demo.cameras[camera]) for camera in self._cameras}
         episode = Episode(
-            task=demo.sentence, instruction=demo.sentence, rate_hz=self._rate, frames=frames, actions=actions, state=state,
-            proprioception=np.hstack(columns) if columns else None,
-            provenance={"file": self._relative(file), "demo": demo.name},
+            task=demo.sentence, instruction=demo.sentence, rate_hz=self._choice.rate_hz or self._rate or _ROBOSUITE_RATE,
+            frames=frames, actions=actions, state=state, proprioception=np.hstack(columns) if columns else None,
+            provenance={"file": self._relative(demo.file).as_posix(), "demo": demo.name},
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{file}: {demo.name}: {error}") from None
-        return episode
+        return checked(episode, str(demo))
 
-    def _frames(self, file: _File, name: str, shape: tuple[int, int, int, int]) -> FrameBlocks:
-        return FrameBlocks(shape, lambda: self._blocks(file, name, shape))
+    def _frames(self, demo: _Demo, key: str, shape: tuple[int, int, int, int]) -> FrameBlocks:
+        return FrameBlocks((demo.steps - self._late(), *shape[1:]), lambda: self._blocks(demo, key))
+
+
+def _camera(name: str, known: dict[str, str]) -> str:
+    """The camera that `convert.cameras` means, by its name or by its key in `obs`."""
+    key = name.removeprefix("obs/")
+    return next((camera for camera, its_key in known.items() if key in (camera, its_key)), key)
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RobomimicSource:
     """Open a file, or a folder of files that are a task each; what every demonstration holds is looked up.
 
     Raises:
-        FileError: no files, or one is damaged, has no pictures or no instruction.
-        ContractError: two demonstrations differ in cameras or proprioception, two files in rate.
+        FileError: no files, or none of their demonstrations can be read.
+        ParamsError: `choice` names a camera that no demonstration has.
         MachineError: h5py is not installed.
     """
-    return RobomimicSource(path, options)
+    return RobomimicSource(path, options, choice)

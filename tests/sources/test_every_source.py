@@ -45,10 +45,12 @@ class Set:
     exact: Sequence[str] = ()
     library: str = ""
     rate_hz: float | None = None
+    instruction: str | None = None
 
     def opened(self, path: Path) -> EpisodeSource:
         module = import_module(f"svam.sources.{self.source}")
-        source: EpisodeSource = module.open_source(path, module.Options(**self.options), Choice(rate_hz=self.rate_hz))
+        choice = Choice(rate_hz=self.rate_hz, instruction=self.instruction)
+        source: EpisodeSource = module.open_source(path, module.Options(**self.options), choice)
         return source
 
 
@@ -63,7 +65,7 @@ def _robomimic(compression: str | None) -> Set:
     def write(folder: Path) -> None:
         robomimic.robomimic(folder / "demo.hdf5", {"demo_0": 2}, compression=compression)
 
-    return Set("robomimic", write, {"instruction": robomimic.SENTENCE}, library="h5py")
+    return Set("robomimic", write, {}, library="h5py", instruction=robomimic.SENTENCE)
 
 
 def _replay(zipped: bool) -> Set:
@@ -74,7 +76,7 @@ def _replay(zipped: bool) -> Set:
             replay_zarr.pack(folder / "x.zarr", folder / "x.zarr.zip")
             shutil.rmtree(folder / "x.zarr")
 
-    return Set("replay_zarr", write, replay_zarr.TOLD.model_dump(), exact=["*.zip"])
+    return Set("replay_zarr", write, {}, exact=["*.zip"], rate_hz=10, instruction="push the T")
 
 
 def _video(suffix: str, codec: str) -> Set:

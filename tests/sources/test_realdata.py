@@ -27,7 +27,7 @@ CONVERTED: dict[str, tuple[dict[str, Any], int, int]] = {
     "lerobot_v3.0/ioai_fixture_v3": ({"source": "lerobot"}, 2, 6),
     "rlds_tfds/octo_debug_bridge_dataset": ({"source": "rlds", "rate_hz": 5}, 25, 250),
     "diffusion_policy_zarr/pusht_keypoint_x356_y356": (
-        {"source": "replay_zarr", "options": {"instruction": "push the T", "rate_hz": 10}}, 151, 24644,
+        {"source": "replay_zarr", "instruction": "push the T", "rate_hz": 10}, 151, 24644,
     ),
     "video_text_folders/bridge": ({"source": "video_folder"}, 2, 62),
     "video_text_folders/rt1": ({"source": "video_folder"}, 2, 81),

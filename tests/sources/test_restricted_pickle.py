@@ -39,7 +39,9 @@ def test_plain_objects_of_numpy_1_and_2(tmp_path: Path, protocol: int, core: str
     file.write_bytes(npy_of(data))
     found = load_objects(file)
     for one, other in zip(found.pop("arrays"), value.pop("arrays"), strict=True):
-        assert one.dtype == other.dtype and one.shape == other.shape and (one == other).all()
+        assert (
+            one.dtype.newbyteorder("=") == other.dtype.newbyteorder("=") and one.shape == other.shape and (one == other).all()
+        )
     assert found == value
 
 
@@ -72,18 +74,17 @@ def _short(code: bytes) -> bytes:
         (Path("x"), "asks for 'pathlib"),
         (_structured(), "neither of numbers nor of strings|unsupported dtype"),
         (_short(b"cos\nsystem\n(S'touch ran'\ntR"), "asks for 'os.system'"),
-        (_short(b"\x82\x01"), "uses the operation EXT1"),
-        (_short(b"(ios\nsystem\n"), "uses the operation INST"),
-        (_short(b"]" + b"0" * 3), "uses the operation POP"),
-        (_short(b"r\xff\xff\xff\xff"), "damaged"),  # puts at place 4294967295, which costs other readers 32 GiB
+        (_short(b"\x82\x01"), "damaged"),
+        (_short(b"(ios\nsystem\n"), "asks for 'os.system'"),
+        (_short(b"]" + b"0" * 3), "damaged"),
+        (_short(b"Nr\xff\xff\xff\xff"), "more objects than it has bytes"),  # place 4294967295, which costs 32 GiB
         (_short(b"\x8d" + struct.pack("<Q", 2**62)), "damaged"),
         (_short(b"\x8e" + struct.pack("<Q", 2**40)), "damaged"),
         (_short(b"(" * 100 + b"t"), "damaged|holds a"),
-        (_short(b"})" + b"\x85" * 50_000 + b"Ns"), "neither text nor number"),  # its hash would recurse
         (_short(b"]" * 50_000 + b"a" * 49_999), "holds a list"),
         (b"", "damaged"),
         ({"a": 1}, "holds a dict"),
-        (np.zeros(3), "holds a ndarray"),
+        (np.zeros(3), "holds an array of float64"),
     ],
 )
 def test_a_crafted_file_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crafted: Any, match: str) -> None:

@@ -13,7 +13,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from svam.sources.aloha import Options, open_source
+from svam.contract import Choice
+from svam.sources.aloha import AlohaSource, Options, open_source
 from tests.sources.common import frames_of, refused
 
 SENTENCE = "open the cabinet"
@@ -78,8 +79,8 @@ def record(
     return seen
 
 
-def said(**extra: Any) -> Options:
-    return Options(instruction=SENTENCE, **extra)
+def open_said(path: Path, choice: dict[str, Any] | None = None, **options: Any) -> AlohaSource:
+    return open_source(path, Options(**options), Choice(**{"instruction": SENTENCE} | (choice or {})))
 
 
 def test_raw_pictures_vectors_and_alignment(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_raw_pictures_vectors_and_alignment(tmp_path: Path) -> None:
             seed=number,
             base_action=np.ones((70 if number == 2 else 4, 2)),
         )
-    source = open_source(tmp_path, said())
+    source = open_said(tmp_path)
     description = source.describe()
     assert description.rate_hz == 50 and description.cameras == list(CAMERAS)
     assert description.instructions == {SENTENCE: {"train": [SENTENCE], "held_out": []}}
@@ -125,7 +126,7 @@ def test_compressed_pictures(tmp_path: Path, storage: str) -> None:
 
 def test_raw_pictures_of_a_bgr_recorder(tmp_path: Path) -> None:
     seen = record(tmp_path / "episode_0.hdf5")
-    episode = open_source(tmp_path / "episode_0.hdf5", said(channel_order="bgr", rate_hz=30)).read(0)
+    episode = open_said(tmp_path / "episode_0.hdf5", {"rate_hz": 30}, channel_order="bgr").read(0)
     assert np.array_equal(frames_of(episode, "cam_high"), seen["cam_high"][..., ::-1])
     assert episode.rate_hz == 30
 
@@ -133,16 +134,15 @@ def test_raw_pictures_of_a_bgr_recorder(tmp_path: Path) -> None:
 def test_base_action_is_appended(tmp_path: Path) -> None:
     base = np.arange(10.0).reshape(5, 2)
     record(tmp_path / "episode_0.hdf5", base_action=base)
-    actions = open_source(tmp_path, said(append_base_action=True)).read(0).actions
+    actions = open_said(tmp_path, append_base_action=True).read(0).actions
     assert actions is not None and actions.shape == (5, 16) and np.array_equal(actions[:, 14:], base)
     record(tmp_path / "a" / "episode_0.hdf5")
-    with refused("no base_action"):
-        open_source(tmp_path / "a", said(append_base_action=True)).read(0)
-    with refused("columns of base_action"):
-        open_source(tmp_path, said(append_base_action=True))
+    source = open_said(tmp_path, append_base_action=True)
+    with refused("a/episode_0.hdf5: no base_action"):
+        source.shape(0)
     record(tmp_path / "b" / "episode_0.hdf5", base_action=base[:4])
-    with refused(r"\[5, 4\]"):
-        open_source(tmp_path / "b", said(append_base_action=True)).read(0)
+    with refused("base_action has 4 steps, but action has 5"):
+        open_said(tmp_path / "b", append_base_action=True)
 
 
 def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
@@ -161,12 +161,15 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
         "fold the towel", "wipe the table", "stack the cups", "pour the water", "press it", "push the button", "press it",
     ]  # fmt: skip
     assert source.describe().instructions["press it"] == {"train": ["press it", "push the button"], "held_out": []}
-    assert open_source(tmp_path, Options(instruction="x", instructions={"b": "y"})).read(1).instruction == "y"
+    mapped = open_source(tmp_path, Options(instructions={"b": "y"}), Choice(missing_instruction="x"))
+    assert mapped.read(1).instruction == "y"
+    assert {open_said(tmp_path).read(i).instruction for i in range(7)} == {SENTENCE}
     with refused(r"names 'z', which is not there; it has a, b, c, d, e"):
-        open_source(tmp_path, Options(instruction="x", instructions={"z": "y"}))
+        open_source(tmp_path, Options(instructions={"z": "y"}))
     record(tmp_path / "f" / "episode_0.hdf5")
-    with refused(r"no instruction.*with the key 'f'"):
-        open_source(tmp_path, Options())
+    with refused(r"f/episode_0.hdf5: no instruction; set convert.missing_instruction"):
+        open_source(tmp_path, Options()).shape(7)
+    assert open_source(tmp_path, Options(), Choice(missing_instruction="go")).read(7).instruction == "go"
     record(tmp_path / "g" / "episode_0.hdf5", language_raw=np.array([b"\xff\xfe caf\xe9"], dtype="S20"))
     with refused(r"language_raw is not valid UTF-8"):
         open_source(tmp_path / "g", Options())
@@ -179,8 +182,8 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
 def test_depth_and_other_files_are_left_out_with_a_note(tmp_path: Path) -> None:
     record(tmp_path / "episode_0.hdf5", **{"observations/images_depth/cam_high": np.zeros((5, 4, 4), np.uint16)})
     record(tmp_path / "notes.hdf5")
-    notes = " ".join(open_source(tmp_path, said()).notes)
-    assert "images_depth is left out" in notes and "1 HDF5 files are left out" in notes
+    notes = " ".join(open_said(tmp_path).notes)
+    assert "no colour pictures: observations/images_depth" in notes and "1 HDF5 files are left out" in notes
 
 
 def remove(root: Any, name: str, value: Any = None) -> None:
@@ -194,13 +197,13 @@ def remove(root: Any, name: str, value: Any = None) -> None:
     [
         ("action", None, "action is missing"),
         ("action", np.zeros((0, 14)), "at least one step"),
-        ("action", np.zeros((4, 14)), "but action has 4 steps"),
+        ("action", np.zeros((4, 14)), "qpos has 5 steps, but action has 4"),
         ("action", np.full((5, 14), np.nan), r"actions\[0, 0\] is nan"),
         ("action", np.array([["a"] * 2] * 5, dtype="S1"), "expected numbers"),
         ("observations", None, "no group observations"),
         ("observations/qpos", None, "observations/qpos is missing"),
-        ("observations/qpos", np.zeros((4, 14)), "state is joined of .4, 5. steps|state is joined"),
-        ("observations/images/cam_high", np.zeros((5, 24, 32), np.uint8), "expected uint8 .steps, H, W, 3."),
+        ("observations/qpos", np.zeros((4, 14)), "qpos has 4 steps, but action has 5"),
+        ("observations/images/cam_high", np.zeros((5, 3)), "cam_high is float64 .*, expected uint8 .*to leave it out, set"),
         ("observations/images/cam_high", np.zeros((5, 100), np.uint8), r"cam_high\[0\] is empty"),
         ("observations/images/cam_high", np.full((5, 100), 7, np.uint8), "no whole JPEG or PNG"),
     ],
@@ -210,16 +213,23 @@ def test_one_sentence_for_each_fault(tmp_path: Path, name: str, value: Any, sent
     with h5py.File(tmp_path / "episode_0.hdf5", "a") as root:
         remove(root, name, value)
     with refused(sentence, "episode_0.hdf5"):
-        open_source(tmp_path, said()).read(0)
+        open_said(tmp_path).read(0)
 
 
 def test_faults_of_a_set(tmp_path: Path) -> None:
-    with refused(r"no episode_\*.hdf5 in it$"):
-        open_source(tmp_path, said())
+    with refused("no .hdf5 or .h5 file in it or below it; it has nothing"):
+        open_said(tmp_path)
     record(tmp_path / "episode_0.hdf5")
     record(tmp_path / "episode_1.hdf5", cameras=("cam_high",))
-    with refused(r"episode_1.hdf5: cameras: \('cam_high',\), but .*episode_0"):
-        open_source(tmp_path, said())
+    record(tmp_path / "episode_2.hdf5")
+    source = open_said(tmp_path)
+    with refused(r"episode_1.hdf5: no camera 'cam_left_wrist' in observations/images, which other files have; it has cam_high"):
+        source.shape(1)
+    (tmp_path / "episode_0.hdf5").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    only = open_said(tmp_path, {"cameras": ["observations/images/cam_high"]})
+    assert [only.shape(i).name for i in (1, 2)] == ["episode_1", "episode_2"] and only.describe().cameras == ["cam_high"]
+    with refused("episode_0.hdf5: a Git LFS pointer"):
+        only.shape(0)
 
 
 def test_a_recorder_that_stopped_early(tmp_path: Path) -> None:
@@ -230,12 +240,12 @@ def test_a_recorder_that_stopped_early(tmp_path: Path) -> None:
         pictures = root["observations/images"].create_dataset("cam_high", (5, 24, 32, 3), np.uint8, chunks=(1, 24, 32, 3))
         pictures[:3] = 1
     with refused("3 of its 5 chunks"):
-        frames_of(open_source(tmp_path, said()).read(0), "cam_high")
+        frames_of(open_said(tmp_path).read(0), "cam_high")
     with h5py.File(tmp_path / "episode_0.hdf5", "a") as root:
         del root["action"]
         root.create_dataset("action", (5, 14), np.float64)
     with refused("claims 560 bytes, of which 0 are stored"):
-        open_source(tmp_path, said()).read(0)
+        open_said(tmp_path).read(0)
 
 
 def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
@@ -243,7 +253,7 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "episode_0.hdf5", "a") as root:
         rows = root["observations/images/cam_high"]
         rows[3, np.flatnonzero(rows[3])[-1] - 60 :] = 0
-    episode = open_source(tmp_path, said()).read(0)
+    episode = open_said(tmp_path).read(0)
     with refused(r"cam_high\[3\] is truncated or damaged"):
         frames_of(episode, "cam_high")
     with h5py.File(tmp_path / "episode_0.hdf5", "a") as root:
@@ -251,4 +261,29 @@ def test_a_damaged_picture_is_named(tmp_path: Path) -> None:
         rows = root["observations/images/cam_high"]
         rows[3] = np.pad(small, (0, rows.shape[1] - len(small)))
     with refused(r"cam_high\[3\] is 8 x 8, but the first is 24 x 32"):
-        frames_of(open_source(tmp_path, said()).read(0), "cam_high")
+        frames_of(open_said(tmp_path).read(0), "cam_high")
+
+
+def test_cameras_and_files_of_other_recorders(tmp_path: Path) -> None:
+    """Alpha, channels first, depth among the cameras, other file names: read, or left out with a note."""
+    seen = record(tmp_path / "demo_10.hdf5", cameras=("cam_high", "left", "right"))
+    with h5py.File(tmp_path / "demo_10.hdf5", "a") as root:
+        images = root["observations/images"]
+        remove(images, "left", np.pad(seen["left"], ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=9))
+        remove(images, "right", np.moveaxis(seen["right"], -1, 1))
+        images["cam_high_depth"] = np.ones((5, 24, 32), np.uint16)
+        buffer = io.BytesIO()
+        Image.fromarray(np.ones((24, 32), np.uint16)).save(buffer, "PNG")
+        images["png_depth"] = np.array([buffer.getvalue()] * 5)
+    record(tmp_path / "demo_9.hdf5", cameras=("cam_high", "left", "right"))
+    source = open_said(tmp_path, {"rate_hz": 30})
+    assert [source.shape(i).name for i in range(2)] == ["demo_9", "demo_10"]
+    for camera, pictures in seen.items():
+        assert np.array_equal(frames_of(source.read(1), camera), pictures)
+    assert source.read(1).rate_hz == 30 and not any("Hz are assumed" in note for note in source.notes)
+    notes = " ".join(source.notes)
+    assert "cam_high_depth uint16" in notes and "png_depth, pictures of depth" in notes and "alpha, is dropped" in notes
+    with refused("cam_high_depth is uint16 .*, expected uint8"):
+        open_said(tmp_path / "demo_10.hdf5", {"cameras": ["cam_high_depth"]})
+    with refused("convert.cameras names 'top', but .* has cam_high|no camera of convert.cameras"):
+        open_said(tmp_path, {"cameras": ["top"]})

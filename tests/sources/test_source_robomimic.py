@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from svam.sources.robomimic import Options, open_source
+from svam.contract import Choice
+from svam.sources.robomimic import Options, RobomimicSource, open_source
 from tests.sources.common import frames_of, refused
 
 SENTENCE = "lift the cube"
@@ -67,14 +68,14 @@ def libero(file: Path, sentence: Any, lengths: dict[str, int], seed: int = 0, st
                 demo[f"obs/{key}"] = rng.normal(size=(steps, width))
 
 
-def said(**extra: Any) -> Options:
-    return Options(instruction=SENTENCE, **extra)
+def open_said(path: Path, choice: dict[str, Any] | None = None, **options: Any) -> RobomimicSource:
+    return open_source(path, Options(**options), Choice(**{"instruction": SENTENCE} | (choice or {})))
 
 
 @pytest.mark.parametrize("compression", [None, "gzip"])
 def test_robomimic_every_value_and_alignment(tmp_path: Path, compression: str | None) -> None:
     robomimic(tmp_path / "image.hdf5", {"demo_0": 3, "demo_10": 4, "demo_2": 70}, compression=compression)
-    source = open_source(tmp_path / "image.hdf5", said())
+    source = open_said(tmp_path / "image.hdf5")
     assert source.notes == []
     description = source.describe()
     assert description.rate_hz == 20 and description.cameras == ["agentview", "robot0_eye_in_hand"]
@@ -145,25 +146,25 @@ def test_masks(tmp_path: Path) -> None:
         root["mask/train"] = np.array([b"demo_0", b"demo_3"])
         root["mask/valid"] = ["demo_1", "demo_2", "demo_77"]
         root["mask/few"] = np.array([b"demo_3", b"demo_2"])
-    source = open_source(tmp_path, said())
+    source = open_said(tmp_path)
     assert [source.shape(i).held_out for i in range(5)] == [False, True, True, False, None]
     assert "demo_77" in source.notes[0] and "demo_4" in source.notes[1]
-    few = open_source(tmp_path, said(filter_key="few"))
+    few = open_said(tmp_path, filter_key="few")
     assert [(few.read(i).provenance["demo"], few.shape(i).held_out) for i in range(len(few))] == [
         ("demo_2", True),
         ("demo_3", False),
     ]
     with refused("no mask/many, .* it has few, train, valid"):
-        open_source(tmp_path, said(filter_key="many"))
+        open_said(tmp_path, filter_key="many")
     with h5py.File(tmp_path / "image.hdf5", "a") as root:
         root["mask/valid"][0] = "demo_3"
     with refused("demo_3 is in mask/train and in mask/valid"):
-        open_source(tmp_path, said())
+        open_said(tmp_path)
 
 
 def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     robomimic(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", {"demo_0": 2, "demo_1": 2})
-    with refused(r"no instruction.*with the key 'KITCHEN_SCENE3_turn_on_the_stove_demo'"):
+    with refused("data/demo_0: no instruction; set convert.missing_instruction"):
         open_source(tmp_path, Options())
     assert open_source(tmp_path, Options(instruction_from_file_name=True)).read(0).instruction == "turn on the stove"
     with h5py.File(tmp_path / "KITCHEN_SCENE3_turn_on_the_stove_demo.hdf5", "a") as root:
@@ -171,7 +172,7 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
             root[f"data/{name}"].attrs["ep_meta"] = json.dumps({"lang": sentence})
     source = open_source(tmp_path, Options())
     assert [source.read(i).instruction for i in range(2)] == ["open it", "close it"]
-    named = Options(instruction="a", instructions={"KITCHEN_SCENE3_turn_on_the_stove_demo": "b"})
+    named = Options(instructions={"KITCHEN_SCENE3_turn_on_the_stove_demo": "b"})
     assert open_source(tmp_path, named).read(0).instruction == "b"
     with refused(r"names 'z', which is not there"):
         open_source(tmp_path, Options(instructions={"z": "y"}))
@@ -190,26 +191,26 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
 
 def test_rates(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 2}, rate=None)
-    source = open_source(tmp_path, said())
+    source = open_said(tmp_path)
     assert source.describe().rate_hz == 20 and "20 Hz are assumed" in source.notes[0]
     robomimic(tmp_path / "b.hdf5", {"demo_0": 2}, rate=30)
-    with refused("control_freq is 30.0, but None"):
-        open_source(tmp_path, said())
-    assert open_source(tmp_path, said(rate_hz=15)).read(1).rate_hz == 15
+    with refused("b.hdf5: data/demo_0: control_freq is 30.0, but None in most; set convert.rate_hz"):
+        open_said(tmp_path).shape(1)
+    assert open_said(tmp_path, {"rate_hz": 15}).read(1).rate_hz == 15
     robomimic(tmp_path / "c" / "c.hdf5", {"demo_0": 2}, rate=-1)
     with refused("control_freq .* is -1"):
-        open_source(tmp_path / "c", said())
+        open_said(tmp_path / "c")
 
 
 def test_proprioception_by_name(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 2})
-    episode = open_source(tmp_path, said(proprioception=["object", "robot0_eef_pos"])).read(0)
+    episode = open_said(tmp_path, proprioception=["object", "robot0_eef_pos"]).read(0)
     assert episode.proprioception is not None and episode.proprioception.shape == (2, 13)
     with refused("no 'joints', which convert.options.proprioception names"):
-        open_source(tmp_path, said(proprioception=["joints"]))
+        open_said(tmp_path, proprioception=["joints"])
     with h5py.File(tmp_path / "a.hdf5", "a") as root:
         del root["data/demo_0/obs/robot0_eef_pos"]
-    source = open_source(tmp_path, said())
+    source = open_said(tmp_path)
     assert source.read(0).proprioception is None and "no proprioception" in source.notes[0]
 
 
@@ -222,7 +223,7 @@ def test_proprioception_by_name(tmp_path: Path) -> None:
         ("data/demo_0/states", np.zeros((2, 32)), "states has 2 steps, but actions has 3"),
         ("data/demo_0/obs/robot0_eef_pos", np.zeros((4, 3)), "robot0_eef_pos has 4 steps, but actions has 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((4, 8, 8, 3), np.uint8), "has 4 pictures, but actions has 3"),
-        ("data/demo_0/obs/agentview_image", np.zeros((3, 3, 8, 8), np.uint8), "expected uint8 .steps, height, width, 3."),
+        ("data/demo_0/obs/agentview_image", np.zeros((3, 8, 8), np.uint8), "expected uint8 pictures .steps, height, width, 3."),
         ("data/demo_0/obs", None, "has states but no pictures"),
     ],
 )
@@ -233,14 +234,16 @@ def test_one_sentence_for_each_fault(tmp_path: Path, name: str, value: Any, sent
         if value is not None:
             root[name] = value
     with refused(sentence, "image.hdf5"):
-        open_source(tmp_path, said()).read(0)
+        open_said(tmp_path).read(0)
 
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 3})
     libero(tmp_path / "b.hdf5", "x", {"demo_0": 3})
-    with refused("b.hdf5: data/demo_0: cameras agentview, eye_in_hand, but agentview, robot0_eye"):
-        open_source(tmp_path, said())
+    with refused("b.hdf5: data/demo_0: no camera 'robot0_eye_in_hand', which other demonstrations have; it has agentview, eye"):
+        open_said(tmp_path).shape(1)
+    with refused("b.hdf5: data/demo_0: proprioception of ee_states, gripper_states, but of robot0_eef_pos"):
+        open_said(tmp_path, {"cameras": ["agentview"]}).shape(1)
 
 
 def test_values_kept_in_another_file_are_refused(tmp_path: Path) -> None:
@@ -251,4 +254,57 @@ def test_values_kept_in_another_file_are_refused(tmp_path: Path) -> None:
         external = [(str(tmp_path / "secret"), 0, 3 * 7 * 8)]
         root["data/demo_0"].create_dataset("actions", (3, 7), np.float64, external=external)
     with refused("keeps its values in other files"):
-        open_source(tmp_path, said()).read(0)
+        open_said(tmp_path).read(0)
+
+
+def isaac(file: Path, **demos: dict[str, Any]) -> None:
+    """As Isaac Lab's recorder writes it: cameras of any name, and whether the demonstration succeeded."""
+    robomimic(file, dict.fromkeys(demos, 3))
+    with h5py.File(file, "a") as root:
+        for name, changes in demos.items():
+            for camera in ("agentview_image", "robot0_eye_in_hand_image"):
+                del root[f"data/{name}/obs/{camera}"]
+            for key, value in changes.items():
+                if key == "success":
+                    root[f"data/{name}"].attrs[key] = value
+                else:
+                    root[f"data/{name}/obs/{key}"] = value
+
+
+def test_cameras_of_any_name(tmp_path: Path) -> None:
+    """Read as they are stored: nothing says that they are upside down; alpha is dropped, channels are put last."""
+    stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
+    seen = {
+        "table_cam": stored[..., :3],
+        "wrist_cam": stored,
+        "top_rgb": np.ascontiguousarray(np.moveaxis(stored[..., :3], -1, 1)),
+    }
+    isaac(tmp_path / "x.hdf5", demo_0={**seen, "success": True}, demo_1={**seen, "success": np.False_}, demo_2=seen)
+    source = open_said(tmp_path)
+    assert source.describe().cameras == ["table_cam", "top", "wrist_cam"]
+    for camera in source.describe().cameras:
+        assert np.array_equal(frames_of(source.read(1), camera), stored[..., :3])
+    assert [source.shape(i).success for i in range(3)] == [True, False, None]
+    assert [source.shape(i).name for i in range(3)] == ["x/demo_0", "x/demo_1", "x/demo_2"]
+    assert any("set convert.options.flip: vertical" in note for note in source.notes)
+    for name in ("top", "top_rgb", "obs/top_rgb"):
+        assert open_said(tmp_path, {"cameras": [name]}).describe().cameras == ["top"]
+    with refused("has no camera of convert.cameras; it has table_cam, top, wrist_cam"):
+        open_said(tmp_path, {"cameras": ["left"]})
+    isaac(tmp_path / "none" / "x.hdf5", demo_0={"seen": np.zeros((3, 6, 8), np.float32)})
+    with refused(r"has states but no pictures.*seen float32 \(3, 6, 8\)"):
+        open_said(tmp_path / "none")
+
+
+def test_a_bad_demonstration_can_be_left_out(tmp_path: Path) -> None:
+    robomimic(tmp_path / "a.hdf5", {"demo_0": 3, "demo_1": 3, "demo_2": 3})
+    with h5py.File(tmp_path / "a.hdf5", "a") as root:
+        del root["data/demo_1/obs/agentview_image"]
+    (tmp_path / "b.hdf5").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    source = open_said(tmp_path)
+    assert len(source) == 4 and source.read(2).steps == 3
+    with refused("demo_1: no camera 'agentview', which other demonstrations have"):
+        source.shape(1)
+    with refused("b.hdf5: a Git LFS pointer"):
+        source.shape(3)
+    assert open_said(tmp_path, {"cameras": ["robot0_eye_in_hand_image"]}).read(1).steps == 3
