@@ -20,9 +20,9 @@ from svam.errors import SvamError
 if TYPE_CHECKING:
     import torch
 
-STORE_SCHEMA = 2
+STORE_SCHEMA = 3
 """Version of the episode store's layout; written into every store and checked when it is opened."""
-CHECKPOINT_SCHEMA = 2
+CHECKPOINT_SCHEMA = 3
 """Version of the checkpoint layout; written into every `config.json` and checked when it is loaded."""
 
 SEGMENTATION_CLASSES = ("background", "table", "arm", "gripper", "object", "fixture", "goal")
@@ -64,7 +64,6 @@ class VectorStatistics(Frozen):
 class ActionConvention(Frozen):
     """What the numbers of an action mean, and how they are normalised for learning."""
 
-    kind: Literal["absolute", "relative"]
     dimensions: Annotated[int, Field(ge=1)]
     binary_dimensions: list[int] = Field(default=[])
     normalisation: Literal["minmax", "quantile", "meanstd"]

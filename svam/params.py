@@ -35,7 +35,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-DataPart = Literal["store", "memory", "conversion", "loader", "times"]
+DataPart = Literal["store", "conversion", "loader", "times"]
 ModelPart = Literal["encode", "features", "evaluation", "rendering"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
@@ -159,12 +159,11 @@ class Convert(Section):
     image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
     crop: Literal["none", "centre"]
     held_out: Annotated[float, Field(gt=0.0, lt=1.0)]
-    action_kind: Literal["absolute", "relative"]
     binary_dimensions: list[Annotated[int, Field(ge=0)]]
     normalisation: Literal["minmax", "quantile", "meanstd"]
     vector_dtype: Literal["float32", "float16"]
-    chunk_frames: Annotated[int, Field(ge=1, le=65534)] | Literal["auto"]
-    compression: Literal["lz4", "zstd", "keyed"]
+    compression: Literal["zstd", "lz4", "blosc"]
+    chunk_frames: Annotated[int, Field(ge=1, le=65534)]
     shard_megabytes: Positive
 
     @field_validator("image_size", mode="before")
@@ -441,10 +440,7 @@ class Benchmark(Section):
     conversion_frames: Count
     image_sizes: Annotated[list[Count], Field(min_length=1)]
     clip_frames: Count
-    strides: Annotated[list[Count], Field(min_length=1)]
-    action_chunk: Count
     clips: Count
-    workers: Annotated[list[Count], Field(min_length=1)]
     policy_steps: Count
     evaluation_episodes: Count
     rendered_task: Name

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
-from svam.episodes.rows import RowReader
-from svam.episodes.shards import Layout, Piece, ShardJoiner
 from svam.files import sha256
 from svam.params import Convert
 from svam.simulation.collect import RAW_SCHEMA, write_episode
@@ -109,16 +105,3 @@ def write_raw(path: Path, tasks: Sequence[str], episodes: int = 4, size: int = 8
             "sha256": {file: sha256(folder / file) for file in files},
         }  # fmt: skip
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
-
-
-def write_rows(path: Path, rows: NDArray[Any], layout: Layout, cuts: Sequence[int] = ()) -> RowReader:
-    """The array at `path`, written in pieces that end at `cuts`, each in blocks of seven rows."""
-    joiner = ShardJoiner(path, len(rows), layout)
-    for number, (start, end) in enumerate(itertools.pairwise([0, *cuts, len(rows)])):
-        piece = Piece(path.with_name(f"{path.name}_piece_{number}"), start, layout)
-        for at in range(start, end, 7):
-            piece.append(rows[at : min(at + 7, end)])
-        piece.close()
-        joiner.join(piece.path)
-    joiner.close()
-    return RowReader(path)

@@ -45,7 +45,7 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
 
 def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"schema_version": 99}))
-    with pytest.raises(FileError, match=r"schema_version is 99, but this version of the code reads 2"):
+    with pytest.raises(FileError, match=r"schema_version is 99, but this version of the code reads 3"):
         load_config(tmp_path)
 
 

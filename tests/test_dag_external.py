@@ -25,7 +25,7 @@ def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
         "collect": {"tasks": [], "episodes_of": {}},
         "convert": {
             "source": "lerobot", "path": str(REAL), "depends_on": str(REAL / "meta"), "image_size": 32, "crop": "centre",
-            "action_kind": "absolute", "normalisation": "quantile",
+            "normalisation": "quantile",
         },
         "prepare_backbones": {
             "geometric": {"objective": "self_supervised", "family": "dinov2"}, "semantic": {"objective": "self_supervised"},

@@ -21,7 +21,6 @@ def statistics_of(actions: NDArray[np.float32], normalisation: str, binary: list
     vectors = vector_statistics(lambda: [actions])
     convention = ActionConvention.model_validate(
         {
-            "kind": "relative",
             "dimensions": actions.shape[1],
             "normalisation": normalisation,
             "binary_dimensions": binary or [],
@@ -112,6 +111,6 @@ def test_statistics_survive_json() -> None:
 
 def test_contradictions_are_refused() -> None:
     with pytest.raises(ValidationError, match=r"outside 0\.\.1"):
-        ActionConvention(kind="relative", dimensions=2, binary_dimensions=[2], normalisation="minmax")
+        ActionConvention(dimensions=2, binary_dimensions=[2], normalisation="minmax")
     with pytest.raises(ValidationError, match="different lengths"):
         VectorStatistics(mean=[0.0], std=[1.0], min=[0.0], max=[0.0], q01=[0.0], q99=[0.0, 1.0], count=1)

@@ -11,19 +11,17 @@ from svam.params import Params
 Part = Callable[[Inputs, Params], dict[str, Any]]
 
 PARTS = (
-    "store", "memory", "conversion", "encode", "features", "evaluation", "rendering", "loader",
+    "store", "conversion", "encode", "features", "evaluation", "rendering", "loader",
     "times", "repro",
 )  # fmt: skip
 
 
 def part_named(name: str) -> Part:
     """The function that measures the part `name`, one of `PARTS`, and returns its figures as JSON."""
-    if name in ("store", "memory", "conversion"):
+    if name in ("store", "conversion"):
         from svam.benchmark import store
 
-        return {
-            "store": store.clips, "memory": store.memory, "conversion": store.conversion,
-        }[name]  # fmt: skip
+        return {"store": store.clips, "conversion": store.conversion}[name]
     if name in ("encode", "features", "evaluation"):
         from svam.benchmark import policy
 

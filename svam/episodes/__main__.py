@@ -30,22 +30,37 @@ def _output() -> Console:
 @app.command()
 @one_line_errors
 def inspect(
-    path: Store,
+    path: Annotated[Path, typer.Argument(help="Episode store, for example data/episodes.zarr; or a recording.")],
     tasks: Annotated[int, typer.Option(min=1, help="Show this many tasks, those of most episodes first.")] = 20,
+    episodes: Annotated[int, typer.Option(min=1, help="Show this many episodes.")] = 20,
+    recording: Annotated[bool, typer.Option("--recording", help="PATH is a data set in the format of convert.source.")] = False,
+    params: Annotated[Path, typer.Option(help="Parameter file, for --recording: convert.source, options, cameras.")] = Path(
+        "params.yaml"
+    ),
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, for programs.")] = False,
 ) -> None:
-    """Print what is inside the store PATH.
+    """Print what is inside the store PATH; of a recording (--recording), its episodes and what convert would note.
 
-    Episodes, tasks and instructions, split, cameras, vectors with their statistics, labels, provenance, and each array's
-    size on disk. Statistics that the store does not keep are computed from its training episodes; no frame is read.
+    Episodes by number and name (for convert.episodes and convert.drop), notes of the conversion, tasks and instructions, split,
+    cameras, vectors with their statistics, labels, provenance, and each array's size on disk.
+    Statistics that the store does not keep are computed from its training episodes; no frame is read.
     """
-    from svam.episodes.inspection import facts, print_facts
+    from svam.episodes.inspection import facts, print_facts, print_recording, recording_facts
 
-    found = facts(path)
+    if recording:
+        from svam.episodes.options import open_recording
+        from svam.params import load_params
+
+        loaded = load_params(params)
+        found = recording_facts(open_recording(path, loaded), loaded.convert)
+    else:
+        found = facts(path)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
+    elif recording:
+        print_recording(found, _output(), episodes)
     else:
-        print_facts(found, _output(), tasks)
+        print_facts(found, _output(), tasks, episodes)
 
 
 @app.command()

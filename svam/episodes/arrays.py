@@ -1,6 +1,7 @@
-"""Time-chunked, sharded Zarr v3 arrays, written through zarr: row block by row block, each shard once; and groups of them.
+"""Sharded Zarr v3 arrays, written through zarr with codecs that every Zarr v3 reader has; and groups of them.
 
-`svam.episodes.rows` reads them, and `svam.episodes.shards` writes them from pieces that several processes made.
+Each chunk carries a CRC-32C. Each array's attribute `shard_bytes` states the sizes of its files, since zarr itself reads a
+missing one as zeros. `svam.episodes.rows` reads arrays; `svam.episodes.shards` writes them from several processes.
 """
 
 from __future__ import annotations
@@ -11,17 +12,25 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numcodecs import BitRound
+from numcodecs import BitRound, blosc
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
-from svam.episodes.chunks import codecs_for
 from svam.files import FileError, read_json
 
+if TYPE_CHECKING:
+    import zarr
+
 ATTRIBUTES_DIGEST = "attributes_sha256"
+SHARD_BYTES = "shard_bytes"
+ZSTD_LEVEL = 1
+"""Of 256-pixel camera frames level 3 takes twice the time for a sixth fewer bytes."""
+
+# Several threads of Blosc write a chunk's blocks in the order in which they get ready, which differs from run to run.
+blosc.use_threads = False
 
 
 def round_mantissa(values: NDArray[Any], bits: int) -> NDArray[Any]:
@@ -51,6 +60,46 @@ def named_failures(path: Path) -> Iterator[None]:
         raise FileError(f"{path}: writing failed: {error.strerror or error}; nothing was kept") from error
 
 
+def codecs_for(compression: str = "zstd") -> list[Any]:
+    """What compresses a chunk: `zstd`, `lz4` or `blosc` (Blosc's Zstd, bytes by bit planes); and its checksum."""
+    from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
+
+    if compression == "zstd":
+        return [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()]
+    if compression == "lz4":
+        return [BloscCodec(cname="lz4", clevel=5, shuffle="noshuffle", typesize=1), Crc32cCodec()]
+    return [BloscCodec(cname="zstd", clevel=1, shuffle="bitshuffle"), Crc32cCodec()]
+
+
+def create_array(
+    path: Path, shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_rows: int, compression: str = "zstd",
+    attributes: Mapping[str, Any] | None = None,
+) -> zarr.Array[Any]:  # fmt: skip
+    """An empty array (n, ...), chunks and shards of whole rows."""
+    import zarr
+
+    with named_failures(path):
+        return zarr.create_array(
+            path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
+            shards=(shard_rows, *shape[1:]), filters=None, compressors=codecs_for(compression),
+            attributes=None if attributes is None else dict(attributes),
+            config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
+        )  # fmt: skip
+
+
+def shard_file(path: Path, shard: int, axes: int) -> Path:
+    """Where a shard of an array of so many axes is (Zarr's default name)."""
+    return path.joinpath("c", str(shard), *["0"] * (axes - 1))
+
+
+def state_sizes(array: zarr.Array[Any], path: Path) -> None:
+    """Write the sizes of the files of a finished array into its attributes."""
+    assert array.shards is not None
+    files = [shard_file(path, shard, len(array.shape)) for shard in range(-(-array.shape[0] // array.shards[0]))]
+    with named_failures(path):
+        array.update_attributes({SHARD_BYTES: [file.stat().st_size for file in files]})
+
+
 class ArrayWriter:
     """One array (n, *row_shape) that grows by `append`. At most one shard is held in memory. Made by `GroupWriter.array`."""
 
@@ -58,21 +107,14 @@ class ArrayWriter:
         self, path: Path, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_rows: int,
         mantissa_bits: int | None = None,
     ) -> None:  # fmt: skip
-        import zarr
-
         if shard_rows % chunk_rows:
             raise ContractError(f"{path.name}: shard_rows ({shard_rows}) must be a multiple of chunk_rows ({chunk_rows})")
         self.path, self.rows = path, 0
-        self._bits, self._filled = mantissa_bits, 0
+        self._bits, self._filled, self._closed = mantissa_bits, 0, False
         self._buffer = np.empty((shard_rows, *row_shape), dtype=dtype)
-        with named_failures(path):
-            self._array = zarr.create_array(
-                path, shape=(0, *row_shape), dtype=self._buffer.dtype, zarr_format=3, fill_value=0,
-                chunks=(chunk_rows, *row_shape), shards=self._buffer.shape, filters=None,
-                compressors=codecs_for(mantissa_bits is not None, self._buffer[:chunk_rows].nbytes),
-                attributes=None if mantissa_bits is None else {"mantissa_bits": mantissa_bits},
-                config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
-            )  # fmt: skip
+        # Rounded mantissas are zeros in the same bit planes.
+        compression, stated = ("zstd", None) if mantissa_bits is None else ("blosc", {"mantissa_bits": mantissa_bits})
+        self._array = create_array(path, (0, *row_shape), self._buffer.dtype, chunk_rows, shard_rows, compression, stated)
 
     def append(self, values: NDArray[Any]) -> None:
         """Add rows (k, *row_shape). Floats are cast to the array's float type and, if asked for, rounded.
@@ -113,8 +155,11 @@ class ArrayWriter:
         self.rows, self._filled = end, 0
 
     def close(self) -> None:
-        """Write what is still in memory."""
-        self._flush()
+        """Write what is still in memory, and the sizes of the files. May be called again."""
+        if not self._closed:
+            self._flush()
+            state_sizes(self._array, self.path)
+            self._closed = True
 
 
 class GroupWriter:

@@ -1,9 +1,8 @@
 """Any source of episodes to one store, by several processes, in memory that does not grow with the data set.
 
-The episodes are cut into units of about a thousand steps. A worker turns a unit into pieces of the store's arrays (see
-`svam.episodes.shards`) in a scratch folder; meanwhile one process joins the units that are there, in order. Bytes do not depend
-on the number of workers, and a conversion that was killed goes on with the units that are missing. The store appears when it is
-whole.
+The episodes are cut into units of about a thousand steps. A worker writes the shards that lie in a unit, and saves the rest for
+whoever writes the shards that units share (see `svam.episodes.shards`). Bytes do not depend on the number of workers, and a
+conversion that was killed goes on with the units that are missing. The store appears when it is whole.
 """
 
 from __future__ import annotations
@@ -11,10 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import get_context
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from svam.code import ROOT, code_of, library_versions, module_file
-from svam.console import console, progress_bar, timed
+from svam.console import console, progress_bar
 from svam.contract import (
     STORE_SCHEMA,
     VECTORS,
@@ -43,42 +43,41 @@ from svam.contract import (
 from svam.device import become_worker
 from svam.episodes.arrays import GroupWriter
 from svam.episodes.checksums import EpisodeDigest
-from svam.episodes.chunks import frames_together
 from svam.episodes.frames import prepared
 from svam.episodes.rows import RowReader
-from svam.episodes.shards import DamagedPieceError, Layout, Piece, ShardJoiner
+from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
 from svam.params import Convert
 from svam.seeds import generator
 
-UNIT_STEPS, UNIT_CHUNKS = 1024, 16
-"""About so many steps are a unit, or chunks of frames where those are more, in whole episodes: few enough to share among
-workers and to lose to a kill; enough for the joining process, which compresses a chunk a unit, to keep up with many."""
+UNIT_STEPS = 1024
+"""About so many steps are a unit, in whole episodes: few enough to share among workers and to lose to a kill."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
-_SAMPLE_FRAMES = 64
-"""Of the first episode, by which `convert.chunk_frames: auto` chooses."""
+"""Rows compressed together: vectors are small; labels are read in random order, so few."""
+ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
 
 
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
     """(E,) uint8, 1 for held-out episodes: the source's own split where it has one, else of each task's episodes the share
-    `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool.
+    `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool. A single
+    episode is trained on.
     Where episodes share frames (`EpisodeShape.group`), whole groups are drawn instead, until they are that share of all.
 
     Which ones are drawn depends on the seed, the task and its number of episodes only; of groups, on the seed and their sizes.
 
     Raises:
-        ContractError: there is a single episode or group, or the source's own split leaves one side empty.
+        ContractError: there is a single group of several episodes, or the source's own split of them leaves one side empty.
     """
     split = np.zeros(len(tasks), dtype=np.uint8)
+    if len(tasks) == 1:
+        return split
     if any(shape.held_out is not None for shape in shapes):
         split[:] = [shape.held_out is True for shape in shapes]
         if split.all() or not split.any():
             sides = f"{len(split) - split.sum()} training and {split.sum()} held-out episodes"
             raise ContractError(f"the source's own split has {sides}, expected some of both")
         return split
-    if len(tasks) < 2:
-        raise ContractError(f"{len(tasks)} episode in all; at least 2 are needed, one of which is held out")
     if any(shape.group for shape in shapes):
         return _split_groups([shape.group or str(number) for number, shape in enumerate(shapes)], held_out, seed)
     groups = {task: np.flatnonzero([name == task for name in tasks]) for task in dict.fromkeys(tasks)}
@@ -150,21 +149,39 @@ class Plan:
         first.check()
         parts = _parts(first)
         starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in parts}
-        shard_bytes = params.shard_megabytes * 2**20
-        layouts = {}
-        for name, (row_shape, dtype, _) in parts.items():
-            rows, pictures = int(starts[name][-1]), params.compression if name.startswith("frames/") else None
-            kept, chunk = _stored(name, dtype, params), _chunk_rows(name, first, params)
-            layouts[name] = Layout.of(row_shape, kept, chunk, shard_bytes, rows, pictures)
+        layouts = {
+            name: Layout.of(
+                int(starts[name][-1]), row_shape, _stored(name, dtype, params), _chunk_rows(name, params),
+                params.shard_megabytes * 2**20, params.compression if name.startswith("frames/") else "zstd",
+            )
+            for name, (row_shape, dtype, _) in parts.items()
+        }  # fmt: skip
         steps = np.cumsum([shape.steps for shape in shapes])
-        size = max(UNIT_STEPS, *(UNIT_CHUNKS * layout.chunk_rows for layout in layouts.values() if layout.pictures))
-        last = np.unique(steps // size, return_index=True)[1].tolist()  # the first episode that ends in each stretch
+        last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
         edges = sorted({0, *last, len(shapes)})
         return cls(source, description, params, layouts, starts, list(pairwise(edges))), shapes
 
+    def rows(self, name: str, unit: int) -> tuple[int, int]:
+        """The rows of an array that a unit has: the first, and the one after its last."""
+        first, end = self.units[unit]
+        return int(self.starts[name][first]), int(self.starts[name][end])
+
+    def shared(self) -> list[tuple[str, int, list[int]]]:
+        """Array, number and units of every shard that several units share."""
+        shared: dict[tuple[str, int], list[int]] = {}
+        for name, layout in self.layouts.items():
+            array = ShardedArray(Path(), layout)
+            for unit in range(len(self.units)):
+                rows = self.rows(name, unit)
+                for shard in array.shards(*rows):
+                    if not array.within(shard, *rows):
+                        shared.setdefault((name, shard), []).append(unit)
+        return [(name, shard, units) for (name, shard), units in shared.items()]
+
     def key(self, shapes: Sequence[EpisodeShape]) -> str:
         """Changes with anything that the units depend on: params, description, lengths, the inputs' stamps, this code."""
-        files = [module_file(name) for name in ("svam.episodes.convert", type(self.source).__module__)]
+        inner = getattr(self.source, "source", self.source)  # of `svam.episodes.options.ChosenEpisodes`
+        files = [module_file(name) for name in ("svam.episodes.convert", type(inner).__module__)]
         code = code_of(file.relative_to(ROOT).as_posix() for file in files if file is not None)
         layouts = {name: str(layout) for name, layout in self.layouts.items()}
         known = [
@@ -179,19 +196,10 @@ def _stored(name: str, dtype: np.dtype[Any], params: Convert) -> np.dtype[Any]:
     return np.dtype(params.vector_dtype) if name in VECTORS else dtype
 
 
-def _chunk_rows(name: str, first: Episode, params: Convert) -> int:
-    """Rows compressed together: frames along time, by the first episode's if so asked; labels in random order, so few; vectors
-    are small."""
-    if not name.startswith("frames/"):
-        return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
-    if params.chunk_frames != "auto":
+def _chunk_rows(name: str, params: Convert) -> int:
+    if name.startswith("frames/"):
         return params.chunk_frames
-    blocks: list[NDArray[np.uint8]] = []
-    for block in frame_blocks(first.frames[name.removeprefix("frames/")]):
-        blocks.append(block[:_SAMPLE_FRAMES])
-        if sum(map(len, blocks)) >= _SAMPLE_FRAMES:
-            break
-    return frames_together(np.concatenate(blocks)[:_SAMPLE_FRAMES], params.compression)
+    return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
 
 
 def _chosen_cameras(description: SourceDescription, params: Convert) -> SourceDescription:
@@ -252,82 +260,128 @@ def _blocks(episode: Episode, name: str) -> Iterable[NDArray[Any]]:
     return [getattr(episode, name)]
 
 
-def _write_unit(plan: Plan, number: int, scratch: Path) -> None:
-    """Episodes of one unit as pieces, checksums and facts, in a folder that appears when it is whole."""
-    first, end = plan.units[number]
-    with whole_directory(_unit_folder(scratch, number)) as folder, ExitStack() as stack:
-        pieces: dict[str, Piece] = {}
-        for at, name in enumerate(plan.layouts):
-            pieces[name] = Piece(folder / str(at), int(plan.starts[name][first]), plan.layouts[name])
-            stack.callback(pieces[name].abandon)
-        facts = []
-        for e in range(first, end):
-            episode, digest = _checked(plan, e), EpisodeDigest()
-            where = f"episode {e} ({episode.provenance.get('file', episode.task)})"
-            for name, piece in pieces.items():
-                shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
-                try:
-                    for block in _blocks(episode, name):
-                        digest.update(name, block)
-                        piece.append(block + shift if shift else block.astype(piece.layout.dtype, copy=False))
-                except ContractError as error:
-                    raise ContractError(f"{where}: {name}: {error}") from None
-            facts.append({
-                "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
-                "checksum": digest.hexdigest(),
-            })  # fmt: skip
-        for piece in pieces.values():
-            piece.close()
-        write_json(folder / "episodes.json", facts)
+@dataclass(frozen=True)
+class _Work:
+    """A plan, and the folder in which it becomes arrays and units."""
+
+    plan: Plan
+    folder: Path
+
+    def unit(self, number: int) -> Path:
+        """Where the facts and pieces of a unit are."""
+        return self.folder / f"unit_{number:06d}"
+
+    def array(self, name: str) -> ShardedArray:
+        """By its name."""
+        return ShardedArray(self.folder / "arrays" / name, self.plan.layouts[name])
+
+    def piece(self, unit: int, name: str) -> str:
+        """What the names of a unit's pieces of an array begin with."""
+        return f"{list(self.plan.layouts).index(name)}_"
+
+    def has(self, number: int) -> bool:
+        """Whether a unit is done, and its shards are there."""
+        if not (self.unit(number) / "episodes.json").is_file():
+            return False
+        return all(
+            array.has(shard)
+            for array, rows in ((self.array(name), self.plan.rows(name, number)) for name in self.plan.layouts)
+            for shard in array.shards(*rows) if array.within(shard, *rows)
+        )  # fmt: skip
+
+    def write_unit(self, number: int) -> None:
+        """Its shards; and its pieces, checksums and facts in a folder that appears when it is whole."""
+        plan, (first, end) = self.plan, self.plan.units[number]
+        with whole_directory(self.unit(number)) as folder:
+            written = {
+                name: Rows(self.array(name), *plan.rows(name, number), folder / self.piece(number, name))
+                for name in plan.layouts
+            }
+            facts = []
+            for e in range(first, end):
+                episode, digest = _checked(plan, e), EpisodeDigest()
+                where = f"episode {e} ({episode.provenance.get('file', episode.task)})"
+                for name, rows in written.items():
+                    shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
+                    try:
+                        for block in _blocks(episode, name):
+                            digest.update(name, block)
+                            rows.append(block + shift if shift else block.astype(plan.layouts[name].dtype, copy=False))
+                    except ContractError as error:
+                        raise ContractError(f"{where}: {name}: {error}") from None
+                facts.append({
+                    "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
+                    "checksum": digest.hexdigest(),
+                })  # fmt: skip
+            for rows in written.values():
+                rows.close()
+            write_json(folder / "episodes.json", facts)
+
+    def write_shared(self, name: str, shard: int, units: Sequence[int]) -> None:
+        """A shard, of what its units saved."""
+        self.array(name).join(shard, [self.unit(unit) / f"{self.piece(unit, name)}{shard}.npy" for unit in units])
+
+    def facts(self) -> list[dict[str, Any]]:
+        """Of all episodes."""
+        texts = ((self.unit(n) / "episodes.json").read_text(encoding="utf-8") for n in range(len(self.plan.units)))
+        return [fact for text in texts for fact in json.loads(text)]
 
 
-def _unit_folder(scratch: Path, number: int) -> Path:
-    return scratch / f"unit_{number:06d}"
+Job = int | tuple[str, int, list[int]]
+"""A unit, or a shard that units share."""
+_worker: _Work | None = None
 
 
-_worker: tuple[Plan, Path] | None = None
-
-
-def _set_up(plan: Plan, scratch: Path) -> None:
+def _set_up(work: _Work) -> None:
     """In a worker: what it works on."""
     global _worker
     become_worker()
-    _worker = (plan, scratch)
+    _worker = work
 
 
-def _work(number: int) -> int:
-    """In a worker: one unit."""
-    if _worker is None:
+def _do(job: Job, work: _Work | None = None) -> None:
+    """One job, in a worker or here."""
+    work = work or _worker
+    if work is None:
         raise RuntimeError("the worker was not set up")
-    plan, scratch = _worker
-    _write_unit(plan, number, scratch)
-    return number
+    if isinstance(job, int):
+        work.write_unit(job)
+    else:
+        work.write_shared(*job)
 
 
-def _finished(plan: Plan, todo: Sequence[int], scratch: Path, workers: int) -> Iterator[int]:
-    """Write the units, by `workers` processes (by this one if it is 1), and yield their numbers as they are done, in order."""
-    if workers <= 1 or len(todo) <= 1:
-        for number in todo:
-            _write_unit(plan, number, scratch)
-            yield number
+def _done(work: _Work, jobs: deque[Job], next_jobs: Callable[[Job], list[Job]], workers: int) -> Iterator[Job]:
+    """Do `jobs`, and after each what `next_jobs` names, by `workers` processes (by this one if it is 1); yield those done."""
+    if workers <= 1 or len(jobs) <= 1:
+        while jobs:
+            job = jobs.popleft()
+            _do(job, work)
+            yield job
+            jobs.extendleft(next_jobs(job))
         return
+    running: dict[Future[None], Job] = {}
     with ProcessPoolExecutor(
-        min(workers, len(todo)), mp_context=get_context("spawn"), initializer=_set_up, initargs=(plan, scratch)
+        min(workers, len(jobs)), mp_context=get_context("spawn"), initializer=_set_up, initargs=(work,)
     ) as pool:
-        futures: list[Future[int]] = [pool.submit(_work, number) for number in todo]
         try:
-            for future in futures:
-                yield future.result()
+            while jobs or running:
+                while jobs and len(running) <= workers:
+                    running[pool.submit(_do, jobs[0])] = jobs.popleft()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    job = running.pop(future)
+                    future.result()
+                    yield job
+                    jobs.extendleft(next_jobs(job))
         except BrokenProcessPool:
             raise FileError("convert: a worker process ended, perhaps for want of memory; run the same command again") from None
         finally:
-            for future in futures:
+            for future in running:
                 future.cancel()
 
 
 @contextmanager
 def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Path]:
-    """Where units are kept: with `scratch`, a folder of this work's own that outlives a kill, but no success or wrong data."""
+    """Where arrays and units are made: with `scratch`, a folder that outlives a kill, but no success or wrong data."""
     if scratch is None:
         yield folder / ".units"
         shutil.rmtree(folder / ".units", ignore_errors=True)
@@ -364,47 +418,55 @@ def convert(
     plan, shapes = Plan.of(source, params)
     # Whether there can be a split follows from the lengths; the tasks are known when all episodes have been read.
     split_episodes([""] * len(shapes), shapes, params.held_out, seed)
-    with (
-        whole_directory(Path(out)) as folder, _scratch_folder(scratch, folder, plan.key(shapes)) as units,
-        GroupWriter(folder) as group,
-    ):  # fmt: skip
-        _write_arrays(plan, group, units, workers, [shape.steps for shape in shapes])
-        facts = [fact for n in range(len(plan.units)) for fact in _facts(units, n)]
-        _describe(plan, group, facts, split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed))
+    with whole_directory(Path(out)) as folder, _scratch_folder(scratch, folder, plan.key(shapes)) as place:
+        work = _Work(plan, place)
+        _write_arrays(work, workers, [shape.steps for shape in shapes])
+        facts = work.facts()
+        with GroupWriter(folder) as group:
+            _describe(work, group, facts, split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed))
+            for name in plan.layouts:
+                whole = group.adopt(name)
+                whole.parent.mkdir(parents=True, exist_ok=True)
+                shutil.move(work.array(name).path, whole)
 
 
-def _write_arrays(plan: Plan, group: GroupWriter, units: Path, workers: int, steps: Sequence[int]) -> None:
-    """Write the units that are not there yet, with a bar in frames, and every array as the units it consists of are there."""
+def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
+    """Do what is not done yet, with a bar in frames."""
+    plan = work.plan
+    for leftover in work.folder.rglob("*.partial"):  # of a shard that was being written when the process was killed
+        leftover.unlink()
+    for name in plan.layouts:
+        work.array(name).create()
     sizes = [sum(steps[a:b]) for a, b in plan.units]
-    todo = [n for n in range(len(sizes)) if not (_unit_folder(units, n) / "episodes.json").is_file()]
-    with ExitStack() as stack, progress_bar() as bar:
-        joiners = []
-        for name, layout in plan.layouts.items():
-            joiners.append(ShardJoiner(group.adopt(name), int(plan.starts[name][-1]), layout))
-            stack.callback(joiners[-1].abandon)
-        if done := sum(sizes) - sum(sizes[n] for n in todo):
+    missing = {n for n in range(len(sizes)) if not work.has(n)}
+    shared = [job for job in plan.shared() if not work.array(job[0]).has(job[1])]
+    by_unit: dict[int, list[Job]] = {}
+    for job in shared:
+        for unit in job[2]:
+            by_unit.setdefault(unit, []).append(job)
+    jobs: deque[Job] = deque([*(job for job in shared if missing.isdisjoint(job[2])), *sorted(missing)])
+
+    def next_jobs(job: Job) -> list[Job]:
+        if not isinstance(job, int):
+            return []
+        missing.discard(job)
+        return [one for one in by_unit.get(job, []) if isinstance(one, tuple) and missing.isdisjoint(one[2])]
+
+    with progress_bar() as bar:
+        todo = sum(sizes[n] for n in missing)
+        if done := sum(sizes) - todo:
             console.print(f"convert: going on after {done} of {sum(sizes)} steps", highlight=False)
-        task = bar.add_task("convert, steps", total=sum(sizes[n] for n in todo), note="")
-        finished = stack.enter_context(closing(_finished(plan, todo, units, workers)))  # type: ignore[type-var]
-        missing = set(todo)
-        for number, size in enumerate(sizes):
-            if number in missing:
-                next(finished)
-                bar.advance(task, size)
-            with timed("join"):
-                for at, joiner in enumerate(joiners):
-                    joiner.join(_unit_folder(units, number) / str(at))
-        for joiner in joiners:
-            joiner.close()
+        task = bar.add_task("convert, steps", total=todo, note="")
+        with closing(_done(work, jobs, next_jobs, workers)) as finished:  # type: ignore[type-var]
+            for job in finished:
+                bar.advance(task, sizes[job] if isinstance(job, int) else 0)
+    for name in plan.layouts:
+        work.array(name).close()
 
 
-def _facts(units: Path, number: int) -> list[dict[str, Any]]:
-    text = (_unit_folder(units, number) / "episodes.json").read_text(encoding="utf-8")
-    return list(json.loads(text))
-
-
-def _describe(plan: Plan, group: GroupWriter, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
+def _describe(work: _Work, group: GroupWriter, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
     """Episodes, split, checksums, statistics and the source's description."""
+    plan = work.plan
     tasks = list(dict.fromkeys(fact["task"] for fact in facts))
     ends = plan.starts[f"frames/{plan.description.cameras[0]}"][1:]
     group.write("episode_ends", ends)
@@ -413,32 +475,43 @@ def _describe(plan: Plan, group: GroupWriter, facts: list[dict[str, Any]], split
     checksums = np.frombuffer(b"".join(bytes.fromhex(fact["checksum"]) for fact in facts), dtype=np.uint8)
     group.write("episode_checksums", checksums.reshape(len(facts), -1))
     try:
-        statistics = _statistics(plan, group.path, ends, split)
+        statistics = _statistics(work, ends, split)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ContractError(f"convert: {message}") from None
+    own = [] if split.any() else [ONE_EPISODE]
+    for vector, names in plan.description.provenance.get("dimension_names", {}).items():
+        width = plan.layouts[vector].row_shape[0] if vector in plan.layouts else len(names)
+        if 1 < len(names) != width:
+            own.append(f"the source names {len(names)} dimensions of {vector}, which has {width}: the names are not used")
+    for note in own:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     group.attributes = {
         "schema_version": STORE_SCHEMA, "source": plan.description.model_dump(mode="json"), "tasks": tasks,
+        "notes": [*plan.source.notes, *own], "compression": plan.params.compression,
         "episode_instructions": [fact["instruction"] for fact in facts],
         "episode_provenance": [fact["provenance"] for fact in facts],
+        "episode_numbers": list(getattr(plan.source, "numbers", range(len(facts)))),
+        "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
     }  # fmt: skip
 
 
-def _statistics(plan: Plan, path: Path, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:
+def _statistics(work: _Work, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:
     """Of the training episodes alone, read back from the written arrays one episode at a time; None without actions."""
+    plan = work.plan
     if "actions" not in plan.layouts:
         return None
     starts = np.concatenate([[0], ends[:-1]])
     training = [(int(starts[e]), int(ends[e])) for e in np.flatnonzero(split == 0)]
 
     def of(name: str) -> VectorStatistics:
-        reader = RowReader(path / name)
+        reader = RowReader(work.array(name).path)
         return vector_statistics(lambda: (reader.read_range(*b).astype(np.float32, copy=False) for b in training))
 
     actions, params = of("actions"), plan.params
     convention = ActionConvention(
-        kind=params.action_kind, dimensions=len(actions.mean), binary_dimensions=params.binary_dimensions,
+        dimensions=len(actions.mean), binary_dimensions=params.binary_dimensions,
         normalisation=params.normalisation,
     )  # fmt: skip
     proprioception = of("proprioception") if "proprioception" in plan.layouts else None

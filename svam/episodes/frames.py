@@ -30,16 +30,20 @@ def _cut(images: NDArray[Any], params: Convert) -> NDArray[Any]:
 
 
 def resize_frames(images: NDArray[np.uint8], params: Convert) -> NDArray[np.uint8]:
-    """(k, H, W, 3) uint8 to `convert.image_size`: bilinear with support for the whole footprint, so that nothing aliases."""
+    """(k, H, W, 3) uint8 to `convert.image_size`: each pixel the mean of the area that it covers, so that nothing aliases;
+    bilinear where a side grows."""
     from PIL import Image
 
     images = _cut(images, params)
     if params.image_size is None or list(images.shape[1:3]) == params.image_size:
         return images
-    height, width = params.image_size
+    (old_height, old_width), (height, width) = images.shape[1:3], params.image_size
+    filter_ = Image.Resampling.BOX if height <= old_height and width <= old_width else Image.Resampling.BILINEAR
+    whole = (old_width // width, old_height // height) if old_width % width == old_height % height == 0 else None
     out = np.empty((len(images), height, width, 3), dtype=np.uint8)
-    for k, image in enumerate(images):
-        out[k] = np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), Image.Resampling.BILINEAR))
+    for k, array in enumerate(images):
+        image = Image.fromarray(np.ascontiguousarray(array))
+        out[k] = np.asarray(image.reduce(whole) if whole else image.resize((width, height), filter_))
     return out
 
 

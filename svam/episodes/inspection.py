@@ -14,11 +14,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from svam.contract import VECTORS
+from svam.contract import VECTORS, ContractError, EpisodeSource
 from svam.episodes.rows import RowReader
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import FileError, read_json
+from svam.params import Convert
 
 QUANTITIES = ("mean", "std", "min", "q01", "q99", "max")
 _MOST_PROVENANCE = 12
@@ -39,12 +40,6 @@ def stored_arrays(path: Path) -> dict[str, RowReader]:
         if metadata["node_type"] == "array":
             found[file.parent.relative_to(path).as_posix()] = RowReader(file.parent)
     return found
-
-
-def shard_files(reader: RowReader) -> Iterator[Path]:
-    """Where the shards of an array are (Zarr's default names), in order."""
-    for shard in range(-(-len(reader) // reader.shard_rows)):
-        yield reader.path.joinpath("c", str(shard), *("0" for _ in reader.shape[1:]))
 
 
 def training_blocks(store: EpisodeStore, name: str) -> Iterator[NDArray[np.float32]]:
@@ -79,6 +74,18 @@ def _task_facts(store: EpisodeStore) -> list[dict[str, Any]]:
     return found
 
 
+def _episode_facts(store: EpisodeStore) -> list[dict[str, Any]]:
+    """One entry an episode: `number` and `name` are the source's, as `convert.episodes` and `convert.drop` take them."""
+    return [
+        {
+            "number": number, "name": name, "rows": end - start, "task": store.task_of(episode),
+            "split": SPLITS[store.episode_split[episode]],
+        }
+        for episode, (number, name) in enumerate(zip(store.episode_numbers, store.episode_names, strict=True))
+        for start, end in [store.bounds(episode)]
+    ]  # fmt: skip
+
+
 def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
     """Statistics of each vector; those that the store does not keep are computed from its training episodes."""
     kept = store.attributes.statistics
@@ -88,8 +95,11 @@ def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
             continue
         stored = getattr(kept, name, None) if kept is not None else None
         statistics = stored or vector_statistics(lambda name=name: training_blocks(store, name))  # type: ignore[misc]
+        names = store.provenance.get("dimension_names", {}).get("actions" if name == "expert_actions" else name, [])
+        width = len(statistics.mean)
         found[name] = {
-            "dimensions": len(statistics.mean), "stored": stored is not None, **statistics.model_dump(mode="json"),
+            "dimensions": width, "names": names if len(names) == width else [], "stored": stored is not None,
+            **statistics.model_dump(mode="json"),
         }  # fmt: skip
     return found
 
@@ -130,7 +140,7 @@ def facts(path: Path) -> dict[str, Any]:
         "vectors": _vector_facts(store),
         "annotations": _annotation_facts(store, arrays),
         "timestamps": store.timestamps(np.zeros(0, dtype=np.int64)) is not None,
-        "checksums": len(store.episode_checksums()),
+        "episode_list": _episode_facts(store), "notes": store.attributes.notes, "compression": store.attributes.compression,
         "provenance": dict(store.provenance),
         "arrays": arrays, "files": len(files), "bytes": size, "uncompressed_bytes": uncompressed,
         "ratio": uncompressed / max(1, size),
@@ -175,7 +185,7 @@ def _overview(found: dict[str, Any]) -> Table:
         "cameras": ", ".join(cameras) + (" (the first is the foresight camera)" if len(cameras) > 1 else ""),
         "vectors": ", ".join(f"{name} {entry['dimensions']}" for name, entry in found["vectors"].items()) or "none",
         "actions": "none: good for the video model, not for a policy" if convention is None else (
-            f"{convention['kind']}, normalised by {convention['normalisation']}, binary dimensions: "
+            f"normalised by {convention['normalisation']}, binary dimensions: "
             + (", ".join(str(d) for d in convention["binary_dimensions"]) or "none")
         ),
         "annotations": ", ".join(
@@ -184,11 +194,11 @@ def _overview(found: dict[str, Any]) -> Table:
             for name, entry in found["annotations"].items()
         ) or "none",
         "timestamps": "kept" if found["timestamps"] else f"none: a step lasts 1 / {found['rate_hz']:g} s",
-        "checksums": f"one for each of {found['checksums']:,} episodes",
+        "compression": found["compression"],
         "on disk": f"{readable_bytes(found['bytes'])} in {found['files']:,} files, "
         f"{readable_bytes(found['uncompressed_bytes'])} uncompressed: {found['ratio']:.1f} times smaller",
     }  # fmt: skip
-    for name, text in lines.items():
+    for name, text in [*lines.items(), *(("note", note) for note in found["notes"])]:
         table.add_row(name, escape(text))
     return table
 
@@ -215,7 +225,8 @@ def _vector_table(name: str, entry: dict[str, Any], binary: list[int]) -> Table:
     table = _table(f"{name}: {entry['count']:,} training rows, {origin}", "dimension", *heads)
     for d in range(entry["dimensions"]):
         marks = " [dim]binary[/dim]" if d in binary else " [dim]constant[/dim]" if entry["min"][d] == entry["max"][d] else ""
-        table.add_row(f"{d}{marks}", *(f"{entry[quantity][d]:.4g}" for quantity in QUANTITIES))
+        name = f" {escape(entry['names'][d])}" if entry["names"] else ""
+        table.add_row(f"{d}{name}{marks}", *(f"{entry[quantity][d]:.4g}" for quantity in QUANTITIES))
     return table
 
 
@@ -251,7 +262,43 @@ def _array_table(arrays: dict[str, Any]) -> Table:
     return table
 
 
-def print_facts(found: dict[str, Any], console: Console, most_tasks: int) -> None:
+def _episode_table(episodes: list[dict[str, Any]], most: int) -> Table:
+    table = _table("episodes, as convert.episodes and convert.drop call them", "number", "name", "task", "rows", left=3)
+    for entry in episodes[:most]:
+        table.add_row(str(entry["number"]), escape(entry["name"]), escape(entry["task"]), f"{entry['rows']:,}")
+    if len(episodes) > most:
+        table.add_row("[dim]...[/dim]", f"[dim]and {len(episodes) - most:,} more: --episodes N, --json[/dim]")
+    return table
+
+
+def recording_facts(source: EpisodeSource, params: Convert) -> dict[str, Any]:
+    """What `inspect --recording` prints: the episodes of a data set that is not converted yet."""
+    listed: list[dict[str, Any]] = []
+    for number in range(len(source)):
+        try:
+            shape = source.shape(number)
+            listed.append({"number": number, "name": shape.name, "task": shape.task, "rows": shape.steps})
+        except (FileError, ContractError) as error:
+            listed.append({"number": number, "name": "", "task": f"cannot be read: {error}", "rows": 0})
+    description = source.describe()
+    return {
+        "source": params.source, "rate_hz": description.rate_hz, "cameras": description.cameras,
+        "notes": list(source.notes), "episode_list": listed,
+    }  # fmt: skip
+
+
+def print_recording(found: dict[str, Any], console: Console, most: int) -> None:
+    """The lines and the table of `inspect --recording`."""
+    console.print(
+        f"{found['source']}: {len(found['episode_list']):,} episodes at {found['rate_hz']:g} Hz, cameras "
+        f"{', '.join(found['cameras'])}", markup=False, soft_wrap=True,
+    )  # fmt: skip
+    for note in found["notes"]:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    console.print(_episode_table(found["episode_list"], most))
+
+
+def print_facts(found: dict[str, Any], console: Console, most_tasks: int, most_episodes: int) -> None:
     """The tables of `inspect`, from what `facts` returned."""
     binary = found["convention"]["binary_dimensions"] if found["convention"] else []
     tables = [_overview(found), _task_table(found, most_tasks)]
@@ -259,6 +306,7 @@ def print_facts(found: dict[str, Any], console: Console, most_tasks: int) -> Non
         _vector_table(name, entry, binary if name in ("actions", "expert_actions") else [])
         for name, entry in found["vectors"].items()
     ]
+    tables += [_episode_table(found["episode_list"], most_episodes)]
     tables += [_provenance_table(found["provenance"]), _array_table(found["arrays"])]
     for number, table in enumerate(tables):
         if number:

@@ -56,21 +56,31 @@ def source_options(params: Params) -> tuple[Any, Any]:
         raise ParamsError(describe(error, f"convert.source {name!r}", "convert.options.")) from None
 
 
+def open_recording(path: Path, params: Params) -> EpisodeSource:
+    """The reader that `convert.source` names, of all episodes at `path`.
+
+    Raises:
+        ParamsError: see `source_options`.
+        FileError: the data is not as the source expects.
+    """
+    module, options = source_options(params)
+    choice = Choice(**{name: getattr(params.convert, name) for name in Choice.model_fields})
+    try:
+        source: EpisodeSource = module.open_source(path, options, choice)
+    except FileError as error:
+        hint = recognised(path, params.convert.source)
+        raise FileError(f"{error}; {hint}" if hint else str(error)) from None
+    return source
+
+
 def open_named_source(path: Path, params: Params) -> EpisodeSource:
-    """The reader that `convert.source` names, of the chosen episodes at `path`.
+    """The same of the chosen episodes.
 
     Raises:
         ParamsError: see `source_options`, and `ChosenEpisodes`.
         FileError: the data is not as the source expects; every episode that cannot be read is listed.
     """
-    module, options = source_options(params)
-    choice = Choice(**{name: getattr(params.convert, name) for name in Choice.model_fields})
-    try:
-        source = module.open_source(path, options, choice)
-    except FileError as error:
-        hint = recognised(path, params.convert.source)
-        raise FileError(f"{error}; {hint}" if hint else str(error)) from None
-    return ChosenEpisodes(source, params.convert)
+    return ChosenEpisodes(open_recording(path, params), params.convert)
 
 
 class ChosenEpisodes:

@@ -9,9 +9,11 @@ Layout of `episodes.zarr` (N rows = time steps of all episodes, E episodes, M an
     episode_ends                       (E,) int64             row after each episode's last; increasing, the last is N
     episode_split                      (E,) uint8             0 train, 1 held out
     episode_task                       (E,) int64             index into `tasks`
-    episode_checksums                  (E, 32) uint8          SHA-256 of each episode's values (`svam.episodes.checksums`)
+    episode_checksums                  (E, 32) uint8          of each episode's values (`svam.episodes.checksums`)
     annotations/<name>/{values, index} (M, H, W), (M,) int64  depth (float32 metres) or segmentation (uint8); rows, increasing
     attributes                         `StoreAttributes`
+
+All arrays are sharded Zarr v3, with codecs that every reader has, unless `convert.compression` says otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +41,13 @@ class StoreAttributes(Frozen):
 
     schema_version: int
     source: SourceDescription
+    notes: list[str]
+    """What the conversion did that a person should know."""
+    compression: str
     tasks: list[str]
+    episode_numbers: list[int]
+    episode_names: list[str]
+    """By both `convert.episodes` and `convert.drop` may call them: the source's numbers, and names, "" where there are none."""
     episode_instructions: list[str]
     episode_provenance: list[dict[str, Any]]
     statistics: Statistics | None
@@ -75,6 +83,7 @@ class EpisodeStore:
         self.rate_hz, self.cameras = attributes.source.rate_hz, attributes.source.cameras
         self.instructions, self.provenance = attributes.source.instructions, attributes.source.provenance
         self.tasks = attributes.tasks
+        self.episode_numbers, self.episode_names = attributes.episode_numbers, attributes.episode_names
         self.episode_instructions, self.episode_provenance = attributes.episode_instructions, attributes.episode_provenance
         self._frames = {camera: RowReader(self.path / "frames" / camera) for camera in self.cameras}
         present = [name for name in VECTORS if (self.path / name).exists() or (name == "actions" and attributes.statistics)]
@@ -106,7 +115,8 @@ class EpisodeStore:
         version = raw.get("schema_version")
         if version != STORE_SCHEMA:
             raise FileError(
-                f"{self.path}: schema_version is {version!r}, this code reads {STORE_SCHEMA}; run the convert stage again"
+                f"{self.path}: schema_version is {version!r}, this code reads {STORE_SCHEMA}; convert again: "
+                "dvc repro --force --single-item convert"
             )
         try:
             return StoreAttributes.model_validate(raw)
@@ -132,7 +142,7 @@ class EpisodeStore:
                 f"{self.path}: episode_ends must increase from above 0"
                 + (f", but episode {at} ends at row {ends[at]}" if episodes else ", but there are no episodes")
             )
-        for name in ("episode_split", "episode_task", "episode_instructions", "episode_provenance"):
+        for name in (f"episode_{what}" for what in ("split", "task", "numbers", "names", "instructions", "provenance")):
             if len(getattr(self, name)) != episodes:
                 raise ContractError(f"{self.path}: {name} has {len(getattr(self, name))} entries, episode_ends has {episodes}")
         if self._checksums.shape != (episodes, 32) or self._checksums.dtype != np.uint8:
@@ -142,9 +152,8 @@ class EpisodeStore:
             values = getattr(self, name)
             if values.min() < 0 or values.max() >= limit:
                 raise ContractError(f"{self.path}: {name} holds {values.min()}..{values.max()}, expected 0..{limit - 1}")
-        for number, split in enumerate(SPLITS):
-            if not (self.episode_split == number).any():
-                raise ContractError(f"{self.path}: episode_split has no {split} episode")
+        if not (self.episode_split == SPLITS.index("train")).any():
+            raise ContractError(f"{self.path}: episode_split has no training episode")
         unknown = sorted(set(self.tasks) - set(self.instructions))
         if unknown:
             raise ContractError(f"{self.path}: instructions of task {unknown[0]!r} are missing")
@@ -220,7 +229,7 @@ class EpisodeStore:
         return self.statistics.convention.dimensions
 
     def episode_checksums(self) -> list[str]:
-        """Hexadecimal SHA-256 of each episode's values, as they were when the store was written."""
+        """Hexadecimal checksum of each episode's values, as they were when the store was written."""
         return [bytes(row).hex() for row in self._checksums.read_range(0, len(self._checksums))]
 
     def timestamps(self, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
@@ -232,8 +241,14 @@ class EpisodeStore:
         return int(self.episode_ends[-1])
 
     def episodes(self, split: Split) -> NDArray[np.int64]:
-        """Episode numbers of one side of the split, increasing."""
-        return np.flatnonzero(self.episode_split == SPLITS.index(split))
+        """Episode numbers of one side of the split, increasing.
+
+        Raises:
+            ContractError: no episode is held out.
+        """
+        if not len(episodes := np.flatnonzero(self.episode_split == SPLITS.index(split))):
+            raise ContractError(f"{self.path}: no episode is held out, which this needs; convert at least two episodes")
+        return episodes
 
     def bounds(self, episode: int) -> tuple[int, int]:
         """First row of an episode and the row after its last."""

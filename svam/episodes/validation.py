@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES, VECTORS, ContractError, VectorStatistics
+from svam.episodes.arrays import shard_file
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.findings import Check, Outliers, Rows
-from svam.episodes.inspection import QUANTITIES, shard_files, stored_arrays, training_blocks
+from svam.episodes.inspection import QUANTITIES, stored_arrays, training_blocks
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import FileError
@@ -110,7 +111,8 @@ class Validation:
         for name in ("depth", "segmentation"):
             if (annotated := store.annotation(name)) is not None:
                 self.check(f"annotations/{name}/values", f"{len(annotated.rows):,} frames, in range")
-        sides = " and ".join(f"{len(store.episodes(split))} episodes {split.replace('_', ' ')}" for split in SPLITS)
+        counts = np.bincount(store.episode_split, minlength=len(SPLITS)).tolist()
+        sides = " and ".join(f"{count} episodes {split.replace('_', ' ')}" for count, split in zip(counts, SPLITS, strict=True))
         self.check("split", sides)
         self.check("instructions", f"{len(set(store.episode_instructions)):,} sentences for {len(store.tasks):,} tasks")
         self.check("statistics", "equal those of the training episodes" if store.attributes.statistics else "none: no actions")
@@ -118,7 +120,7 @@ class Validation:
         self.check("duplicates", "none")
 
     def _check_files(self) -> None:
-        """Nothing lies between or after the chunks, and nothing beside the shards."""
+        """Every shard is there, of the size that its array states, and nothing beside them."""
         path, check = self.store.path, self.check("files")
         expected = {path / name / "zarr.json" for name in self._arrays}
         expected |= {path / parent / "zarr.json" for name in self._arrays for parent in Path(name).parents}
@@ -128,21 +130,11 @@ class Validation:
         for name, reader in self._arrays.items():
             if name not in known:
                 check.warn(f"array {name} is none of the store's and was not read")
-            index_bytes = reader.shard_rows // reader.chunk_rows * 16 + 4
-            for file in shard_files(reader):
-                expected.add(file)
-                if not file.is_file():
-                    check.fault(f"{file}: no such file, though the array has {len(reader)} rows")
-                    continue
-                if (size := file.stat().st_size) < index_bytes:
-                    check.fault(f"{file}: truncated ({size} bytes; its index alone has {index_bytes})")
-                    continue
-                with file.open("rb") as opened:
-                    opened.seek(-index_bytes, 2)
-                    index = np.frombuffer(opened.read(index_bytes - 4), dtype="<u8")
-                used = int(index[1::2][index[1::2] != np.uint64(2**64 - 1)].sum())
-                if used + index_bytes != file.stat().st_size:
-                    check.fault(f"{file}: {file.stat().st_size - used - index_bytes} bytes belong to no chunk")
+            expected |= {shard_file(reader.path, n, len(reader.shape)) for n in range(-(-len(reader) // reader.shard_rows))}
+            try:
+                reader.check()
+            except FileError as error:
+                check.fault(str(error))
         for file in sorted(file for file in path.rglob("*") if file.is_file() and file not in expected):
             check.warn(f"{file} is no file of the store")
 

@@ -46,7 +46,7 @@ def call(*arguments: object) -> Result:
 def test_inspect_says_what_is_there(kept: Path) -> None:
     found = json.loads(call("inspect", kept, "--json").stdout)
     store = EpisodeStore.open(kept)
-    assert (found["episodes"], found["rows"], found["rate_hz"], found["schema_version"]) == (9, len(store), 20.0, 2)
+    assert (found["episodes"], found["rows"], found["rate_hz"], found["schema_version"]) == (9, len(store), 20.0, 3)
     assert found["hours"] == len(store) / 20 / 3600 and found["timestamps"] and found["checksums"] == 9
     assert found["cameras"] == {"front": [8, 8], "wrist": [8, 8]}
     assert sum(side["episodes"] for side in found["split"].values()) == 9

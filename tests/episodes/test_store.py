@@ -45,7 +45,7 @@ def test_everything_comes_back_exactly(kept: Path) -> None:
             assert annotated.values(mine).dtype == annotation.values.dtype
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(rows=st.lists(st.integers(0, sum(len(e.actions) for e in SOURCE.episodes) - 1), max_size=40))
 def test_any_rows_in_any_order_with_repeats(kept: Path, rows: list[int]) -> None:
     whole = np.concatenate([e.frames["front"] for e in SOURCE.episodes])
@@ -95,7 +95,7 @@ def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
 
 def test_another_schema_version(path: Path) -> None:
     edit(path, lambda attributes: attributes.update(schema_version=99))
-    with refused(r"schema_version is 99, this code reads 2; run the convert stage again"):
+    with refused(r"schema_version is 99, this code reads 3; convert again: dvc repro --force"):
         EpisodeStore.open(path)
 
 
@@ -113,7 +113,7 @@ def test_numbers_that_contradict_one_another(path: Path) -> None:
         ("episode_ends", ends[:-1], "episode_split has 9 entries, episode_ends has 8"),
         ("episode_ends", ends + 1, rf"frames/front is uint8 .*, expected uint8 \({ends[-1] + 1}, H, W, 3\)"),
         ("episode_ends", ends.astype(np.int32), "episode_ends is int32"),
-        ("episode_split", split, "has no held_out episode"),
+        ("episode_split", split + np.uint8(1), "has no training episode"),
         ("episode_split", split + np.uint8(2), r"episode_split holds 2\.\.2, expected 0\.\.1"),
     ):
         replace(path, "episode_ends", lambda _: ends)
@@ -127,7 +127,7 @@ def test_numbers_that_contradict_one_another(path: Path) -> None:
 def test_a_truncated_shard_is_found_on_opening(path: Path, array: str, share: float) -> None:
     file = shards(path, array)[-1]
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
-    with refused("truncated or damaged", str(file)):
+    with refused("truncated or damaged: .* bytes, expected", str(file)):
         EpisodeStore.open(path)
 
 
@@ -140,7 +140,7 @@ def test_a_missing_shard_is_not_zeros(path: Path) -> None:
 
 def test_a_foreign_layout_is_named(tmp_path: Path) -> None:
     zarr.create_array(str(tmp_path / "plain"), shape=(4, 2), dtype="float32", chunks=(2, 1))
-    with refused(r"not the metadata of a sharded|expected shards"):
+    with refused("expected shards of whole rows"):
         RowReader(tmp_path / "plain")
 
 
@@ -172,7 +172,7 @@ def test_mantissas_are_rounded_to_the_nearest(tmp_path: Path) -> None:
             group.array("x", (256,), np.float16, 8, 64, mantissa_bits=bits).append(noise)
         reader = RowReader(tmp_path / str(bits) / "x")
         read = reader.read_range(0, 64)
-        assert read.dtype == np.float16 and reader.attributes == ({} if bits is None else {"mantissa_bits": bits})
+        assert read.dtype == np.float16 and reader.attributes.get("mantissa_bits") == bits
         np.testing.assert_allclose(read, noise, rtol=2.0 ** -(11 if bits is None else bits + 1) * 1.13, atol=1e-7)
         sizes[bits] = shards(tmp_path / str(bits), "x")[0].stat().st_size
         np.testing.assert_array_equal(zarr.open_array(str(tmp_path / str(bits) / "x"), mode="r")[:], read)

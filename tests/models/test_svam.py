@@ -253,7 +253,7 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_part(
 def test_a_folder_of_an_older_version_is_one_sentence(saved: Path) -> None:
     edited(saved / "policy/config.json", lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 1'))
     write_manifest(saved)
-    with pytest.raises(FileError, match=r"policy/config.json: schema_version is 1, but this version of the code reads 2"):
+    with pytest.raises(FileError, match=r"policy/config.json: schema_version is 1, but this version of the code reads 3"):
         SVAM.load(saved)
 
 
