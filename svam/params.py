@@ -162,7 +162,8 @@ class Convert(Section):
     binary_dimensions: list[Annotated[int, Field(ge=0)]]
     normalisation: Literal["minmax", "quantile", "meanstd"]
     vector_dtype: Literal["float32", "float16"]
-    compression: Literal["zstd", "lz4", "blosc"]
+    compression: Literal["zstd", "lz4", "blosc", "jpegxl", "webp"]
+    quality: Annotated[int, Field(ge=1, le=100)]
     chunk_frames: Annotated[int, Field(ge=1, le=65534)]
     shard_megabytes: Positive
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from numcodecs import BitRound, blosc
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
+from svam.episodes.lossy import LOSSY, picture_codec
 from svam.files import FileError, read_json
 
 if TYPE_CHECKING:
@@ -73,15 +75,20 @@ def codecs_for(compression: str = "zstd") -> list[Any]:
 
 def create_array(
     path: Path, shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_rows: int, compression: str = "zstd",
-    attributes: Mapping[str, Any] | None = None,
+    quality: int = 0, attributes: Mapping[str, Any] | None = None,
 ) -> zarr.Array[Any]:  # fmt: skip
-    """An empty array (n, ...), chunks and shards of whole rows."""
+    """An empty array (n, ...), chunks and shards of whole rows. quality: of `svam.episodes.lossy.LOSSY` pictures alone."""
     import zarr
+    from zarr.codecs import Crc32cCodec
 
-    with named_failures(path):
+    codecs: dict[str, Any] = {"compressors": codecs_for(compression)}
+    if compression in LOSSY:
+        codecs = {"serializer": picture_codec(compression, quality), "compressors": [Crc32cCodec()]}
+    with named_failures(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a codec is not in the specification
         return zarr.create_array(
             path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
-            shards=(shard_rows, *shape[1:]), filters=None, compressors=codecs_for(compression),
+            shards=(shard_rows, *shape[1:]), filters=None, **codecs,
             attributes=None if attributes is None else dict(attributes),
             config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
         )  # fmt: skip
@@ -114,7 +121,9 @@ class ArrayWriter:
         self._buffer = np.empty((shard_rows, *row_shape), dtype=dtype)
         # Rounded mantissas are zeros in the same bit planes.
         compression, stated = ("zstd", None) if mantissa_bits is None else ("blosc", {"mantissa_bits": mantissa_bits})
-        self._array = create_array(path, (0, *row_shape), self._buffer.dtype, chunk_rows, shard_rows, compression, stated)
+        self._array = create_array(
+            path, (0, *row_shape), self._buffer.dtype, chunk_rows, shard_rows, compression, attributes=stated
+        )
 
     def append(self, values: NDArray[Any]) -> None:
         """Add rows (k, *row_shape). Floats are cast to the array's float type and, if asked for, rounded.

@@ -32,13 +32,13 @@ class EpisodeDigest:
             rows = np.array([google_crc32c.value(row) for row in rows.reshape(len(rows), -1).view(np.uint8)], dtype="<u4")
         self._of[name].update(rows.data)
 
-    def digest(self, only: str = "") -> bytes:
-        """32 bytes, of all arrays or of those whose names begin with `only`."""
+    def digest(self, only: str = "", but: str | None = None) -> bytes:
+        """32 bytes, of all arrays; or of those whose names begin with `only`, and not with `but`."""
         whole = hashlib.sha256()
-        for name in sorted(name for name in self._of if name.startswith(only)):
+        for name in sorted(name for name in self._of if name.startswith(only) and not (but and name.startswith(but))):
             whole.update(f"{name}\0{self._of[name].hexdigest()}\n".encode())
         return whole.digest()
 
-    def hexdigest(self, only: str = "") -> str:
-        """`digest` in hexadecimal."""
-        return self.digest(only).hex()
+    def hexdigest(self) -> str:
+        """`digest` of all arrays in hexadecimal."""
+        return self.digest().hex()

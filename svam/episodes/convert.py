@@ -44,6 +44,7 @@ from svam.device import become_worker
 from svam.episodes.arrays import GroupWriter
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.frames import prepared
+from svam.episodes.lossy import LOSSY, PictureError, picture_codec
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
 from svam.episodes.statistics import vector_statistics
@@ -152,7 +153,7 @@ class Plan:
         layouts = {
             name: Layout.of(
                 int(starts[name][-1]), row_shape, _stored(name, dtype, params), _chunk_rows(name, params),
-                params.shard_megabytes * 2**20, params.compression if name.startswith("frames/") else "zstd",
+                params.shard_megabytes * 2**20, *((params.compression, params.quality) if name.startswith("frames/") else ()),
             )
             for name, (row_shape, dtype, _) in parts.items()
         }  # fmt: skip
@@ -198,7 +199,7 @@ def _stored(name: str, dtype: np.dtype[Any], params: Convert) -> np.dtype[Any]:
 
 def _chunk_rows(name: str, params: Convert) -> int:
     if name.startswith("frames/"):
-        return params.chunk_frames
+        return 1 if params.compression in LOSSY else params.chunk_frames
     return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
 
 
@@ -297,21 +298,26 @@ class _Work:
                 name: Rows(self.array(name), *plan.rows(name, number), folder / self.piece(number, name))
                 for name in plan.layouts
             }
-            facts = []
+            params, facts = plan.params, []
+            codec = picture_codec(params.compression, params.quality) if params.compression in LOSSY else None
             for e in range(first, end):
                 episode, digest = _checked(plan, e), EpisodeDigest()
+                errors: dict[str, PictureError] = {}
                 where = f"episode {e} ({episode.provenance.get('file', episode.task)})"
                 for name, rows in written.items():
                     shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
                     try:
                         for block in _blocks(episode, name):
-                            digest.update(name, block)
+                            if codec is not None and name.startswith("frames/"):  # one picture of a block is measured
+                                errors.setdefault(name, PictureError()).measure(codec, block[0])
+                            else:
+                                digest.update(name, block)
                             rows.append(block + shift if shift else block.astype(plan.layouts[name].dtype, copy=False))
                     except ContractError as error:
                         raise ContractError(f"{where}: {name}: {error}") from None
                 facts.append({
                     "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
-                    "checksum": digest.hexdigest(),
+                    "checksum": digest.hexdigest(), "errors": {name: vars(error) for name, error in errors.items()},
                 })  # fmt: skip
             for rows in written.values():
                 rows.close()
@@ -366,7 +372,8 @@ def _done(work: _Work, jobs: deque[Job], next_jobs: Callable[[Job], list[Job]], 
         try:
             while jobs or running:
                 while jobs and len(running) <= workers:
-                    running[pool.submit(_do, jobs[0])] = jobs.popleft()
+                    job = jobs.popleft()
+                    running[pool.submit(_do, job)] = job
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     job = running.pop(future)
                     future.result()
@@ -489,12 +496,26 @@ def _describe(work: _Work, group: GroupWriter, facts: list[dict[str, Any]], spli
     group.attributes = {
         "schema_version": STORE_SCHEMA, "source": plan.description.model_dump(mode="json"), "tasks": tasks,
         "notes": [*plan.source.notes, *own], "compression": plan.params.compression,
+        "picture_error": _picture_error(plan, facts),
         "episode_instructions": [fact["instruction"] for fact in facts],
         "episode_provenance": [fact["provenance"] for fact in facts],
         "episode_numbers": list(getattr(plan.source, "numbers", range(len(facts)))),
         "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
     }  # fmt: skip
+
+
+def _picture_error(plan: Plan, facts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """By camera what was lost, and the quality that was asked for; None where nothing was."""
+    if plan.params.compression not in LOSSY:
+        return None
+    stated: dict[str, Any] = {"quality": plan.params.quality}
+    for camera in plan.description.cameras:
+        total = PictureError()
+        for fact in facts:
+            total.add(PictureError(**fact["errors"][f"frames/{camera}"]))
+        stated[camera] = total.stated()
+    return stated
 
 
 def _statistics(work: _Work, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:

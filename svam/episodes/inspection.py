@@ -140,7 +140,8 @@ def facts(path: Path) -> dict[str, Any]:
         "vectors": _vector_facts(store),
         "annotations": _annotation_facts(store, arrays),
         "timestamps": store.timestamps(np.zeros(0, dtype=np.int64)) is not None,
-        "episode_list": _episode_facts(store), "notes": store.attributes.notes, "compression": store.attributes.compression,
+        "episode_list": _episode_facts(store), "notes": store.attributes.notes,
+        "compression": store.attributes.compression, "picture_error": store.attributes.picture_error,
         "provenance": dict(store.provenance),
         "arrays": arrays, "files": len(files), "bytes": size, "uncompressed_bytes": uncompressed,
         "ratio": uncompressed / max(1, size),
@@ -166,6 +167,17 @@ def _table(title: str, *columns: str, left: int = 1) -> Table:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
     return table
+
+
+def _compression(found: dict[str, Any]) -> str:
+    """How frames are kept, and what was lost."""
+    if (error := found["picture_error"]) is None:
+        return f"{found['compression']}, without loss"
+    cameras = (
+        f"{camera} {stated['mean_absolute']:.2f} grey levels, " + (f"{psnr} dB" if (psnr := stated["psnr_db"]) else "none")
+        for camera, stated in error.items() if camera != "quality"
+    )  # fmt: skip
+    return f"{found['compression']} of quality {error['quality']}; mean absolute error and PSNR: {'; '.join(cameras)}"
 
 
 def _overview(found: dict[str, Any]) -> Table:
@@ -194,7 +206,7 @@ def _overview(found: dict[str, Any]) -> Table:
             for name, entry in found["annotations"].items()
         ) or "none",
         "timestamps": "kept" if found["timestamps"] else f"none: a step lasts 1 / {found['rate_hz']:g} s",
-        "compression": found["compression"],
+        "compression": _compression(found),
         "on disk": f"{readable_bytes(found['bytes'])} in {found['files']:,} files, "
         f"{readable_bytes(found['uncompressed_bytes'])} uncompressed: {found['ratio']:.1f} times smaller",
     }  # fmt: skip

@@ -7,6 +7,7 @@ array states, and an array that is replaced while it is in use.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError
 from svam.episodes.arrays import SHARD_BYTES, shard_file
+from svam.episodes.lossy import PREFIX, register
 from svam.files import FileError, stamp
 
 
@@ -39,8 +41,12 @@ class RowReader:
         if not file.is_file():
             raise FileError(f"{self.path}: no such array")
         self._stamp = stamp(file)
+        if PREFIX.encode() in file.read_bytes():
+            register()
         try:
-            self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that a codec is not in the specification
+                self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
             self.attributes: Mapping[str, Any] = dict(self._array.attrs)
         except Exception as error:  # whatever a damaged JSON makes of zarr's metadata classes
             raise FileError(f"{file}: not the metadata of a Zarr v3 array ({type(error).__name__}: {error})") from None

@@ -8,17 +8,22 @@ their number alone, so any cut into rows gives the same bytes.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from svam.contract import ContractError
 from svam.episodes.arrays import create_array, named_failures, shard_file, state_sizes
+from svam.episodes.lossy import LOSSY, register
 from svam.files import FileError
+
+if TYPE_CHECKING:
+    import zarr
 
 
 @dataclass(frozen=True)
@@ -31,16 +36,17 @@ class Layout:
     chunk_rows: int
     shard_rows: int
     compression: str = "zstd"
+    quality: int = 0
 
     @classmethod
     def of(
         cls, rows: int, row_shape: tuple[int, ...], dtype: DTypeLike, chunk_rows: int, shard_bytes: float,
-        compression: str = "zstd",
+        compression: str = "zstd", quality: int = 0,
     ) -> Layout:  # fmt: skip
         """Shards of at most `shard_bytes` uncompressed, but of a chunk at least."""
         chunk_bytes = chunk_rows * max(1, math.prod(row_shape) * np.dtype(dtype).itemsize)
         chunks = max(1, min(int(shard_bytes) // chunk_bytes, -(-rows // chunk_rows)))
-        return cls(rows, tuple(row_shape), np.dtype(dtype), chunk_rows, chunks * chunk_rows, compression)
+        return cls(rows, tuple(row_shape), np.dtype(dtype), chunk_rows, chunks * chunk_rows, compression, quality)
 
     def bounds(self, shard: int) -> tuple[int, int]:
         """First row of a shard and the row after its last."""
@@ -61,7 +67,9 @@ class ShardedArray:
         """Its metadata, unless they are there."""
         if not (self.path / "zarr.json").is_file():
             shape, layout = (self.layout.rows, *self.layout.row_shape), self.layout
-            create_array(self.path, shape, layout.dtype, layout.chunk_rows, layout.shard_rows, layout.compression)
+            create_array(
+                self.path, shape, layout.dtype, layout.chunk_rows, layout.shard_rows, layout.compression, layout.quality
+            )
 
     def has(self, shard: int) -> bool:
         """Whether a shard is there; zarr gives it its name when it is whole."""
@@ -78,11 +86,9 @@ class ShardedArray:
 
     def write(self, shard: int, values: NDArray[Any]) -> None:
         """All rows of a shard."""
-        import zarr
-
         first, last = self.layout.bounds(shard)
         with named_failures(self.path):
-            zarr.open_array(self.path, mode="r+").with_config({"write_empty_chunks": True})[first:last] = values
+            self._opened().with_config({"write_empty_chunks": True})[first:last] = values
 
     def join(self, shard: int, pieces: Sequence[Path]) -> None:
         """Write a shard from the pieces of all who share it, in the order of their rows, and remove those.
@@ -107,9 +113,16 @@ class ShardedArray:
 
     def close(self) -> None:
         """State the sizes of the files, which are all there."""
+        state_sizes(self._opened(), self.path)
+
+    def _opened(self) -> zarr.Array[Any]:
         import zarr
 
-        state_sizes(zarr.open_array(self.path, mode="r+"), self.path)
+        if self.layout.compression in LOSSY:
+            register()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a codec is not in the specification
+            return zarr.open_array(self.path, mode="r+")
 
 
 class Rows:

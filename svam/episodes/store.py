@@ -44,6 +44,8 @@ class StoreAttributes(Frozen):
     notes: list[str]
     """What the conversion did that a person should know."""
     compression: str
+    picture_error: dict[str, Any] | None
+    """Of lossy frames: the quality, and by camera the mean absolute error and PSNR against the source."""
     tasks: list[str]
     episode_numbers: list[int]
     episode_names: list[str]

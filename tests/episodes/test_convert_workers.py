@@ -19,6 +19,7 @@ from svam.episodes import convert as conversion
 from svam.episodes.convert import convert
 from svam.episodes.frames import resize_frames, resize_labels
 from svam.episodes.store import EpisodeStore
+from svam.episodes.validation import validate
 from svam.files import locked, sha256_tree
 from tests import ROOT
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
@@ -269,3 +270,41 @@ def test_zarr_alone_opens_a_store(tmp_path: Path, compression: str) -> None:
         np.testing.assert_array_equal(np.load(tmp_path / f"{camera}.npy"), truth)
         np.testing.assert_array_equal(store.frames(np.arange(len(store))[::-1], camera), truth[::-1])
     np.testing.assert_array_equal(np.load(tmp_path / "actions.npy"), np.concatenate([e.actions for e in source.episodes]))
+
+
+WITH_IMAGECODECS = """
+import imagecodecs.numcodecs, zarr.codecs.numcodecs, zarr.registry
+imagecodecs.numcodecs.register_codecs(verbose=False)
+class Pictures(zarr.codecs.numcodecs.PCodec, codec_name="imagecodecs_NAME"): pass
+zarr.registry.register_codec("numcodecs.imagecodecs_NAME", Pictures)
+"""
+
+
+@pytest.mark.parametrize("compression", ["jpegxl", "webp"])
+def test_lossy_frames_state_their_error(tmp_path: Path, compression: str) -> None:
+    """zarr and imagecodecs alone read them, after the lines that the page on the store gives."""
+    pytest.importorskip("imagecodecs")
+    lines = WITH_IMAGECODECS.replace("NAME", compression)
+    page = (ROOT / "svam/episodes/README.md").read_text()
+    assert all(line.replace(compression, "webp") in page for line in lines.strip().splitlines())
+    rng = np.random.default_rng(0)
+    smooth = (np.linspace(40, 200, 32)[None, :, None, None] + rng.normal(0, 3, (20, 32, 32, 3))).astype(np.uint8)
+    source = Recorded([make_episode("push", 20, k, size=32) for k in range(3)])
+    for k in range(3):
+        source = source.changed(k, frames=dict.fromkeys(CAMERAS, smooth), annotations={})
+    found = []
+    for quality in (90, 30):
+        settings = SETTINGS.model_copy(update={"compression": compression, "quality": quality})
+        convert(source, tmp_path / "s.zarr", settings, seed=0)
+        store = EpisodeStore.open(tmp_path / "s.zarr")
+        frames, stated = store.frames(np.arange(20)), store.attributes.picture_error
+        assert stated is not None and stated["quality"] == quality
+        error = np.abs(frames.astype(int) - smooth)[0].mean()  # the first of each episode is measured
+        assert 0 < stated["front"]["mean_absolute"] == pytest.approx(error, abs=1e-3) and stated["front"]["pictures"] == 3
+        found.append(stated["wrist"]["psnr_db"])
+        code = lines + ALONE.replace('"annotations", ', "")
+        subprocess.run([sys.executable, "-I", "-c", code, tmp_path / "s.zarr", tmp_path], cwd=tmp_path, check=True)
+        np.testing.assert_array_equal(np.load(tmp_path / "front.npy")[:20], frames)
+        checks = validate(tmp_path / "s.zarr", lambda total: lambda rows: None)
+        assert [check.name for check in checks if check.faults] in ([], ["duplicates"])
+    assert found[0] > found[1] > 20

@@ -47,7 +47,8 @@ def test_inspect_says_what_is_there(kept: Path) -> None:
     found = json.loads(call("inspect", kept, "--json").stdout)
     store = EpisodeStore.open(kept)
     assert (found["episodes"], found["rows"], found["rate_hz"], found["schema_version"]) == (9, len(store), 20.0, 3)
-    assert found["hours"] == len(store) / 20 / 3600 and found["timestamps"] and found["checksums"] == 9
+    assert found["hours"] == len(store) / 20 / 3600 and found["timestamps"]
+    assert found["episode_list"][4] == {"number": 4, "name": "", "rows": 21, "task": "pull", "split": "train"}
     assert found["cameras"] == {"front": [8, 8], "wrist": [8, 8]}
     assert sum(side["episodes"] for side in found["split"].values()) == 9
     assert found["split"]["train"]["rows"] == len(store.rows("train"))
@@ -70,7 +71,7 @@ def test_inspect_prints_tables(kept: Path) -> None:
     text = call("inspect", kept, "--tasks", 1).stdout
     for part in (
         "189 at 20 Hz", "front 8 x 8, wrist 8 x 8", "pull please, number 4", "and 1 more", "computed now", "frames/wrist",
-        "relative, normalised by minmax", "times smaller", "schema version 2", "1 paraphrases held out", "source",
+        "normalised by minmax", "times smaller", "schema version 3", "1 paraphrases held out", "source",
     ):  # fmt: skip
         assert part in text, part
 
@@ -195,14 +196,6 @@ def test_wrong_statistics_instructions_and_strange_files(path: Path) -> None:
     assert "actions: q99[2] is" in checks["statistics"].text() and "training rows stated" in checks["statistics"].text()
     assert checks["instructions"].faults == ["episode 3: the instruction is empty"]
     assert checks["instructions"].warnings == ["episode 0: its instruction 'push c' is one of those held out"]
-
-
-def test_bytes_between_the_chunks_are_noticed(path: Path) -> None:
-    file = shards(path, "frames/front")[0]
-    data = file.read_bytes()
-    index = len(data) - (4 * 16 + 4)
-    file.write_bytes(data[:index] + b"hidden" + data[index:])
-    assert faults_of(path) == {"files": f"{file}: 6 bytes belong to no chunk"}
 
 
 def test_a_store_that_does_not_open_has_one_fault(path: Path, tmp_path: Path) -> None:
