@@ -117,6 +117,8 @@ EDITS: list[tuple[str, str, str, set[str]]] = [
     ("svam/training/prepare_backbones/autoencoder.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", AUTOENCODER),
     ("svam/training/loop.py", "\ndef fit(", "\nLIMIT = 3\n\n\ndef fit(", BACKBONES),
     ("svam/episodes/convert.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", CONVERT),
+    ("svam/episodes/instructions.yaml", "# MetaWorld task", "# A task", set()),
+    ("svam/episodes/instructions.yaml", "dunk the basketball", "dunk the ball", CHECK | COLLECT),
     ("svam/sources/metaworld.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", CHECK | CONVERT),
     ("svam/sources/calvin.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", set()),
     ("svam/evaluation/rollout.py", "\ndef ", "\nLIMIT = 3\n\n\ndef ", EVALUATE),
@@ -174,7 +176,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(finished: Path) -> Iterator[Path]:
     """The finished project; what a test edits is put back."""
-    code = [*(finished / "data/code").iterdir(), *finished.rglob("*.py")]
+    code = [*(finished / "data/code").iterdir(), *finished.rglob("*.py"), *finished.glob("svam/**/*.yaml")]
     sources = {file: file.read_bytes() for file in [*code, finished / "params.yaml"]}
     yield finished
     for file, content in sources.items():
