@@ -185,6 +185,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits, deep nesting
+        refuse_lfs_pointer(path)
         raise FileError(f"{path}: not valid JSON ({error})") from None
 
 

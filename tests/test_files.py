@@ -97,7 +97,8 @@ def test_a_full_disk_is_named(tmp_path: Path, whole: Callable[[Path], AbstractCo
 def test_a_git_lfs_pointer_is_called_one(tmp_path: Path) -> None:
     (tmp_path / "pointer.mp4").write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1234567\n")
     (tmp_path / "video.mp4").write_bytes(b"\0\0\0 ftypisom")
-    with pytest.raises(FileError, match="pointer.mp4: a Git LFS pointer.*git lfs pull"):
-        refuse_lfs_pointer(tmp_path / "pointer.mp4")
+    for refuses in (refuse_lfs_pointer, read_json):
+        with pytest.raises(FileError, match="pointer.mp4: a Git LFS pointer.*git lfs pull"):
+            refuses(tmp_path / "pointer.mp4")
     refuse_lfs_pointer(tmp_path / "video.mp4")
     refuse_lfs_pointer(tmp_path / "absent.mp4")

@@ -117,25 +117,19 @@ def find_version(path: Path, version: str) -> Path:
         raise FileError(f"{path}: no such directory")
     if not version and (path / "dataset_info.json").is_file():
         return path
-    folders = {
-        file.parent: file.parent.relative_to(path).as_posix()
-        for depth in ("", "*/", "*/*/", "*/*/*/")
-        for file in sorted(path.glob(f"{depth}dataset_info.json"))
-        if file.is_file()
-    }
-    if not folders:
+    files = sorted(file for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json") if file.is_file())
+    names = {file.parent: file.parent.relative_to(path).as_posix() for file in files}
+    if not names:
         raise FileError(
             f"{path}: no dataset_info.json in it or up to three folders below; expected a TFDS folder such as 1.0.0"
         )
     chosen = [
-        folder
-        for folder, name in folders.items()
-        if not version or f"/{path.name}/{name}".removesuffix("/.").endswith(f"/{version}")
-    ]
+        folder for folder, name in names.items() if f"/{path.name}/{name}".removesuffix("/.").endswith(f"/{version}")
+    ] if version else list(names)  # fmt: skip
     if len(chosen) != 1:
         which = f"convert.options.version is {version!r}, which fits {len(chosen)}"
         raise ParamsError(
-            f"{path}: {len(folders)} data sets ({', '.join(folders.values())}); "
+            f"{path}: {len(names)} data sets ({', '.join(names.values())}); "
             f"{which if version else 'say which by convert.options.version'}, expected one"
         )
     return chosen[0]

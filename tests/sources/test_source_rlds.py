@@ -340,10 +340,13 @@ def test_wrong_values_are_named(tmp_path: Path, change: dict[str, Any], message:
         frames_of(source.read(1))
 
 
-def test_grey_and_palette_pictures_become_rgb(tmp_path: Path) -> None:
-    grey = pixels(0, 1)[0, ..., 0]
-    e = toy(tmp_path, episode(0, n=1, observation__image=[png(grey)])).read(0)
-    assert np.array_equal(frames_of(e)[0], np.repeat(grey[..., None], 3, axis=2))
+def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
+    rgb = pixels(0, 1)[0]
+    for picture, expected in ((rgb[..., 0], rgb[..., [0, 0, 0]]), (np.dstack([rgb, rgb[..., 0]]), rgb)):
+        for channels in (3, 4):
+            features = {**FEATURES, "steps/observation/image": image(6, 8, channels)}
+            source = toy(tmp_path, episode(0, n=1, observation__image=[png(picture)]), features=features)
+            assert np.array_equal(frames_of(source.read(0))[0], expected)
 
 
 def test_damaged_record_files(tmp_path: Path) -> None:
