@@ -42,7 +42,7 @@ def test_a_failure_keeps_the_old_directory(tmp_path: Path, monkeypatch: pytest.M
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", refuse)
-    with pytest.raises(OSError, match="No space left"), whole_directory(out) as partial:
+    with pytest.raises(FileError, match="No space left"), whole_directory(out) as partial:
         (partial / "new").write_text("new")
     assert (out / "a").read_text() == "old"
     assert names(tmp_path) == ["out"]
