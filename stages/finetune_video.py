@@ -13,8 +13,7 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 SAMPLES = 8
-"""Held-out clips that are written for the report's figure, (n, 2, T, H, W, 3) uint8: the truth through the autoencoder, and
-the generation."""
+"""Held-out clips that are written for the report's figure, (n, 2, T, H, W, 3) uint8: the decoded truth, and the generation."""
 
 
 def main(
@@ -26,8 +25,6 @@ def main(
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
     """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and held-out clips (samples/clips.npy)."""
-    section, seed = params.finetune_video, params.seed
-
     from svam.episodes.store import SPLITS, EpisodeStore
     from svam.files import whole_directory, write_json
     from svam.models.autoencoder import Autoencoder
@@ -37,6 +34,7 @@ def main(
     from svam.training.finetune_video import TextTable, evaluate_video, new_video_model, train_video
     from svam.training.latents import LatentClips, open_latents
 
+    section, seed = params.finetune_video, params.seed
     device = prepare_torch(params.machine.device, params.threads, seed)
     inputs = [episodes, latents, backbones / "autoencoder", backbones / "text"]
     with resumable_run("finetune_video", params, ["encode", "finetune_video"], inputs, device) as resume:

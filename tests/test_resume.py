@@ -17,21 +17,13 @@ from torch import Tensor, nn
 
 from svam.code import stage_code
 from svam.console import console, one_line_errors
-from svam.episodes.store import EpisodeStore
 from svam.files import FileError, clear_leftovers, sha256_tree
-from svam.models.generator import VideoGenerator
-from svam.models.video import SamplerConfig
-from svam.params import CacheTeacher, Generate, Params
+from svam.params import Params
 from svam.resume import OLD_STATES, Resume, identity, resumable_run
-from svam.training import cache_teacher as teacher_cache
-from svam.training import generate as generation
 from svam.training.batch_order import EndlessOrder
-from svam.training.distill_data import GeneratedWindows
-from svam.training.generate import choose_windows, generate_windows
 from svam.training.loop import fit
 from tests import ROOT
 from tests.killing import kill
-from tests.tiny_foresight import GRID, encoded, make_store, make_teacher, save_parts
 from tests.toy import optimiser, write_toy_params
 
 CPU = torch.device("cpu")
@@ -128,79 +120,6 @@ def test_an_order_is_each_number_once_and_a_function_of_the_batch() -> None:
     assert sorted(seen.tolist()) == sorted([*range(10)] * 2)
     assert np.array_equal(EndlessOrder(10, 4, "key").batch(3), order.batch(3))
     assert sorted(EndlessOrder(3, 8, "key").batch(1).tolist()).count(0) in (2, 3)
-
-
-# --- blocks of windows ---------------------------------------------------------------------------------------------------
-
-SECTION = Generate(
-    windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=2, bf16=False, keep_features=True,
-)  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`episodes.zarr`, `backbones/*` and `video`."""
-    folder = tmp_path_factory.mktemp("parts")
-    save_parts(folder, make_store(folder / "episodes.zarr"), "fixed")
-    return folder
-
-
-def generate(parts: Path, out: Path, resume: Resume) -> None:
-    """What the stage does, five batches of windows."""
-    store = EpisodeStore.open(parts / "episodes.zarr")
-    sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
-    folders = {"autoencoder": parts / "backbones/autoencoder", "text": parts / "backbones/text", "video": parts / "video"}
-    model = VideoGenerator.load(sampler, folders)
-    windows = choose_windows(store, SECTION, model.video_model.config, 0)
-    with resume.directory(out) as partial:
-        generate_windows(partial, encoded(store, model.frame_autoencoder), model, windows, SECTION, 0, "abc", resume)
-
-
-def look(parts: Path, generated: Path, out: Path, resume: Resume) -> dict[str, Any]:
-    """What the stage `cache_teacher` does."""
-    section, store = CacheTeacher(reference="frame", batch=3), EpisodeStore.open(parts / "episodes.zarr")
-    with resume.directory(out) as partial:
-        return teacher_cache.cache_windows(
-            partial, GeneratedWindows(generated), store, make_teacher("depth"), "geometric", section, "generated", CPU, resume
-        )
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, where: Any, name: str) -> list[int]:
-    """Count the calls of a function of a module."""
-    calls: list[int] = []
-    function = getattr(where, name)
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(where, name, counting)
-    return calls
-
-
-def test_windows_are_generated_once(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
-    generate(parts, tmp_path / "straight", Resume(None))
-    kill(3, generate, parts, tmp_path / "resumed", Resume(state, 0))
-    assert not (tmp_path / "resumed").exists()
-    calls = counted(monkeypatch, generation, "_generated")
-    generate(parts, tmp_path / "resumed", Resume(state, 0))
-    assert len(calls) == 2, "five batches, of which three were kept"
-    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
-    assert {p.name for p in tmp_path.iterdir()} == {"straight", "resumed", "state"}, "what the killed run left half is gone"
-
-
-def test_teacher_features_are_computed_once(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
-    generate(parts, tmp_path / "generated", Resume(None))
-    metrics = look(parts, tmp_path / "generated", tmp_path / "straight", Resume(None))
-    for after in (2, 3, 3):
-        kill(after, look, parts, tmp_path / "generated", tmp_path / "resumed", Resume(state, 0))
-    calls = counted(monkeypatch, teacher_cache, "moved_patches")
-    assert look(parts, tmp_path / "generated", tmp_path / "resumed", Resume(state, 0)) == metrics
-    assert len(calls) == 0 and sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight")
 
 
 # --- the state of a stage ------------------------------------------------------------------------------------------------

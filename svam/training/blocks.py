@@ -1,17 +1,13 @@
-"""A folder of `.npy` files that is computed block by block: in constant memory, and a killed run goes on where it was.
-
-Files grow by plain writes, so that a full disk is an error with a name; a file that is not whole cannot be opened as an array.
-"""
+"""A folder of `.npy` files that is computed block by block: in constant memory, and a killed run goes on where it was."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,129 +19,88 @@ from svam.npy import read_arrays
 from svam.resume import Resume
 
 ATTRIBUTES = "attributes.json"
-"""What the folder states beside its arrays."""
+"""What a folder states beside its arrays."""
 RECORD = "blocks"
-"""Name of the record, in the state of a run, of how far it has come."""
-
-
-class GrowingArray:
-    """One `.npy` file of a known final shape and dtype, to which rows are appended."""
-
-    def __init__(self, file: Path, shape: tuple[int, ...], dtype: type[np.generic], rows: int = 0) -> None:
-        """Begin it, or go on after its first `rows` rows.
-
-        Raises:
-            FileError: the file does not hold these rows, or is of another array.
-        """
-        self.file, self.shape, self.dtype, self.rows = file, shape, np.dtype(dtype), rows
-        header = io.BytesIO()
-        description = {"descr": self.dtype.str, "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(header, description)
-        size = len(header.getvalue()) + rows * self.row_bytes
-        if rows:
-            with file.open("rb") as opened:
-                same = opened.read(len(header.getvalue())) == header.getvalue()
-            if not same or file.stat().st_size < size:
-                raise FileError(f"{file}: does not hold the {rows} rows that were written")
-        self._opened: BinaryIO = file.open("r+b" if rows else "w+b")
-        if not rows:
-            self._opened.write(header.getvalue())
-        self._opened.truncate(size)
-        self._opened.seek(size)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-        return int(np.prod(self.shape[1:], dtype=np.int64)) * self.dtype.itemsize
-
-    def append(self, values: NDArray[Any]) -> None:
-        """Add rows (k, ...).
-
-        Raises:
-            ContractError: they are of another shape or dtype, too many, or hold NaN or infinity.
-            FileError: the file system refuses.
-        """
-        if values.dtype != self.dtype or values.shape[1:] != self.shape[1:] or self.rows + len(values) > self.shape[0]:
-            expected = f"{self.dtype} rows up to {self.shape}"
-            raise ContractError(f"{self.file.stem}: {values.dtype} {values.shape} after row {self.rows}, expected {expected}")
-        if values.dtype.kind == "f" and not np.isfinite(values).all():
-            where = np.argwhere(~np.isfinite(values))[0]
-            at = ", ".join(str(i) for i in (self.rows + where[0], *where[1:]))
-            raise ContractError(f"{self.file.stem}[{at}] is {values[tuple(where)]} as {self.dtype}, expected a finite number")
-        with named_refusals(self.file):
-            self._opened.write(np.ascontiguousarray(values).data)
-        self.rows += len(values)
-
-    def flush(self) -> None:
-        """Make what was appended durable."""
-        with named_refusals(self.file):
-            self._opened.flush()
-            os.fsync(self._opened.fileno())
-
-    def close(self) -> None:
-        """Release the file."""
-        self._opened.close()
+"""Name of the record, in the state of a run, of how many blocks are done."""
+Arrays = Mapping[str, tuple[tuple[int, ...], type[np.generic]]]
+"""Name -> (shape, dtype)."""
 
 
 def write_blocks(
     folder: Path,
-    arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]],
+    arrays: Arrays,
     blocks: Sequence[slice],
     compute: Callable[[slice], Mapping[str, NDArray[Any]]],
     resume: Resume,
     stage: str,
 ) -> dict[str, NDArray[Any]]:
-    """Compute `arrays`, name -> (shape, dtype), into `folder`, which `Resume.directory` gives; returns them mapped to memory.
+    """Compute `arrays` into `folder`, which `Resume.directory` gives; returns them mapped to memory.
+
+    The room is reserved first and written by plain writes, so that a full disk is an error with a name, and soon.
 
     Args:
-        blocks: what is computed together, in the order of the rows; see `in_batches`.
-        compute: a block -> rows of arrays, to be appended; a function of the block alone.
+        blocks: what is computed together, see `in_batches`: rows of the longest arrays. Shorter arrays have the last of them.
+        compute: a block -> its rows of the arrays that have any; a function of the block alone.
 
     Raises:
-        ContractError: `compute` gives rows that do not fit, or not as many as were announced.
+        ContractError: `compute` gives rows that do not fit, NaN or infinity.
         FileError: the file system refuses.
     """
-    _announce(stage, arrays)
+    files = {name: folder / f"{name}.npy" for name in arrays}
+    sizes = {name: np.empty(0, dtype).itemsize * int(np.prod(shape, dtype=np.int64)) for name, (shape, dtype) in arrays.items()}
+    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
+    console.print(f"{stage}: writes {sum(sizes.values()) / 1e9:.3f} GB ({parts})", highlight=False, soft_wrap=True)
+    record = resume.load_record(RECORD)
+    done = int(record.value) if record is not None and _reserved(folder, arrays) else 0
+    if not done:
+        for name, (shape, dtype) in arrays.items():
+            _reserve(files[name], shape, dtype)
+    rows = max(shape[0] for shape, _ in arrays.values())
     with ExitStack() as stack:
-        opened, done = _opened(folder, arrays, resume)
-        for array in opened.values():
-            stack.callback(array.close)
+        opened = {name: stack.enter_context(file.open("r+b")) for name, file in files.items()}
         for number in track(range(done, len(blocks)), stage, len(blocks) - done):
             for name, values in compute(blocks[number]).items():
-                opened[name].append(values)
+                (length, *shape), dtype = arrays[name]
+                first = blocks[number].start - (rows - length)
+                _check_rows(name, values, first, (blocks[number].stop - blocks[number].start, *shape), np.dtype(dtype))
+                with named_refusals(files[name]):  # from the end, whatever the length of the header
+                    opened[name].seek(first * values[:1].nbytes - sizes[name], os.SEEK_END)
+                    opened[name].write(np.ascontiguousarray(values).data)
             if resume.due():
-                for array in opened.values():
-                    array.flush()
-                rows = {name: array.rows for name, array in opened.items()}
-                resume.save_record(RECORD, {"blocks": number + 1, "rows": rows})
-        for array in opened.values():
-            array.flush()
-    for name, array in opened.items():
-        if array.rows != array.shape[0]:
-            raise ContractError(f"{folder}: {name} got {array.rows} rows, expected {array.shape[0]}")
+                for name, file in opened.items():
+                    with named_refusals(files[name]):
+                        file.flush()
+                        os.fsync(file.fileno())
+                resume.save_record(RECORD, number + 1)
     return dict(read_arrays(folder))
 
 
-def _opened(
-    folder: Path, arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]], resume: Resume
-) -> tuple[dict[str, GrowingArray], int]:
-    """The arrays and the number of blocks in them: as an earlier run left them, or empty."""
-    record = resume.load_record(RECORD)
-    if record is not None:
-        try:
-            rows = record.value["rows"]
-            opened = {name: GrowingArray(folder / f"{name}.npy", *array, rows[name]) for name, array in arrays.items()}
-            return opened, int(record.value["blocks"])
-        except (FileError, OSError, KeyError) as error:
-            console.print(f"{error}; it is computed anew", style="yellow", highlight=False, soft_wrap=True)
-    return {name: GrowingArray(folder / f"{name}.npy", *array) for name, array in arrays.items()}, 0
+def _reserve(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> None:
+    """An array of zeros whose room on the disk is taken."""
+    with named_refusals(file):
+        np.lib.format.open_memmap(file, mode="w+", dtype=dtype, shape=shape)
+        if hasattr(os, "posix_fallocate"):  # not on macOS
+            with file.open("r+b") as opened:
+                os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
-def _announce(stage: str, arrays: Mapping[str, tuple[tuple[int, ...], type[np.generic]]]) -> None:
-    """Say how much is about to be written, before it is."""
-    sizes = {name: int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize for name, (shape, dtype) in arrays.items()}
-    parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
-    console.print(f"{stage}: writes {sum(sizes.values()) / 1e9:.3f} GB ({parts})", highlight=False, soft_wrap=True)
+def _reserved(folder: Path, arrays: Arrays) -> bool:
+    """Whether the folder holds just these arrays."""
+    try:
+        present = read_arrays(folder)
+    except FileError as error:
+        console.print(f"{error}; it is computed anew", style="yellow", highlight=False, soft_wrap=True)
+        return False
+    return all(name in present and (present[name].shape, present[name].dtype) == array for name, array in arrays.items())
+
+
+def _check_rows(name: str, values: NDArray[Any], first: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    if values.shape != shape or values.dtype != dtype:
+        raise ContractError(f"{name} from row {first}: {values.dtype} {values.shape}, expected {dtype} {shape}")
+    if dtype.kind == "f" and not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0]
+        at = ", ".join(str(i) for i in (first + where[0], *where[1:]))
+        raise ContractError(f"{name}[{at}] is {values[tuple(where)]} as {dtype}, expected a finite number")
 
 
 def write_attributes(folder: Path, **attributes: Any) -> None:
@@ -174,5 +129,4 @@ def stem_of(camera: str) -> str:
 
 def in_batches(size: int, *ends: int) -> list[slice]:
     """0..ends[0] - 1, then on to ends[1] - 1, and so on: `size` at a time, none across an end."""
-    starts = (0, *ends)
-    return [slice(i, min(i + size, end)) for start, end in pairwise(starts) for i in range(start, end, size)]
+    return [slice(i, min(i + size, end)) for start, end in pairwise((0, *ends)) for i in range(start, end, size)]

@@ -19,6 +19,7 @@ from svam.training.cache_teacher import Target, cache_windows
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
+from tests.killing import kill
 from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, write_windows
 
 SECTION = CacheTeacher(reference="reconstruction", batch=4)
@@ -135,22 +136,21 @@ def test_a_teacher_without_a_head_has_no_dense_metrics(tmp_path: Path, windows: 
     assert cached(tmp_path / "cache", windows, store, make_teacher())[1]["dense"] == {}
 
 
-def test_a_resumed_run_writes_the_same(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
-    """Also what is summed over all windows: it is computed from what is stored."""
+def cache(generated: Path, episodes: Path, out: Path, resume: Resume) -> dict[str, Any]:
+    """What the stage does, in eight blocks."""
+    windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
+    with resume.directory(out) as folder:
+        return cache_windows(folder, windows, store, make_teacher("depth"), "x", SECTION, "generated", CPU, resume)
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
+    """Also of what is summed over all windows: it is computed from what is stored."""
     (tmp_path / "state").mkdir()
-    teacher, metrics = make_teacher(), []
-    for name, state in (("straight", None), ("saved", tmp_path / "state")):
-        resume = Resume(state, 0)
-        with resume.directory(tmp_path / name) as folder:
-            metrics.append(cache_windows(folder, windows, store, teacher, "x", SECTION, "generated", CPU, resume))
-    assert metrics[0] == metrics[1] and sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "saved")
-
-
-def test_equal_input_gives_equal_bytes(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
-    for name in ("a", "b"):
-        cached(tmp_path / name, windows, store, make_teacher("depth"))
-    files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) > 8 and all((tmp_path / "a" / f).read_bytes() == (tmp_path / "b" / f).read_bytes() for f in files)
+    metrics = cache(windows.path, store.path, tmp_path / "straight", Resume(None))
+    for after in (2, 4):
+        kill(after, cache, windows.path, store.path, tmp_path / "resumed", Resume(tmp_path / "state", 0))
+    assert cache(windows.path, store.path, tmp_path / "resumed", Resume(tmp_path / "state", 0)) == metrics
+    assert sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "resumed")
 
 
 def test_damaged_and_foreign_stores_are_one_sentence(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
