@@ -60,9 +60,9 @@ def write_blocks(
         opened = {name: stack.enter_context(file.open("r+b")) for name, file in files.items()}
         for number in track(range(done, len(blocks)), stage, len(blocks) - done):
             for name, values in compute(blocks[number]).items():
-                (length, *shape), dtype = arrays[name]
-                first = blocks[number].start - (rows - length)
-                _check_rows(name, values, first, (blocks[number].stop - blocks[number].start, *shape), np.dtype(dtype))
+                whole, dtype = arrays[name]
+                first = blocks[number].start - (rows - whole[0])
+                _check_rows(name, values, first, (blocks[number].stop - blocks[number].start, *whole[1:]), np.dtype(dtype))
                 with named_refusals(files[name]):  # from the end, whatever the length of the header
                     opened[name].seek(first * values[:1].nbytes - sizes[name], os.SEEK_END)
                     opened[name].write(np.ascontiguousarray(values).data)

@@ -264,7 +264,7 @@ def train(
             return learning.batch(order.batch(number)), noise
 
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(*batch, section.noise_draws), batch_of, optimiser, device,
+            svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws), batch_of, optimiser, device,
             "train_policy", live, lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
             "action_error", resume,
         )  # fmt: skip

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import current_thread, main_thread
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from svam.params import Optimiser
-from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor
+from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor, made_ahead
 from tests.toy import optimiser
 
 CPU = torch.device("cpu")
@@ -35,6 +36,24 @@ def test_schedule_warms_up_and_ends_at_zero() -> None:
     assert [round(learning_rate_factor(i, s), 3) for i in range(5)] == [0.2, 0.4, 0.6, 0.8, 1.0]
     assert learning_rate_factor(7, s) == pytest.approx(0.5)
     assert learning_rate_factor(10, s) == pytest.approx(0.0)
+
+
+def test_batches_are_made_ahead_by_one_other_thread_and_its_errors_are_those_of_the_batch() -> None:
+    made: list[int] = []
+
+    def batch_of(number: int) -> int:
+        assert current_thread() is not main_thread()
+        made.append(number)
+        if number == 7:
+            raise KeyError("row 7")
+        return number
+
+    batches = made_ahead(batch_of, range(2, 9))
+    assert [next(batches) for _ in range(5)] == [2, 3, 4, 5, 6]
+    with pytest.raises(KeyError, match="row 7"):
+        next(batches)
+    assert made[:6] == [2, 3, 4, 5, 6, 7]
+    assert list(made_ahead(str, range(1))) == ["0"]
 
 
 def test_average_is_the_hand_computed_one() -> None:
