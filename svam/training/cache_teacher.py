@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES, ContractError
-from svam.episodes.store import AnnotatedRows, EpisodeStore
+from svam.episodes.store import EpisodeStore
 from svam.models.teachers import Teacher, to_grid
 from svam.npy import write_arrays
 from svam.params import CacheTeacher
@@ -22,6 +22,7 @@ from svam.resume import NO_RESUME, Resume
 from svam.training.blocks import in_batches, write_attributes, write_blocks
 from svam.training.distill_data import GeneratedWindows
 from svam.training.foresight_metrics import centred_cosine, moved_patches
+from svam.training.prepare_backbones.frames import evenly
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
 
 Target = Literal["generated", "ground_truth"]
@@ -154,53 +155,38 @@ def dense_metrics(
     Views: `real` frames, `generated` ones (V^) and `one_step`, the decoded one-step prediction, at the same rows, none of them
     the observed frame. Empty for a teacher without such a head, and for data without labels.
     """
-    kind = {"depth": "depth", "segmentation": "segmentation"}.get(teacher.config.objective or "")
-    labels: AnnotatedRows | None = store.annotation(kind) if kind else None
-    if kind is None or labels is None or not len(labels.rows):
+    kind = teacher.config.objective
+    labels = store.annotation(kind) if kind in ("depth", "segmentation") else None
+    if labels is None or not len(labels.rows):
         return {}
     rows = windows.rows[windows.test]
     places = np.searchsorted(labels.rows, rows).clip(max=len(labels.rows) - 1)
-    labelled = np.argwhere((labels.rows[places] == rows) & (np.arange(rows.shape[1]) > 0))
+    w, t = np.nonzero((labels.rows[places] == rows) & (np.arange(rows.shape[1]) > 0))
     # A window that runs past its episode repeats the last frame: it counts once.
-    _, first = np.unique([f"{w} {rows[w, t]}" for w, t in labelled], return_index=True)
-    labelled = labelled[np.sort(first)]
-    labelled = (
-        labelled[np.unique(np.linspace(0, len(labelled) - 1, min(most, len(labelled))).astype(np.int64))]
-        if len(labelled)
-        else labelled
-    )
-    if not len(labelled):
+    _, first = np.unique(np.stack([w, rows[w, t]]), axis=1, return_index=True)
+    if not len(first):
         return {}
-    w, t = labelled.T
+    chosen = evenly(np.sort(first), most)
+    w, t = w[chosen], t[chosen]
     truth = labels.values(places[w, t])
-    views: dict[str, Callable[[slice], NDArray[np.uint8]]] = {
-        "real": lambda part: store.frames(rows[w[part], t[part]]),
-        "generated": lambda part: windows.frames[windows.test[w[part]], t[part]],
-        "one_step": lambda part: windows.one_step_frames[w[part], t[part]],
+    views = {
+        "real": store.frames(rows[w, t]),
+        "generated": windows.frames[windows.test[w], t],
+        "one_step": windows.one_step_frames[w, t],
     }
-    return {view: _dense(teacher, read, truth, kind, batch, device) for view, read in views.items()}
+    return {view: _dense_errors(teacher, frames, truth, batch, device) for view, frames in views.items()}
 
 
-def _dense(
-    teacher: Teacher,
-    read: Callable[[slice], NDArray[np.uint8]],
-    truth: NDArray[Any],
-    kind: str,
-    batch: int,
-    device: torch.device,
+def _dense_errors(
+    teacher: Teacher, frames: NDArray[np.uint8], truth: NDArray[Any], batch: int, device: torch.device
 ) -> dict[str, float]:
-    """Depth error or intersection over union of one view."""
-    depths: list[NDArray[np.float32]] = []
-    counts: NDArray[np.int64] = np.zeros((0, 0), dtype=np.int64)
-    for start in range(0, len(truth), batch):
-        part = slice(start, start + batch)
-        images = torch.from_numpy(read(part)).to(device).permute(0, 3, 1, 2).float() / 255.0
-        dense = teacher.predict(images).cpu()
-        if kind == "depth":
-            depths.append(dense.numpy())
-        else:
-            part_counts = confusion(dense.argmax(dim=1).numpy(), truth[part], dense.shape[1])
-            counts = part_counts if not len(counts) else counts + part_counts
-    if kind == "depth":
-        return depth_error(np.concatenate(depths), truth, teacher.config.depth_std)
-    return intersection_over_union(counts, SEGMENTATION_CLASSES)
+    """Depth error or intersection over union on frames (k, H, W, 3)."""
+    depth, parts, classes = teacher.config.objective == "depth", [], 0
+    for part in torch.split(torch.from_numpy(frames), batch):
+        dense = teacher.predict(part.to(device).permute(0, 3, 1, 2).float() / 255.0).cpu()
+        classes = dense.shape[1]
+        parts.append(dense if depth else dense.argmax(dim=1))
+    predicted = torch.cat(parts).numpy()
+    if depth:
+        return depth_error(predicted, truth, teacher.config.depth_std)
+    return intersection_over_union(confusion(predicted, truth, classes), SEGMENTATION_CLASSES)
