@@ -41,7 +41,7 @@ from svam.contract import (
     frame_blocks,
 )
 from svam.device import become_worker
-from svam.episodes.arrays import GroupWriter
+from svam.episodes.arrays import write_array, write_groups
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.frames import prepared
 from svam.episodes.lossy import LOSSY, PictureError, picture_codec
@@ -54,7 +54,7 @@ from svam.seeds import generator
 
 UNIT_STEPS = 1024
 """About so many steps are a unit, in whole episodes: few enough to share among workers and to lose to a kill."""
-_VECTOR_CHUNK, _ANNOTATION_CHUNK = 256, 4
+_VECTOR_CHUNK, _ANNOTATION_CHUNK = 4096, 4
 """Rows compressed together: vectors are small; labels are read in random order, so few."""
 ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
 
@@ -429,12 +429,11 @@ def convert(
         work = _Work(plan, place)
         _write_arrays(work, workers, [shape.steps for shape in shapes])
         facts = work.facts()
-        with GroupWriter(folder) as group:
-            _describe(work, group, facts, split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed))
-            for name in plan.layouts:
-                whole = group.adopt(name)
-                whole.parent.mkdir(parents=True, exist_ok=True)
-                shutil.move(work.array(name).path, whole)
+        split = split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed)
+        _write_episodes(work, folder, facts, split)
+        for name in plan.layouts:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(work.array(name).path, folder / name)
 
 
 def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
@@ -471,29 +470,30 @@ def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
         work.array(name).close()
 
 
-def _describe(work: _Work, group: GroupWriter, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
-    """Episodes, split, checksums, statistics and the source's description."""
+def _write_episodes(work: _Work, folder: Path, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
+    """Ends, split, tasks, checksums, statistics and the source's description."""
     plan = work.plan
     tasks = list(dict.fromkeys(fact["task"] for fact in facts))
     ends = plan.starts[f"frames/{plan.description.cameras[0]}"][1:]
-    group.write("episode_ends", ends)
-    group.write("episode_split", split)
-    group.write("episode_task", np.asarray([tasks.index(fact["task"]) for fact in facts], dtype=np.int64))
+    write_array(folder / "episode_ends", ends)
+    write_array(folder / "episode_split", split)
+    write_array(folder / "episode_task", np.asarray([tasks.index(fact["task"]) for fact in facts], dtype=np.int64))
     checksums = np.frombuffer(b"".join(bytes.fromhex(fact["checksum"]) for fact in facts), dtype=np.uint8)
-    group.write("episode_checksums", checksums.reshape(len(facts), -1))
+    write_array(folder / "episode_checksums", checksums.reshape(len(facts), -1))
     try:
         statistics = _statistics(work, ends, split)
     except ValidationError as error:
         message = error.errors()[0]["msg"].removeprefix("Value error, ")
         raise ContractError(f"convert: {message}") from None
-    own = [] if split.any() else [ONE_EPISODE]
+    own = []
     for vector, names in plan.description.provenance.get("dimension_names", {}).items():
         width = plan.layouts[vector].row_shape[0] if vector in plan.layouts else len(names)
         if 1 < len(names) != width:
             own.append(f"the source names {len(names)} dimensions of {vector}, which has {width}: the names are not used")
+    own += [] if split.any() else [ONE_EPISODE]
     for note in own:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    group.attributes = {
+    attributes = {
         "schema_version": STORE_SCHEMA, "source": plan.description.model_dump(mode="json"), "tasks": tasks,
         "notes": [*plan.source.notes, *own], "compression": plan.params.compression,
         "picture_error": _picture_error(plan, facts),
@@ -503,6 +503,7 @@ def _describe(work: _Work, group: GroupWriter, facts: list[dict[str, Any]], spli
         "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
     }  # fmt: skip
+    write_groups(folder, plan.layouts, attributes)
 
 
 def _picture_error(plan: Plan, facts: list[dict[str, Any]]) -> dict[str, Any] | None:

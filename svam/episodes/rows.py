@@ -32,7 +32,7 @@ class RowReader:
         """Read the metadata.
 
         Raises:
-            FileError: no array is there, or its layout is not that of `ArrayWriter`.
+            FileError: no array is there, or its layout is not that of `svam.episodes.arrays`.
         """
         import zarr
 

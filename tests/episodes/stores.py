@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from svam.contract import Episode
-from svam.episodes.arrays import ATTRIBUTES_DIGEST, GroupWriter, attributes_digest, read_attributes
+from svam.episodes.arrays import ATTRIBUTES_DIGEST, attributes_digest, write_array
 from svam.episodes.rows import RowReader
 from tests.recorded import Recorded, two_tasks
 
@@ -53,14 +53,4 @@ def replace(path: Path, name: str, change: Callable[[Array], Array]) -> None:
     reader = RowReader(path / name)
     values = change(reader.read_range(0, len(reader)))
     shutil.rmtree(path / name)
-    folders = {file: file.read_bytes() for file in path.rglob("zarr.json")}
-    with GroupWriter(path) as group:
-        group.attributes = read_attributes(path)
-        # Past `append`, which refuses what is not finite.
-        array = group.array(name, values.shape[1:], values.dtype, reader.chunk_rows, reader.shard_rows)
-        with np.errstate(invalid="ignore"):
-            array._buffer = np.zeros((max(len(values), 1), *values.shape[1:]), values.dtype)
-            array._array.resize(values.shape)
-            array._array[:] = values
-    for file, text in folders.items():
-        file.write_bytes(text)
+    write_array(path / name, values, reader.chunk_rows, reader.shard_rows)

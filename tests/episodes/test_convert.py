@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from stages.convert import app
 from svam.console import console
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
-from svam.episodes.convert import convert, split_episodes
+from svam.episodes.convert import ONE_EPISODE, convert, split_episodes
+from svam.episodes.inspection import facts
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
@@ -102,6 +103,32 @@ def test_equal_input_gives_equal_bytes_and_few_files(tmp_path: Path) -> None:
     assert len(shards) == -(-rows // 16)
     convert(two_tasks(), tmp_path / "c.zarr", SETTINGS, seed=1)
     assert sha256_tree(tmp_path / "a.zarr") != sha256_tree(tmp_path / "c.zarr")
+
+
+def test_one_episode_alone_is_trained_on(tmp_path: Path) -> None:
+    """What the source notes, and what the conversion notes itself, stands in the store and in `inspect`."""
+    source = Noted([SOURCE.episodes[0]])
+    convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = EpisodeStore.open(tmp_path / "s.zarr")
+    assert store.episode_split.tolist() == [0] and len(store.rows("train")) == len(store) == 9
+    for ask in (store.rows, store.episodes):
+        with refused("no episode is held out, which this needs; convert at least two episodes"):
+            ask("held_out")
+    found = facts(tmp_path / "s.zarr")
+    assert found["notes"] == [
+        "turned", "the source names 2 dimensions of actions, which has 3: the names are not used", ONE_EPISODE,
+    ]  # fmt: skip
+    assert found["vectors"]["actions"]["names"] == [] and found["vectors"]["proprioception"]["names"] == ["x", "y"]
+
+
+class Noted(Recorded):
+    """With a note, and names of dimensions, of which those of the actions are too few."""
+
+    notes = ("turned",)
+
+    def describe(self) -> SourceDescription:
+        names = {"dimension_names": {"actions": ["a", "b"], "proprioception": ["x", "y"]}}
+        return super().describe().model_copy(update={"provenance": names})
 
 
 def bad_actions(value: float) -> np.ndarray[Any, Any]:

@@ -11,17 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
-from svam.episodes.arrays import GroupWriter, round_mantissa
+from svam.episodes.arrays import write_array
 from svam.episodes.convert import convert
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import FileError
 from tests.episodes.stores import shards
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
 
@@ -171,8 +170,7 @@ def test_rows_of_any_pattern(
     """Ranges, strides, repeats, backwards, whole chunks at odd places of the result: always what numpy's indexing gives."""
     values = np.random.default_rng(count).integers(0, 60000, (count, *shape)).astype(np.uint16)
     folder = tmp_path_factory.mktemp("rows")
-    with GroupWriter(folder) as group:
-        group.array("x", shape, np.uint16, chunk, 2 * chunk).append(values)
+    write_array(folder / "x", values, chunk, 2 * chunk)
     reader = RowReader(folder / "x")
     number = st.integers(0, count - 1)
     for _ in range(3):
@@ -181,37 +179,3 @@ def test_rows_of_any_pattern(
         rows = np.concatenate(parts if data.draw(st.booleans()) else parts[:1]).astype(np.int64)
         np.testing.assert_array_equal(reader.read(rows), values[rows])
     shutil.rmtree(folder)
-
-
-@pytest.fixture
-def rounded(tmp_path: Path) -> tuple[Path, NDArray[Any]]:
-    """An array of rounded floats."""
-    values = np.random.default_rng(0).normal(size=(19, 5, 40)).astype(np.float16)
-    for name in ("a", "b"):
-        with GroupWriter(tmp_path / name) as group:
-            group.array("x", (5, 40), np.float16, 2, 8, mantissa_bits=7).append(values)
-    assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
-    return tmp_path / "a" / "x", round_mantissa(values, 7)
-
-
-def test_rounded_floats(rounded: tuple[Path, NDArray[Any]]) -> None:
-    path, values = rounded
-    reader = RowReader(path)
-    reader.check()
-    for rows in (np.arange(19), np.arange(3, 18, 2), np.array([18, 0, 0, 7]), np.array([4, 5, 2, 3])):
-        np.testing.assert_array_equal(reader.read(rows), values[rows])
-        room = np.full((len(rows), 5, 40), 7, dtype=np.float16)
-        assert reader.read(rows, room) is room
-        np.testing.assert_array_equal(room, values[rows])
-    np.testing.assert_array_equal(zarr.open_array(str(path), mode="r")[:], values)
-    for wrong in (np.empty((2, 5, 40), np.float32), np.empty((3, 5, 40), np.float16)):
-        with pytest.raises(ContractError, match="x: out is float"):
-            reader.read(np.array([0, 1]), wrong)
-
-
-@quickly
-@given(which=st.integers(0, 2), accident=accidents)
-def test_accidents_to_rounded_floats(rounded: tuple[Path, NDArray[Any]], which: int, accident: tuple[str, float, int]) -> None:
-    path, values = rounded
-    with happened(shards(path.parent, "x")[which], accident):
-        same_or_one_sentence(lambda: {"x": RowReader(path).read_range(0, 19)}, {"x": values})
