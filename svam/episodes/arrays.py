@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,14 @@ from numcodecs import blosc
 from numpy.typing import DTypeLike, NDArray
 
 from svam.episodes.lossy import LOSSY, picture_codec
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, read_json, sha256, write_json
 
 if TYPE_CHECKING:
     import zarr
 
 ATTRIBUTES_DIGEST = "attributes_sha256"
 SHARD_BYTES = "shard_bytes"
+ARRAYS = "arrays_sha256"
 ZSTD_LEVEL = 1
 """Of 256-pixel camera frames level 3 takes twice the time for a sixth fewer bytes."""
 
@@ -99,8 +100,10 @@ def write_array(path: Path, values: NDArray[Any], chunk_rows: int = 1024, shard_
     state_sizes(array, path)
 
 
-def write_groups(path: Path, arrays: Iterable[str], attributes: Mapping[str, Any]) -> None:
-    """The metadata of the group at `path` and of those below it that hold `arrays` ("frames/front" is in "frames")."""
+def write_groups(path: Path, arrays: Collection[str], attributes: Mapping[str, Any]) -> None:
+    """The metadata of the group at `path`, among them the SHA-256 of the metadata of the finished `arrays`; and of the groups
+    below it that hold these ("frames/front" is in "frames")."""
+    attributes = {**attributes, ARRAYS: {name: sha256(path / name / "zarr.json") for name in arrays}}
     for folder in {Path(), *(parent for name in arrays for parent in Path(name).parents)}:
         stated = {**attributes, ATTRIBUTES_DIGEST: attributes_digest(attributes)} if folder == Path() else {}
         metadata = {"attributes": stated, "node_type": "group", "zarr_format": 3}
@@ -129,4 +132,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
         same = False
     if attributes and not same:
         raise FileError(f"{path / 'zarr.json'}: its attributes are damaged or were edited; run the stage that writes it again")
+    for name, digest in attributes.get(ARRAYS, {}).items():
+        file = path / name / "zarr.json"
+        if not file.is_file():
+            raise FileError(f"{path / name}: no such array")
+        if sha256(file) != digest:
+            raise FileError(f"{file}: damaged or edited; run the stage that writes it again")
     return attributes

@@ -56,6 +56,7 @@ UNIT_STEPS = 1024
 """About so many steps are a unit, in whole episodes: few enough to share among workers and to lose to a kill."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 4096, 4
 """Rows compressed together: vectors are small; labels are read in random order, so few."""
+OF_EPISODES = ("episode_ends", "episode_split", "episode_task", "episode_checksums")
 ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
 
 
@@ -430,10 +431,11 @@ def convert(
         _write_arrays(work, workers, [shape.steps for shape in shapes])
         facts = work.facts()
         split = split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed)
-        _write_episodes(work, folder, facts, split)
+        attributes = _write_episodes(work, folder, facts, split)
         for name in plan.layouts:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(work.array(name).path, folder / name)
+        write_groups(folder, [*plan.layouts, *OF_EPISODES], attributes)
 
 
 def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
@@ -470,16 +472,20 @@ def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
         work.array(name).close()
 
 
-def _write_episodes(work: _Work, folder: Path, facts: list[dict[str, Any]], split: NDArray[np.uint8]) -> None:
-    """Ends, split, tasks, checksums, statistics and the source's description."""
+def _write_episodes(
+    work: _Work, folder: Path, facts: list[dict[str, Any]], split: NDArray[np.uint8]
+) -> dict[str, Any]:  # fmt: skip
+    """Ends, split, tasks and checksums as the arrays `OF_EPISODES`; the store's attributes are returned."""
     plan = work.plan
     tasks = list(dict.fromkeys(fact["task"] for fact in facts))
     ends = plan.starts[f"frames/{plan.description.cameras[0]}"][1:]
-    write_array(folder / "episode_ends", ends)
-    write_array(folder / "episode_split", split)
-    write_array(folder / "episode_task", np.asarray([tasks.index(fact["task"]) for fact in facts], dtype=np.int64))
     checksums = np.frombuffer(b"".join(bytes.fromhex(fact["checksum"]) for fact in facts), dtype=np.uint8)
-    write_array(folder / "episode_checksums", checksums.reshape(len(facts), -1))
+    of_episodes: dict[str, NDArray[Any]] = {
+        "episode_ends": ends, "episode_split": split, "episode_checksums": checksums.reshape(len(facts), -1),
+        "episode_task": np.asarray([tasks.index(fact["task"]) for fact in facts], dtype=np.int64),
+    }  # fmt: skip
+    for name, values in of_episodes.items():
+        write_array(folder / name, values)
     try:
         statistics = _statistics(work, ends, split)
     except ValidationError as error:
@@ -493,7 +499,7 @@ def _write_episodes(work: _Work, folder: Path, facts: list[dict[str, Any]], spli
     own += [] if split.any() else [ONE_EPISODE]
     for note in own:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
-    attributes = {
+    return {
         "schema_version": STORE_SCHEMA, "source": plan.description.model_dump(mode="json"), "tasks": tasks,
         "notes": [*plan.source.notes, *own], "compression": plan.params.compression,
         "picture_error": _picture_error(plan, facts),
@@ -503,7 +509,6 @@ def _write_episodes(work: _Work, folder: Path, facts: list[dict[str, Any]], spli
         "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
     }  # fmt: skip
-    write_groups(folder, plan.layouts, attributes)
 
 
 def _picture_error(plan: Plan, facts: list[dict[str, Any]]) -> dict[str, Any] | None:

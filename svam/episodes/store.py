@@ -53,6 +53,8 @@ class StoreAttributes(Frozen):
     episode_instructions: list[str]
     episode_provenance: list[dict[str, Any]]
     statistics: Statistics | None
+    arrays_sha256: dict[str, str]
+    """Of each array's metadata, which state the sizes of its files."""
 
 
 class AnnotatedRows(NamedTuple):

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from svam.contract import Episode
-from svam.episodes.arrays import ATTRIBUTES_DIGEST, attributes_digest, write_array
+from svam.episodes.arrays import ARRAYS, ATTRIBUTES_DIGEST, attributes_digest, write_array
 from svam.episodes.rows import RowReader
+from svam.files import sha256
 from tests.recorded import Recorded, two_tasks
 
 Array = np.ndarray[Any, Any]
@@ -54,3 +55,4 @@ def replace(path: Path, name: str, change: Callable[[Array], Array]) -> None:
     values = change(reader.read_range(0, len(reader)))
     shutil.rmtree(path / name)
     write_array(path / name, values, reader.chunk_rows, reader.shard_rows)
+    edit(path, lambda attributes: attributes[ARRAYS].update({name: sha256(path / name / "zarr.json")}))
