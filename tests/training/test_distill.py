@@ -20,7 +20,6 @@ from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
 from svam.npy import write_arrays
 from svam.params import Distill, Generate
-from svam.training.batch_order import EndlessOrder
 from svam.training.blocks import write_attributes
 from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
@@ -104,16 +103,6 @@ def test_held_out_windows_leak_into_nothing_that_is_trained(tmp_path: Path, data
     short = SECTION.model_copy(update={"training": optimiser(steps=4, batch=8, learning_rate=0.01, warmup=1)})
     states = [distill(d, short, 0, CPU)[0].state_dict() for d in (data, other)]
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-
-
-def test_an_epoch_shows_every_training_window_once(data: DistillationData) -> None:
-    order_of = EndlessOrder(TRAIN, 8, "seed")
-    train = arrays()["features"][:TRAIN]
-    for epoch in range(2):
-        numbers = [order_of.batch(epoch * TRAIN // 8 + k) for k in range(TRAIN // 8)]
-        seen = np.concatenate([data.batch(data.windows.train[n], CPU)[0].numpy() for n in numbers])
-        order = np.lexsort(seen.reshape(TRAIN, -1).T), np.lexsort(train.reshape(TRAIN, -1).T)
-        assert np.array_equal(seen[order[0]], train[order[1]])
 
 
 def test_each_baseline_is_what_its_name_says(data: DistillationData) -> None:
