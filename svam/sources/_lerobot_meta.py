@@ -7,11 +7,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from svam.files import FileError, read_json
+from svam.files import FileError, read_json, refuse_lfs_pointer
 from svam.sources._lerobot_files import opened, read_rows, seconds, texts, whole_numbers
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -26,6 +26,12 @@ STANDARD_PATHS = {
     },
 }
 """Where LeRobot itself writes; `info.json` repeats it, not always rightly."""
+_SIGNS = {
+    "v2": ("meta/episodes.jsonl", "meta/tasks.jsonl", "data/chunk-*/episode_*.parquet", "videos/chunk-*/*/episode_*.mp4"),
+    "v3": ("meta/episodes", "meta/tasks.parquet", "data/chunk-*/file-*.parquet", "videos/*/chunk-*/file-*.mp4"),
+}
+"""Files that only this version has."""
+_NUMBERS = {"v2": ("episode_chunk", "episode_index"), "v3": ("chunk_index", "file_index")}
 _CLIP_PARTS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{0,2})d)?\}")
 _PREFIXES = ("observation.images.", "observation.image.", "observation.")
@@ -33,11 +39,14 @@ _PREFIXES = ("observation.images.", "observation.image.", "observation.")
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera as `info.json` declares it: the feature's `key`, the `name` given here, and whether it is a `video`."""
+    """A camera as `info.json` declares it: the feature's `key`, the `name` given here, whether it is a `video`, the `shape` of
+    its pictures, and the feature's `dtype`."""
 
     key: str
     name: str
     video: bool
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -54,13 +63,14 @@ class Clip:
 class Entry:
     """One episode as the metadata lists it.
 
-    number: `episode_index`. steps: None where it is not said. tasks: its sentences. chunk, file: of its parquet file (v3).
-    clips: camera key -> `Clip` (v3).
+    number: `episode_index`. steps: None where it is not said. tasks: its sentences. success: None where it is not said.
+    chunk, file: of its parquet file (v3). clips: camera key -> `Clip` (v3).
     """
 
     number: int
     steps: int | None
     tasks: tuple[str, ...]
+    success: bool | None = None
     chunk: int = 0
     file: int = 0
     clips: Mapping[str, Clip] = field(default_factory=dict)
@@ -69,7 +79,7 @@ class Entry:
 @dataclass(frozen=True)
 class Info:
     """The parts of `meta/info.json` that are needed. `major` is "v2" or "v3"; paths: "data"/"video" -> templates, in the
-    order in which they are tried."""
+    order in which they are tried; notes: what of it is not believed."""
 
     version: str
     major: str
@@ -80,6 +90,7 @@ class Info:
     splits: Mapping[str, Any]
     robot: str
     total_episodes: int | None
+    notes: tuple[str, ...]
 
 
 def whole_number(value: Any, what: str, least: int = 0) -> int:
@@ -91,16 +102,6 @@ def whole_number(value: Any, what: str, least: int = 0) -> int:
     return int(value)
 
 
-def _json(file: Path) -> Any:
-    """`read_json` whose every failure is a `FileError`."""
-    try:
-        return read_json(file)
-    except RecursionError:
-        raise FileError(f"{file}: not valid JSON (nested too deeply)") from None
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read ({error.strerror})") from None
-
-
 def read_lines(file: Path) -> list[dict[str, Any]]:
     """The objects of a JSON-lines file.
 
@@ -108,7 +109,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         FileError: the file is missing, or a line is no JSON object.
     """
     try:
-        lines = file.read_text(encoding="utf-8").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError:
         raise FileError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -120,6 +121,7 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
         try:
             value = json.loads(line)
         except (json.JSONDecodeError, RecursionError):
+            refuse_lfs_pointer(file)
             raise FileError(f"{file}: line {number} is not valid JSON; the file is truncated or damaged") from None
         if not isinstance(value, dict):
             raise FileError(f"{file}: line {number} is a {type(value).__name__}, expected an object")
@@ -138,7 +140,7 @@ def read_info(root: Path) -> Info:
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
-    raw = _json(file)
+    raw = read_json(file)
     if not isinstance(raw, dict):
         raise FileError(f"{file}: a {type(raw).__name__}, expected an object")
     version = raw.get("codebase_version")
@@ -152,16 +154,21 @@ def read_info(root: Path) -> Info:
     features = raw.get("features")
     if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
         raise FileError(f"{file}: features is missing or no object of objects")
-    paths = {}
+    paths, notes = {}, []
     for kind, standard in STANDARD_PATHS[major].items():
         given = raw.get(f"{kind}_path")
         if given is not None and not isinstance(given, str):
             raise FileError(f"{file}: {kind}_path is {given!r}, expected a path template")
+        filled = fill(given, dict.fromkeys(_NUMBERS[major], 0) | {"video_key": "x"}) if given else standard
+        if filled is None:
+            notes.append(
+                f"{file}: {kind}_path {given!r} cannot be filled in (a {major} path has {', '.join(_NUMBERS[major])} and, of a "
+                f"video, video_key); LeRobot's own {standard!r} is taken instead"
+            )
+            given = None
+        elif Path(filled).is_absolute() or ".." in Path(filled).parts:
+            raise FileError(f"{file}: {kind}_path {given!r} leads out of the data set")
         paths[kind] = tuple(dict.fromkeys([given, standard] if given else [standard]))
-        for template in paths[kind]:
-            filled = fill(file, template, {"video_key": "x", **dict.fromkeys(_NUMBERS, 0)})
-            if Path(filled).is_absolute() or ".." in Path(filled).parts:
-                raise FileError(f"{file}: {kind}_path {template!r} leads out of the data set")
     splits = raw.get("splits")
     total = raw.get("total_episodes")
     return Info(
@@ -171,27 +178,33 @@ def read_info(root: Path) -> Info:
         splits if isinstance(splits, dict) else {},
         str(raw.get("robot_type") or "unknown"),
         None if total is None else whole_number(total, f"{file}: total_episodes"),
+        tuple(notes),
     )  # fmt: skip
 
 
-_NUMBERS = ("episode_chunk", "episode_index", "chunk_index", "file_index")
-
-
-def fill(file: Path, template: str, values: Mapping[str, int | str]) -> str:
+def fill(template: str, values: Mapping[str, int | str]) -> str | None:
     """A path template with its placeholders replaced, as `str.format` does for `{name}` and `{name:06d}`; nothing else of
-    `str.format` is understood, because the template is data."""
+    `str.format` is understood, because the template is data. None where it holds anything else in braces."""
 
     def replaced(match: re.Match[str]) -> str:
-        name, digits = match.group(1), match.group(2)
-        if name not in values:
-            raise FileError(f"{file}: the path template {template!r} has the unknown placeholder {name!r}")
-        value = values[name]
+        value, digits = values.get(match.group(1), "{"), match.group(2)
         return f"{value:0{int(digits)}d}" if digits and isinstance(value, int) else str(value)
 
     filled = _PLACEHOLDER.sub(replaced, template)
-    if "{" in filled or "}" in filled or "\0" in filled:
-        raise FileError(f"{file}: the path template {template!r} cannot be understood")
-    return filled
+    return None if re.search(r"[{}\0]", filled) else filled
+
+
+def what_lies_there(root: Path, path: Path, major: str) -> str:
+    """For a file that is missing: what its nearest folder holds, and which files are of the other version's layout."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    held = sorted(entry.name for entry in islice(folder.iterdir(), 1000))
+    name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
+    lies = f"{'the folder' if name == '.' else name} holds {', '.join(held[:5]) or 'nothing'}{', ...' * (len(held) > 5)}"
+    other = "v3" if major == "v2" else "v2"
+    signs = [next(islice(root.glob(pattern), 1), None) for pattern in _SIGNS[other]]
+    if files := [sign.relative_to(root).as_posix() for sign in signs if sign is not None]:
+        lies += f"; {' and '.join(files[:2])} {'are' if len(files) > 1 else 'is'} of a {other} set: is codebase_version right?"
+    return lies
 
 
 def read_tasks(root: Path) -> dict[int, str] | None:
@@ -209,7 +222,7 @@ def read_tasks(root: Path) -> dict[int, str] | None:
             column = next((name for name in ("task", "__index_level_0__", "index", "tasks") if name in names), None)
             if column is None or "task_index" not in names:
                 raise FileError(f"{table}: columns {', '.join(names)}; expected task_index and task")
-            rows = read_rows(parquet, ["task_index", column], 0, parquet.metadata.num_rows)
+            rows = read_rows(parquet, ["task_index", column])
         numbers = whole_numbers(rows["task_index"], f"{table}: task_index").tolist()
         pairs = list(zip(numbers, texts(rows[column], f"{table}: {column}"), strict=True))
         file = table
@@ -244,11 +257,14 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
     """
     if info.major == "v2":
         file = root / "meta" / "episodes.jsonl"
+        if not file.is_file():
+            raise FileError(f"{file}: no such file, which a {info.version} data set needs; {what_lies_there(root, file, 'v2')}")
         entries = [
             Entry(
                 whole_number(row.get("episode_index"), f"{file}: episode_index"),
                 None if row.get("length") is None else whole_number(row["length"], f"{file}: length", 1),
                 _sentences(row.get("tasks", row.get("task"))),
+                row.get("success") if isinstance(row.get("success"), bool) else None,
             )
             for row in read_lines(file)
         ]
@@ -256,7 +272,8 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
         file = root / "meta" / "episodes"
         files = sorted(file.rglob("*.parquet"))
         if not files:
-            raise FileError(f"{file}: no parquet file in it, which a v3.0 data set needs")
+            lies = what_lies_there(root, file / "chunk-000", "v3")
+            raise FileError(f"{file}: no parquet file in it, which a v3.0 data set needs; {lies}")
         entries = [entry for one in files for entry in _episodes_of(one, cameras)]
     entries.sort(key=lambda entry: entry.number)
     for before, after in pairwise(entries):
@@ -264,7 +281,6 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
             raise FileError(f"{file}: episode_index {after.number} is there twice")
     if not entries:
         raise FileError(f"{file}: lists no episodes")
-    _check_clips(root, entries, cameras, info.fps)
     return entries
 
 
@@ -279,22 +295,18 @@ def _episodes_of(file: Path, cameras: Sequence[Camera]) -> list[Entry]:
                 raise FileError(f"{file}: column {spellings[0]!r} is missing")
             return name
 
-        wanted = {
-            "number": column("episode_index"),
-            "steps": column("length"),
-            "chunk": column("data/chunk_index", "data_chunk_index"),
-            "file": column("data/file_index", "data_file_index"),
-        }
+        plain = {
+            "number": column("episode_index"), "steps": column("length"),
+            "chunk": column("data/chunk_index", "data_chunk_index"), "file": column("data/file_index", "data_file_index"),
+        }  # fmt: skip
         clips = {
             camera.key: [column(f"videos/{camera.key}/{part}") for part in _CLIP_PARTS]
-            for camera in cameras
-            if camera.video and any(name.startswith(f"videos/{camera.key}/") for name in names)
+            for camera in cameras if any(name.startswith(f"videos/{camera.key}/") for name in names)
         }  # fmt: skip
-        extra = ["tasks"] if "tasks" in names else []
-        flat = [*wanted.values(), *(name for four in clips.values() for name in four), *extra]
-        rows = read_rows(parquet, flat, 0, parquet.metadata.num_rows)
-        tasks = rows["tasks"].to_pylist() if extra else [None] * parquet.metadata.num_rows
-    values = {key: whole_numbers(rows[name], f"{file}: {name}", 0) for key, name in wanted.items()}
+        more = [name for name in ("tasks", "success") if name in names]
+        rows = read_rows(parquet, [*plain.values(), *(name for four in clips.values() for name in four), *more])
+        tasks, success = (rows[name].to_pylist() if name in rows else None for name in ("tasks", "success"))
+    values = {key: whole_numbers(rows[name], f"{file}: {name}", 0) for key, name in plain.items()}
     places = {
         key: (
             whole_numbers(rows[four[0]], f"{file}: {four[0]}", 0),
@@ -312,39 +324,35 @@ def _episodes_of(file: Path, cameras: Sequence[Camera]) -> list[Entry]:
             for key, (chunk, index, start, stop) in places.items()
         }
         place = int(values["chunk"][row]), int(values["file"][row])
-        entries.append(Entry(number, int(values["steps"][row]), _sentences(tasks[row]), *place, clip))
+        reached = success[row] if success and isinstance(success[row], bool) else None
+        said = _sentences(tasks[row]) if tasks else ()
+        entries.append(Entry(number, int(values["steps"][row]), said, reached, *place, clip))
     return entries
 
 
-def _check_clips(root: Path, entries: Sequence[Entry], cameras: Sequence[Camera], fps: float) -> None:
-    """Episodes of one v3 video file must not overlap: else at least one would get frames of another."""
-    for camera in cameras:
-        clips = [(clip.chunk, clip.file, clip.start, clip.stop, e.number) for e in entries if (clip := e.clips.get(camera.key))]
-        clips.sort()
-        for before, after in pairwise(clips):
-            if before[:2] == after[:2] and after[2] < before[3] - 0.5 / fps:
-                raise FileError(
-                    f"{root / 'meta' / 'episodes'}: in the video of {camera.key!r} episode {before[4]} ends at {before[3]:g} s "
-                    f"and episode {after[4]} of the same file begins at {after[2]:g} s"
-                )
-
-
 def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
-    """The cameras that `features` declares, in its order, and a note for each depth camera that is left out.
+    """The cameras that `features` declares, in its order, and a note for each that is left out: depth, or no pictures.
 
     A name is the key without `observation.images.`, or the whole key where two would be called the same.
     """
     keys, notes = [], []
     for key, feature in info.features.items():
-        if feature.get("dtype") not in ("video", "image"):
-            continue
+        dtype, shape = str(feature.get("dtype")), _shape(feature)
         about = [d for d in (feature, feature.get("info"), feature.get("video_info")) if isinstance(d, dict)]
-        if any(d.get(flag) for d in about for flag in ("video.is_depth_map", "is_depth_map")):
-            notes.append(f"the camera {key!r} holds depth (is_depth_map) and is left out")
-            continue
-        if Path(key).is_absolute() or ".." in Path(key).parts or "\0" in key:
-            raise FileError(f"{file}: the camera {key!r} has no name that can be part of a path")
-        keys.append(key)
+        flags = [flag for d in about for flag in ("video.is_depth_map", "is_depth_map") if d.get(flag)]
+        if flags or "depth" in dtype:
+            notes.append(
+                f"{file}: the camera {key!r} holds depth ({flags[0] if flags else f'dtype {dtype!r}'}); it is left out"
+            )
+        elif dtype in ("video", "image") or (dtype == "uint8" and len(shape) == 3):
+            if Path(key).is_absolute() or ".." in Path(key).parts or "\0" in key:
+                raise FileError(f"{file}: the camera {key!r} has no name that can be part of a path")
+            keys.append(key)
+        elif key.startswith("observation.image"):
+            notes.append(
+                f"{file}: {key!r} is of dtype {dtype!r} and shape {list(shape)}, expected 'video', 'image', or 'uint8' of "
+                "three axes; it is left out"
+            )
     short = {}
     for key in keys:
         name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
@@ -354,7 +362,13 @@ def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
     }
     if len(set(names.values())) != len(names):
         raise FileError(f"{file}: the cameras {', '.join(keys)} cannot be told apart by name")
-    return [Camera(key, names[key], info.features[key]["dtype"] == "video") for key in keys], notes
+    dtypes = {key: str(info.features[key]["dtype"]) for key in keys}
+    return [Camera(key, names[key], dtypes[key] == "video", _shape(info.features[key]), dtypes[key]) for key in keys], notes
+
+
+def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
+    shape = feature.get("shape")
+    return tuple(shape) if isinstance(shape, list) and all(isinstance(side, int) and side > 0 for side in shape) else ()
 
 
 def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], list[str]]:
@@ -362,19 +376,22 @@ def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], li
 
     "a:b" means the numbers a to b - 1. Numbers in no range are trained on. Also notes about what could not be used.
     """
-    held: set[int] = set()
-    trained: set[int] = set()
+    ranges: dict[str, set[int]] = {}
+    unused = "the set's own split is not used, one is drawn"
     for name, text in info.splits.items():
         match = re.fullmatch(r"\s*(\d{1,15})\s*:\s*(\d{1,15})\s*", text) if isinstance(text, str) else None
         if match is None:
-            return {}, [f"meta/info.json: splits[{name!r}] is {text!r}, not 'first:end'; the set's own split is not used"]
+            return {}, [f"meta/info.json: splits[{name!r}] is {text!r}, not 'first:end'; {unused}"]
         first, end = int(match.group(1)), int(match.group(2))
-        members = {entry.number for entry in entries if first <= entry.number < end}
-        (trained if name == "train" else held).update(members)
-    held -= trained
-    if not held or len(held) == len(entries):
-        return {}, []
-    return {entry.number: entry.number in held for entry in entries}, []
+        ranges[name] = {entry.number for entry in entries if first <= entry.number < end}
+    trained = ranges.get("train", set())
+    held = {number for name, members in ranges.items() if name != "train" for number in members}
+    if both := sorted(held & trained):
+        return {}, [f"meta/info.json: splits {dict(info.splits)} overlap in episode {both[0]}; {unused}"]
+    if len(held) == len(entries) or (not held and set(ranges) - {"train"}):
+        side = "train" if held else "hold out"
+        return {}, [f"meta/info.json: splits {dict(info.splits)} leave no episode to {side}; {unused}"]
+    return ({entry.number: entry.number in held for entry in entries} if held else {}), []
 
 
 def dimension_names(feature: Mapping[str, Any] | None) -> list[str]:

@@ -1,7 +1,8 @@
-"""Videos through PyAV: the number of frames without decoding, and frames block by block, with damage as one sentence.
+"""Videos through PyAV: the number of frames without decoding them all, and frames block by block, with damage as one sentence.
 
-Frames come out as 8-bit RGB, as FFmpeg's scaler converts them, in the order of their presentation times. mp4 and webm carry no
-checksums: a damage that the decoder notices is an error; a flipped bit that gives another valid picture cannot be noticed.
+Frames come out as 8-bit RGB, as FFmpeg's scaler converts them, in the order of their presentation times, turned as a player
+turns them where the file asks for a rotation by a quarter or a half turn. mp4 and webm carry no checksums: a damage that the
+decoder notices is an error; a flipped bit that gives another valid picture cannot be noticed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +19,43 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import FrameBlocks
-from svam.files import FileError
-from svam.sources._picture_arrays import frames_per_block
+from svam.files import FileError, refuse_lfs_pointer, stamp
+from svam.sources._pictures import LARGEST_PICTURE, NoColourError, in_blocks
 
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", ".avi": "avi"}
 """Suffix -> container. It is given to FFmpeg by name: a playlist called `x.mp4` must not make it open other files."""
-LARGEST_FRAME = 1 << 26
-"""Pixels of a frame; a damaged header can claim any size."""
-_IDENTITY = (65536, 0, 0, 65536)
+_TURNS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
+"""Display matrix -> quarter turns against the clock."""
+_NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 
 
 @dataclass(frozen=True)
 class VideoFacts:
-    """frames: how many a decoder will show. rate: mean frames per second, None where the container does not say."""
+    """frames: how many a decoder will show. height, width: of a picture as it is handed out, after `turn` quarter turns against
+    the clock. rate: mean frames per second, None where the container does not say."""
 
     frames: int
     height: int
     width: int
     rate: float | None
+    turn: int = 0
+
+    @property
+    def turned(self) -> str:
+        """What is done with the pictures, for a note; "" where they are stored upright."""
+        return (
+            f"pictures are turned by {(360 - 90 * self.turn) % 360} degrees clockwise, as its metadata ask" if self.turn else ""
+        )
+
+
+@dataclass(frozen=True)
+class FrameTimes:
+    """pts: (n,) int64 presentation times of the frames, increasing, in units of `base` seconds; None where a packet has none.
+    keys: (k, 2) int64, of the packets from which decoding may begin the presentation and the decoding time."""
+
+    pts: NDArray[np.int64] | None
+    base: float
+    keys: NDArray[np.int64]
 
 
 @contextmanager
@@ -52,115 +72,175 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
             if not container.streams.video:
                 raise FileError(f"{file}: has no video stream")
             stream = container.streams.video[0]
-            if stream.codec_context is None:
-                raise FileError(f"{file}: is of a codec that this build of FFmpeg does not decode")
-            stream.codec_context.thread_count = 1  # conversion already runs one worker a core
+            if stream.codec_context is None or not stream.time_base:
+                raise FileError(f"{file}: truncated, damaged, or of a codec that PyAV {av.__version__} does not decode")
+            # One thread: conversion already runs one worker a core. Errors in the bit stream end the reading, because the
+            # decoder would otherwise paint over them.
+            stream.thread_type, stream.codec_context.thread_count = "NONE", 1
+            stream.codec_context.options = {"err_detect": "explode"}
             yield container, stream
     except FileError:
         raise
-    except (av.FFmpegError, OSError, ValueError, EOFError, MemoryError, OverflowError, RuntimeError) as error:
+    except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError,
+            RuntimeError) as error:  # fmt: skip
+        refuse_lfs_pointer(file)
         message = f"{file}: truncated, damaged or no video that FFmpeg reads ({type(error).__name__})"
         raise FileError(message) from None
 
 
 def probe(file: Path) -> VideoFacts:
-    """What is known of a video without decoding it. An mp4's index is enough; of others every packet is read.
+    """What is known of a video from its index (mp4; of others every packet is read) and its first frame.
 
     Raises:
-        FileError: it is missing, damaged, empty or no video.
+        FileError: it is missing, damaged, empty, no video, or to be shown mirrored. NoColourError: it holds no 8-bit colours.
     """
+    return _probed(file, stamp(file))
+
+
+@lru_cache(maxsize=4096)
+def _probed(file: Path, _: str) -> VideoFacts:
     with _opened(file) as (container, stream):
         codec = stream.codec_context
         height, width = int(codec.height), int(codec.width)
-        if not 0 < height * width <= LARGEST_FRAME:
-            raise FileError(f"{file}: frames of {width} x {height} pixels, expected 1 to {LARGEST_FRAME}")
-        frames = _shown(container, stream)
-        if not frames:
-            raise FileError(f"{file}: has no frames")
+        if not 0 < height * width <= LARGEST_PICTURE:
+            raise FileError(f"{file}: frames of {width} x {height} pixels, expected 1 to {LARGEST_PICTURE}")
+        if (codec.pix_fmt or "").startswith(_NO_COLOUR):
+            raise NoColourError(f"{file}: pictures are {codec.pix_fmt}, expected 8-bit colour or grey; is it depth?")
+        in_index = container.format.name in ("mp4", "mov") and len(stream.index_entries) == stream.frames
+        frames = sum(not entry.is_discard for entry in stream.index_entries) if in_index else 0
         rate = stream.average_rate
-        return VideoFacts(frames, height, width, float(rate) if rate else None)
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise FileError(f"{file}: has no frames")
+        turn = _turn(file, first)
+    times = None if frames else frame_times(file)
+    if times is not None:
+        frames = len(times.pts) if times.pts is not None else len(times.keys)
+    size = (width, height) if turn % 2 else (height, width)
+    return VideoFacts(frames, *size, float(rate) if rate else None, turn)
 
 
-def _shown(container: Any, stream: Any) -> int:
-    """How many frames a decoder will show: an edit list hides some, VP8 has packets that only later frames refer to."""
-    name = stream.codec_context.name
-    if container.format.name in ("mp4", "mov") and stream.frames and len(stream.index_entries) == stream.frames:
-        return sum(not entry.is_discard for entry in stream.index_entries)
-    shown = 0
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            shown += not name.endswith(("vp8", "libvpx")) or bool(bytes(packet)[0] & 16)
-    return shown
+def _turn(file: Path, frame: Any) -> int:
+    """Quarter turns against the clock with which a player shows the frame."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 0
+    values = struct.unpack("=9i", bytes(matrix)[:36])
+    a, b, c, d = (round(values[k] / 65536, 3) for k in (0, 1, 3, 4))
+    if (a, b, c, d) not in _TURNS:
+        raise FileError(
+            f"{file}: its metadata ask a player to mirror, scale or turn the picture by other than quarter turns; store it "
+            "upright, e.g. ffmpeg -i in.mp4 -crf 10 out.mp4 does"
+        )
+    return _TURNS[a, b, c, d]
+
+
+def frame_times(file: Path) -> FrameTimes:
+    """When each frame is shown; every packet is read, none decoded.
+
+    Raises:
+        FileError: it is missing, damaged or no video.
+    """
+    return _frame_times(file, stamp(file))
+
+
+@lru_cache(maxsize=16)
+def _frame_times(file: Path, _: str) -> FrameTimes:
+    with _opened(file) as (container, stream):
+        vp8 = stream.codec_context.name.endswith(("vp8", "libvpx"))
+        # An edit list hides some frames, and VP8 has packets that only later frames refer to.
+        shown = [
+            packet for packet in container.demux(stream)
+            if packet.size and not packet.is_discard and (not vp8 or bytes(packet)[0] & 16)
+        ]  # fmt: skip
+        pts = [packet.pts for packet in shown]
+        keys = [(packet.pts, packet.dts) for packet in shown if packet.is_keyframe and None not in (packet.pts, packet.dts)]
+        base = float(stream.time_base)
+    known = None if None in pts else np.sort(np.asarray(pts, dtype=np.int64))
+    return FrameTimes(known, base, np.asarray(keys, dtype=np.int64).reshape(-1, 2))
 
 
 def video_blocks(file: Path, facts: VideoFacts, frames: int | None = None, rate_hz: float | None = None) -> FrameBlocks:
     """The first `frames` (None: all) of a video; nothing is decoded before the blocks are asked for.
 
-    The whole video is decoded even then, so that its number of frames is verified. With `rate_hz` the frames must
-    also be that far apart in time.
+    With `rate_hz` the frames must also be that far apart in time.
+
+    Raises (also while reading):
+        FileError: damaged; another number or size of frames than `facts`; not at `rate_hz` throughout.
+    """
+    times = frame_times(file)
+    if times.pts is not None and len(times.pts) != facts.frames:
+        raise FileError(f"{file}: {len(times.pts)} frames, but its index lists {facts.frames}")
+    if rate_hz is not None:
+        if times.pts is None:
+            raise FileError(f"{file}: does not say the times of its frames; name the rate in convert.rate_hz")
+        _evenly_spaced(file, (times.pts - times.pts[0]) * times.base, times.base, rate_hz)
+    count = facts.frames if frames is None else frames
+    return frames_at(file, facts, None if times.pts is None else times.pts[:count], count)
+
+
+def frames_at(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> FrameBlocks:
+    """The `count` frames with the presentation times `pts` (increasing, of `frame_times`); None: the first of the file.
 
     Raises (while reading):
-        FileError: damaged; another number or size of frames than `facts`; rotated by metadata; not at `rate_hz` throughout.
+        FileError: damaged, or a frame has another size than `facts`.
     """
-    wanted = facts.frames if frames is None else frames
-    return FrameBlocks((wanted, facts.height, facts.width, 3), partial(_decode, file, facts, wanted, rate_hz))
+    shape = (count, facts.height, facts.width, 3)
+    return FrameBlocks(shape, partial(_blocks, file, facts, pts, count))
 
 
-def _decode(file: Path, facts: VideoFacts, wanted: int, rate_hz: float | None) -> Iterator[NDArray[np.uint8]]:
-    shape = (facts.height, facts.width, 3)
-    step = frames_per_block(facts.height * facts.width * 3)
+def _blocks(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> Iterator[NDArray[np.uint8]]:
+    yield from in_blocks(_decoded(file, facts, pts, count), str(file))
+
+
+def _decoded(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> Iterator[NDArray[np.uint8]]:
+    from av.video.reformatter import VideoReformatter
+
+    # One scaler for all frames, without threads of its own: they take as long to start as a frame takes to convert.
+    scaler = VideoReformatter()
+    size = (facts.width, facts.height) if facts.turn % 2 else (facts.height, facts.width)
+    start = None if pts is None else _key_before(file, int(pts[0]))
     with _opened(file) as (container, stream):
-        block: list[NDArray[np.uint8]] = []
-        count, start, before = 0, 0.0, 0.0
+        if start is not None:
+            container.seek(start, stream=stream)
+        done = 0
         for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise FileError(f"{file}: frame {count} is damaged")
-            if (frame.height, frame.width) != shape[:2]:
+            if frame.is_corrupt or (pts is not None and frame.pts is None):
+                raise FileError(f"{file}: a frame after {done} of {count} is damaged")
+            if pts is not None and frame.pts < pts[done]:
+                continue
+            if pts is not None and frame.pts > pts[done]:
+                raise FileError(f"{file}: the frame at {float(pts[done] * stream.time_base):g} s cannot be decoded")
+            if (frame.height, frame.width) != size:
                 found = f"{frame.width} x {frame.height}"
-                raise FileError(f"{file}: frame {count} is {found} pixels, expected {facts.width} x {facts.height}")
-            if count == 0:
-                _upright(file, frame)
-            if count >= facts.frames:
-                raise FileError(f"{file}: has more than the {facts.frames} frames that its header lists")
-            if rate_hz is not None:
-                if frame.time is None:
-                    raise FileError(f"{file}: frame {count} has no time; name the rate in convert.options.rate_hz")
-                now = float(frame.time)
-                start = now if count == 0 else start
-                _evenly_spaced(file, count, now - start, now - before, float(frame.time_base), rate_hz)
-                before = now
-            if count < wanted:
-                block.append(frame.to_ndarray(format="rgb24"))
-                if len(block) == step:
-                    yield np.stack(block)
-                    block = []
-            count += 1
-        if block:
-            yield np.stack(block)
-        if count != facts.frames:
-            raise FileError(f"{file}: {count} frames could be decoded, but its header lists {facts.frames}")
+                raise FileError(f"{file}: frame {done} is {found} pixels, expected {size[1]} x {size[0]}")
+            if done == 0 and _turn(file, frame) != facts.turn:
+                raise FileError(f"{file}: its frames are not all turned alike")
+            picture: NDArray[Any] = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
+            yield np.rot90(picture, facts.turn) if facts.turn else picture
+            done += 1
+            if done == count:
+                return
+    raise FileError(f"{file}: {done} of {count} frames could be decoded")
 
 
-def _evenly_spaced(file: Path, number: int, since_start: float, gap: float, tick: float, rate_hz: float) -> None:
+def _key_before(file: Path, pts: int) -> int | None:
+    """Where to seek to so that decoding reaches the frame at `pts`; None: the beginning."""
+    keys = frame_times(file).keys
+    before = np.flatnonzero(keys[:, 0] <= pts)
+    return int(keys[before[-1], 1]) if len(before) and before[-1] and FORMATS[file.suffix.lower()] in ("mp4", "mov") else None
+
+
+def _evenly_spaced(file: Path, seconds: NDArray[np.float64], tick: float, rate_hz: float) -> None:
     """Gaps may differ from the period by a tenth, or by what the container's clock rounds (webm counts milliseconds)."""
     period = 1.0 / rate_hz
-    far_gap = number > 0 and abs(gap - period) > max(0.1 * period, 1.5 * tick)
-    if far_gap or abs(since_start - number * period) > max(0.5 * period, 1.5 * tick):
+    gaps = np.diff(seconds, prepend=-period)
+    late = np.abs(seconds - np.arange(len(seconds)) * period) > max(0.5 * period, 1.5 * tick)
+    wrong = np.flatnonzero(late | (np.abs(gaps - period) > max(0.1 * period, 1.5 * tick)))
+    if len(wrong):
+        number = int(wrong[0])
         raise FileError(
-            f"{file}: frame {number} comes {since_start:.3f} s after the first, expected {number * period:.3f} s at "
+            f"{file}: frame {number} comes {seconds[number]:.3f} s after the first, expected {number * period:.3f} s at "
             f"{rate_hz:g} frames/s (a variable frame rate, or another one than the other videos); write it at a constant "
-            "rate, or give convert.options.rate_hz if each frame is one time step whatever its time"
-        )
-
-
-def _upright(file: Path, frame: Any) -> None:
-    """Refuse a picture that a player would rotate or mirror: it was not recorded as it is stored."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is None:
-        return
-    values = struct.unpack("=9i", bytes(matrix)[:36])
-    if (values[0], values[1], values[3], values[4]) != _IDENTITY:
-        raise FileError(
-            f"{file}: its metadata ask a player to rotate or mirror the picture (by {frame.rotation} degrees); store it "
-            "upright, e.g. ffmpeg -i in.mp4 -crf 10 out.mp4 does"
+            "rate, or give convert.rate_hz if each frame is one time step whatever its time"
         )

@@ -1,39 +1,46 @@
 """LeRobotDataset v2.0, v2.1 and v3.0, read directly: parquet with pyarrow, video (H.264, AV1, ...) with PyAV.
 
 Row t of an episode's parquet data holds the action that was taken at frame t (LeRobot's convention); frame t of a video is
-the one nearest to the row's timestamp, less than half a frame away. A v3 file holds several episodes: a video's part is the
-span from_timestamp .. to_timestamp of `meta/episodes`. Pictures may also lie in the parquet files. Numbers become float32.
-Only the columns that are asked for are read, so columns that hold pickled bytes stay as they are.
+the one nearest to the row's timestamp, less than half a frame away. A v3 file holds several episodes: where it has as many
+frames as its episodes have rows, the lengths say where each begins, else `from_timestamp` of `meta/episodes`. Pictures may also
+lie in the parquet files. Numbers become float32. Only the columns that are asked for are read, so columns that hold pickled
+bytes stay as they are.
 
-What real sets have and this reader copes with: cameras that are declared but have no files (left out, with a note), path
-templates that are wrong (LeRobot's own layout is tried next, with a note), timestamps that begin late (see
-`_lerobot_files.find_frames`), several tasks an episode (`task_index` of its rows decides), no `frame_index`, whole numbers
-stored as floats, missing splits. `episode_index`, lengths and tasks of the metadata are checked against the parquet rows.
+What real sets have and this reader copes with, each with a note: cameras that are declared but have no files (left out), path
+templates that are wrong (LeRobot's own layout is tried next), pictures that are not where `dtype` says, boundaries that drift,
+videos longer than their rows, timestamps that begin late (see `_lerobot_files.find_frames`). Several tasks an episode
+(`task_index` of its rows decides), no `frame_index`, whole numbers stored as floats and missing splits are read without one.
+`episode_index`, lengths and tasks of the metadata are checked against the parquet rows.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
-from svam.files import FileError, stamp
+from svam.files import FileError, refuse_lfs_pointer, stamp
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
 from svam.sources._lerobot_files import (
+    BY_ORDER,
+    Span,
     StoredPictures,
-    VideoFrames,
     episode_rows,
     find_frames,
+    first_frames,
     is_text,
     opened,
     read_rows,
     seconds,
+    small_columns,
     texts,
     vectors,
     whole_numbers,
@@ -48,10 +55,16 @@ from svam.sources._lerobot_meta import (
     read_episodes,
     read_info,
     read_tasks,
+    what_lies_there,
 )
+from svam.sources._pictures import NoColourError
+from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
 _DEFAULTS: dict[str, Columns] = {"action": ("action",), "proprioception": ("observation.state",)}
+_PREFIX = "observation.images."
+_TRIED = 20
+"""Data files that are opened in search of a sound one."""
 
 
 class Options(Frozen):
@@ -61,128 +74,170 @@ class Options(Frozen):
     expert_action: columns joined to what the demonstrator wanted, where the executed action is another.
     proprioception: columns joined to what the robot knows of itself. state: columns joined to the full state.
         null stands for `action`: [action] and `proprioception`: [observation.state] where that is there.
-    cameras: which to read, by feature key or by name (the key without "observation.images."), the first is the foresight
-        camera; []: all that have files.
-    episodes: "first:end" reads the episode numbers first .. end - 1 only; "" all.
-    instruction: one sentence for all episodes, for sets without tasks. "": the set's own.
-    instruction_column: the column of task numbers (in `meta/tasks`) or of sentences.
-    frames: "timestamps" as above; "order": row t is frame t and timestamps are neither used nor stored.
+    instruction_column: the column of task numbers (in `meta/tasks`) or of sentences that decides; "tasks": the sentence of
+        `meta/episodes` does. null: both `task_index` and `meta/episodes`, which must agree.
+    frames: "timestamps" as above; "order": row t is frame t and timestamps are neither used nor stored. In a v3 file whose
+        frames do not add up an episode's first frame is then the one at `from_timestamp`.
     """
 
     action: Columns | None = None
     expert_action: Columns = ()
     proprioception: Columns | None = None
     state: Columns = ()
-    cameras: Columns = ()
-    episodes: str = ""
-    instruction: str = ""
-    instruction_column: str = "task_index"
+    instruction_column: str | None = None
     frames: Literal["timestamps", "order"] = "timestamps"
 
 
 @dataclass(frozen=True)
-class _Item:
-    """One episode to read, and its instruction."""
+class _Rows:
+    """What an episode's rows `start` .. `stop` - 1 of `file` say, but for vectors and pictures."""
 
-    entry: Entry
+    file: Path
+    start: int
+    stop: int
+    times: NDArray[np.float64] | None
+    fps: float
     instruction: str
+    success: bool | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 class LerobotSource:
     """The episodes in the order of their numbers."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
         self.root = Path(path)
-        self.options = options
+        self.options, self.choice = options, choice
         self.info = read_info(self.root)
         self._info_file = self.root / "meta" / "info.json"
-        declared, self.notes = find_cameras(self._info_file, self.info)
-        declared = self._asked_cameras(declared)
-        entries = read_episodes(self.root, self.info, declared)
-        if self.info.total_episodes not in (None, len(entries)):
-            self.notes.append(
-                f"{self._info_file}: total_episodes is {self.info.total_episodes}, but the episode list has {len(entries)}"
+        self._notes = list(self.info.notes)
+        self._findings: dict[str, dict[int | Path, str]] = {}
+        self._instructions: dict[int, str] = {}
+        self._firsts: dict[tuple[str, int, int], dict[int, int]] = {}
+        declared = self._chosen_cameras()
+        self._entries = read_episodes(self.root, self.info, declared)
+        if self.info.total_episodes not in (None, len(self._entries)):
+            self._notes.append(
+                f"{self._info_file}: total_episodes is {self.info.total_episodes}, but the episode list has "
+                f"{len(self._entries)}"
             )
-        self._entries = self._asked_episodes(entries)
-        self.cameras = self._present_cameras(declared)
-        split, notes = own_split(self.info, self._entries)
-        self._held_out = split
-        self.notes += notes
-        for entry in (self._entries[0], self._entries[-1]):
-            file = self._data_file(entry)
-            if file != self._candidates("data", entry)[0]:
-                self.notes.append(
-                    f"{self._info_file}: data_path {self.info.paths['data'][0]!r} does not lead to the file of episode "
-                    f"{entry.number}; {file.relative_to(self.root)} is read instead"
-                )
-                break
-        self.columns = self._find_columns()
+        self._first_file, names = self._find_first_file()
+        self.cameras = self._present_cameras(declared, names)
+        self._look_at_pictures()
+        self._held_out, notes = own_split(self.info, self._entries)
+        self._notes += notes
+        self.columns = self._find_columns(names)
         self._tasks = read_tasks(self.root)
-        self._items = [_Item(entry, self._checked(entry, text)) for entry, text in self._instructions()]
-        self._note_late_timestamps()
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is left out, mended or doubtful, of the set and of the episodes that `shape` has looked at."""
+        found = []
+        for what, cases in self._findings.items():
+            first, count = next(iter(cases.values())), len(cases)
+            found.append(f"{first}{f', and {count - 1} more alike' if count > 1 else ''}{what}")
+        return [*self._notes, *found]
 
     # What is read
 
-    def _asked_cameras(self, declared: list[Camera]) -> list[Camera]:
-        if not self.options.cameras:
-            return declared
-        found = []
-        for asked in self.options.cameras:
-            camera = next((camera for camera in declared if asked in (camera.key, camera.name)), None)
-            if camera is None:
-                names = ", ".join(camera.name for camera in declared) or "none"
-                raise ParamsError(f"convert.options.cameras names {asked!r}, but {self._info_file} declares {names}")
-            if camera in found:
-                raise ParamsError(f"convert.options.cameras names {asked!r} twice")
-            found.append(camera)
-        return found
+    def _chosen_cameras(self) -> list[Camera]:
+        declared, notes = find_cameras(self._info_file, self.info)
+        by_name = {camera.name: camera for camera in declared}
+        by_key = {camera.key: camera.name for camera in declared}
+        asked = self.choice.model_copy(update={"cameras": [by_key.get(name, name) for name in self.choice.cameras]})
+        if not asked.cameras:
+            self._notes += notes
+        try:
+            return [by_name[name] for name in chosen_cameras(asked, list(by_name), self._info_file, _PREFIX)]
+        except ParamsError as error:
+            raise ParamsError("; ".join([str(error), *notes])) from None
 
-    def _asked_episodes(self, entries: list[Entry]) -> list[Entry]:
-        if not self.options.episodes:
-            return entries
-        match = re.fullmatch(r"(\d{1,15}):(\d{1,15})", self.options.episodes)
-        if match is None:
-            raise ParamsError(
-                f"convert.options.episodes is {self.options.episodes!r}, expected 'first:end', for example '0:10'"
-            )
-        chosen = [entry for entry in entries if int(match.group(1)) <= entry.number < int(match.group(2))]
-        if not chosen:
-            raise ParamsError(
-                f"convert.options.episodes is {self.options.episodes!r}, "
-                f"but the numbers are {entries[0].number} to {entries[-1].number}"
-            )
-        return chosen
+    def _find_first_file(self) -> tuple[Path, list[str]]:
+        """The first data file that can be read, and its columns, which stand for all; notes a template that is wrong."""
+        names: list[str] = []
+        refused: FileError | None = None
+        for file in islice((path for entry in self._entries if (path := self._data(entry))), _TRIED):
+            try:
+                with opened(file) as parquet:
+                    names = list(parquet.schema_arrow.names)
+                break
+            except FileError as error:
+                refused = refused or error
+        else:
+            path = self._candidates("data", self._entries[0])[-1]
+            lies = what_lies_there(self.root, path, self.info.major)
+            raise refused or FileError(f"{path}: no such file, nor that of any other episode; {lies}")
+        for entry in (self._entries[0], self._entries[-1]):
+            there = self._data(entry)
+            if there not in (None, self._candidates("data", entry)[0]):
+                self._notes.append(
+                    f"{self._info_file}: data_path {self.info.paths['data'][0]!r} does not lead to the file of episode "
+                    f"{entry.number}; {there} is read instead"
+                )
+                break
+        return file, names
 
-    def _present_cameras(self, declared: list[Camera]) -> list[Camera]:
-        """Those cameras that have a file or a column; the others are noted, or an error where they were asked for."""
-        columns: set[str] = set()
-        if any(not camera.video for camera in declared):
-            with opened(self._data_file(self._entries[0])) as parquet:
-                columns = set(parquet.schema_arrow.names)
-        present = []
+    def _present_cameras(self, declared: list[Camera], columns: list[str]) -> list[Camera]:
+        """Those cameras that have videos or a column; the others are noted, or an error where they were asked for."""
+        present, lacking = [], []
         for camera in declared:
-            if camera.key in columns if not camera.video else any(self._video(entry, camera) for entry in self._entries):
-                present.append(camera)
+            stored = camera.key in columns
+            filmed = (camera.video or not stored) and any(self._video(entry, camera) for entry in self._entries)
+            if not stored and not filmed:
+                lacking.append((camera, self._where_looked(camera)))
                 continue
-            lacking = "has no video files" if camera.video else "has no column"
-            if self.options.cameras:
-                raise ParamsError(f"convert.options.cameras names {camera.name!r}, but it {lacking} in {self.root}")
-            self.notes.append(f"{self._info_file} declares the camera {camera.key!r}, which {lacking}; it is left out")
+            video = filmed if camera.video or not stored else False
+            if video != camera.video:
+                place = "in videos" if video else f"in a column of {self._first_file}"
+                self._notes.append(
+                    f"{self._info_file}: {camera.key!r} is of dtype {camera.dtype!r}, but its pictures lie {place}, and are "
+                    "read from there"
+                )
+            present.append(replace(camera, video=video))
+        for camera, where in lacking:
+            if self.choice.cameras:
+                raise ParamsError(f"convert.cameras names {camera.name!r}, but {self.root} has no pictures of it: {where}")
+            self._notes.append(f"{self._info_file} declares the camera {camera.key!r}, but {where}; it is left out")
         if not present:
-            names = ", ".join(camera.key for camera in declared)
+            looked = "; ".join(f"{camera.key}: {where}" for camera, where in lacking)
             raise FileError(
-                f"{self.root}: {f'the declared cameras {names} have no files' if names else 'no camera is declared'}; "
-                "a data set without pictures cannot be converted"
+                f"{self.root}: a data set without pictures cannot be converted; "
+                + (looked or f"{self._info_file} declares no feature of dtype 'video', 'image', or 'uint8' of three axes")
             )
         return present
 
-    def _find_columns(self) -> dict[str, list[str]]:
+    def _where_looked(self, camera: Camera) -> str:
+        column = f"{self._first_file.relative_to(self.root)} has no column of that name"
+        if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
+            return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
+        path = self._candidates("video", self._entries[0], camera)[-1]
+        lies = what_lies_there(self.root, path, self.info.major)
+        return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
+
+    def _look_at_pictures(self) -> None:
+        """At the first picture of each camera: one that holds no colours is named with the way to leave it out."""
+        for camera in self.cameras:
+            try:
+                if camera.video:
+                    video = next(path for entry in self._entries if (path := self._video(entry, camera)))
+                    probe(video)
+                    continue
+                pictures = StoredPictures(self._first_file, self.root, camera.key, 0, 1, camera.shape)
+                if pictures.first()[1]:
+                    self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
+            except NoColourError as error:
+                others = ", ".join(other.name for other in self.cameras if other is not camera)
+                way_out = f"; leave the camera out: convert.cameras: [{others}]" if others else ""
+                raise NoColourError(f"{error}{way_out}") from None
+            except FileError:  # damage of one episode, which its `shape` or `read` names
+                pass
+
+    def _find_columns(self, names: list[str]) -> dict[str, list[str]]:
         """Vector name -> columns to join, checked against the first episode's file."""
-        file = self._data_file(self._entries[0])
-        with opened(file) as parquet:
-            names = list(parquet.schema_arrow.names)
-        found: dict[str, list[str]] = {}
+        joined: dict[str, list[str]] = {}
         for vector, option in (
             ("actions", "action"), ("expert_actions", "expert_action"), ("state", "state"), ("proprioception", "proprioception")
         ):  # fmt: skip
@@ -196,16 +251,20 @@ class LerobotSource:
                     and option == "proprioception"
                     and not any(name.startswith("observation.state") for name in names)
                 ):
-                    self.notes.append(f"{file}: column 'observation.state' is missing; the episodes have no proprioception")
+                    self._notes.append(
+                        f"{self._first_file}: column 'observation.state' is missing; the episodes have no proprioception"
+                    )
                     continue
                 raise ParamsError(
-                    f"convert.options.{option}: column {missing[0]!r} is not in {file}, "
-                    f"which has {', '.join(like or names)}; "
-                    "name those to join, in their order, or [] for none"
+                    f"convert.options.{option}: column {missing[0]!r} is not in {self._first_file}, "
+                    f"which has {', '.join(like or names)}; name those to join, in their order, or [] for none"
                 )
             if columns:
-                found[vector] = list(columns)
-        return found
+                joined[vector] = list(columns)
+        column = self.options.instruction_column
+        if column not in (None, "tasks", *names):
+            raise ParamsError(f"convert.options.instruction_column: column {column!r} is not in {self._first_file}")
+        return joined
 
     # Where it lies
 
@@ -217,50 +276,109 @@ class LerobotSource:
         else:
             clip = entry.clips.get(camera.key) if camera else None
             values |= {"chunk_index": clip.chunk if clip else entry.chunk, "file_index": clip.file if clip else entry.file}
-        return [self.root / fill(self._info_file, template, values) for template in self.info.paths[kind]]
+        return [self.root / path for template in self.info.paths[kind] if (path := fill(template, values)) is not None]
 
-    def _data_file(self, entry: Entry) -> Path:
-        paths = self._candidates("data", entry)
-        file = next((path for path in paths if path.is_file()), None)
-        if file is None:
-            raise FileError(f"{' and '.join(map(str, paths))}: no such file, though the metadata lists episode {entry.number}")
-        return file
+    def _data(self, entry: Entry) -> Path | None:
+        return next((path for path in self._candidates("data", entry) if path.is_file()), None)
 
     def _video(self, entry: Entry, camera: Camera) -> Path | None:
         if self.info.major == "v3" and camera.key not in entry.clips:
             return None
         return next((path for path in self._candidates("video", entry, camera) if path.is_file()), None)
 
-    # What is said
+    def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
+        """The episode's data file, and camera key -> video, all of which are there.
 
-    def _instructions(self) -> list[tuple[Entry, str | None]]:
-        """Each episode with its sentence: the option's, the metadata's where it names one, else that of its rows."""
-        if self.options.instruction:
-            return [(entry, self.options.instruction) for entry in self._entries]
-        found: dict[int, str | None] = {}
-        by_file: dict[Path, list[Entry]] = {}
-        for entry in self._entries:
-            if len(entry.tasks) == 1 and self.options.instruction_column == "task_index":
-                found[entry.number] = entry.tasks[0]
-            else:
-                by_file.setdefault(self._data_file(entry), []).append(entry)
-        column = self.options.instruction_column
-        for file, members in by_file.items():
-            with opened(file) as parquet:
-                if column not in parquet.schema_arrow.names:
-                    if column != "task_index":
-                        raise ParamsError(f"convert.options.instruction_column: column {column!r} is not in {file}")
-                    found |= dict.fromkeys(entry.number for entry in members)
-                    continue
-                bounds = {entry.number: episode_rows(parquet, file, entry.number, self.info.major == "v2") for entry in members}
-                values = read_rows(parquet, [column], 0, parquet.metadata.num_rows)[column]
-                for number, (start, stop) in bounds.items():
-                    found[number] = self._spoken(values.slice(start, stop - start), file, number)
-        return [(entry, found[entry.number]) for entry in self._entries]
+        Raises:
+            FileError: some are not, all of them named, or are Git LFS pointers.
+        """
+        data = self._data(entry)
+        videos = {camera.key: self._video(entry, camera) for camera in self.cameras if camera.video}
+        missing = [] if data else [str(self._candidates("data", entry)[-1])]
+        missing += [
+            f"{self._candidates('video', entry, camera)[-1]} (the video of camera {camera.name!r})"
+            for camera in self.cameras if camera.video and not videos[camera.key]
+        ]  # fmt: skip
+        if data is None or missing:
+            raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
+        there = {key: path for key, path in videos.items() if path is not None}
+        for path in (data, *there.values()):
+            refuse_lfs_pointer(path)
+        return data, there
 
-    def _spoken(self, column: Any, file: Path, number: int) -> str | None:
+    # What the rows say
+
+    def _rows(self, index: int, file: Path) -> _Rows:
+        entry, options = self._entries[index], self.options
+        spoken = options.instruction_column if options.instruction_column not in (None, "tasks") else "task_index"
+        content = small_columns(file, stamp(file), ("timestamp", "frame_index", "next.success", str(spoken)))
+        start, stop = episode_rows(content, file, entry.number, self.info.major == "v2")
+        if entry.steps not in (None, stop - start):
+            raise FileError(f"{file}: episode {entry.number} has {stop - start} rows, but the metadata says {entry.steps}")
+        mine = {name: column.slice(start, stop - start) for name, column in content.columns.items()}
+        if "frame_index" in mine and (np.diff(whole_numbers(mine["frame_index"], f"{file}: frame_index")) <= 0).any():
+            raise FileError(f"{file}: frame_index of episode {entry.number} does not increase")
+        times, fps = self._times(entry, file, mine.get("timestamp"))
+        success = entry.success
+        if success is None and "next.success" in mine:
+            success = bool(vectors(mine["next.success"], f"{file}: next.success").any())
+        return _Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(str(spoken))), success)
+
+    def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
+        """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
+        order = self.options.frames == "order"
+        if column is None:
+            return None, self.info.fps
+        try:
+            times = seconds(column, f"{file}: timestamp")
+        except FileError as error:
+            if order:
+                return None, self.info.fps
+            raise FileError(f"{error}; {BY_ORDER}") from None
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self.info.fps
+        rate = self.choice.rate_hz or self.info.fps
+        if abs(step * rate - 1) > 0.25:
+            says = "convert.rate_hz is" if self.choice.rate_hz else f"{self._info_file} says fps"
+            apart = f"{file}: timestamps are {step:g} s apart in episode {entry.number}, but {says} {rate:g}"
+            if not (order or self.choice.rate_hz):
+                hint = f"set convert.rate_hz to {1 / step:g} if the timestamps are right, or, " if 0.001 < step < 10 else ""
+                raise FileError(f"{apart}; {hint}{BY_ORDER}")
+            stored = f"; it is stored at {rate:g} Hz" + ("" if self.choice.rate_hz else ", which convert.rate_hz replaces")
+            self._note(stored, entry.number, apart)
+        if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
+            self._note(
+                "; where a video has as many frames as rows, row t takes frame t",
+                entry.number, f"{file}: timestamps begin at {times[0]:g} s",
+            )  # fmt: skip
+        return (None if order else times), (1 / step if self.choice.rate_hz and step > 0 else self.info.fps)
+
+    def _note(self, what: str, key: int | Path, case: str) -> None:
+        self._findings.setdefault(what, {})[key] = case
+
+    def _instruction(self, index: int, file: Path, column: Any) -> str:
+        """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows."""
+        entry, asked = self._entries[index], self.options.instruction_column
+        if self.choice.instruction:
+            return self.choice.instruction
+        listed = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
+        if asked == "tasks" and listed is None:
+            raise FileError(
+                f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}, expected one"
+            )
+        own = listed
+        if asked != "tasks" and column is not None:
+            spoken = self._spoken(column, file, index)
+            if None not in (spoken, listed) and spoken != listed:
+                raise FileError(
+                    f"{file}: task_index says {spoken!r} for episode {entry.number}, but the metadata says {listed!r}; set "
+                    "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
+                )
+            own = spoken if listed is None else listed
+        return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip()
+
+    def _spoken(self, column: Any, file: Path, index: int) -> str | None:
         """The one sentence of an episode's rows; None where there is no table of tasks."""
-        name = self.options.instruction_column
+        name, number = self.options.instruction_column or "task_index", self._entries[index].number
         said: list[Any]
         if is_text(column):
             said = texts(column, f"{file}: {name}")
@@ -276,29 +394,53 @@ class LerobotSource:
         if row is not None:
             raise FileError(
                 f"{file}: episode {number} changes its task at row {row} from {said[0]!r} to {said[row]!r}, expected one; "
-                "set convert.options.instruction, or leave it out by convert.options.episodes"
+                f"set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
             )
         return str(said[0])
 
-    def _checked(self, entry: Entry, text: str | None) -> str:
-        if text is None or not text.strip():
-            found = "has no task" if text is None else "has an empty task"
-            raise FileError(f"{self.root}: episode {entry.number} {found}; set convert.options.instruction to a sentence")
-        return text.strip()
+    # Where the frames lie
 
-    def _note_late_timestamps(self) -> None:
-        if self.options.frames == "order" or not any(camera.video for camera in self.cameras):
-            return
-        file = self._data_file(self._entries[0])
-        with opened(file) as parquet:
-            if "timestamp" not in parquet.schema_arrow.names:
-                return
-            start, _ = episode_rows(parquet, file, self._entries[0].number, self.info.major == "v2")
-            first = seconds(read_rows(parquet, ["timestamp"], start, start + 1)["timestamp"], f"{file}: timestamp")[0]
-        if first >= 0.5 / self.info.fps:
-            self.notes.append(
-                f"{file}: timestamps begin at {first:g} s; where a video has as many frames as rows, row t takes frame t"
+    def _span(self, entry: Entry, camera: Camera, video: Path) -> Span | None:
+        """Where an episode lies in the video of a v3 set; None where it has a video of its own (v2)."""
+        clip = entry.clips.get(camera.key)
+        if clip is None:
+            return None
+        key = (camera.key, clip.chunk, clip.file)
+        if key not in self._firsts:
+            members = sorted(
+                (other.start, other.stop, one.number, one.steps or 0)
+                for one in self._entries
+                if (other := one.clips.get(camera.key)) and (other.chunk, other.file) == key[1:]
             )
+            facts = probe(video)
+            try:
+                firsts, note = first_frames(members, facts.frames, facts.rate or self.info.fps, self.options.frames == "order")
+            except FileError as error:
+                raise FileError(f"{video}: {error}") from None
+            if note:
+                self._note("", video, f"{video}: {note}")
+            self._firsts[key] = firsts
+        return Span(clip.start, clip.stop, self._firsts[key].get(entry.number))
+
+    def _place(
+        self, entry: Entry, camera: Camera, video: Path, rows: _Rows, cheaply: bool = False
+    ) -> tuple[NDArray[np.int64], float] | None:
+        """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` None where frames
+        and rows are equally many and equally far apart, so that reading will find them."""
+        span, facts, times = self._span(entry, camera, video), probe(video), rows.times
+        if facts.turned:
+            self._note("", video, f"{video}: {facts.turned}")
+        if span is None and facts.frames > len(rows):
+            say = "row t takes frame t" if times is None else "the timestamps say which frame belongs to a row"
+            case = f"{video}: {facts.frames} frames, but episode {entry.number} has {len(rows)} rows"
+            self._note(f"; {say}, and pictures of other rows may lie there", video, case)
+        equal = facts.frames == len(rows) if span is None else span.first is not None
+        if equal and self.choice.rate_hz:  # then row t can only be frame t, at whatever rate the video plays
+            times = None
+        regular = times is None or (np.abs(times - times[0] - np.arange(len(rows)) / rows.fps) < 0.4 / rows.fps).all()
+        if cheaply and equal and regular:
+            return None
+        return find_frames(video, times, len(rows), rows.fps, span)
 
     # The source
 
@@ -308,9 +450,14 @@ class LerobotSource:
             vector: [name for column in columns for name in (dimension_names(self.info.features.get(column)) or [column])]
             for vector, columns in self.columns.items()
         }
+        for index in range(len(self)):
+            if index not in self._instructions:
+                with suppress(FileError):  # of an episode that cannot be read
+                    self._instructions[index] = self._rows(index, self._files(self._entries[index])[0]).instruction
+        said = (self._instructions[index] for index in sorted(self._instructions))
         return SourceDescription(
-            rate_hz=self.info.fps, cameras=[camera.name for camera in self.cameras],
-            instructions={item.instruction: {"train": [item.instruction], "held_out": []} for item in self._items},
+            rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
+            instructions={sentence: {"train": [sentence], "held_out": []} for sentence in said},
             provenance={
                 "source": "lerobot", "codebase_version": self.info.version, "robot_type": self.info.robot,
                 "cameras": {camera.name: camera.key for camera in self.cameras},
@@ -319,21 +466,25 @@ class LerobotSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._entries)
 
     def shape(self, index: int) -> EpisodeShape:
-        """Length by the metadata, or by the parquet file where that does not say it."""
-        entry = self._items[index].entry
-        file = self._data_file(entry)
-        steps = entry.steps
-        if steps is None:
-            with opened(file) as parquet:
-                start, stop = episode_rows(parquet, file, entry.number, self.info.major == "v2")
-            steps = stop - start
-        videos = [path for camera in self.cameras if camera.video and (path := self._video(entry, camera))]
+        """What the metadata, the small columns of the rows and the videos' indices say; they must agree.
+
+        Raises:
+            FileError: files are missing, or rows, frames and metadata do not fit.
+        """
+        entry = self._entries[index]
+        file, videos = self._files(entry)
+        rows = self._rows(index, file)
+        self._instructions[index] = rows.instruction
+        for camera in self.cameras:
+            if camera.video:
+                self._place(entry, camera, videos[camera.key], rows, cheaply=True)
         return EpisodeShape(
-            steps, held_out=self._held_out.get(entry.number), stamp="+".join(stamp(path) for path in (file, *videos))
-        )
+            len(rows), held_out=self._held_out.get(entry.number), name=str(entry.number), task=rows.instruction,
+            stamp="+".join(stamp(path) for path in (file, *videos.values())), success=rows.success,
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode; its frames are decoded when they are asked for.
@@ -342,80 +493,42 @@ class LerobotSource:
             FileError: a file is missing or damaged, lacks a column, or does not agree with the metadata.
             ContractError: the episode breaks the contract.
         """
-        item = self._items[index]
-        entry, file = item.entry, self._data_file(item.entry)
+        entry = self._entries[index]
+        file, videos = self._files(entry)
+        rows = self._rows(index, file)
         with opened(file) as parquet:
-            start, stop = episode_rows(parquet, file, entry.number, self.info.major == "v2")
-            rows = stop - start
-            if entry.steps not in (None, rows):
-                raise FileError(f"{file}: episode {entry.number} has {rows} rows, but the metadata says {entry.steps}")
-            if not rows:
-                raise FileError(f"{file}: episode {entry.number} has no rows")
-            names = set(parquet.schema_arrow.names)
-            wanted = [column for columns in self.columns.values() for column in columns]
-            missing = [column for column in wanted if column not in names]
+            needed = [column for columns in self.columns.values() for column in columns]
+            stored = [camera.key for camera in self.cameras if not camera.video]
+            missing = [column for column in (*needed, *stored) if column not in parquet.schema_arrow.names]
             if missing:
                 raise FileError(f"{file}: column {missing[0]!r} is missing, which the first episode has")
-            column = self.options.instruction_column
-            extra = [name for name in ("timestamp", "frame_index", column) if name in names]
-            table = read_rows(parquet, list(dict.fromkeys([*wanted, *extra])), start, stop)
-        spoken = self._spoken(table[column], file, entry.number) if column in table and not self.options.instruction else None
-        if spoken is not None and spoken.strip() != item.instruction:
-            raise FileError(
-                f"{file}: {column} says {spoken!r} for episode {entry.number}, but the metadata says {item.instruction!r}; "
-                "set convert.options.instruction"
-            )
-        if "frame_index" in table and (np.diff(whole_numbers(table["frame_index"], f"{file}: frame_index")) <= 0).any():
-            raise FileError(f"{file}: frame_index of episode {entry.number} does not increase")
-        times = seconds(table["timestamp"], f"{file}: timestamp") if "timestamp" in table else None
-        times = None if self.options.frames == "order" else times
-        if times is not None and rows > 1:
-            step = float(np.median(np.diff(times)))
-            if abs(step * self.info.fps - 1) > 0.25:
-                raise FileError(
-                    f"{file}: timestamps are {step:g} s apart in episode {entry.number}, info.json: fps {self.info.fps:g}"
-                )
-        frames, late = self._frames(entry, file, (start, stop), times)
-        joined = {name: _joined(file, table, columns) for name, columns in self.columns.items()}
-        episode = Episode(
-            task=item.instruction, instruction=item.instruction, rate_hz=self.info.fps, frames=frames, timestamps=times,
-            actions=joined.get("actions"), expert_actions=joined.get("expert_actions"),
-            state=joined.get("state"), proprioception=joined.get("proprioception"),
-            provenance={
-                "file": file.relative_to(self.root).as_posix(), "episode_index": entry.number,
-                "timestamps_begin_late_s": late,
-            },
-        )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{file}: {error}") from None
-        return episode
-
-    def _frames(
-        self, entry: Entry, file: Path, bounds: tuple[int, int], times: NDArray[np.float64] | None
-    ) -> tuple[dict[str, FrameBlocks], dict[str, float]]:
-        """Camera name -> frames of the rows `bounds`, and for videos by how much the timestamps begin late."""
+            table = read_rows(parquet, list(dict.fromkeys(needed)), rows.start, rows.stop)
         frames: dict[str, FrameBlocks] = {}
         late: dict[str, float] = {}
-        rows = bounds[1] - bounds[0]
         for camera in self.cameras:
-            pictures: StoredPictures | VideoFrames
             if camera.video:
-                video = self._video(entry, camera)
-                if video is None:
-                    path = self._candidates("video", entry, camera)[0]
-                    raise FileError(f"{path}: no such file, the video of camera {camera.name!r} in episode {entry.number}")
-                clip = entry.clips.get(camera.key)
-                pictures, shift = find_frames(video, times, rows, self.info.fps, (clip.start, clip.stop) if clip else None)
-                if shift:
-                    late[camera.name] = shift
-                height, width = pictures.size
+                video = videos[camera.key]
+                placed = self._place(entry, camera, video, rows)
+                assert placed is not None
+                frames[camera.name] = frames_at(video, probe(video), placed[0], len(rows))
+                late |= {camera.name: placed[1]} if placed[1] else {}
             else:
-                pictures = StoredPictures(file, self.root, camera.key, *bounds)
-                height, width = pictures.size()
-            frames[camera.name] = FrameBlocks((rows, height, width, 3), pictures.blocks)
-        return frames, late
+                pictures = StoredPictures(file, self.root, camera.key, rows.start, rows.stop, camera.shape)
+                frames[camera.name] = FrameBlocks((len(rows), *pictures.first()[0].shape), pictures.blocks)
+        joined = {name: _joined(file, table, columns) for name, columns in self.columns.items()}
+        return checked(
+            Episode(
+                task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps,
+                frames=frames, timestamps=rows.times, actions=joined.get("actions"),
+                expert_actions=joined.get("expert_actions"), state=joined.get("state"),
+                proprioception=joined.get("proprioception"),
+                provenance={
+                    "file": file.relative_to(self.root).as_posix(), "episode_index": entry.number,
+                    "timestamps_begin_late_s": late,
+                },
+            ),
+            file,
+        )  # fmt: skip
 
 
 def _joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArray[np.float32]:
@@ -429,8 +542,8 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Le
     """Open the folder of a LeRobot data set (the one that holds `meta/`).
 
     Raises:
-        FileError: no such data set, its metadata is damaged, or it has no pictures or no instructions.
-        ParamsError: an option names a column, camera or episode that is not there.
+        FileError: no such data set, its metadata is damaged, or it has no pictures.
+        ParamsError: a column or camera is named that is not there.
         MachineError: pyarrow is not installed.
     """
-    return LerobotSource(path, options)
+    return LerobotSource(path, options, choice)

@@ -310,7 +310,7 @@ class RldsSource:
             items = byte_strings(content, what) if feature.kind == "image" else tensor_pictures(content, feature, what)
             if len(items) != rows:
                 raise ContractError(f"{what} has {len(items)} pictures, expected {rows} as {self._chosen.counter} has")
-            return items[:kept] if isinstance(items, np.ndarray) else picture_blocks(items[:kept], feature, what)
+            return items[:kept] if isinstance(items, np.ndarray) else picture_blocks(items[:kept], feature.shape, what)
 
         shard, sentence = self._shards[entry.shard], self._sentence_of(entry)
         episode = Episode(

@@ -9,54 +9,52 @@ Two layouts are read; the first is taken where the folder `annotation` (option `
 2. A plain folder of videos, each with `<same name>.json` (keys as above, without `videos`) or `<same name>.txt` (one sentence
    a line) beside it; the camera is called `video`.
 
-Instruction: the first sentence, which is also the task; the others are further training sentences of that task.
+Instruction: the first sentence, which is also the task; the others are further training sentences of that task. A key
+`success`, true or false, says whether the demonstration reached its goal.
 
 Alignment: a JSON has one state per frame (T), and T or T - 1 actions. With T, action t belongs to frame t. With T - 1, action
 t leads from frame t to frame t + 1 (in Bridge and RT-1 files it is the change of the state), and the last frame has none: that
 frame is left out, as no action was recorded for it; nothing is made up. Without actions all frames are kept, and the data can
 train the video model only. Numbers (float64 in JSON) become float32; the state is what the robot measures: proprioception.
 
-Rate: that of the first video, which all frames of all videos must keep (within a tenth of a frame's time); or `rate_hz`, and
-then each frame is one time step whatever its time says.
+Rate: that of the first video, which all frames of all videos must keep (within a tenth of a frame's time); or
+`convert.rate_hz`, and then each frame is one time step whatever its time says.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
-from svam.files import FileError, stamp
+from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.files import FileError, read_json, stamp
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
 _ACTIONS = ("action", "actions")
 _STATES = ("state", "states")
-_KNOWN = {*_TEXTS, *_ACTIONS, *_STATES, "task", "episode_id", "videos", "video_length", "latent_videos"}
+_KNOWN = {*_TEXTS, *_ACTIONS, *_STATES, "task", "episode_id", "videos", "video_length", "latent_videos", "success"}
 _TRAINING = {"train", "training"}
 _HELD_OUT = {"val", "valid", "validation", "test", "eval"}
+T = TypeVar("T")
 
 
 class Options(Frozen):
     """All optional.
 
-    rate_hz: time steps per second, instead of what the videos say. instruction: for episodes without a sentence of their own.
     annotations: the folder of layout 1. splits: which of its sub-folders to read; empty means all.
     text, action: the JSON's keys; left out, the usual names are looked for. proprioception: keys that are joined in this order,
     e.g. [state, continuous_gripper_state]; empty looks for the usual names.
     """
 
-    rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)] | None = None
-    instruction: Annotated[str, Field(pattern=r"\S")] | None = None
     annotations: str = "annotation"
     splits: tuple[str, ...] = ()
     text: str | None = None
@@ -74,27 +72,21 @@ class _Record:
     videos: dict[str, str]
 
 
-def _read_text(file: Path) -> str:
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise FileError(f"{file}: is a JSON {type(content).__name__}, expected an object with the keys of one episode")
+    return content
+
+
+def _read_lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise FileError(f"{file}: no such file") from None
+        text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise FileError(f"{file}: not UTF-8 text (byte {error.start})") from None
     except OSError as error:
         raise FileError(f"{file}: cannot be read ({error.strerror})") from None
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(_read_text(file))
-    except FileError:
-        raise
-    except (ValueError, RecursionError) as error:  # beyond JSONDecodeError: a number with thousands of digits
-        raise FileError(f"{file}: not valid JSON ({str(error).split(';')[0]})") from None
-    if not isinstance(content, dict):
-        raise FileError(f"{file}: is a JSON {type(content).__name__}, expected an object with the keys of one episode")
-    return content
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _camera_names(videos: list[str]) -> list[str]:
@@ -107,22 +99,24 @@ def _camera_names(videos: list[str]) -> list[str]:
 class VideoFolderSource:
     """One episode per text file, in the order of the files' paths."""
 
-    def __init__(self, path: Path, options: Options) -> None:
+    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.path, self.options = Path(path), options
+        self.path, self.options, self.choice = Path(path), options, choice
+        self._turned: dict[str, str] = {}
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
         top = self.path / options.annotations
         self._annotated = top.is_dir()
+        self._top = top if self._annotated else self.path
         if self._annotated:
-            found = sorted(file.relative_to(top) for file in top.rglob("*.json") if not file.name.startswith("."))
-            self._splits = [file.parts[0] if len(file.parts) > 1 else "" for file in found]
+            listed = sorted(file.relative_to(top) for file in top.rglob("*.json") if not file.name.startswith("."))
+            self._splits = [file.parts[0] if len(file.parts) > 1 else "" for file in listed]
             for split in options.splits:
                 if split not in self._splits:
                     raise FileError(f"{top}: no {split}/*.json, which convert.options.splits lists")
             chosen = [k for k, split in enumerate(self._splits) if not options.splits or split in options.splits]
             self._splits = [self._splits[k] for k in chosen]
-            self._files = [top / found[k] for k in chosen]
+            self._files = [top / listed[k] for k in chosen]
         else:
             if options.splits:
                 raise FileError(f"{top}: no such directory, so there are no splits, but convert.options.splits lists some")
@@ -148,13 +142,29 @@ class VideoFolderSource:
         if beside.is_file():
             content = _read_object(beside)
             return _Record(beside, content, self._texts(beside, content), videos)
-        texts = [line.strip() for line in _read_text(text).splitlines() if line.strip()] if text.is_file() else []
-        return _Record(text if text.is_file() else file, {}, self._checked(file, texts), videos)
+        texts = _read_lines(text) if text.is_file() else []
+        return _Record(text if text.is_file() else file, {}, self._chosen_texts(file, texts), videos)
 
-    def _checked(self, file: Path, texts: list[str]) -> list[str]:
-        texts = texts or ([self.options.instruction] if self.options.instruction else [])
-        if not texts:
-            raise FileError(f"{file}: no instruction for it, in a text file or in convert.options.instruction")
+    def _records(self) -> Iterator[tuple[int, _Record]]:
+        """Those that can be read, with their numbers; `shape` says what is wrong with the others."""
+        for index in range(len(self)):
+            try:
+                yield index, self._record(index)
+            except FileError:
+                continue
+
+    def _first(self, facts_of: Callable[[_Record], T]) -> T:
+        """Of the first episode that allows it; else the refusal of the first."""
+        for _, record in self._records():
+            try:
+                return facts_of(record)
+            except FileError:
+                continue
+        return facts_of(self._record(0))
+
+    def _chosen_texts(self, file: Path, texts: list[str]) -> list[str]:
+        if self.choice.instruction or not texts:
+            return [chosen_instruction(self.choice, None, str(file))]
         for text in texts:
             try:
                 text.encode("utf-8")
@@ -168,7 +178,7 @@ class VideoFolderSource:
         texts = [value] if isinstance(value, str) else value
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
-        return self._checked(file, [text.strip() for text in texts if text.strip()])
+        return self._chosen_texts(file, [text.strip() for text in texts if text.strip()])
 
     @staticmethod
     def _key(file: Path, content: dict[str, Any], named: str | None, usual: Sequence[str], option: str) -> str | None:
@@ -202,13 +212,13 @@ class VideoFolderSource:
         instructions: dict[str, dict[str, list[str]]] = {}
         used: set[str] = set()
         latents = shorter = without = 0
-        for index in range(len(self)):
-            record = self._record(index)
+        for _, record in self._records():
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
             sentences.extend(text for text in record.texts if text not in sentences)
             used |= set(record.videos.values())
             latents += "latent_videos" in record.content
-            action, state = self._action_key(record), next((k for k in _STATES if k in record.content), None)
+            action = next((k for k in (self.options.action, *_ACTIONS) if record.content.get(k or "") is not None), None)
+            state = next((k for k in _STATES if k in record.content), None)
             without += action is None
             if action is not None and state is not None:
                 lengths = [len(v) if isinstance(v := record.content[k], list) else 0 for k in (action, state)]
@@ -229,13 +239,11 @@ class VideoFolderSource:
             notes += self._unused(used)
             if not self._has_split and len(set(self._splits)) > 1:
                 notes.append(f"{self.path}: the folders {sorted(set(self._splits))} say no split; one is drawn")
-            if unread := sorted(set(self._record(0).content) - _KNOWN - self._named_keys()):
-                notes.append(f"{self._files[0]}: keys that are not read: {', '.join(unread)}")
+            named = {self.options.text, self.options.action, *self.options.proprioception}
+            record = self._first(lambda record: record)
+            if unread := sorted(set(record.content) - _KNOWN - named):
+                notes.append(f"{record.file}: keys that are not read: {', '.join(unread)}")
         return instructions, notes
-
-    def _named_keys(self) -> set[str]:
-        o = self.options
-        return {key for key in (o.text, o.action, *o.proprioception) if key is not None}
 
     def _unused(self, used: set[str]) -> list[str]:
         """Files beside the videos that nothing refers to."""
@@ -257,22 +265,30 @@ class VideoFolderSource:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What is left out, and what cannot be done with it."""
-        return self._survey[1]
+        """What is left out, what cannot be done with it, and which of the videos that `shape` has looked at are turned."""
+        turned = [f"{next(iter(self._turned.values()))} ({len(self._turned)} videos)"] if self._turned else []
+        return [*self._survey[1], *turned]
+
+    @cached_property
+    def _all_cameras(self) -> list[str]:
+        return self._first(lambda record: list(record.videos))
 
     @cached_property
     def _cameras(self) -> list[str]:
-        return list(self._record(0).videos)
+        return chosen_cameras(self.choice, self._all_cameras, self.path)
 
     @cached_property
     def _rate(self) -> float:
-        if self.options.rate_hz is not None:
-            return self.options.rate_hz
-        video = self.path / next(iter(self._record(0).videos.values()))
-        rate = probe(video).rate
-        if rate is None:
-            raise FileError(f"{video}: does not say its frame rate; give convert.options.rate_hz")
-        return round(rate, 6)
+        if self.choice.rate_hz is not None:
+            return self.choice.rate_hz
+
+        def rate_of(record: _Record) -> float:
+            video = self.path / record.videos.get(self._cameras[0], "")
+            if (rate := probe(video).rate) is None:
+                raise FileError(f"{video}: does not say its frame rate; give convert.rate_hz")
+            return round(rate, 6)
+
+        return self._first(rate_of)
 
     def describe(self) -> SourceDescription:
         """Rate of the first video, cameras of the first episode, all sentences; reads every text file, no frame."""
@@ -285,8 +301,8 @@ class VideoFolderSource:
 
     def _state_keys(self, record: _Record) -> list[str]:
         named = self.options.proprioception
-        found = [self._key(record.file, record.content, key, _STATES, "proprioception") for key in named or (None,)]
-        return [key for key in found if key is not None]
+        keys = [self._key(record.file, record.content, key, _STATES, "proprioception") for key in named or (None,)]
+        return [key for key in keys if key is not None]
 
     @staticmethod
     def _vector(record: _Record, key: str) -> NDArray[np.float64]:
@@ -321,9 +337,15 @@ class VideoFolderSource:
         return steps, actions, None if joined is None else joined[:steps]
 
     def _probe(self, record: _Record) -> dict[str, VideoFacts]:
-        if list(record.videos) != self._cameras:
-            raise FileError(f"{record.file}: cameras {list(record.videos)}, expected {self._cameras} as in {self._files[0]}")
-        facts = {camera: probe(self.path / video) for camera, video in record.videos.items()}
+        """Camera -> what its video says of itself, of the chosen cameras alone."""
+        chosen = {camera: self.path / record.videos[camera] for camera in self._cameras if camera in record.videos}
+        if list(chosen) != self._cameras or (not self.choice.cameras and list(record.videos) != self._all_cameras):
+            raise FileError(
+                f"{record.file}: cameras {list(record.videos)}, expected {self._cameras} as in {self._first(lambda r: r.file)}"
+            )
+        if missing := [str(video) for video in chosen.values() if not video.is_file()]:
+            raise FileError(f"{', '.join(missing)}: no such file, which {record.file} names")
+        facts = {camera: probe(video) for camera, video in chosen.items()}
         first = next(iter(facts.values()))
         for camera, other in facts.items():
             if other.frames != first.frames:
@@ -334,14 +356,23 @@ class VideoFolderSource:
         """Lengths, from the text file and the videos' headers.
 
         Raises:
-            FileError: a file is missing or damaged, or lengths differ.
+            FileError: a file is missing or damaged, or lengths or rates differ.
         """
         record = self._record(index)
-        frames = next(iter(self._probe(record).values())).frames
-        steps, _, _ = self._numbers(record, frames)
+        facts = self._probe(record)
+        steps, _, _ = self._numbers(record, next(iter(facts.values())).frames)
+        for camera, known in facts.items():
+            if known.turned:
+                self._turned[record.videos[camera]] = f"{self.path / record.videos[camera]}: {known.turned}"
+            if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
+                video_blocks(self.path / record.videos[camera], known, steps, self._rate)  # says at which frame
         held_out = self._splits[index] in _HELD_OUT if self._has_split else None
-        files = [record.file, *(self.path / video for video in record.videos.values())]
-        return EpisodeShape(steps, {}, held_out, " ".join(stamp(file) for file in files))
+        files = [record.file, *(self.path / record.videos[camera] for camera in facts)]
+        success, name = record.content.get("success"), record.file.relative_to(self._top).with_suffix("").as_posix()
+        return EpisodeShape(
+            steps, {}, held_out, " ".join(stamp(file) for file in files), name, record.texts[0],
+            success if isinstance(success, bool) else None,
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode; its frames are decoded when they are asked for.
@@ -353,10 +384,9 @@ class VideoFolderSource:
         record = self._record(index)
         facts = self._probe(record)
         steps, actions, state = self._numbers(record, next(iter(facts.values())).frames)
-        checked_rate = None if self.options.rate_hz is not None else self._rate
+        rate = None if self.choice.rate_hz is not None else self._rate
         frames = {
-            camera: video_blocks(self.path / record.videos[camera], known, steps, checked_rate)
-            for camera, known in facts.items()
+            camera: video_blocks(self.path / record.videos[camera], known, steps, rate) for camera, known in facts.items()
         }
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
             actions32 = None if actions is None else actions.astype(np.float32)
@@ -365,11 +395,7 @@ class VideoFolderSource:
             task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions32,
             proprioception=state32, provenance={"file": record.file.relative_to(self.path).as_posix()},
         )  # fmt: skip
-        try:
-            episode.check()
-        except ContractError as error:
-            raise ContractError(f"{record.file}: {error}") from None
-        return episode
+        return checked(episode, record.file)
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> VideoFolderSource:
@@ -378,4 +404,4 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Vi
     Raises:
         FileError: the folder, its videos or text files are missing.
     """
-    return VideoFolderSource(path, options)
+    return VideoFolderSource(path, options, choice)

@@ -44,7 +44,7 @@ def squares(n: int, size: tuple[int, int] = (48, 64)) -> Array:
 
 def film(
     file: Path, pictures: int | Iterable[Array], *, codec: str = "libx264", fps: int = 10, times: Iterable[int] | None = None,
-    rotate: int | None = None, options: dict[str, str] | None = None,
+    rotate: int | None = None, options: dict[str, str] | None = None, pix_fmt: str = "yuv420p",
 ) -> Path:  # fmt: skip
     """A video of the pictures (of so many `squares`); `times` in units of a frame."""
     frames = list(squares(pictures) if isinstance(pictures, int) else pictures)
@@ -52,7 +52,7 @@ def film(
     with av.open(str(file), "w") as container:
         stream = container.add_stream(codec, rate=fps, options=options or {})
         stream.height, stream.width = frames[0].shape[:2]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else pix_fmt
         stream.codec_context.time_base = Fraction(1, fps)
         stream.codec_context.thread_count = 1
         if rotate is not None:
@@ -68,7 +68,7 @@ def film(
 def decoded(file: Path) -> Array:
     """All frames, decoded without the code under test."""
     with av.open(str(file)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from svam.contract import Episode
+from svam.contract import Choice, Episode
 from svam.sources.lerobot import LerobotSource, Options, open_source
 from tests.sources.common import film, frames_of
 
@@ -129,4 +129,6 @@ def numbers(episode: Episode) -> list[int]:
 
 
 def source(root: Path, **options: Any) -> LerobotSource:
-    return open_source(root, Options(**options))
+    """Opened with what `convert` chooses and with `convert.options`."""
+    chosen = {name: options.pop(name) for name in Choice.model_fields if name in options}
+    return open_source(root, Options(**options), Choice(**chosen))

@@ -84,7 +84,7 @@ def _video(suffix: str, codec: str) -> Set:
         film(folder / f"x{suffix}", 5, codec=codec)
         video_folder.annotate(folder / "x.json", texts=["go"], action=[[0.25, 1]] * 4, state=[[1e-3]] * 5)
 
-    return Set("video_folder", write, {"instruction": "do"})
+    return Set("video_folder", write, {})
 
 
 CHECKED = ("episode_0000100.npz", "ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy")

@@ -38,7 +38,7 @@ FOUND = {"lerobot_v3.0/ioai_fixture_v3": "episodes 0 and 1 have the same frames"
 """Folder -> what `validate` rightly finds: this fixture's pictures are all of one colour."""
 NO_PICTURES = ({"source": "robomimic"}, "has states but no pictures")
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "lerobot_v2.1/screwdriver_panel_novideo": ({"source": "lerobot"}, "have no files; a data set without"),
+    "lerobot_v2.1/screwdriver_panel_novideo": ({"source": "lerobot"}, "a data set without pictures cannot be converted"),
     "calvin_npz/calvin_text_annotations": ({"source": "calvin"}, "no CALVIN data set"),
     **{f"robomimic_hdf5/robosuite_raw_{name}": NO_PICTURES for name in ("door", "lift", "stack")},
 }

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from svam.contract import frame_blocks
+from svam.contract import Choice, frame_blocks
 from svam.sources._video import probe, video_blocks
 from svam.sources.video_folder import Options, open_source
 from tests.sources.common import decoded, film, frames_of, real, refused
@@ -89,7 +89,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"texts": []}, "no instruction for it"),
+        ({"texts": []}, r"1\.json: no instruction; set convert\.missing_instruction"),
         ({"texts": 5}, "texts is '5', expected a sentence or a list"),
         ({"texts": ["\ud800"]}, "is not Unicode text"),
         ({"text": "other"}, r"has both texts and text; name one of them in convert\.options\.text"),
@@ -102,13 +102,18 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
         ({"video_length": 7}, "video_length is 7, but the video has 6 frames"),
         ({"videos": None}, "videos is 'None', expected a list of objects with a video_path each"),
         ({"videos": [{"video_path": "/etc/passwd"}]}, "expected the path of a video below the top folder"),
-        ({"videos": [{"video_path": "videos/none.mp4"}]}, r"1\.json.*cameras|none\.mp4: no such file"),
+        (
+            {"videos": [{"video_path": f"videos/{v}.mp4"} for v in ("front", "side")]},
+            r"front\.mp4, .*side\.mp4: no such file, which .*1\.json names",
+        ),
     ],
 )
 def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     source = open_source(layout(tmp_path / "d", **change), Options())
     with refused(message, str(tmp_path)):
+        source.shape(0)
         source.read(0)
+    assert source.read(1).instruction == "do 2" and "do 2" in source.describe().instructions
 
 
 def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
@@ -119,16 +124,28 @@ def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
     annotate(tmp_path / "d/annotation/val/2.json", text="x", videos=[{"video_path": "videos/val/2/front.mp4"}])
     with refused(r"2\.json: cameras \['front'\], expected \['front', 'side'\] as in .*1\.json"):
         open_source(tmp_path / "d", Options()).read(1)
+    chosen = open_source(tmp_path / "d", Options(), Choice(cameras=["front"]))
+    assert [chosen.shape(k).steps for k in (0, 1)] == [6, 6] and list(chosen.read(1).frames) == ["front"]
+    with refused("convert.cameras names 'top', but .* has front, side"):
+        open_source(tmp_path / "d", Options(), Choice(cameras=["top"])).describe()
 
 
 def test_a_plain_folder(tmp_path: Path) -> None:
     film(tmp_path / "d/a.mp4", 7)
-    annotate(tmp_path / "d/a.json", instruction="wipe", actions=[0.5] * 7, states=[[1, 2]] * 7, gripper=list(range(7)))
+    annotate(
+        tmp_path / "d/a.json", instruction="wipe", actions=[0.5] * 7, states=[[1, 2]] * 7, gripper=list(range(7)), success=True
+    )
     film(tmp_path / "d/sub/b.webm", 70, codec="libvpx-vp9", fps=10)
     (tmp_path / "d/sub/b.txt").write_text("schütte\n\npour it\n", encoding="utf-8")
     film(tmp_path / "d/sub/c.mp4", 1)
-    source = open_source(tmp_path / "d", Options(instruction="anything"))
+    source = open_source(tmp_path / "d", Options(), Choice(missing_instruction="anything"))
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
+    assert [(source.shape(k).name, source.shape(k).success) for k in range(3)] == [
+        ("a", True),
+        ("sub/b", None),
+        ("sub/c", None),
+    ]
+    assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).shape(1).task == "go"
     a, b, c = (source.read(k) for k in range(3))
     assert [e.instruction for e in (a, b, c)] == ["wipe", "schütte", "anything"]
     assert source.describe().instructions["schütte"]["train"] == ["schütte", "pour it"]
@@ -137,8 +154,8 @@ def test_a_plain_folder(tmp_path: Path) -> None:
         assert (frames_of(episode, "video") == decoded(tmp_path / "d" / file)).all()
     joined = open_source(tmp_path / "d", Options(proprioception=("states", "gripper"), action="gripper")).read(0)
     assert joined.proprioception[3].tolist() == [1, 2, 3] and joined.actions[3].tolist() == [3]
-    with refused(r"c\.mp4: no instruction for it"):
-        open_source(tmp_path / "d", Options()).describe()
+    with refused(r"c\.mp4: no instruction; set"):
+        open_source(tmp_path / "d", Options()).shape(2)
     with refused(r"key 'speed', which convert\.options\.action names, is missing"):
         open_source(tmp_path / "d", Options(action="speed")).read(0)
     (tmp_path / "d/sub/b.txt").write_bytes(b"\xff\xfe")
@@ -167,13 +184,17 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     film(tmp_path / "d/b.mp4", 8, fps=12)
     film(tmp_path / "d/c.mp4", 8, times=[0, 1, 2, 5, 6, 7, 8, 9])
     film(tmp_path / "d/e.mp4", 8, rotate=90)
-    told = Options(instruction="go")
-    source = open_source(tmp_path / "d", told)
+    told = Choice(instruction="go")
+    source = open_source(tmp_path / "d", Options(), told)
     assert len(frames_of(source.read(0), "video")) == 8
-    for index, message in ((1, "expected 0.100 s at 10 frames/s"), (2, "variable frame rate"), (3, "rotate or mirror")):
+    for index, message in ((1, "expected 0.100 s at 10 frames/s"), (2, "variable frame rate.*convert.rate_hz")):
         with refused(message):
-            frames_of(source.read(index), "video")
-    stated = open_source(tmp_path / "d", told.model_copy(update={"rate_hz": 5.0}))
+            source.shape(index)
+    source.shape(3)
+    turned = frames_of(source.read(3), "video")
+    assert "e.mp4: pictures are turned by 270 degrees clockwise" in source.notes[-1] and turned.shape == (8, 64, 48, 3)
+    assert (turned == np.rot90(decoded(tmp_path / "d/e.mp4"), 1, axes=(1, 2))).all()
+    stated = open_source(tmp_path / "d", Options(), told.model_copy(update={"rate_hz": 5.0}))
     assert stated.describe().rate_hz == 5.0
     for index, file in enumerate(("a", "b", "c")):
         episode = stated.read(index)
@@ -191,6 +212,9 @@ def test_what_is_no_video(tmp_path: Path) -> None:
             source.describe()
         with refused(r"x\.mp4: truncated, damaged or no video"):
             source.shape(0)
+    file.write_text("version https://git-lfs.github.com/spec/v1")
+    with refused(r"x\.mp4: a Git LFS pointer"):
+        open_source(tmp_path, Options()).shape(0)
     with av.open(str(file), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
