@@ -103,9 +103,9 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     left_out = []
     for name, feature in sorted(features.items()):
         camera = name.removeprefix("steps/observation/").replace("/", "_")
-        if feature.kind != "image" and feature.channels < 0:
+        if feature.kind != "image" and not feature.colour:
             continue
-        if feature.channels < 0 or not name.startswith("steps/observation/"):
+        if not feature.colour or not name.startswith("steps/observation/"):
             left_out.append(f"{name} ({feature}) is no 8-bit RGB picture under steps/observation: left out")
         elif camera in cameras:
             raise FileError(f"{file}: {name} and {cameras[camera]} both give the camera {camera!r}")

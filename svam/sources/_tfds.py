@@ -49,12 +49,12 @@ class Feature:
         return math.prod(n for n in self.shape if n is not None)
 
     @property
-    def channels(self) -> int:
-        """The axis of the colours of an 8-bit picture: 2, or 0 of a tensor with channels first; -1 for everything else."""
+    def colour(self) -> bool:
+        """Whether a step is an 8-bit picture in colour; in a tensor the channels may come first."""
         if self.dtype != "uint8" or len(self.shape) != 3:
-            return -1
-        axes = [axis for axis in ((2, 0) if self.size else (2,)) if self.shape[axis] in (3, 4)]
-        return axes[0] if axes else 2 if self.kind == "image" and self.shape[2] is None else -1
+            return False
+        first, last = self.shape[0] if self.size else 0, self.shape[2]
+        return first in (3, 4) or last in (3, 4) or (self.kind == "image" and last is None)
 
     def __str__(self) -> str:
         sizes = ", ".join("?" if n is None else str(n) for n in self.shape)
@@ -283,16 +283,3 @@ def vectors(data: memoryview, feature: Feature, where: str) -> NDArray[Any]:
     if len(values) % feature.size:
         raise FileError(f"{where}: {len(values)} numbers, expected a multiple of {feature.size} ({feature})")
     return values.reshape(-1, feature.size)
-
-
-def tensor_pictures(data: memoryview, feature: Feature, where: str) -> NDArray[np.uint8]:
-    """(n, H, W, 3) of a tensor of pictures, as `Feature.channels` says they lie.
-
-    Raises:
-        FileError: as `vectors`, or numbers are no pixels.
-    """
-    values = vectors(data, feature, where)
-    if values.dtype.kind == "f" or not ((values >= 0) & (values <= 255)).all():
-        raise FileError(f"{where}: numbers outside 0..255, expected pixels")
-    pictures = values.astype(np.uint8, copy=False).reshape(-1, *(size or 0 for size in feature.shape))
-    return np.ascontiguousarray(np.moveaxis(pictures, feature.channels + 1, 3)[..., :3])

@@ -39,9 +39,9 @@ from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeSha
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_instruction
-from svam.sources._pictures import picture_blocks
+from svam.sources._pictures import array_rgb, picture_blocks
 from svam.sources._rlds_options import Options, choose
-from svam.sources._tfds import Shard, find_version, read_dataset_info, read_features, tensor_pictures, texts, vectors
+from svam.sources._tfds import Shard, find_version, read_dataset_info, read_features, texts, vectors
 from svam.sources._tfrecord import byte_strings, features_of, mapped, read_record, record_spans
 
 _LISTED = 10
@@ -306,11 +306,13 @@ class RldsSource:
                 return np.concatenate([part.astype(np.float32) for part in parts], axis=1)[:kept] if parts else None
 
         def pictures(name: str) -> Frames:
-            feature, content, what = self._features[name], self._feature(name, data, where), f"{where}: {name}"
-            items = byte_strings(content, what) if feature.kind == "image" else tensor_pictures(content, feature, what)
+            feature, what = self._features[name], f"{where}: {name}"
+            if feature.kind == "tensor":
+                return array_rgb(self._vector(name, data, where, rows), [size or 0 for size in feature.shape], what)[:kept]
+            items = byte_strings(self._feature(name, data, where), what)
             if len(items) != rows:
                 raise ContractError(f"{what} has {len(items)} pictures, expected {rows} as {self._chosen.counter} has")
-            return items[:kept] if isinstance(items, np.ndarray) else picture_blocks(items[:kept], feature.shape, what)
+            return picture_blocks(items[:kept], feature.shape, what)
 
         shard, sentence = self._shards[entry.shard], self._sentence_of(entry)
         episode = Episode(
