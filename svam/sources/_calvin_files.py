@@ -42,7 +42,7 @@ def read_recordings(folder: Path) -> NDArray[np.int64]:
     refuse_lfs_pointer(file)
     try:
         with file.open("rb") as opened:
-            values = np.lib.format.read_array(opened, allow_pickle=False)
+            values = np.lib.format.read_array(opened)
     except FileNotFoundError:
         raise FileError(f"{file}: no such file; it lists the recordings of an official CALVIN folder") from None
     except Exception as error:  # numpy's parser of headers raises a dozen types on damaged bytes

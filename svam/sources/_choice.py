@@ -29,6 +29,12 @@ def chosen_cameras(choice: Choice, available: Sequence[str], where: Path, prefix
     return chosen or list(available)
 
 
+def contents(folder: Path) -> str:
+    """The first names in a folder, for a message about what it lacks."""
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    return (", ".join(names[:5]) or "nothing") + ", ..." * (len(names) > 5)
+
+
 def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     """The sentence of an episode: `convert.instruction`, else its own, else `convert.missing_instruction`.
 

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from svam.errors import MachineError
 from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._choice import contents
 from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
 
 T = TypeVar("T")
@@ -78,8 +79,7 @@ def hdf5_files(path: Path) -> list[Path]:
         and not any(p.startswith(".") for p in file.relative_to(path).parts)
     ]
     if not found:
-        there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
-        raise FileError(f"{path}: no .hdf5 or .h5 file in it or below it; it has {there}")
+        raise FileError(f"{path}: no .hdf5 or .h5 file in it or below it; it has {contents(path)}")
     return sorted(found, key=lambda file: [by_number(part) for part in file.relative_to(path).parts])
 
 
@@ -220,7 +220,10 @@ class Hdf5File:
         Raises:
             FileError: it holds none, or absurdly large ones.
         """
-        return needed_pictures(f"{self.file}: {name}", *self.layout(name))
+        pictures = needed_pictures(f"{self.file}: {name}", *self.layout(name))
+        if pictures.dtype != np.uint8 and pictures.shape[0]:  # numbers in 0..1, which are no pictures of bytes, are told here
+            pictures.rgb(self.rows(name, 0, 1), f"{self.file}: {name}", 0)
+        return pictures
 
     def picture_blocks(self, name: str) -> Iterator[NDArray[np.uint8]]:
         """All pictures of a dataset, as (k, H, W, 3) blocks; errors as `rows`."""

@@ -101,7 +101,7 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
             member = io.BytesIO(archive.read(info))
             _header(file, name, member, info.file_size)
             member.seek(0)
-            arrays[name] = np.lib.format.read_array(member, allow_pickle=False)
+            arrays[name] = np.lib.format.read_array(member)
     return arrays
 
 

@@ -181,7 +181,8 @@ class AlohaSource:
             shape, dtype = data.layout(name)
             if not shape or shape[0] != steps[0]:
                 raise ContractError(f"{file}: {name} is {shape}, but action has {steps[0]} steps{self._without(data, camera)}")
-            if (pictures := picture_array(shape, dtype)) is not None:
+            if picture_array(shape, dtype) is not None:
+                pictures = data.pictures(name)
                 cameras[camera] = pictures.shape
                 notes += pictures.notes(f"{self.path}: {name}")
             elif dtype.kind in "uif" and len(shape) > 2 and not asked:

@@ -60,7 +60,7 @@ from svam.sources._calvin_files import (
     scene_name,
     step_file,
 )
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._npz import Header, headers
 
 RATE_HZ = 30.0
@@ -145,7 +145,7 @@ class CalvinSource:
         if not folders:
             raise FileError(
                 f"{self.path}: no CALVIN data set: neither a training nor a validation folder with "
-                "episode_0000000.npz, ... and ep_start_end_ids.npy"
+                f"episode_0000000.npz, ... and ep_start_end_ids.npy; it has {contents(self.path)}"
             )
         if unknown := sorted(set(self._options.scene_of) - set(folders)):
             raise ParamsError(

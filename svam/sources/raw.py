@@ -53,7 +53,7 @@ from pydantic import Field, ValidationError
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
 from svam.errors import SvamError, describe
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._npz import Header, field, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
@@ -106,11 +106,14 @@ class RawSource:
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
         self._meta_file = self.path / "meta.json"
+        if not self._meta_file.is_file():
+            raise FileError(
+                f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
+            )
         self._meta = _read_meta(self._meta_file)
         self._names = sorted(file.stem for file in self.path.glob("*.npz"))
         if not self._names:
-            there = ", ".join(sorted(file.name for file in self.path.iterdir())[:5])
-            raise FileError(f"{self.path}: no <name>.npz in it; it has {there}")
+            raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
         absent = sorted(set(self._meta.episodes) - set(self._names))
         if absent:
             raise FileError(f"{self._meta_file}: episodes names {absent[0]!r}, but there is no {absent[0]}.npz")

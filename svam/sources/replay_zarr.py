@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._picture_arrays import PictureArray, frames_per_block, picture_array
 from svam.sources._zarr import ZarrArray, ZarrFolder
 
@@ -60,8 +60,7 @@ def _buffer_path(path: Path) -> Path:
         raise FileError(f"{path}: no such file or directory")
     inside = sorted([*path.glob("*.zarr"), *path.glob("*.zarr.zip")])
     if len(inside) != 1:
-        there = ", ".join(sorted(file.name for file in inside or path.iterdir())[:5]) or "nothing"
-        raise FileError(f"{path}: expected a replay buffer, or one *.zarr or *.zarr.zip in it; it has {there}")
+        raise FileError(f"{path}: expected a replay buffer, or one *.zarr or *.zarr.zip in it; it has {contents(path)}")
     return inside[0]
 
 
