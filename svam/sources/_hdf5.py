@@ -10,7 +10,7 @@ import importlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.errors import MachineError
+from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer
 from svam.sources._choice import contents
 from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
@@ -86,6 +86,16 @@ def hdf5_files(path: Path) -> list[Path]:
 def most_common(values: Iterable[T]) -> T:
     """That of most files, by which the others are judged; of equals the first."""
     return Counter(values).most_common(1)[0][0]
+
+
+def attempted(read: Callable[[], T]) -> T | SvamError:
+    """What is read, or why it cannot be. A missing library is raised: it is no fault of one file."""
+    try:
+        return read()
+    except MachineError:
+        raise
+    except SvamError as error:
+        return error
 
 
 def check_named(path: Path, named: Iterable[str], there: Iterable[str]) -> None:

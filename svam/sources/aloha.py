@@ -27,6 +27,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +35,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.errors import MachineError, SvamError
+from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction
-from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, most_common, text_of
+from svam.sources._hdf5 import Hdf5File, attempted, check_named, hdf5_files, most_common, text_of
 from svam.sources._picture_arrays import MAX_PIXELS, picture_array
 
 _IMAGES = "observations/images"
@@ -119,7 +120,7 @@ class AlohaSource:
         there = hdf5_files(self.path)
         files = [file for file in there if file.name.startswith("episode_")] or there
         check_named(self.path, options.instructions, map(self._folder, files))
-        self._headers = [self._header(file) for file in files]
+        self._headers = [attempted(partial(self._header, file)) for file in files]
         readable = [header for header in self._headers if isinstance(header, _Header)]
         if not readable:
             raise next(header for header in self._headers if isinstance(header, SvamError))
@@ -150,15 +151,9 @@ class AlohaSource:
             )
         return notes
 
-    def _header(self, file: Path) -> _Header | SvamError:
-        """What a file holds, or why it cannot be read."""
-        try:
-            with Hdf5File(file, "aloha") as data:
-                return self._read_header(file, data)
-        except MachineError:
-            raise
-        except SvamError as error:
-            return error
+    def _header(self, file: Path) -> _Header:
+        with Hdf5File(file, "aloha") as data:
+            return self._read_header(file, data)
 
     def _read_header(self, file: Path, data: Hdf5File) -> _Header:
         if not data.is_group("observations"):

@@ -28,7 +28,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +37,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.errors import MachineError, SvamError
+from svam.errors import SvamError
 from svam.files import FileError, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction
-from svam.sources._hdf5 import Hdf5File, check_named, hdf5_files, most_common
+from svam.sources._hdf5 import Hdf5File, attempted, check_named, hdf5_files, most_common
 from svam.sources._picture_arrays import picture_array
 
 _ENDINGS = ("_image", "_rgb")
@@ -90,7 +91,7 @@ class _Demo:
     depth: bool
     notes: tuple[str, ...]
     success: bool | None
-    held_out: bool | None = None
+    held_out: bool | None
 
     def __str__(self) -> str:
         return f"{self.file}: data/{self.name}"
@@ -157,13 +158,8 @@ class RobomimicSource:
         self.notes: list[str] = []
         self._demos: list[_Demo | SvamError] = []
         for file in files:
-            try:
-                with Hdf5File(file, "robomimic") as data:
-                    self._demos += self._scan(file, data)
-            except MachineError:
-                raise
-            except SvamError as error:
-                self._demos.append(error)
+            scanned = attempted(partial(self._scan, file))
+            self._demos += [scanned] if isinstance(scanned, SvamError) else scanned
         readable = [demo for demo in self._demos if isinstance(demo, _Demo)]
         if not readable:
             unread = [demo for demo in self._demos if isinstance(demo, SvamError)]
@@ -211,8 +207,12 @@ class RobomimicSource:
                 "convert.options.observations 'after' pairs it with the picture before it"
             )
 
-    def _scan(self, file: Path, data: Hdf5File) -> list[_Demo | SvamError]:
+    def _scan(self, file: Path) -> list[_Demo | SvamError]:
         """The demonstrations of one file, each as it is or as the reason why it cannot be read."""
+        with Hdf5File(file, "robomimic") as data:
+            return self._scanned(file, data)
+
+    def _scanned(self, file: Path, data: Hdf5File) -> list[_Demo | SvamError]:
         if not data.is_group("data"):
             raise FileError(f"{file}: no group data, which robomimic's layout has; it has {data.listed('/')}")
         names = [name for name in data.names("data") if data.is_group(f"data/{name}")]
@@ -236,18 +236,10 @@ class RobomimicSource:
             self.notes.append(
                 f"{file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
             )
-        demos: list[_Demo | SvamError] = []
-        for name in names:
-            try:
-                held_out = (name in valid) if name in train | valid else None
-                demos.append(replace(self._demo(file, data, name), held_out=held_out))
-            except MachineError:
-                raise
-            except SvamError as error:
-                demos.append(error)
-        return demos
+        sides = {name: (name in valid) if name in train | valid else None for name in names}
+        return [attempted(partial(self._demo, file, data, name, side)) for name, side in sides.items()]
 
-    def _demo(self, file: Path, data: Hdf5File, name: str) -> _Demo:
+    def _demo(self, file: Path, data: Hdf5File, name: str, held_out: bool | None) -> _Demo:
         where = f"data/{name}"
         shape, _ = data.layout(f"{where}/actions")
         if len(shape) != 2 or shape[0] == 0:
@@ -270,7 +262,7 @@ class RobomimicSource:
             cameras=cameras, proprioception=self._keys_of_proprioception(file, where, keys),
             state=states[1] if len(states) == 2 else 0, sentence=self._instruction(file, data, where),
             depth=any(key.endswith("_depth") for key in keys), notes=notes,
-            success=bool(success) if isinstance(success, (bool, np.bool_, int, np.integer)) else None,
+            success=bool(success) if isinstance(success, (bool, np.bool_, int, np.integer)) else None, held_out=held_out,
         )  # fmt: skip
 
     def _pictures(

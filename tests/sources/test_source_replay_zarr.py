@@ -248,8 +248,11 @@ def test_headers_are_checked(tmp_path: Path, change: dict[str, Any], message: st
         open_source(tmp_path, TOLD).read(0)
 
 
-@pytest.mark.parametrize(("zarr_format", "shards"), [(2, None), (3, None), (3, (14, 6, 8, 4))])
-def test_buffers_that_zarr_writes_today(tmp_path: Path, zarr_format: Any, shards: Any) -> None:
+@pytest.mark.parametrize(
+    ("zarr_format", "shards", "zipped"),
+    [(2, None, False), (3, None, True), (3, (14, 6, 8, 4), False), (3, (14, 6, 8, 4), True)],
+)
+def test_buffers_that_zarr_writes_today(tmp_path: Path, zarr_format: Any, shards: Any, zipped: bool) -> None:
     """Version 3, shards, alpha; and chunks of zeros, which zarr does not write: they are read as such, with a note."""
     pictures = np.random.default_rng(1).integers(1, 256, (90, 6, 8, 4), dtype=np.uint8)
     pictures[:28] = 0
@@ -262,6 +265,9 @@ def test_buffers_that_zarr_writes_today(tmp_path: Path, zarr_format: Any, shards
         )
         array[:] = values
     root.create_array("meta/episode_ends", data=np.array(ENDS))
+    if zipped:
+        pack(tmp_path / "x.zarr", tmp_path / "x.zarr.zip")
+        shutil.rmtree(tmp_path / "x.zarr")
     source = open_source(tmp_path)
     for index, (start, stop) in enumerate(zip([0, *ENDS], ENDS, strict=False)):
         episode = source.read(index)

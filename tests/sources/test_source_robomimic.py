@@ -224,6 +224,7 @@ def test_proprioception_by_name(tmp_path: Path) -> None:
         ("data/demo_0/obs/robot0_eef_pos", np.zeros((4, 3)), "robot0_eef_pos has 4 steps, but actions has 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((4, 8, 8, 3), np.uint8), "has 4 pictures, but actions has 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((3, 8, 8), np.uint8), "expected uint8 pictures .steps, height, width, 3."),
+        ("data/demo_0/obs/agentview_image", np.full((3, 8, 8, 3), 0.5), "is 0.5 in row 0, expected whole numbers in 0..255"),
         ("data/demo_0/obs", None, "has states but no pictures"),
     ],
 )
