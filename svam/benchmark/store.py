@@ -58,7 +58,7 @@ def conversion(inputs: Inputs, params: Params) -> dict[str, Any]:
             settings = params.convert.model_copy(update=changes)
             return _seconds(lambda: convert(videos, folder / "store", settings, params.seed, workers))
 
-        works = {"decode": decode, "convert": partial(made, None)}
+        works: dict[str, Callable[[int], float]] = {"decode": decode, "convert": partial(made, None)}
         works |= {f"convert_{size}": partial(made, size) for size in params.benchmark.image_sizes}
         seconds = in_turn(works, params.benchmark.repeats, warm=False)
         size = sum(file.stat().st_size for file in (folder / "store").rglob("*") if file.is_file())

@@ -466,8 +466,8 @@ def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
             console.print(f"convert: going on after {done} of {sum(sizes)} steps", highlight=False)
         task = bar.add_task("convert, steps", total=todo, note="")
         with closing(_done(work, jobs, next_jobs, workers)) as finished:  # type: ignore[type-var]
-            for job in finished:
-                bar.advance(task, sizes[job] if isinstance(job, int) else 0)
+            for one in finished:
+                bar.advance(task, sizes[one] if isinstance(one, int) else 0)
     for name in plan.layouts:
         work.array(name).close()
 

@@ -53,14 +53,13 @@ class RowReader:
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
         shards, chunks = self._array.shards or (0,), self._array.chunks
-        sizes = self.attributes.get(SHARD_BYTES)
-        known = shards[1:] == chunks[1:] == self.shape[1:] and self.shape and isinstance(sizes, list)
+        self._sizes: Any = self.attributes.get(SHARD_BYTES)
+        known = shards[1:] == chunks[1:] == self.shape[1:] and self.shape and isinstance(self._sizes, list)
         if not known:
             raise FileError(f"{file}: expected shards of whole rows whose sizes are the attribute {SHARD_BYTES}")
         self.chunk_rows, self.shard_rows = int(chunks[0]), int(shards[0])
-        if len(sizes) != (shards := -(-len(self) // self.shard_rows)):
-            raise FileError(f"{file}: the attribute {SHARD_BYTES} has {len(sizes)} entries, expected {shards}")
-        self._sizes = sizes
+        if len(self._sizes) != (count := -(-len(self) // self.shard_rows)):
+            raise FileError(f"{file}: the attribute {SHARD_BYTES} has {len(self._sizes)} entries, expected {count}")
 
     def __len__(self) -> int:
         return int(self.shape[0])
