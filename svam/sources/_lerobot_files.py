@@ -131,6 +131,13 @@ def seconds(column: Any, what: str) -> NDArray[np.float64]:
     return np.ascontiguousarray(values[:, 0])
 
 
+def joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArray[np.float32]:
+    """(n, d) float32: the columns side by side."""
+    parts = [vectors(table[column], f"{file}: column {column!r}") for column in columns]
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which the episode's check names
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+
 def whole_numbers(column: Any, what: str, least: int | None = None) -> NDArray[np.int64]:
     """(n,) int64 of a column of whole numbers, also where they are stored as floats."""
     if len(column) == 0:
@@ -152,6 +159,23 @@ def texts(column: Any, what: str) -> list[str]:
         if not isinstance(value, str):
             raise FileError(f"{what} is {str(value)[:60]!r} at row {row}, expected text")
     return values
+
+
+def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
+    """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks.
+
+    Raises:
+        FileError: a number is in no table.
+    """
+    if is_text(column):
+        return texts(column, what)
+    if tasks is None:
+        return None
+    said = whole_numbers(column, what).tolist()
+    unknown = [value for value in said if value not in tasks]
+    if unknown:
+        raise FileError(f"{what} is {unknown[0]}, which meta/tasks does not list")
+    return [tasks[value] for value in said]
 
 
 def is_text(column: Any) -> bool:
@@ -233,6 +257,22 @@ class StoredPictures:
         return data
 
 
+@dataclass(frozen=True)
+class Rows:
+    """What an episode's rows `start` .. `stop` - 1 of `file` say, but for vectors and pictures."""
+
+    file: Path
+    start: int
+    stop: int
+    times: NDArray[np.float64] | None
+    fps: float
+    instruction: str
+    success: bool | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
 BY_ORDER = "if row t is frame t all the same, set convert.options.frames to 'order'"
 _DRIFT = 0.01
 """Frames by which a boundary of LeRobot's own metadata never differs from the lengths."""
@@ -249,7 +289,7 @@ class Span:
 
 
 def first_frames(
-    members: Sequence[tuple[float, float, int, int]], frames: int, rate: float, believe: bool
+    video: Path, members: Sequence[tuple[float, float, int, int]], frames: int, rate: float, believe: bool
 ) -> tuple[dict[int, int], str]:
     """(episode number -> its first frame, a note) of the episodes in one video; no frames where only `from_timestamp` tells.
 
@@ -261,7 +301,7 @@ def first_frames(
     """
     starts, stops, numbers, lengths = zip(*members, strict=True)
     total, end = sum(lengths), round(max(stops) * rate)
-    says = f"{frames} frames, and the {len(members)} episodes in it have {total} rows"
+    says = f"{video}: {frames} frames, and the {len(members)} episodes in it have {total} rows"
     if frames == total:
         firsts = np.cumsum([0, *lengths[:-1]])
         drift = np.abs(np.array(starts) * rate - firsts)

@@ -43,9 +43,7 @@ class VideoFacts:
     @property
     def turned(self) -> str:
         """What is done with the pictures, for a note; "" where they are stored upright."""
-        return (
-            f"pictures are turned by {(360 - 90 * self.turn) % 360} degrees clockwise, as its metadata ask" if self.turn else ""
-        )
+        return f"pictures are turned by {(360 - 90 * self.turn) % 360} degrees clockwise" if self.turn else ""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -31,17 +31,18 @@ from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction
 from svam.sources._lerobot_files import (
     BY_ORDER,
+    Rows,
     Span,
     StoredPictures,
     episode_rows,
     find_frames,
     first_frames,
-    is_text,
+    joined,
     opened,
     read_rows,
     seconds,
+    sentences,
     small_columns,
-    texts,
     vectors,
     whole_numbers,
 )
@@ -88,22 +89,6 @@ class Options(Frozen):
     frames: Literal["timestamps", "order"] = "timestamps"
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """What an episode's rows `start` .. `stop` - 1 of `file` say, but for vectors and pictures."""
-
-    file: Path
-    start: int
-    stop: int
-    times: NDArray[np.float64] | None
-    fps: float
-    instruction: str
-    success: bool | None
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-
 class LerobotSource:
     """The episodes in the order of their numbers."""
 
@@ -120,10 +105,8 @@ class LerobotSource:
         declared = self._chosen_cameras()
         self._entries = read_episodes(self.root, self.info, declared)
         if self.info.total_episodes not in (None, len(self._entries)):
-            self._notes.append(
-                f"{self._info_file}: total_episodes is {self.info.total_episodes}, but the episode list has "
-                f"{len(self._entries)}"
-            )
+            said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self._entries)}"
+            self._notes.append(f"{self._info_file}: {said}")
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
@@ -237,7 +220,7 @@ class LerobotSource:
 
     def _find_columns(self, names: list[str]) -> dict[str, list[str]]:
         """Vector name -> columns to join, checked against the first episode's file."""
-        joined: dict[str, list[str]] = {}
+        chosen: dict[str, list[str]] = {}
         for vector, option in (
             ("actions", "action"), ("expert_actions", "expert_action"), ("state", "state"), ("proprioception", "proprioception")
         ):  # fmt: skip
@@ -246,25 +229,19 @@ class LerobotSource:
             missing = [column for column in columns if column not in names]
             if missing:
                 like = sorted(name for name in names if name.startswith(("action", "observation.", "state", "expert")))
-                if (
-                    asked is None
-                    and option == "proprioception"
-                    and not any(name.startswith("observation.state") for name in names)
-                ):
-                    self._notes.append(
-                        f"{self._first_file}: column 'observation.state' is missing; the episodes have no proprioception"
-                    )
+                if asked is None and vector == "proprioception" and not any(n.startswith("observation.state") for n in names):
+                    self._notes.append(f"{self._first_file}: no column 'observation.state': episodes have no proprioception")
                     continue
                 raise ParamsError(
                     f"convert.options.{option}: column {missing[0]!r} is not in {self._first_file}, "
                     f"which has {', '.join(like or names)}; name those to join, in their order, or [] for none"
                 )
             if columns:
-                joined[vector] = list(columns)
+                chosen[vector] = list(columns)
         column = self.options.instruction_column
         if column not in (None, "tasks", *names):
             raise ParamsError(f"convert.options.instruction_column: column {column!r} is not in {self._first_file}")
-        return joined
+        return chosen
 
     # Where it lies
 
@@ -308,7 +285,7 @@ class LerobotSource:
 
     # What the rows say
 
-    def _rows(self, index: int, file: Path) -> _Rows:
+    def _rows(self, index: int, file: Path) -> Rows:
         entry, options = self._entries[index], self.options
         spoken = options.instruction_column if options.instruction_column not in (None, "tasks") else "task_index"
         content = small_columns(file, stamp(file), ("timestamp", "frame_index", "next.success", str(spoken)))
@@ -322,7 +299,7 @@ class LerobotSource:
         success = entry.success
         if success is None and "next.success" in mine:
             success = bool(vectors(mine["next.success"], f"{file}: next.success").any())
-        return _Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(str(spoken))), success)
+        return Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(str(spoken))), success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
@@ -346,10 +323,8 @@ class LerobotSource:
             stored = f"; it is stored at {rate:g} Hz" + ("" if self.choice.rate_hz else ", which convert.rate_hz replaces")
             self._note(stored, entry.number, apart)
         if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
-            self._note(
-                "; where a video has as many frames as rows, row t takes frame t",
-                entry.number, f"{file}: timestamps begin at {times[0]:g} s",
-            )  # fmt: skip
+            what = "; where a video has as many frames as rows, row t takes frame t"
+            self._note(what, entry.number, f"{file}: timestamps begin at {times[0]:g} s")
         return (None if order else times), (1 / step if self.choice.rate_hz and step > 0 else self.info.fps)
 
     def _note(self, what: str, key: int | Path, case: str) -> None:
@@ -360,12 +335,9 @@ class LerobotSource:
         entry, asked = self._entries[index], self.options.instruction_column
         if self.choice.instruction:
             return self.choice.instruction
-        listed = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
-        if asked == "tasks" and listed is None:
-            raise FileError(
-                f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}, expected one"
-            )
-        own = listed
+        own = listed = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
+        if asked == "tasks" and len(entry.tasks) > 1:
+            raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
         if asked != "tasks" and column is not None:
             spoken = self._spoken(column, file, index)
             if None not in (spoken, listed) and spoken != listed:
@@ -379,24 +351,14 @@ class LerobotSource:
     def _spoken(self, column: Any, file: Path, index: int) -> str | None:
         """The one sentence of an episode's rows; None where there is no table of tasks."""
         name, number = self.options.instruction_column or "task_index", self._entries[index].number
-        said: list[Any]
-        if is_text(column):
-            said = texts(column, f"{file}: {name}")
-        elif self._tasks is None:
-            return None
-        else:
-            said = whole_numbers(column, f"{file}: {name}").tolist()
-            unknown = [value for value in said if value not in self._tasks]
-            if unknown:
-                raise FileError(f"{file}: {name} is {unknown[0]}, which meta/tasks does not list")
-            said = [self._tasks[value] for value in said]
-        row = next((row for row, value in enumerate(said) if value != said[0]), None)
-        if row is not None:
-            raise FileError(
-                f"{file}: episode {number} changes its task at row {row} from {said[0]!r} to {said[row]!r}, expected one; "
-                f"set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
-            )
-        return str(said[0])
+        said = sentences(column, self._tasks, f"{file}: {name}")
+        for row, sentence in enumerate(said or ()):
+            if said and sentence != said[0]:
+                raise FileError(
+                    f"{file}: episode {number} changes its task at row {row} from {said[0]!r} to {sentence!r}, expected one; "
+                    f"set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
+                )
+        return said[0] if said else None
 
     # Where the frames lie
 
@@ -412,24 +374,20 @@ class LerobotSource:
                 for one in self._entries
                 if (other := one.clips.get(camera.key)) and (other.chunk, other.file) == key[1:]
             )
-            facts = probe(video)
-            try:
-                firsts, note = first_frames(members, facts.frames, facts.rate or self.info.fps, self.options.frames == "order")
-            except FileError as error:
-                raise FileError(f"{video}: {error}") from None
+            facts, believe = probe(video), self.options.frames == "order"
+            self._firsts[key], note = first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
             if note:
-                self._note("", video, f"{video}: {note}")
-            self._firsts[key] = firsts
+                self._note("", video, note)
         return Span(clip.start, clip.stop, self._firsts[key].get(entry.number))
 
     def _place(
-        self, entry: Entry, camera: Camera, video: Path, rows: _Rows, cheaply: bool = False
+        self, entry: Entry, camera: Camera, video: Path, rows: Rows, cheaply: bool = False
     ) -> tuple[NDArray[np.int64], float] | None:
         """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` None where frames
         and rows are equally many and equally far apart, so that reading will find them."""
         span, facts, times = self._span(entry, camera, video), probe(video), rows.times
         if facts.turned:
-            self._note("", video, f"{video}: {facts.turned}")
+            self._note(", as its metadata ask", video, f"{video}: {facts.turned}")
         if span is None and facts.frames > len(rows):
             say = "row t takes frame t" if times is None else "the timestamps say which frame belongs to a row"
             case = f"{video}: {facts.frames} frames, but episode {entry.number} has {len(rows)} rows"
@@ -515,13 +473,13 @@ class LerobotSource:
             else:
                 pictures = StoredPictures(file, self.root, camera.key, rows.start, rows.stop, camera.shape)
                 frames[camera.name] = FrameBlocks((len(rows), *pictures.first()[0].shape), pictures.blocks)
-        joined = {name: _joined(file, table, columns) for name, columns in self.columns.items()}
+        vector = {name: joined(file, table, columns) for name, columns in self.columns.items()}
         return checked(
             Episode(
                 task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps,
-                frames=frames, timestamps=rows.times, actions=joined.get("actions"),
-                expert_actions=joined.get("expert_actions"), state=joined.get("state"),
-                proprioception=joined.get("proprioception"),
+                frames=frames, timestamps=rows.times, actions=vector.get("actions"),
+                expert_actions=vector.get("expert_actions"), state=vector.get("state"),
+                proprioception=vector.get("proprioception"),
                 provenance={
                     "file": file.relative_to(self.root).as_posix(), "episode_index": entry.number,
                     "timestamps_begin_late_s": late,
@@ -529,13 +487,6 @@ class LerobotSource:
             ),
             file,
         )  # fmt: skip
-
-
-def _joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArray[np.float32]:
-    """(n, d) float32: the columns side by side."""
-    parts = [vectors(table[column], f"{file}: column {column!r}") for column in columns]
-    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which the episode's check names
-        return np.concatenate(parts, axis=1).astype(np.float32)
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> LerobotSource:

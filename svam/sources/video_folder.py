@@ -266,7 +266,9 @@ class VideoFolderSource:
     @property
     def notes(self) -> Sequence[str]:
         """What is left out, what cannot be done with it, and which of the videos that `shape` has looked at are turned."""
-        turned = [f"{next(iter(self._turned.values()))} ({len(self._turned)} videos)"] if self._turned else []
+        turned = (
+            [f"{next(iter(self._turned.values()))} ({len(self._turned)} videos), as their metadata ask"] if self._turned else []
+        )
         return [*self._survey[1], *turned]
 
     @cached_property

@@ -375,8 +375,6 @@ def test_turned_pictures(tmp_path: Path) -> None:
     """As players and viewers turn them, by a display matrix or EXIF, with a note."""
     from PIL import Image
 
-    buffer = BytesIO()
-    Image.fromarray(picture(3, (16, 24))).save(buffer, "PNG", exif=Image.Exif())
     exif = Image.Exif()
     exif[0x0112] = 6  # shown a quarter turn clockwise
     Image.fromarray(picture(3, (16, 24))).save(buffer := BytesIO(), "PNG", exif=exif)
