@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from svam.contract import ContractError, Observation
+from svam.contract import CHECKPOINT_SCHEMA, ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree
 from svam.models.manifest import write_manifest
@@ -251,9 +251,10 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_part(
 
 
 def test_a_folder_of_an_older_version_is_one_sentence(saved: Path) -> None:
-    edited(saved / "policy/config.json", lambda data: data.replace(b'"schema_version": 2', b'"schema_version": 1'))
+    now, file = CHECKPOINT_SCHEMA, saved / "policy/config.json"
+    file.write_text(file.read_text().replace(f'"schema_version": {now}', f'"schema_version": {now - 1}'))
     write_manifest(saved)
-    with pytest.raises(FileError, match=r"policy/config.json: schema_version is 1, but this version of the code reads 3"):
+    with pytest.raises(FileError, match=f"policy/config.json: schema_version is {now - 1}, but .* of the code reads {now}"):
         SVAM.load(saved)
 
 
