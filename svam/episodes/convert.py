@@ -47,10 +47,10 @@ from svam.episodes.frames import prepared
 from svam.episodes.lossy import LOSSY, PictureError, picture_codec
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
+from svam.episodes.split import split_episodes
 from svam.episodes.statistics import vector_statistics
 from svam.files import FileError, locked, whole_directory, write_json
 from svam.params import Convert
-from svam.seeds import generator
 
 UNIT_STEPS = 1024
 """About so many steps are a unit, in whole episodes: few enough to share among workers and to lose to a kill."""
@@ -58,53 +58,6 @@ _VECTOR_CHUNK, _ANNOTATION_CHUNK = 4096, 4
 """Rows compressed together: vectors are small; labels are read in random order, so few."""
 OF_EPISODES = ("episode_ends", "episode_split", "episode_task", "episode_checksums")
 ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
-
-
-def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
-    """(E,) uint8, 1 for held-out episodes: the source's own split where it has one, else of each task's episodes the share
-    `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool. A single
-    episode is trained on.
-    Where episodes share frames (`EpisodeShape.group`), whole groups are drawn instead, until they are that share of all.
-
-    Which ones are drawn depends on the seed, the task and its number of episodes only; of groups, on the seed and their sizes.
-
-    Raises:
-        ContractError: there is a single group of several episodes, or the source's own split of them leaves one side empty.
-    """
-    split = np.zeros(len(tasks), dtype=np.uint8)
-    if len(tasks) == 1:
-        return split
-    if any(shape.held_out is not None for shape in shapes):
-        split[:] = [shape.held_out is True for shape in shapes]
-        if split.all() or not split.any():
-            sides = f"{len(split) - split.sum()} training and {split.sum()} held-out episodes"
-            raise ContractError(f"the source's own split has {sides}, expected some of both")
-        return split
-    if any(shape.group for shape in shapes):
-        return _split_groups([shape.group or str(number) for number, shape in enumerate(shapes)], held_out, seed)
-    groups = {task: np.flatnonzero([name == task for name in tasks]) for task in dict.fromkeys(tasks)}
-    if max(map(len, groups.values())) == 1:
-        groups = {"": np.arange(len(tasks))}
-    for task, members in groups.items():
-        if len(members) > 1:
-            count = min(max(1, round(held_out * len(members))), len(members) - 1)
-            split[generator(seed, "split", task).permutation(members)[:count]] = 1
-    return split
-
-
-def _split_groups(groups: Sequence[str], held_out: float, seed: int) -> NDArray[np.uint8]:
-    """As `split_episodes`: whole groups, in an order that is drawn, as many as fit into the share; or the smallest one."""
-    names, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        raise ContractError(
-            f"all {len(groups)} episodes share frames with each other, so none can be held out; convert more recordings"
-        )
-    left, chosen = min(round(held_out * len(groups)), len(groups) - 1), []
-    for number in generator(seed, "split").permutation(len(names)):
-        if sizes[number] <= left:
-            chosen.append(number)
-            left -= sizes[number]
-    return np.isin(group, chosen or [int(np.argmin(sizes))]).astype(np.uint8)
 
 
 def _parts(episode: Episode) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]:

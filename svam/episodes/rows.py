@@ -53,10 +53,10 @@ class RowReader:
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
         shards, chunks = self._array.shards or (0,), self._array.chunks
-        self._sizes: Any = self.attributes.get(SHARD_BYTES)
-        known = shards[1:] == chunks[1:] == self.shape[1:] and self.shape and isinstance(self._sizes, list)
-        if not known:
+        sizes = self.attributes.get(SHARD_BYTES)
+        if not (self.shape and shards[1:] == chunks[1:] == self.shape[1:] and isinstance(sizes, list)):
             raise FileError(f"{file}: expected shards of whole rows whose sizes are the attribute {SHARD_BYTES}")
+        self._sizes: list[int] = sizes
         self.chunk_rows, self.shard_rows = int(chunks[0]), int(shards[0])
         if len(self._sizes) != (count := -(-len(self) // self.shard_rows)):
             raise FileError(f"{file}: the attribute {SHARD_BYTES} has {len(self._sizes)} entries, expected {count}")

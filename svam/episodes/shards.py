@@ -100,7 +100,7 @@ class ShardedArray:
         values, at = np.empty((last - first, *self.layout.row_shape), self.layout.dtype), 0
         for piece in pieces:
             try:
-                part = np.load(piece, allow_pickle=False)
+                part = np.load(piece)
                 values[at : at + len(part)] = part
             except (OSError, ValueError, EOFError) as error:
                 raise DamagedPieceError(f"{piece}: cannot be read ({error}); run the same command again") from None

@@ -19,8 +19,9 @@ from typer.testing import CliRunner, Result
 from stages.convert import app
 from svam.console import console
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
-from svam.episodes.convert import ONE_EPISODE, convert, split_episodes
+from svam.episodes.convert import ONE_EPISODE, convert
 from svam.episodes.inspection import facts
+from svam.episodes.split import split_episodes
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source

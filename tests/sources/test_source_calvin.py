@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from svam.contract import Choice
-from svam.episodes.convert import split_episodes
+from svam.episodes.split import split_episodes
 from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
 from tests.sources.common import frames_of, refused
 from tests.sources.test_restricted_pickle import npy_of
