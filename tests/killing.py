@@ -18,15 +18,9 @@ from typer.testing import CliRunner
 
 from svam.resume import Resume
 
-HEAVY = [
-    "svam.training.train_policy",
-    "svam.training.cache_teacher",
-    "svam.training.finetune_video",
-    "svam.evaluation.closed_loop",
-]
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.killing", *HEAVY])
+PROCESSES.set_forkserver_preload(["tests.killing", "svam.training.finetune_video"])
 
 
 def _app_of(module: str) -> typer.Typer:

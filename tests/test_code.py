@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
-import subprocess
 from hashlib import sha256
 from pathlib import Path
 
@@ -27,7 +25,6 @@ from tests import ROOT
 from tests.killing import run_stage
 
 PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-PYTHON_312 = Path.home() / ".pyenv/versions/3.12.1/bin/python"
 MODULE = '''
 """A module."""
 from typing import TYPE_CHECKING, Annotated
@@ -105,26 +102,9 @@ def test_only_our_console_is_silent() -> None:
 
 
 def test_a_digest_does_not_depend_on_pythons_version() -> None:
-    """Recorded on 3.11; where Python 3.12 is installed too, it reads every module of ours as this one does."""
+    """Recorded on 3.11."""
     assert digest_of(MODULE) == "a935480766055d2b"
     assert digest_of("f'{a}' f''") == digest_of("f'{a}'")
-    if not PYTHON_312.is_file():
-        return
-    files = sorted(file for folder in ("svam", "stages") for file in (ROOT / folder).rglob("*.py"))
-    code = "\n".join([
-        "import json, sys", f"sys.path.insert(0, {str(ROOT / 'svam')!r})", "sys.modules.pop('code', None)",
-        "from code import digest_of", "from pathlib import Path",
-        "print(json.dumps([digest_of(Path(f).read_text(encoding='utf-8')) for f in json.load(sys.stdin)]))",
-    ])  # fmt: skip
-    done = subprocess.run(
-        [str(PYTHON_312), "-I", "-c", code],
-        input=json.dumps([str(f) for f in files]),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == [digest_of(file.read_text(encoding="utf-8")) for file in files]
 
 
 def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
@@ -219,13 +199,6 @@ def test_the_stage_writes_them(tmp_path: Path) -> None:
     run_stage(app, tmp_path, "--params", ROOT / "params.yaml")
     assert {file.name for file in tmp_path.iterdir()} == {f"{name}.txt" for name in stage_names()}
     assert (tmp_path / "train_policy.txt").read_text() == code_text(stage_code("train_policy", "metaworld"))
-
-
-def test_what_decides_numbers_is_tracked() -> None:
-    assert {"svam/normalisation.py", "svam/contract.py", "svam/seeds.py"} <= set(stage_code("train_policy", "metaworld"))
-    assert "svam/sources/metaworld.py" in stage_code("convert", "metaworld")
-    assert "svam/sources/calvin.py" not in stage_code("convert", "metaworld")
-    assert "svam/training/prepare_backbones/text.py" not in stage_code("prepare_backbones_teacher", "metaworld")
 
 
 @pytest.mark.parametrize("name", UNTRACKED)

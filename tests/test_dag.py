@@ -57,23 +57,14 @@ def test_git_and_dvc_share_the_files(finished: Path) -> None:
 
 
 def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The folder works elsewhere on its own, by the code that README shows, and one of its bytes changed is noticed."""
-    from svam.models.svam import SVAM
-
-    folder = tmp_path / "data/svam"
-    shutil.copytree(finished / "data/svam", folder)
+    """The folder works elsewhere on its own, by the code that README shows."""
+    shutil.copytree(finished / "data/svam", tmp_path / "data/svam")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
     exec((ROOT / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0], names)
     assert names["actions"].shape == (1, names["svam"].chunk, 4)
     assert names["actions"].dtype == np.float32
     assert np.isfinite(names["actions"]).all()
-    weights = sorted(folder.rglob("*.safetensors"))[0]
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.write_bytes(content)
-    with pytest.raises(ValueError, match=weights.parent.name):
-        SVAM.load(folder)
 
 
 def test_a_wrong_param_costs_no_output(finished: Path) -> None:

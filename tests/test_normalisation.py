@@ -20,11 +20,7 @@ NORMALISATIONS = ("minmax", "quantile", "meanstd")
 def statistics_of(actions: NDArray[np.float32], normalisation: str, binary: list[int] | None = None) -> Statistics:
     vectors = vector_statistics(lambda: [actions])
     convention = ActionConvention.model_validate(
-        {
-            "dimensions": actions.shape[1],
-            "normalisation": normalisation,
-            "binary_dimensions": binary or [],
-        }
+        {"dimensions": actions.shape[1], "normalisation": normalisation, "binary_dimensions": binary or []}
     )
     return Statistics(convention=convention, actions=vectors, proprioception=vectors)
 
@@ -102,11 +98,6 @@ def test_proprioception() -> None:
     assert normalise_proprioception(statistics, values).tolist() == [[-1, 0], [1, 0]]
     with pytest.raises(ContractError, match="the data set has none"):
         normalise_proprioception(statistics.model_copy(update={"proprioception": None}), values)
-
-
-def test_statistics_survive_json() -> None:
-    statistics = statistics_of(np.random.default_rng(0).normal(size=(50, 2)).astype(np.float32), "quantile")
-    assert Statistics.model_validate_json(statistics.model_dump_json()) == statistics
 
 
 def test_contradictions_are_refused() -> None:

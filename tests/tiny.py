@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from svam.contract import Observation
+from svam.contract import Episode, Observation, SourceDescription
+from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.models.svam import SVAM, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
+from svam.simulation.metaworld import TaskEnvironment
 from svam.training.train_policy import load_foresight
-from tests.tiny_foresight import FRAMES, GRID, make_teacher, save_parts
+from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.tiny_foresight import FRAMES, GRID, SIZE, make_teacher, save_parts
 from tests.toy import ADAM
 
 GENERATE = Generate(
@@ -80,3 +84,40 @@ def make_svam(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> 
     for layer in svam.network.diffusion.decoder:
         torch.nn.init.normal_(layer.modulation.weight, std=0.5)  # type: ignore[union-attr, arg-type]
     return svam
+
+
+TASKS = ["reach", "window-close"]
+
+
+class Demonstrations(Recorded):
+    """Random pictures and actions under MetaWorld's names, with its goals: of each of `TASKS` the seeds 0, 1, 2."""
+
+    def __init__(self) -> None:
+        super().__init__([episode for task in TASKS for episode in self.of_task(task)])
+
+    @staticmethod
+    def of_task(task: str) -> list[Episode]:
+        episodes, environment = [], TaskEnvironment(task, SIZE)
+        for seed in range(3):
+            environment.reset(seed)
+            made, rng = make_episode(task, 12, seed, SIZE), np.random.default_rng(seed)
+            actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
+            episodes.append(replace(
+                made, instruction=f"{task} a", frames={"corner2": made.frames["front"]}, actions=actions,
+                expert_actions=actions, rate_hz=80.0, provenance={"draw": np.round(environment.draw, 6).tolist()},
+            ))  # fmt: skip
+        environment.close()
+        return episodes
+
+    def describe(self) -> SourceDescription:
+        provenance = {"source": "metaworld", "tasks": {task: {"render": "fast"} for task in TASKS}}
+        changes = {"rate_hz": 80.0, "cameras": ["corner2"], "provenance": provenance}
+        return super().describe().model_copy(update=changes)
+
+
+def save_run(root: Path) -> Path:
+    """`episodes.zarr` of `Demonstrations`, an untrained but whole `svam` on it, and its `parts`, below `root`."""
+    convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
+    store = EpisodeStore.open(root / "episodes.zarr")
+    make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
+    return root

@@ -19,56 +19,34 @@ ADAM: dict[str, Any] = {
 TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5, "bf16": False}  # CPUs emulate bfloat16
 TEACHER = {"image_size": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2, "training": TRAINING}
 OVERRIDES: dict[str, Any] = {
-    "threads": 1,
-    "machine": {"device": "cpu", "workers": 2, "cache_gb": 1.0},
+    "threads": 1, "machine": {"device": "cpu", "workers": 2, "cache_gb": 1.0},
     "collect": {
-        "tasks": ["button-press-topdown", "reach"],
-        "episodes": 3,
-        "episodes_of": {"reach": 2},
-        "image_size": 32,
+        "tasks": ["button-press-topdown", "reach"], "episodes": 3, "episodes_of": {"reach": 2}, "image_size": 32,
         "annotate_every": 8,
     },
     "convert": {"held_out": 0.34, "chunk_frames": 8, "shard_megabytes": 0.2},
     "prepare_backbones": {
         "autoencoder": {"latent_channels": 4, "channels": [32, 64, 64], "layers": [0, 1, 1], "training": TRAINING},
-        "text": {"width": 32, "layers": 1, "heads": 2, "training": TRAINING},
-        "geometric": TEACHER,
-        "semantic": TEACHER,
+        "text": {"width": 32, "layers": 1, "heads": 2, "training": TRAINING}, "geometric": TEACHER, "semantic": TEACHER,
     },
     "encode": {"batch": 16},
     "finetune_video": {
-        "frames": 4,
-        "unet": {"channels": [32, 64], "layers": 1, "heads": [1, 2]},
-        "training": TRAINING,
-        "evaluation_clips": 4,
+        "frames": 4, "unet": {"channels": [32, 64], "layers": 1, "heads": [1, 2]}, "training": TRAINING, "evaluation_clips": 4,
     },
     "generate": {"windows": 8, "held_out_windows": 4, "grid": 4, "steps": 2, "batch": 4, "bf16": False},
     "cache_teacher": {"batch": 8},
     "distill": {"width": 32, "blocks": 1, "heads": 2, "training": TRAINING},
     "train_policy": {
-        "observation_stride": 8,
-        "encode_batch": 8,
-        "encode_bf16": False,
+        "observation_stride": 8, "encode_batch": 8, "encode_bf16": False, "training": TRAINING, "evaluate_every": 3,
         "perceiver": {"queries": 2, "width": 32, "depth": 1, "heads": 2},
         "transformer": {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "steps": 2},
-        "training": TRAINING,
-        "evaluate_every": 3,
     },
     "evaluate": {
-        "tasks": ["button-press-topdown"],
-        "episodes": 2,
-        "held_out_instruction_episodes": 1,
-        "max_steps": 16,
-        "batch": 2,
-        "videos": 1,
-        "offline_windows": 6,
-        "offline_samples": 2,
+        "tasks": ["button-press-topdown"], "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 16, "batch": 2,
+        "videos": 1, "offline_windows": 6, "offline_samples": 2,
     },
-    "foresight": {"clips": 2, "dpi": 50, "resamples": 1000},
-    "report": {"clips": 2},
-}
-
-
+    "foresight": {"clips": 2, "dpi": 50, "resamples": 1000}, "report": {"clips": 2},
+}  # fmt: skip
 NAMED = ("episodes_of", "options")
 """Mappings that the params call by names of their own: changes replace them whole."""
 

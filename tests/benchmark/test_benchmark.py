@@ -95,8 +95,3 @@ def test_every_renderer_draws_the_same_episodes(tmp_path: Path) -> None:
         check_ratio(result["ratios"][style], result["seconds"], "gymnasium", style)
     rates = {style: 2 / seconds[0] for style, seconds in result["seconds"].items()}
     assert result["frames_per_second"] == pytest.approx(rates, rel=0.01)
-
-
-def test_an_unknown_task_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    said = refused("rendering", tmp_path, {"benchmark": {"rendered_task": "window-clothes"}}, capfd)
-    assert said.startswith("unknown MetaWorld task 'window-clothes': did you mean window-close")

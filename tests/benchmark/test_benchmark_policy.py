@@ -2,59 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from svam.benchmark.policy import evaluation_plans
-from svam.contract import Episode, SourceDescription
-from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.evaluation.closed_loop import ROWS, plan_episodes
 from svam.files import sha256
 from svam.params import Evaluate
 from svam.training.train_policy import choose_rows
 from tests.benchmark.common import check_ratio, measured, refused
-from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import GENERATE, make_svam, policy_params, save_all_parts
-from tests.tiny_foresight import FRAMES, SIZE, make_store
+from tests.tiny import GENERATE, TASKS, make_svam, policy_params, save_run
+from tests.tiny_foresight import FRAMES, make_store
 
-TASKS = ["reach", "window-close"]
 EVALUATE = {"tasks": TASKS[:1], "max_steps": 10, "execute": 4, "batch": 2}
-
-
-class Demonstrations(Recorded):
-    """Random pictures and actions under MetaWorld's names."""
-
-    def __init__(self) -> None:
-        super().__init__([self.made(task, seed) for task in TASKS for seed in range(3)])
-
-    @staticmethod
-    def made(task: str, seed: int) -> Episode:
-        episode, rng = make_episode(task, 12, seed, SIZE), np.random.default_rng(seed)
-        actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
-        frames = {"corner2": episode.frames["front"]}
-        return replace(episode, frames=frames, actions=actions, expert_actions=actions, rate_hz=80.0)
-
-    def describe(self) -> SourceDescription:
-        return SourceDescription(
-            rate_hz=80.0, cameras=["corner2"],
-            instructions={task: {"train": [f"{task} a", f"{task} b"], "held_out": [f"{task} c"]} for task in TASKS},
-            provenance={"source": "metaworld", "tasks": {task: {"render": "fast"} for task in TASKS}},
-        )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`episodes.zarr`, `parts` and `svam`."""
-    root = tmp_path_factory.mktemp("benchmark")
-    convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
-    store = EpisodeStore.open(root / "episodes.zarr")
-    make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
-    return root
+    return save_run(tmp_path_factory.mktemp("benchmark"))
 
 
 def options(root: Path) -> list[str]:

@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,7 @@ from numpy.typing import NDArray
 from typer.testing import CliRunner
 
 from stages.evaluate import app
-from svam.contract import ContractError, SourceDescription
-from svam.episodes.convert import convert
+from svam.contract import ContractError
 from svam.episodes.instructions import described_tasks
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import closed_loop, offline
@@ -28,13 +26,9 @@ from svam.files import read_json, sha256_tree
 from svam.models.svam import SVAM
 from svam.npy import read_arrays
 from svam.params import Params
-from svam.resume import Resume
 from svam.simulation.metaworld import TaskEnvironment
 from tests import ROOT
-from tests.killing import kill
-from tests.killing import run_stage as whole_stage
-from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import make_svam, save_all_parts
+from tests.tiny import TASKS, save_run
 from tests.tiny_foresight import FRAMES, GRID, SIZE
 from tests.toy import write_toy_params
 
@@ -69,53 +63,17 @@ def test_averages_of_tasks() -> None:
         summary({"reach": []})
 
 
-TASKS = ("reach", "window-close")
-
-
-class Demonstrations(Recorded):
-    """Random pictures under MetaWorld's names: three episodes of each task, drawn from seeds 0, 1, 2."""
-
-    def __init__(self) -> None:
-        rng = np.random.default_rng(0)
-        draws = {}
-        for task in TASKS:
-            environment = TaskEnvironment(task, SIZE)
-            for seed in range(3):
-                environment.reset(seed)
-                draws[task, seed] = [round(float(value), 6) for value in environment.draw]
-            environment.close()
-        episodes = []
-        for (task, seed), draw in draws.items():
-            made = make_episode(task, 12, seed, SIZE)
-            actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
-            episodes.append(replace(
-                made, instruction=f"{task} a", frames={"corner2": made.frames["front"]}, actions=actions,
-                expert_actions=actions, rate_hz=80.0, provenance={"draw": draw},
-            ))  # fmt: skip
-        super().__init__(episodes)
-
-    def describe(self) -> SourceDescription:
-        return SourceDescription(
-            rate_hz=80.0, cameras=["corner2"],
-            instructions={task: {"train": [f"{task} a", f"{task} b"], "held_out": [f"{task} c"]} for task in TASKS},
-            provenance={"source": "metaworld", "tasks": {task: {"render": "fast"} for task in TASKS}},
-        )  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`episodes.zarr`, an untrained but whole `svam`, and params to match."""
-    root = tmp_path_factory.mktemp("evaluate")
-    convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
-    store = EpisodeStore.open(root / "episodes.zarr")
-    make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
+    root = save_run(tmp_path_factory.mktemp("evaluate"))
     write_params(root / "params.yaml")
     return root
 
 
 def write_params(path: Path, **changes: Any) -> Params:
     evaluate = {
-        "tasks": list(TASKS), "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 10, "execute": 3, "batch": 3,
+        "tasks": TASKS, "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 10, "execute": 3, "batch": 3,
         "videos": 1, "offline_windows": 8, "offline_samples": 3,
     }  # fmt: skip
     changes = {"train_policy": {"chunk": 4}, "evaluate": evaluate | changes}
@@ -166,27 +124,6 @@ def test_the_stage_writes_both_protocols_and_the_same_bytes_again(root: Path, tm
     assert {line["instruction"] for line in by_row["held_out_instruction"]} == {f"{task} c" for task in TASKS}
     assert all(line["instruction"][-1] in "ab" for line in by_row["policy"])
     assert "not success" in metrics["offline"]["notice"]
-
-
-@pytest.mark.slow  # `make test` kills the stage within the whole pipeline
-def test_a_killed_evaluation_goes_on_to_the_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seven records: offline, and six episodes of the policy in two slots. What ran is not run again, and the rest finds the
-    slot that it would have had."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    write_params(tmp_path / "params.yaml", batch=2)
-    options = ("--model", root / "svam", "--episodes", root / "episodes.zarr", "--params", tmp_path / "params.yaml")
-    whole_stage(app, tmp_path / "straight", *options)
-    for after in (1, 3):  # offline; the policy's episodes in part
-        kill(after, whole_stage, app, tmp_path / "resumed", *options)
-        assert not (tmp_path / "resumed").exists()
-    (state,) = (p for p in (tmp_path / ".ckpt/evaluate").iterdir() if p.is_dir())
-    assert len(list(state.glob("*.json"))) == 4
-    played: list[str] = []
-    save = Resume.save_record
-    monkeypatch.setattr(Resume, "save_record", lambda self, name, *rest: (played.append(name), save(self, name, *rest))[1])
-    whole_stage(app, tmp_path / "resumed", *options)
-    assert len(played) == 3 and "offline" not in played
-    assert sha256_tree(tmp_path / "resumed") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
 
 
 def test_rows_that_are_compared_have_the_same_goals(store: EpisodeStore, tmp_path: Path) -> None:

@@ -11,15 +11,9 @@ from pydantic import ValidationError
 
 from svam import params
 from svam.contract import ContractError
-from svam.files import FileError
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import save_published
-from svam.training.prepare_backbones.autoencoder import (
-    build,
-    moving_weight,
-    psnr,
-    with_statistics,
-)
+from svam.training.prepare_backbones.autoencoder import build, moving_weight, psnr, with_statistics
 from tests.toy import committed
 
 
@@ -139,15 +133,6 @@ def test_sizes_that_the_class_cannot_have(changes: dict[str, object], message: s
 def test_frames_that_the_levels_do_not_divide() -> None:
     with pytest.raises(ContractError, match="a factor of 4, but the frames are 18x16"):
         build(section(), (18, 16))
-
-
-def test_a_damaged_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match=r"svam\.json: no such file"):
-        Autoencoder.load(tmp_path)
-    Autoencoder(build(section(), (16, 16))).save(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileError, match="cannot be read as AutoencoderDC"):
-        Autoencoder.load(tmp_path)
 
 
 def test_moving_weight_by_hand() -> None:

@@ -8,14 +8,7 @@ import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
 
-from svam.models.diffusion import (
-    EDM,
-    ddim_step,
-    exponential_sigmas,
-    karras_sigmas,
-    log_logistic_sigmas,
-    log_normal_sigmas,
-)
+from svam.models.diffusion import EDM, ddim_step, exponential_sigmas, karras_sigmas, log_logistic_sigmas, log_normal_sigmas
 
 
 def test_edm_coefficients_have_their_golden_values() -> None:

@@ -115,27 +115,6 @@ def test_chunks_of_one_observation_share_its_keys(objective: Objective) -> None:
     assert (model.raw(noisy, level, context.flip(0)) - shared).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_learns_four_chunks_by_heart(objective: Objective) -> None:
-    model = build(objective).train()
-    tokens, text = conditions()
-    actions = torch.rand(4, 3, 2, generator=torch.Generator().manual_seed(5)) * 1.6 - 0.8
-    mask, random = torch.ones(4, 3, dtype=torch.bool), torch.Generator().manual_seed(6)
-    optimiser = torch.optim.Adam(model.parameters(), lr=0.006)
-    losses = []
-    for _ in range(250):
-        loss = model.loss(model.encode_context(tokens, text, None), actions, mask, random, draws=4)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    model.eval()
-    assert sum(losses[-20:]) / 20 < 0.35 * losses[0]
-    sampled = model.sample(model.encode_context(tokens, text, None), torch.randn(4, 3, 2, generator=random))
-    assert (sampled - actions).abs().mean() < 0.15
-    assert (sampled.roll(1, 0) - actions).abs().mean() > 0.3
-
-
 def test_proprioception_is_one_more_token_and_never_silently_absent() -> None:
     tokens, text = conditions(2)
     model = build(proprioception=4)

@@ -179,12 +179,11 @@ def test_fresh_video_noise_follows_the_seed_and_is_not_the_chunks(
 FAULTS: list[tuple[str, Callable[[Observation], Observation], str]] = [
     ("camera", lambda o: replace(o, frames={"wrist": o.frames["front"]}), "no camera 'front', on which .* found \\['wrist'\\]"),
     (
-        "size",
-        lambda o: replace(o, frames={"front": np.zeros((8, 16, 3), np.uint8)}),
+        "size", lambda o: replace(o, frames={"front": np.zeros((8, 16, 3), np.uint8)}),
         r"uint8 \(8, 16, 3\), expected uint8 \(16, 16, 3\)",
     ),
     ("dtype", lambda o: replace(o, frames={"front": o.frames["front"].astype(np.float32)}), "gives float32"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "fault", "message"), FAULTS, ids=[f[0] for f in FAULTS])

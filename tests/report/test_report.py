@@ -10,7 +10,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from stages.report import app
@@ -22,6 +21,7 @@ from svam.report.figures import clip_sheet
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
 from tests import ROOT
+from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
 DISTILLED = {
@@ -83,12 +83,9 @@ def run(tmp_path: Path) -> Path:
 
 
 def invoke(run: Path, out: Path, **distill: Any) -> Any:
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    values["distill"] |= distill
-    values["train_policy"]["context"] = ["one_step"]
-    values["report"] |= {"note": "A look, not a result.", "clips": 2, "dpi": 50}
-    yaml.dump(values, run / "params.yaml")
+    report = {"note": "A look, not a result.", "clips": 2, "dpi": 50}
+    changes = {"distill": distill, "train_policy": {"context": ["one_step"]}, "report": report}
+    write_toy_params(ROOT / "params.yaml", run / "params.yaml", changes)
     options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
     return CliRunner().invoke(app, [str(out), f"--films={out}_films", *options, f"--params={run / 'params.yaml'}"])
 
@@ -150,12 +147,7 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     "broken",
-    [
-        "results/metrics.json",
-        "video/samples/clips.npy",
-        "results/foresight/frames.npy",
-        "results/rollouts/reach_0/calls.npy",
-    ],
+    ["results/metrics.json", "video/samples/clips.npy", "results/foresight/frames.npy", "results/rollouts/reach_0/calls.npy"],
 )
 def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path, broken: str) -> None:
     (run / broken).write_bytes(b"{")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -82,34 +79,6 @@ def test_only_what_is_new_is_collected(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(run("one", seed=6)) == len(run("one", code="edited")) == len(run("one", tail=0)) == 2
     assert len(list((tmp_path / "scratch/reach").iterdir())) == 1 + OLD_STATES, "older ones are deleted"
     assert run("one", tail=0) == []
-
-
-def test_a_killed_collection_goes_on(tmp_path: Path, collected: Path) -> None:
-    write_toy_params(
-        ROOT / "params.yaml", tmp_path / "params.yaml",
-        {"collect": {"episodes_of": {}, "episodes": 6, "tasks": ["reach"]}, "evaluate": {"tasks": ["reach"]}},
-    )  # fmt: skip
-    command = [sys.executable, "-m", "stages.collect", str(tmp_path / "out"), "--params", str(tmp_path / "params.yaml")]
-    environment = {**os.environ, "DVC_ROOT": str(tmp_path)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
-    while not (whole := sorted(tmp_path.glob(".cache/collect/reach/*/episode_*.json"))):
-        assert process.poll() is None
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "out").exists()
-    before = {file: file.stat().st_mtime_ns for file in whole}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "of 6 episodes were collected before" in done.stderr
-    assert {file: file.stat().st_mtime_ns for file in whole} == before
-    assert len(list((tmp_path / "out/reach").glob("*.safetensors"))) == 6
-
-
-def test_no_task_is_an_empty_folder(tmp_path: Path) -> None:
-    """For data from elsewhere, without a simulator."""
-    collect(tmp_path / "raw", SMALL.model_copy(update={"tasks": []}), 5, 2, tmp_path / "scratch", "")
-    assert not list((tmp_path / "raw").iterdir())
 
 
 def test_frames_stand_from_left_to_right_in_a_picture(collected: Path) -> None:

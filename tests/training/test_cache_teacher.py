@@ -11,15 +11,13 @@ import torch
 
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import FileError
 from svam.models.teachers import Teacher
 from svam.params import CacheTeacher
-from svam.resume import Resume
 from svam.training.cache_teacher import Target, cache_windows
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
-from tests.killing import kill
 from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, write_windows
 
 SECTION = CacheTeacher(reference="reconstruction", batch=4)
@@ -84,20 +82,6 @@ def test_the_reference_and_the_target_are_choices(tmp_path: Path, windows: Gener
     assert set(metrics["reference"]) == {"frame", "reconstruction"}  # measured whichever is used
 
 
-def test_both_references_are_measured_alike(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
-    teacher = make_teacher()
-    first = cached(tmp_path / "a", windows, store, teacher, reference="frame")[1]["reference"]
-    second = cached(tmp_path / "b", windows, store, teacher, reference="reconstruction")[1]["reference"]
-    assert first == second
-    # A reference that is the target already has the centred cosine 1.
-    frames = np.repeat(windows.reconstruction[:, None], FRAMES, axis=1)
-    frames[:, -1] = 255 - frames[:, -1]
-    write_windows(tmp_path / "w", windows.rows, HELD_OUT, frames=frames, reconstruction=windows.reconstruction)
-    metrics = cached(tmp_path / "c", GeneratedWindows(tmp_path / "w"), store, teacher)[1]["reference"]
-    assert metrics["reconstruction"]["cosine_still"] == pytest.approx(1.0, abs=0.01)
-    assert metrics["frame"]["cosine_still"] < 0.9 and metrics["reconstruction"]["cosine_moved"] < 0.9
-
-
 def test_centres_come_from_training_windows_only(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
     """Other held-out windows change nothing that is stored of the training ones, nor what the cosine is taken around."""
     teacher = make_teacher()
@@ -134,23 +118,6 @@ def test_dense_predictions_are_compared_where_labels_are(
 
 def test_a_teacher_without_a_head_has_no_dense_metrics(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
     assert cached(tmp_path / "cache", windows, store, make_teacher())[1]["dense"] == {}
-
-
-def cache(generated: Path, episodes: Path, out: Path, resume: Resume) -> dict[str, Any]:
-    """What the stage does, in eight blocks."""
-    windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
-    with resume.directory(out) as folder:
-        return cache_windows(folder, windows, store, make_teacher("depth"), "x", SECTION, "generated", CPU, resume)
-
-
-def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
-    """Also of what is summed over all windows: it is computed from what is stored."""
-    (tmp_path / "state").mkdir()
-    metrics = cache(windows.path, store.path, tmp_path / "straight", Resume(None))
-    for after in (2, 4):
-        kill(after, cache, windows.path, store.path, tmp_path / "resumed", Resume(tmp_path / "state", 0))
-    assert cache(windows.path, store.path, tmp_path / "resumed", Resume(tmp_path / "state", 0)) == metrics
-    assert sha256_tree(tmp_path / "straight") == sha256_tree(tmp_path / "resumed")
 
 
 def test_damaged_and_foreign_stores_are_one_sentence(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from svam.contract import ContractError
@@ -19,14 +18,16 @@ from svam.models.foresight import part_folders
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
 from svam.npy import write_arrays
-from svam.params import Distill, Generate
+from svam.params import Distill
 from svam.training.blocks import write_attributes
 from svam.training.distill import DistillationData, TrainingStatistics, build, distill, evaluate, predictors, score
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_for_windows
+from tests import ROOT
+from tests.tiny import GENERATE
 from tests.tiny_foresight import FRAMES, GRID, encoded, make_store, save_parts, write_windows
-from tests.toy import optimiser
+from tests.toy import optimiser, write_toy_params
 
 CPU = torch.device("cpu")
 TRAIN, TEST, C_F, C_I = 40, 8, 5, 4
@@ -140,27 +141,12 @@ def test_features_and_targets_must_agree(data: DistillationData) -> None:
         DistillationData(data.windows, data.teacher, wrong)
 
 
-def params_file(folder: Path) -> Path:
-    """The project's own params with a small distillation."""
-    yaml = YAML(typ="rt")
-    values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
-    values["threads"], values["machine"]["device"] = 1, "cpu"
-    values["cache_teacher"].update(batch=4, reference="reconstruction")
-    values["distill"].update(width=16, blocks=1, heads=2)
-    values["distill"]["training"].update(steps=4, batch=2, warmup=1)
-    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
-        yaml.dump(values, file)
-    return folder / "params.yaml"
-
-
 @pytest.mark.parametrize("noise", ["fixed", "fresh"])
 def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Path) -> None:
     """The same windows with and without `features`: F read back and computed again agree; the stages run on the latter."""
     store = make_store(tmp_path / "episodes.zarr")
     save_parts(tmp_path, store, noise)
-    section = Generate(
-        windows=6, held_out_windows=4, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
-    )  # fmt: skip
+    section = GENERATE.model_copy(update={"windows": 6, "held_out_windows": 4, "up_blocks": 2})
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
     folders = part_folders(tmp_path / "backbones", tmp_path / "video")
     model = VideoGenerator.load(sampler, folders)
@@ -176,7 +162,8 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
     from stages import cache_teacher
     from stages import distill as distill_stage
 
-    runner, common = CliRunner(), ["--backbones", tmp_path / "backbones", "--params", params_file(tmp_path)]
+    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"cache_teacher": {"reference": "reconstruction"}})
+    runner, common = CliRunner(), ["--backbones", tmp_path / "backbones", "--params", tmp_path / "params.yaml"]
     common += ["--generated", tmp_path / "without"]
     cache, out = tmp_path / "teachers" / "geometric", tmp_path / "decoupler"
     arguments = ["geometric", cache, *common, "--episodes", tmp_path / "episodes.zarr"]

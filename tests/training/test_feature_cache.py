@@ -202,14 +202,3 @@ def test_two_writers_that_make_room_for_themselves_do_not_meet(tmp_path: Path) -
     for writer in writers:
         writer.join()
     assert not failed and not list(tmp_path.glob("*.lock"))
-
-
-def test_frames_may_be_cached_too(tmp_path: Path) -> None:
-    def pixels(frames: NDArray[np.uint8], sentences: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
-        return {"frames": frames}
-
-    for _ in range(2):
-        features = FeatureCache(tmp_path, 1.0).fill(wanted(), sources("frames"), pixels, batch=4)
-        found = features.read(np.array([6, 2]))["frames"]
-        assert found.dtype == np.uint8
-        np.testing.assert_array_equal(found, FRAMES[[6, 2]])

@@ -13,19 +13,18 @@ from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, FrozenParts, part_folders
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig
-from svam.params import FinetuneVideo, Generate
+from svam.params import FinetuneVideo
 from svam.resume import Resume
 from svam.training import finetune_video
 from svam.training.distill_data import GeneratedWindows
 from svam.training.finetune_video import TextTable, _psnr, evaluate_video
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.latents import LatentClips
+from tests.tiny import GENERATE
 from tests.tiny_foresight import GRID, OPTIMISER, encoded, make_store, save_parts
 from tests.toy import committed
 
-SECTION = Generate(
-    windows=5, held_out_windows=3, up_blocks=2, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
-)  # fmt: skip
+SECTION = GENERATE.model_copy(update={"windows": 5, "held_out_windows": 3, "up_blocks": 2})
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
 from stages.prepare_backbones import app
@@ -26,8 +25,9 @@ from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
 from svam.resume import Resume
 from svam.training.prepare_backbones import autoencoder, teacher, text
+from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.toy import ADAM, committed
+from tests.toy import ADAM, committed, merged, write_toy_params
 
 TRAINING = {**ADAM, "steps": 3, "batch": 4, "learning_rate": 0.003}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -55,14 +55,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_params(path: Path, **changes: dict[str, Any]) -> Path:
     """The project's params with tiny backbones."""
-    yaml = YAML(typ="safe", pure=True)
-    values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
-    values["threads"], values["machine"]["device"] = 1, "cpu"
-    for name, section in values["prepare_backbones"].items():
-        section.update(CHANGES[name])
-        section.update(changes.get(name, {}))
-    with path.open("w", encoding="utf-8") as file:
-        yaml.dump(values, file)
+    write_toy_params(ROOT / "params.yaml", path, {"prepare_backbones": merged(CHANGES, changes)})
     return path
 
 
@@ -83,8 +76,7 @@ class Stopping(Resume):
             raise InterruptedError
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_self_supervised_teacher_goes_on_to_the_same_bits(seed: int, store: Path, tmp_path: Path) -> None:
+def test_a_self_supervised_teacher_goes_on_to_the_same_bits(store: Path, tmp_path: Path) -> None:
     """The patches that are hidden follow the seed and the batch's number, not what was drawn before."""
     changes = {**CHANGES["semantic"], "objective": "self_supervised", "training": {**TRAINING, "steps": 5}}
     section = params.TeacherModel.model_validate(committed("prepare_backbones.semantic", **changes))
@@ -92,9 +84,9 @@ def test_a_self_supervised_teacher_goes_on_to_the_same_bits(seed: int, store: Pa
     seen_through = Autoencoder(autoencoder.build(params.Autoencoder.model_validate(levels), (16, 16)))
 
     def trained(resume: Resume) -> dict[str, torch.Tensor]:
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         data, cpu = EpisodeStore.open(store), torch.device("cpu")
-        return teacher.train("semantic", section, data, seen_through, seed, cpu, None, resume)[0].state_dict()
+        return teacher.train("semantic", section, data, seen_through, 0, cpu, None, resume)[0].state_dict()
 
     straight = trained(Resume(None))
     with pytest.raises(InterruptedError):

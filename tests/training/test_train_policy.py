@@ -11,21 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ruamel.yaml import YAML
-from typer.testing import CliRunner
 
-from stages.train_policy import app
 from svam.code import _read
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
-from svam.files import sha256_tree
+from svam.files import FileError, sha256_tree
 from svam.models.foresight import ForesightModel
 from svam.models.svam import SVAM
 from svam.normalisation import normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
-from tests import ROOT
 from tests.tiny import GENERATE, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 from tests.toy import ADAM
@@ -34,24 +30,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the earlier stages leave: `episodes.zarr`, `backbones`, `video`, `decouplers`."""
-    root = tmp_path_factory.mktemp("data")
-    save_all_parts(root, make_store(root / "episodes.zarr"))
-    return root
+def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
+    return make_store(tmp_path_factory.mktemp("data") / "episodes.zarr")
 
 
 @pytest.fixture(scope="module")
-def store(root: Path) -> EpisodeStore:
-    return EpisodeStore.open(root / "episodes.zarr")
-
-
-@pytest.fixture(scope="module")
-def folders(root: Path) -> dict[str, Path]:
-    names = {"autoencoder": "backbones/autoencoder", "text": "backbones/text", "video": "video"}
-    for branch in ("geometric", "semantic"):
-        names |= {f"teacher_{branch}": f"backbones/{branch}", f"decoupler_{branch}": f"decouplers/{branch}"}
-    return {name: root / folder for name, folder in names.items()}
+def folders(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return save_all_parts(tmp_path_factory.mktemp("parts"), store)
 
 
 def run(store: EpisodeStore, folders: dict[str, Path], cache: Path, live: Path | None = None, **changes: Any) -> SVAM:
@@ -242,9 +227,9 @@ def test_action_error_by_hand(
 
 
 def test_a_camera_that_the_video_model_does_not_know_is_one_sentence(
-    store: EpisodeStore, root: Path, folders: dict[str, Path], tmp_path: Path
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    shutil.copytree(root / "video", tmp_path / "video")
+    shutil.copytree(folders["video"], tmp_path / "video")
     config = json.loads((tmp_path / "video/config.json").read_text())
     (tmp_path / "video/config.json").write_text(json.dumps(config | {"camera": "top"}))
     message = r"first camera is \('front', \(16, 16\)\), but .* trained on \('top', \(16, 16\)\)"
@@ -252,36 +237,6 @@ def test_a_camera_that_the_video_model_does_not_know_is_one_sentence(
         run(store, folders | {"video": tmp_path / "video"}, tmp_path / "cache")
 
 
-def write_params(path: Path, **policy: Any) -> Path:
-    yaml = YAML()
-    values = yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    values["machine"]["device"], values["threads"] = "cpu", 1
-    values["generate"] |= GENERATE.model_dump()
-    values["train_policy"] = policy_params(**policy).model_dump() | {"chunk": 8}
-    yaml.dump(values, path)
-    return path
-
-
-def arguments(root: Path, out: Path, params: Path) -> list[str]:
-    return [
-        str(out), "--episodes", str(root / "episodes.zarr"), "--backbones", str(root / "backbones"),
-        "--video", str(root / "video"), "--decouplers", str(root / "decouplers"), "--cache", str(out.parent / "cache"),
-        "--live", str(out.parent / "live"),
-        "--params", str(params),
-    ]  # fmt: skip
-
-
-def test_the_stage_writes_a_whole_svam(root: Path, store: EpisodeStore, tmp_path: Path) -> None:
-    done = CliRunner().invoke(app, arguments(root, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
-    assert done.exit_code == 0, done.output
-    assert SVAM.load(tmp_path / "svam").act(observations(store, 2)).shape == (2, 8, 3)
-
-
-def test_a_missing_part_is_one_line_and_leaves_nothing(root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    broken = tmp_path / "data"
-    shutil.copytree(root, broken)
-    shutil.rmtree(broken / "decouplers/semantic")
-    done = CliRunner().invoke(app, arguments(broken, tmp_path / "svam", write_params(tmp_path / "params.yaml")))
-    assert done.exit_code == 1 and not (tmp_path / "svam").exists()
-    error = (done.output + capfd.readouterr().err).strip().splitlines()[-1]
-    assert error.startswith("error: ") and "decouplers/semantic" in error
+def test_a_missing_part_is_named(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="nowhere"):
+        run(store, folders | {"decoupler_semantic": tmp_path / "nowhere"}, tmp_path / "cache")
