@@ -21,7 +21,10 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 
 # Begun first, in this order, since they take longest; when `test_dag.py` is due, `finished` is there.
-FIRST = ("test_dag_killed", "test_dag_external", "test_dag_killed_anytime", "test_rerun", "test_resume", "test_dag")
+FIRST = (
+    "test_dag_killed", "test_dag_external", "test_dag_killed_anytime", "test_rerun", "test_resume", "test_evaluate",
+    "test_source_lerobot", "test_collect", "test_dag",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from stages.code import app
 from svam.code import (
     UNTRACKED,
     code_of,
@@ -22,7 +21,6 @@ from svam.code import (
     stage_names,
 )
 from tests import ROOT
-from tests.killing import run_stage
 
 PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 MODULE = '''
@@ -193,12 +191,6 @@ def test_the_pipeline_lists_a_file_for_each_stage() -> None:
         code = [path for path in PIPELINE[name]["deps"] if path.endswith(".py") or "data/code" in path]
         assert code == [f"data/code/{name}.txt"] == PIPELINE[name]["deps"][:1]
         assert f"python -m {next(iter(stage_code(name, 'metaworld')))[:-3].replace('/', '.')} " in PIPELINE[name]["cmd"]
-
-
-def test_the_stage_writes_them(tmp_path: Path) -> None:
-    run_stage(app, tmp_path, "--params", ROOT / "params.yaml")
-    assert {file.name for file in tmp_path.iterdir()} == {f"{name}.txt" for name in stage_names()}
-    assert (tmp_path / "train_policy.txt").read_text() == code_text(stage_code("train_policy", "metaworld"))
 
 
 @pytest.mark.parametrize("name", UNTRACKED)

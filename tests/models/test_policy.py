@@ -1,4 +1,4 @@
-"""The action diffusion: golden numbers of its arithmetic, masks, the sampler, and that it learns a chunk by heart."""
+"""The action diffusion: golden numbers of its arithmetic, masks, and the sampler."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from svam.models.svam import SVAM, Batch, PolicyNetwork
 from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
-from tests.tiny import FRAMES, GRID, make_svam, observations, policy_params, save_all_parts
+from tests.tiny import FRAMES, make_svam, observations, policy_params, save_all_parts
 from tests.tiny_foresight import make_store
 
 VIDEO = {"text", "autoencoder", "video"}
@@ -107,13 +107,6 @@ def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -
         })  # fmt: skip
         sizes[context[-1], len(context)] = sum(p.numel() for p in PolicyNetwork(config, store.statistics).parameters())
     assert max(sizes.values()) < 1.1 * sizes["one_step", 3] and min(sizes.values()) > 0.9 * sizes["one_step", 3], sizes
-
-
-def test_equal_grids_are_concatenated_as_the_paper_does(svam: SVAM, store: EpisodeStore) -> None:
-    assert svam.network.groups == {(FRAMES, GRID, GRID): ["geometric", "semantic", "one_step"]}
-    attention = svam.network.attention(svam.encode(observations(store, 2)))
-    assert list(attention) == ["geometric+semantic+one_step"]
-    assert attention["geometric+semantic+one_step"].shape == (2, FRAMES, 2, GRID, GRID)
 
 
 def test_inputs_are_normalised_per_channel(svam: SVAM, store: EpisodeStore) -> None:

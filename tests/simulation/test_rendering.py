@@ -1,4 +1,4 @@
-"""The fast style: what is averaged, what is simplified, and that its pictures show what the whole meshes show."""
+"""The fast style: what is averaged, and that its pictures show what the whole meshes show."""
 
 from __future__ import annotations
 

@@ -92,18 +92,6 @@ def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> 
         parts[1].encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"], [0])
 
 
-def test_each_entry_asks_for_just_its_parts() -> None:
-    video = ["text", "autoencoder", "video"]
-    for entries, names in (
-        ([], ["text"]),
-        (["observation"], ["text", "teacher_semantic"]),
-        (["one_step"], video),
-        (["semantic", "one_step"], [*video, "teacher_semantic", "decoupler_semantic"]),
-        (["goal_frame"], [*video, "teacher_geometric", "teacher_semantic"]),
-    ):
-        assert FrozenParts.of_entries(entries).names == names
-
-
 def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeStore, ForesightModel]) -> None:
     store, model = parts
     changes = {"training": OPTIMISER, "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}

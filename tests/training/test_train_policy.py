@@ -1,4 +1,4 @@
-"""Training of the policy: which rows, which targets, what is cached, what is kept; and the stage as a user runs it."""
+"""Training of the policy: which rows, which targets, what is cached, what is kept."""
 
 from __future__ import annotations
 
