@@ -49,7 +49,7 @@ class _Array(np.ndarray[Any, Any]):
         kind, size = (list, 1) if dtype.hasobject else (bytes, dtype.itemsize)
         if not plain or type(data) is not kind or len(data) != math.prod(shape) * size:
             raise _Refused(f"has an array {dtype} {shape} without its contents")
-        super().__setstate__((1, shape, dtype, fortran, data))  # type: ignore[arg-type]
+        super().__setstate__((1, shape, dtype, fortran, data))
 
 
 def _array(*_: Any) -> _Array:

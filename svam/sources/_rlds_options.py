@@ -73,12 +73,7 @@ class Chosen:
 
 
 def choose(features: Mapping[str, Feature], options: Options, choice: Choice, file: Path) -> Chosen:
-    """Which features of `file`, a `features.json`, become what.
-
-    Raises:
-        FileError: there is no RGB image, or `is_last` is no scalar.
-        ParamsError: an option names what is not there, or must name what cannot be guessed.
-    """
+    """Which features of `file`, a `features.json`, become what."""
     notes: list[str] = []
     cameras = _cameras(features, choice, file, notes)
     vectors = {
@@ -118,35 +113,26 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     return {name: cameras[name] for name in chosen_cameras(choice.model_copy(update={"cameras": named}), list(cameras), file)}
 
 
-def _numeric(features: Mapping[str, Feature]) -> str:
-    """The numeric features of a step, for messages."""
-    names = [f"{n.removeprefix('steps/')} ({f.size})" for n, f in features.items() if n.startswith("steps/") and f.size]
-    return ", ".join(names) or "none"
-
-
 def _vector(
     features: Mapping[str, Feature], option: str, named: Sequence[str] | None, known: Sequence[str], file: Path,
     notes: list[str],
 ) -> list[str]:  # fmt: skip
     """The features to join for a vector; empty where it has none."""
-    sizes = {name.removeprefix("steps/"): feature.size for name, feature in features.items() if name.startswith("steps/")}
+    sizes = {name.removeprefix("steps/"): f.size for name, f in features.items() if name.startswith("steps/") and f.size}
+    there = ", ".join(f"{name} ({size})" for name, size in sizes.items()) or "none"
     if named is None:
-        named = [name for name in known if sizes.get(name)][:1]
+        named = [name for name in known if name in sizes][:1]
         if not named and option == "action":
             raise ParamsError(
-                f"convert.options.action: {file} has no numeric feature 'action'; list those to join, or [] for none: "
-                f"{_numeric(features)}"
+                f"convert.options.action: {file} has no numeric feature 'action'; list those to join, or [] for none: {there}"
             )
         if not named:
-            notes.append(
-                f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {_numeric(features)}"
-            )
-    for name in named:
-        if not sizes.get(name):
-            raise ParamsError(
-                f"convert.options.{option} names {name!r}, which is {features.get(f'steps/{name}', 'not there')}, expected a "
-                f"numeric tensor of fixed shape, such as: {_numeric(features)}"
-            )
+            notes.append(f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {there}")
+    if wrong := [name for name in named if name not in sizes]:
+        raise ParamsError(
+            f"convert.options.{option} names {wrong[0]!r}, which is {features.get(f'steps/{wrong[0]}', 'not there')}, expected "
+            f"a numeric tensor of fixed shape, such as: {there}"
+        )
     return [f"steps/{name}" for name in named]
 
 

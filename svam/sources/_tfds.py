@@ -1,4 +1,7 @@
-"""What TFDS writes beside its records: `dataset_info.json` (splits, shards) and `features.json` (names, shapes, encodings)."""
+"""What TFDS writes beside its records: `dataset_info.json` (splits, shards) and `features.json` (names, shapes, encodings).
+
+Whatever is missing, damaged or of another form is a `FileError`.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,6 @@ _NUMERIC = {
     "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 }  # fmt: skip
 _STRINGS = {"string", "object", "object_", "str", "bytes"}
-_MAX_STEP_BYTES = 2**28
-_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Feature:
     """One leaf of `features.json`. shape: without the axis of the steps, None where a size is not fixed. encoding: of a
     tensor "none", "bytes" or "zlib", of an image "jpeg", "png" or ""."""
 
-    kind: Literal["tensor", "image", "text", "other"]
+    kind: str
+    """tensor, image, text or other."""
     shape: tuple[int | None, ...] = ()
     dtype: str = ""
     encoding: str = ""
@@ -44,9 +46,8 @@ class Feature:
     def size(self) -> int:
         """Numbers per step of a numeric tensor of fixed shape and a known encoding; 0 for everything else."""
         known = self.packed or self.encoding in ("none", "")
-        if self.kind != "tensor" or self.dtype not in _NUMERIC or not known or None in self.shape:
-            return 0
-        return math.prod(n for n in self.shape if n is not None)
+        numeric = self.kind == "tensor" and self.dtype in _NUMERIC and known and None not in self.shape
+        return math.prod(n or 0 for n in self.shape) if numeric else 0
 
     @property
     def colour(self) -> bool:
@@ -73,7 +74,7 @@ class Shard:
 class _Split(BaseModel):
     name: str
     shardLengths: list[Annotated[int, Field(ge=0)]]
-    filepathTemplate: str = ""
+    filepathTemplate: str = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 class DatasetInfo(BaseModel):
@@ -86,8 +87,8 @@ class DatasetInfo(BaseModel):
 
     def shards(self, split: _Split, file: Path) -> list[Shard]:
         """Of a split."""
-        count, shards = len(split.shardLengths), []
-        template = split.filepathTemplate or "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+        count, template = len(split.shardLengths), split.filepathTemplate
+        shards: list[Shard] = []
         for number, records in enumerate(split.shardLengths):
             values = {
                 "DATASET": self.name, "SPLIT": split.name, "FILEFORMAT": self.fileFormat, "SHARD_INDEX": f"{number:05d}",
@@ -95,24 +96,69 @@ class DatasetInfo(BaseModel):
             }  # fmt: skip
             name = template
             for key, value in values.items():
-                name = name.replace("{" + key + "}", value)
-            if any(sign in name for sign in "{/\\\0") or name in ("", ".", ".."):
+                name = name.replace(f"{{{key}}}", value)
+            if set("{/\\\0") & set(name) or name in ("", ".", "..", *(shard.name for shard in shards)):
                 raise FileError(
-                    f"{file}: filepathTemplate {template!r} gives {name!r}, expected the name of a file in this folder"
+                    f"{file}: filepathTemplate {template!r} gives {name!r}, expected another file in this folder for each shard"
                 )
             shards.append(Shard(split.name, name, records))
-        if len({shard.name for shard in shards}) != count:
-            raise FileError(f"{file}: filepathTemplate {template!r} gives several shards one name")
         return shards
 
 
-def find_version(path: Path, version: str) -> Path:
-    """The folder that holds `dataset_info.json`: `path`, or the only one at most three levels below, or what `version` names.
+class _Array(BaseModel):
+    """A tensor, or (with `encodingFormat`) an image; -1 in its shape is a size that varies."""
 
-    Raises:
-        FileError: there is none.
-        ParamsError: there are several, or none that `version` names.
-    """
+    shape: dict[Literal["dimensions"], list[int]] = {}
+    dtype: str = ""
+    encoding: str = "none"
+    encodingFormat: str = ""
+
+    @property
+    def sizes(self) -> tuple[int | None, ...]:
+        return tuple(size if size >= 0 else None for size in self.shape.get("dimensions", []))
+
+
+class _Sequence(BaseModel):
+    feature: _Node
+
+
+class _FeaturesDict(BaseModel):
+    features: dict[str, _Node]
+
+
+class _Node(BaseModel):
+    """A feature: one of these, or of a kind that is not read."""
+
+    featuresDict: _FeaturesDict | None = None
+    sequence: _Sequence | None = None
+    dataset: _Sequence | None = None
+    text: dict[str, Any] | None = None
+    image: _Array | None = None
+    tensor: _Array | None = None
+
+    def leaves(self, name: str = "") -> Iterator[tuple[str, Feature]]:
+        """Flattened. Only the sequence `steps` is entered: others have no fixed length a step."""
+        if self.featuresDict:
+            for key, child in self.featuresDict.features.items():
+                yield from child.leaves(f"{name}/{key}" if name else key)
+        elif name == "steps" and (sequence := self.sequence or self.dataset):
+            yield from sequence.feature.leaves(name)
+        elif self.text is not None:
+            yield name, Feature("text")
+        elif image := self.image:
+            sizes = image.sizes or (None, None, None)
+            yield name, Feature("image", sizes, image.dtype or "uint8", image.encodingFormat.lower())
+        elif tensor := self.tensor:
+            text = "text" if tensor.sizes in ((), (1,)) else "other"
+            kind = text if tensor.dtype in _STRINGS else "tensor"
+            yield name, Feature(kind, tensor.sizes, tensor.dtype, tensor.encoding.lower())
+        else:
+            yield name, Feature("other")
+
+
+def find_version(path: Path, version: str) -> Path:
+    """The folder that holds `dataset_info.json`: `path`, or the only one at most three levels below, or what `version` names; a
+    `ParamsError` where that is not one."""
     if not path.is_dir():
         raise FileError(f"{path}: no such directory")
     if not version and (path / "dataset_info.json").is_file():
@@ -123,36 +169,26 @@ def find_version(path: Path, version: str) -> Path:
         raise FileError(
             f"{path}: no dataset_info.json in it or up to three folders below; expected a TFDS folder such as 1.0.0"
         )
-    chosen = [
-        folder for folder, name in names.items() if f"/{path.name}/{name}".removesuffix("/.").endswith(f"/{version}")
-    ] if version else list(names)  # fmt: skip
+    end = f"/{version}" if version else ""
+    chosen = [folder for folder, name in names.items() if f"/{path.name}/{name}".removesuffix("/.").endswith(end)]
     if len(chosen) != 1:
-        which = f"convert.options.version is {version!r}, which fits {len(chosen)}"
-        raise ParamsError(
-            f"{path}: {len(names)} data sets ({', '.join(names.values())}); "
-            f"{which if version else 'say which by convert.options.version'}, expected one"
-        )
+        fits = f"convert.options.version is {version!r}, which fits {len(chosen)}, expected one"
+        which = fits if version else "say which by convert.options.version"
+        raise ParamsError(f"{path}: {len(names)} data sets ({', '.join(names.values())}); {which}")
     return chosen[0]
 
 
-def _json(file: Path) -> dict[str, Any]:
-    value = read_json(file)
-    if not isinstance(value, dict):
-        raise FileError(f"{file}: {type(value).__name__}, expected an object")
-    return value
+def _read(file: Path, model: type[BaseModel]) -> Any:
+    try:
+        return model.model_validate(read_json(file))
+    except ValidationError as error:
+        raise FileError(describe(error, file).splitlines()[0]) from None
 
 
 def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]]:
-    """(`dataset_info.json`, split -> its shards).
-
-    Raises:
-        FileError: it is missing, damaged, of another file format than tfrecord, or names files outside its folder.
-    """
+    """(`dataset_info.json`, split -> its shards)."""
     file = folder / "dataset_info.json"
-    try:
-        info = DatasetInfo.model_validate(_json(file))
-    except ValidationError as error:
-        raise FileError(describe(error, file).splitlines()[0]) from None
+    info: DatasetInfo = _read(file, DatasetInfo)
     if info.fileFormat != "tfrecord":
         raise FileError(
             f"{file}: fileFormat is {info.fileFormat!r}, expected 'tfrecord'; TFDS writes that with `tfds convert_format`"
@@ -164,18 +200,12 @@ def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]
 
 
 def read_features(folder: Path) -> dict[str, Feature]:
-    """Flattened name (`steps/observation/image_0`) -> feature, of `features.json`, in its order.
-
-    Raises:
-        FileError: it is missing, damaged, in the form of early TFDS versions, or has no `steps`.
-    """
+    """Flattened name (`steps/observation/image_0`) -> feature, of `features.json`, in its order."""
     file = folder / "features.json"
-    root = _json(file)
-    if "content" in root and "featuresDict" not in root:
-        raise FileError(
-            f"{file}: in the form of early TFDS versions (type, content), expected featuresDict; rewrite it with a newer TFDS"
-        )
-    features = dict(_leaves(root, "", file, 0))
+    root: _Node = _read(file, _Node)
+    if root.featuresDict is None:
+        raise FileError(f"{file}: no featuresDict, so in the form of early TFDS versions or none; write it with a newer TFDS")
+    features = dict(root.leaves())
     if not any(name.startswith("steps/") for name in features):
         raise FileError(
             f"{file}: no features under 'steps', so this is no RLDS data set; it has {', '.join(features)[:200] or 'none'}"
@@ -183,59 +213,8 @@ def read_features(folder: Path) -> dict[str, Feature]:
     return features
 
 
-def _leaves(node: Any, name: str, file: Path, depth: int) -> Iterator[tuple[str, Feature]]:
-    """The leaves below a node of `features.json`. Only the sequence `steps` is entered: others have no fixed length a step."""
-
-    def entry(value: Any, key: str, kind: type = dict) -> Any:
-        if not isinstance(value, dict) or not isinstance(value.get(key), kind):
-            raise FileError(f"{file}: feature {name!r} lacks {key}, or it is of the wrong type")
-        return value[key]
-
-    if not isinstance(node, dict) or depth > _MAX_DEPTH:
-        raise FileError(f"{file}: feature {name!r} is {type(node).__name__}, expected an object, not nested too deeply")
-    sequence = node.get("sequence", node.get("dataset"))
-    if "featuresDict" in node:
-        for key, child in entry(node["featuresDict"], "features").items():
-            yield from _leaves(child, f"{name}/{key}" if name else key, file, depth + 1)
-    elif sequence is not None and name == "steps":
-        yield from _leaves(entry(sequence, "feature"), name, file, depth + 1)
-    elif "text" in node:
-        yield name, Feature("text")
-    elif "image" in node:
-        image = entry(node, "image")
-        encoding = str(image.get("encodingFormat", "")).lower()
-        yield (
-            name,
-            Feature("image", _shape(image, file, name) or (None, None, None), str(image.get("dtype", "uint8")), encoding),
-        )
-    elif "tensor" in node:
-        tensor = entry(node, "tensor")
-        shape, dtype = _shape(tensor, file, name), entry(tensor, "dtype", str)
-        if dtype in _STRINGS:
-            yield name, Feature("text" if shape in ((), (1,)) else "other", shape, dtype)
-        else:
-            yield name, Feature("tensor", shape, dtype, str(tensor.get("encoding", "none")).lower())
-    else:
-        yield name, Feature("other")
-
-
-def _shape(content: dict[str, Any], file: Path, name: str) -> tuple[int | None, ...]:
-    """Sizes as protobuf's JSON has them: "25" or 25, "-1" where one varies."""
-    shape = content.get("shape") or {}
-    sizes = shape.get("dimensions", []) if isinstance(shape, dict) else shape
-    try:
-        numbers = [-1 if size is None else int(size) for size in sizes]
-    except (TypeError, ValueError):
-        raise FileError(f"{file}: feature {name!r}: shape is {shape!r}, expected whole numbers") from None
-    return tuple(number if number >= 0 else None for number in numbers)
-
-
 def texts(data: memoryview, feature: Feature, where: str) -> list[str]:
-    """One string a step: of a text feature, or of rows of UTF-8 bytes padded with zeros (an integer tensor).
-
-    Raises:
-        FileError: damaged, or not UTF-8.
-    """
+    """One string a step: of a text feature, or of rows of UTF-8 bytes padded with zeros (an integer tensor)."""
     if feature.kind == "text":
         rows = [bytes(row) for row in byte_strings(data, where)]
     else:
@@ -243,40 +222,30 @@ def texts(data: memoryview, feature: Feature, where: str) -> list[str]:
         if not np.isin(codes, np.arange(256)).all():
             raise FileError(f"{where}: numbers outside 0..255, expected the bytes of a text")
         rows = [bytes(row[row != 0].astype(np.uint8)) for row in codes]
-    decoded: dict[bytes, str] = {}
-    for number, row in enumerate(rows):
-        if row not in decoded:
-            try:
-                decoded[row] = row.decode("utf-8")
-            except UnicodeDecodeError:
-                raise FileError(f"{where}: the text {row[:40]!r} of step {number} is not UTF-8") from None
-    return [decoded[row] for row in rows]
+    try:
+        return [row.decode("utf-8") for row in rows]
+    except UnicodeDecodeError as error:
+        raise FileError(f"{where}: the text {error.object[:40]!r} of step {rows.index(error.object)} is not UTF-8") from None
 
 
-def unpacked(item: memoryview, feature: Feature, where: str) -> bytes:
+def _unpacked(item: memoryview, feature: Feature, where: str) -> bytes:
     """The bytes of one step of a packed tensor, of exactly the declared size."""
     expected = feature.size * np.dtype(feature.dtype).itemsize
-    if expected > _MAX_STEP_BYTES:
-        raise FileError(f"{where}: {expected} bytes a step, expected at most {_MAX_STEP_BYTES}")
     data = bytes(item)
     if feature.encoding == "zlib":
         try:
             data = zlib.decompressobj().decompress(data, expected + 1)
-        except zlib.error:
-            raise FileError(f"{where}: no valid zlib data") from None
+        except (zlib.error, OverflowError):
+            raise FileError(f"{where}: no valid zlib data of {expected} bytes") from None
     if len(data) != expected:
         raise FileError(f"{where}: {len(data)} bytes, expected {expected}")
     return data
 
 
 def vectors(data: memoryview, feature: Feature, where: str) -> NDArray[Any]:
-    """(n, size) numbers of a numeric tensor, each step's axes flattened in row-major order.
-
-    Raises:
-        FileError: damaged, or no multiple of the declared size.
-    """
+    """(n, size) numbers of a numeric tensor, each step's axes flattened in row-major order."""
     if feature.packed:
-        rows = [unpacked(item, feature, f"{where}, step {step}") for step, item in enumerate(byte_strings(data, where))]
+        rows = [_unpacked(item, feature, f"{where}, step {step}") for step, item in enumerate(byte_strings(data, where))]
         dtype = np.dtype(feature.dtype).newbyteorder("<")
         return np.frombuffer(b"".join(rows), dtype=dtype).reshape(len(rows), feature.size)
     values = numbers(data, where)

@@ -1,9 +1,9 @@
 """TFRecord files and the `tf.train.Example` messages in them, read without TensorFlow.
 
 A record is: length (uint64), masked CRC-32C of the length, payload, masked CRC-32C of the payload. An Example is a map from a
-feature's name to one list of bytes, float32 or int64. The parser knows these messages only, and refuses anything else. No
-length is trusted: each is held against what encloses it. It works on a mapped file too, where what it is not asked for, such as
-pictures, is never read: libraries read whole records, which for a data set of terabytes takes days.
+feature's name to one list of bytes, float32 or int64. Of a mapped file, what is not asked for, such as pictures, is never read:
+libraries read whole records, which for a data set of terabytes takes days. No length is trusted; whatever is damaged is a
+`FileError` that begins with `where`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from svam.files import FileError
 
 HEADER, FOOTER = 12, 4
 _VARINT, _LENGTH, _FIXED32 = 0, 2, 5
-_LISTS = {1: "bytes", 2: "float32", 3: "int64"}
+_BYTES, _FLOATS, _INTEGERS = 1, 2, 3
+_LISTS = {_BYTES: "bytes", _FLOATS: "float32", _INTEGERS: "int64"}
 
 
 def masked_crc(data: bytes) -> int:
@@ -38,17 +39,13 @@ def mapped(path: Path) -> memoryview:
                 return memoryview(b"")
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
-        raise FileError(f"{path}: cannot be read ({error.strerror or type(error).__name__})") from None
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
     content.madvise(mmap.MADV_RANDOM)
     return memoryview(content)
 
 
 def record_spans(data: memoryview, where: str) -> Iterator[tuple[int, int]]:
-    """(offset of the payload, its length) of each record of a file; payloads are skipped, not checked.
-
-    Raises:
-        FileError: a length's checksum is wrong, or the file ends within a record.
-    """
+    """(offset of the payload, its length) of each record of a file; payloads are skipped, not checked."""
     at = number = 0
     while at < len(data):
         header = bytes(data[at : at + HEADER])
@@ -65,17 +62,13 @@ def record_spans(data: memoryview, where: str) -> Iterator[tuple[int, int]]:
 
 
 def read_record(path: Path, offset: int, length: int, where: str) -> memoryview:
-    """One payload, checked against its CRC-32C. `offset` and `length` are those of `record_spans`.
-
-    Raises:
-        FileError: the file is missing or ends too early, or the checksum is wrong.
-    """
+    """One payload, checked against its CRC-32C. `offset` and `length` are those of `record_spans`."""
     try:
         with path.open("rb") as file:
             file.seek(offset)
             payload, footer = file.read(length), file.read(FOOTER)
     except OSError as error:
-        raise FileError(f"{where}: cannot be read ({error.strerror or type(error).__name__})") from None
+        raise FileError(f"{where}: cannot be read ({error.strerror})") from None
     if len(payload) != length or len(footer) != FOOTER:
         raise FileError(f"{where}: truncated: the file ends within this record")
     if masked_crc(payload) != int.from_bytes(footer, "little"):
@@ -88,47 +81,35 @@ def _varint(message: memoryview, at: int, where: str) -> tuple[int, int]:
     value = 0
     for count, byte in enumerate(message[at : at + 10], 1):
         value |= (byte & 0x7F) << 7 * (count - 1)
-        if byte < 0x80 and value < 2**64:
+        if byte < 0x80:
             return value, at + count
-    raise FileError(f"{where}: no valid tf.train.Example (a number without an end, or of more than 64 bits)")
+    raise FileError(f"{where}: no valid tf.train.Example (a number without an end)")
 
 
-def _fields(message: memoryview, where: str) -> Iterator[tuple[int, int, memoryview]]:
-    """(number, wire type, content) of the fields of a protobuf message."""
+def _fields(message: memoryview, where: str, *expected: tuple[int, int]) -> Iterator[tuple[int, memoryview]]:
+    """(number, content) of the fields of a protobuf message, whose numbers and wire types must all be `expected`."""
     at = 0
     while at < len(message):
         tag, at = _varint(message, at, where)
-        start, wire = at, tag & 7
+        number, wire, start = tag >> 3, tag & 7, at
+        if (number, wire) not in expected:
+            raise FileError(f"{where}: no valid tf.train.Example (field {number} of wire type {wire})")
         if wire == _VARINT:
             _, at = _varint(message, at, where)
-        elif wire in (_LENGTH, _FIXED32):
+        else:
             length, start = _varint(message, at, where) if wire == _LENGTH else (4, at)
             at = start + length
             if at > len(message):
                 raise FileError(f"{where}: no valid tf.train.Example (a field of {length} bytes ends after its message)")
-        else:
-            raise FileError(f"{where}: no valid tf.train.Example (wire type {wire})")
-        yield tag >> 3, wire, message[start:at]
-
-
-def _parts(message: memoryview, where: str, *expected: int) -> Iterator[tuple[int, memoryview]]:
-    """(number, content) of the fields, which must all have a length and an expected number."""
-    for number, wire, content in _fields(message, where):
-        if wire != _LENGTH or number not in expected:
-            raise FileError(f"{where}: no valid tf.train.Example (field {number} of wire type {wire})")
-        yield number, content
+        yield number, message[start:at]
 
 
 def features_of(payload: memoryview, where: str) -> dict[str, memoryview]:
-    """Feature name -> its `Feature` message, of a record's payload; nothing is copied.
-
-    Raises:
-        FileError: it is no Example, or a name appears twice.
-    """
+    """Feature name -> its `Feature` message, of a record's payload; nothing is copied."""
     features: dict[str, memoryview] = {}
-    for _, group in _parts(payload, where, 1):
-        for _, entry in _parts(group, where, 1):
-            parts = dict(_parts(entry, where, 1, 2))
+    for _, group in _fields(payload, where, (1, _LENGTH)):
+        for _, entry in _fields(group, where, (1, _LENGTH)):
+            parts = dict(_fields(entry, where, (1, _LENGTH), (2, _LENGTH)))
             name = bytes(parts.get(1, b"")).decode("utf-8", "backslashreplace")
             if name in features:
                 raise FileError(f"{where}: feature {name!r} is there twice")
@@ -136,63 +117,43 @@ def features_of(payload: memoryview, where: str) -> dict[str, memoryview]:
     return features
 
 
-def _list_of(feature: memoryview, where: str) -> tuple[str, memoryview]:
-    """(kind of the list, its message); an unset feature is an empty list of kind ""."""
-    lists = list(_parts(feature, where, *_LISTS))
+def _list_of(feature: memoryview, where: str, *kinds: int) -> tuple[int, memoryview]:
+    """(kind, message) of the only list of a feature; an unset feature is an empty list."""
+    lists = list(_fields(feature, where, *((kind, _LENGTH) for kind in _LISTS)))
     if len(lists) > 1:
         raise FileError(f"{where}: {len(lists)} lists in one feature, expected one")
-    return (_LISTS[lists[0][0]], lists[0][1]) if lists else ("", feature[:0])
+    kind, body = lists[0] if lists else (kinds[0], feature[:0])
+    if kind not in kinds:
+        raise FileError(f"{where}: a list of {_LISTS[kind]}, expected {' or '.join(_LISTS[other] for other in kinds)}")
+    return kind, body
 
 
 def byte_strings(feature: memoryview, where: str) -> list[memoryview]:
-    """The elements of a list of bytes.
-
-    Raises:
-        FileError: it is another kind of list, or damaged.
-    """
-    kind, body = _list_of(feature, where)
-    if kind not in ("bytes", ""):
-        raise FileError(f"{where}: a list of {kind}, expected bytes")
-    return [content for _, content in _parts(body, where, 1)]
+    """The elements of a list of bytes."""
+    return [content for _, content in _fields(_list_of(feature, where, _BYTES)[1], where, (1, _LENGTH))]
 
 
 def numbers(feature: memoryview, where: str) -> NDArray[np.float32] | NDArray[np.int64]:
-    """(k,) float32 or int64: the elements of a list of either, packed or not.
-
-    Raises:
-        FileError: it is a list of bytes, or damaged.
-    """
-    kind, body = _list_of(feature, where)
-    if kind == "bytes":
-        raise FileError(f"{where}: a list of bytes, expected numbers")
-    single = _VARINT if kind == "int64" else _FIXED32
-    parts = []
-    for number, wire, content in _fields(body, where):
-        if number != 1 or wire not in (_LENGTH, single):
-            raise FileError(f"{where}: field {number} of wire type {wire} in a list of {kind}")
-        parts.append(content)
-    joined = b"".join(parts)
-    if kind == "int64":
-        return _varints(joined, where)
-    if len(joined) % 4:
-        raise FileError(f"{where}: {len(joined)} bytes of float32 numbers, expected a multiple of 4")
-    return np.frombuffer(joined, dtype="<f4").astype(np.float32)
+    """(k,) float32 or int64: the elements of a list of either, packed or not."""
+    kind, body = _list_of(feature, where, _FLOATS, _INTEGERS)
+    single = _VARINT if kind == _INTEGERS else _FIXED32
+    data = b"".join(content for _, content in _fields(body, where, (1, _LENGTH), (1, single)))
+    if kind == _INTEGERS:
+        return _varints(np.frombuffer(data, dtype=np.uint8), where)
+    if len(data) % 4:
+        raise FileError(f"{where}: {len(data)} bytes of float32 numbers, expected a multiple of 4")
+    return np.frombuffer(data, dtype="<f4").astype(np.float32)
 
 
-def _varints(data: bytes, where: str) -> NDArray[np.int64]:
+def _varints(data: NDArray[np.uint8], where: str) -> NDArray[np.int64]:
     """(k,) int64 of numbers of 1 to 10 bytes, whose last byte alone has its top bit clear."""
-    raw = np.frombuffer(data, dtype=np.uint8)
-    if not len(raw):
-        return np.zeros(0, dtype=np.int64)
-    ends = np.flatnonzero(raw < 0x80)
-    if raw[-1] >= 0x80:
-        raise FileError(f"{where}: the last number of a list has no end")
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > 10 or (raw[ends[lengths == 10]] > 1).any():
-        raise FileError(f"{where}: a number of more than 64 bits")
+    ends = np.flatnonzero(data < 0x80)
+    starts = np.append(0, ends + 1)
+    lengths = np.diff(starts)
+    if starts[-1] != len(data) or lengths.max(initial=0) > 10:
+        raise FileError(f"{where}: a list has a number without an end, or of more than 64 bits")
     values = np.zeros(len(ends), dtype=np.uint64)
-    for k in range(int(lengths.max())):
+    for k in range(lengths.max(initial=0)):
         longer = lengths > k
-        values[longer] |= (raw[starts[longer] + k].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(7 * k)
+        values[longer] |= (data[starts[:-1][longer] + k].astype(np.uint64) & np.uint64(0x7F)) << np.uint64(7 * k)
     return values.view(np.int64)

@@ -25,7 +25,7 @@ steps there, so their scene (D) is stated by `scene_of`; early downloads of D/tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import math
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,30 +36,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from svam.contract import (
-    EVERYTHING,
-    Annotation,
-    Choice,
-    Episode,
-    EpisodeShape,
-    FrameBlocks,
-    Frozen,
-    SourceDescription,
-)
+from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
-from svam.sources._calvin_files import (
-    LISTED,
-    alignment_gap,
-    as_float32,
-    read_annotations,
-    read_frames,
-    read_recordings,
-    read_scenes,
-    read_step,
-    scene_name,
-    step_file,
-)
+from svam.sources import _calvin_files as files
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._npz import Header, headers
 
@@ -124,7 +104,7 @@ class CalvinSource:
         """See `open_source`."""
         self.path, self._options, self._choice, self.notes = Path(path), options, choice, list[str]()
         self._folders = self._find_folders()
-        self._stamps = {name: stamp(self.path / name / options.annotations / "auto_lang_ann.npy") for name in self._folders}
+        self._stamps = {name: stamp(self._annotations(name)) for name in self._folders}
         segments = [segment for name in self._folders for segment in self._segments_of(name)]
         self._segments = self._grouped(self._choose(segments))
         self._inspect_first_step()
@@ -139,8 +119,6 @@ class CalvinSource:
             present, self.path = [self.path.name], self.path.parent
         else:
             present = [name for name in _SPLITS if (self.path / name).is_dir()]
-        if wrong := [name for name in self._options.folders if not (self.path / name).is_dir()]:
-            raise FileError(f"{self.path / wrong[0]}: no such directory, though convert.options.folders lists {wrong[0]!r}")
         folders = list(dict.fromkeys(self._options.folders)) or present
         if not folders:
             raise FileError(
@@ -153,58 +131,47 @@ class CalvinSource:
             )
         return folders
 
+    def _annotations(self, name: str) -> Path:
+        return self.path / name / self._options.annotations / "auto_lang_ann.npy"
+
     def _segments_of(self, name: str) -> list[_Segment]:
         """All segments of a folder, with their scenes where these are known."""
-        folder, options = self.path / name, self._options
-        recordings = read_recordings(folder)
-        if options.segments == "annotated":
-            found = read_annotations(folder, options.annotations)
+        folder, choice = self.path / name, self._choice
+        recordings, scenes = files.read_recordings(folder), files.read_scenes(folder)
+        if self._options.segments == "annotated":
+            entries = files.read_annotations(self._annotations(name))
         else:
-            sentence = self._choice.missing_instruction or NEUTRAL_INSTRUCTION
-            found = [(first, last, sentence, sentence) for first, last in recordings.tolist()]
-            if (shared := np.flatnonzero(recordings[1:, 0] <= recordings[:-1, 1])).size:
-                pair = f"{recordings[shared[0]].tolist()} and {recordings[shared[0] + 1].tolist()}"
-                self.notes.append(f"{folder / 'ep_start_end_ids.npy'}: {len(shared)} recordings share steps, first {pair}")
-        place = np.searchsorted(recordings[:, 0], [first for first, *_ in found], side="right") - 1
-        outside = [at < 0 or last > recordings[at, 1] for at, (_, last, *_) in zip(place, found, strict=True)]
-        scenes = read_scenes(folder)
-        stated = options.scene_of.get(name)
-        fixed = None if stated is None else scene_name(stated)
-        return [
-            _Segment(
-                name, number, first, last, task, self._choice.instruction or sentence or self._choice.missing_instruction or "",
-                fixed or self._scene_at(scenes, first, last), fault="" if not outside[number] else (
-                    f"{folder / options.annotations / 'auto_lang_ann.npy'}: annotation {number} covers steps {first} to "
-                    f"{last}, but no recording of {folder / 'ep_start_end_ids.npy'} has all of them"
-                ),
-            )
-            for number, (first, last, task, sentence) in enumerate(found)
-        ]  # fmt: skip
-
-    @staticmethod
-    def _scene_at(scenes: Sequence[tuple[str, int, int]], first: int, last: int) -> str | None:
-        return next((scene for scene, start, end in scenes if start <= first and last <= end), None)
+            sentence = choice.missing_instruction or NEUTRAL_INSTRUCTION
+            entries = [(first, last, sentence, sentence) for first, last in recordings.tolist()]
+        segments = []
+        for number, (first, last, task, sentence) in enumerate(entries):
+            instruction = choice.instruction or sentence or choice.missing_instruction or ""
+            scene = next((scene for scene, start, end in scenes if start <= first and last <= end), None)
+            if name in self._options.scene_of:
+                scene = files.scene_name(self._options.scene_of[name])
+            fault = "" if ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any() else (
+                f"{self._annotations(name)}: annotation {number} covers steps {first} to {last}, but no recording of "
+                f"{folder / 'ep_start_end_ids.npy'} has all of them"
+            )  # fmt: skip
+            segments.append(_Segment(name, number, first, last, task, instruction, scene, fault=fault))
+        return segments
 
     def _choose(self, segments: list[_Segment]) -> list[_Segment]:
-        """The segments of the wanted scenes, marked as held out or not where there is a split."""
-        options = self._options
-        scenes = [scene_name(scene) for scene in options.scenes]
-        held_out = [scene_name(scene) for scene in options.held_out_scenes]
-        official = set(_SPLITS) <= set(self._folders)
-        if scenes or held_out:
-            for segment in segments:
-                if segment.scene is None:
-                    file = self.path / segment.folder / "scene_info.npy"
-                    raise FileError(
-                        f"{file}: no scene for steps {segment.first} to {segment.last}, which convert.options asks for; "
-                        f"state it, e.g. scene_of: {{{segment.folder}: D}}, or leave the folder out of folders"
-                    )
-            known = sorted({str(segment.scene) for segment in segments})
-            if unknown := [scene for scene in (*scenes, *held_out) if scene not in known]:
-                raise ParamsError(f"convert.options: no episode of scene {unknown[0]!r}; there are {', '.join(known)}")
-            if outside := [scene for scene in held_out if scenes and scene not in scenes]:
-                raise ParamsError(f"convert.options.held_out_scenes has {outside[0]!r}, which is not among scenes {scenes}")
+        """The segments of the chosen scenes, marked as held out or not where there is a split."""
+        scenes = [files.scene_name(scene) for scene in self._options.scenes]
+        held_out = [files.scene_name(scene) for scene in self._options.held_out_scenes]
+        unknown = next((segment for segment in segments if segment.scene is None), None)
+        if unknown and (scenes or held_out):
+            raise FileError(
+                f"{self.path / unknown.folder / 'scene_info.npy'}: no scene for steps {unknown.first} to {unknown.last}, which "
+                f"convert.options asks for; state it, e.g. scene_of: {{{unknown.folder}: D}}, or leave that folder out"
+            )
         chosen = [segment for segment in segments if not scenes or segment.scene in scenes]
+        for option, names, among in (("scenes", scenes, segments), ("held_out_scenes", held_out, chosen)):
+            there = sorted({str(segment.scene) for segment in among})
+            if missing := [name for name in names if name not in there]:
+                raise ParamsError(f"convert.options.{option}: no episode of scene {missing[0]!r}; there are {', '.join(there)}")
+        official = set(_SPLITS) <= set(self._folders)
         if not (official or held_out):
             return chosen
         marks = [(official and s.folder == "validation") or s.scene in held_out for s in chosen]
@@ -218,93 +185,84 @@ class CalvinSource:
 
     def _grouped(self, segments: list[_Segment]) -> list[_Segment]:
         """The segments with one group for those that share steps, directly or through others; as they are where none do."""
-        order = sorted(range(len(segments)), key=lambda i: (segments[i].folder, segments[i].first))
-        groups, folder, end = [""] * len(segments), "", -1
-        for before, i in zip([0, *order], order, strict=False):
-            segment = segments[i]
-            shares = segment.folder == folder and segment.first <= end
-            groups[i] = groups[before] if shares else f"{segment.folder} {segment.first}"
-            folder, end = segment.folder, max(end, segment.last) if segment.folder == folder else segment.last
-        if len(set(groups)) == len(segments) or any(segment.held_out is not None for segment in segments):
+        groups: dict[_Segment, str] = {}
+        folder, group, end = "", "", -1
+        for segment in sorted(segments, key=lambda segment: (segment.folder, segment.first)):
+            if segment.folder != folder or segment.first > end:
+                folder, group, end = segment.folder, f"{segment.folder} {segment.first}", -1
+            groups[segment], end = group, max(end, segment.last)
+        count = len(set(groups.values()))
+        if count == len(segments) or any(segment.held_out is not None for segment in segments):
             return segments
         self.notes.append(
-            f"{self.path}: segments share frames: {len(segments)} episodes are {len(set(groups))} groups without a common "
-            "frame, each of which is trained on or held out as a whole"
+            f"{self.path}: segments share frames: {len(segments)} episodes are {count} groups without a common frame, each of "
+            "which is trained on or held out as a whole"
         )
-        return [replace(segment, group=group) for segment, group in zip(segments, groups, strict=True)]
+        return [replace(segment, group=groups[segment]) for segment in segments]
 
     def _first_step(self) -> tuple[_Segment, dict[str, Header]]:
         """The first segment whose first step can be read, and what that holds."""
         faults = []
         for segment in self._segments:
             try:
-                return segment, headers(step_file(self.path / segment.folder, segment.first), LISTED)
+                return segment, headers(files.step_file(self.path / segment.folder, segment.first), files.LISTED)
             except FileError as error:
                 faults.append(error)
         raise faults[0]
 
     def _inspect_first_step(self) -> None:
         """What a step holds, of the first one; all others must be alike."""
-        first, found = self._first_step()
-        file = step_file(self.path / first.folder, first.first)
-        self._vectors: dict[str, tuple[int, ...]] = {self._options.actions: (_ACTIONS,)}
-        for name, meaning in (("robot_obs", "proprioception"), ("scene_obs", "state")):
-            if name not in found:
-                self.notes.append(f"{file}: no {name}, so the episodes have no {meaning}")
-            elif len(found[name].shape) != 1 or found[name].shape == (0,):
-                raise FileError(
-                    f"{file}: field {name!r} is {found[name].dtype} {found[name].shape}, expected one axis of numbers"
-                )
-            else:
-                self._vectors[name] = found[name].shape
-        there = [camera for camera, name in _CAMERAS.items() if name in found]
-        if not there:
-            raise FileError(f"{file}: neither rgb_static nor rgb_gripper; it has {', '.join(sorted(found)) or 'nothing'}")
+        options, (first, there) = self._options, self._first_step()
+        file = files.step_file(self.path / first.folder, first.first)
+        named = {"robot_obs": "proprioception", "scene_obs": "state"}
+        self.notes += [f"{file}: no {name}, so the episodes have no {named[name]}" for name in named if name not in there]
+        self._vectors = {options.actions: (_ACTIONS,), **{name: there[name].shape for name in named if name in there}}
+        cameras = [camera for camera, name in _CAMERAS.items() if name in there]
+        if not cameras:
+            raise FileError(f"{file}: neither rgb_static nor rgb_gripper; it has {', '.join(sorted(there)) or 'nothing'}")
+        self.notes += [f"{file}: no rgb_{name}, so the camera {name!r} is left out" for name in _CAMERAS if name not in cameras]
         self._cameras: dict[str, tuple[int, int, int]] = {}
-        for camera in chosen_cameras(self._choice, there, file, "rgb_"):
-            name, shape = _CAMERAS[camera], found[_CAMERAS[camera]].shape
-            if found[name].dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
-                raise FileError(f"{file}: field {name!r} is {found[name].dtype} {shape}, expected uint8 (H, W, 3)")
-            self._cameras[camera] = (shape[0], shape[1], shape[2])
-        self.notes += [
-            f"{file}: no rgb_{camera}, so the camera {camera!r} is left out" for camera in _CAMERAS if camera not in there
-        ]
+        for camera in chosen_cameras(self._choice, cameras, file, "rgb_"):
+            pictures = there[_CAMERAS[camera]]
+            if pictures.dtype != np.uint8 or len(pictures.shape) != 3 or pictures.shape[2] != 3:
+                stored = f"{pictures.dtype} {pictures.shape}"
+                raise FileError(f"{file}: field {_CAMERAS[camera]!r} is {stored}, expected uint8 (H, W, 3)")
+            self._cameras[camera] = (pictures.shape[0], pictures.shape[1], 3)
         self._depth: dict[str, tuple[int, ...]] = {}
-        if self._options.depth != "none":
-            name = f"depth_{self._options.depth}"
-            if name not in found or len(found[name].shape) != 2:
+        if options.depth != "none":
+            name = f"depth_{options.depth}"
+            if name not in there or len(there[name].shape) != 2:
                 raise FileError(f"{file}: no field {name!r} (H, W), which convert.options.depth asks for")
-            self._depth = {name: found[name].shape}
-            frames = -(-max(segment.steps for segment in self._segments) // self._options.depth_every)
-            if (size := frames * 4 * int(np.prod(found[name].shape))) > _LARGEST_DEPTH:
+            self._depth = {name: there[name].shape}
+            longest = max(self._labelled(segment) for segment in self._segments)
+            if (size := longest * 4 * math.prod(there[name].shape)) > _LARGEST_DEPTH:
                 raise ParamsError(
-                    f"convert.options.depth_every is {self._options.depth_every}: the longest episode would have "
+                    f"convert.options.depth_every is {options.depth_every}: the longest episode would have "
                     f"{size / 2**30:.1f} GiB of depth in memory, at most {_LARGEST_DEPTH // 2**30} GiB is expected; label fewer"
                 )
-        if self._options.actions == "rel_actions":
+        if options.actions == "rel_actions":
             with suppress(FileError):  # which `shape` says
-                self._check_alignment(first, file)
+                gap = files.alignment_gap(self.path / first.folder, first.first, first.last)
+                if gap > _ALIGNED:
+                    self.notes.append(
+                        f"{file}: rel_actions differ by up to {gap:.2f} from what the same steps' actions and robot_obs give; "
+                        "check that a frame and the action taken at it are in one file"
+                    )
 
-    def _check_alignment(self, first: _Segment, file: Path) -> None:
-        """Note it where the first steps' relative actions are not those of the same step's pose and absolute action."""
-        gap = alignment_gap(self.path / first.folder, first.first, first.last)
-        if gap > _ALIGNED:
-            self.notes.append(
-                f"{file}: rel_actions differ by up to {gap:.2f} from what the same steps' actions and robot_obs give; check "
-                "that a frame and the action taken at it are in one file"
-            )
+    def _labelled(self, segment: _Segment) -> int:
+        """Number of frames with depth."""
+        return -(-segment.steps // self._options.depth_every)
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, and each task's sentences: those that only held-out episodes use are the held-out ones."""
-        train: dict[str, set[str]] = {}
-        held_out: dict[str, set[str]] = {}
+        sentences: dict[str, tuple[set[str], set[str]]] = {}
         for segment in self._segments:
-            (held_out if segment.held_out else train).setdefault(segment.task, set()).add(segment.instruction)
-        instructions = {}
-        for task in dict.fromkeys(segment.task for segment in self._segments):
-            seen, unseen = train.get(task, set()), held_out.get(task, set())
-            seen, unseen = seen - {""}, unseen - {""}
-            instructions[task] = {"train": sorted(seen or unseen), "held_out": sorted(unseen - seen) if seen else []}
+            of_split = sentences.setdefault(segment.task, (set(), set()))[bool(segment.held_out)]
+            of_split.update({segment.instruction} - {""})
+        instructions = {
+            task: {"train": sorted(seen or unseen), "held_out": sorted(unseen - seen) if seen else []}
+            for task, (seen, unseen) in sentences.items()
+        }
         return SourceDescription(
             rate_hz=self._choice.rate_hz or RATE_HZ, cameras=list(self._cameras), instructions=instructions,
             provenance={
@@ -321,8 +279,8 @@ class CalvinSource:
         """Of a segment that can be read."""
         if segment.fault:
             raise FileError(segment.fault)
-        file = self.path / segment.folder / self._options.annotations / "auto_lang_ann.npy"
-        return chosen_instruction(self._choice, segment.instruction, f"{file}: annotation {segment.number}")
+        where = f"{self._annotations(segment.folder)}: annotation {segment.number}"
+        return chosen_instruction(self._choice, segment.instruction, where)
 
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, split, and where it lies; the stamp covers every step's file and the annotations.
@@ -334,11 +292,11 @@ class CalvinSource:
         self._sentence(segment)
         digest = hashlib.sha256(self._stamps[segment.folder].encode())
         for step in range(segment.first, segment.last + 1):
-            file = step_file(self.path / segment.folder, step)
+            file = files.step_file(self.path / segment.folder, step)
             if (found := stamp(file)) == "absent":
-                raise FileError(f"{file}: no such file{LISTED}")
+                raise FileError(f"{file}: no such file{files.LISTED}")
             digest.update(found.encode())
-        annotated = {"depth": -(-segment.steps // self._options.depth_every)} if self._depth else {}
+        annotated = {"depth": self._labelled(segment)} if self._depth else {}
         name = f"{segment.folder}/{segment.number}"
         return EpisodeShape(
             segment.steps, annotated, segment.held_out, digest.hexdigest(), name, segment.task, group=segment.group
@@ -353,39 +311,37 @@ class CalvinSource:
             ContractError: the episode breaks the contract.
         """
         segment, every = self._segments[index], self._options.depth_every
-        folder = self.path / segment.folder
-        vectors = {name: np.empty((segment.steps, *shape), np.float32) for name, shape in self._vectors.items()}
-        depth = [np.empty((-(-segment.steps // every), *shape), np.float32) for shape in self._depth.values()]
-        for t in range(segment.steps):
-            file = step_file(folder, segment.first + t)
-            labelled = self._depth if t % every == 0 else {}
-            for name, values in read_step(file, self._vectors | labelled, ("float32", "float64")).items():
-                (depth[0][t // every] if name in labelled else vectors[name][t])[...] = as_float32(file, name, values)
+        folder, n, label = self.path / segment.folder, segment.steps, f"depth_{self._options.depth}"
+        vectors = {name: np.empty((n, *shape), np.float32) for name, shape in self._vectors.items()}
+        depth = {name: np.empty((self._labelled(segment), *shape), np.float32) for name, shape in self._depth.items()}
+        for t in range(n):
+            file = files.step_file(folder, segment.first + t)
+            step = files.read_step(file, self._vectors | (self._depth if t % every == 0 else {}))
+            with np.errstate(over="ignore"):  # an infinity is refused by the contract's check
+                for name, values in step.items():
+                    (depth[name][t // every] if name in depth else vectors[name][t])[...] = values
             self._check_action(file, vectors[self._options.actions][t])
-        index_of_depth = np.arange(0, segment.steps, every, dtype=np.int64)
         episode = Episode(
             task=segment.task, instruction=self._sentence(segment), rate_hz=self._choice.rate_hz or RATE_HZ,
-            frames={
-                camera: FrameBlocks(
-                    (segment.steps, *shape),
-                    partial(read_frames, folder, segment.first, _CAMERAS[camera], (segment.steps, *shape)),
-                )
-                for camera, shape in self._cameras.items()
-            },
+            frames={camera: self._frames(segment, camera) for camera in self._cameras},
             actions=vectors[self._options.actions], state=vectors.get("scene_obs"), proprioception=vectors.get("robot_obs"),
-            annotations={"depth": Annotation(depth[0], index_of_depth)} if depth else {},
+            annotations={"depth": Annotation(depth[label], np.arange(0, n, every, dtype=np.int64))} if depth else {},
             provenance={
-                "file": f"{segment.folder}/{step_file(folder, segment.first).name}", "first_step": segment.first,
+                "file": f"{segment.folder}/{files.step_file(folder, segment.first).name}", "first_step": segment.first,
                 "last_step": segment.last, "number": segment.number, "scene": segment.scene,
             },
         )  # fmt: skip
         return checked(episode, self.path)
 
+    def _frames(self, segment: _Segment, camera: str) -> FrameBlocks:
+        folder, shape = self.path / segment.folder, (segment.steps, *self._cameras[camera])
+        return FrameBlocks(shape, partial(files.read_frames, folder, segment.first, _CAMERAS[camera], shape))
+
     def _check_action(self, file: Path, action: NDArray[np.float32]) -> None:
         name = self._options.actions
         if action[-1] not in (-1.0, 1.0):
             raise FileError(f"{file}: {name}[{_ACTIONS - 1}], the gripper, is {action[-1]:g}, expected exactly -1 or 1")
-        if name == "rel_actions" and (outside := np.abs(action) > 1.0).any():
+        if name == "rel_actions" and (outside := ~(np.abs(action) <= 1.0)).any():
             d = int(np.argmax(outside))
             raise FileError(f"{file}: rel_actions[{d}] is {action[d]:g}, expected a relative action within [-1, 1]")
 

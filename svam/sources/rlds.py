@@ -49,7 +49,8 @@ _LISTED = 10
 
 
 class _Entry(NamedTuple):
-    """An episode's place and facts: shard number, record number in it, payload's offset and length; steps, steps kept."""
+    """An episode's place and facts: shard number, record number in it, payload's offset and length; steps, steps kept, bytes
+    under `steps/`; why it cannot be read."""
 
     shard: int
     record: int
@@ -57,10 +58,10 @@ class _Entry(NamedTuple):
     length: int
     recorded: int = 0
     kept: int = 0
+    size: int = 0
     instruction: str = ""
     success: bool | None = None
     refusal: str = ""
-    """Why it cannot be read."""
 
 
 class RldsSource:
@@ -91,14 +92,7 @@ class RldsSource:
             count = sum(shard.records for shard in splits[name])
             self._notes.append(f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are")
         shards = [shard for name in names for shard in splits[name]]
-        absent: dict[str, str] = {}
-        for shard in shards:
-            try:
-                if not (self.folder / shard.name).is_file():
-                    raise FileError(f"{self.folder / shard.name}: no such file, though dataset_info.json lists it")
-                refuse_lfs_pointer(self.folder / shard.name)
-            except FileError as error:
-                absent[shard.name] = str(error)
+        absent = {shard.name: why for shard in shards if (why := self._absence(shard.name))}
         if absent and (self._options.missing_shards == "refuse" or len(absent) == len(shards)):
             listed = ", ".join(list(absent)[:_LISTED]) + f" and {len(absent) - _LISTED} more" * (len(absent) > _LISTED)
             raise FileError(
@@ -109,78 +103,81 @@ class RldsSource:
             self._notes.append(f"{len(absent)} of {len(shards)} shards are missing and left out: {', '.join(absent)}")
         return [shard for shard in shards if shard.name not in absent]
 
+    def _absence(self, name: str) -> str:
+        try:
+            refuse_lfs_pointer(self.folder / name)
+        except FileError as error:
+            return str(error)
+        there = (self.folder / name).is_file()
+        return "" if there else f"{self.folder / name}: no such file, though dataset_info.json lists it"
+
     @cached_property
     def _index(self) -> tuple[list[_Entry], list[str]]:
         """All episodes, and what was left out: one scan of all shards; workers receive the result."""
         entries: list[_Entry] = []
-        sizes: list[int] = []
-        empty, unlabelled, shortened = [], [], 0
+        left_out: dict[str, list[_Entry]] = {}
         with closing(track(enumerate(self._shards), "index of the shards", len(self._shards))) as shards:
             for number, shard in shards:
-                for entry, size in self._scan(number, shard):
-                    if not (entry.kept or entry.refusal):
-                        empty.append(self._where(entry))
-                    elif not (entry.instruction or entry.refusal) and self._options.without_instruction == "leave_out":
-                        unlabelled.append(self._where(entry))
-                    else:
-                        shortened += entry.kept < entry.recorded
-                        entries.append(entry)
-                        sizes.append(size)
+                for entry in self._scan(number, shard):
+                    lacking = self._lacking(entry)
+                    (left_out.setdefault(lacking, []) if lacking else entries).append(entry)
         notes = [
-            f"{len(places)} episodes without {what} are left out, the first is {places[0]}"
-            for what, places in (("an instruction", unlabelled), ("a usable step", empty))
-            if places
+            f"{len(those)} episodes without {what} are left out, the first is {self._where(those[0])}"
+            for what, those in left_out.items()
         ]
-        if shortened:
+        if shortened := sum(entry.kept < entry.recorded for entry in entries):
             notes.append(
                 f"the last step of {shortened} episodes is left out: is_last marks it, and RLDS gives its action no meaning "
                 "(convert.options.last_step: keep)"
             )
-        if repeated := self._repeated(entries, sizes):
-            splits = Counter(self._shards[entries[at].shard].split for at in repeated)
-            first, original = entries[min(repeated)], entries[repeated[min(repeated)]]
+        if repeated := self._repeated(entries):
+            splits = Counter(self._shards[entry.shard].split for entry in repeated)
+            first, original = next(iter(repeated.items()))
             notes.append(
                 f"{len(repeated)} repeated episodes are left out ({', '.join(f'{n} in {s!r}' for s, n in splits.items())}), "
                 f"the first is {self._where(first)}, which repeats {self._where(original)}"
             )
-        kept = [entry for at, entry in enumerate(entries) if at not in repeated]
+        entries = [entry for entry in entries if entry not in repeated]
         for split in self._options.held_out_splits:
-            if not any(self._shards[entry.shard].split == split for entry in kept):
+            if not any(self._shards[entry.shard].split == split for entry in entries):
                 raise ContractError(
                     f"{self.folder}: the split {split!r} of convert.options.held_out_splits has no episode of its own"
                     + ("; " + notes[-1] if repeated else "")
                 )
-        if not kept:
-            raise ContractError(f"{self.folder}: no episodes" + ("; " + notes[0] if notes else ""))
-        return kept, notes
+        if not entries:
+            raise ContractError("; ".join([f"{self.folder}: no episodes", *notes[:1]]))
+        return entries, notes
 
-    def _scan(self, number: int, shard: Shard) -> Iterator[tuple[_Entry, int]]:
-        """Each record of a shard, with the number of bytes under `steps/`; pictures are skipped, data are not checked."""
+    def _lacking(self, entry: _Entry) -> str:
+        """For lack of what it is left out."""
+        if not (entry.kept or entry.refusal):
+            return "a usable step"
+        labelled = entry.refusal or entry.instruction or self._choice.instruction
+        return "" if labelled or self._options.without_instruction == "refuse" else "an instruction"
+
+    def _scan(self, number: int, shard: Shard) -> Iterator[_Entry]:
+        """Each record of a shard; pictures are skipped, data are not checked."""
         path, record = self.folder / shard.name, -1
         content = mapped(path)
         for record, (offset, length) in enumerate(record_spans(content, str(path))):
-            place, size = _Entry(number, record, offset, length), -1
+            place = entry = _Entry(number, record, offset, length)
             try:
                 try:
-                    data = features_of(content[offset : offset + length], self._where(place))
-                    entry = self._entry(place, data)
-                    size = sum(len(feature) for name, feature in data.items() if name.startswith("steps/"))
-                except (FileError, ContractError):
-                    self._payload(place)  # a damaged record is told as that
-                    raise
-                if not (entry.kept and entry.instruction):  # never left out because it is damaged
-                    self._payload(place)
+                    entry = self._entry(place, features_of(content[offset : offset + length], self._where(place)))
+                finally:
+                    if not (entry.kept and (entry.instruction or self._choice.instruction)):
+                        self._payload(place)  # a damaged record is told as that, and never left out
             except (FileError, ContractError) as error:
                 entry = place._replace(refusal=str(error))
-            yield entry, size
+            yield entry
         if record + 1 != shard.records:
             raise FileError(f"{path}: {record + 1} records, but dataset_info.json says {shard.records}")
 
     def _entry(self, place: _Entry, data: Mapping[str, memoryview]) -> _Entry:
         """An episode's facts, from its small features."""
         where = self._where(place)
-        counter = self._chosen.counter
-        if self._features[counter].size and not self._features[counter].packed:
+        counter, feature = self._chosen.counter, self._features[self._chosen.counter]
+        if feature.size and not feature.packed:
             recorded = kept = len(self._vector(counter, data, where))
         else:
             recorded = kept = len(byte_strings(self._feature(counter, data, where), f"{where}: {counter}"))
@@ -195,7 +192,8 @@ class RldsSource:
         success = bool(self._vector(self._chosen.success, data, where, 1)[0, 0]) if self._chosen.success else None
         sentences = (self._sentence(name, data, recorded, kept, where) for name in self._chosen.instructions if kept)
         sentence = next(filter(None, sentences), "")
-        return place._replace(recorded=recorded, kept=kept, instruction=sentence, success=success)
+        size = sum(len(feature) for name, feature in data.items() if name.startswith("steps/"))
+        return place._replace(recorded=recorded, kept=kept, size=size, instruction=sentence, success=success)
 
     def _sentence(self, name: str, data: Mapping[str, memoryview], recorded: int, kept: int, where: str) -> str:
         """The one that is not empty, of a feature's steps that are kept."""
@@ -223,23 +221,23 @@ class RldsSource:
             raise ContractError(f"{where}: {name} has {len(values)} rows, expected {rows} as {self._chosen.counter} has")
         return values
 
-    def _repeated(self, entries: Sequence[_Entry], sizes: Sequence[int]) -> dict[int, int]:
-        """Number of an episode that repeats an earlier one -> the earlier one's. Only those of equal sizes are read."""
-        alike = Counter((entry.recorded, size) for entry, size in zip(entries, sizes, strict=True))
-        todo = [at for at, entry in enumerate(entries) if not entry.refusal and alike[entry.recorded, sizes[at]] > 1]
-        first: dict[bytes, int] = {}
-        repeated: dict[int, int] = {}
+    def _repeated(self, entries: Sequence[_Entry]) -> dict[_Entry, _Entry]:
+        """Each episode that repeats an earlier one -> the earlier one. Only those of equal sizes are read."""
+        alike = Counter((entry.recorded, entry.size) for entry in entries)
+        todo = [entry for entry in entries if not entry.refusal and alike[entry.recorded, entry.size] > 1]
         if not todo:
-            return repeated
-        with closing(track(todo, "episodes of equal size, compared", len(todo))) as numbers:
-            for at in numbers:
+            return {}
+        first: dict[bytes, _Entry] = {}
+        repeated: dict[_Entry, _Entry] = {}
+        with closing(track(todo, "episodes of equal size, compared", len(todo))) as compared:
+            for entry in compared:
                 digest = hashlib.sha256()
-                for name, feature in sorted(features_of(self._payload(entries[at]), self._where(entries[at])).items()):
+                for name, feature in sorted(features_of(self._payload(entry), self._where(entry)).items()):
                     if name.startswith("steps/"):  # by name: a record's own order is arbitrary
                         digest.update(f"{name}\0{len(feature)}\0".encode())
                         digest.update(feature)
-                if (original := first.setdefault(digest.digest(), at)) != at:
-                    repeated[at] = original
+                if (original := first.setdefault(digest.digest(), entry)) != entry:
+                    repeated[entry] = original
         return repeated
 
     def _where(self, entry: _Entry) -> str:

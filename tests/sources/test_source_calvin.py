@@ -11,7 +11,7 @@ import pytest
 
 from svam.contract import Choice
 from svam.episodes.split import split_episodes
-from svam.sources.calvin import NEUTRAL_INSTRUCTION, CalvinSource, Options, open_source
+from svam.sources.calvin import NEUTRAL_INSTRUCTION, Options, open_source
 from tests.sources.common import frames_of, refused
 from tests.sources.test_restricted_pickle import npy_of
 
@@ -24,8 +24,7 @@ def write_step(file: Path, rng: np.random.Generator, dtype: Any = np.float64, **
     """One step as calvin_env's renderer writes it: relative actions follow from the absolute one and the pose."""
     pose = rng.normal(size=15) * 0.05
     absolute = np.concatenate([pose[:6] + rng.normal(size=6) * 0.02, [rng.choice([-1.0, 1.0])]])
-    angle = (absolute[3:6] - pose[3:6] + np.pi) % (2 * np.pi) - np.pi
-    relative = np.concatenate([np.clip(absolute[:3] - pose[:3], -0.02, 0.02) / 0.02, np.clip(angle, -0.05, 0.05) / 0.05])
+    relative = np.clip((absolute - pose[:7])[:6] / np.repeat([0.02, 0.05], 3), -1, 1)
     members: dict[str, Any] = {
         "actions": absolute.astype(dtype), "rel_actions": np.append(relative, absolute[6]).astype(dtype),
         "robot_obs": pose.astype(dtype), "scene_obs": rng.normal(size=24).astype(dtype),
@@ -48,11 +47,9 @@ def write_folder(
         for number in range(first, last + 1):
             write_step(folder / f"episode_{number:07d}.npz", rng, **step)
     np.save(folder / "ep_start_end_ids.npy", np.asarray(recordings, dtype=np.int64))
-    np.save(folder / "ep_lens.npy", np.asarray([last - first + 1 for first, last in recordings]))
     if scenes is not None:
         np.save(folder / "scene_info.npy", scenes, allow_pickle=True)  # type: ignore[arg-type]
-    embedding = rng.normal(size=(len(sentences), 1, 384)).astype(np.float32)
-    language = {"ann": sentences, "task": tasks, "emb": embedding}
+    language = {"ann": sentences, "task": tasks, "emb": rng.normal(size=(len(sentences), 1, 384)).astype(np.float32)}
     value = {"language": language, "info": {"episodes": [], "indx": indx}}
     np.save(folder / "lang_annotations/auto_lang_ann.npy", value, allow_pickle=True)  # type: ignore[arg-type]
 
@@ -90,22 +87,16 @@ def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segm
         else:
             bounds = np.load(folder / "ep_start_end_ids.npy").tolist()
             expected += [(folder, first, last, NEUTRAL_INSTRUCTION, NEUTRAL_INSTRUCTION) for first, last in bounds]
-    assert len(source) == len(expected) == 4
     description = source.describe()
-    assert description.cameras == ["static", "gripper"] and description.rate_hz == 30.0
+    assert len(source) == len(expected) == 4 and (description.cameras, description.rate_hz) == (["static", "gripper"], 30.0)
     for index, (folder, first, last, task, sentence) in enumerate(expected):
         episode, shape = source.read(index), source.shape(index)
         assert (episode.task, episode.instruction, episode.rate_hz) == (task, sentence, 30.0)
-        assert shape.steps == episode.steps == last - first + 1
-        assert shape.held_out is (folder.name == "validation")
-        assert sentence in [s for sentences in description.instructions[task].values() for s in sentences]
+        assert shape.steps == last - first + 1 and shape.held_out is (folder.name == "validation")
         for camera in ("static", "gripper"):
             np.testing.assert_array_equal(frames_of(episode, camera), stacked(folder, first, last, f"rgb_{camera}"))
-        vectors = (("actions", actions), ("proprioception", "robot_obs"), ("state", "scene_obs"))
-        for field, name in vectors:
-            values = getattr(episode, field)
-            assert values.dtype == np.float32
-            np.testing.assert_array_equal(values, stacked(folder, first, last, name).astype(np.float32))
+        for field, name in (("actions", actions), ("proprioception", "robot_obs"), ("state", "scene_obs")):
+            np.testing.assert_array_equal(getattr(episode, field), stacked(folder, first, last, name).astype(np.float32))
         assert episode.timestamps is None and not episode.annotations
 
 
@@ -115,50 +106,55 @@ def test_a_misaligned_set_gets_a_note(tmp_path: Path) -> None:
     folder = root / "training"
     for step in range(100, 109):  # every action one file too early
         members = dict(np.load(folder / f"episode_{step:07d}.npz"))
-        members |= {name: np.load(folder / f"episode_{step + 1:07d}.npz")[name] for name in ("rel_actions",)}
+        members["rel_actions"] = np.load(folder / f"episode_{step + 1:07d}.npz")["rel_actions"]
         np.savez(folder / f"episode_{step:07d}.npz", **members)
     assert "check that a frame and the action taken at it are in one file" in open_source(root, Options()).notes[-1]
 
 
 def test_depth_every_nth_frame(dataset: Path) -> None:
     source = open_source(dataset, Options(depth="gripper", depth_every=2))
-    for index, (first, last) in enumerate([(100, 104), (103, 108), (120, 120)]):
-        annotation = source.read(index).annotations["depth"]
+    for index, (first, last) in enumerate(INDX):
+        annotation, expected = (
+            source.read(index).annotations["depth"],
+            stacked(dataset / "training", first, last, "depth_gripper"),
+        )
         np.testing.assert_array_equal(annotation.index, np.arange(0, last - first + 1, 2))
-        np.testing.assert_array_equal(
-            annotation.values, stacked(dataset / "training", first, last, "depth_gripper")[::2]
-        )  # fmt: skip
+        np.testing.assert_array_equal(annotation.values, expected[::2])
         assert source.shape(index).annotated == {"depth": len(annotation.index)}
 
 
-def held_out(source: CalvinSource) -> list[bool | None]:
-    return [source.shape(i).held_out for i in range(len(source))]
+TRAINING = {"folders": ["training"]}
 
 
-def test_splits_and_scenes(dataset: Path) -> None:
-    assert held_out(open_source(dataset, Options())) == [False, False, False, True]
-    assert held_out(open_source(dataset / "training", Options())) == [None, None, None]
-    assert held_out(open_source(dataset, Options(folders=["training"]))) == [None, None, None]
-    assert held_out(open_source(dataset, Options(folders=["training"], held_out_scenes=["calvin_scene_B"]))) == [
-        False,
-        False,
-        True,
-    ]
-    assert held_out(open_source(dataset, Options(folders=["training"], scenes=["A"]))) == [None, None]
-    stated = open_source(dataset, Options(scenes=["B", "D"], scene_of={"validation": "D"}))
-    assert held_out(stated) == [False, True] and stated.describe().provenance["scenes"] == ["B", "D"]
-    assert stated.read(1).provenance["scene"] == "D"
-    # A number of training's scene_info says nothing about validation, whose steps have the same numbers.
-    with refused(r"validation/scene_info.npy: no scene for steps 100 to 102.*scene_of: {validation: D}"):
-        open_source(dataset, Options(scenes=["A"]))
-    with refused("no episode of scene 'E'; there are A, B"):
-        open_source(dataset / "training", Options(scenes=["E"]))
-    with refused("3 episodes 0 are held out|3 episodes 3 are held out"):
-        open_source(dataset, Options(scenes=["A", "B"], scene_of={"validation": "D"}))
-    with refused("scene_of names 'test'"):
-        open_source(dataset, Options(scene_of={"test": "D"}))
-    with refused("no such directory, though convert.options.folders"):
-        open_source(dataset, Options(folders=["testing"]))
+@pytest.mark.parametrize(
+    ("options", "held_out"),
+    [
+        ({}, [False, False, False, True]), (TRAINING, [None] * 3), ({**TRAINING, "scenes": ["A"]}, [None, None]),
+        ({**TRAINING, "held_out_scenes": ["calvin_scene_B"]}, [False, False, True]),
+        ({"scenes": ["B", "D"], "scene_of": {"validation": "D"}}, [False, True]),
+    ],
+)  # fmt: skip
+def test_splits_and_scenes(dataset: Path, options: dict[str, Any], held_out: list[bool | None]) -> None:
+    source = open_source(dataset, Options(**options))
+    assert [source.shape(i).held_out for i in range(len(source))] == held_out
+    if "scene_of" in options:
+        assert source.read(1).provenance["scene"] == "D" and source.describe().provenance["scenes"] == ["B", "D"]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [  # a number of training's scene_info says nothing about validation, whose steps have the same numbers
+        ({"scenes": ["A"]}, r"validation/scene_info.npy: no scene for steps 100 to 102.*scene_of: {validation: D}"),
+        ({**TRAINING, "scenes": ["E"]}, "no episode of scene 'E'; there are A, B"),
+        ({**TRAINING, "scenes": ["A"], "held_out_scenes": ["B"]}, "held_out_scenes: no episode of scene 'B'; there are A$"),
+        ({"scenes": ["A", "B"], "scene_of": {"validation": "D"}}, "3 episodes 0 are held out"),
+        ({"scene_of": {"test": "D"}}, "scene_of names 'test'"),
+        ({"folders": ["testing"]}, "testing/ep_start_end_ids.npy: no such file"),
+    ],
+)
+def test_wrong_splits_and_scenes_are_named(dataset: Path, options: dict[str, Any], match: str) -> None:
+    with refused(match):
+        open_source(dataset, Options(**options))
 
 
 def test_segments_that_share_steps_are_on_one_side(dataset: Path) -> None:
@@ -204,21 +200,20 @@ def test_whole_recordings_say_their_sentence(dataset: Path) -> None:
     for choice in (Choice(instruction="tidy the table"), Choice(missing_instruction="tidy the table")):
         source = open_source(dataset, Options(segments="whole"), choice)
         assert source.read(0).instruction == "tidy the table" and not any("no language" in note for note in source.notes)
-    source = open_source(dataset, Options(), Choice(instruction="tidy the table"))
-    assert (source.read(0).task, source.read(0).instruction) == ("open_drawer", "tidy the table")
+    episode = open_source(dataset, Options(), Choice(instruction="tidy the table")).read(0)
+    assert (episode.task, episode.instruction) == ("open_drawer", "tidy the table")
 
 
 def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
-    source = open_source(write_set(tmp_path, validation=False), Options())
+    source, file = open_source(write_set(tmp_path, validation=False), Options()), tmp_path / "training/episode_0000102.npz"
     before = source.shape(0).stamp
     assert source.shape(0).stamp == before
-    os.utime(tmp_path / "training/episode_0000102.npz", (1, 1))
+    os.utime(file, (1, 1))
     assert source.shape(0).stamp != before
-    (tmp_path / "training/episode_0000102.npz").unlink()
-    with refused("episode_0000102.npz: no such file"):
-        source.shape(0)
-    with refused("episode_0000102.npz: no such file"):
-        source.read(0)
+    file.unlink()
+    for look in (source.shape, source.read):
+        with refused("episode_0000102.npz: no such file"):
+            look(0)
 
 
 @pytest.mark.parametrize(
@@ -226,7 +221,7 @@ def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
     [
         ({"rel_actions": np.array([0, 0, 0, 0, 0, 0, 0.0])}, "the gripper, is 0, expected exactly -1 or 1"),
         ({"rel_actions": np.array([0, 1.5, 0, 0, 0, 0, 1.0])}, r"rel_actions\[1\] is 1.5"),
-        ({"rel_actions": np.array([0, np.nan, 0, 0, 0, 0, 1.0])}, "'rel_actions' has the value nan"),
+        ({"rel_actions": np.array([0, np.nan, 0, 0, 0, 0, 1.0])}, r"rel_actions\[1\] is nan"),
         ({"rel_actions": np.zeros(6)}, r"'rel_actions' is float64 \(6,\)"),
         ({"rel_actions": None}, "'rel_actions' is missing"),
         ({"scene_obs": np.array([object()] * 24)}, "'scene_obs' holds Python objects"),
@@ -263,19 +258,38 @@ def test_no_annotations_names_the_alternatives(tmp_path: Path) -> None:
     assert len(open_source(tmp_path, Options(segments="whole"))) == 3
 
 
+def annotations(indx: Any = INDX, task: str = "open", sentence: Any = "go") -> bytes:
+    language = {"ann": [sentence] * 3, "task": [task] * 3}
+    return npy_of(np.array({"language": language, "info": {"indx": indx}}, dtype=object))
+
+
 @pytest.mark.parametrize(
-    ("indx", "match"),
+    ("file", "value", "match"),
     [
-        ([(100, 104), (-3, 110), (120, 121)], r"\['indx'\]\[1\] is no pair"),
-        ([(100, 104), (104, 103), (120, 121)], r"\['indx'\]\[1\] is no pair"),
-        ([(100, 104), (0, 2**80), (120, 121)], r"\['indx'\]\[1\] is no pair"),
-        ([(100, 104)], "1 indx, 3 task and 3 ann"),
-        ("abc", "is missing or no list"),
+        ("lang_annotations/auto_lang_ann.npy", value, match)
+        for value, match in (
+            (annotations([(100, 104), (-3, 110), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
+            (annotations([(100, 104), (104, 103), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
+            (annotations([(100, 104)]), "1 indx, 3 task and 3 ann"), (annotations(3), "is missing or no list"),
+            (annotations(task=" "), "annotation 0 has no task name"),
+            *((annotations(sentence=wrong), "a sentence that is no text") for wrong in ("a\ud800b", 3, None, ["open"])),
+        )
+    ] + [
+        ("ep_start_end_ids.npy", value, match)
+        for value, match in (
+            (np.zeros((0, 2), dtype=int), "no recordings"), (np.array([[5, 4]]), r"row 0 is \[5, 4\]"),
+            (np.array([[3, 4], [-5, 4]]), r"row 1 is \[-5, 4\]"), (np.array([[0.0, 4.0]]), "it is float64"),
+            (np.array([1, 2, 3]), r"it is int64 \(3,\)"), (np.array([[1, object()]]), "truncated, damaged"),
+        )
+    ] + [
+        ("scene_info.npy", npy_of(np.array("A", dtype=object)), "holds a str, expected a dict of scenes and their first"),
+        ("scene_info.npy", npy_of(np.array({"A": [5, 4]}, dtype=object)), "entry 0 is no scene's name with"),
     ],
-)
-def test_wrong_annotations_are_one_sentence(tmp_path: Path, indx: Any, match: str) -> None:
-    write_folder(tmp_path / "training", [(100, 109), (110, 111), (120, 125)], indx, TASKS, SENTENCES, None)
-    with refused(match):
+)  # fmt: skip
+def test_wrong_files_are_one_sentence(tmp_path: Path, file: str, value: Any, match: str) -> None:
+    path = write_set(tmp_path, validation=False) / "training" / file
+    path.write_bytes(value) if isinstance(value, bytes) else np.save(path, value)
+    with refused(f"{file}.*{match}"):
         open_source(tmp_path, Options())
 
 
@@ -289,28 +303,3 @@ def test_a_segment_outside_of_recordings_is_one_bad_episode(tmp_path: Path) -> N
         source.shape(2)
     assert source.shape(0).steps == 5
     assert open_source(tmp_path, Options(), Choice(missing_instruction="do")).read(2).instruction == "do"
-
-
-@pytest.mark.parametrize(
-    ("ids", "match"),
-    [
-        (np.zeros((0, 2), dtype=int), "no recordings"), (np.array([[5, 4]]), r"row 0 is \[5, 4\]"),
-        (np.array([[-5, 4]]), r"row 0 is \[-5, 4\]"), (np.array([[0.0, 4.0]]), "it is float64"),
-        (np.array([1, 2, 3]), r"it is int64 \(3,\)"), (np.array([[1, object()]]), "truncated, damaged"),
-    ],
-)  # fmt: skip
-def test_wrong_recordings_are_one_sentence(tmp_path: Path, ids: np.ndarray, match: str) -> None:
-    root = write_set(tmp_path, validation=False)
-    np.save(root / "training/ep_start_end_ids.npy", ids)
-    with refused(f"ep_start_end_ids.npy.*{match}"):
-        open_source(root, Options())
-
-
-@pytest.mark.parametrize("sentence", ["a\ud800b", 3, None, ["open"]])
-def test_a_sentence_must_be_text(tmp_path: Path, sentence: Any) -> None:
-    file = tmp_path / "training/lang_annotations/auto_lang_ann.npy"
-    write_set(tmp_path, validation=False)
-    value = {"language": {"ann": [sentence], "task": ["a"]}, "info": {"indx": [(100, 101)]}}
-    file.write_bytes(npy_of(np.array(value, dtype=object)))
-    with refused("annotation 0 has no task name, or a sentence that is no text"):
-        open_source(tmp_path, Options())
