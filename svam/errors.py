@@ -29,7 +29,7 @@ class MachineError(SvamError, RuntimeError):
 
 
 _ACCEPTED = {
-    "int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number",
+    "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
     "finite_number": "a finite number", "string_type": "a text", "bool_type": "true or false",
     "list_type": "a list, such as [a, b]", "tuple_type": "a list, such as [a, b]",
     "dict_type": "keys and values, such as {{a: 1}}", "model_type": "keys and values, such as {{a: 1}}",

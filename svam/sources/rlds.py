@@ -44,9 +44,6 @@ from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Shard, find_version, read_dataset_info, read_features, texts, vectors
 from svam.sources._tfrecord import byte_strings, features_of, mapped, read_record, record_spans
 
-_LISTED = 10
-"""Missing shards that a message names."""
-
 
 class _Entry(NamedTuple):
     """An episode's place and facts: shard number, record number in it, payload's offset and length; steps, steps kept, bytes
@@ -94,7 +91,7 @@ class RldsSource:
         shards = [shard for name in names for shard in splits[name]]
         absent = {shard.name: why for shard in shards if (why := self._absence(shard.name))}
         if absent and (self._options.missing_shards == "refuse" or len(absent) == len(shards)):
-            listed = ", ".join(list(absent)[:_LISTED]) + f" and {len(absent) - _LISTED} more" * (len(absent) > _LISTED)
+            listed = ", ".join(list(absent)[:10]) + ", ..." * (len(absent) > 10)
             raise FileError(
                 f"{next(iter(absent.values()))}; {len(absent)} of {len(shards)} shards are missing ({listed}); "
                 "convert.options.missing_shards: leave_out reads the others"

@@ -258,7 +258,7 @@ def test_no_annotations_names_the_alternatives(tmp_path: Path) -> None:
     assert len(open_source(tmp_path, Options(segments="whole"))) == 3
 
 
-def annotations(indx: Any = INDX, task: str = "open", sentence: Any = "go") -> bytes:
+def lang_ann(indx: Any = INDX, task: str = "open", sentence: Any = "go") -> bytes:
     language = {"ann": [sentence] * 3, "task": [task] * 3}
     return npy_of(np.array({"language": language, "info": {"indx": indx}}, dtype=object))
 
@@ -268,11 +268,11 @@ def annotations(indx: Any = INDX, task: str = "open", sentence: Any = "go") -> b
     [
         ("lang_annotations/auto_lang_ann.npy", value, match)
         for value, match in (
-            (annotations([(100, 104), (-3, 110), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
-            (annotations([(100, 104), (104, 103), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
-            (annotations([(100, 104)]), "1 indx, 3 task and 3 ann"), (annotations(3), "is missing or no list"),
-            (annotations(task=" "), "annotation 0 has no task name"),
-            *((annotations(sentence=wrong), "a sentence that is no text") for wrong in ("a\ud800b", 3, None, ["open"])),
+            (lang_ann([(100, 104), (-3, 110), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
+            (lang_ann([(100, 104), (104, 103), (120, 121)]), r"\['indx'\]\[1\] is no pair"),
+            (lang_ann([(100, 104)]), "1 indx, 3 task and 3 ann"), (lang_ann(3), "is missing or no list"),
+            (lang_ann(task=" "), "annotation 0 has no task name"),
+            *((lang_ann(sentence=wrong), "a sentence that is no text") for wrong in ("a\ud800b", 3, None, ["open"])),
         )
     ] + [
         ("ep_start_end_ids.npy", value, match)

@@ -20,7 +20,7 @@ from tests.sources.common import frames_of, real, refused
 from tests.sources.tfds_writer import TEXT, image, png, tensor
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
-OF_ALL = "episode_metadata/sentence"
+DEPTH, OF_ALL = "steps/observation/depth", "episode_metadata/sentence"
 REAL = "rlds_tfds/octo_debug_bridge_dataset"
 FEATURES = {
     "steps/observation/image": image(6, 8, 3),
@@ -123,34 +123,30 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
     n, random = 5, np.random.default_rng(3)
     world, turn, state = random.normal(size=(n, 3)), random.normal(size=(n, 2, 2)), random.normal(size=(n, 4))
     step = np.array([-1, 0, 1, -(2**40), 2**33], dtype=np.int64)
-    raw = pixels(7, n)
-    features = {
-        "steps/action/world_vector": tensor(3, dtype="float64"),
-        "steps/action/rotation_delta": tensor(2, 2, dtype="float64", encoding="bytes"),
-        "steps/action/open_gripper": tensor(dtype="bool"),
-        "steps/action/number": tensor(dtype="int64"),
-        "steps/observation/natural_language_instruction": tensor(dtype="string"),
-        "steps/observation/packed": tensor(4, encoding="zlib"),
-        "steps/observation/front/rgb": tensor(6, 8, 3, dtype="uint8", encoding="zlib"),
-        "steps/observation/side": image(-1, -1, 3),
-        "steps/observation/depth": image(6, 8, 1, dtype="uint16"),
-        "steps/observation/whole": tensor(6, 8, 3, dtype="uint8"),
-        "steps/observation/first": tensor(4, 6, 8, dtype="uint8", encoding="bytes"),
-        "episode_metadata/file_path": TEXT,
+    state, raw = state.astype(np.float32), pixels(7, n)
+
+    def first_channels(frame: Any) -> bytes:
+        return np.moveaxis(np.dstack([frame, frame[..., 0]]), 2, 0).tobytes()
+
+    both: dict[str, tuple[Any, Any]] = {
+        "steps/action/world_vector": (tensor(3, dtype="float64"), world.astype(np.float32)),
+        "steps/action/rotation_delta": (tensor(2, 2, dtype="float64", encoding="bytes"), [row.tobytes() for row in turn]),
+        "steps/action/open_gripper": (tensor(dtype="bool"), np.array([0, 1, 0, 1, 1])),
+        "steps/action/number": (tensor(dtype="int64"), step),
+        "steps/observation/natural_language_instruction": (tensor(dtype="string"), ["schieb den Würfel"] * n),
+        "steps/observation/packed": (tensor(4, encoding="zlib"), [zlib.compress(row.tobytes()) for row in state]),
+        "steps/observation/front/rgb": (
+            tensor(6, 8, 3, dtype="uint8", encoding="zlib"),
+            [zlib.compress(p.tobytes()) for p in raw],
+        ),
+        "steps/observation/side": (image(-1, -1, 3), [png(frame) for frame in pixels(8, n, 4, 2)]),
+        DEPTH: (image(6, 8, 1, dtype="uint16"), None),
+        "steps/observation/whole": (tensor(6, 8, 3, dtype="uint8"), pixels(9, n)),
+        "steps/observation/first": (tensor(4, 6, 8, dtype="uint8", encoding="bytes"), [first_channels(frame) for frame in raw]),
+        "episode_metadata/file_path": (TEXT, ["/somewhere"]),
     }
-    values = {
-        "steps/action/world_vector": world.astype(np.float32),
-        "steps/action/rotation_delta": [row.tobytes() for row in turn],
-        "steps/action/open_gripper": np.array([0, 1, 0, 1, 1]),
-        "steps/action/number": step,
-        "steps/observation/natural_language_instruction": ["schieb den Würfel"] * n,
-        "steps/observation/packed": [zlib.compress(row.astype(np.float32).tobytes()) for row in state],
-        "steps/observation/front/rgb": [zlib.compress(frame.tobytes()) for frame in raw],
-        "steps/observation/side": [png(frame) for frame in pixels(8, n, 4, 2)],
-        "steps/observation/whole": pixels(9, n),
-        "steps/observation/first": [np.moveaxis(np.dstack([frame, frame[..., 0]]), 2, 0).tobytes() for frame in raw],
-        "episode_metadata/file_path": ["/somewhere"],
-    }
+    features = {name: leaf for name, (leaf, _) in both.items()}
+    values = {name: value for name, (_, value) in both.items() if value is not None}
     names = ["action/rotation_delta", "action/open_gripper", "action/number", "action/world_vector"]
     for packed in (True, False):
         source = toy(
@@ -160,13 +156,12 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
         e = source.read(0)
         expected = np.concatenate([turn.reshape(n, 4), np.array([[0], [1], [0], [1], [1]]), step[:, None], world], axis=1)
         assert e.actions is not None and np.array_equal(e.actions, expected.astype(np.float32))
-        assert np.array_equal(e.proprioception, state.astype(np.float32)) and np.array_equal(e.state, expected[:, 4:5])
+        assert np.array_equal(e.proprioception, state) and np.array_equal(e.state, expected[:, 4:5])
         assert e.instruction == "schieb den Würfel"
         assert np.array_equal(frames_of(e, "front_rgb"), raw) and np.array_equal(frames_of(e, "side"), pixels(8, n, 4, 2))
         assert np.array_equal(frames_of(e, "whole"), pixels(9, n)) and np.array_equal(frames_of(e, "first"), raw)
         assert source.describe().cameras == ["first", "front_rgb", "side", "whole"]
-        left_out = "steps/observation/depth (image uint16 (6, 8, 1)) is no 8-bit RGB picture under steps/observation: left out"
-        assert source.notes == [left_out]
+        assert source.notes == [f"{DEPTH} (image uint16 (6, 8, 1)) is no 8-bit RGB picture under steps/observation: left out"]
     with refused(r"no numeric feature 'action'.*action/world_vector \(3\), action/rotation_delta \(4\)"):
         opened(tmp_path / "True")
     video = opened(tmp_path / "True", action=[])
@@ -299,6 +294,11 @@ def test_partial_download(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_a_set_in_the_dark_is_refused(tmp_path: Path) -> None:
+    with refused("no RGB image under steps/observation"):
+        toy(tmp_path, features={name: leaf for name, leaf in FEATURES.items() if "image" not in name})
+
+
 def test_the_rate_must_be_stated(tmp_path: Path) -> None:
     toy(tmp_path)
     with refused("convert.rate_hz is null, but RLDS does not record .*: set it, for example to 5 for bridge"):
@@ -394,11 +394,7 @@ SPLIT = {"name": "train", "shardLengths": [1], "filepathTemplate": "../{SPLIT}"}
         ("dataset_info.json", {"splits": [{**SPLIT, "shardLengths": ["-1"]}]}, "Lengths.0 is '-1'; expected at least 0"),
         ("dataset_info.json", {"splits": [SPLIT]}, "gives '../train', expected another file in this folder"),
         ("features.json", {"featuresDict": {"features": {}}}, "no features under 'steps'"),
-        (
-            "features.json",
-            {"featuresDict": {"features": {"steps": {"tensor": {"shape": {"dimensions": ["x"]}}}}}},
-            "is 'x'; exp",
-        ),
+        ("features.json", {"featuresDict": {"features": {"a": tensor(*"x")}}}, "dimensions.0 is 'x'; expected a whole number"),
         ("features.json", {"featuresDict": None}, "no featuresDict, so in the form of early TFDS versions"),
         ("features.json", "[" * 100_000, "not valid JSON .maximum recursion"),
         ("features.json", '{"sequence":{"feature":' * 300 + "{}" + "}}" * 300, "sequence.feature.*[Rr]ecursion"),
@@ -410,9 +406,3 @@ def test_wrong_descriptions_are_named(tmp_path: Path, file: str, change: Any, me
     (tmp_path / file).write_text(content)
     with refused(message, file):
         opened(tmp_path)
-
-
-def test_a_set_in_the_dark_is_refused(tmp_path: Path) -> None:
-    dark = {name: leaf for name, leaf in FEATURES.items() if "image" not in name}
-    with refused("no RGB image under steps/observation"):
-        toy(tmp_path, episode(0, observation__image=None), features=dark)
