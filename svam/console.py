@@ -28,12 +28,17 @@ P = ParamSpec("P")
 Item = TypeVar("Item")
 
 
+def _pace(task: Task) -> str:
+    """Items a second, or of slow ones the seconds that each takes; "-" until two are done."""
+    speed = task.finished_speed or task.speed
+    return "-" if not speed else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+
+
 class _Rate(ProgressColumn):
-    """Items per second."""
+    """The pace."""
 
     def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("-" if speed is None else f"{speed:.1f}/s", style="progress.data.speed")
+        return Text(_pace(task), style="progress.data.speed")
 
 
 class _Bar(Progress):
@@ -57,9 +62,8 @@ class _Bar(Progress):
             return
         self._printed = now
         task = next(t for t in self.tasks if t.id == task_id)
-        speed, left = task.finished_speed or task.speed or 0.0, task.time_remaining or 0.0
-        note = task.fields.get("note", "")
-        line = f"{task.description} {task.completed:.0f}/{task.total:.0f} {speed:.1f}/s, {left:.0f} s left {note}"
+        left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+        line = f"{task.description} {task.completed:.0f}/{task.total:.0f} {_pace(task)}{left} {task.fields.get('note', '')}"
         console.print(line.rstrip(), highlight=False)
 
 
@@ -67,7 +71,7 @@ def progress_bar() -> Progress:
     """A progress bar with count, rate and time left; in a log file a line now and then."""
     return _Bar(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"), console=console, refresh_per_second=2,
+        TextColumn("{task.fields[note]}"), console=console, refresh_per_second=2, speed_estimate_period=300.0,
     )  # fmt: skip
 
 

@@ -76,10 +76,16 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> str:
     return sha256_tree(out)
 
 
+@pytest.fixture
+def state(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir()
+    return tmp_path / "state"
+
+
 @pytest.mark.parametrize(("after", "while_writing"), [(1, False), (8, False), (14, True), (22, False), (30, False), (1, True)])
-def test_a_training_goes_on_to_the_same_bytes(straight: str, after: int, while_writing: bool, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
+def test_a_training_goes_on_to_the_same_bytes(
+    straight: str, after: int, while_writing: bool, state: Path, tmp_path: Path
+) -> None:
     kill(after, train, tmp_path / "killed", Resume(state, 0), while_writing=while_writing)
     seen: list[int] = []
     train(tmp_path / "resumed", Resume(state, 0), seen)
@@ -88,18 +94,14 @@ def test_a_training_goes_on_to_the_same_bytes(straight: str, after: int, while_w
     assert sha256_tree(tmp_path / "resumed") == straight
 
 
-def test_a_training_that_is_killed_again_and_again(straight: str, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
+def test_a_training_that_is_killed_again_and_again(straight: str, state: Path, tmp_path: Path) -> None:
     for after in (3, 9, 1, 12):
         kill(after, train, tmp_path / "out", Resume(state, 0))
     train(tmp_path / "out", Resume(state, 0))
     assert sha256_tree(tmp_path / "out") == straight
 
 
-def test_a_truncated_checkpoint_starts_over_with_a_sentence(straight: str, tmp_path: Path) -> None:
-    state = tmp_path / "state"
-    state.mkdir()
+def test_a_truncated_checkpoint_starts_over_with_a_sentence(straight: str, state: Path, tmp_path: Path) -> None:
     for number, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:])):
         for suffix in ("data-*", "json"):
             kill(5, train, tmp_path / "killed", Resume(state, 0))

@@ -24,7 +24,7 @@ _WIDTH = 150
 
 def _output() -> Console:
     """Results go to the standard output; progress, times and errors to the standard error."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, markup=False, emoji=False)
 
 
 @app.command()
@@ -93,9 +93,8 @@ def validate(
     for check in checks:
         mark, style = marks["fault" if check.faults else "warning" if check.warnings else "fine"]
         output.print(Text.assemble((mark, style), f" {check.name:{width}}  {check.text()}"), soft_wrap=True)
-    faults = sum(len(check.faults) + check.untold_faults for check in checks)
-    warnings = sum(len(check.warnings) + check.untold_warnings for check in checks)
-    output.print(f"{path}: {faults} faults, {warnings} warnings", soft_wrap=True, markup=False)
+    faults, warnings = (sum(check.count(kind) for check in checks) for kind in ("faults", "warnings"))
+    output.print(f"{path}: {faults} faults, {warnings} warnings", soft_wrap=True)
     if faults or (strict and warnings):
         raise typer.Exit(1)
 
@@ -131,11 +130,12 @@ def manifest(
     need. What is then trusted: that a file whose name and size did not change has the same contents. A frame edited in place,
     or a file replaced by another of exactly its size, is not noticed: then convert again with `dvc repro --force convert`.
     """
-    from svam.episodes.inspection import readable_bytes
+    from rich.filesize import decimal
+
     from svam.episodes.manifest import write_manifest
 
     count, size = write_manifest(path, out)
-    console.print(f"{out}: {count} files, {readable_bytes(size)}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{out}: {count} files, {decimal(size)}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import VectorStatistics
+from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.rows import RowReader
 from svam.files import FileError
 
@@ -28,32 +30,36 @@ class Check:
     fine: str = ""
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    untold_faults: int = 0
-    untold_warnings: int = 0
+    untold: Counter[str] = field(default_factory=Counter)
+    """How many more of both there are, by "faults" and "warnings"."""
 
     def fault(self, text: str) -> None:
         """Something that must not be."""
-        if len(self.faults) < _TOLD:
-            self.faults.append(text)
-        else:
-            self.untold_faults += 1
+        self._add("faults", text)
 
     def warn(self, text: str) -> None:
         """Something that may be meant."""
-        if len(self.warnings) < _TOLD:
-            self.warnings.append(text)
+        self._add("warnings", text)
+
+    def _add(self, kind: str, text: str) -> None:
+        if len(told := getattr(self, kind)) < _TOLD:
+            told.append(text)
         else:
-            self.untold_warnings += 1
+            self.untold[kind] += 1
+
+    def count(self, kind: str) -> int:
+        """Of "faults" or "warnings", those that are not written out included."""
+        return len(getattr(self, kind)) + self.untold[kind]
 
     def text(self) -> str:
         """All that was found, or what is fine."""
-        untold = self.untold_faults + self.untold_warnings
+        untold = self.untold.total()
         found = [*self.faults, *self.warnings, *([f"and {untold} more"] if untold else [])]
         return "; ".join(found) or self.fine
 
 
 class Rows:
-    """Rows of one array in order, each chunk decoded once. A damaged chunk is reported once, its rows come as None."""
+    """Rows of one array in order, each chunk decoded once. A damaged chunk is reported once."""
 
     def __init__(self, name: str, reader: RowReader, damaged: Callable[[str, int, int, FileError], None]) -> None:
         self.name, self._reader, self._damaged = name, reader, damaged
@@ -61,14 +67,18 @@ class Rows:
         self._first = self._last = 0
         self._block: NDArray[Any] | None = None
 
-    def pieces(self, start: int, end: int) -> Iterator[tuple[int, int, NDArray[Any] | None]]:
-        """First row, row after the last and values of consecutive pieces that cover rows start..end - 1."""
+    def pieces(self, start: int, end: int, digest: EpisodeDigest) -> Iterator[tuple[int, NDArray[Any]]]:
+        """First row and values of consecutive pieces of rows start..end - 1, but for damaged ones; all goes into `digest`."""
+        digest.update(self.name, np.zeros((0, *self._reader.shape[1:]), self._reader.dtype))
         at = start
         while at < end:
             if not self._first <= at < self._last:
                 self._load(at)
             last = min(end, self._last)
-            yield at, last, None if self._block is None else self._block[at - self._first : last - self._first]
+            if self._block is not None:
+                block = self._block[at - self._first : last - self._first]
+                digest.update(self.name, block)
+                yield at, block
             at = last
 
     def _load(self, row: int) -> None:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
+from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
@@ -22,8 +24,8 @@ from svam.files import FileError, read_json
 from svam.params import Convert
 
 QUANTITIES = ("mean", "std", "min", "q01", "q99", "max")
-_MOST_PROVENANCE = 12
-"""Lines of the source's provenance that a person sees; `--json` has all."""
+_LONGEST = 200
+"""Characters of an entry of the source's provenance that a person sees; `--json` has all."""
 
 
 def stored_arrays(path: Path) -> dict[str, RowReader]:
@@ -58,42 +60,29 @@ def _array_facts(reader: RowReader) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _split_facts(store: EpisodeStore, episodes: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
+    return {split: int((store.episode_split[episodes] == k).sum()) for k, split in enumerate(SPLITS)}
+
+
 def _task_facts(store: EpisodeStore) -> list[dict[str, Any]]:
     """One entry a task, in the store's order."""
     steps = np.diff(store.episode_ends, prepend=0)
-    found: list[dict[str, Any]] = []
-    for number, task in enumerate(store.tasks):
-        mine = np.flatnonzero(store.episode_task == number)
-        said = Counter(store.episode_instructions[e] for e in mine.tolist())
-        entry: dict[str, Any] = {
-            "task": task, "episodes": len(mine), "rows": int(steps[mine].sum()),
-            **{split: int((store.episode_split[mine] == k).sum()) for k, split in enumerate(SPLITS)},
-            "said": dict(said.most_common()), "instructions": store.instructions[task],
-        }  # fmt: skip
-        found.append(entry)
-    return found
-
-
-def _episode_facts(store: EpisodeStore) -> list[dict[str, Any]]:
-    """One entry an episode: `number` and `name` are the source's, as `convert.episodes` and `convert.drop` take them."""
+    mine = [np.flatnonzero(store.episode_task == number) for number in range(len(store.tasks))]
     return [
         {
-            "number": number, "name": name, "rows": end - start, "task": store.task_of(episode),
-            "split": SPLITS[store.episode_split[episode]],
+            "task": task, "episodes": len(episodes), "rows": int(steps[episodes].sum()), **_split_facts(store, episodes),
+            "said": dict(Counter(store.episode_instructions[e] for e in episodes.tolist()).most_common()),
+            "instructions": store.instructions[task],
         }
-        for episode, (number, name) in enumerate(zip(store.episode_numbers, store.episode_names, strict=True))
-        for start, end in [store.bounds(episode)]
+        for task, episodes in zip(store.tasks, mine, strict=True)
     ]  # fmt: skip
 
 
 def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
     """Statistics of each vector; those that the store does not keep are computed from its training episodes."""
-    kept = store.attributes.statistics
     found: dict[str, Any] = {}
-    for name in VECTORS:
-        if not store.has(name):
-            continue
-        stored = getattr(kept, name, None) if kept is not None else None
+    for name in filter(store.has, VECTORS):
+        stored = getattr(store.attributes.statistics, name, None)
         statistics = stored or vector_statistics(lambda name=name: training_blocks(store, name))  # type: ignore[misc]
         names = store.provenance.get("dimension_names", {}).get("actions" if name == "expert_actions" else name, [])
         width = len(statistics.mean)
@@ -104,23 +93,16 @@ def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
     return found
 
 
-def _annotation_facts(store: EpisodeStore, arrays: dict[str, Any]) -> dict[str, Any]:
-    shapes = {
-        name: arrays[f"annotations/{name}/values"]["shape"]
-        for name in ("depth", "segmentation")
-        if store.annotation(name) is not None
-    }
-    return {name: {"frames": shape[0], "size": shape[1:]} for name, shape in shapes.items()}
-
-
 def facts(path: Path) -> dict[str, Any]:
-    """All that `inspect` prints, as JSON values; sizes in bytes, pixels as [height, width].
+    """All that `inspect` prints, as JSON values; sizes in bytes, pixels as [height, width]. Episodes have the `number` and
+    `name` of the source, as `convert.episodes` and `convert.drop` take them.
 
     Raises:
         FileError, ContractError: the store does not open, or a vector is damaged.
     """
     store = EpisodeStore.open(path)
     arrays = {name: _array_facts(reader) for name, reader in stored_arrays(store.path).items()}
+    labels = {name: arrays.get(f"annotations/{name}/values") for name in ("depth", "segmentation")}
     files = [file for file in store.path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
     uncompressed = sum(entry["uncompressed_bytes"] for entry in arrays.values())
@@ -138,9 +120,18 @@ def facts(path: Path) -> dict[str, Any]:
         "tasks": _task_facts(store),
         "convention": None if kept is None else kept.convention.model_dump(mode="json"),
         "vectors": _vector_facts(store),
-        "annotations": _annotation_facts(store, arrays),
+        "annotations": {
+            name: {"frames": array["shape"][0], "size": array["shape"][1:]} for name, array in labels.items() if array
+        },
         "timestamps": store.timestamps(np.zeros(0, dtype=np.int64)) is not None,
-        "episode_list": _episode_facts(store), "notes": store.attributes.notes,
+        "episode_list": [
+            {
+                "number": number, "name": name, "rows": int(steps[episode]), "task": store.task_of(episode),
+                "split": SPLITS[store.episode_split[episode]],
+            }
+            for episode, (number, name) in enumerate(zip(store.episode_numbers, store.episode_names, strict=True))
+        ],
+        "notes": store.attributes.notes,
         "compression": store.attributes.compression, "picture_error": store.attributes.picture_error,
         "provenance": dict(store.provenance),
         "arrays": arrays, "files": len(files), "bytes": size, "uncompressed_bytes": uncompressed,
@@ -148,24 +139,19 @@ def facts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def readable_bytes(size: float) -> str:
-    """12.3 MB, of 1000 to the next unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 999.5:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
-
-
-def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes" if hours * 60 >= 1 else f"{hours * 3600:.1f} s"
-
-
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    """A table whose first `left` columns are text and whose others are numbers."""
+def _table(
+    title: str, heads: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int, most: int | None = None, option: str = ""
+) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers; of `rows` the first `most`."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
+    rows = list(rows)
+    for row in rows[:most]:
+        table.add_row(*row)
+    if most is not None and len(rows) > most:
+        table.caption = f"and {len(rows) - most:,} more: {option} N shows N of them, --json all"
+        table.caption_justify = "left"
     return table
 
 
@@ -181,25 +167,21 @@ def _compression(found: dict[str, Any]) -> str:
 
 
 def _overview(found: dict[str, Any]) -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
-    rows, split = found["episode_rows"], found["split"]
-    lengths = f"{rows['shortest']} to {rows['longest']} rows each, median {rows['median']:g}"
-    sides = [f"{name.replace('_', ' ')} {split[name]['episodes']} episodes ({split[name]['rows']:,} rows)" for name in SPLITS]
+    rows, convention = found["episode_rows"], found["convention"]
+    binary = ", ".join(map(str, convention["binary_dimensions"])) if convention else ""
     cameras = [f"{name} {width} x {height}" for name, (height, width) in found["cameras"].items()]
-    convention = found["convention"]
     lines = {
         "store": f"{found['path']} (schema version {found['schema_version']})",
-        "episodes": f"{found['episodes']:,} ({lengths})",
-        "rows": f"{found['rows']:,} at {found['rate_hz']:g} Hz, {_duration(found['hours'])}",
-        "split": ", ".join(sides),
+        "episodes": f"{found['episodes']:,} ({rows['shortest']} to {rows['longest']} rows each, median {rows['median']:g})",
+        "rows": f"{found['rows']:,} at {found['rate_hz']:g} Hz, {timedelta(seconds=round(3600 * found['hours']))} (h:mm:ss)",
+        "split": ", ".join(
+            f"{name.replace('_', ' ')} {side['episodes']} episodes ({side['rows']:,} rows)"
+            for name, side in found["split"].items()
+        ),
         "cameras": ", ".join(cameras) + (" (the first is the foresight camera)" if len(cameras) > 1 else ""),
         "vectors": ", ".join(f"{name} {entry['dimensions']}" for name, entry in found["vectors"].items()) or "none",
-        "actions": "none: good for the video model, not for a policy" if convention is None else (
-            f"normalised by {convention['normalisation']}, binary dimensions: "
-            + (", ".join(str(d) for d in convention["binary_dimensions"]) or "none")
-        ),
+        "actions": f"normalised by {convention['normalisation']}, binary dimensions: {binary or 'none'}" if convention
+        else "none: good for the video model, not for a policy",
         "annotations": ", ".join(
             f"{name} {entry['size'][1]} x {entry['size'][0]} on {entry['frames']:,} frames"
             f" ({entry['frames'] / found['rows']:.0%})"
@@ -207,80 +189,72 @@ def _overview(found: dict[str, Any]) -> Table:
         ) or "none",
         "timestamps": "kept" if found["timestamps"] else f"none: a step lasts 1 / {found['rate_hz']:g} s",
         "compression": _compression(found),
-        "on disk": f"{readable_bytes(found['bytes'])} in {found['files']:,} files, "
-        f"{readable_bytes(found['uncompressed_bytes'])} uncompressed: {found['ratio']:.1f} times smaller",
+        "on disk": f"{decimal(found['bytes'])} in {found['files']:,} files, "
+        f"{decimal(found['uncompressed_bytes'])} uncompressed: {found['ratio']:.1f} times smaller",
     }  # fmt: skip
-    for name, text in [*lines.items(), *(("note", note) for note in found["notes"])]:
-        table.add_row(name, escape(text))
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for line in [*lines.items(), *(("note", note) for note in found["notes"])]:
+        table.add_row(*line)
     return table
 
 
-def _task_table(found: dict[str, Any], most: int) -> Table:
-    table = _table("tasks", "task", "instruction (times said)", "episodes", "train", "held out", "rows", left=2)
-    for entry in sorted(found["tasks"], key=lambda entry: -int(entry["episodes"]))[:most]:
-        said = list(entry["said"].items())
-        text = Text(" · ".join(f"{sentence} ({count})" if len(said) > 1 else sentence for sentence, count in said[:4]))
-        extra = [f"{len(said) - 4} others"] if len(said) > 4 else []
-        if held_out := entry["instructions"].get("held_out", []):
-            extra.append(f"{len(held_out)} paraphrases held out")
-        if extra:
-            text.append(f" + {', '.join(extra)}", style="dim")
-        table.add_row(escape(entry["task"]), text, *(f"{entry[key]:,}" for key in ("episodes", "train", "held_out", "rows")))
-    if len(found["tasks"]) > most:
-        table.add_row(f"[dim]and {len(found['tasks']) - most:,} more[/dim]", "[dim]--tasks N shows N of them, --json all[/dim]")
-    return table
+def _task_row(entry: dict[str, Any]) -> list[str | Text]:
+    said, held_out = list(entry["said"].items()), entry["instructions"].get("held_out", [])
+    text = Text(" · ".join(f"{sentence} ({count})" if len(said) > 1 else sentence for sentence, count in said[:4]))
+    extra = [f"{len(said) - 4} others"] if len(said) > 4 else []
+    extra += [f"{len(held_out)} paraphrases held out"] if held_out else []
+    text.append("".join(f" + {part}" for part in extra), style="dim")
+    return [entry["task"], text, *(f"{entry[key]:,}" for key in ("episodes", "train", "held_out", "rows"))]
 
 
 def _vector_table(name: str, entry: dict[str, Any], binary: list[int]) -> Table:
-    origin = "kept in the store" if entry["stored"] else "computed now"
-    heads = ("mean", "std", "min", "1 %", "99 %", "max")
-    table = _table(f"{name}: {entry['count']:,} training rows, {origin}", "dimension", *heads)
+    rows: list[list[str | Text]] = []
     for d in range(entry["dimensions"]):
-        marks = " [dim]binary[/dim]" if d in binary else " [dim]constant[/dim]" if entry["min"][d] == entry["max"][d] else ""
-        name = f" {escape(entry['names'][d])}" if entry["names"] else ""
-        table.add_row(f"{d}{name}{marks}", *(f"{entry[quantity][d]:.4g}" for quantity in QUANTITIES))
-    return table
-
-
-def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested mappings as ("a.b", text)."""
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    else:
-        text = str(value)
-        yield prefix, text if len(text) <= 200 else f"{text[:200]}..."
-
-
-def _provenance_table(provenance: dict[str, Any]) -> Table:
-    table = _table("provenance", "key", "value", left=2)
-    lines = list(_flat(provenance))
-    for key, text in lines[:_MOST_PROVENANCE]:
-        table.add_row(escape(key), escape(text))
-    if len(lines) > _MOST_PROVENANCE:
-        table.add_row(f"[dim]and {len(lines) - _MOST_PROVENANCE} more[/dim]", "[dim]--json has all[/dim]")
-    return table
-
-
-def _array_table(arrays: dict[str, Any]) -> Table:
-    heads = ("shape", "rows a chunk", "rows a shard", "files", "on disk", "uncompressed", "ratio")
-    table = _table("arrays", "array", "type", *heads, left=2)
-    for name, entry in arrays.items():
-        table.add_row(
-            escape(name), entry["dtype"], " x ".join(str(n) for n in entry["shape"]), f"{entry['chunk_rows']:,}",
-            f"{entry['shard_rows']:,}", f"{entry['files']:,}", readable_bytes(entry["bytes"]),
-            readable_bytes(entry["uncompressed_bytes"]), f"{entry['ratio']:.1f}",
-        )  # fmt: skip
-    return table
+        mark = " binary" if d in binary else " constant" if entry["min"][d] == entry["max"][d] else ""
+        called = Text(" ".join([str(d), *entry["names"][d : d + 1]])).append(mark, style="dim")
+        rows.append([called, *(f"{entry[quantity][d]:.4g}" for quantity in QUANTITIES)])
+    origin = "kept in the store" if entry["stored"] else "computed now"
+    heads = ("dimension", "mean", "std", "min", "1 %", "99 %", "max")
+    return _table(f"{name}: {entry['count']:,} training rows, {origin}", heads, rows, left=1)
 
 
 def _episode_table(episodes: list[dict[str, Any]], most: int) -> Table:
-    table = _table("episodes, as convert.episodes and convert.drop call them", "number", "name", "task", "rows", left=3)
-    for entry in episodes[:most]:
-        table.add_row(str(entry["number"]), escape(entry["name"]), escape(entry["task"]), f"{entry['rows']:,}")
-    if len(episodes) > most:
-        table.add_row("[dim]...[/dim]", f"[dim]and {len(episodes) - most:,} more: --episodes N, --json[/dim]")
-    return table
+    rows = [[str(entry["number"]), entry["name"], entry["task"], f"{entry['rows']:,}"] for entry in episodes]
+    title = "episodes, as convert.episodes and convert.drop call them"
+    return _table(title, ("number", "name", "task", "rows"), rows, left=3, most=most, option="--episodes")
+
+
+def print_facts(found: dict[str, Any], console: Console, most_tasks: int, most_episodes: int) -> None:
+    """The tables of `inspect`, from what `facts` returned; `console` must not read markup."""
+    binary = found["convention"]["binary_dimensions"] if found["convention"] else []
+    tasks = [_task_row(entry) for entry in sorted(found["tasks"], key=lambda entry: -int(entry["episodes"]))]
+    heads = ("task", "instruction (times said)", "episodes", "train", "held out", "rows")
+    provenance = [
+        (key, textwrap.shorten(str(value), _LONGEST, placeholder=" ...")) for key, value in found["provenance"].items()
+    ]
+    arrays = [
+        [
+            name, entry["dtype"], " x ".join(map(str, entry["shape"])), f"{entry['chunk_rows']:,}", f"{entry['shard_rows']:,}",
+            f"{entry['files']:,}", decimal(entry["bytes"]), decimal(entry["uncompressed_bytes"]), f"{entry['ratio']:.1f}",
+        ]
+        for name, entry in found["arrays"].items()
+    ]  # fmt: skip
+    sizes = ("array", "type", "shape", "rows a chunk", "rows a shard", "files", "on disk", "uncompressed", "ratio")
+    for table in (
+        _overview(found),
+        _table("tasks", heads, tasks, left=2, most=most_tasks, option="--tasks"),
+        *(
+            _vector_table(name, entry, binary if name in ("actions", "expert_actions") else [])
+            for name, entry in found["vectors"].items()
+        ),
+        _episode_table(found["episode_list"], most_episodes),
+        _table("provenance", ("key", "value"), provenance, left=2),
+        _table("arrays", sizes, arrays, left=2),
+    ):
+        console.print(table)
+        console.print()
 
 
 def recording_facts(source: EpisodeSource, params: Convert) -> dict[str, Any]:
@@ -301,26 +275,7 @@ def recording_facts(source: EpisodeSource, params: Convert) -> dict[str, Any]:
 
 def print_recording(found: dict[str, Any], console: Console, most: int) -> None:
     """The lines and the table of `inspect --recording`."""
-    console.print(
-        f"{found['source']}: {len(found['episode_list']):,} episodes at {found['rate_hz']:g} Hz, cameras "
-        f"{', '.join(found['cameras'])}", markup=False, soft_wrap=True,
-    )  # fmt: skip
-    for note in found["notes"]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    cameras = ", ".join(found["cameras"])
+    lines = [f"{found['source']}: {len(found['episode_list']):,} episodes at {found['rate_hz']:g} Hz, cameras {cameras}"]
+    console.print("\n".join([*lines, *(f"note: {note}" for note in found["notes"])]), soft_wrap=True)
     console.print(_episode_table(found["episode_list"], most))
-
-
-def print_facts(found: dict[str, Any], console: Console, most_tasks: int, most_episodes: int) -> None:
-    """The tables of `inspect`, from what `facts` returned."""
-    binary = found["convention"]["binary_dimensions"] if found["convention"] else []
-    tables = [_overview(found), _task_table(found, most_tasks)]
-    tables += [
-        _vector_table(name, entry, binary if name in ("actions", "expert_actions") else [])
-        for name, entry in found["vectors"].items()
-    ]
-    tables += [_episode_table(found["episode_list"], most_episodes)]
-    tables += [_provenance_table(found["provenance"]), _array_table(found["arrays"])]
-    for number, table in enumerate(tables):
-        if number:
-            console.print()
-        console.print(table)

@@ -11,35 +11,30 @@ MANIFEST_SCHEMA = 1
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Relative name (with `/`) -> bytes of every file below `folder`, sorted; links are followed, each folder once.
+    """Relative name (with `/`) -> bytes of every file below `folder`; links are followed, each folder once.
 
     Raises:
         FileError: no folder is there, it holds no file, or a name below it cannot be read.
     """
-    if not folder.is_dir():
-        raise FileError(f"{folder}: no such directory")
     found: dict[str, int] = {}
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
-        raise FileError(f"{error.filename}: {error.strerror or error}")
+        raise error
 
-    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:  # a link back to where we were
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        for name in names:
-            file = Path(parent, name)
-            try:
-                found[file.relative_to(folder).as_posix()] = file.stat().st_size
-            except OSError as error:
-                raise FileError(f"{file}: {error.strerror or error}") from None
+    try:
+        for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+            folders.sort()  # which decides by what name a folder is listed that a link leads to as well
+            if (real := os.path.realpath(parent)) in seen:  # a link back to where we were
+                folders.clear()
+                continue
+            seen.add(real)
+            found |= {file.relative_to(folder).as_posix(): file.stat().st_size for file in (Path(parent, n) for n in names)}
+    except OSError as error:
+        raise FileError(f"{error.filename}: {error.strerror or error}") from None
     if not found:
         raise FileError(f"{folder}: holds no files")
-    return dict(sorted(found.items()))
+    return found
 
 
 def write_manifest(folder: Path, out: Path) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """Does a store hold what it says? Every byte of it is read once, row by row, and each finding names its place.
 
-Memory does not grow with the number of rows: one block of chunks of each array is held, and a few bytes per episode.
+Memory does not grow with the number of rows: one block of chunks of each array is held, the timestamps of one episode, and
+a few bytes per episode.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +25,9 @@ from svam.files import FileError
 GAP_PERIODS = 1.5
 """A step between two timestamps that lasts longer than this many periods is a gap."""
 RATE_TOLERANCE = 0.1
+LABELS = ("depth", "segmentation")
+Pieces = Iterator[tuple[int, NDArray[Any]]]
+"""First row and values of consecutive pieces of an episode."""
 
 
 class Validation:
@@ -70,28 +75,21 @@ class Validation:
         self._check_files()
         self._check_split()
         self._check_instructions()
-        for name in VECTORS:
-            if store.has(name):
-                self._check_statistics(name)
-        vectors = {name: Rows(name, self._arrays[name], self._damaged) for name in VECTORS if store.has(name)}
-        cameras = {
-            camera: Rows(f"frames/{camera}", self._arrays[f"frames/{camera}"], self._damaged) for camera in store.cameras
-        }
-        labels = {
-            name: Rows(f"annotations/{name}/values", self._arrays[f"annotations/{name}/values"], self._damaged)
-            for name in ("depth", "segmentation") if store.annotation(name) is not None
-        }  # fmt: skip
-        stamps = Rows("timestamps", self._arrays["timestamps"], self._damaged) if "timestamps" in self._arrays else None
-        for episode in range(len(store.episode_ends)):
+        for name in filter(store.has, VECTORS):
+            self._check_statistics(name)
+        rows = {name: Rows(name, reader, self._damaged) for name, reader in self._arrays.items()}
+        for episode, (start, end) in enumerate(map(store.bounds, range(len(store.episode_ends)))):
             self._broken, digest = False, EpisodeDigest()
-            for camera, rows in cameras.items():
-                self._camera(episode, camera, rows, digest, advance)
-            for name, rows in vectors.items():
-                self._vector(episode, name, rows, digest)
-            if stamps is not None:
-                self._timestamps(episode, stamps, digest)
-            for name, rows in labels.items():
-                self._annotation(episode, name, rows, digest)
+            for camera in store.cameras:
+                self._camera(episode, rows[f"frames/{camera}"].pieces(start, end, digest), self.check(f"frames/{camera}"))
+                advance(end - start)
+            for name in filter(store.has, VECTORS):
+                self._vector(name, rows[name].pieces(start, end, digest))
+            if "timestamps" in rows:
+                self._timestamps(episode, rows["timestamps"].pieces(start, end, digest))
+            for name in LABELS:
+                if (annotated := store.annotation(name)) is not None:
+                    self._annotation(annotated.rows, start, end, rows[f"annotations/{name}/values"], digest)
             if not self._broken:
                 self._checksum(episode, digest)
         self._summarise()
@@ -104,11 +102,10 @@ class Validation:
         for camera in store.cameras:
             height, width = self._arrays[f"frames/{camera}"].shape[1:3]
             self.check(f"frames/{camera}", f"{len(store):,} frames of {width} x {height}")
-        for name in VECTORS:
-            if store.has(name):
-                self.check(name, f"{len(store):,} rows of {self._arrays[name].shape[1]} finite numbers")
+        for name in filter(store.has, VECTORS):
+            self.check(name, f"{len(store):,} rows of {self._arrays[name].shape[1]} finite numbers")
         self.check("timestamps", "increase, without gaps" if "timestamps" in self._arrays else "none kept, nothing to check")
-        for name in ("depth", "segmentation"):
+        for name in LABELS:
             if (annotated := store.annotation(name)) is not None:
                 self.check(f"annotations/{name}/values", f"{len(annotated.rows):,} frames, in range")
         counts = np.bincount(store.episode_split, minlength=len(SPLITS)).tolist()
@@ -126,7 +123,7 @@ class Validation:
         expected |= {path / parent / "zarr.json" for name in self._arrays for parent in Path(name).parents}
         known = {f"frames/{camera}" for camera in self.store.cameras} | set(VECTORS)
         known |= {"episode_ends", "episode_split", "episode_task", "episode_checksums", "timestamps"}
-        known |= {f"annotations/{name}/{part}" for name in ("depth", "segmentation") for part in ("values", "index")}
+        known |= {f"annotations/{name}/{part}" for name in LABELS for part in ("values", "index")}
         for name, reader in self._arrays.items():
             if name not in known:
                 check.warn(f"array {name} is none of the store's and was not read")
@@ -157,15 +154,15 @@ class Validation:
 
     def _check_statistics(self, name: str) -> None:
         """Computed from the training episodes again; they also say what an outlier is."""
-        check, kept = self.check("statistics"), self.store.attributes.statistics
+        check = self.check("statistics")
+        stored: VectorStatistics | None = getattr(self.store.attributes.statistics, name, None)
         try:
             found = vector_statistics(lambda: training_blocks(self.store, name))
         except (FileError, ContractError):
-            if kept is not None and getattr(kept, name, None) is not None:
+            if stored is not None:
                 check.fault(f"those of {name} cannot be computed: see {name}")
             return
         self._outliers[name] = Outliers.of(found)
-        stored: VectorStatistics | None = getattr(kept, name, None) if kept is not None else None
         if stored is None:
             return
         if stored.count != found.count:
@@ -176,105 +173,74 @@ class Validation:
             for d in np.flatnonzero(~(np.abs(a - b) <= 1e-6 * scale)).tolist():
                 check.fault(f"{name}: {quantity}[{d}] is {a[d]:.6g} in the store, {b[d]:.6g} by its training episodes")
 
-    def _camera(
-        self, episode: int, camera: str, rows: Rows, digest: EpisodeDigest, advance: Callable[[int], None]
-    ) -> None:  # fmt: skip
+    def _camera(self, episode: int, pieces: Pieces, check: Check) -> None:
         start, end = self.store.bounds(episode)
         opening: NDArray[np.uint8] | None = None
-        blank: list[int] = []
-        blanks, still = 0, end - start > 1
-        for first, last, block in rows.pieces(start, end):
-            advance(last - first)
-            if block is None:
-                still = False
-                continue
-            digest.update(rows.name, block)
+        first_blank, blanks, same = 0, 0, 0
+        for first, block in pieces:
             opening = block[0].copy() if opening is None else opening
-            still = still and bool((block[-1] == opening).all()) and bool((block == opening).all())
+            if same == first - start and (block[-1] == opening).all():  # the last frame decides for nearly every block
+                same += int((block == opening).all(axis=(1, 2, 3)).sum())
             # Two pixels decide for nearly every frame; only the rest is looked at whole.
             middle = block[:, block.shape[1] // 2, block.shape[2] // 2]
             for k in np.flatnonzero((block[:, 0, 0] == middle).all(axis=1)).tolist():
                 if (block[k] == block[k, 0, 0]).all():
-                    blanks += 1
-                    blank = blank or [first + k]
+                    first_blank, blanks = first_blank if blanks else first + k, blanks + 1
         if blanks:
-            check = self.check(f"frames/{camera}")
-            check.warn(f"{blanks} of {end - start} frames of episode {episode} are one colour, the first at row {blank[0]}")
-        elif still:
-            self.check(f"frames/{camera}").warn(f"all {end - start} frames of episode {episode} are the same")
+            check.warn(f"{blanks} of {end - start} frames of episode {episode} are one colour, the first at row {first_blank}")
+        elif same == end - start > 1:
+            check.warn(f"all {end - start} frames of episode {episode} are the same")
 
-    def _vector(self, episode: int, name: str, rows: Rows, digest: EpisodeDigest) -> None:
+    def _vector(self, name: str, pieces: Pieces) -> None:
         check, kept = self.check(name), self.store.attributes.statistics
         binary = kept.convention.binary_dimensions if kept is not None and name == "actions" else []
-        for first, _, block in rows.pieces(*self.store.bounds(episode)):
-            if block is None:
-                continue
-            digest.update(name, block)
-            finite = np.isfinite(block)
-            if not finite.all():
-                at, d = (int(i) for i in np.argwhere(~finite)[0])
-                check.fault(f"{self.place(first + at)}: {name}[{d}] is {block[at, d]}, expected a finite number")
-                continue
-            for d in binary:
-                wrong = np.flatnonzero(~np.isin(block[:, d], (-1.0, 1.0)))
-                if len(wrong):
-                    at = int(wrong[0])
-                    check.fault(f"{self.place(first + at)}: {name}[{d}] is {block[at, d]:g}, expected -1 or 1 (binary)")
-            low, high = self._extremes.get(name, (block[0], block[0]))
-            self._extremes[name] = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
-            if name in self._outliers:
-                self._outliers[name].look(first, block)
+        for first, block in pieces:
+            wrong = ~np.isfinite(block)
+            expected = "a finite number"
+            if not wrong.any():
+                wrong[:, binary] = ~np.isin(block[:, binary], (-1.0, 1.0))
+                expected = "-1 or 1 (binary)"
+                low, high = self._extremes.get(name, (block[0], block[0]))
+                self._extremes[name] = np.minimum(low, block.min(axis=0)), np.maximum(high, block.max(axis=0))
+                if name in self._outliers:
+                    self._outliers[name].look(first, block)
+            if wrong.any():
+                at, d = (int(i) for i in np.argwhere(wrong)[0])
+                check.fault(f"{self.place(first + at)}: {name}[{d}] is {block[at, d]:g}, expected {expected}")
 
-    def _timestamps(self, episode: int, rows: Rows, digest: EpisodeDigest) -> None:
+    def _timestamps(self, episode: int, pieces: Pieces) -> None:
         store, check = self.store, self.check("timestamps")
-        start, end = store.bounds(episode)
-        period = 1.0 / store.rate_hz
-        gaps, longest, where, before, opening = 0, 0.0, 0, -np.inf, np.nan
-        for first, _, block in rows.pieces(start, end):
-            if block is None:
-                before = -np.inf
-                continue
-            digest.update("timestamps", block)
-            steps = np.diff(block, prepend=before)
-            wrong = np.flatnonzero(~np.isfinite(block) | ~(steps > 0))
-            if len(wrong):
-                at = int(wrong[0])
-                check.fault(f"{self.place(first + at)}: {block[at]:g} s, expected a finite number above the one before")
-                return
-            opening = block[0] if np.isnan(opening) else opening
-            before = float(block[-1])
-            steps = np.where(np.isfinite(steps), steps, 0.0)
-            gaps += int((steps > GAP_PERIODS * period).sum())
-            if steps.max() > longest:
-                longest, where = float(steps.max()), first + int(np.argmax(steps))
+        found = list(pieces)
+        rows = np.concatenate([np.arange(first, first + len(block)) for first, block in found] or [np.zeros(0, np.int64)])
+        stamps = np.concatenate([block for _, block in found] or [np.zeros(0)])
+        wrong = np.flatnonzero(~np.isfinite(stamps) | ~(np.diff(stamps, prepend=-np.inf) > 0))
+        if len(wrong):
+            at = int(wrong[0])
+            check.fault(f"{self.place(int(rows[at]))}: {stamps[at]:g} s, expected a finite number above the one before")
+            return
+        steps = np.diff(stamps) * store.rate_hz / np.diff(rows)
+        gaps = int((steps > GAP_PERIODS).sum())
         if gaps:
-            length = f"{longest:.3g} s ({longest / period:.1f} steps)"
-            check.warn(f"episode {episode} has {gaps} gaps, the longest {length} before row {where}")
-        elif end - start > 1 and abs((before - opening) / (end - start - 1) / period - 1.0) > RATE_TOLERANCE:
-            rate = (end - start - 1) / (before - opening)
+            at = int(np.argmax(steps))
+            length = f"{steps[at] / store.rate_hz:.3g} s ({steps[at]:.1f} steps)"
+            check.warn(f"episode {episode} has {gaps} gaps, the longest {length} before row {rows[at + 1]}")
+        elif len(steps) and abs(steps.mean() - 1.0) > RATE_TOLERANCE:
+            rate = store.rate_hz / steps.mean()
             check.warn(f"episode {episode} runs at {rate:.3g} Hz, the store says {store.rate_hz:g} Hz")
 
-    def _annotation(self, episode: int, name: str, rows: Rows, digest: EpisodeDigest) -> None:
-        annotated = self.store.annotation(name)
-        if annotated is None:
-            return
-        start, end = self.store.bounds(episode)
-        a, b = np.searchsorted(annotated.rows, (start, end)).tolist()
-        digest.update(f"annotations/{name}/index", annotated.rows[a:b] - start)
-        if a == b:
-            digest.update(rows.name, np.zeros((0, *self._arrays[rows.name].shape[1:]), self._arrays[rows.name].dtype))
-        for first, _, block in rows.pieces(a, b):
-            if block is None:
-                continue
-            digest.update(rows.name, block)
-            if name == "depth":
+    def _annotation(self, labelled: NDArray[np.int64], start: int, end: int, rows: Rows, digest: EpisodeDigest) -> None:
+        """labelled: (M,) rows of the store that have labels."""
+        a, b = np.searchsorted(labelled, (start, end)).tolist()
+        digest.update(rows.name.replace("values", "index"), labelled[a:b] - start)
+        for first, block in rows.pieces(a, b, digest):
+            if "depth" in rows.name:
                 wrong, expected = ~(np.isfinite(block) & (block >= 0)), "metres"
             else:
                 wrong, expected = block >= len(SEGMENTATION_CLASSES), f"classes 0..{len(SEGMENTATION_CLASSES) - 1}"
             if wrong.any():
                 at, y, x = (int(i) for i in np.argwhere(wrong)[0])
-                row = int(annotated.rows[first + at])
-                self.check(rows.name).fault(f"{self.place(row)}, pixel ({y}, {x}): {block[at, y, x]}, expected {expected}")
+                place = self.place(int(labelled[first + at]))
+                self.check(rows.name).fault(f"{place}, pixel ({y}, {x}): {block[at, y, x]}, expected {expected}")
 
     def _checksum(self, episode: int, digest: EpisodeDigest) -> None:
         store = self.store
@@ -289,18 +255,14 @@ class Validation:
         other, other_whole = self._seen_frames.setdefault(frames, (episode, whole))
         if twin == episode == other:
             return
-        check = self.check("duplicates")
-        leak = "" if store.episode_split[twin if twin != episode else other] == store.episode_split[episode] else (
-            ", and one of them is held out"
-        )  # fmt: skip
+        check, first = self.check("duplicates"), twin if twin != episode else other
+        leak = "" if store.episode_split[first] == store.episode_split[episode] else ", and one of them is held out"
         if twin != episode:
             check.fault(f"episodes {twin} and {episode} are the same{leak}")
             return
-        differences = []
-        if (first := store.episode_instructions[other]) != sentence:
-            differences.append(f"the instructions {first!r} and {sentence!r}")
-        if other_whole != whole:
-            differences.append("other vectors or labels")
+        said = store.episode_instructions[other]
+        differences = [f"the instructions {said!r} and {sentence!r}"] if said != sentence else []
+        differences += ["other vectors or labels"] if other_whole != whole else []
         text = f"episodes {other} and {episode} have the same frames with {' and '.join(differences)}{leak}"
         (check.fault if leak else check.warn)(text)
 
@@ -308,13 +270,12 @@ class Validation:
         """What only all rows together show."""
         if "actions" in self._extremes:
             low, high = self._extremes["actions"]
-            if len(constant := np.flatnonzero(low == high).tolist()):
-                self.check("actions").warn(f"dimensions that never change: {', '.join(str(d) for d in constant)}")
+            if constant := np.flatnonzero(low == high).tolist():
+                self.check("actions").warn(f"dimensions that never change: {', '.join(map(str, constant))}")
         for name, outliers in self._outliers.items():
             for d, (_, value, row) in sorted(outliers.worst.items(), key=lambda item: -item[1][0]):
-                self.check(name).warn(
-                    f"{outliers.count[d]} outliers in dimension {d}, the furthest {value:g} at {self.place(row)}"
-                )
+                furthest = f"the furthest {value:g} at {self.place(row)}"
+                self.check(name).warn(f"{outliers.count[d]} outliers in dimension {d}, {furthest}")
 
 
 def validate(path: Path, bar: Callable[[int], Callable[[int], None]]) -> list[Check]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import resource
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from ruamel.yaml import YAML
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
@@ -25,8 +24,10 @@ from svam.episodes.split import split_episodes
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
+from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
 from tests.sources.common import refused
+from tests.toy import write_toy_params
 
 SOURCE = two_tasks()
 
@@ -71,9 +72,8 @@ def test_episodes_that_share_frames_are_on_one_side() -> None:
         split_episodes(["a"] * 3, [EpisodeShape(9, group="a")] * 3, 0.1, seed=0)
 
 
-def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
-    convert(SOURCE, tmp_path / "s.zarr", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+def test_statistics_are_those_of_the_training_episodes(kept: Path) -> None:
+    store = EpisodeStore.open(kept)
     training = np.concatenate([SOURCE.episodes[e].actions for e in store.episodes("train")]).astype(np.float64)
     statistics = store.statistics
     assert statistics.actions.count == len(training)
@@ -84,9 +84,8 @@ def test_statistics_are_those_of_the_training_episodes(tmp_path: Path) -> None:
     assert statistics.convention.normalisation == "minmax"
 
 
-def test_a_changed_held_out_episode_changes_no_statistic(tmp_path: Path) -> None:
-    convert(SOURCE, tmp_path / "s.zarr", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+def test_a_changed_held_out_episode_changes_no_statistic(kept: Path, tmp_path: Path) -> None:
+    store = EpisodeStore.open(kept)
     held_out, trained = int(store.episodes("held_out")[0]), int(store.episodes("train")[0])
     for number, equal in ((held_out, True), (trained, False)):
         episode = make_episode(SOURCE.episodes[number].task, 40, seed=99)  # another length too, so that all rows shift
@@ -217,29 +216,16 @@ def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, lim
 
 
 def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> None:
-    class Long(Recorded):
-        """Makes its episodes one at a time."""
+    first, peaks = make_episode("push", 20, 0, 64), []
 
-        def __init__(self, count: int) -> None:
-            super().__init__([make_episode("push", 20, 0, 64)])
-            self.count = count
-
-        def describe(self) -> SourceDescription:
-            return super().describe()
-
-        def __len__(self) -> int:
-            return self.count
-
-        def shape(self, index: int) -> EpisodeShape:
-            return super().shape(0)
-
+    class Fresh(Recorded):
         def read(self, index: int) -> Episode:
             return make_episode("push", 20, index, 64)
 
-    peaks = []
     for count in (2, 3, 15):  # the first run also fills caches
+        source = Fresh([first] * count)
         tracemalloc.start()
-        convert(Long(count), tmp_path / "s.zarr", SETTINGS, seed=0)
+        convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[2] < 1.1 * peaks[1]
@@ -248,33 +234,21 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> Non
 # The stage and its source of collected demonstrations
 
 
-def run(path: Path, out: Path, params: Path) -> Result:
-    return CliRunner().invoke(app, [str(path), str(out), "--params", str(params)])
-
-
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
     write_raw(tmp_path / "raw", ["reach", "drawer-open"])
     return tmp_path / "raw"
 
 
-@pytest.fixture
-def params(tmp_path: Path) -> Path:
-    return write_params(tmp_path / "params.yaml", tasks=["reach", "drawer-open"])
+def run(raw: Path, tasks: Sequence[str] = ("reach", "drawer-open")) -> Result:
+    """Convert `raw` to `s.zarr` beside it, with these tasks to collect."""
+    changes = {"collect": {"tasks": [*tasks], "episodes_of": {}}, "evaluate": {"tasks": ["reach"]}}
+    write_toy_params(ROOT / "params.yaml", raw.parent / "params.yaml", changes)
+    return CliRunner().invoke(app, [str(raw), str(raw.parent / "s.zarr"), "--params", str(raw.parent / "params.yaml")])
 
 
-def write_params(file: Path, tasks: list[str], source: str = "metaworld") -> Path:
-    yaml = YAML()
-    values = yaml.load(Path("params.yaml").read_text(encoding="utf-8"))
-    values["collect"]["tasks"], values["collect"]["episodes_of"] = tasks, {}
-    values["convert"]["source"] = source
-    with file.open("w", encoding="utf-8") as stream:
-        yaml.dump(values, stream)
-    return file
-
-
-def test_the_stage_converts_what_collect_wrote(raw: Path, params: Path, tmp_path: Path) -> None:
-    result = run(raw, tmp_path / "s.zarr", params)
+def test_the_stage_converts_what_collect_wrote(raw: Path, tmp_path: Path) -> None:
+    result = run(raw)
     assert result.exit_code == 0, result.output
     store = EpisodeStore.open(tmp_path / "s.zarr")
     assert store.tasks == ["reach", "drawer-open"] and store.rate_hz == 80.0 and len(store.episode_ends) == 8
@@ -286,28 +260,19 @@ def test_the_stage_converts_what_collect_wrote(raw: Path, params: Path, tmp_path
     assert store.episode_provenance[5] == {"attempt": 0, "file": "drawer-open/episode_0001.safetensors", "noisy": True}
 
 
-def test_stale_folders_are_named_and_ignored(raw: Path, tmp_path: Path) -> None:
-    result = run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=["reach"]))
+def test_folders_that_are_not_collected_are_named_and_ignored(raw: Path, tmp_path: Path) -> None:
+    result = run(raw, ["reach"])
     assert result.exit_code == 0 and "ignoring drawer-open, which collect.tasks does not list" in result.output
     assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["reach"]
-
-
-def test_with_no_tasks_to_collect_all_folders_are_read(raw: Path, tmp_path: Path) -> None:
-    assert run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=[])).exit_code == 0
+    assert run(raw, []).exit_code == 0, "with no tasks to collect all folders are read"
     assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["drawer-open", "reach"]
 
 
-def test_an_unknown_source_lists_those_there_are(raw: Path, tmp_path: Path) -> None:
-    result = run(raw, tmp_path / "s.zarr", write_params(tmp_path / "p.yaml", tasks=["reach"], source="betamax"))
-    assert result.exit_code == 1 and "convert.source is 'betamax'; available: " in result.output
-    assert "metaworld" in result.output and "Traceback" not in result.output
-
-
 @pytest.mark.parametrize("name", ["episode_0001.safetensors", "episode_0001.corner2.png"])
-def test_a_damaged_file_is_named(raw: Path, params: Path, tmp_path: Path, name: str) -> None:
+def test_a_damaged_file_is_named(raw: Path, tmp_path: Path, name: str) -> None:
     file = raw / "reach" / name
     file.write_bytes(file.read_bytes()[:-1])
-    result = run(raw, tmp_path / "s.zarr", params)
+    result = run(raw)
     assert result.exit_code == 1 and f"{file}: truncated or damaged: its SHA-256 is not" in result.output
     assert "Traceback" not in result.output and not (tmp_path / "s.zarr").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["params.yaml", "raw"]

@@ -189,16 +189,6 @@ def test_a_store_without_actions_says_what_it_is_for(tmp_path: Path) -> None:
             ask()
 
 
-def test_few_files(tmp_path: Path) -> None:
-    """At most one per shard of uncompressed data, plus 30."""
-    settings = SETTINGS.model_copy(update={"shard_megabytes": 1.0})
-    convert(Slow([2000, 2000, 2000, 2000]), tmp_path / "s.zarr", settings, seed=0)
-    files = [file for file in (tmp_path / "s.zarr").rglob("*") if file.is_file()]
-    uncompressed = 8000 * (8 * 8 * 3 + 4 + 8)
-    assert len(files) <= uncompressed / 2**20 + 30
-    assert max(file.stat().st_size for file in files) > 0.9 * 2**20
-
-
 @pytest.mark.parametrize("share", [0.0, 0.9])
 def test_a_truncated_piece_is_noticed(tmp_path: Path, share: float) -> None:
     plan, shapes = conversion.Plan.of(Slow(LENGTHS), SETTINGS)

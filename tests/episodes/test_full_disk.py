@@ -14,12 +14,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from stages.convert import app as convert_app
 from stages.prepare_backbones import app as backbones_app
 from svam.files import sha256_tree
 from tests import ROOT
 from tests.killing import kill, run_stage
-from tests.recorded import write_raw
 from tests.tiny_foresight import make_store
 from tests.toy import write_toy_params
 
@@ -123,29 +121,3 @@ def test_curves_that_find_no_room(
     fill(disk, 8192)
     sentence = refused(backbones_app, *text, tmp_path / "out", "--live", disk / "live")
     assert str(disk / "live") in sentence and "No space left on device" in sentence and not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("scratch_too", [False, True])
-def test_a_store_that_finds_no_room(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scratch_too: bool) -> None:
-    write_toy_params(
-        ROOT / "params.yaml", tmp_path / "params.yaml",
-        {"collect": {"tasks": ["reach", "drawer-open"], "episodes_of": {}}, "evaluate": {"tasks": ["reach"]}},
-    )  # fmt: skip
-    write_raw(tmp_path / "raw", ["reach", "drawer-open"], size=32)
-    command = (tmp_path / "raw", disk / "s.zarr", "--params", tmp_path / "params.yaml")
-    monkeypatch.setenv("DVC_ROOT", str(disk if scratch_too else tmp_path))
-    run_stage(convert_app, tmp_path / "raw", tmp_path / "straight.zarr", *command[2:])
-    (disk / "s.zarr").mkdir()
-    (disk / "s.zarr/file").write_text("of another run")
-    size = sum(file.stat().st_size for file in (tmp_path / "straight.zarr").rglob("*") if file.is_file())
-    for room in (0, size // 2):
-        ballast = fill(disk, room)
-        sentence = refused(convert_app, *command)
-        assert f"{disk}/" in sentence and "No space left on device" in sentence
-        assert (disk / "s.zarr/file").read_text() == "of another run"
-        assert not list(disk.glob(".s.zarr*"))
-        ballast.unlink()
-    result = CliRunner().invoke(convert_app, [str(argument) for argument in command])
-    assert result.exit_code == 0, result.output
-    assert scratch_too or "convert: going on after" in result.output
-    assert sha256_tree(disk / "s.zarr") == sha256_tree(tmp_path / "straight.zarr")

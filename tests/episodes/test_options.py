@@ -41,22 +41,18 @@ def chosen(source: Recorded = SOURCE, **choice: Any) -> ChosenEpisodes:
     return ChosenEpisodes(source, Convert.model_validate({**SETTINGS.model_dump(), **choice}))
 
 
-@pytest.mark.parametrize(
-    ("choice", "numbers"),
-    [
-        ({}, [0, 1, 2, 3, 4, 5]),
-        ({"episodes": [4, 1, 1]}, [1, 4]),
-        ({"episodes": [":2", "4:"]}, [0, 1, 4, 5]),
-        ({"episodes": ["b", "2:4"]}, [1, 2, 3]),
-        ({"drop": [0, "e"]}, [1, 2, 3, 5]),
-        ({"episodes": ["1:5"], "drop": ["2:4"]}, [1, 4]),
-        ({"tasks": ["lift", "pick"]}, [1, 3, 5]),
-        ({"success": True}, [0, 2, 4]),
-        ({"success": False, "drop": [1]}, [3, 5]),
-        ({"episodes": ["1:"], "tasks": ["push"], "success": True}, [2, 4]),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("choice, numbers", [
+    ({}, [0, 1, 2, 3, 4, 5]),
+    ({"episodes": [4, 1, 1]}, [1, 4]),
+    ({"episodes": [":2", "4:"]}, [0, 1, 4, 5]),
+    ({"episodes": ["b", "2:4"]}, [1, 2, 3]),
+    ({"drop": [0, "e"]}, [1, 2, 3, 5]),
+    ({"episodes": ["1:5"], "drop": ["2:4"]}, [1, 4]),
+    ({"tasks": ["lift", "pick"]}, [1, 3, 5]),
+    ({"success": True}, [0, 2, 4]),
+    ({"success": False, "drop": [1]}, [3, 5]),
+    ({"episodes": ["1:"], "tasks": ["push"], "success": True}, [2, 4]),
+], ids=str)  # fmt: skip
 def test_what_is_chosen(choice: dict[str, Any], numbers: list[int]) -> None:
     """Lengths, pictures and sentences are those of the chosen ones, in a worker's copy too."""
     source = copy.deepcopy(chosen(**choice))  # as pickle copies
@@ -67,19 +63,15 @@ def test_what_is_chosen(choice: dict[str, Any], numbers: list[int]) -> None:
     assert list(source.notes) == ([] if len(numbers) == 6 else [f"{6 - len(numbers)} of 6 episodes are left out by choice"])
 
 
-@pytest.mark.parametrize(
-    ("choice", "message"),
-    [
-        ({"episodes": [6]}, "convert.episodes names 6, which is not there: episodes are 0 to 5$"),
-        ({"episodes": [-1]}, "convert.episodes names -1, which is not there"),
-        ({"drop": ["4:9"]}, "convert.drop names '4:9', which is not there: episodes are 0 to 5$"),
-        ({"episodes": ["3:3"]}, "convert.episodes names '3:3'"),
-        ({"drop": ["g"]}, "convert.drop names 'g', which is not there: episodes are 0 to 5, or a, b, c, d, e, ..."),
-        ({"tasks": ["puss"]}, "convert.tasks names 'puss'; tasks are 'lift', 'pick', 'push'; did you mean 'push'"),
-        ({"drop": [":"]}, "convert.episodes, drop, tasks and success leave none of 6 episodes"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("choice, message", [
+    ({"episodes": [6]}, "convert.episodes names 6, which is not there: episodes are 0 to 5$"),
+    ({"episodes": [-1]}, "convert.episodes names -1, which is not there"),
+    ({"drop": ["4:9"]}, "convert.drop names '4:9', which is not there: episodes are 0 to 5$"),
+    ({"episodes": ["3:3"]}, "convert.episodes names '3:3'"),
+    ({"drop": ["g"]}, "convert.drop names 'g', which is not there: episodes are 0 to 5, or a, b, c, d, e, ..."),
+    ({"tasks": ["puss"]}, "convert.tasks names 'puss'; tasks are 'lift', 'pick', 'push'; did you mean 'push'"),
+    ({"drop": [":"]}, "convert.episodes, drop, tasks and success leave none of 6 episodes"),
+], ids=str)  # fmt: skip
 def test_what_cannot_be_chosen(choice: dict[str, Any], message: str) -> None:
     with refused(message):
         chosen(**choice)
@@ -116,25 +108,21 @@ def _hdf5(*keys: str) -> dict[str, Sequence[str]]:
     return {"episode_0.hdf5": keys}
 
 
-@pytest.mark.parametrize(
-    ("files", "hint"),
-    [
-        ({"task_info/task_327.json": (), "proprio_stats/327/1/proprio_stats.h5": ()}, "AgiBot World .*, which no source reads"),
-        ({"AUTOLab/success/2023-07-07/x/trajectory.h5": ()}, "DROID's raw recordings .*bring it as `raw`"),
-        ({"task_0001_user_0016_scene_0001_cfg_0003/cam_1/color.mp4": ()}, "RH20T"),
-        ({"run.mcap": ()}, r"a ROS or MCAP recording \(run.mcap\), which no source reads"),
-        ({"raw/traj_group0/traj0/images0/im_0.jpg": ()}, "raw BridgeData"),
-        ({"a/b.tar.gz": ()}, r"archives in it \(a/b.tar.gz\): unpack them first"),
-        (_hdf5("observations/rgb_images/front", "puppet/joint_position"), r"RoboMIND \(episode_0.hdf5\), which no source"),
-        (_hdf5("joint_action/vector", "observation/head_camera/rgb"), "RoboTwin"),
-        (_hdf5("traj_0/actions"), "ManiSkill"),
-        (_hdf5("data/demo_0/actions"), "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
-        (_hdf5("observations/images/front", "action"), "ALOHA's HDF5 .*, which convert.source 'aloha' reads"),
-        ({"set/meta/info.json": ()}, r"a LeRobotDataset \(set/meta/info.json\), which convert.source 'lerobot' reads"),
-        ({"notes.txt": ()}, "meta.json: no such file$"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("files, hint", [
+    ({"task_info/task_327.json": (), "proprio_stats/327/1/proprio_stats.h5": ()}, "AgiBot World .*, which no source reads"),
+    ({"AUTOLab/success/2023-07-07/x/trajectory.h5": ()}, "DROID's raw recordings .*bring it as `raw`"),
+    ({"task_0001_user_0016_scene_0001_cfg_0003/cam_1/color.mp4": ()}, "RH20T"),
+    ({"run.mcap": ()}, r"a ROS or MCAP recording \(run.mcap\), which no source reads"),
+    ({"raw/traj_group0/traj0/images0/im_0.jpg": ()}, "raw BridgeData"),
+    ({"a/b.tar.gz": ()}, r"archives in it \(a/b.tar.gz\): unpack them first"),
+    (_hdf5("observations/rgb_images/front", "puppet/joint_position"), r"RoboMIND \(episode_0.hdf5\), which no source"),
+    (_hdf5("joint_action/vector", "observation/head_camera/rgb"), "RoboTwin"),
+    (_hdf5("traj_0/actions"), "ManiSkill"),
+    (_hdf5("data/demo_0/actions"), "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
+    (_hdf5("observations/images/front", "action"), "ALOHA's HDF5 .*, which convert.source 'aloha' reads"),
+    ({"set/meta/info.json": ()}, r"a LeRobotDataset \(set/meta/info.json\), which convert.source 'lerobot' reads"),
+    ({"notes.txt": ()}, "meta.json: no such file$"),
+], ids=str)  # fmt: skip
 def test_what_another_folder_looks_like(files: dict[str, Sequence[str]], hint: str, tmp_path: Path) -> None:
     for name, keys in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

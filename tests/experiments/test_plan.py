@@ -58,20 +58,14 @@ def test_some_runs_of_a_plan(tmp_path: Path) -> None:
         planned_runs(plan, ["vppp"], PARAMS)
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        ({"others": ["vppp"]}, "others.0 is 'vppp'; expected"),
-        ({"collection": "none"}, "collection is 'none', expected one of collections: default, several_futures"),
-        ({"size": 1}, "unknown key 'size'"),
-        (["train_policy.contxt=[one_step]"], "contxt.*with -S train_policy.contxt=.one_step."),
-        (["evaluate.batch=many"], "params.yaml: evaluate.batch is 'many'.*with -S evaluate.batch=many"),
-        (
-            ["distill.target=ground_truth"],
-            "variants change S-VAM's params, and these are not: expected train_policy.context=",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("changes", "sentence"), [
+    ({"others": ["vppp"]}, "others.0 is 'vppp'; expected"),
+    ({"collection": "none"}, "collection is 'none', expected one of collections: default, several_futures"),
+    ({"size": 1}, "unknown key 'size'"),
+    (["train_policy.contxt=[one_step]"], "contxt.*with -S train_policy.contxt=.one_step."),
+    (["evaluate.batch=many"], "params.yaml: evaluate.batch is 'many'.*with -S evaluate.batch=many"),
+    (["distill.target=ground_truth"], "variants change S-VAM's params, and these are not: expected train_policy.context="),
+])  # fmt: skip
 def test_a_wrong_plan_is_one_sentence(tmp_path: Path, changes: dict[str, Any] | list[str], sentence: str) -> None:
     if isinstance(changes, list):
         changes = {"collections": {"mine": changes}, "collection": "mine"}
