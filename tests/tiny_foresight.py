@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 from svam import params
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
+from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.teachers import Objective, Teacher, TeacherConfig
 from svam.models.text import TextEncoder
@@ -40,6 +41,17 @@ def make_teacher(objective: Objective | None = None) -> Teacher:
     outputs = {None: 0, "depth": 1, "segmentation": 7}[objective]  # type: ignore[index]
     record = TeacherConfig("dinov2", SIZE, objective, outputs, depth_std=0.5)
     return Teacher(Dinov2Model(config), record).eval().requires_grad_(False)
+
+
+def reloaded(part: Any, folder: Path) -> Any:
+    """The part after it was saved and loaded; saved again it is the same bytes."""
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    part.save(folder / "a")
+    loaded = type(part).load(folder / "a")
+    loaded.save(folder / "b")
+    assert sha256_tree(folder / "a") == sha256_tree(folder / "b")
+    return loaded
 
 
 def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:

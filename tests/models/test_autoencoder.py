@@ -14,6 +14,7 @@ from svam.contract import ContractError
 from svam.models.autoencoder import Autoencoder, to_pixels
 from svam.models.published import save_published
 from svam.training.prepare_backbones.autoencoder import build, moving_weight, psnr, with_statistics
+from tests.tiny_foresight import reloaded
 from tests.toy import committed
 
 
@@ -89,15 +90,9 @@ def test_saving_and_loading_is_exact(
     family: str, svd: tuple[Autoencoder, AutoencoderKLTemporalDecoder], frames: torch.Tensor, tmp_path: Path
 ) -> None:
     first = svd[0] if family == "svd" else with_statistics(Autoencoder(build(section(), (16, 16))), frames)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    first.save(tmp_path / "a")
-    second = Autoencoder.load(tmp_path / "a")
-    second.save(tmp_path / "b")
+    second = reloaded(first, tmp_path)
     assert second.family == family and torch.equal(first.encode(frames), second.encode(frames))
     assert torch.equal(first.decode(first.encode(frames)), second.decode(second.encode(frames)))
-    for file in (tmp_path / "a").iterdir():
-        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
 def test_autocast_changes_no_bits(frames: torch.Tensor) -> None:

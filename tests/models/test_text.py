@@ -23,6 +23,7 @@ from svam.training.prepare_backbones.text import (
     train_tokenizer,
     word_ids,
 )
+from tests.tiny_foresight import reloaded
 
 SENTENCES = ["open the drawer", "pull the drawer open", "close the window", "slide the window shut"]
 
@@ -75,16 +76,10 @@ def test_vocab_and_merges_alone_are_enough(published: tuple[Path, CLIPModel, CLI
 
 def test_saving_and_loading_is_exact(published: tuple[Path, CLIPModel, CLIPTokenizer], tmp_path: Path) -> None:
     first = TextEncoder.load_published(published[0], 10)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    first.save(tmp_path / "a")
-    second = TextEncoder.load(tmp_path / "a")
-    second.save(tmp_path / "b")
+    second = reloaded(first, tmp_path)
     assert torch.equal(first.embed(SENTENCES), second.embed(SENTENCES)) and second.tokens == 10
-    names = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert {"config.json", "merges.txt", "model.safetensors", "svam.json", "tokenizer_config.json", "vocab.json"} <= set(names)
-    for name in names:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    names = {file.name for file in (tmp_path / "a").iterdir()}
+    assert {"config.json", "merges.txt", "model.safetensors", "svam.json", "tokenizer_config.json", "vocab.json"} <= names
 
 
 def test_too_long_and_too_many_positions(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
