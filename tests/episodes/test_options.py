@@ -121,7 +121,7 @@ def _hdf5(*keys: str) -> dict[str, Sequence[str]]:
     (_hdf5("data/demo_0/actions"), "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
     (_hdf5("observations/images/front", "action"), "ALOHA's HDF5 .*, which convert.source 'aloha' reads"),
     ({"set/meta/info.json": ()}, r"a LeRobotDataset \(set/meta/info.json\), which convert.source 'lerobot' reads"),
-    ({"notes.txt": ()}, "meta.json: no such file$"),
+    ({"notes.txt": ()}, "meta.json: no such file, which a folder of raw recordings has; it has notes.txt$"),
 ], ids=str)  # fmt: skip
 def test_what_another_folder_looks_like(files: dict[str, Sequence[str]], hint: str, tmp_path: Path) -> None:
     for name, keys in files.items():
