@@ -12,53 +12,31 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.contract import Choice, ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.errors import MachineError, SvamError
-from svam.files import FileError, refuse_lfs_pointer
-from svam.sources._choice import contents
+from svam.files import FileError, refuse_lfs_pointer, stamp
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
 
-T = TypeVar("T")
 # What h5py is known to raise on damaged files, on missing names and on values that it cannot convert.
 _ERRORS = (
     OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, EOFError,
 )  # fmt: skip
 MAX_VECTOR_BYTES = 2**30
-"""Largest vector dataset of one episode, as stored and as read."""
+"""Largest dataset that is read whole, as stored and as read."""
 MAX_CHUNK_BYTES = 2**30
 """Largest HDF5 chunk: the library holds one decompressed."""
 # Per dataset: compressed chunks across a block's edge are needed twice, and the library's 1 MiB would decompress them twice.
 _CACHE_BYTES = 2**27
-
-
-@contextmanager
-def guarded(file: Path, what: str) -> Iterator[None]:
-    """Turn the HDF5 library's exceptions into a `FileError`."""
-    try:
-        yield
-    except FileError:
-        raise
-    except _ERRORS as error:
-        reason = " ".join(str(error).split())[:160]
-        raise FileError(f"{file}: {what} is missing, truncated or damaged ({type(error).__name__}: {reason})") from None
-
-
-def h5py_for(source: str) -> Any:
-    """The h5py module, for `convert.source` = `source`.
-
-    Raises:
-        MachineError: h5py is not installed.
-    """
-    try:
-        return importlib.import_module("h5py")
-    except ImportError:
-        raise MachineError(f"convert.source is {source!r}, which needs h5py: pip install -e \".[hdf5]\"") from None  # fmt: skip
 
 
 def hdf5_files(path: Path) -> list[Path]:
@@ -71,66 +49,34 @@ def hdf5_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileError(f"{path}: no such file or directory")
-    found = [
-        file
-        for file in path.rglob("*")
-        if file.suffix in (".hdf5", ".h5")
-        and file.is_file()
-        and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    ]
-    if not found:
+    names = [file.relative_to(path) for end in (".hdf5", ".h5") for file in path.rglob(f"*{end}") if file.is_file()]
+    shown = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    if not shown:
         raise FileError(f"{path}: no .hdf5 or .h5 file in it or below it; it has {contents(path)}")
-    return sorted(found, key=lambda file: [by_number(part) for part in file.relative_to(path).parts])
+    return [path / name for name in sorted(shown, key=lambda name: [_by_number(part) for part in name.parts])]
 
 
-def most_common(values: Iterable[T]) -> T:
-    """That of most files, by which the others are judged; of equals the first."""
-    return Counter(values).most_common(1)[0][0]
+def _by_number(name: str) -> list[str | int]:
+    """A sort key that puts `demo_2` before `demo_10`: every second part is a number."""
+    return [int(part) if at % 2 else part for at, part in enumerate(re.split(r"([0-9]+)", name))]
 
 
-def attempted(read: Callable[[], T]) -> T | SvamError:
-    """What is read, or why it cannot be. A missing library is raised: it is no fault of one file."""
-    try:
-        return read()
-    except MachineError:
-        raise
-    except SvamError as error:
-        return error
-
-
-def check_named(path: Path, named: Iterable[str], there: Iterable[str]) -> None:
-    """That `convert.options.instructions` names only what there is: a misspelt key would silently say nothing.
-
-    Raises:
-        FileError: it names something else.
-    """
-    known = sorted(set(there))
-    if absent := sorted(set(named) - set(known)):
-        names = ", ".join(known[:5]) + (", ..." if len(known) > 5 else "")
-        raise FileError(f"{path}: convert.options.instructions names {absent[0]!r}, which is not there; it has {names}")
-
-
-def by_number(name: str) -> list[tuple[int, int, str]]:
-    """A sort key that puts `demo_2` before `demo_10`."""
-    # ASCII digits only: isdigit() also admits characters that int() refuses.
-    return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in re.split(r"([0-9]+)", name)]
-
-
-def text_of(value: Any) -> str | None:
+def text_of(value: Any, where: str) -> str | None:
     """A string attribute or one row of a string dataset as str, stripped; None where it is no text.
 
     Raises:
-        UnicodeError: the bytes are not UTF-8.
+        FileError: it is not UTF-8.
     """
-    if isinstance(value, np.ndarray):
-        if value.size != 1:
-            return None
+    if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(-1)[0]
-    if isinstance(value, bytes):  # numpy's fixed-length strings are bytes too
-        value = value.decode("utf-8")
-    if not isinstance(value, str):
-        return None
-    value.encode("utf-8")  # h5py hides undecodable bytes of a variable-length string as lone surrogates
+    try:
+        if isinstance(value, bytes):  # numpy's fixed-length strings are bytes too
+            value = value.decode("utf-8")
+        if not isinstance(value, str):
+            return None
+        value.encode("utf-8")  # h5py and JSON hide undecodable bytes as lone surrogates
+    except UnicodeError:
+        raise FileError(f"{where} is not valid UTF-8") from None
     return value.strip(" \t\r\n\0")
 
 
@@ -144,212 +90,386 @@ class Hdf5File:
 
     def __init__(self, file: Path, source: str) -> None:
         """`source` is the value of `convert.source`, for messages."""
-        self.file, self._h5py = file, h5py_for(source)
-        if not file.is_file():
-            raise FileError(f"{file}: no such file")
-        refuse_lfs_pointer(file)
+        self.file = file
         try:
+            self._h5py = importlib.import_module("h5py")
+        except ImportError:
+            raise MachineError(f'convert.source is {source!r}, which needs h5py: pip install -e ".[hdf5]"') from None
+        refuse_lfs_pointer(file)
+        with self._guarded("its HDF5 content"):
             self._root = self._h5py.File(file, "r", locking="best-effort", rdcc_nbytes=_CACHE_BYTES)
-        except _ERRORS as error:
-            reason = " ".join(str(error).split())[:160]
-            raise FileError(f"{file}: truncated, damaged or no HDF5 file ({reason})") from None
-        self._size = file.stat().st_size
+            self._size = file.stat().st_size
         self._checked: set[str] = set()
 
     def __enter__(self) -> Hdf5File:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        with guarded(self.file, "the end of the file"):
+        with self._guarded("the end of the file"):
             self._root.close()
+
+    @contextmanager
+    def _guarded(self, what: str) -> Iterator[None]:
+        """Turn the HDF5 library's exceptions into a `FileError`."""
+        try:
+            yield
+        except SvamError:
+            raise
+        except _ERRORS as error:
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise FileError(f"{self.file}: {what} is missing, truncated or damaged ({reason})") from None
 
     def names(self, group: str) -> list[str]:
         """Members of a group, numbers sorted as numbers; nothing where there is no such group."""
-        with guarded(self.file, group):
-            found = self._root.get(group) if group != "/" else self._root
-            if not isinstance(found, self._h5py.Group):
-                return []
-            names = sorted(found, key=by_number)
+        with self._guarded(group):
+            members = self._root.get(group)
+            names = sorted(members, key=_by_number) if isinstance(members, self._h5py.Group) else []
         for name in names:
             if not re.fullmatch(r"[\w .+-]+", name):
                 raise FileError(f"{self.file}: {group} has a member named {name!r}, expected letters, digits and _.-")
         return names
 
-    def is_group(self, name: str) -> bool:
-        """Whether there is a group of this name."""
-        with guarded(self.file, name):
-            return isinstance(self._root.get(name), self._h5py.Group)
-
     def is_dataset(self, name: str) -> bool:
         """Whether there is a dataset of this name."""
-        with guarded(self.file, name):
+        with self._guarded(name):
             return isinstance(self._root.get(name), self._h5py.Dataset)
 
     def attribute(self, name: str, key: str) -> Any:
         """The value of an attribute of `name`, None where there is none."""
-        with guarded(self.file, f"attribute {key!r} of {name}"):
-            holder = self._root[name]
-            if key not in holder.attrs:
-                return None
-            return holder.attrs[key]
+        with self._guarded(f"attribute {key!r} of {name}"):
+            return self._root[name].attrs.get(key)
 
     def text_attribute(self, name: str, key: str) -> str | None:
         """A string attribute, stripped; None where there is none or where it is no string."""
-        value = self.attribute(name, key)
-        try:
-            return text_of(value)
-        except UnicodeError:
-            raise FileError(f"{self.file}: attribute {key!r} of {name} is not valid UTF-8") from None
+        return text_of(self.attribute(name, key), f"{self.file}: attribute {key!r} of {name}")
 
     def _dataset(self, name: str) -> Any:
-        found = self._root.get(name)
-        if not isinstance(found, self._h5py.Dataset):
-            raise FileError(f"{self.file}: {name} is {'missing' if found is None else 'a group'}, expected a dataset")
-        return found
+        member = self._root.get(name)
+        if not isinstance(member, self._h5py.Dataset):
+            raise FileError(f"{self.file}: {name} is {'missing' if member is None else 'a group'}, expected a dataset")
+        return member
 
     def layout(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
         """Shape and dtype of a dataset, as the file states them."""
-        with guarded(self.file, name):
-            found = self._dataset(name)
-            if found.shape is None:
+        with self._guarded(name):
+            dataset = self._dataset(name)
+            if dataset.shape is None:
                 raise FileError(f"{self.file}: {name} is an empty dataset")
-            return tuple(int(size) for size in found.shape), found.dtype
+            return tuple(int(size) for size in dataset.shape), dataset.dtype
 
     def listed(self, group: str) -> str:
         """What lies in a group, for messages."""
-        names = self.names(group)
-        parts = []
+        names, parts = self.names(group), []
         for name in names[:12]:
             shape, dtype = self.layout(f"{group}/{name}") if self.is_dataset(f"{group}/{name}") else ("group", "")
             parts.append(f"{name} {dtype} {shape}".replace("  ", " "))
         return (", ".join(parts) or "nothing") + ", ..." * (len(names) > 12)
 
-    def pictures(self, name: str) -> PictureArray:
+    def vector(self, name: str, steps: int | None = None) -> tuple[int, int]:
+        """(steps, dimensions) of a dataset of vectors, without reading them; (n,) is one dimension.
+
+        Raises:
+            FileError: it is no array of numbers. ContractError: it has no steps, or other than `steps`.
+        """
+        shape, dtype = self.layout(name)
+        if dtype.kind not in "fiub" or len(shape) not in (1, 2) or not shape[0]:
+            raise FileError(
+                f"{self.file}: {name} is {dtype} {shape}, expected numbers (steps, dimensions) with at least one step"
+            )
+        self.check_steps(name, shape[0], steps or shape[0])
+        return shape[0], math.prod(shape[1:])
+
+    def pictures(self, name: str, steps: int) -> PictureArray:
         """How the pictures of a dataset lie.
 
         Raises:
-            FileError: it holds none, or absurdly large ones.
+            FileError: it holds none, or absurdly large ones. ContractError: it has other than `steps`.
         """
         pictures = needed_pictures(f"{self.file}: {name}", *self.layout(name))
-        if pictures.dtype != np.uint8 and pictures.shape[0]:  # numbers in 0..1, which are no pictures of bytes, are told here
+        self.check_steps(name, pictures.shape[0], steps)
+        if pictures.dtype != np.uint8:  # numbers in 0..1, which are no pictures of bytes, are told here
             pictures.rgb(self.rows(name, 0, 1), f"{self.file}: {name}", 0)
         return pictures
 
+    def check_steps(self, name: str, steps: int, expected: int) -> None:
+        """Raise `ContractError` unless a dataset is as long as the actions."""
+        if steps != expected:
+            raise ContractError(f"{self.file}: {name} has {steps} steps, but the actions have {expected}")
+
     def picture_blocks(self, name: str) -> Iterator[NDArray[np.uint8]]:
         """All pictures of a dataset, as (k, H, W, 3) blocks; errors as `rows`."""
-        pictures, row = self.pictures(name), 0
-        for block in self.blocks(name, pictures.frame_bytes):
+        pictures, row = needed_pictures(f"{self.file}: {name}", *self.layout(name)), 0
+        for block in self.blocks(name):
             yield pictures.rgb(block, f"{self.file}: {name}", row)
             row += len(block)
 
-    def is_variable_bytes(self, name: str) -> bool:
-        """Whether the rows are byte strings of any length."""
-        with guarded(self.file, name):
-            dtype = self._dataset(name).dtype
-            string = self._h5py.check_string_dtype(dtype)
-            return self._h5py.check_vlen_dtype(dtype) == np.uint8 or (string is not None and string.length is None)
-
-    def _check_stored(self, name: str, found: Any) -> None:
+    def _check_stored(self, name: str, dataset: Any) -> None:
         """That the values of a dataset are in this file, whole and readable, and no larger than it can hold."""
-        if name in self._checked:
-            return
         where = f"{self.file}: {name}"
-        if found.is_virtual or found.external:
+        if dataset.is_virtual or dataset.external:
             raise FileError(f"{where} keeps its values in other files; copy it into one (h5repack), then convert that")
-        creation = found.id.get_create_plist()
-        filters = [creation.get_filter(i) for i in range(creation.get_nfilters())]
-        for code, _, _, title in filters:
+        creation = dataset.id.get_create_plist()
+        for code, _, _, title in (creation.get_filter(i) for i in range(creation.get_nfilters())):
+            with suppress(ImportError):
+                if not self._h5py.h5z.filter_avail(code):
+                    importlib.import_module("hdf5plugin")  # which makes its filters known
             if not self._h5py.h5z.filter_avail(code):
-                self._load_plugins(where, code, title.decode("ascii", "replace"))
-        expected = math.prod(found.shape) * found.dtype.itemsize
-        if found.chunks is None:
-            stored = found.id.get_storage_size()
-            # A compact or contiguous dataset that nobody wrote reads as zeros; objects are pointers of another size.
-            if not stored <= self._size or (stored < expected and not found.dtype.hasobject) or (expected and not stored):
-                raise FileError(f"{where} claims {expected} bytes, of which {stored} are stored: damaged or never written")
-        else:
-            if math.prod(found.chunks) * found.dtype.itemsize > MAX_CHUNK_BYTES:
-                raise FileError(
-                    f"{where} has chunks of {found.chunks}, too large to read piece by piece; rechunk it (h5repack)"
-                )
-            chunks = math.prod(-(-size // chunk) for size, chunk in zip(found.shape, found.chunks, strict=True))
-            # A chunk is at least some bytes of file, so an absurd shape is found before the library counts its chunks.
-            stored = found.id.get_num_chunks() if chunks <= self._size else 0
-            if stored < chunks:
-                raise FileError(f"{where} has {stored} of its {chunks} chunks: damaged, or the recorder stopped early")
-            if not filters and found.id.get_storage_size() > self._size:
-                raise FileError(f"{where} claims {found.id.get_storage_size()} bytes in a file of {self._size}")
-        self._checked.add(name)
+                needed = f"HDF5 filter {code} ({title.decode('ascii', 'replace')})"
+                raise MachineError(f"{where} is compressed with {needed}, which needs: pip install hdf5plugin")
+        stored, item = dataset.id.get_storage_size(), dataset.id.get_type().get_size()
+        if dataset.chunks is None:
+            # A compact or contiguous dataset that nobody wrote reads as zeros.
+            if not (claimed := math.prod(dataset.shape) * item) <= stored <= self._size:
+                raise FileError(f"{where} claims {claimed} bytes, of which {stored} are stored: damaged or never written")
+            return
+        if math.prod(dataset.chunks) * item > MAX_CHUNK_BYTES:
+            raise FileError(f"{where} has chunks of {dataset.chunks}, too large to read piece by piece; rechunk it (h5repack)")
+        chunks = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
+        # A chunk is at least some bytes of file, so an absurd shape is noticed before the library counts its chunks.
+        present = dataset.id.get_num_chunks() if chunks <= self._size else 0
+        if present < chunks:
+            raise FileError(f"{where} has {present} of its {chunks} chunks: damaged, or the recorder stopped early")
 
-    def _load_plugins(self, where: str, code: int, title: str) -> None:
-        """Make the filters of hdf5plugin known, if it is installed."""
-        with suppress(ImportError):  # said below
-            importlib.import_module("hdf5plugin")
-        if not self._h5py.h5z.filter_avail(code):
-            raise MachineError(f"{where} is compressed with HDF5 filter {code} ({title}), which needs: pip install hdf5plugin")
-
-    def rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows start..stop - 1 as they are stored.
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start..stop - 1 as they are stored, or the whole dataset.
 
         Raises:
-            FileError: they are not whole in this file.
+            FileError: they are not whole in this file, or the whole is larger than `MAX_VECTOR_BYTES`.
             MachineError: they need a compression filter that is not installed.
         """
-        with guarded(self.file, name):
-            found = self._dataset(name)
-            self._check_stored(name, found)
-            values = np.asarray(found[start:stop])
-            if len(values) != stop - start:
-                raise FileError(f"{self.file}: {name} gives {len(values)} rows for {start}..{stop}")
-            return values
+        with self._guarded(name):
+            dataset = self._dataset(name)
+            if stop is None and math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4) > MAX_VECTOR_BYTES:
+                raise FileError(
+                    f"{self.file}: {name} claims {dataset.dtype} {dataset.shape}, more than {MAX_VECTOR_BYTES} bytes"
+                )
+            if name not in self._checked:
+                self._check_stored(name, dataset)
+                self._checked.add(name)
+            return np.asarray(dataset[()] if stop is None else dataset[start:stop])
 
-    def blocks(self, name: str, row_bytes: int) -> Iterator[NDArray[Any]]:
-        """All rows, at most 64 at a time and 64 MiB, unless one row of `row_bytes` is larger; in whole chunks if possible."""
-        (steps, *_), _ = self.layout(name)
-        with guarded(self.file, name):
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """All rows, at most 64 at a time and 64 MiB, unless one row is larger; in whole chunks if possible."""
+        (steps, *rest), dtype = self.layout(name)
+        count = frames_per_block(math.prod(rest) * dtype.itemsize)
+        with self._guarded(name):
             chunks = self._dataset(name).chunks
-        count = frames_per_block(row_bytes)
         if chunks and 1 <= chunks[0] <= count:
             count -= count % chunks[0]
         for start in range(0, steps, count):
             yield self.rows(name, start, min(start + count, steps))
 
     def matrix(self, name: str) -> NDArray[np.float32]:
-        """A vector per step as (n, d) float32; (n,) becomes (n, 1); float64 and integers are cast.
-
-        Raises:
-            FileError: it is no array of numbers, or too large to be a vector.
-        """
-        (shape, dtype) = self.layout(name)
-        if dtype.kind not in "fiub" or len(shape) not in (1, 2):
-            raise FileError(f"{self.file}: {name} is {dtype} {shape}, expected numbers (steps, dimensions)")
-        if math.prod(shape) * max(dtype.itemsize, 4) > MAX_VECTOR_BYTES:
-            raise FileError(f"{self.file}: {name} claims {shape} values, more than {MAX_VECTOR_BYTES} bytes")
-        if shape[0] == 0:
-            raise FileError(f"{self.file}: {name} has no time steps")
-        values = self.rows(name, 0, shape[0])
+        """A vector per step as (n, d) float32; errors as `vector` and `rows`."""
+        steps, dimensions = self.vector(name)
         with np.errstate(over="ignore", invalid="ignore"):  # an infinity is refused by the contract's check
-            return values.reshape(len(values), -1).astype(np.float32)
+            return self.rows(name).reshape(steps, dimensions).astype(np.float32)
 
     def texts(self, name: str) -> list[str]:
-        """The strings of a dataset of at most 100,000, stripped; none where it holds something else.
-
-        Raises:
-            FileError: they are not UTF-8 or too many.
-        """
+        """The strings of a dataset, stripped; none where it holds something else; errors as `rows` and `text_of`."""
         shape, dtype = self.layout(name)
         if dtype.kind not in "SO" or len(shape) > 1:
             return []
-        if math.prod(shape) > 100_000 or math.prod(shape) * dtype.itemsize > MAX_VECTOR_BYTES:
-            raise FileError(
-                f"{self.file}: {name} claims {shape} strings of {dtype.itemsize} bytes, expected at most 100,000 short ones"
-            )
-        with guarded(self.file, name):
-            found = self._dataset(name)
-            self._check_stored(name, found)
-            values = np.asarray(found[()], dtype=object).reshape(-1)
-            try:
-                texts = [text_of(value) for value in values]
-            except UnicodeError:
-                raise FileError(f"{self.file}: {name} is not valid UTF-8") from None
+        texts = [text_of(value, f"{self.file}: {name}") for value in self.rows(name).reshape(-1)]
         return [text for text in texts if text is not None]
+
+
+Size = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recording:
+    """An episode without its pictures.
+
+    place: its group in the file, ending in "/", or "" for all of the file. name: as in `EpisodeShape`.
+    cameras: name -> (dataset below `place`, (n, H, W, 3)). notes: on its pictures. sentences: at least one.
+    alike: what must be the same in all episodes, in words. facts: of its provenance.
+    """
+
+    file: Path
+    place: str
+    name: str
+    steps: int
+    cameras: dict[str, tuple[str, Size]]
+    notes: list[str]
+    sentences: list[str]
+    alike: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    held_out: bool | None = None
+    success: bool | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.place}".rstrip(":/ ")
+
+
+R = TypeVar("R", bound=Recording)
+T = TypeVar("T")
+
+
+def _attempted(read: Callable[[], T]) -> T | SvamError:
+    """What is read, or why it cannot be. A missing library is raised: it is no fault of one file."""
+    try:
+        return read()
+    except MachineError:
+        raise
+    except SvamError as error:
+        return error
+
+
+class Hdf5Source(Generic[R]):
+    """The episodes of HDF5 files, as far as formats are read alike; what is said of each file is looked up when it is opened.
+
+    A format says how the episodes of a file are found (`_scan`) and one of them read (`_header`, `_blocks`, `_vectors`), and by
+    which key its option `instructions` names a file.
+    """
+
+    source: ClassVar[str]
+    prefix: ClassVar[str]
+    """Before a camera's name."""
+    usual_rate: ClassVar[tuple[float, str]]
+    """Assumed where a file states none, and what is said of it."""
+    remedies: ClassVar[dict[str, str]] = {}
+    """Key of `Recording.alike` -> what to do where it differs."""
+
+    def __init__(self, path: Path, options: Any, choice: Choice, files: list[Path]) -> None:
+        """See `open_source` of the format."""
+        self.path, self.options, self._choice = path, options, choice
+        self.notes: list[str] = []
+        known = sorted({self._key(file) for file in files})
+        if absent := sorted(set(options.instructions) - set(known)):  # a misspelt key would silently say nothing
+            names = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
+            raise FileError(f"{path}: convert.options.instructions names {absent[0]!r}, which is not there; it has {names}")
+        self._recordings: list[R | SvamError] = []
+        for file in files:
+            scanned = _attempted(partial(self._scanned, file))
+            self._recordings += scanned if isinstance(scanned, list) else [scanned]
+        self._readable = [one for one in self._recordings if not isinstance(one, SvamError)]
+        if not self._readable:
+            nothing = FileError(f"{path}: convert.options choose no episode of its files")
+            raise next((one for one in self._recordings if isinstance(one, SvamError)), nothing)
+        self._cameras = self._choose_cameras()
+        compared = dict.fromkeys(name for one in self._readable for name in one.alike)
+        self._alike = {name: _most_common(one.alike.get(name, "absent") for one in self._readable) for name in compared}
+        stated = self._alike.get("control_freq")
+        self.rate_hz: float = choice.rate_hz or stated or self.usual_rate[0]
+        if not (choice.rate_hz or stated):
+            self.notes.append(f"{path}: the files do not state their rate: {self.usual_rate[1]}; set convert.rate_hz to yours")
+
+    def _choose_cameras(self) -> list[str]:
+        datasets = {camera: dataset for one in self._readable for camera, (dataset, _) in one.cameras.items()}
+        forms = {
+            form: name for name, dataset in datasets.items() for form in (dataset, dataset.removeprefix(self.prefix), name)
+        }
+        asked = self._choice.model_copy(update={"cameras": [forms.get(name, name) for name in self._choice.cameras]})
+        cameras = chosen_cameras(asked, list(datasets), self.path, self.prefix)
+        if not self._choice.cameras:
+            cameras = list(_most_common(tuple(one.cameras) for one in self._readable))
+        for camera in [camera for camera in datasets if camera not in cameras]:
+            self.notes.append(f"{self.path}: {datasets[camera]} is left out: most episodes do not have it")
+        self.notes += dict.fromkeys(note for one in self._readable for note in one.notes)
+        return cameras
+
+    def _asked_for(self, *forms: str) -> bool:
+        """Whether a camera of these names is to be read."""
+        names = {name.removeprefix(self.prefix) for name in self._choice.cameras}
+        return not names or not names.isdisjoint(forms)
+
+    def _scanned(self, file: Path) -> list[R | SvamError]:
+        with Hdf5File(file, self.source) as data:
+            return [_attempted(partial(self._header, data, place, side)) for place, side in self._scan(data).items()]
+
+    def _key(self, file: Path) -> str:
+        raise NotImplementedError
+
+    def _scan(self, data: Hdf5File) -> dict[str, bool | None]:
+        """Place of each episode in a file -> whether it is held out."""
+        raise NotImplementedError
+
+    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> R:
+        raise NotImplementedError
+
+    def _blocks(self, recording: R, dataset: str) -> Iterator[NDArray[np.uint8]]:
+        raise NotImplementedError
+
+    def _vectors(self, recording: R, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
+        raise NotImplementedError
+
+    def _sentences(self, file: Path, where: str, own: Callable[[], list[str]]) -> list[str]:
+        """`convert.instruction`, or what the options say, or the file's own, or `convert.missing_instruction`."""
+        told = self.options.instructions.get(self._key(file), "").strip()
+        sentences = [] if self._choice.instruction else [told] if told else [sentence for sentence in own() if sentence]
+        first = chosen_instruction(self._choice, next(iter(sentences), None), where)
+        return list(dict.fromkeys([first, *sentences]))
+
+    def describe(self) -> SourceDescription:
+        """Rate, cameras and instructions; a task is named by its (first) sentence."""
+        instructions: dict[str, dict[str, list[str]]] = {}
+        for one in self._readable:
+            train = instructions.setdefault(one.sentences[0], {"train": [], "held_out": []})["train"]
+            train.extend(sentence for sentence in one.sentences if sentence not in train)
+        return SourceDescription(
+            rate_hz=self.rate_hz, cameras=self._cameras, instructions=instructions, provenance={
+                "source": self.source, "options": self.options.model_dump(),
+                "files": len({one.file for one in self._readable}),
+            },
+        )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._recordings)
+
+    def _relative(self, file: Path) -> Path:
+        return file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
+
+    def _known(self, index: int) -> R:
+        """An episode that can be read, with all that the set has."""
+        one = self._recordings[index]
+        if isinstance(one, SvamError):
+            raise one
+        if absent := [camera for camera in self._cameras if camera not in one.cameras]:
+            raise ContractError(
+                f"{one}: no camera {absent[0]!r}, which other episodes have; it has {', '.join(one.cameras)}, and "
+                "convert.cameras says which to read"
+            )
+        for name, most in self._alike.items():
+            if (its := one.alike.get(name, "absent")) != most:
+                remedy = self.remedies.get(name, "convert them as separate sets")
+                raise ContractError(f"{one}: {name} is {its}, but {most} in most episodes; {remedy}")
+        return one
+
+    def shape(self, index: int) -> EpisodeShape:
+        """Length, split, name, task and success of one episode.
+
+        Raises:
+            FileError, ContractError: it cannot be read, or differs from the others.
+        """
+        one = self._known(index)
+        return EpisodeShape(
+            one.steps, held_out=one.held_out, stamp=stamp(one.file), name=one.name, task=one.sentences[0], success=one.success
+        )
+
+    def read(self, index: int) -> Episode:
+        """One episode; its frames are read when they are asked for.
+
+        Raises:
+            FileError: the file is damaged, lacks a field or changed since the source was opened.
+            ContractError: the episode breaks the contract.
+            MachineError: a compression filter is not installed.
+        """
+        one = self._known(index)
+        with Hdf5File(one.file, self.source) as data:
+            vectors = self._vectors(one, data)
+        frames = {}
+        for camera in self._cameras:
+            dataset, size = one.cameras[camera]
+            frames[camera] = FrameBlocks(size, partial(self._blocks, one, one.place + dataset))
+        episode = Episode(
+            task=one.sentences[0], instruction=one.sentences[index % len(one.sentences)], rate_hz=self.rate_hz, frames=frames,
+            actions=vectors["actions"], state=vectors.get("state"), proprioception=vectors.get("proprioception"),
+            provenance={"file": self._relative(one.file).as_posix(), **one.facts},
+        )  # fmt: skip
+        return checked(episode, str(one))
+
+
+def _most_common(values: Iterable[T]) -> T:
+    """That of most episodes, by which the others are judged; of equals the first."""
+    return Counter(values).most_common(1)[0][0]

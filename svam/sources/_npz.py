@@ -6,6 +6,7 @@ Every member is checked against its CRC-32 when it is read to its end.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,10 +61,7 @@ def _header(file: Path, name: str, member: IO[bytes], size: int) -> Header:
     shape, fortran, dtype = read[np.lib.format.read_magic(member)](member)
     if dtype.hasobject:
         raise FileError(f"{file}: field {name!r} holds Python objects, which are never unpickled; expected numbers or text")
-    count = 1
-    for length in shape:  # Python's integers do not overflow
-        count *= length
-    if min((0, *shape)) < 0 or member.tell() + count * dtype.itemsize != size:
+    if min((0, *shape)) < 0 or member.tell() + math.prod(shape) * dtype.itemsize != size:
         raise ValueError("the header and the size differ")
     return Header(tuple(shape), dtype, fortran)
 

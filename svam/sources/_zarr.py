@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ _CODECS = {
 _LARGEST_CHUNK = 2 << 30
 _MOST_CHUNKS = 20_000_000
 _LFS = b"version https://git-lfs"
+_HEADERS = (".zarray", "zarr.json")
 
 
 @dataclass(frozen=True)
@@ -55,16 +55,16 @@ class ZarrFolder:
     """One Zarr group; opened anew for every read, so that it can be sent to workers."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.zipped = path.is_file()
-        self._names: set[str] = set()
+        self.path, self.zipped = path, path.is_file()
         if self.zipped:
             refuse_lfs_pointer(path)
             with self._damage("the archive"), zipfile.ZipFile(path) as archive:
-                infos = archive.infolist()
-                self._names = {info.filename for info in infos}
-                if len(self._names) != len(infos):
+                keys = archive.namelist()
+                if len(set(keys)) != len(keys):
                     raise FileError(f"{path}: holds two members of one name; write the buffer anew")
+        else:
+            keys = [file.relative_to(path).as_posix() for end in _HEADERS for file in path.glob(f"*/*/{end}")]
+        self._headers = {key for key in keys if key.endswith(_HEADERS) and key.count("/") == 2}
 
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
@@ -77,16 +77,11 @@ class ZarrFolder:
 
     def names(self) -> list[str]:
         """The arrays of `data`."""
-        if self.zipped:
-            found = (re.fullmatch(r"data/([^/]+)/(?:\.zarray|zarr\.json)", name) for name in self._names)
-            return sorted({match[1] for match in found if match})
-        return sorted({file.parent.name for end in (".zarray", "zarr.json") for file in self.path.glob(f"data/*/{end}")})
+        return sorted({key.split("/")[1] for key in self._headers if key.startswith("data/")})
 
     def _meta(self, name: str) -> dict[str, Any]:
-        for key in (f"{name}/.zarray", f"{name}/zarr.json"):
-            if key in self._names if self.zipped else (self.path / key).is_file():
-                break
-        else:
+        key = next((key for key in (f"{name}/{end}" for end in _HEADERS) if key in self._headers), None)
+        if key is None:
             raise FileError(f"{self.path}: array {name} is missing; data has {', '.join(self.names()) or 'none'}")
         with self._damage(key):
             if self.zipped:

@@ -44,16 +44,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
 from svam.errors import SvamError, describe
 from svam.files import FileError, read_json, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
+from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, field, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
@@ -62,6 +62,7 @@ RAW_SCHEMA = 1
 _VECTORS = ("actions", "expert_actions", "state", "proprioception")
 _FLOATS = ("float16", "float32", "float64")
 _LABELS: dict[str, Sequence[str]] = {"depth": ("float16", "float32"), "segmentation": ("uint8",)}
+"""Types that are read, the last of them the contract's."""
 _Sentence = Annotated[str, Field(pattern=r"\S")]
 
 
@@ -153,41 +154,29 @@ class RawSource:
         """
         name, file, tasks = self._names[index], self._file(index), self._meta.tasks
         facts = self._meta.episodes.get(name, _EpisodeFacts())
-        instruction = facts.instruction
         own = None if self._choice.instruction else self._own_instruction(file)
-        if own is not None and instruction is not None and own != instruction:
-            raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {instruction!r}")
-        instruction = instruction or own
-        task = facts.task
+        if own and facts.instruction and own != facts.instruction:
+            raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")
+        task = facts.task or (next(iter(tasks)) if len(tasks) == 1 else None)
+        if tasks and task is None:
+            raise FileError(f"{self._meta_file}: episodes.{name}.task is missing; tasks are {', '.join(tasks)}")
         if task is not None and task not in tasks:
             raise FileError(
                 f"{self._meta_file}: episodes.{name}.task is {task!r}, which is not one of tasks: {', '.join(tasks)}"
             )
-        if task is None and len(tasks) == 1:
-            task = next(iter(tasks))
-        if task is None and tasks:
-            raise FileError(f"{self._meta_file}: episodes.{name}.task is missing; tasks are {', '.join(tasks)}")
-        if task is not None and instruction is None:
-            sentences = tasks[task].train
-            instruction = sentences[index % len(sentences)]
-        instruction = chosen_instruction(self._choice, instruction, str(file))
+        sentences: Sequence[str | None] = tasks[task].train if task is not None else [None]
+        instruction = chosen_instruction(self._choice, facts.instruction or own or sentences[index % len(sentences)], str(file))
         return task or instruction, instruction
 
     @staticmethod
     def _own_instruction(file: Path) -> str | None:
-        arrays = load(file, ("instruction",))
-        if "instruction" not in arrays:
+        value = load(file, ("instruction",)).get("instruction")
+        if value is None:
             return None
-        values = arrays["instruction"]
-        if values.dtype.kind not in "US" or values.size != 1:
-            raise FileError(f"{file}: field 'instruction' is {values.dtype} {values.shape}, expected one string")
-        value = values.reshape(-1)[0]
-        try:
-            text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
-            text.encode("utf-8")  # numpy keeps any code point, a lone surrogate too
-        except UnicodeError:
-            raise FileError(f"{file}: field 'instruction' is not UTF-8 text") from None
-        return text.strip() or None
+        text = text_of(value, f"{file}: field 'instruction'")
+        if text is None:
+            raise FileError(f"{file}: field 'instruction' is {value.dtype} {value.shape}, expected one string")
+        return text or None
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
@@ -259,36 +248,23 @@ class RawSource:
         frames: dict[str, Frames] = {}
         for camera in self._cameras:
             video = self._video(index, camera, found)
-            if video is None:
-                frames[camera] = frame_blocks_of(file, f"frames_{camera}", found[f"frames_{camera}"])
-            else:
-                frames[camera] = video_blocks(video, probe(video))
+            name = f"frames_{camera}"
+            frames[camera] = video_blocks(video, probe(video)) if video else frame_blocks_of(file, name, found[name])
         arrays = load(file, [*_VECTORS, *_LABELS, "annotation_index", "timestamps"])
-        vectors: dict[str, NDArray[np.float32]] = {}
-        for name in _VECTORS:
-            if name in arrays:
-                with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
-                    vectors[name] = field(file, arrays, name, _FLOATS, 2).astype(np.float32)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
+            vectors = {name: field(file, arrays, name, _FLOATS, 2).astype(np.float32) for name in _VECTORS if name in arrays}
         times = None
         if "timestamps" in arrays:
             times = field(file, arrays, "timestamps", ("float32", "float64"), 1).astype(np.float64)
+        annotations = {}
+        for name in [name for name in _LABELS if name in arrays]:
+            values = field(file, arrays, name, _LABELS[name], 3).astype(_LABELS[name][-1])
+            annotations[name] = Annotation(values, field(file, arrays, "annotation_index", ("int64",), 1).astype(np.int64))
         episode = Episode(
             task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
-            timestamps=times, annotations=self._annotations(file, arrays), provenance={"file": file.name}, **vectors,
+            timestamps=times, annotations=annotations, provenance={"file": file.name}, **vectors,
         )  # fmt: skip
         return checked(episode, file)
-
-    @staticmethod
-    def _annotations(file: Path, arrays: dict[str, NDArray[Any]]) -> dict[str, Annotation]:
-        present = [name for name in _LABELS if name in arrays]
-        if not present:
-            return {}
-        index = field(file, arrays, "annotation_index", ("int64",), 1).astype(np.int64)
-        annotations = {}
-        for name in present:
-            values = field(file, arrays, name, _LABELS[name], 3)
-            annotations[name] = Annotation(values.astype(np.float32) if name == "depth" else values, index)
-        return annotations
 
 
 class Options(Frozen):

@@ -86,12 +86,11 @@ class ReplayZarrSource:
         self._ends = self._episode_ends()
         self._unreadable: list[str] = []
         self._pictures = self._choose_pictures(choice)
-        self._vectors = {
-            "actions": self._columns("action", options.action),
-            "proprioception": self._columns("proprioception", options.proprioception),
-            "state": self._columns("state", options.state),
-        }
-        self._times = self._columns("timestamp", (options.timestamp,) if options.timestamp else ())
+        names = {
+            "action": options.action, "proprioception": options.proprioception, "state": options.state,
+            "timestamp": [options.timestamp] if options.timestamp else [],
+        }  # fmt: skip
+        self._columns = {option: [self._column(option, name) for name in said] for option, said in names.items()}
         for array in self._arrays():
             if array.shape[0] < self._ends[-1]:
                 raise FileError(
@@ -100,7 +99,7 @@ class ReplayZarrSource:
 
     def _arrays(self) -> list[ZarrArray]:
         """All that are read."""
-        columns = [column.array for columns in (*self._vectors.values(), self._times) for column in columns]
+        columns = [column.array for columns in self._columns.values() for column in columns]
         return list({array.name: array for array in [*(array for array, _ in self._pictures.values()), *columns]}.values())
 
     def _episode_ends(self) -> list[int]:
@@ -129,38 +128,32 @@ class ReplayZarrSource:
                 continue
             if (pictures := picture_array(array.shape, array.dtype)) is not None:
                 known[name] = array, pictures
-        if not known and not self._buffer.zipped and (videos := self.path.parent / "videos").is_dir():
-            raise FileError(
-                f"{self.path}: no pictures in data: they are in {videos}/<episode>/<camera>.mp4, which this source does not "
-                "read; write them and the vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
-            )
         if not known:
-            has = ", ".join(self._buffer.names()) or "nothing"
-            why = "".join(f"; {said}" for said in self._unreadable)
+            has, why = ", ".join(self._buffer.names()) or "nothing", "".join(f"; {said}" for said in self._unreadable)
+            if (videos := self.path.parent / "videos").is_dir() and not self._buffer.zipped:
+                why += (
+                    f"; they are in {videos}/<episode>/<camera>.mp4, which this source does not read; write them and the "
+                    "vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
+                )
             raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
         return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
-    def _known(self, name: str, option: str) -> str:
-        if name not in self._buffer.names():
-            raise FileError(f"{self.path}: convert.options.{option} names {name!r}; data has {', '.join(self._buffer.names())}")
-        return name
-
-    def _columns(self, option: str, names: Sequence[str]) -> tuple[_Columns, ...]:
-        columns = []
-        for name in names:
-            match = re.fullmatch(r"([^\[\]]+)(?:\[(\d{1,9}):(\d{1,9})\])?", name)
-            if match is None:
-                raise ParamsError(
-                    f"convert.options.{option} has {name!r}, expected a name, or a name with columns as in 'state[0:2]'"
-                )
-            array = self._buffer.array(f"data/{self._known(match[1], option)}")
-            start, stop = (0, array.row) if match[2] is None else (int(match[2]), int(match[3]))
-            if not 0 <= start < stop <= array.row or array.dtype.kind == "b":
-                raise FileError(
-                    f"{self.path}: convert.options.{option} names {name!r}, but {array.name} is {array.dtype} {array.shape}"
-                )
-            columns.append(_Columns(array, start, stop))
-        return tuple(columns)
+    def _column(self, option: str, name: str) -> _Columns:
+        match = re.fullmatch(r"([^\[\]]+)(?:\[(\d{1,9}):(\d{1,9})\])?", name)
+        if match is None:
+            raise ParamsError(
+                f"convert.options.{option} has {name!r}, expected a name, or a name with columns as in 'state[0:2]'"
+            )
+        where = f"{self.path}: convert.options.{option} names {name!r}"
+        if match[1] not in self._buffer.names():
+            raise FileError(f"{where}; data has {', '.join(self._buffer.names())}")
+        array = self._buffer.array(f"data/{match[1]}")
+        start, stop = (0, array.row) if match[2] is None else (int(match[2]), int(match[3]))
+        if not 0 <= start < stop <= array.row or array.dtype.kind == "b":
+            raise FileError(f"{where}, but {array.name} is {array.dtype} {array.shape}")
+        if option == "timestamp" and stop - start != 1:
+            raise FileError(f"{where}, which has {stop - start} columns, expected one")
+        return _Columns(array, start, stop)
 
     @cached_property
     def notes(self) -> Sequence[str]:
@@ -169,7 +162,7 @@ class ReplayZarrSource:
         notes = [f"left out: {said}" for said in self._unreadable]
         if unused := [name for name in self._buffer.names() if name not in used]:
             notes.append(f"{self.path}: not read: {', '.join(unused)}")
-        if not self._vectors["actions"]:
+        if not self._columns["action"]:
             notes.append(f"{self.path}: no actions are read: the episodes can train the video model, no policy")
         for array in self._arrays():
             if array.left_out:
@@ -181,8 +174,8 @@ class ReplayZarrSource:
             notes += pictures.notes(f"{self.path}: {array.name}")
             if (left := array.shape[0] - self._ends[-1]) > 0:
                 notes.append(f"{self.path}: {left} rows of {array.name} are behind the last episode and left out")
-        for name, columns in self._vectors.items():
-            if columns and self._ends[-1] * sum(c.array.row for c in columns) <= _SURVEYED:
+        for name, columns in self._columns.items():
+            if columns and name != "timestamp" and self._ends[-1] * sum(c.array.row for c in columns) <= _SURVEYED:
                 values = self._joined(columns, 0, self._ends[-1])
                 notes.append(f"{self.path}: {name} ranges from {values.min():g} to {values.max():g}; kept as recorded")
         return notes
@@ -228,17 +221,13 @@ class ReplayZarrSource:
             )
             for camera, (array, pictures) in self._pictures.items()
         }
-        vectors: dict[str, NDArray[np.float32]] = {}
-        for name, columns in self._vectors.items():
-            if columns:
-                with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
-                    vectors[name] = self._joined(columns, start, stop).astype(np.float32)
-        times = self._joined(self._times, start, stop) if self._times else None
-        if times is not None and times.shape[1] != 1:
-            raise FileError(f"{self.path}: convert.options.timestamp has {times.shape[1]} columns, expected one")
+        values = {name: self._joined(columns, start, stop) for name, columns in self._columns.items() if columns}
+        times = values.pop("timestamp", None)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
+            vectors = {name: vector.astype(np.float32) for name, vector in values.items()}
         episode = Episode(
             task=self.instruction, instruction=self.instruction, rate_hz=self.rate_hz, frames=frames,
-            actions=vectors.get("actions"), proprioception=vectors.get("proprioception"), state=vectors.get("state"),
+            actions=vectors.get("action"), proprioception=vectors.get("proprioception"), state=vectors.get("state"),
             timestamps=None if times is None else times[:, 0],
             provenance={"file": f"{self.path.name}[{start}:{stop}]"},
         )  # fmt: skip
@@ -249,16 +238,13 @@ def _read_pictures(
     buffer: ZarrFolder, array: ZarrArray, pictures: PictureArray, start: int, stop: int
 ) -> Iterator[NDArray[np.uint8]]:
     """Each chunk is decompressed once per episode."""
-    step = frames_per_block(pictures.frame_bytes)
-    row = start
-    while row < stop:
-        end = min(stop, (row // array.chunks[0] + 1) * array.chunks[0])
-        while end - row < step // 2 and end < stop:  # one-frame chunks, the format's usual ones, are gathered
-            end = min(stop, end + array.chunks[0])
-        values = buffer.rows(array, row, end)
+    step, chunk = frames_per_block(pictures.frame_bytes), array.chunks[0]
+    together = max(1, step // chunk) * chunk  # one-frame chunks, the format's usual ones, are gathered
+    for edge in range(start - start % chunk, stop, together):
+        row = max(start, edge)
+        values = buffer.rows(array, row, min(stop, edge + together))
         for first in range(0, len(values), step):
             yield pictures.rgb(values[first : first + step], f"{buffer.path}: {array.name}", row + first)
-        row = end
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> ReplayZarrSource:

@@ -29,27 +29,23 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.errors import SvamError
-from svam.files import FileError, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
-from svam.sources._hdf5 import Hdf5File, attempted, check_named, hdf5_files, most_common
+from svam.contract import EVERYTHING, Choice, Frozen
+from svam.files import FileError
+from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
 from svam.sources._picture_arrays import picture_array
 
 _ENDINGS = ("_image", "_rgb")
-_LIBERO = {"agentview_rgb", "eye_in_hand_rgb"}
+_LIBERO = {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
 _PROPRIOCEPTION = (
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
     ("ee_states", "gripper_states"),
 )
-_ROBOSUITE_RATE = 20.0
 
 
 class Options(Frozen):
@@ -74,357 +70,209 @@ class Options(Frozen):
     filter_key: str = ""
 
 
-@dataclass(frozen=True)
-class _Demo:
-    """One demonstration without its pictures. `rate_hz`: None where its file states none; `steps`: rows as stored; `cameras`:
-    name -> (key in `obs`, (n, H, W, 3)); `state`: width of `states`, 0 without; `notes`: of the pictures."""
+@dataclass(frozen=True, kw_only=True)
+class _Demo(Recording):
+    """`state`: width of `states`, 0 without; `proprioception`: keys in `obs`; `depth`: whether there is any."""
 
-    file: Path
-    name: str
     flip: str
-    rate_hz: float | None
-    steps: int
-    cameras: dict[str, tuple[str, tuple[int, int, int, int]]]
-    proprioception: tuple[str, ...]
+    proprioception: list[str]
     state: int
-    sentence: str
     depth: bool
-    notes: tuple[str, ...]
-    success: bool | None
-    held_out: bool | None
-
-    def __str__(self) -> str:
-        return f"{self.file}: data/{self.name}"
 
 
-def _json_attribute(data: Hdf5File, name: str, key: str) -> dict[str, Any]:
-    """A JSON object in a string attribute; empty where there is none."""
-    text = data.text_attribute(name, key)
-    if text is None:
-        return {}
+def _json_value(data: Hdf5File, name: str, key: str, *fields: str) -> Any:
+    """A value in a JSON attribute, None where there is none."""
     try:
-        value = json.loads(text)
+        value = json.loads(data.text_attribute(name, key) or "null")
     except (ValueError, RecursionError) as error:
         raise FileError(f"{data.file}: attribute {key!r} of {name} is not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise FileError(f"{data.file}: attribute {key!r} of {name} is {value!r:.60}, expected a JSON object")
+    for field in fields:
+        value = value.get(field) if isinstance(value, dict) else None
     return value
 
 
 def _control_rate(data: Hdf5File) -> float | None:
-    """`env_kwargs.control_freq` of `env_args`, or of robosuite's `env_info`."""
-    for key in ("env_args", "env_info"):
-        found = _json_attribute(data, "data", key)
-        kwargs = found.get("env_kwargs", found)
-        rate = kwargs.get("control_freq") if isinstance(kwargs, dict) else None
-        if rate is None:
-            continue
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate < 1e6:
-            raise FileError(
-                f"{data.file}: control_freq in attribute {key!r} of data is {rate!r:.40}, expected steps per second"
-            )
-        return float(rate)
-    return None
+    rate = _json_value(data, "data", "env_args", "env_kwargs", "control_freq")
+    if rate is not None and (not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < 1e6):
+        raise FileError(f"{data.file}: control_freq in attribute 'env_args' of data is {rate!r:.40}, expected steps per second")
+    return None if rate is None else float(rate)
 
 
-def _sentence(data: Hdf5File, where: str, holder: str, key: str, field: str) -> str:
+def _sentence(data: Hdf5File, holder: str, key: str, field: str) -> str:
     """A sentence in a JSON attribute: a string, or LIBERO's list of words; "" without."""
-    value = _json_attribute(data, holder, key).get(field)
+    value = _json_value(data, holder, key, field)
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
         value = " ".join(value)
-    if value is not None and not isinstance(value, str):
-        raise FileError(f"{data.file}: {field} in attribute {key!r} of {where} is {value!r:.60}, expected a sentence")
-    try:
-        (value or "").encode("utf-8")
-    except UnicodeError:
-        raise FileError(f"{data.file}: {field} in attribute {key!r} of {where} is not valid Unicode") from None
-    return (value or "").strip().strip('"').strip()
+    where = f"{data.file}: {field} in attribute {key!r} of {holder}"
+    text = text_of(value or "", where)
+    if text is None:
+        raise FileError(f"{where} is {value!r:.60}, expected a sentence")
+    return text.strip('" ')
 
 
 def _from_file_name(file: Path) -> str:
     """`KITCHEN_SCENE1_open_the_drawer_demo` -> "open the drawer"."""
-    stem = re.sub(r"^(?:[A-Z_]+SCENE\d+_)", "", re.sub(r"_demo$", "", file.stem))
-    return " ".join(stem.split("_")).strip()
+    return re.sub(r"^[A-Z_]+SCENE\d+_", "", file.stem.removesuffix("_demo")).replace("_", " ").strip()
 
 
-class RobomimicSource:
+class RobomimicSource(Hdf5Source[_Demo]):
     """Demonstrations file by file, then by number."""
+
+    source = "robomimic"
+    prefix = "obs/"
+    usual_rate = (20.0, "no control_freq is in env_args, and robosuite's 20 Hz are assumed")
+    remedies = {"proprioception": "set convert.options.proprioception", "control_freq": "set convert.rate_hz"}
 
     def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
-        self.path, self.options, self._choice = Path(path), options, choice
-        files = hdf5_files(self.path)
-        check_named(self.path, options.instructions, (file.stem for file in files))
-        self.notes: list[str] = []
-        self._demos: list[_Demo | SvamError] = []
-        for file in files:
-            scanned = attempted(partial(self._scan, file))
-            self._demos += [scanned] if isinstance(scanned, SvamError) else scanned
-        readable = [demo for demo in self._demos if isinstance(demo, _Demo)]
-        if not readable:
-            unread = [demo for demo in self._demos if isinstance(demo, SvamError)]
-            raise unread[0] if unread else FileError(f"{self.path}: mask/{options.filter_key} lists no demonstration")
-        known = {camera: key for demo in readable for camera, (key, _) in demo.cameras.items()}
-        asked = choice.model_copy(update={"cameras": [_camera(name, known) for name in choice.cameras]})
-        self._cameras = chosen_cameras(asked, list(known), self.path, "obs/")
-        if not choice.cameras:
-            self._cameras = list(most_common(tuple(demo.cameras) for demo in readable))
-        self._proprioception = most_common(demo.proprioception for demo in readable)
-        self._keep_state = readable[0].state > 0 and all(demo.state == readable[0].state for demo in readable)
-        self._rate = most_common(demo.rate_hz for demo in readable)
-        self._note(readable, [key for camera, key in known.items() if camera not in self._cameras])
+        self._late = int(options.observations == "after")
+        super().__init__(path, options, choice, hdf5_files(path))
+        demos = self._readable
+        widths = {demo.state for demo in demos}
+        self._keep_state = len(widths) == 1 and 0 not in widths
+        self._note({demo.cameras[name][0] for demo in demos for name in self._cameras if name in demo.cameras})
 
-    def _note(self, readable: list[_Demo], unread: list[str]) -> None:
-        keys = {key for demo in readable for camera, (key, _) in demo.cameras.items() if camera in self._cameras}
-        self.notes += dict.fromkeys(note for demo in readable for note in demo.notes)
-        self.notes += [f"{self.path}: obs/{key} is left out: most demonstrations do not have it" for key in unread]
-        if self._rate is None and self._choice.rate_hz is None:
-            self.notes.append(
-                f"{self.path}: no control_freq in env_args: robosuite's {_ROBOSUITE_RATE:g} Hz are assumed; set convert.rate_hz"
-            )
-        if any(demo.depth for demo in readable):
-            self.notes.append(f"{self.path}: obs/*_depth is left out")
-        if not self._proprioception:
-            self.notes.append(
-                f"{self.path}: no proprioception: none of the default keys is in obs; name some in convert.options"
-            )
-        if not self._keep_state and any(demo.state for demo in readable):
-            self.notes.append(f"{self.path}: states, the simulator's own, is left out: it is not equally wide in all files")
-        turned = {demo.file for demo in readable if demo.flip != "none"}
-        if turned and self.options.flip == "auto":
-            self.notes.append(
-                f"{self.path}: pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or "
-                "LIBERO's names of cameras, say that they are upside down; convert.options.flip: none leaves them as stored"
-            )
-        elif self.options.flip == "auto" and any(key.endswith("_rgb") for key in keys):
-            self.notes.append(
-                f"{self.path}: pictures are read as stored, since nothing says that they are upside down, as LIBERO's are; "
-                "look at one episode, and set convert.options.flip: vertical if they are"
-            )
-        if self.options.observations == "as_stored" and keys & _LIBERO:
-            self.notes.append(
-                f"{self.path}: LIBERO's own files pair each action with the picture after it, and are read as stored; "
-                "convert.options.observations 'after' pairs it with the picture before it"
-            )
+    def _note(self, datasets: set[str]) -> None:
+        flip, turned = self.options.flip, {demo.file for demo in self._readable if demo.flip != "none"}
+        notes = {
+            "obs/*_depth is left out": any(demo.depth for demo in self._readable),
+            "no proprioception: none of the default keys is in obs; name some in convert.options": (
+                self._alike["proprioception"] == "nothing"
+            ),
+            "states, the simulator's own, is left out: it is not equally wide in all files": (
+                not self._keep_state and any(demo.state for demo in self._readable)
+            ),
+            f"pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or LIBERO's names of "
+            "cameras, say that they are upside down; convert.options.flip: none leaves them as stored": (
+                flip == "auto" and bool(turned)
+            ),
+            "pictures are read as stored, since nothing says that they are upside down, as LIBERO's are; look at one episode, "
+            "and set convert.options.flip: vertical if they are": (
+                flip == "auto" and not turned and any(name.endswith("_rgb") for name in datasets)
+            ),
+            "LIBERO's own files pair each action with the picture after it, and are read as stored; "
+            "convert.options.observations 'after' pairs it with the picture before it": (
+                not self._late and not datasets.isdisjoint(_LIBERO)
+            ),
+        }
+        self.notes += [f"{self.path}: {note}" for note, holds in notes.items() if holds]
 
-    def _scan(self, file: Path) -> list[_Demo | SvamError]:
-        """The demonstrations of one file, each as it is or as the reason why it cannot be read."""
-        with Hdf5File(file, "robomimic") as data:
-            return self._scanned(file, data)
+    def _key(self, file: Path) -> str:
+        return file.stem
 
-    def _scanned(self, file: Path, data: Hdf5File) -> list[_Demo | SvamError]:
-        if not data.is_group("data"):
-            raise FileError(f"{file}: no group data, which robomimic's layout has; it has {data.listed('/')}")
-        names = [name for name in data.names("data") if data.is_group(f"data/{name}")]
+    def _scan(self, data: Hdf5File) -> dict[str, bool | None]:
+        names = [name for name in data.names("data") if not data.is_dataset(f"data/{name}")]
         if not names:
-            raise FileError(f"{file}: no demonstration in data; it has {data.listed('data')}")
-        split = {key: set(data.texts(f"mask/{key}")) for key in ("train", "valid") if data.is_dataset(f"mask/{key}")}
-        train, valid = split.get("train", set()), split.get("valid", set())
+            raise FileError(f"{data.file}: no group data of demonstrations, robomimic's layout; it has {data.listed('/')}")
+        train, valid = (set(data.texts(f"mask/{key}") if data.is_dataset(f"mask/{key}") else ()) for key in ("train", "valid"))
         if train & valid:
-            raise FileError(f"{file}: {min(train & valid)} is in mask/train and in mask/valid, expected one of them")
+            raise FileError(f"{data.file}: {min(train & valid)} is in mask/train and in mask/valid, expected one of them")
         if absent := sorted((train | valid) - set(names)):
-            self.notes.append(f"{file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}")
-        if self.options.filter_key:
-            if not data.is_dataset(f"mask/{self.options.filter_key}"):
-                keys = ", ".join(data.names("mask")) or "none"
-                raise FileError(
-                    f"{file}: no mask/{self.options.filter_key}, which convert.options.filter_key names; it has {keys}"
-                )
-            listed = set(data.texts(f"mask/{self.options.filter_key}"))
-            names = [name for name in names if name in listed]
-        if split and (neither := [name for name in names if name not in train | valid]):
             self.notes.append(
-                f"{file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
+                f"{data.file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}"
             )
-        sides = {name: (name in valid) if name in train | valid else None for name in names}
-        return [attempted(partial(self._demo, file, data, name, side)) for name, side in sides.items()]
+        if key := self.options.filter_key:
+            if not data.is_dataset(f"mask/{key}"):
+                keys = ", ".join(data.names("mask")) or "none"
+                raise FileError(f"{data.file}: no mask/{key}, which convert.options.filter_key names; it has {keys}")
+            listed = set(data.texts(f"mask/{key}"))
+            names = [name for name in names if name in listed]
+        if (train or valid) and (neither := [name for name in names if name not in train | valid]):
+            self.notes.append(
+                f"{data.file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
+            )
+        return {f"data/{name}/": name in valid if name in train | valid else None for name in names}
 
-    def _demo(self, file: Path, data: Hdf5File, name: str, held_out: bool | None) -> _Demo:
-        where = f"data/{name}"
-        shape, _ = data.layout(f"{where}/actions")
-        if len(shape) != 2 or shape[0] == 0:
-            raise FileError(f"{file}: {where}/actions is {shape}, expected (steps, dimensions) with at least one step")
-        samples = data.attribute(where, "num_samples")
-        if isinstance(samples, (int, np.integer)) and samples != shape[0]:
-            raise FileError(f"{file}: {where} has num_samples {samples}, but {shape[0]} actions")
-        if self.options.observations == "after" and shape[0] < 2:
-            raise FileError(f"{file}: {where} has 1 step, and convert.options.observations 'after' needs 2")
-        cameras, notes = self._pictures(file, data, where, shape[0])
-        states = data.layout(f"{where}/states")[0] if data.is_dataset(f"{where}/states") else (0, 0)
+    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> _Demo:
+        steps, _ = data.vector(f"{place}actions")
+        if steps <= self._late:
+            raise FileError(f"{data.file}: {place} has 1 step, and convert.options.observations 'after' needs 2")
+        keys, name = data.names(f"{place}obs"), place.split("/")[1]
+        cameras, notes = self._camera_datasets(data, place, keys, steps)
         flip: str = self.options.flip
         if flip == "auto":
             convention = data.text_attribute("data", "macros_image_convention")
-            libero = {key for key, _ in cameras.values()} <= _LIBERO
+            libero = {dataset for dataset, _ in cameras.values()} <= _LIBERO
             flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
-        keys, success = data.names(f"{where}/obs"), data.attribute(where, "success")
+        proprioception = self._proprioception(data, place, keys)
+        for key in proprioception:
+            data.vector(f"{place}obs/{key}", steps)
+        alike: dict[str, Any] = {"proprioception": ", ".join(proprioception) or "nothing"}
+        success = data.attribute(place, "success")
         return _Demo(
-            file=file, name=name, flip=flip, rate_hz=None if self._choice.rate_hz else _control_rate(data), steps=shape[0],
-            cameras=cameras, proprioception=self._keys_of_proprioception(file, where, keys),
-            state=states[1] if len(states) == 2 else 0, sentence=self._instruction(file, data, where),
-            depth=any(key.endswith("_depth") for key in keys), notes=notes,
-            success=bool(success) if isinstance(success, (bool, np.bool_, int, np.integer)) else None, held_out=held_out,
+            file=data.file, place=place, steps=steps - self._late, cameras=cameras, notes=notes,
+            name="/".join([*self._relative(data.file).with_suffix("").parts, name] if self.path.is_dir() else [name]),
+            sentences=self._sentences(data.file, f"{data.file}: {place.rstrip('/')}", lambda: self._own_sentence(data, place)),
+            alike=alike if self._choice.rate_hz else alike | {"control_freq": _control_rate(data)}, facts={"demo": name},
+            held_out=held_out, success=bool(success) if isinstance(success, bool | np.bool_ | int | np.integer) else None,
+            flip=flip, proprioception=proprioception, depth=any(key.endswith("_depth") for key in keys),
+            state=data.vector(f"{place}states", steps)[1] if data.is_dataset(f"{place}states") else 0,
         )  # fmt: skip
 
-    def _pictures(
-        self, file: Path, data: Hdf5File, where: str, steps: int
-    ) -> tuple[dict[str, tuple[str, tuple[int, int, int, int]]], tuple[str, ...]]:
+    def _camera_datasets(
+        self, data: Hdf5File, place: str, keys: list[str], steps: int
+    ) -> tuple[dict[str, tuple[str, Size]], list[str]]:
         """The cameras of a demonstration (those of `convert.cameras`), and notes on how their pictures are stored."""
-        asked = {name.removeprefix("obs/") for name in self._choice.cameras}
-        keys = [key for key in data.names(f"{where}/obs") if data.is_dataset(f"{where}/obs/{key}")]
-        short = {key: key.removesuffix("_image").removesuffix("_rgb") for key in keys}
-        names = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
-        cameras, notes = {}, list[str]()
-        for key in sorted(keys, key=lambda key: names[key]):
-            if asked and asked.isdisjoint((key, short[key])):
-                continue
-            shape, dtype = data.layout(f"{where}/obs/{key}")
-            if picture_array(shape, dtype) is None and not (asked or key.endswith(_ENDINGS)):
-                continue
-            pictures = data.pictures(f"{where}/obs/{key}")
-            if pictures.dtype.kind == "f" and not (asked or key.endswith(_ENDINGS)):
-                continue
-            if shape[0] != steps:
-                raise ContractError(f"{file}: {where}/obs/{key} has {shape[0]} pictures, but actions has {steps} steps")
-            cameras[names[key]] = key, pictures.shape
-            notes += pictures.notes(f"{self.path}: obs/{key}")
-        if not cameras and asked:
-            there = ", ".join(name for key, name in names.items() if len(data.layout(f"{where}/obs/{key}")[0]) == 4) or "none"
-            raise FileError(f"{file}: {where}/obs has no camera of convert.cameras; it has {there}")
+        cameras: dict[str, tuple[str, Size]] = {}
+        others, notes = [], list[str]()
+        for key in keys:
+            name, dataset = key.removesuffix("_image").removesuffix("_rgb"), f"{place}obs/{key}"
+            name = key if name in cameras else name
+            holds = picture_array(*data.layout(dataset)) if data.is_dataset(dataset) else None
+            by_name = key.endswith(_ENDINGS)
+            if not self._asked_for(key, name):
+                others += [name] if holds else []
+            elif by_name or self._choice.cameras or (holds and holds.dtype == np.uint8):
+                pictures = data.pictures(dataset, steps)
+                cameras[name] = f"obs/{key}", (steps - self._late, *pictures.shape[1:])
+                notes += pictures.notes(f"{self.path}: obs/{key}")
+        if not cameras and self._choice.cameras:
+            there = ", ".join(others) or "none"
+            raise FileError(f"{data.file}: {place}obs has no camera of convert.cameras; it has {there}")
         if not cameras:
-            has = "states" if data.is_dataset(f"{where}/states") else "observations" if keys else "actions"
-            there = f"; obs has {data.listed(f'{where}/obs')}" if keys else ""
+            has = "states" if data.is_dataset(f"{place}states") else "observations" if keys else "actions"
+            there = f"; obs has {data.listed(f'{place}obs')}" if keys else ""
             raise FileError(
-                f"{file}: {where} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; render them first, for example "
-                "with robomimic's dataset_states_to_obs.py (for robosuite's own files, convert_robosuite.py before it)"
+                f"{data.file}: {place.rstrip('/')} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; render them "
+                "first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
+                "convert_robosuite.py before it)"
             )
-        return cameras, tuple(notes)
+        return dict(sorted(cameras.items())), notes
 
-    def _keys_of_proprioception(self, file: Path, where: str, keys: list[str]) -> tuple[str, ...]:
-        asked = self.options.proprioception
-        for key in asked:
-            if key not in keys:
-                raise FileError(
-                    f"{file}: {where}/obs has no {key!r}, which convert.options.proprioception names; it has {keys}"
-                )
-        if asked:
-            return tuple(asked)
-        for group in _PROPRIOCEPTION:
-            if all(key in keys for key in group):
-                second = tuple(key.replace("robot0", "robot1") for key in group)
-                return group + (second if second != group and all(key in keys for key in second) else ())
-        return ()
-
-    def _instruction(self, file: Path, data: Hdf5File, where: str) -> str:
-        own = self._choice.instruction or (
-            self.options.instructions.get(file.stem, "").strip()
-            or _sentence(data, where, where, "ep_meta", "lang")
-            or _sentence(data, "data", "data", "problem_info", "language_instruction")
-            or (_from_file_name(file) if self.options.instruction_from_file_name else "")
-        )
-        return chosen_instruction(self._choice, own, f"{file}: {where}")
-
-    def describe(self) -> SourceDescription:
-        """Rate, cameras and instructions; a task is named by its sentence."""
-        readable = [demo for demo in self._demos if isinstance(demo, _Demo)]
-        return SourceDescription(
-            rate_hz=self._choice.rate_hz or self._rate or _ROBOSUITE_RATE, cameras=self._cameras,
-            instructions={demo.sentence: {"train": [demo.sentence], "held_out": []} for demo in readable},
-            provenance={
-                "source": "robomimic", "options": self.options.model_dump(),
-                "files": [self._relative(file).as_posix() for file in dict.fromkeys(demo.file for demo in readable)],
-            },
-        )  # fmt: skip
-
-    def _relative(self, file: Path) -> Path:
-        return file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
-
-    def __len__(self) -> int:
-        return len(self._demos)
-
-    def _late(self) -> int:
-        """By how many steps observations are late."""
-        return 1 if self.options.observations == "after" else 0
-
-    def _known(self, index: int) -> _Demo:
-        """A demonstration that can be read, with all that the set has."""
-        demo = self._demos[index]
-        if not isinstance(demo, _Demo):
-            raise demo
-        if absent := [camera for camera in self._cameras if camera not in demo.cameras]:
-            raise ContractError(
-                f"{demo}: no camera {absent[0]!r}, which other demonstrations have; it has {', '.join(demo.cameras)}, and "
-                "convert.cameras says which to read"
+    def _proprioception(self, data: Hdf5File, place: str, keys: list[str]) -> list[str]:
+        asked: list[str] = self.options.proprioception
+        if absent := [key for key in asked if key not in keys]:
+            raise FileError(
+                f"{data.file}: {place}obs has no {absent[0]!r}, which convert.options.proprioception names; it has {keys}"
             )
-        if demo.proprioception != self._proprioception:
-            raise ContractError(
-                f"{demo}: proprioception of {', '.join(demo.proprioception) or 'nothing'}, but of "
-                f"{', '.join(self._proprioception) or 'nothing'} in most; set convert.options.proprioception"
-            )
-        if demo.rate_hz != self._rate:
-            raise ContractError(f"{demo}: control_freq is {demo.rate_hz}, but {self._rate} in most; set convert.rate_hz")
-        return demo
+        group = next((group for group in _PROPRIOCEPTION if set(group) <= set(keys)), ())
+        second = [key.replace("robot0", "robot1") for key in group if "robot0" in key]
+        return asked or [*group, *(second if set(second) <= set(keys) else ())]
 
-    def shape(self, index: int) -> EpisodeShape:
-        """Length, split, name, task and success of one episode.
+    def _own_sentence(self, data: Hdf5File, place: str) -> list[str]:
+        return [
+            _sentence(data, place.rstrip("/"), "ep_meta", "lang")
+            or _sentence(data, "data", "problem_info", "language_instruction")
+            or (_from_file_name(data.file) if self.options.instruction_from_file_name else "")
+        ]
 
-        Raises:
-            FileError, ContractError: it cannot be read, or differs from the others in cameras, proprioception or rate.
-        """
-        demo = self._known(index)
-        within = [*self._relative(demo.file).with_suffix("").parts, demo.name] if self.path.is_dir() else [demo.name]
-        return EpisodeShape(
-            demo.steps - self._late(), held_out=demo.held_out, stamp=stamp(demo.file), name="/".join(within),
-            task=demo.sentence, success=demo.success,
-        )  # fmt: skip
-
-    def _blocks(self, demo: _Demo, key: str) -> Iterator[NDArray[np.uint8]]:
-        """The frames of one camera, upright."""
-        left = demo.steps - self._late()
-        with Hdf5File(demo.file, "robomimic") as data:
-            for block in data.picture_blocks(f"data/{demo.name}/obs/{key}"):
-                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(demo.flip, block)[:left]
+    def _blocks(self, recording: _Demo, dataset: str) -> Iterator[NDArray[np.uint8]]:
+        left = recording.steps
+        with Hdf5File(recording.file, self.source) as data:
+            for block in data.picture_blocks(dataset):
+                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(recording.flip, block)[:left]
                 left -= len(upright)
                 if len(upright):
                     yield np.ascontiguousarray(upright)
 
-    def read(self, index: int) -> Episode:
-        """One episode; its frames are read when they are asked for.
-
-        Raises:
-            FileError: the file is damaged, lacks a field or changed since the source was opened.
-            ContractError: the episode breaks the contract.
-            MachineError: a compression filter is not installed.
-        """
-        demo, late = self._known(index), self._late()
-        with Hdf5File(demo.file, "robomimic") as data:
-
-            def vector(name: str, skip: int, end: int) -> NDArray[np.float32]:
-                values = data.matrix(f"data/{demo.name}/{name}")
-                if len(values) != demo.steps:
-                    raise ContractError(f"{demo}/{name} has {len(values)} steps, but actions has {demo.steps}")
-                return values[skip:end]
-
-            steps = demo.steps - late
-            # What was observed is late by one step under observations "after"; actions and simulator states are not.
-            actions = vector("actions", late, demo.steps)
-            state = vector("states", late, demo.steps) if self._keep_state else None
-            columns = [vector(f"obs/{key}", 0, steps) for key in demo.proprioception]
-        frames = {camera: self._frames(demo, *demo.cameras[camera]) for camera in self._cameras}
-        episode = Episode(
-            task=demo.sentence, instruction=demo.sentence, rate_hz=self._choice.rate_hz or self._rate or _ROBOSUITE_RATE,
-            frames=frames, actions=actions, state=state, proprioception=np.hstack(columns) if columns else None,
-            provenance={"file": self._relative(demo.file).as_posix(), "demo": demo.name},
-        )  # fmt: skip
-        return checked(episode, str(demo))
-
-    def _frames(self, demo: _Demo, key: str, shape: tuple[int, int, int, int]) -> FrameBlocks:
-        return FrameBlocks((demo.steps - self._late(), *shape[1:]), lambda: self._blocks(demo, key))
-
-
-def _camera(name: str, known: dict[str, str]) -> str:
-    """The camera that `convert.cameras` means, by its name or by its key in `obs`."""
-    key = name.removeprefix("obs/")
-    return next((camera for camera, its_key in known.items() if key in (camera, its_key)), key)
+    def _vectors(self, recording: _Demo, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
+        # What was observed is late by one step under observations "after"; actions and simulator states are not.
+        names = {"actions": "actions"} | ({"state": "states"} if self._keep_state else {})
+        vectors = {name: data.matrix(f"{recording.place}{dataset}")[self._late :] for name, dataset in names.items()}
+        if recording.proprioception:
+            parts = [data.matrix(f"{recording.place}obs/{key}")[: recording.steps] for key in recording.proprioception]
+            vectors["proprioception"] = np.hstack(parts)
+        return vectors
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RobomimicSource:
@@ -435,4 +283,4 @@ def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> Ro
         ParamsError: `choice` names a camera that no demonstration has.
         MachineError: h5py is not installed.
     """
-    return RobomimicSource(path, options, choice)
+    return RobomimicSource(Path(path), options, choice)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import h5py
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -26,6 +27,15 @@ def real(name: str) -> Path:
     if not folder.is_dir():
         pytest.skip(f"{folder} is not beside this checkout")
     return folder
+
+
+def change(file: Path, name: str, value: Any = None) -> None:
+    """A dataset of an HDF5 file is replaced, added or deleted."""
+    with h5py.File(file, "a") as root:
+        if name in root:
+            del root[name]
+        if value is not None:
+            root[name] = value
 
 
 def frames_of(episode: Episode, camera: str | None = None) -> Array:

@@ -105,7 +105,7 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
     assert [source.read(k).instruction for k in range(3)] == ["open it", "schließ es", "öffne es"]
     assert source.shape(0).held_out is None
     for wrong, message in (
-        (np.array(b"\xff\xfe"), "not UTF-8"), (np.array("\ud800"), "not UTF-8"), (np.array(" "), "no instruction"),
+        (np.array(b"\xff\xfe"), "not valid UTF-8"), (np.array("\ud800"), "not valid UTF-8"), (np.array(" "), "no instruction"),
         (np.array(["a", "b"]), "expected one string"), (np.array(3), "expected one string"), (None, "no instruction"),
     ):  # fmt: skip
         write(folder, meta, e1={**small, "instruction": wrong})

@@ -180,7 +180,7 @@ def test_what_must_be_told(tmp_path: Path) -> None:
         ({"action": ("actions",)}, "action names 'actions'; data has action"),
         ({"state": ("state[4:6]",)}, r"names 'state\[4:6\]', but data/state is float64 \(90, 5\)"),
         ({"state": ("state[a]",)}, "expected a name, or a name with columns"),
-        ({"timestamp": "action"}, "timestamp has 2 columns, expected one"),
+        ({"timestamp": "action"}, "timestamp names 'action', which has 2 columns, expected one"),
     ):
         with refused(message):
             open_source(tmp_path, TOLD.model_copy(update=change)).read(0)
