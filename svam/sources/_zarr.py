@@ -139,6 +139,10 @@ class ZarrFolder:
                 if total > _MOST_CHUNKS:
                     raise FileError(f"{self.path}: {name} claims {total} chunks, more than {_MOST_CHUNKS}; rechunk it")
                 present = opened.nchunks_initialized * total // max(1, opened.nchunks)
+            if present < total and self.zipped:
+                with zipfile.ZipFile(self.path) as archive:
+                    for info in archive.infolist():  # each stands in the archive's list too: damaged, chunks seem absent
+                        archive.open(info).close()
             if total and not present:
                 raise FileError(f"{self.path}: {name} has none of its {total} chunks: was the whole folder copied?")
             if present < total and meta.get("fill_value") is None:

@@ -278,6 +278,17 @@ def test_buffers_that_zarr_writes_today(tmp_path: Path, zarr_format: Any, shards
     assert "alpha, is dropped" in notes
 
 
+def test_a_damaged_list_of_an_archive(tmp_path: Path) -> None:
+    """A chunk whose name is damaged there is not taken for one that was left out."""
+    write(tmp_path / "x.zarr")
+    pack(tmp_path / "x.zarr", tmp_path / "y.zarr.zip")
+    content = (tmp_path / "y.zarr.zip").read_bytes()
+    before, name, after = content.rpartition(b"data/img/3.0.0.0")
+    (tmp_path / "y.zarr.zip").write_bytes(before + name.replace(b"3", b"X") + after)
+    with refused("data/img is truncated, damaged"):
+        open_source(tmp_path / "y.zarr.zip", cameras=["img"])
+
+
 def test_pictures_elsewhere_and_pointers(tmp_path: Path) -> None:
     write(tmp_path / "x.zarr", img=None)
     with refused("no pictures: data has action, keypoint, state, timestamp"):
