@@ -218,18 +218,24 @@ class RldsSource:
             raise ContractError(f"{where}: {name} has {len(values)} rows, expected {rows} as {self._chosen.counter} has")
         return values
 
-    def _repeated(self, entries: Sequence[_Entry]) -> dict[_Entry, _Entry]:
-        """Each episode that repeats an earlier one -> the earlier one. Only those of equal sizes are read."""
+    def _repeated(self, entries: list[_Entry]) -> dict[_Entry, _Entry]:
+        """Each episode that repeats an earlier one -> the earlier one. Only those of equal sizes are read; one that is damaged
+        gets its refusal in `entries`."""
         alike = Counter((entry.recorded, entry.size) for entry in entries)
-        todo = [entry for entry in entries if not entry.refusal and alike[entry.recorded, entry.size] > 1]
-        if not todo:
-            return {}
+        todo = [at for at, entry in enumerate(entries) if not entry.refusal and alike[entry.recorded, entry.size] > 1]
         first: dict[bytes, _Entry] = {}
         repeated: dict[_Entry, _Entry] = {}
-        with closing(track(todo, "episodes of equal size, compared", len(todo))) as compared:
-            for entry in compared:
-                digest = hashlib.sha256()
-                for name, feature in sorted(features_of(self._payload(entry), self._where(entry)).items()):
+        if not todo:
+            return repeated
+        with closing(track(todo, "episodes of equal size, compared", len(todo))) as numbers:
+            for at in numbers:
+                entry, digest = entries[at], hashlib.sha256()
+                try:
+                    data = features_of(self._payload(entry), self._where(entry))
+                except FileError as error:
+                    entries[at] = entry._replace(refusal=str(error))
+                    continue
+                for name, feature in sorted(data.items()):
                     if name.startswith("steps/"):  # by name: a record's own order is arbitrary
                         digest.update(f"{name}\0{len(feature)}\0".encode())
                         digest.update(feature)

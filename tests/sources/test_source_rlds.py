@@ -374,6 +374,19 @@ def test_a_damaged_record_is_not_left_out_as_an_empty_one(tmp_path: Path) -> Non
         look(opened(tmp_path, without_instruction="leave_out"))
 
 
+def test_a_damaged_record_among_episodes_of_equal_size_is_one_bad_episode(tmp_path: Path) -> None:
+    pictures = [png(frame) for frame in pixels(0, 4)]
+    toy(tmp_path, episode(0), episode(1, observation__image=pictures), episode(2, observation__image=pictures))
+    file = tmp_path / "toy-train.tfrecord-00000-of-00001"
+    content = bytearray(file.read_bytes())
+    content[content.index(episode(1)["steps/action"].tobytes())] ^= 1
+    file.write_bytes(content)
+    source = opened(tmp_path)
+    assert len(source) == 3 and source.shape(0).steps == source.shape(2).steps == 4
+    with refused("record 1: damaged: the checksum of its data is wrong"):
+        source.shape(1)
+
+
 def test_a_set_that_changes_after_the_scan_is_noticed(tmp_path: Path) -> None:
     source = toy(tmp_path, episode(0))
     assert len(source) == 1
