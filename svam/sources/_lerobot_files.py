@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import ContractError
-from svam.errors import MachineError, ParamsError
+from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer
-from svam.sources._pictures import array_rgb, in_blocks, picture_rgb
+from svam.sources._pictures import array_rgb, picture_rgb
 from svam.sources._video import frame_times
 
 
@@ -36,7 +35,7 @@ def opened(file: Path) -> Iterator[Any]:
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
             yield parquet
-    except (FileError, ContractError, ParamsError):
+    except SvamError:
         raise
     except FileNotFoundError:
         raise FileError(f"{file}: no such file") from None
@@ -92,27 +91,20 @@ def numbers(column: Any, what: str) -> NDArray[Any]:
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
-    while types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type):
+    while True:
         if array.null_count:
-            raise FileError(f"{what} lacks a value at row {_null_row(array, n)}")
-        lengths = array.value_lengths().to_numpy(zero_copy_only=False)
-        if len(lengths) and (lengths != lengths[0]).any():
-            odd = int(np.flatnonzero(lengths != lengths[0])[0])
-            raise FileError(f"{what} has lists of {lengths[0]} and of {lengths[odd]} numbers, expected one length")
+            position = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
+            raise FileError(f"{what} lacks a value at row {position // max(1, len(array) // max(1, n))}")
+        if not (types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type)):
+            break
+        lengths = np.unique(array.value_lengths().to_numpy(zero_copy_only=False))
+        if len(lengths) > 1:
+            raise FileError(f"{what} has lists of {lengths[0]} and of {lengths[1]} numbers, expected one length")
         shape.append(int(lengths[0]) if len(lengths) else 0)
         array = array.flatten()
-    kind = array.type
-    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+    if not (types.is_integer(array.type) or types.is_floating(array.type) or types.is_boolean(array.type)):
         raise FileError(f"{what} holds {column.type}, expected numbers")
-    if array.null_count:
-        raise FileError(f"{what} lacks a value at row {_null_row(array, n)}")
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(n, *shape)
-
-
-def _null_row(array: Any, rows: int) -> int:
-    """Row of the first missing value of a flattened array."""
-    position = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-    return position // max(1, len(array) // max(1, rows))
 
 
 def vectors(column: Any, what: str) -> NDArray[np.float64]:
@@ -138,51 +130,37 @@ def joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArray
         return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def whole_numbers(column: Any, what: str, least: int | None = None) -> NDArray[np.int64]:
+def whole_numbers(column: Any, what: str) -> NDArray[np.int64]:
     """(n,) int64 of a column of whole numbers, also where they are stored as floats."""
-    if len(column) == 0:
-        return np.zeros(0, dtype=np.int64)
     values = seconds(column, what)
-    wrong = (np.abs(values) >= 2**53) | (values != np.round(values)) | (False if least is None else values < least)
+    wrong = (np.abs(values) >= 2**53) | (values != np.round(values))
     if wrong.any():
-        raise FileError(f"{what} is {values[wrong][0]:g}, expected whole numbers{'' if least is None else f' from {least} on'}")
+        raise FileError(f"{what} is {values[wrong][0]:g}, expected whole numbers")
     return values.astype(np.int64)
-
-
-def texts(column: Any, what: str) -> list[str]:
-    """A column of texts, plain or dictionary-encoded."""
-    try:
-        values: list[Any] = column.to_pylist()
-    except UnicodeDecodeError:
-        raise FileError(f"{what} is not UTF-8 text") from None
-    for row, value in enumerate(values):
-        if not isinstance(value, str):
-            raise FileError(f"{what} is {str(value)[:60]!r} at row {row}, expected text")
-    return values
 
 
 def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
     """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks.
 
     Raises:
-        FileError: a number is in no table.
+        FileError: a row is neither a text nor a number, or its number is in no table.
     """
-    if is_text(column):
-        return texts(column, what)
+    types = _arrow()[0].types
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string(kind) or types.is_large_string(kind):
+        try:
+            values: list[Any] = column.to_pylist()
+        except UnicodeDecodeError:
+            raise FileError(f"{what} is not UTF-8 text") from None
+        if None in values:
+            raise FileError(f"{what} lacks a value at row {values.index(None)}")
+        return values
     if tasks is None:
         return None
     said = whole_numbers(column, what).tolist()
-    unknown = [value for value in said if value not in tasks]
-    if unknown:
+    if unknown := [value for value in said if value not in tasks]:
         raise FileError(f"{what} is {unknown[0]}, which meta/tasks does not list")
     return [tasks[value] for value in said]
-
-
-def is_text(column: Any) -> bool:
-    """Whether a column holds texts."""
-    types = _arrow()[0].types
-    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-    return bool(types.is_string(kind) or types.is_large_string(kind))
 
 
 def episode_rows(content: SmallColumns, file: Path, number: int, alone: bool) -> tuple[int, int]:
@@ -191,8 +169,6 @@ def episode_rows(content: SmallColumns, file: Path, number: int, alone: bool) ->
     Raises:
         FileError: it is not there, or its rows lie apart.
     """
-    if not content.rows:
-        raise FileError(f"{file}: has no rows")
     if content.episodes is None:
         if alone:
             return 0, content.rows
@@ -206,55 +182,43 @@ def episode_rows(content: SmallColumns, file: Path, number: int, alone: bool) ->
     return int(rows[0]), int(rows[-1]) + 1
 
 
-@dataclass(frozen=True)
-class StoredPictures:
-    """Pictures in the column `key` of the rows start..stop - 1 of a parquet file: encoded (bytes, or a struct of bytes and
-    path; a row without bytes names a file below `root`), or lists of numbers, of `shape` where they are flat."""
+def stored_pictures(
+    file: Path, root: Path, key: str, rows: tuple[int, int], shape: tuple[int, ...]
+) -> Iterator[tuple[NDArray[np.uint8], bool]]:
+    """(a picture (H, W, 3), whether EXIF asked to turn it) of each of the rows from the first to before the second of `rows`.
 
-    file: Path
-    root: Path
-    key: str
-    start: int
-    stop: int
-    shape: tuple[int, ...]
+    The column `key` holds encoded pictures (bytes, or a struct of bytes and path; a row without bytes names a file below
+    `root`), or lists of numbers, of `shape` where they are flat.
+    """
+    what, (start, stop) = f"{file}: column {key!r}", rows
+    types = _arrow()[0].types
+    with opened(file) as parquet:
+        groups, row = _groups(parquet, start, stop)
+        for batch in parquet.iter_batches(batch_size=16, row_groups=groups, columns=[key], use_threads=False):
+            column = batch.column(batch.schema.names.index(key))
+            chosen = column.slice(max(0, start - row), max(0, stop - max(row, start)))
+            row += len(column)
+            kind = chosen.type
+            if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+                yield from (picture_rgb(_encoded(value, root, what), what) for value in chosen.to_pylist())
+            elif len(chosen):
+                yield from ((picture, False) for picture in array_rgb(numbers(chosen, what), shape, what))
+            if row >= stop:
+                return
+    raise FileError(f"{what} has {row} rows, expected {stop}")
 
-    def first(self) -> tuple[NDArray[np.uint8], bool]:
-        """The first picture, (H, W, 3) uint8, and whether EXIF asked to turn it."""
-        return next(self._pictures(self.start + 1))
 
-    def blocks(self) -> Iterator[NDArray[np.uint8]]:
-        """(k, H, W, 3) uint8 blocks of all pictures."""
-        yield from in_blocks((picture for picture, _ in self._pictures(self.stop)), f"{self.file}: column {self.key!r}")
-
-    def _pictures(self, stop: int) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-        what = f"{self.file}: column {self.key!r}"
-        with opened(self.file) as parquet:
-            groups, row = _groups(parquet, self.start, stop)
-            for batch in parquet.iter_batches(batch_size=16, row_groups=groups, columns=[self.key], use_threads=False):
-                column = batch.column(batch.schema.names.index(self.key))
-                chosen = column.slice(max(0, self.start - row), max(0, stop - max(row, self.start)))
-                row += len(column)
-                types = _arrow()[0].types
-                if len(chosen) and not (types.is_struct(chosen.type) or types.is_binary(chosen.type)
-                                        or types.is_large_binary(chosen.type)):  # fmt: skip
-                    yield from ((picture, False) for picture in array_rgb(numbers(chosen, what), self.shape, what))
-                else:
-                    yield from (picture_rgb(self._encoded(value, what), what) for value in chosen.to_pylist())
-                if row >= stop:
-                    return
-        raise FileError(f"{what} has {row} rows, expected {stop}")
-
-    def _encoded(self, value: Any, what: str) -> bytes:
-        data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and isinstance(path, str):
-            place = self.root / path
-            if Path(path).is_absolute() or ".." in Path(path).parts or not place.is_file():
-                raise FileError(f"{what} names the picture {path!r}, which is not in the data set")
-            refuse_lfs_pointer(place)
-            data = place.read_bytes()
-        if not isinstance(data, bytes):
-            raise FileError(f"{what} holds {type(data).__name__}, expected the bytes of a picture")
-        return data
+def _encoded(value: Any, root: Path, what: str) -> bytes:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and isinstance(path, str):
+        place = root / path
+        if Path(path).is_absolute() or ".." in Path(path).parts or not place.is_file():
+            raise FileError(f"{what} names the picture {path!r}, which is not in the data set")
+        refuse_lfs_pointer(place)
+        data = place.read_bytes()
+    if not isinstance(data, bytes):
+        raise FileError(f"{what} holds {type(data).__name__}, expected the bytes of a picture")
+    return data
 
 
 @dataclass(frozen=True)
@@ -342,48 +306,45 @@ def find_frames(
     if pts is None or (np.diff(pts) <= 0).any():
         raise FileError(f"{file}: {'frames have no times' if pts is None else 'two frames have the same time'}")
     at = pts * shown.base
-    part, origin = "", 0.0
-    inside = np.ones(len(pts), dtype=bool)
-    if span is not None and (span.first is not None or times is None):
-        first = int(np.argmin(np.abs(at - span.start))) if span.first is None else span.first
-        inside = (np.arange(len(pts)) >= first) & (np.arange(len(pts)) < first + rows)
-        part, origin = f" from frame {first} on", float(at[min(first, len(at) - 1)])
+    origin, part, first, end, last = 0.0, "", 0, len(at), len(at)
+    if span is not None and span.first is None and times is not None:
+        origin, part = span.start, f" from {span.start:g} to {span.stop:g} s"
+        first, end = np.searchsorted(at, (span.start - half, span.stop - half)).tolist()
+        last = int(np.searchsorted(at, span.stop + half, side="right"))
     elif span is not None:
-        part, origin = f" from {span.start:g} to {span.stop:g} s", span.start
-        inside = (at >= span.start - half) & (at < span.stop - half)
-    count = int(inside.sum())
-    here = at[inside]
-    if times is None or count == rows:
+        first = int(np.argmin(np.abs(at - span.start))) if span.first is None else span.first
+        origin, part = float(at[min(first, len(at) - 1)]), f" from frame {first} on"
+        end = last = min(first + rows, len(at))
+    count = max(0, end - first)
+    if times is None:
         if count != rows:
             raise FileError(f"{file}: {count} frames{part}, but the episode has {rows} rows")
-        if times is None:
-            return pts[inside], 0.0
+        return pts[first:end], 0.0
+    if count == rows:
+        here = at[first:end]
         late = float(times[0] - (here[0] - origin))
         for shift in (0.0, late):
-            if (np.abs(origin + times - shift - here) < half).all():
-                return pts[inside], shift
-        row = int(np.argmax(np.abs(origin + times - late - here) >= half))
+            far = np.abs(origin + times - shift - here) >= half
+            if not far.any():
+                return pts[first:end], shift
+        row = int(np.argmax(far))
         raise FileError(
             f"{file}: its frame {row} comes {here[row] - here[0]:g} s after its first, but the timestamp of row {row} "
             f"{times[row] - times[0]:g} s, over half a frame away; {BY_ORDER}"
         )
-    usable = inside if span is None else (at >= span.start - half) & (at <= span.stop + half)
-    end = at[-1]
-    pts, at = pts[usable], at[usable]
-    if not len(pts):
-        raise FileError(f"{file}: no frames{part}: it has {len(inside)} frames and ends at {end:g} s")
-    target = origin + times
+    if last <= first:
+        raise FileError(f"{file}: no frames{part}: it has {len(at)} frames and ends at {at[-1]:g} s")
+    pts, at, target = pts[first:last], at[first:last], origin + times
     right = np.clip(np.searchsorted(at, target), 0, len(pts) - 1)
     left = np.maximum(right - 1, 0)
     nearest = np.where(np.abs(at[left] - target) <= np.abs(at[right] - target), left, right)
-    far = np.abs(at[nearest] - target) >= half
-    if far.any():
+    if (far := np.abs(at[nearest] - target) >= half).any():
         row = int(np.argmax(far))
         raise FileError(
             f"{file}: row {row} of the episode is at {times[row]:g} s and the nearest of the {count} frames{part} at "
             f"{at[nearest[row]] - origin:g} s, over half a frame away (the episode has {rows} rows)"
         )
-    if (np.diff(nearest) <= 0).any():
-        row = int(np.argmax(np.diff(nearest) <= 0))
+    if (same := np.diff(nearest) <= 0).any():
+        row = int(np.argmax(same))
         raise FileError(f"{file}: rows {row} and {row + 1} of the episode both fall on the frame at {at[nearest[row]]:g} s")
     return pts[nearest], 0.0

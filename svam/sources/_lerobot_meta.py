@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice, pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeVar
 
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+
+from svam.errors import describe
 from svam.files import FileError, read_json, refuse_lfs_pointer
-from svam.sources._lerobot_files import opened, read_rows, seconds, texts, whole_numbers
+from svam.sources._choice import contents
+from svam.sources._lerobot_files import opened, read_rows
 
-VERSIONS = ("v2.0", "v2.1", "v3.0")
 STANDARD_PATHS = {
     "v2": {
         "data": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
@@ -26,15 +28,27 @@ STANDARD_PATHS = {
     },
 }
 """Where LeRobot itself writes; `info.json` repeats it, not always rightly."""
-_SIGNS = {
-    "v2": ("meta/episodes.jsonl", "meta/tasks.jsonl", "data/chunk-*/episode_*.parquet", "videos/chunk-*/*/episode_*.mp4"),
-    "v3": ("meta/episodes", "meta/tasks.parquet", "data/chunk-*/file-*.parquet", "videos/*/chunk-*/file-*.mp4"),
-}
-"""Files that only this version has."""
 _NUMBERS = {"v2": ("episode_chunk", "episode_index"), "v3": ("chunk_index", "file_index")}
-_CLIP_PARTS = ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+_SIGNS = {"v2": ("meta/episodes.jsonl", "meta/tasks.jsonl"), "v3": ("meta/episodes", "meta/tasks.parquet")}
+"""What only this version has."""
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{0,2})d)?\}")
 _PREFIXES = ("observation.images.", "observation.image.", "observation.")
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0, lt=2**53)]
+_Positive = Annotated[_Whole, Field(ge=1)]
+_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+
+
+def _sentences(value: Any) -> tuple[str, ...]:
+    """The `tasks` of an episode, as texts; anything else counts as not said."""
+    values = [value] if isinstance(value, str) else value
+    said = isinstance(values, list) and all(isinstance(one, str) for one in values)
+    return tuple(dict.fromkeys(values)) if said else ()
 
 
 @dataclass(frozen=True)
@@ -49,88 +63,80 @@ class Camera:
     dtype: str
 
 
-@dataclass(frozen=True)
-class Clip:
+class Clip(BaseModel):
     """The part of a v3 video file that belongs to one episode: numbers of its path, and seconds within the file."""
 
-    chunk: int
-    file: int
-    start: float
-    stop: float
+    chunk_index: _Whole
+    file_index: _Whole
+    from_timestamp: _Number
+    to_timestamp: _Number
 
 
-@dataclass(frozen=True)
-class Entry:
-    """One episode as the metadata lists it.
+class Entry(BaseModel):
+    """One episode as the metadata lists it. steps, success: None where it is not said. chunk, file: of its parquet file (v3).
+    clips: camera key -> `Clip` (v3)."""
 
-    number: `episode_index`. steps: None where it is not said. tasks: its sentences. success: None where it is not said.
-    chunk, file: of its parquet file (v3). clips: camera key -> `Clip` (v3).
-    """
-
-    number: int
-    steps: int | None
-    tasks: tuple[str, ...]
-    success: bool | None = None
-    chunk: int = 0
-    file: int = 0
-    clips: Mapping[str, Clip] = field(default_factory=dict)
+    number: _Whole = Field(alias="episode_index")
+    steps: _Positive | None = Field(None, alias="length")
+    tasks: Annotated[tuple[str, ...], BeforeValidator(_sentences)] = Field((), validation_alias=AliasChoices("tasks", "task"))
+    success: Annotated[bool | None, BeforeValidator(lambda value: value if isinstance(value, bool) else None)] = None
+    chunk: _Whole = Field(0, validation_alias=AliasChoices("data/chunk_index", "data_chunk_index"))
+    file: _Whole = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
+    clips: dict[str, Clip] = {}
 
 
-@dataclass(frozen=True)
-class Info:
-    """The parts of `meta/info.json` that are needed. `major` is "v2" or "v3"; paths: "data"/"video" -> templates, in the
-    order in which they are tried; notes: what of it is not believed."""
+class Info(BaseModel):
+    """The parts of `meta/info.json` that are needed."""
 
-    version: str
-    major: str
-    fps: float
-    chunks_size: int
-    paths: Mapping[str, tuple[str, ...]]
-    features: Mapping[str, Mapping[str, Any]]
-    splits: Mapping[str, Any]
-    robot: str
-    total_episodes: int | None
-    notes: tuple[str, ...]
+    codebase_version: Literal["v2.0", "v2.1", "v3.0"]
+    fps: Annotated[_Number, Field(gt=0)]
+    features: dict[str, dict[str, Any]]
+    chunks_size: _Positive = 1000
+    data_path: str | None = None
+    video_path: str | None = None
+    splits: Any = None
+    robot_type: Any = None
+    total_episodes: _Whole | None = None
 
-
-def whole_number(value: Any, what: str, least: int = 0) -> int:
-    """A JSON number that is whole and at least `least`; else `FileError` naming `what`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
-        raise FileError(f"{what} is {value!r}, expected a whole number")
-    if not least <= value < 2**53:
-        raise FileError(f"{what} is {value!r}, expected {least} or more")
-    return int(value)
+    @property
+    def major(self) -> str:
+        """ "v2" or "v3"."""
+        return self.codebase_version[:2]
 
 
-def read_lines(file: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file.
+class _Task(BaseModel):
+    task_index: _Whole
+    task: str
 
-    Raises:
-        FileError: the file is missing, or a line is no JSON object.
-    """
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def _stated(model: type[Model], values: Any, file: Path) -> Model:
+    """What a file states, as `model`; else `FileError` about its first fault."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise FileError(describe(error, file).partition("\n")[0]) from None
+
+
+def _read_lines(file: Path) -> Iterator[Any]:
+    """The values of a JSON-lines file."""
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise FileError(f"{file}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise FileError(f"{file}: cannot be read as UTF-8 text ({error})") from None
-    objects = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
-            value = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+            if line.strip():
+                yield json.loads(line)
+        except (ValueError, RecursionError):
             refuse_lfs_pointer(file)
             raise FileError(f"{file}: line {number} is not valid JSON; the file is truncated or damaged") from None
-        if not isinstance(value, dict):
-            raise FileError(f"{file}: line {number} is a {type(value).__name__}, expected an object")
-        objects.append(value)
-    return objects
 
 
-def read_info(root: Path) -> Info:
-    """Read and check `meta/info.json`.
+def read_info(root: Path) -> tuple[Info, dict[str, list[str]], list[str]]:
+    """`meta/info.json`; "data"/"video" -> path templates, in the order in which they are tried; notes.
 
     Raises:
         FileError: no LeRobot data set, another version, or a field is missing or of the wrong kind.
@@ -140,46 +146,20 @@ def read_info(root: Path) -> Info:
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
-    raw = read_json(file)
-    if not isinstance(raw, dict):
-        raise FileError(f"{file}: a {type(raw).__name__}, expected an object")
-    version = raw.get("codebase_version")
-    version = f"v{version.removeprefix('v')}" if isinstance(version, str) else version
-    if version not in VERSIONS:
-        raise FileError(f"{file}: codebase_version is {version!r}, this reader knows {', '.join(VERSIONS)}")
-    major = version[:2]
-    fps = raw.get("fps")
-    if isinstance(fps, bool) or not isinstance(fps, (int, float)) or not math.isfinite(fps) or fps <= 0:
-        raise FileError(f"{file}: fps is {fps!r}, expected a positive number")
-    features = raw.get("features")
-    if not isinstance(features, dict) or not all(isinstance(feature, dict) for feature in features.values()):
-        raise FileError(f"{file}: features is missing or no object of objects")
+    info = _stated(Info, read_json(file), file)
     paths, notes = {}, []
-    for kind, standard in STANDARD_PATHS[major].items():
-        given = raw.get(f"{kind}_path")
-        if given is not None and not isinstance(given, str):
-            raise FileError(f"{file}: {kind}_path is {given!r}, expected a path template")
-        filled = fill(given, dict.fromkeys(_NUMBERS[major], 0) | {"video_key": "x"}) if given else standard
+    for kind, standard in STANDARD_PATHS[info.major].items():
+        given = getattr(info, f"{kind}_path") or standard
+        filled = fill(given, dict.fromkeys(_NUMBERS[info.major], 0) | {"video_key": "x"})
         if filled is None:
             notes.append(
-                f"{file}: {kind}_path {given!r} cannot be filled in (a {major} path has {', '.join(_NUMBERS[major])} and, of a "
-                f"video, video_key); LeRobot's own {standard!r} is taken instead"
+                f"{file}: {kind}_path {given!r} cannot be filled in (a {info.major} path has "
+                f"{', '.join(_NUMBERS[info.major])} and, of a video, video_key); LeRobot's own {standard!r} is taken instead"
             )
-            given = None
         elif Path(filled).is_absolute() or ".." in Path(filled).parts:
             raise FileError(f"{file}: {kind}_path {given!r} leads out of the data set")
-        paths[kind] = tuple(dict.fromkeys([given, standard] if given else [standard]))
-    splits = raw.get("splits")
-    total = raw.get("total_episodes")
-    return Info(
-        version, major, float(fps),
-        whole_number(raw.get("chunks_size", 1000), f"{file}: chunks_size", 1),
-        paths, features,
-        splits if isinstance(splits, dict) else {},
-        str(raw.get("robot_type") or "unknown"),
-        None if total is None else whole_number(total, f"{file}: total_episodes"),
-        tuple(notes),
-    )  # fmt: skip
+        paths[kind] = list(dict.fromkeys([standard if filled is None else given, standard]))
+    return info, paths, notes
 
 
 def fill(template: str, values: Mapping[str, int | str]) -> str | None:
@@ -197,14 +177,11 @@ def fill(template: str, values: Mapping[str, int | str]) -> str | None:
 def what_lies_there(root: Path, path: Path, major: str) -> str:
     """For a file that is missing: what its nearest folder holds, and which files are of the other version's layout."""
     folder = next(parent for parent in path.parents if parent.is_dir())
-    held = sorted(entry.name for entry in islice(folder.iterdir(), 1000))
-    name = folder.relative_to(root).as_posix() if folder.is_relative_to(root) else str(folder)
-    lies = f"{'the folder' if name == '.' else name} holds {', '.join(held[:5]) or 'nothing'}{', ...' * (len(held) > 5)}"
+    lies = f"{'the folder' if folder == root else folder.relative_to(root)} holds {contents(folder)}"
     other = "v3" if major == "v2" else "v2"
-    signs = [next(islice(root.glob(pattern), 1), None) for pattern in _SIGNS[other]]
-    if files := [sign.relative_to(root).as_posix() for sign in signs if sign is not None]:
-        lies += f"; {' and '.join(files[:2])} {'are' if len(files) > 1 else 'is'} of a {other} set: is codebase_version right?"
-    return lies
+    files = [sign for sign in _SIGNS[other] if (root / sign).exists()]
+    verb = "are" if len(files) > 1 else "is"
+    return f"{lies}; {' and '.join(files)} {verb} of a {other} set: is codebase_version right?" if files else lies
 
 
 def read_tasks(root: Path) -> dict[int, str] | None:
@@ -214,39 +191,29 @@ def read_tasks(root: Path) -> dict[int, str] | None:
     Raises:
         FileError: a number repeats, or a sentence is no text.
     """
-    table, lines = root / "meta" / "tasks.parquet", root / "meta" / "tasks.jsonl"
-    pairs: list[tuple[Any, Any]]
-    if table.is_file():
-        with opened(table) as parquet:
+    file = root / "meta" / "tasks.parquet"
+    rows: list[Any]
+    if file.is_file():
+        with opened(file) as parquet:
             names = parquet.schema_arrow.names
-            column = next((name for name in ("task", "__index_level_0__", "index", "tasks") if name in names), None)
-            if column is None or "task_index" not in names:
-                raise FileError(f"{table}: columns {', '.join(names)}; expected task_index and task")
-            rows = read_rows(parquet, ["task_index", column])
-        numbers = whole_numbers(rows["task_index"], f"{table}: task_index").tolist()
-        pairs = list(zip(numbers, texts(rows[column], f"{table}: {column}"), strict=True))
-        file = table
-    elif lines.is_file():
-        pairs = [(row.get("task_index"), row.get("task")) for row in read_lines(lines)]
-        file = lines
+            sentence = "task" if "task" in names else "__index_level_0__"
+            if not {sentence, "task_index"} <= set(names):
+                raise FileError(f"{file}: columns {', '.join(names)}; expected task_index and task")
+            columns = read_rows(parquet, ["task_index", sentence])
+            pairs = zip(*(columns[name].to_pylist() for name in ("task_index", sentence)), strict=True)
+            rows = [{"task_index": number, "task": task} for number, task in pairs]
+    elif (file := root / "meta" / "tasks.jsonl").is_file():
+        rows = list(_read_lines(file))
     else:
         return None
     tasks: dict[int, str] = {}
-    for number, task in pairs:
-        key = whole_number(number, f"{file}: task_index")
-        if not isinstance(task, str):
-            raise FileError(f"{file}: the task {key} is {task!r}, expected a sentence")
-        if tasks.setdefault(key, task) != task:
-            raise FileError(f"{file}: task_index {key} is there twice, as {tasks[key]!r} and {task!r}")
+    for row in rows:
+        line = _stated(_Task, row, file)
+        if tasks.setdefault(line.task_index, line.task) != line.task:
+            raise FileError(
+                f"{file}: task_index {line.task_index} is there twice, as {tasks[line.task_index]!r} and {line.task!r}"
+            )
     return tasks
-
-
-def _sentences(value: Any) -> tuple[str, ...]:
-    """The `tasks` of an episode, as texts; anything else counts as not said."""
-    values = [value] if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(one, str) for one in values):
-        return ()
-    return tuple(dict.fromkeys(values))
 
 
 def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Entry]:
@@ -258,16 +225,9 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
     if info.major == "v2":
         file = root / "meta" / "episodes.jsonl"
         if not file.is_file():
-            raise FileError(f"{file}: no such file, which a {info.version} data set needs; {what_lies_there(root, file, 'v2')}")
-        entries = [
-            Entry(
-                whole_number(row.get("episode_index"), f"{file}: episode_index"),
-                None if row.get("length") is None else whole_number(row["length"], f"{file}: length", 1),
-                _sentences(row.get("tasks", row.get("task"))),
-                row.get("success") if isinstance(row.get("success"), bool) else None,
-            )
-            for row in read_lines(file)
-        ]
+            lies = what_lies_there(root, file, "v2")
+            raise FileError(f"{file}: no such file, which a {info.codebase_version} data set needs; {lies}")
+        entries = [_stated(Entry, row, file) for row in _read_lines(file)]
     else:
         file = root / "meta" / "episodes"
         files = sorted(file.rglob("*.parquet"))
@@ -284,50 +244,24 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
     return entries
 
 
-def _episodes_of(file: Path, cameras: Sequence[Camera]) -> list[Entry]:
+def _episodes_of(file: Path, cameras: Sequence[Camera]) -> Iterator[Entry]:
     """The episodes that one file of `meta/episodes` lists; statistics in it are not read."""
+    plain = ["episode_index", "length", "tasks", "success", *(f"data{s}{n}_index" for s in "/_" for n in ("chunk", "file"))]
+    clips = {camera.key: {part: f"videos/{camera.key}/{part}" for part in Clip.model_fields} for camera in cameras}
     with opened(file) as parquet:
-        names = set(parquet.schema_arrow.names)
-
-        def column(*spellings: str) -> str:
-            name = next((spelling for spelling in spellings if spelling in names), None)
-            if name is None:
-                raise FileError(f"{file}: column {spellings[0]!r} is missing")
-            return name
-
-        plain = {
-            "number": column("episode_index"), "steps": column("length"),
-            "chunk": column("data/chunk_index", "data_chunk_index"), "file": column("data/file_index", "data_file_index"),
+        there = set(parquet.schema_arrow.names)
+        names = [name for name in (*plain, *(name for parts in clips.values() for name in parts.values())) if name in there]
+        rows = {name: column.to_pylist() for name, column in read_rows(parquet, names).items()}
+    for name in ("episode_index", "length"):
+        if name not in rows:
+            raise FileError(f"{file}: column {name!r} is missing")
+    for values in zip(*rows.values(), strict=True):
+        row = dict(zip(rows, values, strict=True))
+        row["clips"] = {
+            key: {part: row[name] for part, name in parts.items() if name in row}
+            for key, parts in clips.items() if not there.isdisjoint(parts.values())
         }  # fmt: skip
-        clips = {
-            camera.key: [column(f"videos/{camera.key}/{part}") for part in _CLIP_PARTS]
-            for camera in cameras if any(name.startswith(f"videos/{camera.key}/") for name in names)
-        }  # fmt: skip
-        more = [name for name in ("tasks", "success") if name in names]
-        rows = read_rows(parquet, [*plain.values(), *(name for four in clips.values() for name in four), *more])
-        tasks, success = (rows[name].to_pylist() if name in rows else None for name in ("tasks", "success"))
-    values = {key: whole_numbers(rows[name], f"{file}: {name}", 0) for key, name in plain.items()}
-    places = {
-        key: (
-            whole_numbers(rows[four[0]], f"{file}: {four[0]}", 0),
-            whole_numbers(rows[four[1]], f"{file}: {four[1]}", 0),
-            *(seconds(rows[name], f"{file}: {name}") for name in four[2:]),
-        )
-        for key, four in clips.items()
-    }
-    entries = []
-    for row, number in enumerate(values["number"].tolist()):
-        if values["steps"][row] < 1:
-            raise FileError(f"{file}: length of episode {number} is {values['steps'][row]}, expected 1 or more")
-        clip = {
-            key: Clip(int(chunk[row]), int(index[row]), float(start[row]), float(stop[row]))
-            for key, (chunk, index, start, stop) in places.items()
-        }
-        place = int(values["chunk"][row]), int(values["file"][row])
-        reached = success[row] if success and isinstance(success[row], bool) else None
-        said = _sentences(tasks[row]) if tasks else ()
-        entries.append(Entry(number, int(values["steps"][row]), said, reached, *place, clip))
-    return entries
+        yield _stated(Entry, row, file)
 
 
 def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
@@ -335,35 +269,30 @@ def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
 
     A name is the key without `observation.images.`, or the whole key where two would be called the same.
     """
-    keys, notes = [], []
+    short: dict[str, str] = {}
+    notes = []
     for key, feature in info.features.items():
         dtype, shape = str(feature.get("dtype")), _shape(feature)
         about = [d for d in (feature, feature.get("info"), feature.get("video_info")) if isinstance(d, dict)]
         flags = [flag for d in about for flag in ("video.is_depth_map", "is_depth_map") if d.get(flag)]
         if flags or "depth" in dtype:
-            notes.append(
-                f"{file}: the camera {key!r} holds depth ({flags[0] if flags else f'dtype {dtype!r}'}); it is left out"
-            )
+            sign = flags[0] if flags else f"dtype {dtype!r}"
+            notes.append(f"{file}: the camera {key!r} holds depth ({sign}); it is left out")
         elif dtype in ("video", "image") or (dtype == "uint8" and len(shape) == 3):
             if Path(key).is_absolute() or ".." in Path(key).parts or "\0" in key:
                 raise FileError(f"{file}: the camera {key!r} has no name that can be part of a path")
-            keys.append(key)
+            name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
+            short[key] = re.sub(r"[^\w.-]", "_", name).lstrip(".")
         elif key.startswith("observation.image"):
-            notes.append(
-                f"{file}: {key!r} is of dtype {dtype!r} and shape {list(shape)}, expected 'video', 'image', or 'uint8' of "
-                "three axes; it is left out"
-            )
-    short = {}
-    for key in keys:
-        name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
-        short[key] = re.sub(r"[^\w.-]", "_", name).lstrip(".")
-    names = {
-        key: name if name and list(short.values()).count(name) == 1 else key.replace("/", ".") for key, name in short.items()
-    }
+            expected = "expected 'video', 'image', or 'uint8' of three axes; it is left out"
+            notes.append(f"{file}: {key!r} is of dtype {dtype!r} and shape {list(shape)}, {expected}")
+    unique = {name for name in short.values() if name and list(short.values()).count(name) == 1}
+    names = {key: name if name in unique else key.replace("/", ".") for key, name in short.items()}
     if len(set(names.values())) != len(names):
-        raise FileError(f"{file}: the cameras {', '.join(keys)} cannot be told apart by name")
-    dtypes = {key: str(info.features[key]["dtype"]) for key in keys}
-    return [Camera(key, names[key], dtypes[key] == "video", _shape(info.features[key]), dtypes[key]) for key in keys], notes
+        raise FileError(f"{file}: the cameras {', '.join(names)} cannot be told apart by name")
+    features = {key: info.features[key] for key in names}
+    cameras = [Camera(key, names[key], f["dtype"] == "video", _shape(f), f["dtype"]) for key, f in features.items()]
+    return cameras, notes
 
 
 def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
@@ -378,33 +307,33 @@ def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], li
     """
     ranges: dict[str, set[int]] = {}
     unused = "the set's own split is not used, one is drawn"
-    for name, text in info.splits.items():
-        match = re.fullmatch(r"\s*(\d{1,15})\s*:\s*(\d{1,15})\s*", text) if isinstance(text, str) else None
+    for name, text in (info.splits if isinstance(info.splits, dict) else {}).items():
+        match = re.fullmatch(r"\s*(\d{1,15})\s*:\s*(\d{1,15})\s*", str(text))
         if match is None:
             return {}, [f"meta/info.json: splits[{name!r}] is {text!r}, not 'first:end'; {unused}"]
-        first, end = int(match.group(1)), int(match.group(2))
-        ranges[name] = {entry.number for entry in entries if first <= entry.number < end}
-    trained = ranges.get("train", set())
-    held = {number for name, members in ranges.items() if name != "train" for number in members}
+        ranges[name] = {entry.number for entry in entries if int(match[1]) <= entry.number < int(match[2])}
+    trained = ranges.pop("train", set())
+    held = set().union(*ranges.values())
+    reason = ""
     if both := sorted(held & trained):
-        return {}, [f"meta/info.json: splits {dict(info.splits)} overlap in episode {both[0]}; {unused}"]
-    if len(held) == len(entries) or (not held and set(ranges) - {"train"}):
-        side = "train" if held else "hold out"
-        return {}, [f"meta/info.json: splits {dict(info.splits)} leave no episode to {side}; {unused}"]
-    return ({entry.number: entry.number in held for entry in entries} if held else {}), []
+        reason = f"overlap in episode {both[0]}"
+    elif len(held) == len(entries) or (ranges and not held):
+        reason = f"leave no episode to {'train' if held else 'hold out'}"
+    if reason:
+        return {}, [f"meta/info.json: splits {info.splits} {reason}; {unused}"]
+    return {entry.number: entry.number in held for entry in entries} if held else {}, []
 
 
 def dimension_names(feature: Mapping[str, Any] | None) -> list[str]:
     """The names of a feature's dimensions, which sets write as a list, a nested list, an object of lists, or not at all."""
-    found: list[str] = []
+    names: list[str] = []
     pending = [feature.get("names") if feature else None]
-    while pending and len(found) < 10_000:
+    while pending and len(names) < 10_000:
         value = pending.pop(0)
         if isinstance(value, str):
-            found.append(value)
+            names.append(value)
         elif isinstance(value, dict):
-            inner = [one for one in value.values() if isinstance(one, (list, dict))]
-            pending[:0] = inner or list(value)
+            pending[:0] = [one for one in value.values() if isinstance(one, (list, dict))] or list(value)
         elif isinstance(value, list):
             pending[:0] = value
-    return found
+    return names

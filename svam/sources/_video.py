@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ FORMATS = {".mp4": "mp4", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".m
 """Suffix -> container. It is given to FFmpeg by name: a playlist called `x.mp4` must not make it open other files."""
 _TURNS = {(1, 0, 0, 1): 0, (0, -1, 1, 0): 1, (-1, 0, 0, -1): 2, (0, 1, -1, 0): 3}
 """Display matrix -> quarter turns against the clock."""
+_NO_TURN = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+"""The display matrix of an mp4 that is shown as it is stored."""
 _NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 
 
@@ -87,7 +89,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def probe(file: Path) -> VideoFacts:
-    """What is known of a video from its index (mp4; of others every packet is read) and its first frame.
+    """What is known of a video from its header (mp4; of others every packet is read, and one frame decoded).
 
     Raises:
         FileError: it is missing, damaged, empty, no video, or to be shown mirrored. NoColourError: it holds no 8-bit colours.
@@ -107,15 +109,30 @@ def _probed(file: Path, _: str) -> VideoFacts:
         in_index = container.format.name in ("mp4", "mov") and len(stream.index_entries) == stream.frames
         frames = sum(not entry.is_discard for entry in stream.index_entries) if in_index else 0
         rate = stream.average_rate
-        first = next(container.decode(stream), None)
-        if first is None:
-            raise FileError(f"{file}: has no frames")
-        turn = _turn(file, first)
-    times = None if frames else frame_times(file)
-    if times is not None:
-        frames = len(times.pts) if times.pts is not None else len(times.keys)
+        first = None if frames and _upright(file) else next(container.decode(stream), None)
+        turn = 0 if first is None else _turn(file, first)
+    if not frames:
+        times = frame_times(file)
+        frames = len(times.keys if times.pts is None else times.pts)
+    if not frames:
+        raise FileError(f"{file}: has no frames")
     size = (width, height) if turn % 2 else (height, width)
     return VideoFacts(frames, *size, float(rate) if rate else None, turn)
+
+
+def _upright(file: Path) -> bool:
+    """Whether the header of an mp4 asks for no turning at all; where it does, a frame says what FFmpeg makes of it."""
+    with file.open("rb") as boxes:
+        while len(head := boxes.read(16)) == 16:
+            size, name, large = struct.unpack(">I4sQ", head)
+            size = large if size == 1 else size
+            if size < 16 or (name == b"moov" and size > 2**26):
+                break
+            if name == b"moov":
+                header = head[8:] + boxes.read(size - 16)
+                return header.count(_NO_TURN) == header.count(b"mvhd") + header.count(b"tkhd") > 1
+            boxes.seek(size - 16, 1)
+    return False
 
 
 def _turn(file: Path, frame: Any) -> int:
@@ -184,11 +201,7 @@ def frames_at(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, coun
         FileError: damaged, or a frame has another size than `facts`.
     """
     shape = (count, facts.height, facts.width, 3)
-    return FrameBlocks(shape, partial(_blocks, file, facts, pts, count))
-
-
-def _blocks(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> Iterator[NDArray[np.uint8]]:
-    yield from in_blocks(_decoded(file, facts, pts, count), str(file))
+    return FrameBlocks(shape, lambda: in_blocks(_decoded(file, facts, pts, count), str(file)))
 
 
 def _decoded(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> Iterator[NDArray[np.uint8]]:
@@ -213,7 +226,7 @@ def _decoded(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count
                 found = f"{frame.width} x {frame.height}"
                 raise FileError(f"{file}: frame {done} is {found} pixels, expected {size[1]} x {size[0]}")
             if done == 0 and _turn(file, frame) != facts.turn:
-                raise FileError(f"{file}: its frames are not all turned alike")
+                raise FileError(f"{file}: its first frame asks for another turn than its header; store it upright")
             picture: NDArray[Any] = scaler.reformat(frame, format="rgb24", threads=1).to_ndarray()
             yield np.rot90(picture, facts.turn) if facts.turn else picture
             done += 1

@@ -15,7 +15,7 @@ videos longer than their rows, timestamps that begin late (see `_lerobot_files.f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import islice
@@ -28,37 +28,11 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
+from svam.sources import _lerobot_files as files
+from svam.sources import _lerobot_meta as meta
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction
-from svam.sources._lerobot_files import (
-    BY_ORDER,
-    Rows,
-    Span,
-    StoredPictures,
-    episode_rows,
-    find_frames,
-    first_frames,
-    joined,
-    opened,
-    read_rows,
-    seconds,
-    sentences,
-    small_columns,
-    vectors,
-    whole_numbers,
-)
-from svam.sources._lerobot_meta import (
-    Camera,
-    Entry,
-    dimension_names,
-    fill,
-    find_cameras,
-    own_split,
-    read_episodes,
-    read_info,
-    read_tasks,
-    what_lies_there,
-)
-from svam.sources._pictures import NoColourError
+from svam.sources._lerobot_meta import Camera, Entry
+from svam.sources._pictures import NoColourError, in_blocks
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
@@ -96,38 +70,41 @@ class LerobotSource:
         """See `open_source`."""
         self.root = Path(path)
         self.options, self.choice = options, choice
-        self.info = read_info(self.root)
+        self.info, self._paths, self._notes = meta.read_info(self.root)
         self._info_file = self.root / "meta" / "info.json"
-        self._notes = list(self.info.notes)
-        self._findings: dict[str, dict[int | Path, str]] = {}
+        self._cases: dict[str, dict[int | Path, str]] = {}
         self._instructions: dict[int, str] = {}
         self._firsts: dict[tuple[str, int, int], dict[int, int]] = {}
         declared = self._chosen_cameras()
-        self._entries = read_episodes(self.root, self.info, declared)
-        if self.info.total_episodes not in (None, len(self._entries)):
-            said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self._entries)}"
+        self._entries = meta.read_episodes(self.root, self.info, declared)
+        if self.info.total_episodes not in (None, len(self)):
+            said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self)}"
             self._notes.append(f"{self._info_file}: {said}")
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
-        self._held_out, notes = own_split(self.info, self._entries)
+        self._held_out, notes = meta.own_split(self.info, self._entries)
         self._notes += notes
         self.columns = self._find_columns(names)
-        self._tasks = read_tasks(self.root)
+        self._tasks = meta.read_tasks(self.root)
 
     @property
     def notes(self) -> Sequence[str]:
         """What is left out, mended or doubtful, of the set and of the episodes that `shape` has looked at."""
-        found = []
-        for what, cases in self._findings.items():
-            first, count = next(iter(cases.values())), len(cases)
-            found.append(f"{first}{f', and {count - 1} more alike' if count > 1 else ''}{what}")
-        return [*self._notes, *found]
+        repeated = []
+        for what, cases in self._cases.items():
+            more = f", and {len(cases) - 1} more alike" if len(cases) > 1 else ""
+            repeated.append(f"{next(iter(cases.values()))}{more}{what}")
+        return [*self._notes, *repeated]
+
+    def _note(self, what: str, key: int | Path, case: str) -> None:
+        """Note a case (an episode or a file) of what may occur in many; the first one is told."""
+        self._cases.setdefault(what, {})[key] = case
 
     # What is read
 
     def _chosen_cameras(self) -> list[Camera]:
-        declared, notes = find_cameras(self._info_file, self.info)
+        declared, notes = meta.find_cameras(self._info_file, self.info)
         by_name = {camera.name: camera for camera in declared}
         by_key = {camera.key: camera.name for camera in declared}
         asked = self.choice.model_copy(update={"cameras": [by_key.get(name, name) for name in self.choice.cameras]})
@@ -140,56 +117,45 @@ class LerobotSource:
 
     def _find_first_file(self) -> tuple[Path, list[str]]:
         """The first data file that can be read, and its columns, which stand for all; notes a template that is wrong."""
-        names: list[str] = []
         refused: FileError | None = None
+        last = self._entries[-1]
+        if (there := self._data(last)) not in (None, self._candidates("data", last)[0]):
+            said = f"{self._info_file}: data_path {self.info.data_path!r}"
+            self._notes.append(f"{said} does not lead to the file of episode {last.number}; {there} is read instead")
         for file in islice((path for entry in self._entries if (path := self._data(entry))), _TRIED):
             try:
-                with opened(file) as parquet:
+                with files.opened(file) as parquet:
                     names = list(parquet.schema_arrow.names)
-                break
             except FileError as error:
                 refused = refused or error
-        else:
-            path = self._candidates("data", self._entries[0])[-1]
-            lies = what_lies_there(self.root, path, self.info.major)
-            raise refused or FileError(f"{path}: no such file, nor that of any other episode; {lies}")
-        for entry in (self._entries[0], self._entries[-1]):
-            there = self._data(entry)
-            if there not in (None, self._candidates("data", entry)[0]):
-                self._notes.append(
-                    f"{self._info_file}: data_path {self.info.paths['data'][0]!r} does not lead to the file of episode "
-                    f"{entry.number}; {there} is read instead"
-                )
-                break
-        return file, names
+                continue
+            return file, names
+        place = self._candidates("data", self._entries[0])[-1]
+        lies = meta.what_lies_there(self.root, place, self.info.major)
+        raise refused or FileError(f"{place}: no such file, nor that of any other episode; {lies}")
 
     def _present_cameras(self, declared: list[Camera], columns: list[str]) -> list[Camera]:
         """Those cameras that have videos or a column; the others are noted, or an error where they were asked for."""
-        present, lacking = [], []
+        present: list[Camera] = []
+        lacking: dict[str, str] = {}
         for camera in declared:
             stored = camera.key in columns
             filmed = (camera.video or not stored) and any(self._video(entry, camera) for entry in self._entries)
             if not stored and not filmed:
-                lacking.append((camera, self._where_looked(camera)))
+                where = lacking[camera.key] = self._where_looked(camera)
+                if self.choice.cameras:
+                    raise ParamsError(f"convert.cameras names {camera.name!r}, but {self.root} has no pictures of it: {where}")
+                self._notes.append(f"{self._info_file} declares the camera {camera.key!r}, but {where}; it is left out")
                 continue
-            video = filmed if camera.video or not stored else False
-            if video != camera.video:
-                place = "in videos" if video else f"in a column of {self._first_file}"
-                self._notes.append(
-                    f"{self._info_file}: {camera.key!r} is of dtype {camera.dtype!r}, but its pictures lie {place}, and are "
-                    "read from there"
-                )
-            present.append(replace(camera, video=video))
-        for camera, where in lacking:
-            if self.choice.cameras:
-                raise ParamsError(f"convert.cameras names {camera.name!r}, but {self.root} has no pictures of it: {where}")
-            self._notes.append(f"{self._info_file} declares the camera {camera.key!r}, but {where}; it is left out")
+            if filmed != camera.video:
+                place = "in videos" if filmed else f"in a column of {self._first_file}"
+                declares = f"{self._info_file}: {camera.key!r} is of dtype {camera.dtype!r}"
+                self._notes.append(f"{declares}, but its pictures lie {place}, and are read from there")
+            present.append(replace(camera, video=filmed))
         if not present:
-            looked = "; ".join(f"{camera.key}: {where}" for camera, where in lacking)
-            raise FileError(
-                f"{self.root}: a data set without pictures cannot be converted; "
-                + (looked or f"{self._info_file} declares no feature of dtype 'video', 'image', or 'uint8' of three axes")
-            )
+            looked = "; ".join(f"{key}: {where}" for key, where in lacking.items())
+            none = f"{self._info_file} declares no feature of dtype 'video', 'image', or 'uint8' of three axes"
+            raise FileError(f"{self.root}: a data set without pictures cannot be converted; {looked or none}")
         return present
 
     def _where_looked(self, camera: Camera) -> str:
@@ -197,7 +163,7 @@ class LerobotSource:
         if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
             return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
         path = self._candidates("video", self._entries[0], camera)[-1]
-        lies = what_lies_there(self.root, path, self.info.major)
+        lies = meta.what_lies_there(self.root, path, self.info.major)
         return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
 
     def _look_at_pictures(self) -> None:
@@ -205,11 +171,8 @@ class LerobotSource:
         for camera in self.cameras:
             try:
                 if camera.video:
-                    video = next(path for entry in self._entries if (path := self._video(entry, camera)))
-                    probe(video)
-                    continue
-                pictures = StoredPictures(self._first_file, self.root, camera.key, 0, 1, camera.shape)
-                if pictures.first()[1]:
+                    probe(next(path for entry in self._entries if (path := self._video(entry, camera))))
+                elif next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))[1]:
                     self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
             except NoColourError as error:
                 others = ", ".join(other.name for other in self.cameras if other is not camera)
@@ -247,13 +210,13 @@ class LerobotSource:
 
     def _candidates(self, kind: str, entry: Entry, camera: Camera | None = None) -> list[Path]:
         """The paths of a data or video file, the one that info.json states first."""
-        values: dict[str, int | str] = {"video_key": camera.key if camera else ""}
-        if self.info.major == "v2":
-            values |= {"episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size}
-        else:
-            clip = entry.clips.get(camera.key) if camera else None
-            values |= {"chunk_index": clip.chunk if clip else entry.chunk, "file_index": clip.file if clip else entry.file}
-        return [self.root / path for template in self.info.paths[kind] if (path := fill(template, values)) is not None]
+        clip = entry.clips.get(camera.key) if camera else None
+        values: dict[str, int | str] = {
+            "video_key": camera.key if camera else "",
+            "episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size,
+            "chunk_index": clip.chunk_index if clip else entry.chunk, "file_index": clip.file_index if clip else entry.file,
+        }  # fmt: skip
+        return [self.root / path for template in self._paths[kind] if (path := meta.fill(template, values))]
 
     def _data(self, entry: Entry) -> Path | None:
         return next((path for path in self._candidates("data", entry) if path.is_file()), None)
@@ -270,65 +233,62 @@ class LerobotSource:
             FileError: some are not, all of them named, or are Git LFS pointers.
         """
         data = self._data(entry)
-        videos = {camera.key: self._video(entry, camera) for camera in self.cameras if camera.video}
         missing = [] if data else [str(self._candidates("data", entry)[-1])]
-        missing += [
-            f"{self._candidates('video', entry, camera)[-1]} (the video of camera {camera.name!r})"
-            for camera in self.cameras if camera.video and not videos[camera.key]
-        ]  # fmt: skip
+        videos = {}
+        for camera in self.cameras:
+            if camera.video and (video := self._video(entry, camera)):
+                videos[camera.key] = video
+            elif camera.video:
+                missing.append(f"{self._candidates('video', entry, camera)[-1]} (the video of camera {camera.name!r})")
         if data is None or missing:
             raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
-        there = {key: path for key, path in videos.items() if path is not None}
-        for path in (data, *there.values()):
+        for path in (data, *videos.values()):
             refuse_lfs_pointer(path)
-        return data, there
+        return data, videos
 
     # What the rows say
 
-    def _rows(self, index: int, file: Path) -> Rows:
-        entry, options = self._entries[index], self.options
-        spoken = options.instruction_column if options.instruction_column not in (None, "tasks") else "task_index"
-        content = small_columns(file, stamp(file), ("timestamp", "frame_index", "next.success", str(spoken)))
-        start, stop = episode_rows(content, file, entry.number, self.info.major == "v2")
+    def _rows(self, index: int, file: Path) -> files.Rows:
+        entry, asked = self._entries[index], self.options.instruction_column
+        spoken = "task_index" if asked in (None, "tasks") else str(asked)
+        content = files.small_columns(file, stamp(file), ("timestamp", "frame_index", "next.success", spoken))
+        start, stop = files.episode_rows(content, file, entry.number, self.info.major == "v2")
         if entry.steps not in (None, stop - start):
             raise FileError(f"{file}: episode {entry.number} has {stop - start} rows, but the metadata says {entry.steps}")
         mine = {name: column.slice(start, stop - start) for name, column in content.columns.items()}
-        if "frame_index" in mine and (np.diff(whole_numbers(mine["frame_index"], f"{file}: frame_index")) <= 0).any():
+        if "frame_index" in mine and (np.diff(files.whole_numbers(mine["frame_index"], f"{file}: frame_index")) <= 0).any():
             raise FileError(f"{file}: frame_index of episode {entry.number} does not increase")
         times, fps = self._times(entry, file, mine.get("timestamp"))
         success = entry.success
         if success is None and "next.success" in mine:
-            success = bool(vectors(mine["next.success"], f"{file}: next.success").any())
-        return Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(str(spoken))), success)
+            success = bool(files.vectors(mine["next.success"], f"{file}: next.success").any())
+        return files.Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(spoken)), success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
-        order = self.options.frames == "order"
+        order, fps, stated = self.options.frames == "order", self.info.fps, self.choice.rate_hz
         if column is None:
-            return None, self.info.fps
+            return None, fps
         try:
-            times = seconds(column, f"{file}: timestamp")
+            times = files.seconds(column, f"{file}: timestamp")
         except FileError as error:
             if order:
-                return None, self.info.fps
-            raise FileError(f"{error}; {BY_ORDER}") from None
-        step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / self.info.fps
-        rate = self.choice.rate_hz or self.info.fps
+                return None, fps
+            raise FileError(f"{error}; {files.BY_ORDER}") from None
+        step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / fps
+        rate = stated or fps
         if abs(step * rate - 1) > 0.25:
-            says = "convert.rate_hz is" if self.choice.rate_hz else f"{self._info_file} says fps"
+            says = "convert.rate_hz is" if stated else f"{self._info_file} says fps"
             apart = f"{file}: timestamps are {step:g} s apart in episode {entry.number}, but {says} {rate:g}"
-            if not (order or self.choice.rate_hz):
+            if not (order or stated):
                 hint = f"set convert.rate_hz to {1 / step:g} if the timestamps are right, or, " if 0.001 < step < 10 else ""
-                raise FileError(f"{apart}; {hint}{BY_ORDER}")
-            stored = f"; it is stored at {rate:g} Hz" + ("" if self.choice.rate_hz else ", which convert.rate_hz replaces")
-            self._note(stored, entry.number, apart)
+                raise FileError(f"{apart}; {hint}{files.BY_ORDER}")
+            replaces = "" if stated else ", which convert.rate_hz replaces"
+            self._note(f"; it is stored at {rate:g} Hz{replaces}", entry.number, apart)
         if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
             what = "; where a video has as many frames as rows, row t takes frame t"
             self._note(what, entry.number, f"{file}: timestamps begin at {times[0]:g} s")
-        return (None if order else times), (1 / step if self.choice.rate_hz and step > 0 else self.info.fps)
-
-    def _note(self, what: str, key: int | Path, case: str) -> None:
-        self._findings.setdefault(what, {})[key] = case
+        return None if order else times, 1 / step if stated and step > 0 else fps
 
     def _instruction(self, index: int, file: Path, column: Any) -> str:
         """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows."""
@@ -338,53 +298,48 @@ class LerobotSource:
         own = listed = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
         if asked == "tasks" and len(entry.tasks) > 1:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
+        said = None
         if asked != "tasks" and column is not None:
-            spoken = self._spoken(column, file, index)
-            if None not in (spoken, listed) and spoken != listed:
+            said = files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}")
+        if said:
+            if other := next((row for row, sentence in enumerate(said) if sentence != said[0]), 0):
                 raise FileError(
-                    f"{file}: task_index says {spoken!r} for episode {entry.number}, but the metadata says {listed!r}; set "
+                    f"{file}: episode {entry.number} changes its task at row {other} from {said[0]!r} to {said[other]!r}, "
+                    f"expected one; set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
+                )
+            if listed not in (None, said[0]):
+                raise FileError(
+                    f"{file}: task_index says {said[0]!r} for episode {entry.number}, but the metadata says {listed!r}; set "
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
-            own = spoken if listed is None else listed
+            own = said[0]
         return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip()
-
-    def _spoken(self, column: Any, file: Path, index: int) -> str | None:
-        """The one sentence of an episode's rows; None where there is no table of tasks."""
-        name, number = self.options.instruction_column or "task_index", self._entries[index].number
-        said = sentences(column, self._tasks, f"{file}: {name}")
-        for row, sentence in enumerate(said or ()):
-            if said and sentence != said[0]:
-                raise FileError(
-                    f"{file}: episode {number} changes its task at row {row} from {said[0]!r} to {sentence!r}, expected one; "
-                    f"set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
-                )
-        return said[0] if said else None
 
     # Where the frames lie
 
-    def _span(self, entry: Entry, camera: Camera, video: Path) -> Span | None:
+    def _span(self, entry: Entry, camera: Camera, video: Path) -> files.Span | None:
         """Where an episode lies in the video of a v3 set; None where it has a video of its own (v2)."""
         clip = entry.clips.get(camera.key)
         if clip is None:
             return None
-        key = (camera.key, clip.chunk, clip.file)
+        key = (camera.key, clip.chunk_index, clip.file_index)
         if key not in self._firsts:
             members = sorted(
-                (other.start, other.stop, one.number, one.steps or 0)
+                (other.from_timestamp, other.to_timestamp, one.number, one.steps or 0)
                 for one in self._entries
-                if (other := one.clips.get(camera.key)) and (other.chunk, other.file) == key[1:]
+                if (other := one.clips.get(camera.key)) and (other.chunk_index, other.file_index) == key[1:]
             )
             facts, believe = probe(video), self.options.frames == "order"
-            self._firsts[key], note = first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
+            self._firsts[key], note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
             if note:
                 self._note("", video, note)
-        return Span(clip.start, clip.stop, self._firsts[key].get(entry.number))
+        return files.Span(clip.from_timestamp, clip.to_timestamp, self._firsts[key].get(entry.number))
 
     def _place(
-        self, entry: Entry, camera: Camera, video: Path, rows: Rows, cheaply: bool = False
-    ) -> tuple[NDArray[np.int64], float] | None:
-        """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` None where frames
-        and rows are equally many and equally far apart, so that reading will find them."""
+        self, entry: Entry, camera: Camera, video: Path, rows: files.Rows, cheaply: bool = False
+    ) -> tuple[NDArray[np.int64], float]:
+        """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` no times where
+        frames and rows are equally many and equally far apart, so that reading will find them."""
         span, facts, times = self._span(entry, camera, video), probe(video), rows.times
         if facts.turned:
             self._note(", as its metadata ask", video, f"{video}: {facts.turned}")
@@ -397,15 +352,15 @@ class LerobotSource:
             times = None
         regular = times is None or (np.abs(times - times[0] - np.arange(len(rows)) / rows.fps) < 0.4 / rows.fps).all()
         if cheaply and equal and regular:
-            return None
-        return find_frames(video, times, len(rows), rows.fps, span)
+            return np.zeros(0, np.int64), 0.0
+        return files.find_frames(video, times, len(rows), rows.fps, span)
 
     # The source
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, each sentence as a task of its own, and which columns were joined."""
         names = {
-            vector: [name for column in columns for name in (dimension_names(self.info.features.get(column)) or [column])]
+            vector: [name for key in columns for name in (meta.dimension_names(self.info.features.get(key)) or [key])]
             for vector, columns in self.columns.items()
         }
         for index in range(len(self)):
@@ -417,7 +372,8 @@ class LerobotSource:
             rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
             instructions={sentence: {"train": [sentence], "held_out": []} for sentence in said},
             provenance={
-                "source": "lerobot", "codebase_version": self.info.version, "robot_type": self.info.robot,
+                "source": "lerobot", "codebase_version": self.info.codebase_version,
+                "robot_type": str(self.info.robot_type or "unknown"),
                 "cameras": {camera.name: camera.key for camera in self.cameras},
                 "columns": self.columns, "dimension_names": names, "options": self.options.model_dump(mode="json"),
             },
@@ -454,26 +410,23 @@ class LerobotSource:
         entry = self._entries[index]
         file, videos = self._files(entry)
         rows = self._rows(index, file)
-        with opened(file) as parquet:
-            needed = [column for columns in self.columns.values() for column in columns]
+        needed = list(dict.fromkeys(column for columns in self.columns.values() for column in columns))
+        with files.opened(file) as parquet:
             stored = [camera.key for camera in self.cameras if not camera.video]
-            missing = [column for column in (*needed, *stored) if column not in parquet.schema_arrow.names]
-            if missing:
+            if missing := [name for name in (*needed, *stored) if name not in parquet.schema_arrow.names]:
                 raise FileError(f"{file}: column {missing[0]!r} is missing, which the first episode has")
-            table = read_rows(parquet, list(dict.fromkeys(needed)), rows.start, rows.stop)
+            table = files.read_rows(parquet, needed, rows.start, rows.stop)
         frames: dict[str, FrameBlocks] = {}
         late: dict[str, float] = {}
         for camera in self.cameras:
             if camera.video:
                 video = videos[camera.key]
-                placed = self._place(entry, camera, video, rows)
-                assert placed is not None
-                frames[camera.name] = frames_at(video, probe(video), placed[0], len(rows))
-                late |= {camera.name: placed[1]} if placed[1] else {}
+                pts, delay = self._place(entry, camera, video, rows)
+                frames[camera.name] = frames_at(video, probe(video), pts, len(rows))
+                late |= {camera.name: delay} if delay else {}
             else:
-                pictures = StoredPictures(file, self.root, camera.key, rows.start, rows.stop, camera.shape)
-                frames[camera.name] = FrameBlocks((len(rows), *pictures.first()[0].shape), pictures.blocks)
-        vector = {name: joined(file, table, columns) for name, columns in self.columns.items()}
+                frames[camera.name] = self._stored(camera, rows)
+        vector = {name: files.joined(file, table, columns) for name, columns in self.columns.items()}
         return checked(
             Episode(
                 task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps,
@@ -487,6 +440,16 @@ class LerobotSource:
             ),
             file,
         )  # fmt: skip
+
+    def _stored(self, camera: Camera, rows: files.Rows) -> FrameBlocks:
+        """The pictures of a camera that lie in the parquet file."""
+
+        def pictures() -> Iterator[tuple[NDArray[np.uint8], bool]]:
+            return files.stored_pictures(rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
+
+        what = f"{rows.file}: column {camera.key!r}"
+        shape = next(pictures())[0].shape
+        return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> LerobotSource:

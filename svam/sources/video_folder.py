@@ -72,21 +72,17 @@ class _Record:
     videos: dict[str, str]
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON file says, or a text file as {"texts": lines}."""
+    if file.suffix == ".txt":
+        try:
+            return {"texts": file.read_text(encoding="utf-8-sig").splitlines()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"{file}: not UTF-8 text ({error})") from None
     content = read_json(file)
     if not isinstance(content, dict):
         raise FileError(f"{file}: is a JSON {type(content).__name__}, expected an object with the keys of one episode")
     return content
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise FileError(f"{file}: not UTF-8 text (byte {error.start})") from None
-    except OSError as error:
-        raise FileError(f"{file}: cannot be read ({error.strerror})") from None
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def _camera_names(videos: list[str]) -> list[str]:
@@ -105,45 +101,39 @@ class VideoFolderSource:
         self._turned: dict[str, str] = {}
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
-        top = self.path / options.annotations
-        self._annotated = top.is_dir()
-        self._top = top if self._annotated else self.path
-        if self._annotated:
-            listed = sorted(file.relative_to(top) for file in top.rglob("*.json") if not file.name.startswith("."))
-            self._splits = [file.parts[0] if len(file.parts) > 1 else "" for file in listed]
-            for split in options.splits:
-                if split not in self._splits:
-                    raise FileError(f"{top}: no {split}/*.json, which convert.options.splits lists")
-            chosen = [k for k, split in enumerate(self._splits) if not options.splits or split in options.splits]
-            self._splits = [self._splits[k] for k in chosen]
-            self._files = [top / listed[k] for k in chosen]
-        else:
-            if options.splits:
-                raise FileError(f"{top}: no such directory, so there are no splits, but convert.options.splits lists some")
-            videos = (file for file in self.path.rglob("*") if file.suffix.lower() in FORMATS and file.is_file())
-            self._files = sorted(file for file in videos if not file.name.startswith("."))
-            self._splits = [""] * len(self._files)
-        if not self._files:
+        annotations = self.path / options.annotations
+        self._annotated = annotations.is_dir()
+        self._top = annotations if self._annotated else self.path
+        suffixes = (".json",) if self._annotated else tuple(FORMATS)
+        files = sorted(file for file in self._top.rglob("[!.]*") if file.suffix.lower() in suffixes and not file.is_dir())
+        if not files:
             what = f"*.json below {options.annotations}" if self._annotated else f"videos ({', '.join(FORMATS)})"
             raise FileError(f"{self.path}: no {what}")
-        kinds = set(self._splits)
+        if options.splits and not self._annotated:
+            raise FileError(f"{annotations}: no such directory, so there are no splits, but convert.options.splits lists some")
+        for split in options.splits:
+            if split not in map(self._split, files):
+                raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists")
+        self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
+        kinds = set(map(self._split, self._files))
         self._has_split = kinds <= _TRAINING | _HELD_OUT and bool(kinds & _TRAINING) and bool(kinds & _HELD_OUT)
 
     def __len__(self) -> int:
         return len(self._files)
 
+    def _split(self, file: Path) -> str:
+        """The sub-folder of the annotations in which a file lies."""
+        return file.relative_to(self._top).parts[0] if self._annotated and file.parent != self._top else ""
+
     def _record(self, index: int) -> _Record:
         file = self._files[index]
         if self._annotated:
-            content = _read_object(file)
+            content = _read(file)
             return _Record(file, content, self._texts(file, content), self._videos(file, content))
         videos = {"video": file.relative_to(self.path).as_posix()}
-        beside, text = file.with_suffix(".json"), file.with_suffix(".txt")
-        if beside.is_file():
-            content = _read_object(beside)
-            return _Record(beside, content, self._texts(beside, content), videos)
-        texts = _read_lines(text) if text.is_file() else []
-        return _Record(text if text.is_file() else file, {}, self._chosen_texts(file, texts), videos)
+        beside = next((text for suffix in (".json", ".txt") if (text := file.with_suffix(suffix)).is_file()), None)
+        content = {} if beside is None else _read(beside)
+        return _Record(beside or file, content, self._texts(beside or file, content), videos)
 
     def _records(self) -> Iterator[tuple[int, _Record]]:
         """Those that can be read, with their numbers; `shape` says what is wrong with the others."""
@@ -162,7 +152,14 @@ class VideoFolderSource:
                 continue
         return facts_of(self._record(0))
 
-    def _chosen_texts(self, file: Path, texts: list[str]) -> list[str]:
+    def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
+        """The sentences of an episode, each once."""
+        key = self._key(file, content, self.options.text, _TEXTS, "text") if file.suffix.lower() == ".json" else "texts"
+        value = content.get(key or "", [])
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
+        texts = [text.strip() for text in texts if text.strip()]
         if self.choice.instruction or not texts:
             return [chosen_instruction(self.choice, None, str(file))]
         for text in texts:
@@ -171,14 +168,6 @@ class VideoFolderSource:
             except UnicodeEncodeError:  # JSON can spell half a character
                 raise FileError(f"{file}: the instruction {text!r} is not Unicode text") from None
         return list(dict.fromkeys(texts))
-
-    def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
-        key = self._key(file, content, self.options.text, _TEXTS, "text")
-        value = [] if key is None else content[key]
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-            raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
-        return self._chosen_texts(file, [text.strip() for text in texts if text.strip()])
 
     @staticmethod
     def _key(file: Path, content: dict[str, Any], named: str | None, usual: Sequence[str], option: str) -> str | None:
@@ -217,28 +206,25 @@ class VideoFolderSource:
             sentences.extend(text for text in record.texts if text not in sentences)
             used |= set(record.videos.values())
             latents += "latent_videos" in record.content
-            action = next((k for k in (self.options.action, *_ACTIONS) if record.content.get(k or "") is not None), None)
-            state = next((k for k in _STATES if k in record.content), None)
+            action, state = (
+                next((value for key in keys if (value := record.content.get(key)) is not None), None)
+                for keys in ((self.options.action or "", *_ACTIONS), _STATES)
+            )
             without += action is None
-            if action is not None and state is not None:
-                lengths = [len(v) if isinstance(v := record.content[k], list) else 0 for k in (action, state)]
-                shorter += lengths[0] == lengths[1] - 1
+            shorter += isinstance(action, list) and isinstance(state, list) and len(action) == len(state) - 1
         notes = []
-        if without:
-            notes.append(
-                f"{self.path}: {without} of {len(self)} episodes have no actions: they can train the video model, no policy"
-            )
-        if shorter:
-            notes.append(
-                f"{self.path}: {shorter} of {len(self)} episodes have one action less than states: no action was recorded "
-                "for the last frame, so that frame is left out"
-            )
-        if latents:
-            notes.append(f"{self.path}: latent_videos in {latents} files are not read: they are another model's features")
+        for count, what in (
+            (without, "have no actions: they can train the video model, no policy"),
+            (shorter, "have one action less than states: no action was recorded for the last frame, so that frame is left out"),
+            (latents, "hold latent_videos, which are not read: they are another model's features"),
+        ):
+            if count:
+                notes.append(f"{self.path}: {count} of {len(self)} episodes {what}")
         if self._annotated:
             notes += self._unused(used)
-            if not self._has_split and len(set(self._splits)) > 1:
-                notes.append(f"{self.path}: the folders {sorted(set(self._splits))} say no split; one is drawn")
+            splits = sorted(set(map(self._split, self._files)))
+            if not self._has_split and len(splits) > 1:
+                notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
             named = {self.options.text, self.options.action, *self.options.proprioception}
             record = self._first(lambda record: record)
             if unread := sorted(set(record.content) - _KNOWN - named):
@@ -247,28 +233,21 @@ class VideoFolderSource:
 
     def _unused(self, used: set[str]) -> list[str]:
         """Files beside the videos that nothing refers to."""
-        folders = sorted({PurePosixPath(video).parent for video in used})
-        beside = [
-            file for folder in folders if (self.path / folder).is_dir() for file in sorted((self.path / folder).iterdir())
-        ]
+        folders = {(self.path / video).parent for video in used}
+        beside = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
+        names = [(file.suffix.lower(), file.relative_to(self.path).as_posix()) for file in beside]
         notes = []
-        videos = [file for file in beside if file.suffix.lower() in FORMATS]
-        spare = [name for file in videos if (name := file.relative_to(self.path).as_posix()) not in used]
-        if spare:
+        if spare := [name for suffix, name in names if suffix in FORMATS and name not in used]:
             notes.append(f"{self.path}: {len(spare)} videos that no JSON refers to are left out, such as {spare[0]}")
-        if arrays := [file.relative_to(self.path).as_posix() for file in beside if file.suffix in (".npy", ".npz")]:
-            notes.append(
-                f"{self.path}: {len(arrays)} arrays beside the videos are not read, such as {arrays[0]}: "
-                "the numbers come from the JSON"
-            )
+        if arrays := [name for suffix, name in names if suffix in (".npy", ".npz")]:
+            said = f"{len(arrays)} arrays beside the videos are not read, such as {arrays[0]}"
+            notes.append(f"{self.path}: {said}: the numbers come from the JSON")
         return notes
 
     @property
     def notes(self) -> Sequence[str]:
         """What is left out, what cannot be done with it, and which of the videos that `shape` has looked at are turned."""
-        turned = (
-            [f"{next(iter(self._turned.values()))} ({len(self._turned)} videos), as their metadata ask"] if self._turned else []
-        )
+        turned = [f"{said} ({len(self._turned)} videos), as their metadata ask" for said in list(self._turned.values())[:1]]
         return [*self._survey[1], *turned]
 
     @cached_property
@@ -298,16 +277,8 @@ class VideoFolderSource:
             rate_hz=self._rate, cameras=self._cameras, instructions=self._survey[0], provenance={"source": "video_folder"}
         )
 
-    def _action_key(self, record: _Record) -> str | None:
-        return self._key(record.file, record.content, self.options.action, _ACTIONS, "action")
-
-    def _state_keys(self, record: _Record) -> list[str]:
-        named = self.options.proprioception
-        keys = [self._key(record.file, record.content, key, _STATES, "proprioception") for key in named or (None,)]
-        return [key for key in keys if key is not None]
-
     @staticmethod
-    def _vector(record: _Record, key: str) -> NDArray[np.float64]:
+    def _vector(record: _Record, key: str) -> NDArray[np.float32]:
         """(rows, dimensions) of a key; a plain list of numbers is one column."""
         value = record.content[key]
         try:
@@ -316,20 +287,23 @@ class VideoFolderSource:
             values = np.array(None)
         if values.dtype.kind not in "if" or values.ndim not in (1, 2) or values.size == 0:
             raise FileError(f"{record.file}: {key} is no table of numbers: expected a list of rows of equal length")
-        rows: NDArray[np.float64] = values.astype(np.float64).reshape(len(values), -1)
+        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
+            rows: NDArray[np.float32] = values.astype(np.float32).reshape(len(values), -1)
         return rows
 
-    def _numbers(self, record: _Record, frames: int) -> tuple[int, NDArray[np.float64] | None, NDArray[np.float64] | None]:
+    def _numbers(self, record: _Record, frames: int) -> tuple[int, NDArray[np.float32] | None, NDArray[np.float32] | None]:
         """Time steps n, actions (n, A) or None, state (n, S) or None."""
-        state = [(key, self._vector(record, key)) for key in self._state_keys(record)]
-        for name, values in state:
-            if len(values) != frames:
-                raise FileError(f"{record.file}: {name} has {len(values)} rows, but the video has {frames} frames")
+        state: list[NDArray[np.float32]] = []
+        for named in self.options.proprioception or (None,):
+            if (key := self._key(record.file, record.content, named, _STATES, "proprioception")) is not None:
+                state.append(self._vector(record, key))
+                if len(state[-1]) != frames:
+                    raise FileError(f"{record.file}: {key} has {len(state[-1])} rows, but the video has {frames} frames")
         length = record.content.get("video_length")
         if length is not None and length != frames:
             raise FileError(f"{record.file}: video_length is {str(length)[:20]}, but the video has {frames} frames")
-        joined = np.concatenate([values for _, values in state], axis=1) if state else None
-        action = self._action_key(record)
+        joined = np.concatenate(state, axis=1) if state else None
+        action = self._key(record.file, record.content, self.options.action, _ACTIONS, "action")
         if action is None:
             return frames, None, joined
         actions = self._vector(record, action)
@@ -368,7 +342,7 @@ class VideoFolderSource:
                 self._turned[record.videos[camera]] = f"{self.path / record.videos[camera]}: {known.turned}"
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
                 video_blocks(self.path / record.videos[camera], known, steps, self._rate)  # says at which frame
-        held_out = self._splits[index] in _HELD_OUT if self._has_split else None
+        held_out = self._split(self._files[index]) in _HELD_OUT if self._has_split else None
         files = [record.file, *(self.path / record.videos[camera] for camera in facts)]
         success, name = record.content.get("success"), record.file.relative_to(self._top).with_suffix("").as_posix()
         return EpisodeShape(
@@ -390,12 +364,9 @@ class VideoFolderSource:
         frames = {
             camera: video_blocks(self.path / record.videos[camera], known, steps, rate) for camera, known in facts.items()
         }
-        with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
-            actions32 = None if actions is None else actions.astype(np.float32)
-            state32 = None if state is None else state.astype(np.float32)
         episode = Episode(
-            task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions32,
-            proprioception=state32, provenance={"file": record.file.relative_to(self.path).as_posix()},
+            task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions,
+            proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},
         )  # fmt: skip
         return checked(episode, record.file)
 

@@ -21,20 +21,15 @@ def annotate(file: Path, **content: Any) -> None:
     file.write_text(json.dumps(content), encoding="utf-8")
 
 
+VPP = ["one action less", "hold latent_videos", "arrays beside", "keys"]
+
+
 @pytest.mark.parametrize(
     ("folder", "rate", "cameras", "action", "state", "lost", "notes"),
     [
-        ("bridge", 3.0, {"rgb": "rgb"}, "action", "state", 1, ["one action less", "latent_videos in 2", "2 arrays", "keys"]),
-        ("rt1", 3.0, {"rgb": "rgb"}, "action", "state", 1, ["one action less", "latent_videos in 2", "4 arrays", "keys"]),
-        (
-            "xhand",
-            10.0,
-            {"camera_0": "0", "camera_1": "1"},
-            "actions",
-            "states",
-            0,
-            ["latent_videos in 2", "2 videos that no JSON"],
-        ),
+        ("bridge", 3.0, {"rgb": "rgb"}, "action", "state", 1, VPP),
+        ("rt1", 3.0, {"rgb": "rgb"}, "action", "state", 1, VPP),
+        ("xhand", 10.0, {"camera_0": "0", "camera_1": "1"}, "actions", "states", 0, [VPP[1], "2 videos that no JSON"]),
     ],
 )
 def test_real_folders(
@@ -45,16 +40,14 @@ def test_real_folders(
     files = sorted((root / "annotation").rglob("*.json"))
     description = source.describe()
     assert (description.rate_hz, description.cameras, len(source)) == (rate, list(cameras), len(files))
-    for note, expected in zip(source.notes, notes, strict=True):
-        assert expected in note
+    assert all(expected in note for note, expected in zip(source.notes, notes, strict=True))
     for index, file in enumerate(files):
         content = json.loads(file.read_text())
         shape, episode = source.shape(index), source.read(index)
         n = len(content[state]) - lost
         assert shape.steps == episode.steps == n == len(content[action]) and shape.held_out is None
-        assert (
-            episode.instruction == content["texts"][0] and description.instructions[episode.task]["train"] == content["texts"]
-        )
+        assert episode.instruction == content["texts"][0]
+        assert description.instructions[episode.task]["train"] == content["texts"]
         assert episode.actions is not None and (episode.actions == np.float32(content[action])).all()
         assert episode.proprioception is not None and (episode.proprioception == np.float32(content[state])[:n]).all()
         for camera, stem in cameras.items():
@@ -104,7 +97,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
         ({"videos": [{"video_path": "/etc/passwd"}]}, "expected the path of a video below the top folder"),
         (
             {"videos": [{"video_path": f"videos/{v}.mp4"} for v in ("front", "side")]},
-            r"front\.mp4, .*side\.mp4: no such file, which .*1\.json names",
+            r"front\.mp4, .*side\.mp4: no such file",
         ),
     ],
 )
@@ -132,19 +125,15 @@ def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
 
 def test_a_plain_folder(tmp_path: Path) -> None:
     film(tmp_path / "d/a.mp4", 7)
-    annotate(
-        tmp_path / "d/a.json", instruction="wipe", actions=[0.5] * 7, states=[[1, 2]] * 7, gripper=list(range(7)), success=True
-    )
+    told = {"instruction": "wipe", "actions": [0.5] * 7, "states": [[1, 2]] * 7, "gripper": list(range(7)), "success": True}
+    annotate(tmp_path / "d/a.json", **told)
     film(tmp_path / "d/sub/b.webm", 70, codec="libvpx-vp9", fps=10)
     (tmp_path / "d/sub/b.txt").write_text("schütte\n\npour it\n", encoding="utf-8")
     film(tmp_path / "d/sub/c.mp4", 1)
     source = open_source(tmp_path / "d", Options(), Choice(missing_instruction="anything"))
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
-    assert [(source.shape(k).name, source.shape(k).success) for k in range(3)] == [
-        ("a", True),
-        ("sub/b", None),
-        ("sub/c", None),
-    ]
+    assert [source.shape(k).name for k in range(3)] == ["a", "sub/b", "sub/c"]
+    assert [source.shape(k).success for k in range(3)] == [True, None, None]
     assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).shape(1).task == "go"
     a, b, c = (source.read(k) for k in range(3))
     assert [e.instruction for e in (a, b, c)] == ["wipe", "schütte", "anything"]
@@ -201,6 +190,18 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
         assert episode.rate_hz == 5.0 and (frames_of(episode, "video") == decoded(tmp_path / f"d/{file}.mp4")).all()
 
 
+def test_headers_are_enough_for_the_shape(tmp_path: Path) -> None:
+    """No picture is decoded before it is read."""
+    file = film(tmp_path / "x.mp4", 5)
+    content = file.read_bytes()
+    start = content.index(b"mdat") + 4
+    file.write_bytes(content[:start] + bytes(500) + content[start + 500 :])
+    source = open_source(tmp_path, Options(), Choice(instruction="go"))
+    assert source.shape(0).steps == 5
+    with refused(r"x\.mp4: .*(damaged|decoded)"):
+        frames_of(source.read(0), "video")
+
+
 def test_what_is_no_video(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("go")
     file = film(tmp_path / "x.mp4", 5)
@@ -208,10 +209,9 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     for content in (b"", b"hello", b"#EXTM3U\n#EXTINF:10,\n/etc/passwd\n", short[:1000], short[: len(short) // 2]):
         file.write_bytes(content)
         source = open_source(tmp_path, Options())
-        with refused(r"x\.mp4: truncated, damaged or no video"):
-            source.describe()
-        with refused(r"x\.mp4: truncated, damaged or no video"):
-            source.shape(0)
+        for look in (source.describe, lambda source=source: source.shape(0)):
+            with refused(r"x\.mp4: truncated, damaged or no video"):
+                look()
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with refused(r"x\.mp4: a Git LFS pointer"):
         open_source(tmp_path, Options()).shape(0)
