@@ -126,9 +126,9 @@ def _upright(file: Path) -> bool:
         while len(head := boxes.read(16)) == 16:
             size, name, large = struct.unpack(">I4sQ", head)
             size = large if size == 1 else size
-            if size < 16 or (name == b"moov" and size > 2**26):
+            if not 8 <= size < 2**62:
                 break
-            if name == b"moov":
+            if name == b"moov" and 16 <= size <= 2**26:
                 header = head[8:] + boxes.read(size - 16)
                 return header.count(_NO_TURN) == header.count(b"mvhd") + header.count(b"tkhd") > 1
             boxes.seek(size - 16, 1)

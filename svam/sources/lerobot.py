@@ -119,10 +119,10 @@ class LerobotSource:
         """The first data file that can be read, and its columns, which stand for all; notes a template that is wrong."""
         refused: FileError | None = None
         last = self._entries[-1]
-        if (there := self._data(last)) not in (None, self._candidates("data", last)[0]):
+        if (there := self._there(last)) not in (None, self._candidates(last)[0]):
             said = f"{self._info_file}: data_path {self.info.data_path!r}"
             self._notes.append(f"{said} does not lead to the file of episode {last.number}; {there} is read instead")
-        for file in islice((path for entry in self._entries if (path := self._data(entry))), _TRIED):
+        for file in islice((path for entry in self._entries if (path := self._there(entry))), _TRIED):
             try:
                 with files.opened(file) as parquet:
                     names = list(parquet.schema_arrow.names)
@@ -130,7 +130,7 @@ class LerobotSource:
                 refused = refused or error
                 continue
             return file, names
-        place = self._candidates("data", self._entries[0])[-1]
+        place = self._candidates(self._entries[0])[-1]
         lies = meta.what_lies_there(self.root, place, self.info.major)
         raise refused or FileError(f"{place}: no such file, nor that of any other episode; {lies}")
 
@@ -140,7 +140,7 @@ class LerobotSource:
         lacking: dict[str, str] = {}
         for camera in declared:
             stored = camera.key in columns
-            filmed = (camera.video or not stored) and any(self._video(entry, camera) for entry in self._entries)
+            filmed = (camera.video or not stored) and any(self._there(entry, camera) for entry in self._entries)
             if not stored and not filmed:
                 where = lacking[camera.key] = self._where_looked(camera)
                 if self.choice.cameras:
@@ -162,7 +162,7 @@ class LerobotSource:
         column = f"{self._first_file.relative_to(self.root)} has no column of that name"
         if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
             return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
-        path = self._candidates("video", self._entries[0], camera)[-1]
+        path = self._candidates(self._entries[0], camera)[-1]
         lies = meta.what_lies_there(self.root, path, self.info.major)
         return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
 
@@ -171,7 +171,7 @@ class LerobotSource:
         for camera in self.cameras:
             try:
                 if camera.video:
-                    probe(next(path for entry in self._entries if (path := self._video(entry, camera))))
+                    probe(next(path for entry in self._entries if (path := self._there(entry, camera))))
                 elif next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))[1]:
                     self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
             except NoColourError as error:
@@ -208,23 +208,22 @@ class LerobotSource:
 
     # Where it lies
 
-    def _candidates(self, kind: str, entry: Entry, camera: Camera | None = None) -> list[Path]:
-        """The paths of a data or video file, the one that info.json states first."""
+    def _candidates(self, entry: Entry, camera: Camera | None = None) -> list[Path]:
+        """The paths of an episode's data file, or of a camera's video; the one that info.json states comes first."""
         clip = entry.clips.get(camera.key) if camera else None
         values: dict[str, int | str] = {
             "video_key": camera.key if camera else "",
             "episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size,
             "chunk_index": clip.chunk_index if clip else entry.chunk, "file_index": clip.file_index if clip else entry.file,
         }  # fmt: skip
-        return [self.root / path for template in self._paths[kind] if (path := meta.fill(template, values))]
+        templates = self._paths["video" if camera else "data"]
+        return [self.root / path for template in templates if (path := meta.fill(template, values))]
 
-    def _data(self, entry: Entry) -> Path | None:
-        return next((path for path in self._candidates("data", entry) if path.is_file()), None)
-
-    def _video(self, entry: Entry, camera: Camera) -> Path | None:
-        if self.info.major == "v3" and camera.key not in entry.clips:
+    def _there(self, entry: Entry, camera: Camera | None = None) -> Path | None:
+        """The first of them that is there."""
+        if camera and self.info.major == "v3" and camera.key not in entry.clips:
             return None
-        return next((path for path in self._candidates("video", entry, camera) if path.is_file()), None)
+        return next((path for path in self._candidates(entry, camera) if path.is_file()), None)
 
     def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
         """The episode's data file, and camera key -> video, all of which are there.
@@ -232,14 +231,14 @@ class LerobotSource:
         Raises:
             FileError: some are not, all of them named, or are Git LFS pointers.
         """
-        data = self._data(entry)
-        missing = [] if data else [str(self._candidates("data", entry)[-1])]
+        data = self._there(entry)
+        missing = [] if data else [str(self._candidates(entry)[-1])]
         videos = {}
         for camera in self.cameras:
-            if camera.video and (video := self._video(entry, camera)):
+            if camera.video and (video := self._there(entry, camera)):
                 videos[camera.key] = video
             elif camera.video:
-                missing.append(f"{self._candidates('video', entry, camera)[-1]} (the video of camera {camera.name!r})")
+                missing.append(f"{self._candidates(entry, camera)[-1]} (the video of camera {camera.name!r})")
         if data is None or missing:
             raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
         for path in (data, *videos.values()):
