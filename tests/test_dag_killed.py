@@ -17,9 +17,9 @@ from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(1500)
 
-# One of each kind that keeps state: units, training, features with training, episodes. Every stage is killed, beginning with
-# nothing, in `test_dag_killed_anytime.py`.
-LONG = ("convert", "finetune_video", "train_policy", "evaluate")
+# One of each kind that keeps state: units, features with training, episodes. Every stage is killed, beginning with nothing, in
+# `test_dag_killed_anytime.py`.
+LONG = ("convert", "train_policy", "evaluate")
 WENT_ON = {"convert": r"convert: going on after [1-9]\d* of \d+ steps"}
 
 
@@ -70,7 +70,6 @@ def test_what_a_killed_dvc_leaves(finished: Path, tmp_path: Path) -> None:
     refused = attempt(project, "dvc", "repro")
     assert refused.returncode != 0 and "JSON structure is corrupted" in refused.stdout + refused.stderr
     rwlock.unlink()
-    assert ran(run(project, "dvc", "repro")) == []
 
     whole = lock.read_bytes()
     cut = whole[: whole.index(b"hash: md5", len(whole) // 2) + 2]  # in the middle of a word, which is no YAML
