@@ -20,7 +20,7 @@ pytestmark = [
 
 
 def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
-    """From parquet and AV1 to offline metrics, by the params that the README shows."""
+    """From parquet and AV1 to offline metrics, by the params that the README shows and one branch."""
     changes = {
         "collect": {"tasks": [], "episodes_of": {}},
         "convert": {
@@ -30,12 +30,13 @@ def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
         "prepare_backbones": {
             "geometric": {"objective": "self_supervised", "family": "dinov2"}, "semantic": {"objective": "self_supervised"},
         },
-        "finetune_video": {"stride_seconds": 0.1},
+        "finetune_video": {"stride_seconds": 0.1}, "distill": {"branches": ["geometric"]},
+        "train_policy": {"context": ["geometric", "one_step"]},
         "evaluate": {"protocols": ["offline"]},
     }  # fmt: skip
     project = make_project(tmp_path / "project", changes)
     stages = ran(run(project, "dvc", "repro"))
-    assert "report" in stages and len(stages) == 18 and not any((project / "data/raw/metaworld").iterdir())
+    assert "report" in stages and len(stages) == 17 and not any((project / "data/raw/metaworld").iterdir())
     results = json.loads((project / "data/results/metrics.json").read_text())
     assert "offline" in results and "metaworld" not in results
     flat = json.loads((project / "data/report/metrics.json").read_text())

@@ -102,7 +102,7 @@ class Demonstrations(Recorded):
             environment.reset(seed)
             made, rng = make_episode(task, 12, seed, SIZE), np.random.default_rng(seed)
             actions = rng.uniform(-1, 1, (12, 4)).astype(np.float32)
-            draw = [round(float(value), 6) for value in environment.draw]
+            draw = [float(value) for value in environment.draw]
             episodes.append(replace(
                 made, instruction=f"{task} a", frames={"corner2": made.frames["front"]}, actions=actions,
                 expert_actions=actions, rate_hz=80.0, provenance={"draw": draw},

@@ -33,8 +33,6 @@ from svam.simulation.rendering import choose_backend
 ResultRow = Literal["policy", "held_out_instruction", "random", "expert"]
 """Of the table of results."""
 ROWS: tuple[ResultRow, ...] = ("policy", "held_out_instruction", "random", "expert")
-DRAW_DECIMALS = 6
-"""Of a draw as the store states it. Nearer draws of another seed are chance: some tasks draw one number within 20 cm."""
 
 
 def check_tasks(tasks: Sequence[str], store: EpisodeStore) -> None:
@@ -137,7 +135,7 @@ def assert_unseen(outcomes: Sequence[Outcome], store: EpisodeStore) -> int:
         seen = np.asarray([store.episode_provenance[e]["draw"] for e in episodes], dtype=np.float64)
         compared += len(seen)
         for outcome in (o for o in outcomes if o.plan.task == task):
-            same = np.flatnonzero((seen == [round(value, DRAW_DECIMALS) for value in outcome.draw]).all(axis=1))
+            same = np.flatnonzero((seen == np.asarray(outcome.draw)).all(axis=1))
             if len(same):
                 raise ContractError(
                     f"evaluation episode {outcome.plan.index} of {task!r} draws {list(outcome.draw)}, which is demonstration "
@@ -218,7 +216,7 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
     plan = outcome.plan
     return {
         "row": plan.row, "task": plan.task, "index": plan.index, "seed": plan.seed, "instruction": plan.instruction,
-        "draw": [round(value, DRAW_DECIMALS) for value in outcome.draw], "success": outcome.success, "steps": outcome.steps,
+        "draw": [round(value, 6) for value in outcome.draw], "success": outcome.success, "steps": outcome.steps,
         "policy_calls": len(outcome.calls),
     }  # fmt: skip
 

@@ -92,7 +92,8 @@ def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: 
         "attempt": demonstration.attempt,
         "noisy": demonstration.noisy,
         "steps": len(demonstration.arrays["actions"]),
-        "draw": [round(float(x), 6) for x in demonstration.arrays["draw"]],
+        # All digits: some tasks draw one number within 10 cm, where equal roundings of other seeds are not rare.
+        "draw": [float(x) for x in demonstration.arrays["draw"]],
     }
     if params.styles != ["direct"]:
         entry["style"] = demonstration.style
