@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from svam.device import become_worker
 from svam.params import Params
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
+from svam.simulation.rendering import choose_backend
 
 STYLES = ("fast", "full", "gymnasium")
 
@@ -93,9 +93,10 @@ def rendering(inputs: Inputs, params: Params) -> dict[str, Any]:
     settings, camera = params.benchmark, params.collect.cameras[0]
     task, frames = settings.rendered_task, settings.rendered_frames
     check_task(task)
+    backend = choose_backend()  # which the processes below inherit
     results = [_of_size(task, size, camera, frames, settings.repeats, params.seed) for size in settings.rendered_sizes]
     versions = {name: version(name) for name in ("gymnasium", "metaworld", "mujoco")}
-    return {"task": task, "camera": camera, "frames": frames, "gl": os.environ["MUJOCO_GL"], **versions, "results": results}
+    return {"task": task, "camera": camera, "frames": frames, "gl": backend, **versions, "results": results}
 
 
 def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed: int) -> dict[str, Any]:

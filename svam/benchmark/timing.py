@@ -39,7 +39,7 @@ def ratio_of(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> di
 
 def rounded(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Seconds as they are written down, by work and repeat."""
-    return {name: [round(value, 6) for value in values] for name, values in seconds.items()}
+    return {name: [round(value, 9) for value in values] for name, values in seconds.items()}
 
 
 def machine() -> dict[str, Any]:

@@ -49,7 +49,7 @@ def cached(
 
 def seen(teacher: Teacher, frames: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """What is stored for frames (k, H, W, 3): the teacher itself, in float16."""
-    tokens = teacher.features(torch.from_numpy(frames).permute(0, 3, 1, 2) / 255.0).numpy()
+    tokens = teacher.features(torch.from_numpy(np.array(frames)).permute(0, 3, 1, 2) / 255.0).numpy()
     return np.asarray(tokens.astype(np.float16))
 
 
