@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -316,7 +317,7 @@ def _attempted(read: Callable[[], T]) -> T | SvamError:
         return error
 
 
-class Hdf5Source(Generic[R]):
+class Hdf5Source(ABC, Generic[R]):
     """The episodes of HDF5 files, as far as formats are read alike; what is said of each file is looked up when it is opened.
 
     A format says how the episodes of a file are found (`_scan`) and one of them read (`_header`, `_blocks`, `_vectors`), and by
@@ -378,21 +379,25 @@ class Hdf5Source(Generic[R]):
         with Hdf5File(file, self.source) as data:
             return [_attempted(partial(self._header, data, place, side)) for place, side in self._scan(data).items()]
 
+    @abstractmethod
     def _key(self, file: Path) -> str:
-        raise NotImplementedError
+        """By which `options.instructions` names a file."""
 
+    @abstractmethod
     def _scan(self, data: Hdf5File) -> dict[str, bool | None]:
         """Place of each episode in a file -> whether it is held out."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> R:
-        raise NotImplementedError
+        """What is known of an episode before its pictures are read; raises what makes it unreadable."""
 
+    @abstractmethod
     def _blocks(self, recording: R, dataset: str) -> Iterator[NDArray[np.uint8]]:
-        raise NotImplementedError
+        """Pictures of a camera, (k, H, W, 3) uint8 RGB at a time."""
 
+    @abstractmethod
     def _vectors(self, recording: R, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
-        raise NotImplementedError
+        """The float32 vectors of an episode, (n, D) each."""
 
     def _sentences(self, file: Path, where: str, own: Callable[[], list[str]]) -> list[str]:
         """`convert.instruction`, or what the options say, or the file's own, or `convert.missing_instruction`."""
