@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from svam.files import FileError, refuse_lfs_pointer
 from svam.sources._npz import load
-from svam.sources._picture_arrays import frames_per_block
+from svam.sources._pictures import frames_per_block
 from svam.sources._restricted_pickle import load_objects
 
 LISTED = ", though a recording or an annotation includes its step"

@@ -26,7 +26,7 @@ from svam.contract import Choice, ContractError, Episode, EpisodeShape, FrameBlo
 from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
-from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
+from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures
 
 # What h5py is known to raise on damaged files, on missing names and on values that it cannot convert.
 _ERRORS = (
@@ -250,7 +250,7 @@ class Hdf5File:
             return np.asarray(dataset[()] if stop is None else dataset[start:stop])
 
     def blocks(self, name: str) -> Iterator[NDArray[Any]]:
-        """All rows, at most 64 at a time and 64 MiB, unless one row is larger; in whole chunks if possible."""
+        """All rows, at most 64 at a time and 32 MiB, unless one row is larger; in whole chunks if possible."""
         (steps, *rest), dtype = self.layout(name)
         count = frames_per_block(math.prod(rest) * dtype.itemsize)
         with self._guarded(name):

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from svam.contract import FrameBlocks
 from svam.files import FileError, refuse_lfs_pointer
-from svam.sources._picture_arrays import PictureArray, frames_per_block, needed_pictures
+from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures
 
 LARGEST_MEMBER = 2 << 30
 """Bytes of an array that is read whole; a small archive can claim far more than any memory holds."""

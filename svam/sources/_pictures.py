@@ -1,4 +1,4 @@
-"""Pictures of data sets as 8-bit RGB: JPEG, PNG and kin through Pillow, raw arrays, and their blocks of bounded size.
+"""Pictures of data sets as 8-bit RGB, in blocks of bounded size: JPEG, PNG and kin through Pillow, and arrays of numbers.
 
 Grey is repeated, a palette looked up, transparency dropped.
 """
@@ -6,10 +6,10 @@ Grey is repeated, a palette looked up, transparency dropped.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,10 +21,6 @@ from svam.files import FileError
 LARGEST_PICTURE = 2**26
 """Pixels of a picture; a damaged header can claim any size."""
 _BLOCK_FRAMES, _BLOCK_BYTES = 64, 2**25
-# What Pillow raises on damaged pictures.
-_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, LookupError, TypeError, OverflowError, MemoryError,
-)  # fmt: skip
 _COLOUR = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
@@ -34,8 +30,13 @@ class NoColourError(FileError):
     """A picture is of a kind that holds no 8-bit colours or greys; depth is often stored so."""
 
 
+def frames_per_block(frame_bytes: int) -> int:
+    """How many frames a block has: at most 64 and 32 MiB, at least one."""
+    return max(1, min(_BLOCK_FRAMES, _BLOCK_BYTES // max(1, frame_bytes)))
+
+
 def in_blocks(frames: Iterator[NDArray[np.uint8]], what: str) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) frames of one size as (k, H, W, 3) blocks of at most 64 frames and about 32 MiB.
+    """(H, W, 3) frames of one size as (k, H, W, 3) blocks of `frames_per_block`.
 
     Raises:
         FileError: a frame has another size than the first.
@@ -46,7 +47,7 @@ def in_blocks(frames: Iterator[NDArray[np.uint8]], what: str) -> Iterator[NDArra
         if frame.shape != size:
             raise FileError(f"{what} changes its picture size from {size[:2]} to {frame.shape[:2]}")
         if count == 0:
-            block = np.empty((min(_BLOCK_FRAMES, max(1, _BLOCK_BYTES // frame.nbytes)), *size), dtype=np.uint8)
+            block = np.empty((frames_per_block(frame.nbytes), *size), dtype=np.uint8)
         block[count] = frame
         count += 1
         if count == len(block):
@@ -69,7 +70,7 @@ def _opened(data: bytes | memoryview, where: str, formats: tuple[str, ...] = _FO
             yield image
     except FileError:
         raise
-    except (*_ERRORS, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow and its decoders raise a dozen types on damaged pictures
         kinds = " or ".join(formats if len(formats) < 3 else ("PNG", "JPEG"))
         raise FileError(f"{where}: no readable {kinds} picture of {len(data)} bytes ({type(error).__name__})") from None
 
@@ -87,6 +88,66 @@ def picture_rgb(data: bytes | memoryview, where: str) -> tuple[NDArray[np.uint8]
         return np.asarray((ImageOps.exif_transpose(image) if turned else image).convert("RGB")), turned
 
 
+@dataclass(frozen=True)
+class PictureArray:
+    """How the pictures of an array lie. `shape`: (n, H, W, 3), as they are read; `channels`: those of a stored picture;
+    `first`: they stand before the pixels, (n, C, H, W)."""
+
+    shape: tuple[int, int, int, int]
+    channels: int
+    first: bool
+    dtype: np.dtype[Any]
+
+    @property
+    def frame_bytes(self) -> int:
+        """Of one picture as stored."""
+        return self.shape[1] * self.shape[2] * self.channels * self.dtype.itemsize
+
+    def notes(self, where: str) -> list[str]:
+        """What a person should know of the way to RGB bytes."""
+        notes = [f"{where} has four channels: the last, alpha, is dropped"] if self.channels == 4 else []
+        if self.dtype != np.uint8:
+            notes.append(f"{where} is {self.dtype}; its whole numbers become uint8, any others are refused")
+        return notes
+
+    def rgb(self, stored: NDArray[Any], where: str, row: int) -> NDArray[np.uint8]:
+        """(k, H, W, 3) uint8 of k stored pictures, the first of which is number `row` of the array.
+
+        Raises:
+            FileError: a number is none of 0..255.
+        """
+        pictures = (np.moveaxis(stored, 1, -1) if self.first else stored)[..., :3]
+        with np.errstate(invalid="ignore"):
+            rgb: NDArray[np.uint8] = np.ascontiguousarray(pictures, dtype=np.uint8)
+        if pictures.dtype != np.uint8 and (different := rgb != pictures).any():
+            at = np.unravel_index(different.argmax(), different.shape)
+            raise FileError(f"{where} is {pictures[at]:g} in row {row + at[0]}, expected whole numbers in 0..255")
+        return np.repeat(rgb, 3, axis=-1) if self.channels == 1 else rgb
+
+
+def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequence[int] = (3, 4)) -> PictureArray | None:
+    """How pictures lie in an array (n, H, W, C) or (n, C, H, W), where C is one of `channels`; None where it holds none."""
+    if len(shape) != 4 or dtype.kind not in "uf" or 0 in shape[1:]:
+        return None
+    first = shape[3] not in channels
+    count, height, width = shape[1:] if first else (shape[3], *shape[1:3])
+    if count not in channels or height * width > LARGEST_PICTURE:
+        return None
+    return PictureArray((shape[0], height, width, 3), count, first, dtype)
+
+
+def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray:
+    """The same, where pictures are asked for.
+
+    Raises:
+        FileError: it holds none; or absurdly large ones.
+    """
+    if (pictures := picture_array(shape, dtype)) is not None:
+        return pictures
+    large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
+    raise FileError(f"{where} is {dtype} {shape}, expected uint8 pictures (steps, height, width, 3){large}")
+
+
 def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
     """(n, H, W, 3) uint8 of n pictures of 1, 3 or 4 channels, last or first, of whole numbers 0 to 255.
 
@@ -99,14 +160,12 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray
         values = values.reshape(-1, *shape)
     if values.ndim == 3:
         values = values[..., None]
-    if values.ndim == 4 and values.shape[-1] not in (1, 3, 4) and values.shape[1] in (1, 3, 4):
-        values = np.moveaxis(values, 1, -1)
-    if values.ndim != 4 or values.shape[-1] not in (1, 3, 4) or not np.isin(values.dtype.kind, ("u", "i")):
+    pictures = picture_array(values.shape, np.dtype(np.uint8), channels=(1, 3, 4))
+    if pictures is None or values.dtype.kind not in "ui":
         raise NoColourError(f"{where}: pictures are {values.dtype} {values.shape[1:]}, expected uint8 of 1, 3 or 4 channels")
-    if values.dtype != np.uint8 and (values.min() < 0 or values.max() > 255):
+    if values.min() < 0 or values.max() > 255:
         raise NoColourError(f"{where}: pictures hold {values.min()} to {values.max()}, expected 0 to 255; is it depth?")
-    values = values[..., :3].astype(np.uint8)
-    return np.repeat(values, 3, axis=-1) if values.shape[-1] == 1 else values
+    return pictures.rgb(values.astype(np.uint8, copy=False), where, 0)
 
 
 def picture_blocks(pictures: Sequence[memoryview], shape: Sequence[int | None], where: str) -> FrameBlocks:

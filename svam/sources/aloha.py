@@ -36,8 +36,7 @@ from svam.contract import EVERYTHING, Choice, Frozen
 from svam.errors import SvamError
 from svam.files import FileError, read_json
 from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
-from svam.sources._picture_arrays import picture_array
-from svam.sources._pictures import NoColourError, in_blocks, picture_rgb
+from svam.sources._pictures import NoColourError, in_blocks, picture_array, picture_rgb
 
 _IMAGES, _DEPTH = "observations/images", "observations/images_depth"
 _INSTRUCTION_KEYS = ("language_raw", "language_instruction", "instruction", "task_description", "language", "prompt")

@@ -30,7 +30,7 @@ from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
-from svam.sources._picture_arrays import PictureArray, frames_per_block, picture_array
+from svam.sources._pictures import PictureArray, frames_per_block, picture_array
 from svam.sources._zarr import ZarrArray, ZarrFolder
 
 _SURVEYED = 50_000_000

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Frozen
 from svam.files import FileError
 from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
-from svam.sources._picture_arrays import picture_array
+from svam.sources._pictures import picture_array
 
 _ENDINGS = ("_image", "_rgb")
 _LIBERO = {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
