@@ -1,6 +1,7 @@
 """Reading `.npz` archives of other people: headers before data, nothing unpickled, no more memory than a header admits to.
 
-Every member is checked against its CRC-32 when it is read to its end.
+Every member is checked against its CRC-32 when it is read to its end. What is absent, damaged or not as expected is a
+`FileError`; `missing` ends the sentence of an absent file.
 """
 
 from __future__ import annotations
@@ -8,12 +9,11 @@ from __future__ import annotations
 import io
 import math
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,9 +26,8 @@ LARGEST_MEMBER = 2 << 30
 """Bytes of an array that is read whole; a small archive can claim far more than any memory holds."""
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a member of an archive says of itself: `shape`, `dtype`, whether it lies in Fortran order."""
+class Header(NamedTuple):
+    """What a member of an archive says of itself."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -51,8 +50,7 @@ def _opened(file: Path, missing: str = "") -> Iterator[tuple[zipfile.ZipFile, di
     except FileNotFoundError:
         raise FileError(f"{file}: no such file{missing}") from None
     except Exception as error:  # zipfile, the decompressors and numpy's parser of headers raise some twenty types
-        message = f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})"
-        raise FileError(message) from None
+        raise FileError(f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})") from None
 
 
 def _header(file: Path, name: str, member: IO[bytes], size: int) -> Header:
@@ -67,11 +65,7 @@ def _header(file: Path, name: str, member: IO[bytes], size: int) -> Header:
 
 
 def headers(file: Path, missing: str = "") -> dict[str, Header]:
-    """The headers of all members, by field name, without reading their data. `missing` ends the sentence of an absent file.
-
-    Raises:
-        FileError: the file is absent, damaged, or holds anything but plain arrays.
-    """
+    """The headers of all members, which must be plain arrays, by field name; no data are read."""
     known = {}
     with _opened(file, missing) as (archive, members):
         for name, info in members.items():
@@ -81,11 +75,7 @@ def headers(file: Path, missing: str = "") -> dict[str, Header]:
 
 
 def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> dict[str, NDArray[Any]]:
-    """The arrays of an archive (or those of `only` that it has), each checked against its CRC-32.
-
-    Raises:
-        FileError: as `headers`; or an array is larger than `LARGEST_MEMBER`.
-    """
+    """The arrays of an archive (or those of `only` that it has), none larger than `LARGEST_MEMBER`."""
     arrays = {}
     with _opened(file, missing) as (archive, members):
         for name, info in members.items():
@@ -103,41 +93,15 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
     return arrays
 
 
-def field(
-    file: Path, arrays: Mapping[str, NDArray[Any]] | Mapping[str, Header], name: str, dtypes: Sequence[str], dimensions: int
-) -> Any:
-    """One array (or header) of an archive, of one of `dtypes` and with `dimensions` axes.
-
-    Raises:
-        FileError: it is missing, or of another kind.
-    """
-    if name not in arrays:
-        raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(arrays))}")
-    values = arrays[name]
-    if values.dtype.name not in dtypes or len(values.shape) != dimensions:
-        raise FileError(
-            f"{file}: field {name!r} is {values.dtype} {values.shape}, expected {' or '.join(dtypes)} with {dimensions} axes"
-        )
-    return values
-
-
 def pictures_of(file: Path, name: str, header: Header) -> PictureArray:
-    """How the pictures of a member lie.
-
-    Raises:
-        FileError: it holds none, or in an order in which they cannot be read one by one.
-    """
+    """How the pictures of a member lie, which must be in an order in which they can be read one by one."""
     if header.fortran:
         raise FileError(f"{file}: field {name!r} is in Fortran order; save numpy.ascontiguousarray of it")
     return needed_pictures(f"{file}: field {name!r}", header.shape, header.dtype)
 
 
 def frame_blocks_of(file: Path, name: str, header: Header) -> FrameBlocks:
-    """The pictures of a member as frames that are decompressed block by block when they are asked for.
-
-    Raises:
-        FileError: as `pictures_of`, or (while reading) the archive is damaged.
-    """
+    """The pictures of a member as frames that are decompressed block by block when they are asked for."""
     return FrameBlocks(pictures_of(file, name, header).shape, partial(_read_blocks, file, name, header))
 
 

@@ -1,6 +1,6 @@
 """Pictures of data sets as 8-bit RGB, in blocks of bounded size: JPEG, PNG and kin through Pillow, and arrays of numbers.
 
-Grey is repeated, a palette looked up, transparency dropped.
+Grey is repeated, a palette looked up, transparency dropped. What is damaged, or no picture, is a `FileError`.
 """
 
 from __future__ import annotations
@@ -36,11 +36,7 @@ def frames_per_block(frame_bytes: int) -> int:
 
 
 def in_blocks(frames: Iterator[NDArray[np.uint8]], what: str) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) frames of one size as (k, H, W, 3) blocks of `frames_per_block`.
-
-    Raises:
-        FileError: a frame has another size than the first.
-    """
+    """(H, W, 3) frames of one size as (k, H, W, 3) blocks of `frames_per_block`."""
     block, size, count = np.empty(0, dtype=np.uint8), None, 0
     for frame in frames:
         size = size or frame.shape
@@ -71,16 +67,12 @@ def _opened(data: bytes | memoryview, where: str, formats: tuple[str, ...] = _FO
     except FileError:
         raise
     except Exception as error:  # Pillow and its decoders raise a dozen types on damaged pictures
-        kinds = " or ".join(formats if len(formats) < 3 else ("PNG", "JPEG"))
+        kinds = " or ".join(formats[:2])
         raise FileError(f"{where}: no readable {kinds} picture of {len(data)} bytes ({type(error).__name__})") from None
 
 
 def picture_rgb(data: bytes | memoryview, where: str) -> tuple[NDArray[np.uint8], bool]:
-    """((H, W, 3) uint8, whether EXIF asked to turn or mirror it) of an encoded picture, turned as viewers show it.
-
-    Raises:
-        FileError: it is damaged. NoColourError: it holds no colours.
-    """
+    """((H, W, 3) uint8, whether EXIF asked to turn or mirror it) of an encoded picture, turned as viewers show it."""
     from PIL import ImageOps
 
     with _opened(data, where) as image:
@@ -111,11 +103,7 @@ class PictureArray:
         return notes
 
     def rgb(self, stored: NDArray[Any], where: str, row: int) -> NDArray[np.uint8]:
-        """(k, H, W, 3) uint8 of k stored pictures, the first of which is number `row` of the array.
-
-        Raises:
-            FileError: a number is none of 0..255.
-        """
+        """(k, H, W, 3) uint8 of k stored pictures of whole numbers 0 to 255; the first is number `row` of the array."""
         pictures = (np.moveaxis(stored, 1, -1) if self.first else stored)[..., :3]
         with np.errstate(invalid="ignore"):
             rgb: NDArray[np.uint8] = np.ascontiguousarray(pictures, dtype=np.uint8)
@@ -137,11 +125,7 @@ def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequen
 
 
 def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray:
-    """The same, where pictures are asked for.
-
-    Raises:
-        FileError: it holds none; or absurdly large ones.
-    """
+    """The same, where pictures must be; `FileError` where there are none, or absurdly large ones."""
     if (pictures := picture_array(shape, dtype)) is not None:
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
@@ -149,13 +133,8 @@ def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
 
 
 def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
-    """(n, H, W, 3) uint8 of n pictures of 1, 3 or 4 channels, last or first, of whole numbers 0 to 255.
-
-    shape: of one picture, where `values` are flat, (n, H * W * C).
-
-    Raises:
-        NoColourError: they are no such pictures.
-    """
+    """(n, H, W, 3) uint8 of n pictures of 1, 3 or 4 channels, last or first, of whole numbers 0 to 255; else `NoColourError`.
+    `shape`: of one picture, where `values` are flat, (n, H * W * C)."""
     if values.ndim < 4 and len(shape) in (2, 3) and values[0].size == np.prod(shape):
         values = values.reshape(-1, *shape)
     if values.ndim == 3:
@@ -170,11 +149,7 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray
 
 def picture_blocks(pictures: Sequence[memoryview], shape: Sequence[int | None], where: str) -> FrameBlocks:
     """(n, H, W, 3) uint8 of at least one JPEG or PNG picture, as TensorFlow reads them (EXIF turns none). A size that `shape`
-    leaves open is the first one's.
-
-    Raises:
-        FileError: the first picture's size is needed and cannot be read; while decoding, one is damaged or of another size.
-    """
+    leaves open is the first one's; all must have it."""
     height, width = shape[:2]
     if height is None or width is None:
         with _opened(pictures[0], f"{where}, step 0", ("JPEG", "PNG")) as image:
@@ -187,10 +162,7 @@ def picture_blocks(pictures: Sequence[memoryview], shape: Sequence[int | None], 
             here = f"{where}, step {step}"
             with _opened(picture, here, ("JPEG", "PNG")) as image:
                 if (image.height, image.width) != (height, width):
-                    raise FileError(
-                        f"{here}: a picture of {image.height} x {image.width} in mode {image.mode}, "
-                        f"expected {height} x {width} in RGB"
-                    )
+                    raise FileError(f"{here}: a picture of {image.height} x {image.width}, expected {height} x {width}")
                 yield np.asarray(image.convert("RGB"))
 
     return FrameBlocks((len(pictures), height, width, 3), lambda: in_blocks(decoded(), where))

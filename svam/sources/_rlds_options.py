@@ -76,20 +76,39 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
     """Which features of `file`, a `features.json`, become what."""
     notes: list[str] = []
     cameras = _cameras(features, choice, file, notes)
-    vectors = {
-        "action": _vector(features, "action", options.action, ("action",), file, notes),
-        "proprioception": _vector(features, "proprioception", options.proprioception, _PROPRIOCEPTION, file, notes),
-        "state": _vector(features, "state", options.state, (), file, notes),
-    }
+    numeric = {name.removeprefix("steps/"): f for name, f in features.items() if name.startswith("steps/") and f.size}
+    there = ", ".join(f"{name} ({feature.size})" for name, feature in numeric.items()) or "none"
+
+    def vector(option: str, named: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+        """The features to join; none where there is no such vector."""
+        if named is None:
+            named = [name for name in known if name in numeric][:1]
+            if not named and option == "action":
+                raise ParamsError(
+                    f"convert.options.action: {file} has no numeric feature 'action'; list some to join, or [] for none: "
+                    + there
+                )
+            if not named:
+                notes.append(f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {there}")
+        if wrong := [name for name in named if name not in numeric]:
+            raise ParamsError(
+                f"convert.options.{option} names {wrong[0]!r}, which is {features.get(f'steps/{wrong[0]}', 'not there')}, "
+                f"expected a numeric tensor of fixed shape, such as: {there}"
+            )
+        return [f"steps/{name}" for name in named]
+
+    action = vector("action", options.action, ("action",))
+    proprioception = vector("proprioception", options.proprioception, _PROPRIOCEPTION)
+    state = vector("state", options.state, ())
     instructions = [] if choice.instruction else _instructions(features, options.instruction_key, choice, file)
     is_last = "steps/is_last" if "steps/is_last" in features and options.last_step == "drop" else ""
     if is_last and features[is_last].size != 1:
         raise FileError(f"{file}: steps/is_last is {features[is_last]}, expected a scalar")
     success = _SUCCESS if _SUCCESS in features and features[_SUCCESS].size == 1 else ""
-    sizes = {name: feature.size for name, feature in features.items() if name.startswith("steps/") and feature.size}
-    counter = is_last or min(sizes, key=lambda name: (sizes[name], name), default="")  # the smallest, as a scan reads it
-    counter = counter or next((name for name in instructions if name.startswith("steps/")), next(iter(cameras.values())))
-    return Chosen(cameras, **vectors, instructions=instructions, is_last=is_last, success=success, counter=counter, notes=notes)
+    smallest = [f"steps/{name}" for name in sorted(numeric, key=lambda name: (numeric[name].size, name))]
+    texts = [name for name in instructions if name.startswith("steps/")]
+    counter = is_last or [*smallest, *texts, *cameras.values()][0]  # a scan reads it: the smaller, the better
+    return Chosen(cameras, action, proprioception, state, instructions, is_last, success, counter, notes)
 
 
 def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes: list[str]) -> dict[str, str]:
@@ -111,29 +130,6 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     named = [name.removeprefix("steps/").removeprefix("observation/").replace("/", "_") for name in choice.cameras]
     notes += [] if named else left_out
     return {name: cameras[name] for name in chosen_cameras(choice.model_copy(update={"cameras": named}), list(cameras), file)}
-
-
-def _vector(
-    features: Mapping[str, Feature], option: str, named: Sequence[str] | None, known: Sequence[str], file: Path,
-    notes: list[str],
-) -> list[str]:  # fmt: skip
-    """The features to join for a vector; empty where it has none."""
-    sizes = {name.removeprefix("steps/"): f.size for name, f in features.items() if name.startswith("steps/") and f.size}
-    there = ", ".join(f"{name} ({size})" for name, size in sizes.items()) or "none"
-    if named is None:
-        named = [name for name in known if name in sizes][:1]
-        if not named and option == "action":
-            raise ParamsError(
-                f"convert.options.action: {file} has no numeric feature 'action'; list those to join, or [] for none: {there}"
-            )
-        if not named:
-            notes.append(f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {there}")
-    if wrong := [name for name in named if name not in sizes]:
-        raise ParamsError(
-            f"convert.options.{option} names {wrong[0]!r}, which is {features.get(f'steps/{wrong[0]}', 'not there')}, expected "
-            f"a numeric tensor of fixed shape, such as: {there}"
-        )
-    return [f"steps/{name}" for name in named]
 
 
 def _instructions(features: Mapping[str, Feature], key: str, choice: Choice, file: Path) -> list[str]:

@@ -1,24 +1,26 @@
-"""What TFDS writes beside its records: `dataset_info.json` (splits, shards) and `features.json` (names, shapes, encodings).
+"""What TFDS writes beside its records, `dataset_info.json` (splits, shards) and `features.json` (names, shapes, encodings), and
+the values of a record that these describe.
 
 Whatever is missing, damaged or of another form is a `FileError`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError
 
 from svam.errors import ParamsError, describe
 from svam.files import FileError, read_json
-from svam.sources._tfrecord import byte_strings, numbers
+from svam.sources._tfrecord import byte_strings, features_of, numbers
 
 _NUMERIC = {
     "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
@@ -45,9 +47,8 @@ class Feature:
     @property
     def size(self) -> int:
         """Numbers per step of a numeric tensor of fixed shape and a known encoding; 0 for everything else."""
-        known = self.packed or self.encoding in ("none", "")
-        numeric = self.kind == "tensor" and self.dtype in _NUMERIC and known and None not in self.shape
-        return math.prod(n or 0 for n in self.shape) if numeric else 0
+        known = self.dtype in _NUMERIC and self.encoding in ("", "none", "bytes", "zlib")
+        return math.prod(n or 0 for n in self.shape) if self.kind == "tensor" and known else 0
 
     @property
     def colour(self) -> bool:
@@ -64,10 +65,10 @@ class Feature:
 
 @dataclass(frozen=True)
 class Shard:
-    """One record file: its split, name and number of records."""
+    """One record file: its split and number of records."""
 
     split: str
-    name: str
+    file: Path
     records: int
 
 
@@ -86,7 +87,7 @@ class DatasetInfo(BaseModel):
     splits: Annotated[list[_Split], Field(min_length=1)]
 
     def shards(self, split: _Split, file: Path) -> list[Shard]:
-        """Of a split."""
+        """Of a split; `file` is the one that was read."""
         count, template = len(split.shardLengths), split.filepathTemplate
         shards: list[Shard] = []
         for number, records in enumerate(split.shardLengths):
@@ -97,52 +98,45 @@ class DatasetInfo(BaseModel):
             name = template
             for key, value in values.items():
                 name = name.replace(f"{{{key}}}", value)
-            if set("{/\\\0") & set(name) or name in ("", ".", "..", *(shard.name for shard in shards)):
+            if set("{/\\\0") & set(name) or name in ("", ".", "..", *(shard.file.name for shard in shards)):
                 raise FileError(
                     f"{file}: filepathTemplate {template!r} gives {name!r}, expected another file in this folder for each shard"
                 )
-            shards.append(Shard(split.name, name, records))
+            shards.append(Shard(split.name, file.with_name(name), records))
         return shards
 
 
 class _Array(BaseModel):
     """A tensor, or (with `encodingFormat`) an image; -1 in its shape is a size that varies."""
 
-    shape: dict[Literal["dimensions"], list[int]] = {}
+    shape: list[int] = Field([], validation_alias=AliasPath("shape", "dimensions"))
     dtype: str = ""
     encoding: str = "none"
     encodingFormat: str = ""
 
     @property
     def sizes(self) -> tuple[int | None, ...]:
-        return tuple(size if size >= 0 else None for size in self.shape.get("dimensions", []))
-
-
-class _Sequence(BaseModel):
-    feature: _Node
-
-
-class _FeaturesDict(BaseModel):
-    features: dict[str, _Node]
+        return tuple(size if size >= 0 else None for size in self.shape)
 
 
 class _Node(BaseModel):
     """A feature: one of these, or of a kind that is not read."""
 
-    featuresDict: _FeaturesDict | None = None
-    sequence: _Sequence | None = None
-    dataset: _Sequence | None = None
+    features: dict[str, _Node] | None = Field(None, validation_alias=AliasPath("featuresDict", "features"))
+    sequence: _Node | None = Field(
+        None, validation_alias=AliasChoices(AliasPath("sequence", "feature"), AliasPath("dataset", "feature"))
+    )
     text: dict[str, Any] | None = None
     image: _Array | None = None
     tensor: _Array | None = None
 
     def leaves(self, name: str = "") -> Iterator[tuple[str, Feature]]:
         """Flattened. Only the sequence `steps` is entered: others have no fixed length a step."""
-        if self.featuresDict:
-            for key, child in self.featuresDict.features.items():
+        if self.features is not None:
+            for key, child in self.features.items():
                 yield from child.leaves(f"{name}/{key}" if name else key)
-        elif name == "steps" and (sequence := self.sequence or self.dataset):
-            yield from sequence.feature.leaves(name)
+        elif name == "steps" and self.sequence:
+            yield from self.sequence.leaves(name)
         elif self.text is not None:
             yield name, Feature("text")
         elif image := self.image:
@@ -164,17 +158,16 @@ def find_version(path: Path, version: str) -> Path:
     if not version and (path / "dataset_info.json").is_file():
         return path
     files = sorted(file for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json") if file.is_file())
-    names = {file.parent: file.parent.relative_to(path).as_posix() for file in files}
-    if not names:
+    if not files:
         raise FileError(
             f"{path}: no dataset_info.json in it or up to three folders below; expected a TFDS folder such as 1.0.0"
         )
-    end = f"/{version}" if version else ""
-    chosen = [folder for folder, name in names.items() if f"/{path.name}/{name}".removesuffix("/.").endswith(end)]
+    chosen = [file.parent for file in files if not version or f"/{file.parent.as_posix()}".endswith(f"/{version}")]
     if len(chosen) != 1:
+        names = ", ".join(file.parent.relative_to(path).as_posix() for file in files)
         fits = f"convert.options.version is {version!r}, which fits {len(chosen)}, expected one"
         which = fits if version else "say which by convert.options.version"
-        raise ParamsError(f"{path}: {len(names)} data sets ({', '.join(names.values())}); {which}")
+        raise ParamsError(f"{path}: {len(files)} data sets ({names}); {which}")
     return chosen[0]
 
 
@@ -203,8 +196,10 @@ def read_features(folder: Path) -> dict[str, Feature]:
     """Flattened name (`steps/observation/image_0`) -> feature, of `features.json`, in its order."""
     file = folder / "features.json"
     root: _Node = _read(file, _Node)
-    if root.featuresDict is None:
-        raise FileError(f"{file}: no featuresDict, so in the form of early TFDS versions or none; write it with a newer TFDS")
+    if root.features is None:
+        raise FileError(
+            f"{file}: no featuresDict.features, so in the form of early TFDS versions or none; write it with a newer TFDS"
+        )
     features = dict(root.leaves())
     if not any(name.startswith("steps/") for name in features):
         raise FileError(
@@ -213,25 +208,74 @@ def read_features(folder: Path) -> dict[str, Feature]:
     return features
 
 
-def texts(data: memoryview, feature: Feature, where: str) -> list[str]:
-    """One string a step: of a text feature, or of rows of UTF-8 bytes padded with zeros (an integer tensor)."""
-    if feature.kind == "text":
-        rows = [bytes(row) for row in byte_strings(data, where)]
-    else:
-        codes = vectors(data, feature, where)
-        if not np.isin(codes, np.arange(256)).all():
-            raise FileError(f"{where}: numbers outside 0..255, expected the bytes of a text")
-        rows = [bytes(row[row != 0].astype(np.uint8)) for row in codes]
-    try:
-        return [row.decode("utf-8") for row in rows]
-    except UnicodeDecodeError as error:
-        raise FileError(f"{where}: the text {error.object[:40]!r} of step {rows.index(error.object)} is not UTF-8") from None
+class Record:
+    """The values of one record by the names of `features`; `counter`: that under `steps/` whose length is the number of steps.
+    `size`: bytes of all under `steps/`."""
+
+    def __init__(self, payload: memoryview, features: Mapping[str, Feature], counter: str, where: str) -> None:
+        """`where` begins every message."""
+        self.where, self._features, self._counter = where, features, counter
+        self._data = features_of(payload, where)
+        self.steps = len(self._stored(counter))
+        self.size = sum(len(values) for name, values in self._data.items() if name.startswith("steps/"))
+
+    def _stored(self, name: str) -> Any:
+        """(n, size) numbers, or n strings of bytes: each a text, an encoded picture or a packed tensor."""
+        if name not in self._data:
+            raise FileError(f"{self.where}: feature {name!r} is missing, though features.json lists it")
+        feature, where = self._features[name], f"{self.where}: {name}"
+        if feature.packed or not feature.size:
+            return byte_strings(self._data[name], where)
+        values = numbers(self._data[name], where)
+        if len(values) % feature.size:
+            raise FileError(f"{where}: {len(values)} numbers, expected a multiple of {feature.size} ({feature})")
+        return values.reshape(-1, feature.size)
+
+    def rows(self, name: str) -> Any:
+        """The same, one for each step; of a feature that is not under `steps/`, one."""
+        rows, of_steps = self._stored(name), name.startswith("steps/")
+        if len(rows) != (self.steps if of_steps else 1):
+            expected = f"{self.steps} as {self._counter} has" if of_steps else "1"
+            raise FileError(f"{self.where}: {name} has {len(rows)} rows, expected {expected}")
+        return rows
+
+    def vectors(self, name: str) -> NDArray[Any]:
+        """(n, size) numbers of a numeric tensor, each step's axes flattened in row-major order."""
+        rows, feature = self.rows(name), self._features[name]
+        if not feature.packed:
+            return np.asarray(rows)
+        data = b"".join(_unpacked(row, feature, f"{self.where}: {name}, step {step}") for step, row in enumerate(rows))
+        return np.frombuffer(data, np.dtype(feature.dtype).newbyteorder("<")).reshape(len(rows), feature.size)
+
+    def texts(self, name: str) -> list[str]:
+        """The strings of a text feature, or of rows of UTF-8 bytes padded with zeros (an integer tensor)."""
+        if self._features[name].kind == "text":
+            rows = [bytes(row) for row in self.rows(name)]
+        else:
+            codes = self.vectors(name)
+            if not np.isin(codes, np.arange(256)).all():
+                raise FileError(f"{self.where}: {name}: numbers outside 0..255, expected the bytes of a text")
+            rows = [bytes(row[row != 0].astype(np.uint8)) for row in codes]
+        try:
+            return [row.decode("utf-8") for row in rows]
+        except UnicodeDecodeError as error:
+            text, step = error.object[:40], rows.index(error.object)
+            raise FileError(f"{self.where}: {name}: the text {text!r} of step {step} is not UTF-8") from None
+
+    def digest(self) -> bytes:
+        """SHA-256 of all under `steps/`, by name: a record's own order is arbitrary."""
+        digest = hashlib.sha256()
+        for name, values in sorted(self._data.items()):
+            if name.startswith("steps/"):
+                digest.update(f"{name}\0{len(values)}\0".encode())
+                digest.update(values)
+        return digest.digest()
 
 
-def _unpacked(item: memoryview, feature: Feature, where: str) -> bytes:
+def _unpacked(row: memoryview, feature: Feature, where: str) -> bytes:
     """The bytes of one step of a packed tensor, of exactly the declared size."""
     expected = feature.size * np.dtype(feature.dtype).itemsize
-    data = bytes(item)
+    data = bytes(row)
     if feature.encoding == "zlib":
         try:
             data = zlib.decompressobj().decompress(data, expected + 1)
@@ -240,15 +284,3 @@ def _unpacked(item: memoryview, feature: Feature, where: str) -> bytes:
     if len(data) != expected:
         raise FileError(f"{where}: {len(data)} bytes, expected {expected}")
     return data
-
-
-def vectors(data: memoryview, feature: Feature, where: str) -> NDArray[Any]:
-    """(n, size) numbers of a numeric tensor, each step's axes flattened in row-major order."""
-    if feature.packed:
-        rows = [_unpacked(item, feature, f"{where}, step {step}") for step, item in enumerate(byte_strings(data, where))]
-        dtype = np.dtype(feature.dtype).newbyteorder("<")
-        return np.frombuffer(b"".join(rows), dtype=dtype).reshape(len(rows), feature.size)
-    values = numbers(data, where)
-    if len(values) % feature.size:
-        raise FileError(f"{where}: {len(values)} numbers, expected a multiple of {feature.size} ({feature})")
-    return values.reshape(-1, feature.size)

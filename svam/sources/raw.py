@@ -41,12 +41,13 @@ The `.npz` (numpy.savez or savez_compressed), n time steps:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field, ValidationError
 
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
@@ -54,21 +55,26 @@ from svam.errors import SvamError, describe
 from svam.files import FileError, read_json, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._hdf5 import text_of
-from svam.sources._npz import Header, field, frame_blocks_of, headers, load, pictures_of
+from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
 RAW_SCHEMA = 1
 """The version of the layout above."""
-_VECTORS = ("actions", "expert_actions", "state", "proprioception")
-_FLOATS = ("float16", "float32", "float64")
-_LABELS: dict[str, Sequence[str]] = {"depth": ("float16", "float32"), "segmentation": ("uint8",)}
-"""Types that are read, the last of them the contract's."""
+_VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
+_FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
+    **dict.fromkeys(_VECTORS, (("float16", "float32", "float64"), 2, "float32")),
+    "timestamps": (("float32", "float64"), 1, "float64"),
+    "annotation_index": (("int64",), 1, "int64"),
+    "depth": (("float16", "float32"), 3, "float32"),
+    "segmentation": (("uint8",), 3, "uint8"),
+}
+"""Field -> types that are read, number of axes, the contract's type."""
 _Sentence = Annotated[str, Field(pattern=r"\S")]
 
 
 class _Task(Frozen):
     train: Annotated[list[_Sentence], Field(min_length=1)]
-    held_out: tuple[_Sentence, ...] = ()
+    held_out: list[_Sentence] = []
 
 
 class _EpisodeFacts(Frozen):
@@ -82,8 +88,8 @@ class _Meta(Frozen):
     schema_version: Literal[1]
     rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
     cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1)]
-    tasks: dict[str, _Task] = Field(default_factory=dict)
-    episodes: dict[str, _EpisodeFacts] = Field(default_factory=dict)
+    tasks: dict[str, _Task] = {}
+    episodes: dict[str, _EpisodeFacts] = {}
 
 
 def _read_meta(file: Path) -> _Meta:
@@ -96,6 +102,39 @@ def _read_meta(file: Path) -> _Meta:
     if len(set(meta.cameras)) != len(meta.cameras):
         raise FileError(f"{file}: cameras: {meta.cameras} names one twice")
     return meta
+
+
+def _field(file: Path, there: Mapping[str, NDArray[Any]] | Mapping[str, Header], name: str) -> Any:
+    """One array (or header) of an archive, as `_FIELDS` says."""
+    if name not in there:
+        raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(there))}")
+    found, (types, axes, _) = there[name], _FIELDS[name]
+    if found.dtype.name not in types or len(found.shape) != axes:
+        raise FileError(
+            f"{file}: field {name!r} is {found.dtype} {found.shape}, expected {' or '.join(types)} with {axes} axes"
+        )
+    return found
+
+
+def _own_instruction(file: Path) -> str:
+    """Of an archive; "" where it has none."""
+    value = load(file, ("instruction",)).get("instruction")
+    if value is None:
+        return ""
+    text = text_of(value, f"{file}: field 'instruction'")
+    if text is None:
+        raise FileError(f"{file}: field 'instruction' is {value.dtype} {value.shape}, expected one string")
+    return text
+
+
+def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
+    """The video of a camera, or None where its frames are in the archive."""
+    inside, video = f"frames_{camera}" in found, file.with_name(f"{file.stem}.{camera}.mp4")
+    if inside and video.is_file():
+        raise FileError(f"{file}: has field 'frames_{camera}', and {video.name} is there too; keep one")
+    if not inside and not video.is_file():
+        raise FileError(f"{file}: field 'frames_{camera}' is missing, and there is no {video.name}")
+    return None if inside else video
 
 
 class RawSource:
@@ -112,11 +151,10 @@ class RawSource:
                 f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
             )
         self._meta = _read_meta(self._meta_file)
-        self._names = sorted(file.stem for file in self.path.glob("*.npz"))
-        if not self._names:
+        self._files = sorted(self.path.glob("*.npz"), key=lambda file: file.stem)
+        if not self._files:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
-        absent = sorted(set(self._meta.episodes) - set(self._names))
-        if absent:
+        if absent := sorted(self._meta.episodes.keys() - {file.stem for file in self._files}):
             raise FileError(f"{self._meta_file}: episodes names {absent[0]!r}, but there is no {absent[0]}.npz")
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
@@ -125,9 +163,8 @@ class RawSource:
     def notes(self) -> Sequence[str]:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
         notes = []
-        known = {*_VECTORS, *_LABELS, "annotation_index", "timestamps", "instruction"}
-        known |= {f"frames_{camera}" for camera in self._meta.cameras}
-        first = self._file(0)
+        known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
+        first = self._files[0]
         try:
             there = headers(first)
             for name in (f"frames_{camera}" for camera in self._cameras if f"frames_{camera}" in there):
@@ -138,52 +175,29 @@ class RawSource:
             notes.append(
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
-        used = {f"{name}.{camera}.mp4" for name in self._names for camera in self._meta.cameras}
+        used = {f"{file.stem}.{camera}.mp4" for file in self._files for camera in self._meta.cameras}
         if unused := sorted({file.name for file in self.path.glob("*.mp4")} - used):
             notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
         return notes
 
-    def _file(self, index: int) -> Path:
-        return self.path / f"{self._names[index]}.npz"
-
     def _told(self, index: int) -> tuple[str, str]:
-        """Task and instruction of an episode.
-
-        Raises:
-            FileError: it has no instruction, two different ones, or a task that `meta.json` does not know.
-        """
-        name, file, tasks = self._names[index], self._file(index), self._meta.tasks
-        facts = self._meta.episodes.get(name, _EpisodeFacts())
-        own = None if self._choice.instruction else self._own_instruction(file)
+        """Task and instruction of an episode; `FileError` where they are missing or contradict one another."""
+        file, tasks = self._files[index], self._meta.tasks
+        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
+        own = "" if self._choice.instruction else _own_instruction(file)
         if own and facts.instruction and own != facts.instruction:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")
         task = facts.task or (next(iter(tasks)) if len(tasks) == 1 else None)
-        if tasks and task is None:
-            raise FileError(f"{self._meta_file}: episodes.{name}.task is missing; tasks are {', '.join(tasks)}")
-        if task is not None and task not in tasks:
-            raise FileError(
-                f"{self._meta_file}: episodes.{name}.task is {task!r}, which is not one of tasks: {', '.join(tasks)}"
-            )
+        if task not in tasks and (task is not None or tasks):
+            said = "missing" if task is None else repr(task)
+            raise FileError(f"{self._meta_file}: episodes.{file.stem}.task is {said}; tasks are {', '.join(tasks) or 'none'}")
         sentences: Sequence[str | None] = tasks[task].train if task is not None else [None]
         instruction = chosen_instruction(self._choice, facts.instruction or own or sentences[index % len(sentences)], str(file))
         return task or instruction, instruction
 
-    @staticmethod
-    def _own_instruction(file: Path) -> str | None:
-        value = load(file, ("instruction",)).get("instruction")
-        if value is None:
-            return None
-        text = text_of(value, f"{file}: field 'instruction'")
-        if text is None:
-            raise FileError(f"{file}: field 'instruction' is {value.dtype} {value.shape}, expected one string")
-        return text or None
-
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
-        instructions: dict[str, dict[str, list[str]]] = {
-            task: {"train": list(sentences.train), "held_out": list(sentences.held_out)}
-            for task, sentences in self._meta.tasks.items()
-        }
+        instructions = {task: sentences.model_dump() for task, sentences in self._meta.tasks.items()}
         for index in range(len(self)):
             try:
                 task, instruction = self._told(index)
@@ -198,40 +212,26 @@ class RawSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._names)
-
-    def _video(self, index: int, camera: str, found: dict[str, Header]) -> Path | None:
-        """The video of a camera, or None where its frames are in the archive."""
-        file, video = self._file(index), self.path / f"{self._names[index]}.{camera}.mp4"
-        inside = f"frames_{camera}" in found
-        if inside and video.is_file():
-            raise FileError(f"{file}: has field 'frames_{camera}', and {video.name} is there too; keep one")
-        if not inside and not video.is_file():
-            raise FileError(f"{file}: field 'frames_{camera}' is missing, and there is no {video.name}")
-        return None if inside else video
+        return len(self._files)
 
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths, from the headers of the archive.
-
-        Raises:
-            FileError: the archive is damaged, lacks a field, or a video is missing or of another length; or no instruction.
-        """
-        file = self._file(index)
+        """Lengths, from the headers of the archive and of videos."""
+        file = self._files[index]
         found = headers(file)
-        steps = field(file, found, "actions", _FLOATS, 2).shape[0]
+        steps = _field(file, found, "actions").shape[0]
         annotated = {}
         if "annotation_index" in found:
-            labelled = field(file, found, "annotation_index", ("int64",), 1).shape[0]
+            labelled = _field(file, found, "annotation_index").shape[0]
             annotated = {name: labelled for name in _LABELS if name in found}
-        facts = self._meta.episodes.get(self._names[index], _EpisodeFacts())
-        videos = [video for camera in self._cameras if (video := self._video(index, camera, found))]
+        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
+        videos = [video for camera in self._cameras if (video := _video(file, camera, found))]
         for video in videos:
             if (frames := probe(video).frames) != steps:
                 raise FileError(f"{video}: {frames} frames, but {file.name} has {steps} actions; expected a frame a row")
         return EpisodeShape(
             steps, annotated, held_out=bool(facts.held_out) if self._has_split else None,
             stamp=" ".join(stamp(part) for part in (file, self._meta_file, *videos)),
-            name=self._names[index], task=self._told(index)[0], success=facts.success,
+            name=file.stem, task=self._told(index)[0], success=facts.success,
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
@@ -241,28 +241,23 @@ class RawSource:
             FileError: the archive or a video is damaged, or lacks a field.
             ContractError: the episode breaks the contract.
         """
-        file = self._file(index)
+        file = self._files[index]
         found = headers(file)
-        field(file, found, "actions", _FLOATS, 2)
+        _field(file, found, "actions")
         task, instruction = self._told(index)
         frames: dict[str, Frames] = {}
         for camera in self._cameras:
-            video = self._video(index, camera, found)
-            name = f"frames_{camera}"
+            video, name = _video(file, camera, found), f"frames_{camera}"
             frames[camera] = video_blocks(video, probe(video)) if video else frame_blocks_of(file, name, found[name])
-        arrays = load(file, [*_VECTORS, *_LABELS, "annotation_index", "timestamps"])
+        loaded = load(file, list(_FIELDS))
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
-            vectors = {name: field(file, arrays, name, _FLOATS, 2).astype(np.float32) for name in _VECTORS if name in arrays}
-        times = None
-        if "timestamps" in arrays:
-            times = field(file, arrays, "timestamps", ("float32", "float64"), 1).astype(np.float64)
-        annotations = {}
-        for name in [name for name in _LABELS if name in arrays]:
-            values = field(file, arrays, name, _LABELS[name], 3).astype(_LABELS[name][-1])
-            annotations[name] = Annotation(values, field(file, arrays, "annotation_index", ("int64",), 1).astype(np.int64))
+            arrays = {name: _field(file, loaded, name).astype(_FIELDS[name][2]) for name in loaded}
+        labels = {name: arrays[name] for name in _LABELS if name in arrays}
         episode = Episode(
             task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
-            timestamps=times, annotations=annotations, provenance={"file": file.name}, **vectors,
+            timestamps=arrays.get("timestamps"), provenance={"file": file.name},
+            annotations={name: Annotation(values, _field(file, arrays, "annotation_index")) for name, values in labels.items()},
+            **{name: arrays[name] for name in _VECTORS if name in arrays},
         )  # fmt: skip
         return checked(episode, file)
 

@@ -23,13 +23,12 @@ numbers of steps and instructions, skipping pictures. One record at a time is in
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,15 +40,15 @@ from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_instruction
 from svam.sources._pictures import array_rgb, picture_blocks
 from svam.sources._rlds_options import Options, choose
-from svam.sources._tfds import Shard, find_version, read_dataset_info, read_features, texts, vectors
-from svam.sources._tfrecord import byte_strings, features_of, mapped, read_record, record_spans
+from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
+from svam.sources._tfrecord import mapped, read_record, record_spans
 
 
 class _Entry(NamedTuple):
-    """An episode's place and facts: shard number, record number in it, payload's offset and length; steps, steps kept, bytes
-    under `steps/`; why it cannot be read."""
+    """An episode's place and facts: shard, record number in it, payload's offset and length; steps, steps kept, bytes under
+    `steps/`; why it cannot be read."""
 
-    shard: int
+    shard: Shard
     record: int
     offset: int
     length: int
@@ -59,6 +58,15 @@ class _Entry(NamedTuple):
     instruction: str = ""
     success: bool | None = None
     refusal: str = ""
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.shard.file}: record {self.record}"
+
+    def payload(self) -> memoryview:
+        """The record, checked against its checksum."""
+        return read_record(self.shard.file, self.offset, self.length, self.where)
 
 
 class RldsSource:
@@ -76,7 +84,6 @@ class RldsSource:
             )
         self._rate_hz = choice.rate_hz
         self._chosen = choose(self._features, options, choice, self.folder / "features.json")
-        self._notes: list[str] = []
         self._shards = self._present(splits)
         self._notes += self._chosen.notes
 
@@ -85,11 +92,13 @@ class RldsSource:
         names = list(dict.fromkeys([*self._options.splits, *self._options.held_out_splits]))
         if unknown := [name for name in names if name not in splits]:
             raise ParamsError(f"convert.options.splits: {unknown[0]!r}; {self.folder} has the splits {', '.join(splits)}")
-        for name in [name for name in splits if name not in names]:
-            count = sum(shard.records for shard in splits[name])
-            self._notes.append(f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are")
+        counts = {name: sum(shard.records for shard in shards) for name, shards in splits.items() if name not in names}
+        self._notes = [
+            f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are"
+            for name, count in counts.items()
+        ]
         shards = [shard for name in names for shard in splits[name]]
-        absent = {shard.name: why for shard in shards if (why := self._absence(shard.name))}
+        absent = {shard.file.name: why for shard in shards if (why := _absence(shard.file))}
         if absent and (self._options.missing_shards == "refuse" or len(absent) == len(shards)):
             listed = ", ".join(list(absent)[:10]) + ", ..." * (len(absent) > 10)
             raise FileError(
@@ -98,28 +107,20 @@ class RldsSource:
             )
         if absent:
             self._notes.append(f"{len(absent)} of {len(shards)} shards are missing and left out: {', '.join(absent)}")
-        return [shard for shard in shards if shard.name not in absent]
-
-    def _absence(self, name: str) -> str:
-        try:
-            refuse_lfs_pointer(self.folder / name)
-        except FileError as error:
-            return str(error)
-        there = (self.folder / name).is_file()
-        return "" if there else f"{self.folder / name}: no such file, though dataset_info.json lists it"
+        return [shard for shard in shards if shard.file.name not in absent]
 
     @cached_property
     def _index(self) -> tuple[list[_Entry], list[str]]:
         """All episodes, and what was left out: one scan of all shards; workers receive the result."""
         entries: list[_Entry] = []
         left_out: dict[str, list[_Entry]] = {}
-        with closing(track(enumerate(self._shards), "index of the shards", len(self._shards))) as shards:
-            for number, shard in shards:
-                for entry in self._scan(number, shard):
+        with closing(track(self._shards, "index of the shards", len(self._shards))) as shards:
+            for shard in shards:
+                for entry in self._scan(shard):
                     lacking = self._lacking(entry)
                     (left_out.setdefault(lacking, []) if lacking else entries).append(entry)
         notes = [
-            f"{len(those)} episodes without {what} are left out, the first is {self._where(those[0])}"
+            f"{len(those)} episodes without {what} are left out, the first is {those[0].where}"
             for what, those in left_out.items()
         ]
         if shortened := sum(entry.kept < entry.recorded for entry in entries):
@@ -128,19 +129,19 @@ class RldsSource:
                 "(convert.options.last_step: keep)"
             )
         if repeated := self._repeated(entries):
-            splits = Counter(self._shards[entry.shard].split for entry in repeated)
+            splits = Counter(entry.shard.split for entry in repeated)
             first, original = next(iter(repeated.items()))
             notes.append(
                 f"{len(repeated)} repeated episodes are left out ({', '.join(f'{n} in {s!r}' for s, n in splits.items())}), "
-                f"the first is {self._where(first)}, which repeats {self._where(original)}"
+                f"the first is {first.where}, which repeats {original.where}"
             )
         entries = [entry for entry in entries if entry not in repeated]
-        for split in self._options.held_out_splits:
-            if not any(self._shards[entry.shard].split == split for entry in entries):
-                raise ContractError(
-                    f"{self.folder}: the split {split!r} of convert.options.held_out_splits has no episode of its own"
-                    + ("; " + notes[-1] if repeated else "")
-                )
+        there = {entry.shard.split for entry in entries}
+        if empty := [split for split in self._options.held_out_splits if split not in there]:
+            raise ContractError(
+                f"{self.folder}: the split {empty[0]!r} of convert.options.held_out_splits has no episode of its own"
+                + ("; " + notes[-1] if repeated else "")
+            )
         if not entries:
             raise ContractError("; ".join([f"{self.folder}: no episodes", *notes[:1]]))
         return entries, notes
@@ -149,74 +150,51 @@ class RldsSource:
         """For lack of what it is left out."""
         if not (entry.kept or entry.refusal):
             return "a usable step"
-        labelled = entry.refusal or entry.instruction or self._choice.instruction
+        labelled = entry.refusal or entry.instruction
         return "" if labelled or self._options.without_instruction == "refuse" else "an instruction"
 
-    def _scan(self, number: int, shard: Shard) -> Iterator[_Entry]:
+    def _scan(self, shard: Shard) -> Iterator[_Entry]:
         """Each record of a shard; pictures are skipped, data are not checked."""
-        path, record = self.folder / shard.name, -1
-        content = mapped(path)
-        for record, (offset, length) in enumerate(record_spans(content, str(path))):
-            place = entry = _Entry(number, record, offset, length)
+        content, record = mapped(shard.file), -1
+        for record, (offset, length) in enumerate(record_spans(content, str(shard.file))):
+            place = entry = _Entry(shard, record, offset, length)
             try:
                 try:
-                    entry = self._entry(place, features_of(content[offset : offset + length], self._where(place)))
+                    entry = self._entry(place, self._record(place, content[offset : offset + length]))
                 finally:
-                    if not (entry.kept and (entry.instruction or self._choice.instruction)):
-                        self._payload(place)  # a damaged record is told as that, and never left out
+                    if not (entry.kept and entry.instruction):
+                        place.payload()  # a damaged record is told as that, and never left out
             except (FileError, ContractError) as error:
                 entry = place._replace(refusal=str(error))
             yield entry
         if record + 1 != shard.records:
-            raise FileError(f"{path}: {record + 1} records, but dataset_info.json says {shard.records}")
+            raise FileError(f"{shard.file}: {record + 1} records, but dataset_info.json says {shard.records}")
 
-    def _entry(self, place: _Entry, data: Mapping[str, memoryview]) -> _Entry:
+    def _entry(self, place: _Entry, record: Record) -> _Entry:
         """An episode's facts, from its small features."""
-        where = self._where(place)
-        counter, feature = self._chosen.counter, self._features[self._chosen.counter]
-        if feature.size and not feature.packed:
-            recorded = kept = len(self._vector(counter, data, where))
-        else:
-            recorded = kept = len(byte_strings(self._feature(counter, data, where), f"{where}: {counter}"))
-        if self._chosen.is_last and recorded:
-            marked = np.flatnonzero(self._vector(self._chosen.is_last, data, where, recorded))
+        recorded = kept = record.steps
+        if self._chosen.is_last:
+            marked = np.flatnonzero(record.vectors(self._chosen.is_last))
             if len(marked) and marked[0] != recorded - 1:
                 raise ContractError(
-                    f"{where}: is_last marks step {marked[0]} of {recorded}, expected the last; "
+                    f"{record.where}: is_last marks step {marked[0]} of {recorded}, expected the last; "
                     "convert.options.last_step: keep ignores it"
                 )
             kept -= len(marked)
-        success = bool(self._vector(self._chosen.success, data, where, 1)[0, 0]) if self._chosen.success else None
-        sentences = (self._sentence(name, data, recorded, kept, where) for name in self._chosen.instructions if kept)
-        sentence = next(filter(None, sentences), "")
-        size = sum(len(feature) for name, feature in data.items() if name.startswith("steps/"))
-        return place._replace(recorded=recorded, kept=kept, size=size, instruction=sentence, success=success)
+        success = bool(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
+        sentences = (self._sentence(record, name, kept) for name in self._chosen.instructions if kept)
+        instruction = self._choice.instruction or next(filter(None, sentences), "")
+        return place._replace(recorded=recorded, kept=kept, size=record.size, instruction=instruction, success=success)
 
-    def _sentence(self, name: str, data: Mapping[str, memoryview], recorded: int, kept: int, where: str) -> str:
-        """The one that is not empty, of a feature's steps that are kept."""
-        lines = texts(self._feature(name, data, where), self._features[name], f"{where}: {name}")
-        expected = recorded if name.startswith("steps/") else 1
-        if len(lines) != expected:
-            raise ContractError(f"{where}: {name} has {len(lines)} instructions, expected {expected}")
-        different = list(dict.fromkeys(line for line in lines[:kept] if line.strip()))
+    def _sentence(self, record: Record, name: str, kept: int) -> str:
+        """The one that is not empty, of a feature's first `kept` steps."""
+        different = list(dict.fromkeys(line for line in record.texts(name)[:kept] if line.strip()))
         if len(different) > 1 and self._options.changing_instruction == "refuse":
             raise ContractError(
-                f"{where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
+                f"{record.where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
                 "convert.options.changing_instruction: first takes the first"
             )
         return different[0].strip() if different else ""
-
-    @staticmethod
-    def _feature(name: str, data: Mapping[str, memoryview], where: str) -> memoryview:
-        if name not in data:
-            raise FileError(f"{where}: feature {name!r} is missing, though features.json lists it")
-        return data[name]
-
-    def _vector(self, name: str, data: Mapping[str, memoryview], where: str, rows: int | None = None) -> NDArray[Any]:
-        values = vectors(self._feature(name, data, where), self._features[name], f"{where}: {name}")
-        if rows is not None and len(values) != rows:
-            raise ContractError(f"{where}: {name} has {len(values)} rows, expected {rows} as {self._chosen.counter} has")
-        return values
 
     def _repeated(self, entries: list[_Entry]) -> dict[_Entry, _Entry]:
         """Each episode that repeats an earlier one -> the earlier one. Only those of equal sizes are read; one that is damaged
@@ -229,29 +207,18 @@ class RldsSource:
             return repeated
         with closing(track(todo, "episodes of equal size, compared", len(todo))) as numbers:
             for at in numbers:
-                entry, digest = entries[at], hashlib.sha256()
+                entry = entries[at]
                 try:
-                    data = features_of(self._payload(entry), self._where(entry))
+                    digest = self._record(entry, entry.payload()).digest()
                 except FileError as error:
                     entries[at] = entry._replace(refusal=str(error))
                     continue
-                for name, feature in sorted(data.items()):
-                    if name.startswith("steps/"):  # by name: a record's own order is arbitrary
-                        digest.update(f"{name}\0{len(feature)}\0".encode())
-                        digest.update(feature)
-                if (original := first.setdefault(digest.digest(), entry)) != entry:
+                if (original := first.setdefault(digest, entry)) != entry:
                     repeated[entry] = original
         return repeated
 
-    def _where(self, entry: _Entry) -> str:
-        return f"{self.folder / self._shards[entry.shard].name}: record {entry.record}"
-
-    def _payload(self, entry: _Entry) -> memoryview:
-        """A record, which is checked against its checksum."""
-        return read_record(self.folder / self._shards[entry.shard].name, entry.offset, entry.length, self._where(entry))
-
-    def _sentence_of(self, entry: _Entry) -> str:
-        return chosen_instruction(self._choice, entry.instruction, self._where(entry))
+    def _record(self, entry: _Entry, payload: memoryview) -> Record:
+        return Record(payload, self._features, self._chosen.counter, entry.where)
 
     @property
     def notes(self) -> list[str]:
@@ -260,8 +227,7 @@ class RldsSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, one task per different instruction, and the data set's name and version."""
-        choice = self._choice
-        own = [choice.instruction or entry.instruction or choice.missing_instruction for entry in self._index[0]]
+        own = [entry.instruction or self._choice.missing_instruction for entry in self._index[0]]
         sentences = dict.fromkeys(filter(None, own))
         return SourceDescription(
             rate_hz=self._rate_hz, cameras=list(self._chosen.cameras),
@@ -281,11 +247,11 @@ class RldsSource:
         entry = self._index[0][index]
         if entry.refusal:
             raise FileError(entry.refusal)
-        shard = self._shards[entry.shard]
+        file, held_out = entry.shard.file, self._options.held_out_splits
         return EpisodeShape(
-            entry.kept, held_out=shard.split in self._options.held_out_splits if self._options.held_out_splits else None,
-            stamp=f"{stamp(self.folder / shard.name)}:{entry.offset}", name=f"{shard.name}#{entry.record}",
-            task=self._sentence_of(entry), success=entry.success,
+            entry.kept, held_out=entry.shard.split in held_out if held_out else None, stamp=f"{stamp(file)}:{entry.offset}",
+            name=f"{file.name}#{entry.record}", success=entry.success,
+            task=chosen_instruction(self._choice, entry.instruction, entry.where),
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
@@ -296,34 +262,42 @@ class RldsSource:
             ContractError: the episode breaks the contract.
         """
         entry = self._index[0][index]
-        where, rows, kept = self._where(entry), entry.recorded, entry.kept
-        data = features_of(self._payload(entry), where)
-        if self._entry(_Entry(*entry[:4]), data) != entry:
-            raise FileError(f"{where}: differs from when the shards were scanned; run the same command again")
+        record = self._record(entry, entry.payload())
+        if self._entry(_Entry(*entry[:4]), record) != entry:
+            raise FileError(f"{record.where}: differs from when the shards were scanned; run the same command again")
 
         def joined(names: Sequence[str]) -> NDArray[np.float32] | None:
-            parts = [self._vector(name, data, where, rows) for name in names]
+            if not names:
+                return None
             with np.errstate(over="ignore", invalid="ignore"):  # an infinity is refused by the contract's check
-                return np.concatenate([part.astype(np.float32) for part in parts], axis=1)[:kept] if parts else None
+                return np.concatenate([record.vectors(name) for name in names], axis=1, dtype=np.float32)[: entry.kept]
 
         def pictures(name: str) -> Frames:
-            feature, what = self._features[name], f"{where}: {name}"
+            feature, what = self._features[name], f"{record.where}: {name}"
             if feature.kind == "tensor":
-                return array_rgb(self._vector(name, data, where, rows), [size or 0 for size in feature.shape], what)[:kept]
-            items = byte_strings(self._feature(name, data, where), what)
-            if len(items) != rows:
-                raise ContractError(f"{what} has {len(items)} pictures, expected {rows} as {self._chosen.counter} has")
-            return picture_blocks(items[:kept], feature.shape, what)
+                return array_rgb(record.vectors(name), [size or 0 for size in feature.shape], what)[: entry.kept]
+            return picture_blocks(record.rows(name)[: entry.kept], feature.shape, what)
 
-        shard, sentence = self._shards[entry.shard], self._sentence_of(entry)
+        sentence = chosen_instruction(self._choice, entry.instruction, entry.where)
         episode = Episode(
             task=sentence, instruction=sentence, rate_hz=self._rate_hz,
             frames={camera: pictures(name) for camera, name in self._chosen.cameras.items()},
             actions=joined(self._chosen.action), proprioception=joined(self._chosen.proprioception),
             state=joined(self._chosen.state),
-            provenance={"file": f"{shard.name}#{entry.record}", "split": shard.split, "recorded_steps": rows},
+            provenance={
+                "file": f"{entry.shard.file.name}#{entry.record}", "split": entry.shard.split, "recorded_steps": entry.recorded,
+            },
         )  # fmt: skip
-        return checked(episode, where)
+        return checked(episode, record.where)
+
+
+def _absence(file: Path) -> str:
+    """Why a shard cannot be read, "" where it can."""
+    try:
+        refuse_lfs_pointer(file)
+    except FileError as error:
+        return str(error)
+    return "" if file.is_file() else f"{file}: no such file, though dataset_info.json lists it"
 
 
 def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RldsSource:
