@@ -1,7 +1,8 @@
-"""Reading HDF5 files that may be damaged: every failure is a `FileError` that names the file and the place in it.
+"""HDF5 files that may be damaged, and what all formats in them have in common.
 
-Most HDF5 files carry no checksums, so a flipped byte can make the library report absurd shapes: what is allocated is bounded
-by what the file can hold. A flipped pixel in an unchecked file cannot be noticed by anyone.
+Every failure is a `FileError` that names the file and the place in it. Most HDF5 files carry no checksums, so a flipped byte
+can make the library report absurd shapes: what is allocated is bounded by what the file can hold. A flipped pixel in an
+unchecked file cannot be noticed by anyone.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ import importlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Generic, TypeVar
+from statistics import mode
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,24 +28,15 @@ from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures
 
-# What h5py is known to raise on damaged files, on missing names and on values that it cannot convert.
-_ERRORS = (
-    OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError, MemoryError, EOFError,
-)  # fmt: skip
-MAX_VECTOR_BYTES = 2**30
-"""Largest dataset that is read whole, as stored and as read."""
-MAX_CHUNK_BYTES = 2**30
-"""Largest HDF5 chunk: the library holds one decompressed."""
+_LARGEST = 2**30
+"""Bytes of a dataset that is read whole, as stored and as read; and of a chunk, of which the library holds one decompressed."""
 # Per dataset: compressed chunks across a block's edge are needed twice, and the library's 1 MiB would decompress them twice.
 _CACHE_BYTES = 2**27
 
 
 def hdf5_files(path: Path) -> list[Path]:
-    """`path` itself, or all .hdf5 and .h5 files under it, hidden ones left out, sorted with numbers as numbers.
-
-    Raises:
-        FileError: there is no such path, or no such file in it.
-    """
+    """`path` itself, or all .hdf5 and .h5 files under it, hidden ones left out, sorted with numbers as numbers; `FileError`
+    where there are none."""
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -63,11 +54,8 @@ def _by_number(name: str) -> list[str | int]:
 
 
 def text_of(value: Any, where: str) -> str | None:
-    """A string attribute or one row of a string dataset as str, stripped; None where it is no text.
-
-    Raises:
-        FileError: it is not UTF-8.
-    """
+    """A string attribute or one row of a string dataset as str, stripped; None where it is no text, `FileError` where it is not
+    UTF-8."""
     if isinstance(value, np.ndarray) and value.size == 1:
         value = value.reshape(-1)[0]
     try:
@@ -82,43 +70,50 @@ def text_of(value: Any, where: str) -> str | None:
 
 
 class Hdf5File:
-    """An HDF5 file open for reading; use it in a `with` statement.
+    """An HDF5 file open for reading, in a `with` statement.
 
     Raises:
-        FileError: it is missing or no readable HDF5 file.
-        MachineError: h5py is not installed.
+        FileError: what is asked for is missing, damaged or of another kind; this holds for the file and for each method.
+        MachineError: h5py is not installed, or a compression filter of a dataset.
     """
 
     def __init__(self, file: Path, source: str) -> None:
         """`source` is the value of `convert.source`, for messages."""
-        self.file = file
         try:
             self._h5py = importlib.import_module("h5py")
         except ImportError:
             raise MachineError(f'convert.source is {source!r}, which needs h5py: pip install -e ".[hdf5]"') from None
         refuse_lfs_pointer(file)
+        self.file, self._checked = file, set[str]()
         with self._guarded("its HDF5 content"):
             self._root = self._h5py.File(file, "r", locking="best-effort", rdcc_nbytes=_CACHE_BYTES)
             self._size = file.stat().st_size
-        self._checked: set[str] = set()
 
     def __enter__(self) -> Hdf5File:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         with self._guarded("the end of the file"):
             self._root.close()
 
     @contextmanager
     def _guarded(self, what: str) -> Iterator[None]:
-        """Turn the HDF5 library's exceptions into a `FileError`."""
         try:
             yield
         except SvamError:
             raise
-        except _ERRORS as error:
+        except Exception as error:  # h5py raises a dozen types: damage, names that are not there, values it cannot convert
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
             raise FileError(f"{self.file}: {what} is missing, truncated or damaged ({reason})") from None
+
+    @contextmanager
+    def _dataset(self, name: str) -> Iterator[Any]:
+        with self._guarded(name):
+            member = self._root.get(name)
+            if not isinstance(member, self._h5py.Dataset):
+                kind = "missing" if member is None else "a group"
+                raise FileError(f"{self.file}: {name} is {kind}, expected a dataset")
+            yield member
 
     def names(self, group: str) -> list[str]:
         """Members of a group, numbers sorted as numbers; nothing where there is no such group."""
@@ -129,6 +124,17 @@ class Hdf5File:
             if not re.fullmatch(r"[\w .+-]+", name):
                 raise FileError(f"{self.file}: {group} has a member named {name!r}, expected letters, digits and _.-")
         return names
+
+    def listed(self, group: str) -> str:
+        """What lies in a group, for messages."""
+        names, parts = self.names(group), []
+        for name in names[:12]:
+            if self.is_dataset(f"{group}/{name}"):
+                shape, dtype = self.layout(f"{group}/{name}")
+                parts.append(f"{name} {dtype} {shape}")
+            else:
+                parts.append(f"{name} (a group)")
+        return (", ".join(parts) or "nothing") + ", ..." * (len(names) > 12)
 
     def is_dataset(self, name: str) -> bool:
         """Whether there is a dataset of this name."""
@@ -144,65 +150,68 @@ class Hdf5File:
         """A string attribute, stripped; None where there is none or where it is no string."""
         return text_of(self.attribute(name, key), f"{self.file}: attribute {key!r} of {name}")
 
-    def _dataset(self, name: str) -> Any:
-        member = self._root.get(name)
-        if not isinstance(member, self._h5py.Dataset):
-            raise FileError(f"{self.file}: {name} is {'missing' if member is None else 'a group'}, expected a dataset")
-        return member
-
-    def layout(self, name: str) -> tuple[tuple[int, ...], np.dtype[Any]]:
-        """Shape and dtype of a dataset, as the file states them."""
-        with self._guarded(name):
-            dataset = self._dataset(name)
+    def layout(self, name: str, steps: int | None = None) -> tuple[tuple[int, ...], np.dtype[Any]]:
+        """Shape and dtype of a dataset, as the file states them; `ContractError` where it has other than `steps` rows."""
+        with self._dataset(name) as dataset:
             if dataset.shape is None:
                 raise FileError(f"{self.file}: {name} is an empty dataset")
+            if steps and dataset.shape and dataset.shape[0] != steps:
+                raise ContractError(f"{self.file}: {name} has {dataset.shape[0]} steps, but the actions have {steps}")
             return tuple(int(size) for size in dataset.shape), dataset.dtype
 
-    def listed(self, group: str) -> str:
-        """What lies in a group, for messages."""
-        names, parts = self.names(group), []
-        for name in names[:12]:
-            shape, dtype = self.layout(f"{group}/{name}") if self.is_dataset(f"{group}/{name}") else ("group", "")
-            parts.append(f"{name} {dtype} {shape}".replace("  ", " "))
-        return (", ".join(parts) or "nothing") + ", ..." * (len(names) > 12)
-
     def vector(self, name: str, steps: int | None = None) -> tuple[int, int]:
-        """(steps, dimensions) of a dataset of vectors, without reading them; (n,) is one dimension.
-
-        Raises:
-            FileError: it is no array of numbers. ContractError: it has no steps, or other than `steps`.
-        """
-        shape, dtype = self.layout(name)
+        """(steps, dimensions) of a dataset of vectors, without reading them; (n,) is one dimension."""
+        shape, dtype = self.layout(name, steps)
         if dtype.kind not in "fiub" or len(shape) not in (1, 2) or not shape[0]:
             raise FileError(
                 f"{self.file}: {name} is {dtype} {shape}, expected numbers (steps, dimensions) with at least one step"
             )
-        self.check_steps(name, shape[0], steps or shape[0])
         return shape[0], math.prod(shape[1:])
 
-    def pictures(self, name: str, steps: int) -> PictureArray:
-        """How the pictures of a dataset lie.
+    def matrix(self, name: str) -> NDArray[np.float32]:
+        """A vector per step as (n, d) float32."""
+        steps, dimensions = self.vector(name)
+        with np.errstate(over="ignore", invalid="ignore"):  # an infinity is refused by the contract's check
+            return self.rows(name).reshape(steps, dimensions).astype(np.float32)
 
-        Raises:
-            FileError: it holds none, or absurdly large ones. ContractError: it has other than `steps`.
-        """
-        pictures = needed_pictures(f"{self.file}: {name}", *self.layout(name))
-        self.check_steps(name, pictures.shape[0], steps)
+    def texts(self, name: str) -> list[str]:
+        """The strings of a dataset, stripped; none where it holds something else."""
+        shape, dtype = self.layout(name)
+        if dtype.kind not in "SO" or len(shape) > 1:
+            return []
+        texts = [text_of(value, f"{self.file}: {name}") for value in self.rows(name).reshape(-1)]
+        return [text for text in texts if text is not None]
+
+    def pictures(self, name: str, steps: int) -> PictureArray:
+        """How the pictures of a dataset lie."""
+        pictures = needed_pictures(f"{self.file}: {name}", *self.layout(name, steps))
         if pictures.dtype != np.uint8:  # numbers in 0..1, which are no pictures of bytes, are told here
             pictures.rgb(self.rows(name, 0, 1), f"{self.file}: {name}", 0)
         return pictures
 
-    def check_steps(self, name: str, steps: int, expected: int) -> None:
-        """Raise `ContractError` unless a dataset is as long as the actions."""
-        if steps != expected:
-            raise ContractError(f"{self.file}: {name} has {steps} steps, but the actions have {expected}")
-
     def picture_blocks(self, name: str) -> Iterator[NDArray[np.uint8]]:
-        """All pictures of a dataset, as (k, H, W, 3) blocks; errors as `rows`."""
+        """All pictures of a dataset, as (k, H, W, 3) blocks."""
         pictures, row = needed_pictures(f"{self.file}: {name}", *self.layout(name)), 0
         for block in self.blocks(name):
             yield pictures.rgb(block, f"{self.file}: {name}", row)
             row += len(block)
+
+    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
+        """All rows, at most 64 at a time and 32 MiB, unless one row is larger."""
+        (steps, *rest), dtype = self.layout(name)
+        count = frames_per_block(math.prod(rest) * dtype.itemsize)
+        for start in range(0, steps, count):
+            yield self.rows(name, start, min(start + count, steps))
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
+        """Rows start..stop - 1 as they are stored, or the whole dataset, which must be no larger than `_LARGEST`."""
+        with self._dataset(name) as dataset:
+            if stop is None and math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4) > _LARGEST:
+                raise FileError(f"{self.file}: {name} claims {dataset.dtype} {dataset.shape}, more than {_LARGEST} bytes")
+            if name not in self._checked:
+                self._check_stored(name, dataset)
+                self._checked.add(name)
+            return np.asarray(dataset[()] if stop is None else dataset[start:stop])
 
     def _check_stored(self, name: str, dataset: Any) -> None:
         """That the values of a dataset are in this file, whole and readable, and no larger than it can hold."""
@@ -210,7 +219,7 @@ class Hdf5File:
         if dataset.is_virtual or dataset.external:
             raise FileError(f"{where} keeps its values in other files; copy it into one (h5repack), then convert that")
         creation = dataset.id.get_create_plist()
-        for code, _, _, title in (creation.get_filter(i) for i in range(creation.get_nfilters())):
+        for code, _, _, title in map(creation.get_filter, range(creation.get_nfilters())):
             with suppress(ImportError):
                 if not self._h5py.h5z.filter_avail(code):
                     importlib.import_module("hdf5plugin")  # which makes its filters known
@@ -223,7 +232,7 @@ class Hdf5File:
             if not (claimed := math.prod(dataset.shape) * item) <= stored <= self._size:
                 raise FileError(f"{where} claims {claimed} bytes, of which {stored} are stored: damaged or never written")
             return
-        if math.prod(dataset.chunks) * item > MAX_CHUNK_BYTES:
+        if math.prod(dataset.chunks) * item > _LARGEST:
             raise FileError(f"{where} has chunks of {dataset.chunks}, too large to read piece by piece; rechunk it (h5repack)")
         chunks = math.prod(-(-size // chunk) for size, chunk in zip(dataset.shape, dataset.chunks, strict=True))
         # A chunk is at least some bytes of file, so an absurd shape is noticed before the library counts its chunks.
@@ -231,60 +240,19 @@ class Hdf5File:
         if present < chunks:
             raise FileError(f"{where} has {present} of its {chunks} chunks: damaged, or the recorder stopped early")
 
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[Any]:
-        """Rows start..stop - 1 as they are stored, or the whole dataset.
-
-        Raises:
-            FileError: they are not whole in this file, or the whole is larger than `MAX_VECTOR_BYTES`.
-            MachineError: they need a compression filter that is not installed.
-        """
-        with self._guarded(name):
-            dataset = self._dataset(name)
-            if stop is None and math.prod(dataset.shape) * max(dataset.dtype.itemsize, 4) > MAX_VECTOR_BYTES:
-                raise FileError(
-                    f"{self.file}: {name} claims {dataset.dtype} {dataset.shape}, more than {MAX_VECTOR_BYTES} bytes"
-                )
-            if name not in self._checked:
-                self._check_stored(name, dataset)
-                self._checked.add(name)
-            return np.asarray(dataset[()] if stop is None else dataset[start:stop])
-
-    def blocks(self, name: str) -> Iterator[NDArray[Any]]:
-        """All rows, at most 64 at a time and 32 MiB, unless one row is larger; in whole chunks if possible."""
-        (steps, *rest), dtype = self.layout(name)
-        count = frames_per_block(math.prod(rest) * dtype.itemsize)
-        with self._guarded(name):
-            chunks = self._dataset(name).chunks
-        if chunks and 1 <= chunks[0] <= count:
-            count -= count % chunks[0]
-        for start in range(0, steps, count):
-            yield self.rows(name, start, min(start + count, steps))
-
-    def matrix(self, name: str) -> NDArray[np.float32]:
-        """A vector per step as (n, d) float32; errors as `vector` and `rows`."""
-        steps, dimensions = self.vector(name)
-        with np.errstate(over="ignore", invalid="ignore"):  # an infinity is refused by the contract's check
-            return self.rows(name).reshape(steps, dimensions).astype(np.float32)
-
-    def texts(self, name: str) -> list[str]:
-        """The strings of a dataset, stripped; none where it holds something else; errors as `rows` and `text_of`."""
-        shape, dtype = self.layout(name)
-        if dtype.kind not in "SO" or len(shape) > 1:
-            return []
-        texts = [text_of(value, f"{self.file}: {name}") for value in self.rows(name).reshape(-1)]
-        return [text for text in texts if text is not None]
-
 
 Size = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recording:
-    """An episode without its pictures.
+    """What is known of an episode before it is read.
 
-    place: its group in the file, ending in "/", or "" for all of the file. name: as in `EpisodeShape`.
-    cameras: name -> (dataset below `place`, (n, H, W, 3)). notes: on its pictures. sentences: at least one.
-    alike: what must be the same in all episodes, in words. facts: of its provenance.
+    place: its group in the file, ending in "/", or "" for all of the file; datasets are named below it. name: as in
+    `EpisodeShape`. cameras: name -> (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined.
+    sentences: at least one. alike: what must be the same in all episodes, in words. facts: of its provenance. flip: how its
+    pictures are turned: "none", "vertical" or "rotate_180". late: 1 where pictures and proprioception of row t belong to
+    actions and state of row t + 1; `steps` are without the rows that have no partner then.
     """
 
     file: Path
@@ -292,36 +260,24 @@ class Recording:
     name: str
     steps: int
     cameras: dict[str, tuple[str, Size]]
-    notes: list[str]
+    vectors: dict[str, list[str]]
     sentences: list[str]
     alike: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
     held_out: bool | None = None
     success: bool | None = None
+    flip: str = "none"
+    late: int = 0
 
     def __str__(self) -> str:
         return f"{self.file}: {self.place}".rstrip(":/ ")
 
 
-R = TypeVar("R", bound=Recording)
-T = TypeVar("T")
-
-
-def _attempted(read: Callable[[], T]) -> T | SvamError:
-    """What is read, or why it cannot be. A missing library is raised: it is no fault of one file."""
-    try:
-        return read()
-    except MachineError:
-        raise
-    except SvamError as error:
-        return error
-
-
-class Hdf5Source(ABC, Generic[R]):
+class Hdf5Source(ABC):
     """The episodes of HDF5 files, as far as formats are read alike; what is said of each file is looked up when it is opened.
 
-    A format says how the episodes of a file are found (`_scan`) and one of them read (`_header`, `_blocks`, `_vectors`), and by
-    which key its option `instructions` names a file.
+    A format says how the episodes of a file are found (`_scan`) and what is known of one (`_header`), where its sentences are,
+    and by which key its option `instructions` names a file.
     """
 
     source: ClassVar[str]
@@ -333,51 +289,53 @@ class Hdf5Source(ABC, Generic[R]):
     """Key of `Recording.alike` -> what to do where it differs."""
 
     def __init__(self, path: Path, options: Any, choice: Choice, files: list[Path]) -> None:
-        """See `open_source` of the format."""
-        self.path, self.options, self._choice = path, options, choice
-        self.notes: list[str] = []
+        """See the format's."""
+        self.path, self.options, self._choice, self.notes = path, options, choice, list[str]()
         known = sorted({self._key(file) for file in files})
         if absent := sorted(set(options.instructions) - set(known)):  # a misspelt key would silently say nothing
             names = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
             raise FileError(f"{path}: convert.options.instructions names {absent[0]!r}, which is not there; it has {names}")
-        self._recordings: list[R | SvamError] = []
-        for file in files:
-            scanned = _attempted(partial(self._scanned, file))
-            self._recordings += scanned if isinstance(scanned, list) else [scanned]
-        self._readable = [one for one in self._recordings if not isinstance(one, SvamError)]
+        self._recordings = [one for file in files for one in self._headers(file)]
+        self._readable = [one for one in self._recordings if isinstance(one, Recording)]
         if not self._readable:
-            nothing = FileError(f"{path}: convert.options choose no episode of its files")
-            raise next((one for one in self._recordings if isinstance(one, SvamError)), nothing)
+            faults = [one for one in self._recordings if isinstance(one, SvamError)]
+            raise faults[0] if faults else FileError(f"{path}: convert.options choose no episode of its files")
         self._cameras = self._choose_cameras()
         compared = dict.fromkeys(name for one in self._readable for name in one.alike)
-        self._alike = {name: _most_common(one.alike.get(name, "absent") for one in self._readable) for name in compared}
+        self._alike = {name: mode(one.alike.get(name, "absent") for one in self._readable) for name in compared}
         stated = self._alike.get("control_freq")
         self.rate_hz: float = choice.rate_hz or stated or self.usual_rate[0]
         if not (choice.rate_hz or stated):
-            self.notes.append(f"{path}: the files do not state their rate: {self.usual_rate[1]}; set convert.rate_hz to yours")
+            self._note(f"the files do not state their rate: {self.usual_rate[1]}; set convert.rate_hz to yours")
+
+    def _headers(self, file: Path) -> Iterator[Recording | SvamError]:
+        """The episodes of a file, or why they cannot be read. A missing library is raised: it is no fault of one file."""
+        try:
+            with Hdf5File(file, self.source) as data:
+                for place, held_out in self._scan(data).items():
+                    try:
+                        yield self._header(data, place, held_out)
+                    except (FileError, ContractError) as error:
+                        yield error
+        except (FileError, ContractError) as error:
+            yield error
 
     def _choose_cameras(self) -> list[str]:
         datasets = {camera: dataset for one in self._readable for camera, (dataset, _) in one.cameras.items()}
-        forms = {
-            form: name for name, dataset in datasets.items() for form in (dataset, dataset.removeprefix(self.prefix), name)
-        }
-        asked = self._choice.model_copy(update={"cameras": [forms.get(name, name) for name in self._choice.cameras]})
-        cameras = chosen_cameras(asked, list(datasets), self.path, self.prefix)
-        if not self._choice.cameras:
-            cameras = list(_most_common(tuple(one.cameras) for one in self._readable))
+        if self._choice.cameras:
+            forms = {
+                form: name for name, dataset in datasets.items() for form in (dataset, dataset.removeprefix(self.prefix), name)
+            }
+            asked = self._choice.model_copy(update={"cameras": [forms.get(name, name) for name in self._choice.cameras]})
+            return chosen_cameras(asked, list(datasets), self.path, self.prefix)
+        cameras = list(mode(tuple(one.cameras) for one in self._readable))
         for camera in [camera for camera in datasets if camera not in cameras]:
-            self.notes.append(f"{self.path}: {datasets[camera]} is left out: most episodes do not have it")
-        self.notes += dict.fromkeys(note for one in self._readable for note in one.notes)
+            self._note(f"{datasets[camera]} is left out: most episodes do not have it")
         return cameras
 
-    def _asked_for(self, *forms: str) -> bool:
-        """Whether a camera of these names is to be read."""
-        names = {name.removeprefix(self.prefix) for name in self._choice.cameras}
-        return not names or not names.isdisjoint(forms)
-
-    def _scanned(self, file: Path) -> list[R | SvamError]:
-        with Hdf5File(file, self.source) as data:
-            return [_attempted(partial(self._header, data, place, side)) for place, side in self._scan(data).items()]
+    def _note(self, *notes: str) -> None:
+        """Each is said once, however many episodes it is true of."""
+        self.notes += [said for note in notes if (said := f"{self.path}: {note}") not in self.notes]
 
     @abstractmethod
     def _key(self, file: Path) -> str:
@@ -388,22 +346,29 @@ class Hdf5Source(ABC, Generic[R]):
         """Place of each episode in a file -> whether it is held out."""
 
     @abstractmethod
-    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> R:
-        """What is known of an episode before its pictures are read; raises what makes it unreadable."""
+    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
+        """What is known of an episode before it is read; raises what makes it unreadable."""
 
     @abstractmethod
-    def _blocks(self, recording: R, dataset: str) -> Iterator[NDArray[np.uint8]]:
-        """Pictures of a camera, (k, H, W, 3) uint8 RGB at a time."""
+    def _own_sentences(self, data: Hdf5File, place: str) -> list[str]:
+        """The sentences that a file has for an episode; "" says nothing."""
 
-    @abstractmethod
-    def _vectors(self, recording: R, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
-        """The float32 vectors of an episode, (n, D) each."""
+    def _pictures(self, data: Hdf5File, dataset: str) -> Iterator[NDArray[np.uint8]]:
+        """Pictures of a camera as they are stored, (k, H, W, 3) uint8 RGB at a time."""
+        return data.picture_blocks(dataset)
 
-    def _sentences(self, file: Path, where: str, own: Callable[[], list[str]]) -> list[str]:
+    def _asked_for(self, *forms: str) -> bool:
+        """Whether a camera of these names is to be read."""
+        names = {name.removeprefix(self.prefix) for name in self._choice.cameras}
+        return not names or not names.isdisjoint(forms)
+
+    def _sentences(self, data: Hdf5File, place: str) -> list[str]:
         """`convert.instruction`, or what the options say, or the file's own, or `convert.missing_instruction`."""
-        told = self.options.instructions.get(self._key(file), "").strip()
-        sentences = [] if self._choice.instruction else [told] if told else [sentence for sentence in own() if sentence]
-        first = chosen_instruction(self._choice, next(iter(sentences), None), where)
+        sentences: list[str] = []
+        if not self._choice.instruction:
+            told = self.options.instructions.get(self._key(data.file), "").strip()
+            sentences = [told] if told else [sentence for sentence in self._own_sentences(data, place) if sentence]
+        first = chosen_instruction(self._choice, next(iter(sentences), None), f"{data.file}: {place}".rstrip(":/ "))
         return list(dict.fromkeys([first, *sentences]))
 
     def describe(self) -> SourceDescription:
@@ -425,7 +390,7 @@ class Hdf5Source(ABC, Generic[R]):
     def _relative(self, file: Path) -> Path:
         return file.relative_to(self.path) if self.path.is_dir() else Path(file.name)
 
-    def _known(self, index: int) -> R:
+    def _known(self, index: int) -> Recording:
         """An episode that can be read, with all that the set has."""
         one = self._recordings[index]
         if isinstance(one, SvamError):
@@ -442,11 +407,7 @@ class Hdf5Source(ABC, Generic[R]):
         return one
 
     def shape(self, index: int) -> EpisodeShape:
-        """Length, split, name, task and success of one episode.
-
-        Raises:
-            FileError, ContractError: it cannot be read, or differs from the others.
-        """
+        """Length, split, name, task and success of one episode; refused where it cannot be read or differs from the others."""
         one = self._known(index)
         return EpisodeShape(
             one.steps, held_out=one.held_out, stamp=stamp(one.file), name=one.name, task=one.sentences[0], success=one.success
@@ -461,8 +422,12 @@ class Hdf5Source(ABC, Generic[R]):
             MachineError: a compression filter is not installed.
         """
         one = self._known(index)
+        vectors: dict[str, NDArray[np.float32]] = {}
         with Hdf5File(one.file, self.source) as data:
-            vectors = self._vectors(one, data)
+            for name, datasets in one.vectors.items():
+                if datasets:
+                    values = np.hstack([data.matrix(one.place + dataset) for dataset in datasets])
+                    vectors[name] = values[: one.steps] if name == "proprioception" else values[one.late :]
         frames = {}
         for camera in self._cameras:
             dataset, size = one.cameras[camera]
@@ -474,7 +439,11 @@ class Hdf5Source(ABC, Generic[R]):
         )  # fmt: skip
         return checked(episode, str(one))
 
-
-def _most_common(values: Iterable[T]) -> T:
-    """That of most episodes, by which the others are judged; of equals the first."""
-    return Counter(values).most_common(1)[0][0]
+    def _blocks(self, one: Recording, dataset: str) -> Iterator[NDArray[np.uint8]]:
+        left = one.steps
+        with Hdf5File(one.file, self.source) as data:
+            for block in self._pictures(data, dataset):
+                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(one.flip, block)[:left]
+                left -= len(upright)
+                if len(upright):
+                    yield np.ascontiguousarray(upright)

@@ -25,7 +25,6 @@ BGR: raw arrays are reversed, and JPEGs are taken as a standard viewer shows the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,15 +58,6 @@ class Options(Frozen):
     instructions: dict[str, str] = {}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Header(Recording):
-    """`aside`: what lies among the cameras and holds no colours."""
-
-    compressed: bool
-    aside: list[str]
-    base_action: bool
-
-
 def _is_encoded(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     """Whether each row is one JPEG or PNG: bytes padded with zeros, or strings."""
     return (dtype == np.uint8 and len(shape) == 2) or (dtype.kind in "SVO" and len(shape) == 1)
@@ -78,30 +68,26 @@ def _decoded(row: Any, where: str) -> NDArray[np.uint8]:
     return picture_rgb(np.asarray(row).tobytes().rstrip(b"\0"), where)[0]
 
 
-class AlohaSource(Hdf5Source[_Header]):
+class AlohaSource(Hdf5Source):
     """Episodes in the order of their folders' names, then by number."""
 
     source = "aloha"
     prefix = f"{_IMAGES}/"
     usual_rate = (50.0, "ALOHA's 50 Hz are assumed (AgileX's recorder has 30)")
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a folder of one HDF5 file an episode, or one such file; every file's header is read.
+
+        Raises:
+            FileError: no files, or none of them can be read.
+            ParamsError: `choice` names a camera that no file has.
+            MachineError: h5py is not installed.
+        """
         there = hdf5_files(path)
         files = [file for file in there if file.name.startswith("episode_")] or there
         super().__init__(path, options, choice, files)
         if unnamed := len(there) - len(files):
-            self.notes.append(f"{path}: {unnamed} HDF5 files are left out: not named episode_*")
-        if aside := next((header.aside for header in self._readable if header.aside), []):
-            self.notes.append(f"{path}: left out, as no colour pictures: {', '.join(aside)}")
-        if not options.append_base_action and any(header.base_action for header in self._readable):
-            self.notes.append(f"{path}: base_action is left out; convert.options.append_base_action adds its columns")
-        if any(header.compressed for header in self._readable):
-            seen = "swapped by" if options.channel_order == "rgb" else "as"
-            self.notes.append(
-                f"{path}: compressed pictures are read with red and blue {seen} a standard viewer, as channel_order "
-                f"{options.channel_order!r} says; look at one episode, and change it if colours are wrong"
-            )
+            self._note(f"{unnamed} HDF5 files are left out: not named episode_*")
 
     def _key(self, file: Path) -> str:
         return self._relative(file).parent.as_posix()
@@ -111,32 +97,44 @@ class AlohaSource(Hdf5Source[_Header]):
             raise FileError(f"{data.file}: no group observations, which ALOHA's layout has; it has {data.listed('/')}")
         return {"": None}
 
-    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> _Header:
+    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
         steps, _ = data.vector("action")
-        names = ["action", "observations/qpos", *["observations/qvel"] * data.is_dataset("observations/qvel")]
-        names += ["base_action"] * self.options.append_base_action
-        columns = {name: f"(n, {data.vector(name, steps)[1]})" for name in names}
+        qpos, qvel = ["observations/qpos"], ["observations/qvel"] * data.is_dataset("observations/qvel")
+        actions = ["action"] + ["base_action"] * self.options.append_base_action
+        columns = {name: f"(n, {data.vector(name, steps)[1]})" for name in actions + qpos + qvel}
+        simulated = data.attribute("/", "sim")
+        return Recording(
+            file=data.file, place=place, name=self._relative(data.file).with_suffix("").as_posix(), steps=steps,
+            cameras=self._cameras_of(data, steps), alike=columns, sentences=self._sentences(data, place),
+            vectors={"actions": actions, "state": qpos + qvel, "proprioception": qpos},
+            facts={"sim": bool(simulated)} if isinstance(simulated, (bool, np.bool_)) else {},
+        )  # fmt: skip
+
+    def _cameras_of(self, data: Hdf5File, steps: int) -> dict[str, tuple[str, Size]]:
+        """The cameras of a file (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
-        notes, aside, compressed = list[str](), list[str](), False
         for camera in filter(self._asked_for, data.names(_IMAGES)):
             name = f"{_IMAGES}/{camera}"
             shape, dtype = data.layout(name)
-            depth = len(shape) > 2 and dtype.kind in "uif" and picture_array(shape, dtype) is None
-            if depth and not self._choice.cameras:
-                aside.append(f"{name} {dtype} {shape}")
-                continue
             try:
                 if _is_encoded(shape, dtype):
-                    data.check_steps(name, shape[0], steps)
+                    data.layout(name, steps)
                     height, width, _ = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]").shape
-                    cameras[camera], compressed = (name, (steps, height, width, 3)), True
+                    cameras[camera] = name, (steps, height, width, 3)
+                    seen = "swapped by" if self.options.channel_order == "rgb" else "as"
+                    self._note(
+                        f"compressed pictures are read with red and blue {seen} a standard viewer, as channel_order "
+                        f"{self.options.channel_order!r} says; look at one episode, and change it if colours are wrong"
+                    )
                 else:
                     pictures = data.pictures(name, steps)
                     cameras[camera] = name, pictures.shape
-                    notes += pictures.notes(f"{self.path}: {name}")
+                    self._note(*pictures.notes(name))
             except SvamError as error:
-                if isinstance(error, NoColourError) and not self._choice.cameras:
-                    aside.append(f"{name}, pictures of depth")
+                depth = len(shape) > 2 and dtype.kind in "uif" and picture_array(shape, dtype) is None
+                if (depth or isinstance(error, NoColourError)) and not self._choice.cameras:
+                    what = f" {dtype} {shape[1:]}" if depth else ", pictures of depth"
+                    self._note(f"left out, as no colour pictures: {name}{what}")
                     continue
                 others = ", ".join(other for other in data.names(_IMAGES) if other != camera)
                 way_out = f"; to leave it out, set convert.cameras: [{others}]" if others else ""
@@ -144,59 +142,39 @@ class AlohaSource(Hdf5Source[_Header]):
         if not cameras:
             asked = "of convert.cameras " * bool(self._choice.cameras)
             raise FileError(f"{data.file}: no camera {asked}in {_IMAGES}; it has {data.listed(_IMAGES)}")
-        simulated = data.attribute("/", "sim")
-        return _Header(
-            file=data.file, place=place, name=self._relative(data.file).with_suffix("").as_posix(), steps=steps,
-            cameras=cameras, notes=notes, sentences=self._sentences(data.file, str(data.file), lambda: _sentences(data)),
-            alike=columns,
-            facts={"sim": bool(simulated)} if isinstance(simulated, (bool, np.bool_)) else {},
-            compressed=compressed, aside=aside + [_DEPTH] * bool(data.names(_DEPTH)),
-            base_action=data.is_dataset("base_action"),
-        )  # fmt: skip
+        if data.names(_DEPTH):
+            self._note(f"left out, as no colour pictures: {_DEPTH}")
+        if not self.options.append_base_action and data.is_dataset("base_action"):
+            self._note("base_action is left out; convert.options.append_base_action adds its columns")
+        return cameras
 
-    def _blocks(self, recording: _Header, dataset: str) -> Iterator[NDArray[np.uint8]]:
-        with Hdf5File(recording.file, self.source) as data:
-            where, encoded = f"{data.file}: {dataset}", _is_encoded(*data.layout(dataset))
-            if encoded:
-                rows = enumerate(row for block in data.blocks(dataset) for row in block)
-                blocks = in_blocks((_decoded(row, f"{where}[{number}]") for number, row in rows), where)
-            else:
-                blocks = data.picture_blocks(dataset)
-            swapped = encoded == (self.options.channel_order == "rgb")
-            for block in blocks:
-                yield np.ascontiguousarray(block[..., ::-1]) if swapped else block
+    def _pictures(self, data: Hdf5File, dataset: str) -> Iterator[NDArray[np.uint8]]:
+        where, encoded = f"{data.file}: {dataset}", _is_encoded(*data.layout(dataset))
+        if encoded:
+            rows = enumerate(row for block in data.blocks(dataset) for row in block)
+            blocks = in_blocks((_decoded(row, f"{where}[{number}]") for number, row in rows), where)
+        else:
+            blocks = data.picture_blocks(dataset)
+        swapped = encoded == (self.options.channel_order == "rgb")
+        for block in blocks:
+            yield block[..., ::-1] if swapped else block
 
-    def _vectors(self, recording: _Header, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
-        vectors = {name: data.matrix(name) for name in recording.alike}
-        return {
-            "actions": np.hstack([vectors[name] for name in vectors if name.endswith("action")]),
-            "state": np.hstack([vectors[name] for name in vectors if name.startswith("observations")]),
-            "proprioception": vectors["observations/qpos"],
-        }
-
-
-def _sentences(data: Hdf5File) -> list[str]:
-    """Those of a file, or of the JSON beside it; none where it has none."""
-    for key in _INSTRUCTION_KEYS:
-        texts = data.texts(key) if data.is_dataset(key) else [data.text_attribute("/", key) or ""]
-        if any(texts):
+    def _own_sentences(self, data: Hdf5File, place: str) -> list[str]:
+        """Those of a file, or of the JSON beside it."""
+        for key in _INSTRUCTION_KEYS:
+            texts = data.texts(key) if data.is_dataset(key) else [data.text_attribute("/", key) or ""]
+            if any(texts):
+                return texts
+        for sidecar in filter(Path.is_file, map(data.file.with_name, _SIDECARS)):
+            content = read_json(sidecar)
+            value = content.get("instruction", content.get("instructions")) if isinstance(content, dict) else None
+            texts = [
+                text_of(text, f"{sidecar}: an instruction") or "" for text in (value if isinstance(value, list) else [value])
+            ]
+            if not all(texts) or not texts:
+                raise FileError(f"{sidecar}: key 'instruction' is {value!r:.80}, expected a sentence or a list of sentences")
             return texts
-    for sidecar in filter(Path.is_file, map(data.file.with_name, _SIDECARS)):
-        content = read_json(sidecar)
-        value = content.get("instruction", content.get("instructions")) if isinstance(content, dict) else None
-        texts = [text_of(text, f"{sidecar}: an instruction") or "" for text in (value if isinstance(value, list) else [value])]
-        if not all(texts) or not texts:
-            raise FileError(f"{sidecar}: key 'instruction' is {value!r:.80}, expected a sentence or a list of sentences")
-        return texts
-    return []
+        return []
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> AlohaSource:
-    """Open a folder of one HDF5 file an episode, or one such file; every file's header is read.
-
-    Raises:
-        FileError: no files, or none of them can be read.
-        ParamsError: `choice` names a camera that no file has.
-        MachineError: h5py is not installed.
-    """
-    return AlohaSource(Path(path), options, choice)
+open_source = AlohaSource

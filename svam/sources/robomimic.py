@@ -27,13 +27,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Frozen
 from svam.files import FileError
@@ -70,16 +67,6 @@ class Options(Frozen):
     filter_key: str = ""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Demo(Recording):
-    """`state`: width of `states`, 0 without; `proprioception`: keys in `obs`; `depth`: whether there is any."""
-
-    flip: str
-    proprioception: list[str]
-    state: int
-    depth: bool
-
-
 def _json_value(data: Hdf5File, name: str, key: str, *fields: str) -> Any:
     """A value in a JSON attribute, None where there is none."""
     try:
@@ -110,12 +97,7 @@ def _sentence(data: Hdf5File, holder: str, key: str, field: str) -> str:
     return text.strip('" ')
 
 
-def _from_file_name(file: Path) -> str:
-    """`KITCHEN_SCENE1_open_the_drawer_demo` -> "open the drawer"."""
-    return re.sub(r"^[A-Z_]+SCENE\d+_", "", file.stem.removesuffix("_demo")).replace("_", " ").strip()
-
-
-class RobomimicSource(Hdf5Source[_Demo]):
+class RobomimicSource(Hdf5Source):
     """Demonstrations file by file, then by number."""
 
     source = "robomimic"
@@ -123,39 +105,40 @@ class RobomimicSource(Hdf5Source[_Demo]):
     usual_rate = (20.0, "no control_freq is in env_args, and robosuite's 20 Hz are assumed")
     remedies = {"proprioception": "set convert.options.proprioception", "control_freq": "set convert.rate_hz"}
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
-        self._late = int(options.observations == "after")
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a file, or a folder of files that are a task each; what every demonstration holds is looked up.
+
+        Raises:
+            FileError: no files, or none of their demonstrations can be read.
+            ParamsError: `choice` names a camera that no demonstration has.
+            MachineError: h5py is not installed.
+        """
+        self._late, self._state_widths = int(options.observations == "after"), set[int]()
         super().__init__(path, options, choice, hdf5_files(path))
         demos = self._readable
-        widths = {demo.state for demo in demos}
-        self._keep_state = len(widths) == 1 and 0 not in widths
-        self._note({demo.cameras[name][0] for demo in demos for name in self._cameras if name in demo.cameras})
-
-    def _note(self, datasets: set[str]) -> None:
-        flip, turned = self.options.flip, {demo.file for demo in self._readable if demo.flip != "none"}
-        notes = {
-            "obs/*_depth is left out": any(demo.depth for demo in self._readable),
-            "no proprioception: none of the default keys is in obs; name some in convert.options": (
-                self._alike["proprioception"] == "nothing"
-            ),
-            "states, the simulator's own, is left out: it is not equally wide in all files": (
-                not self._keep_state and any(demo.state for demo in self._readable)
-            ),
-            f"pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or LIBERO's names of "
-            "cameras, say that they are upside down; convert.options.flip: none leaves them as stored": (
-                flip == "auto" and bool(turned)
-            ),
-            "pictures are read as stored, since nothing says that they are upside down, as LIBERO's are; look at one episode, "
-            "and set convert.options.flip: vertical if they are": (
-                flip == "auto" and not turned and any(name.endswith("_rgb") for name in datasets)
-            ),
-            "LIBERO's own files pair each action with the picture after it, and are read as stored; "
-            "convert.options.observations 'after' pairs it with the picture before it": (
-                not self._late and not datasets.isdisjoint(_LIBERO)
-            ),
-        }
-        self.notes += [f"{self.path}: {note}" for note, holds in notes.items() if holds]
+        if self._alike["proprioception"] == "nothing":
+            self._note("no proprioception: none of the default keys is in obs; name some in convert.options")
+        if len(self._state_widths) > 1:
+            self._note("states, the simulator's own, is left out: it is not equally wide in all files")
+            for demo in demos:
+                demo.vectors["state"] = []
+        datasets = {demo.cameras[name][0] for demo in demos for name in self._cameras if name in demo.cameras}
+        turned = {demo.file for demo in demos if demo.flip != "none"}
+        if options.flip == "auto" and turned:
+            self._note(
+                f"pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or LIBERO's names of "
+                "cameras, say that they are upside down; convert.options.flip: none leaves them as stored"
+            )
+        elif options.flip == "auto" and any(name.endswith("_rgb") for name in datasets):
+            self._note(
+                "pictures are read as stored, since nothing says that they are upside down, as LIBERO's are; look at one "
+                "episode, and set convert.options.flip: vertical if they are"
+            )
+        if not self._late and not datasets.isdisjoint(_LIBERO):
+            self._note(
+                "LIBERO's own files pair each action with the picture after it, and are read as stored; "
+                "convert.options.observations 'after' pairs it with the picture before it"
+            )
 
     def _key(self, file: Path) -> str:
         return file.stem
@@ -164,71 +147,74 @@ class RobomimicSource(Hdf5Source[_Demo]):
         names = [name for name in data.names("data") if not data.is_dataset(f"data/{name}")]
         if not names:
             raise FileError(f"{data.file}: no group data of demonstrations, robomimic's layout; it has {data.listed('/')}")
-        train, valid = (set(data.texts(f"mask/{key}") if data.is_dataset(f"mask/{key}") else ()) for key in ("train", "valid"))
+        chosen = self.options.filter_key
+        keys = [key for key in ("train", "valid", chosen) if key and data.is_dataset(f"mask/{key}")]
+        masks = {key: set(data.texts(f"mask/{key}")) for key in keys}
+        train, valid = masks.get("train", set()), masks.get("valid", set())
         if train & valid:
             raise FileError(f"{data.file}: {min(train & valid)} is in mask/train and in mask/valid, expected one of them")
         if absent := sorted((train | valid) - set(names)):
             self.notes.append(
                 f"{data.file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}"
             )
-        if key := self.options.filter_key:
-            if not data.is_dataset(f"mask/{key}"):
-                keys = ", ".join(data.names("mask")) or "none"
-                raise FileError(f"{data.file}: no mask/{key}, which convert.options.filter_key names; it has {keys}")
-            listed = set(data.texts(f"mask/{key}"))
-            names = [name for name in names if name in listed]
+        if chosen:
+            if chosen not in masks:
+                there = ", ".join(data.names("mask")) or "none"
+                raise FileError(f"{data.file}: no mask/{chosen}, which convert.options.filter_key names; it has {there}")
+            names = [name for name in names if name in masks[chosen]]
         if (train or valid) and (neither := [name for name in names if name not in train | valid]):
             self.notes.append(
                 f"{data.file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
             )
         return {f"data/{name}/": name in valid if name in train | valid else None for name in names}
 
-    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> _Demo:
+    def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
         steps, _ = data.vector(f"{place}actions")
         if steps <= self._late:
             raise FileError(f"{data.file}: {place} has 1 step, and convert.options.observations 'after' needs 2")
         keys, name = data.names(f"{place}obs"), place.split("/")[1]
-        cameras, notes = self._camera_datasets(data, place, keys, steps)
+        cameras = self._cameras_of(data, place, keys, steps)
+        proprioception = [f"obs/{key}" for key in self._proprioception(data, place, keys)]
+        for dataset in proprioception:
+            data.vector(place + dataset, steps)
+        state_width = data.vector(f"{place}states", steps)[1] if data.is_dataset(f"{place}states") else 0
         flip: str = self.options.flip
         if flip == "auto":
             convention = data.text_attribute("data", "macros_image_convention")
             libero = {dataset for dataset, _ in cameras.values()} <= _LIBERO
             flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
-        proprioception = self._proprioception(data, place, keys)
-        for key in proprioception:
-            data.vector(f"{place}obs/{key}", steps)
-        alike: dict[str, Any] = {"proprioception": ", ".join(proprioception) or "nothing"}
+        alike: dict[str, Any] = {"proprioception": ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"}
+        if not self._choice.rate_hz:
+            alike["control_freq"] = _control_rate(data)
         success = data.attribute(place, "success")
-        return _Demo(
-            file=data.file, place=place, steps=steps - self._late, cameras=cameras, notes=notes,
+        recording = Recording(
+            file=data.file, place=place, steps=steps - self._late, late=self._late, cameras=cameras, flip=flip,
             name="/".join([*self._relative(data.file).with_suffix("").parts, name] if self.path.is_dir() else [name]),
-            sentences=self._sentences(data.file, f"{data.file}: {place.rstrip('/')}", lambda: self._own_sentence(data, place)),
-            alike=alike if self._choice.rate_hz else alike | {"control_freq": _control_rate(data)}, facts={"demo": name},
-            held_out=held_out, success=bool(success) if isinstance(success, bool | np.bool_ | int | np.integer) else None,
-            flip=flip, proprioception=proprioception, depth=any(key.endswith("_depth") for key in keys),
-            state=data.vector(f"{place}states", steps)[1] if data.is_dataset(f"{place}states") else 0,
+            vectors={"actions": ["actions"], "proprioception": proprioception, "state": ["states"] * (state_width > 0)},
+            sentences=self._sentences(data, place), alike=alike, facts={"demo": name}, held_out=held_out,
+            success=bool(success) if isinstance(success, bool | np.bool_ | int | np.integer) else None,
         )  # fmt: skip
+        self._state_widths.add(state_width)
+        return recording
 
-    def _camera_datasets(
-        self, data: Hdf5File, place: str, keys: list[str], steps: int
-    ) -> tuple[dict[str, tuple[str, Size]], list[str]]:
-        """The cameras of a demonstration (those of `convert.cameras`), and notes on how their pictures are stored."""
+    def _cameras_of(self, data: Hdf5File, place: str, keys: list[str], steps: int) -> dict[str, tuple[str, Size]]:
+        """The cameras of a demonstration (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
-        others, notes = [], list[str]()
         for key in keys:
             name, dataset = key.removesuffix("_image").removesuffix("_rgb"), f"{place}obs/{key}"
             name = key if name in cameras else name
-            holds = picture_array(*data.layout(dataset)) if data.is_dataset(dataset) else None
-            by_name = key.endswith(_ENDINGS)
-            if not self._asked_for(key, name):
-                others += [name] if holds else []
-            elif by_name or self._choice.cameras or (holds and holds.dtype == np.uint8):
+            chosen = bool(self._choice.cameras) or key.endswith(_ENDINGS)
+            if not chosen and data.is_dataset(dataset):
+                shape, dtype = data.layout(dataset)
+                chosen = dtype == np.uint8 and picture_array(shape, dtype) is not None
+            if chosen and self._asked_for(key, name):
                 pictures = data.pictures(dataset, steps)
                 cameras[name] = f"obs/{key}", (steps - self._late, *pictures.shape[1:])
-                notes += pictures.notes(f"{self.path}: obs/{key}")
+                self._note(*pictures.notes(f"obs/{key}"))
+            elif key.endswith("_depth"):
+                self._note("obs/*_depth is left out")
         if not cameras and self._choice.cameras:
-            there = ", ".join(others) or "none"
-            raise FileError(f"{data.file}: {place}obs has no camera of convert.cameras; it has {there}")
+            raise FileError(f"{data.file}: {place}obs has no camera of convert.cameras; it has {', '.join(keys) or 'nothing'}")
         if not cameras:
             has = "states" if data.is_dataset(f"{place}states") else "observations" if keys else "actions"
             there = f"; obs has {data.listed(f'{place}obs')}" if keys else ""
@@ -237,7 +223,7 @@ class RobomimicSource(Hdf5Source[_Demo]):
                 "first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
                 "convert_robosuite.py before it)"
             )
-        return dict(sorted(cameras.items())), notes
+        return dict(sorted(cameras.items()))
 
     def _proprioception(self, data: Hdf5File, place: str, keys: list[str]) -> list[str]:
         asked: list[str] = self.options.proprioception
@@ -249,38 +235,12 @@ class RobomimicSource(Hdf5Source[_Demo]):
         second = [key.replace("robot0", "robot1") for key in group if "robot0" in key]
         return asked or [*group, *(second if set(second) <= set(keys) else ())]
 
-    def _own_sentence(self, data: Hdf5File, place: str) -> list[str]:
-        return [
-            _sentence(data, place.rstrip("/"), "ep_meta", "lang")
-            or _sentence(data, "data", "problem_info", "language_instruction")
-            or (_from_file_name(data.file) if self.options.instruction_from_file_name else "")
-        ]
-
-    def _blocks(self, recording: _Demo, dataset: str) -> Iterator[NDArray[np.uint8]]:
-        left = recording.steps
-        with Hdf5File(recording.file, self.source) as data:
-            for block in data.picture_blocks(dataset):
-                upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(recording.flip, block)[:left]
-                left -= len(upright)
-                if len(upright):
-                    yield np.ascontiguousarray(upright)
-
-    def _vectors(self, recording: _Demo, data: Hdf5File) -> dict[str, NDArray[np.float32]]:
-        # What was observed is late by one step under observations "after"; actions and simulator states are not.
-        names = {"actions": "actions"} | ({"state": "states"} if self._keep_state else {})
-        vectors = {name: data.matrix(f"{recording.place}{dataset}")[self._late :] for name, dataset in names.items()}
-        if recording.proprioception:
-            parts = [data.matrix(f"{recording.place}obs/{key}")[: recording.steps] for key in recording.proprioception]
-            vectors["proprioception"] = np.hstack(parts)
-        return vectors
+    def _own_sentences(self, data: Hdf5File, place: str) -> list[str]:
+        told = _sentence(data, place.rstrip("/"), "ep_meta", "lang")
+        told = told or _sentence(data, "data", "problem_info", "language_instruction")
+        if not told and self.options.instruction_from_file_name:
+            told = re.sub(r"^[A-Z_]+SCENE\d+_", "", data.file.stem.removesuffix("_demo")).replace("_", " ").strip()
+        return [told]
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RobomimicSource:
-    """Open a file, or a folder of files that are a task each; what every demonstration holds is looked up.
-
-    Raises:
-        FileError: no files, or none of their demonstrations can be read.
-        ParamsError: `choice` names a camera that no demonstration has.
-        MachineError: h5py is not installed.
-    """
-    return RobomimicSource(Path(path), options, choice)
+open_source = RobomimicSource
