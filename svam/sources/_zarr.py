@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import zarr
 from numpy.typing import NDArray
+from zarr.storage import LocalStore, WrapperStore, ZipStore
 
 from svam.errors import MachineError
 from svam.files import FileError, refuse_lfs_pointer
@@ -27,9 +30,10 @@ _CODECS = {
     "blosc", "zstd", "zlib", "gzip", "lz4", "bz2", "lzma", "delta", "shuffle", "bitround", "crc32", "crc32c", "adler32",
     "fletcher32", "bytes", "transpose", "sharding_indexed",
 }  # fmt: skip
+_NUMBERS = re.compile(r"[<>|][uifb][1248]|u?int\d+|float\d+|bool")
+"""Data types as headers of v2 and of v3 spell them."""
 _LARGEST_CHUNK = 2 << 30
 _MOST_CHUNKS = 20_000_000
-_LFS = b"version https://git-lfs"
 _HEADERS = (".zarray", "zarr.json")
 
 
@@ -52,7 +56,7 @@ class ZarrArray:
 
 
 class ZarrFolder:
-    """One Zarr group; opened anew for every read, so that it can be sent to workers."""
+    """One Zarr group, whose arrays of `data` are `names`; opened anew for every read, so that it can be sent to workers."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.zipped = path, path.is_file()
@@ -60,11 +64,12 @@ class ZarrFolder:
             refuse_lfs_pointer(path)
             with self._damage("the archive"), zipfile.ZipFile(path) as archive:
                 keys = archive.namelist()
-                if len(set(keys)) != len(keys):
-                    raise FileError(f"{path}: holds two members of one name; write the buffer anew")
+            if len(set(keys)) != len(keys):
+                raise FileError(f"{path}: holds two members of one name; write the buffer anew")
         else:
             keys = [file.relative_to(path).as_posix() for end in _HEADERS for file in path.glob(f"*/*/{end}")]
-        self._headers = {key for key in keys if key.endswith(_HEADERS) and key.count("/") == 2}
+        self._headers = {key.rpartition("/")[0]: key for key in keys if key.endswith(_HEADERS) and key.count("/") == 2}
+        self.names = sorted(name.removeprefix("data/") for name in self._headers if name.startswith("data/"))
 
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
@@ -75,41 +80,40 @@ class ZarrFolder:
         except Exception as error:  # zarr, the codecs, zipfile and numpy raise some twenty types on damaged bytes
             raise FileError(f"{self.path}: {what} is truncated, damaged or not Zarr ({type(error).__name__})") from None
 
-    def names(self) -> list[str]:
-        """The arrays of `data`."""
-        return sorted({key.split("/")[1] for key in self._headers if key.startswith("data/")})
-
-    def _meta(self, name: str) -> dict[str, Any]:
-        key = next((key for key in (f"{name}/{end}" for end in _HEADERS) if key in self._headers), None)
-        if key is None:
-            raise FileError(f"{self.path}: array {name} is missing; data has {', '.join(self.names()) or 'none'}")
+    def _header(self, name: str) -> dict[str, Any]:
+        if (key := self._headers.get(name)) is None:
+            raise FileError(f"{self.path}: array {name} is missing; data has {', '.join(self.names) or 'none'}")
+        refuse_lfs_pointer(self.path / key)
         with self._damage(key):
             if self.zipped:
                 with zipfile.ZipFile(self.path) as archive:
-                    text = archive.read(key)
+                    content = archive.read(key)
             else:
-                refuse_lfs_pointer(self.path / key)
-                text = (self.path / key).read_bytes()
-            meta: dict[str, Any] = json.loads(text)
-            if meta.get("node_type", "array") != "array":
+                content = (self.path / key).read_bytes()
+            header: dict[str, Any] = json.loads(content)
+            if header.get("node_type", "array") != "array":
                 raise FileError(f"{self.path}: {name} is a group, expected an array")
-            return meta
+            return header
 
     @contextmanager
-    def _array(self, name: str, blosc: int) -> Iterator[Any]:
-        """The array, opened by zarr; of its chunks, what their first bytes say is checked."""
-        import zarr
-        from zarr.storage import LocalStore, WrapperStore, ZipStore
+    def _opened(self, name: str, blosc: int = 0) -> Iterator[Any]:
+        """The array in zarr's hands, each of whose chunks is looked at before it is decoded."""
+        path = self.path
 
         class Checked(WrapperStore[Any]):
             async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
                 value = await super().get(key, prototype, byte_range)
-                if value is not None and byte_range is None and not key.endswith((".zarray", ".zattrs", "zarr.json")):
-                    _check_chunk(key, value.as_numpy_array()[:32].tobytes(), len(value), blosc)
+                if value is not None and byte_range is None and not key.endswith((*_HEADERS, ".zattrs")):
+                    head = value.as_numpy_array()[:16].tobytes()
+                    if head.startswith(b"version "):
+                        refuse_lfs_pointer(path / key)
+                    if blosc:  # header: versions, flags, item size; then bytes of content, of a block, of this chunk
+                        content, _, compressed = struct.unpack("<III", head[4:16])
+                        if content != blosc or compressed != len(value):  # Blosc's decoder would read on behind its end
+                            raise ValueError("lengths")
                 return value
 
-        inner: Any = ZipStore(self.path, mode="r") if self.zipped else LocalStore(self.path, read_only=True)
-        store = Checked(inner)
+        store = Checked(ZipStore(path, mode="r") if self.zipped else LocalStore(path, read_only=True))
         try:
             yield zarr.open_array(store, path=name, mode="r")
         finally:
@@ -122,16 +126,20 @@ class ZarrFolder:
             FileError: it is missing, damaged, or holds anything but numbers; or its chunks are absent and are no fill value.
             MachineError: a codec's library is missing.
         """
-        meta = self._meta(name)
+        header = self._header(name)
         with self._damage(f"the header of {name}"):
-            if meta["zarr_format"] == 2 and (not isinstance(meta["dtype"], str) or np.dtype(meta["dtype"]).kind not in "uifb"):
-                raise FileError(f"{self.path}: {name} is of dtype {str(meta['dtype'])[:60]!r}, expected numbers")
-            codecs = [meta["compressor"], *(meta.get("filters") or [])] if meta["zarr_format"] == 2 else meta["codecs"]
-            ids = [self._checked_codec(name, codec) for codec in _flat(codecs)]
-            with self._array(name, 0) as opened:
+            if header["zarr_format"] == 2:
+                dtype, codecs = header["dtype"], [header["compressor"], *(header.get("filters") or [])]
+            else:
+                dtype, codecs = header["data_type"], header["codecs"]
+            if not isinstance(dtype, str) or not _NUMBERS.fullmatch(dtype):
+                raise FileError(f"{self.path}: {name} is of dtype {str(dtype)[:60]!r}, expected numbers")
+            codecs = list(_codec_names(codecs))
+            self._check_codecs(name, codecs)
+            with self._opened(name) as opened:
                 shape, chunks, dtype = opened.shape, opened.shards or opened.chunks, np.dtype(opened.dtype)
-                if dtype.kind not in "uifb" or not shape:
-                    raise FileError(f"{self.path}: {name} is {dtype} {shape}, expected numbers, a row a time step")
+                if not shape:
+                    raise FileError(f"{self.path}: {name} is a single number, expected a row a time step")
                 size = math.prod(chunks) * dtype.itemsize
                 if min(chunks) < 1 or size > _LARGEST_CHUNK:
                     raise FileError(f"{self.path}: {name} has chunks of {chunks}, expected less than 2 GiB each")
@@ -145,56 +153,38 @@ class ZarrFolder:
                         archive.open(info).close()
             if total and not present:
                 raise FileError(f"{self.path}: {name} has none of its {total} chunks: was the whole folder copied?")
-            if present < total and meta.get("fill_value") is None:
-                raise FileError(
-                    f"{self.path}: {name} has {present} of its {total} chunks and states no fill value for the rest"
-                )
-            plain = ids in (["blosc"], ["bytes", "blosc"])
+            if present < total and header.get("fill_value") is None:
+                raise FileError(f"{self.path}: {name} has {present} of its {total} chunks and states no fill value for others")
+            plain = codecs in (["blosc"], ["bytes", "blosc"])
             return ZarrArray(name, shape, chunks, dtype, total - present, size if plain else 0)
 
-    def _checked_codec(self, name: str, codec: Any) -> str:
-        """The name of a codec that may be run."""
-        known: str = (codec.get("id") or codec["name"]).removeprefix("numcodecs.")
-        if known.startswith("imagecodecs_"):  # the pictures of Universal Manipulation Interface buffers: JPEG XL
+    def _check_codecs(self, name: str, codecs: list[str]) -> None:
+        """That all may be run."""
+        pictures = {codec for codec in codecs if codec.startswith("imagecodecs_")}
+        if unknown := sorted(set(codecs) - _CODECS - pictures):
+            known = ", ".join(sorted(_CODECS))
+            raise FileError(f"{self.path}: {name} is compressed by {unknown[0]!r}, expected one of {known}")
+        if pictures:  # JPEG XL, of Universal Manipulation Interface buffers
             try:
                 import_module("imagecodecs.numcodecs").register_codecs(verbose=False)
             except ImportError:
-                raise MachineError(
-                    f"{self.path}: {name} is compressed by {known!r}, which needs imagecodecs: pip install imagecodecs"
-                ) from None
-        elif known not in _CODECS:
-            raise FileError(f"{self.path}: {name} is compressed by {known!r}, expected one of {', '.join(sorted(_CODECS))}")
-        return known
+                needed = f"{min(pictures)!r}, which needs imagecodecs: pip install imagecodecs"
+                raise MachineError(f"{self.path}: {name} is compressed by {needed}") from None
 
     def rows(self, array: ZarrArray, start: int, stop: int) -> NDArray[Any]:
-        """Rows `start` to `stop` of an array; its fill value where a chunk is left out.
-
-        Raises:
-            FileError: a chunk is damaged.
-        """
+        """Rows `start` to `stop` of an array; its fill value where a chunk is left out, `FileError` where one is damaged."""
         if start == stop:
             return np.empty((0, *array.shape[1:]), array.dtype)
-        with self._damage(f"{array.name}, rows {start} to {stop},"), self._array(array.name, array.blosc) as opened:
+        with self._damage(f"{array.name}, rows {start} to {stop},"), self._opened(array.name, array.blosc) as opened:
             values = np.asarray(opened[start:stop])
             if values.shape != (stop - start, *array.shape[1:]) or values.dtype != array.dtype:
                 raise ValueError("changed since it was opened")
             return values
 
 
-def _flat(codecs: Any) -> Iterator[Any]:
-    """All codecs of a header, those inside of shards too."""
-    for codec in codecs:
-        if codec is not None:
-            yield codec
-            inside = codec.get("configuration") or {}
-            yield from _flat([*inside.get("codecs", []), *inside.get("index_codecs", [])])
-
-
-def _check_chunk(key: str, head: bytes, stored: int, blosc: int) -> None:
-    """That a chunk is one, and as long as it says: Blosc's decoder would read on behind a truncated one."""
-    if head.startswith(_LFS):
-        raise FileError(f"{key}: a Git LFS pointer, not the file itself; run git lfs pull in the data set's repository")
-    if blosc:  # header: versions, flags, item size; then bytes of content, of a block, of this chunk
-        content, _, compressed = struct.unpack("<III", head[4:16])
-        if content != blosc or compressed != stored:
-            raise ValueError("lengths")
+def _codec_names(codecs: Any) -> Iterator[str]:
+    """Of all codecs of a header, those inside of shards too."""
+    for codec in filter(None, codecs):
+        yield (codec.get("id") or codec["name"]).removeprefix("numcodecs.")
+        inside = codec.get("configuration") or {}
+        yield from _codec_names([*inside.get("codecs", []), *inside.get("index_codecs", [])])

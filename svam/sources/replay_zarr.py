@@ -19,8 +19,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -64,43 +64,35 @@ def _buffer_path(path: Path) -> Path:
     return inside[0]
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """An array of `data`, flattened per row, and which of its columns are meant."""
-
-    array: ZarrArray
-    start: int
-    stop: int
-
-
 class ReplayZarrSource:
     """The episodes of one buffer, in its order."""
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
-        self.path, self.options = _buffer_path(Path(path)), options
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a replay buffer: the folder `x.zarr`, the archive `x.zarr.zip`, or a folder that holds one of them.
+
+        Raises:
+            ParamsError: `choice` has no rate, or the options name no array.
+            FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase within the rows.
+            MachineError: a codec's library is missing.
+        """
+        self.path = _buffer_path(Path(path))
         if choice.rate_hz is None:
             raise ParamsError("convert.rate_hz is missing: a replay buffer does not say its rate; PushT has 10")
         self.rate_hz, self.instruction = choice.rate_hz, chosen_instruction(choice, None, str(self.path))
         self._buffer = ZarrFolder(self.path)
-        self._ends = self._episode_ends()
+        ends = self._episode_ends()
+        self._episodes, self._rows = list(pairwise([0, *ends])), ends[-1]
         self._unreadable: list[str] = []
         self._pictures = self._choose_pictures(choice)
-        names = {
-            "action": options.action, "proprioception": options.proprioception, "state": options.state,
-            "timestamp": [options.timestamp] if options.timestamp else [],
-        }  # fmt: skip
-        self._columns = {option: [self._column(option, name) for name in said] for option, said in names.items()}
-        for array in self._arrays():
-            if array.shape[0] < self._ends[-1]:
+        named = dict(options) | {"timestamp": [options.timestamp] if options.timestamp else []}
+        self._vectors = {option: [self._columns(option, name) for name in names] for option, names in named.items()}
+        read = [*self._pictures.values(), *chain(*self._vectors.values())]
+        self._arrays = {array.name: array for array, _ in read}
+        for array in self._arrays.values():
+            if array.shape[0] < self._rows:
                 raise FileError(
-                    f"{self.path}: {array.name} has {array.shape[0]} rows, but meta/episode_ends reaches to {self._ends[-1]}"
+                    f"{self.path}: {array.name} has {array.shape[0]} rows, but meta/episode_ends reaches to {self._rows}"
                 )
-
-    def _arrays(self) -> list[ZarrArray]:
-        """All that are read."""
-        columns = [column.array for columns in self._columns.values() for column in columns]
-        return list({array.name: array for array in [*(array for array, _ in self._pictures.values()), *columns]}.values())
 
     def _episode_ends(self) -> list[int]:
         array = self._buffer.array("meta/episode_ends")
@@ -109,7 +101,7 @@ class ReplayZarrSource:
                 f"{self.path}: meta/episode_ends is {array.dtype} {array.shape}, expected whole numbers, one an episode"
             )
         ends = [int(end) for end in self._buffer.rows(array, 0, array.shape[0])]
-        for number, (before, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        for number, (before, end) in enumerate(pairwise([0, *ends])):
             if end <= before:
                 raise FileError(f"{self.path}: meta/episode_ends[{number}] is {end}, expected more than {before}")
         return ends
@@ -118,7 +110,7 @@ class ReplayZarrSource:
         """The chosen arrays of pictures, else all; one that cannot be read is no matter where it is not chosen."""
         known: dict[str, tuple[ZarrArray, PictureArray]] = {}
         chosen = {name.removeprefix("data/") for name in choice.cameras}
-        for name in self._buffer.names():
+        for name in self._buffer.names:
             try:
                 array = self._buffer.array(f"data/{name}")
             except FileError as error:
@@ -129,7 +121,7 @@ class ReplayZarrSource:
             if (pictures := picture_array(array.shape, array.dtype)) is not None:
                 known[name] = array, pictures
         if not known:
-            has, why = ", ".join(self._buffer.names()) or "nothing", "".join(f"; {said}" for said in self._unreadable)
+            has, why = ", ".join(self._buffer.names) or "nothing", "".join(f"; {said}" for said in self._unreadable)
             if (videos := self.path.parent / "videos").is_dir() and not self._buffer.zipped:
                 why += (
                     f"; they are in {videos}/<episode>/<camera>.mp4, which this source does not read; write them and the "
@@ -138,47 +130,47 @@ class ReplayZarrSource:
             raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
         return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
-    def _column(self, option: str, name: str) -> _Columns:
+    def _columns(self, option: str, name: str) -> tuple[ZarrArray, slice]:
+        """An array of `data`, and which of its columns are meant, flattened per row."""
         match = re.fullmatch(r"([^\[\]]+)(?:\[(\d{1,9}):(\d{1,9})\])?", name)
         if match is None:
             raise ParamsError(
                 f"convert.options.{option} has {name!r}, expected a name, or a name with columns as in 'state[0:2]'"
             )
         where = f"{self.path}: convert.options.{option} names {name!r}"
-        if match[1] not in self._buffer.names():
-            raise FileError(f"{where}; data has {', '.join(self._buffer.names())}")
+        if match[1] not in self._buffer.names:
+            raise FileError(f"{where}; data has {', '.join(self._buffer.names)}")
         array = self._buffer.array(f"data/{match[1]}")
         start, stop = (0, array.row) if match[2] is None else (int(match[2]), int(match[3]))
-        if not 0 <= start < stop <= array.row or array.dtype.kind == "b":
+        if not start < stop <= array.row or array.dtype.kind == "b":
             raise FileError(f"{where}, but {array.name} is {array.dtype} {array.shape}")
         if option == "timestamp" and stop - start != 1:
             raise FileError(f"{where}, which has {stop - start} columns, expected one")
-        return _Columns(array, start, stop)
+        return array, slice(start, stop)
 
     @cached_property
     def notes(self) -> Sequence[str]:
         """What is not read, and the range of what is."""
-        used = {array.name.removeprefix("data/") for array in self._arrays()}
-        notes = [f"left out: {said}" for said in self._unreadable]
-        if unused := [name for name in self._buffer.names() if name not in used]:
-            notes.append(f"{self.path}: not read: {', '.join(unused)}")
-        if not self._columns["action"]:
-            notes.append(f"{self.path}: no actions are read: the episodes can train the video model, no policy")
-        for array in self._arrays():
+        notes = []
+        if unused := [name for name in self._buffer.names if f"data/{name}" not in self._arrays]:
+            notes.append(f"not read: {', '.join(unused)}")
+        if not self._vectors["action"]:
+            notes.append("no actions are read: the episodes can train the video model, no policy")
+        for array in self._arrays.values():
             if array.left_out:
                 notes.append(
-                    f"{self.path}: {array.left_out} chunks of {array.name} are absent and read as its fill value, as Zarr's "
-                    "writers mean it; if the folder was copied, check that it is whole"
+                    f"{array.left_out} chunks of {array.name} are absent and read as its fill value, as Zarr's writers mean "
+                    "it; if the folder was copied, check that it is whole"
                 )
         for array, pictures in self._pictures.values():
-            notes += pictures.notes(f"{self.path}: {array.name}")
-            if (left := array.shape[0] - self._ends[-1]) > 0:
-                notes.append(f"{self.path}: {left} rows of {array.name} are behind the last episode and left out")
-        for name, columns in self._columns.items():
-            if columns and name != "timestamp" and self._ends[-1] * sum(c.array.row for c in columns) <= _SURVEYED:
-                values = self._joined(columns, 0, self._ends[-1])
-                notes.append(f"{self.path}: {name} ranges from {values.min():g} to {values.max():g}; kept as recorded")
-        return notes
+            notes += pictures.notes(array.name)
+            if (left := array.shape[0] - self._rows) > 0:
+                notes.append(f"{left} rows of {array.name} are behind the last episode and left out")
+        for name, columns in self._vectors.items():
+            if columns and name != "timestamp" and self._rows * sum(array.row for array, _ in columns) <= _SURVEYED:
+                values = self._joined(columns, 0, self._rows)
+                notes.append(f"{name} ranges from {values.min():g} to {values.max():g}; kept as recorded")
+        return [f"left out: {said}" for said in self._unreadable] + [f"{self.path}: {note}" for note in notes]
 
     def describe(self) -> SourceDescription:
         """Rate and instruction as given, cameras."""
@@ -188,24 +180,18 @@ class ReplayZarrSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._ends)
-
-    def _bounds(self, index: int) -> tuple[int, int]:
-        return (self._ends[index - 1] if index else 0), self._ends[index]
+        return len(self._episodes)
 
     def shape(self, index: int) -> EpisodeShape:
         """Length, from `episode_ends`. The stamp covers the arrays' folders, or the archive."""
-        start, stop = self._bounds(index)
-        files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(a.name for a in self._arrays())]
+        start, stop = self._episodes[index]
+        files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(self._arrays)]
         stamps = " ".join([f"{start}:{stop}", *(stamp(file) for file in files)])
         return EpisodeShape(stop - start, stamp=stamps, name=str(index), task=self.instruction)
 
-    def _joined(self, columns: Sequence[_Columns], start: int, stop: int) -> NDArray[np.float64]:
-        parts = [
-            self._buffer.rows(c.array, start, stop).reshape(stop - start, -1)[:, c.start : c.stop].astype(np.float64)
-            for c in columns
-        ]
-        return np.concatenate(parts, axis=1)
+    def _joined(self, columns: Sequence[tuple[ZarrArray, slice]], start: int, stop: int) -> NDArray[np.float64]:
+        parts = [self._buffer.rows(array, start, stop).reshape(stop - start, -1)[:, part] for array, part in columns]
+        return np.hstack(parts, dtype=np.float64)
 
     def read(self, index: int) -> Episode:
         """One episode; its pictures are read chunk by chunk when they are asked for.
@@ -214,14 +200,12 @@ class ReplayZarrSource:
             FileError: a chunk is damaged.
             ContractError: the episode breaks the contract.
         """
-        start, stop = self._bounds(index)
+        start, stop = self._episodes[index]
         frames = {
-            camera: FrameBlocks(
-                (stop - start, *pictures.shape[1:]), partial(_read_pictures, self._buffer, array, pictures, start, stop)
-            )
-            for camera, (array, pictures) in self._pictures.items()
+            camera: FrameBlocks((stop - start, *pictures.shape[1:]), partial(self._blocks, camera, start, stop))
+            for camera, (_, pictures) in self._pictures.items()
         }
-        values = {name: self._joined(columns, start, stop) for name, columns in self._columns.items() if columns}
+        values = {name: self._joined(columns, start, stop) for name, columns in self._vectors.items() if columns}
         times = values.pop("timestamp", None)
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
             vectors = {name: vector.astype(np.float32) for name, vector in values.items()}
@@ -233,26 +217,16 @@ class ReplayZarrSource:
         )  # fmt: skip
         return checked(episode, self.path)
 
-
-def _read_pictures(
-    buffer: ZarrFolder, array: ZarrArray, pictures: PictureArray, start: int, stop: int
-) -> Iterator[NDArray[np.uint8]]:
-    """Each chunk is decompressed once per episode."""
-    step, chunk = frames_per_block(pictures.frame_bytes), array.chunks[0]
-    together = max(1, step // chunk) * chunk  # one-frame chunks, the format's usual ones, are gathered
-    for edge in range(start - start % chunk, stop, together):
-        row = max(start, edge)
-        values = buffer.rows(array, row, min(stop, edge + together))
-        for first in range(0, len(values), step):
-            yield pictures.rgb(values[first : first + step], f"{buffer.path}: {array.name}", row + first)
+    def _blocks(self, camera: str, start: int, stop: int) -> Iterator[NDArray[np.uint8]]:
+        """Each chunk is decompressed once per episode."""
+        array, pictures = self._pictures[camera]
+        step, chunk = frames_per_block(pictures.frame_bytes), array.chunks[0]
+        together = max(1, step // chunk) * chunk  # one-frame chunks, the format's usual ones, are gathered
+        for edge in range(start - start % chunk, stop, together):
+            row = max(start, edge)
+            values = self._buffer.rows(array, row, min(stop, edge + together))
+            for first in range(0, len(values), step):
+                yield pictures.rgb(values[first : first + step], f"{self.path}: {array.name}", row + first)
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> ReplayZarrSource:
-    """Open a replay buffer: the folder `x.zarr`, the archive `x.zarr.zip`, or a folder that holds one of them.
-
-    Raises:
-        ParamsError: `choice` has no rate, or the options name no array.
-        FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase within the rows.
-        MachineError: a codec's library is missing.
-    """
-    return ReplayZarrSource(path, options, choice)
+open_source = ReplayZarrSource
