@@ -65,13 +65,8 @@ def read_recordings(folder: Path) -> NDArray[np.int64]:
     return pairs[np.argsort(pairs[:, 0], kind="stable")]
 
 
-def scene_name(name: str) -> str:
-    """'A' of 'calvin_scene_A'."""
-    return name.removeprefix("calvin_scene_")
-
-
 def read_scenes(folder: Path) -> list[tuple[str, int, int]]:
-    """(scene, first, last) of the folder's scene_info.npy; empty without the file."""
+    """(scene, first, last) of the folder's scene_info.npy, scene "A" for "calvin_scene_A"; empty without the file."""
     file = folder / "scene_info.npy"
     if not file.exists():
         return []
@@ -83,7 +78,7 @@ def read_scenes(folder: Path) -> list[tuple[str, int, int]]:
         pair = _bounds(value)
         if not _is_text(name) or pair is None:
             raise FileError(f"{file}: entry {number} is no scene's name with [first step, last step], 0 <= first <= last")
-        entries.append((scene_name(name), *pair))
+        entries.append((name.removeprefix("calvin_scene_"), *pair))
     return entries
 
 

@@ -30,11 +30,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
@@ -50,6 +50,7 @@ _CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
 _ACTIONS = 7
 _ALIGNED = 0.01
 _LARGEST_DEPTH = 2**31
+_Scene = Annotated[str, AfterValidator(lambda name: name.removeprefix("calvin_scene_"))]
 
 
 class Options(Frozen):
@@ -67,11 +68,11 @@ class Options(Frozen):
 
     segments: Literal["annotated", "whole"] = "annotated"
     actions: Literal["rel_actions", "actions"] = "rel_actions"
-    folders: list[str] = Field([])
+    folders: list[str] = []
     annotations: str = "lang_annotations"
-    scenes: list[str] = Field([])
-    held_out_scenes: list[str] = Field([])
-    scene_of: dict[str, str] = Field({})
+    scenes: list[_Scene] = []
+    held_out_scenes: list[_Scene] = []
+    scene_of: dict[str, _Scene] = {}
     depth: Literal["none", "static", "gripper"] = "none"
     depth_every: int = Field(default=8, ge=1)
 
@@ -100,13 +101,17 @@ class _Segment:
 class CalvinSource:
     """Episodes folder by folder, in the order of the annotations or of the recordings."""
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a CALVIN data set, or one of its folders.
+
+        Raises:
+            FileError: a file is missing, damaged or of another layout.
+            ParamsError: the options name scenes or folders that are not there, or leave one side of the split empty.
+        """
         self.path, self._options, self._choice, self.notes = Path(path), options, choice, list[str]()
+        self.rate_hz = choice.rate_hz or RATE_HZ
         self._folders = self._find_folders()
-        self._stamps = {name: stamp(self._annotations(name)) for name in self._folders}
-        segments = [segment for name in self._folders for segment in self._segments_of(name)]
-        self._segments = self._grouped(self._choose(segments))
+        self._segments = self._grouped(self._choose([one for name in self._folders for one in self._segments_of(name)]))
         self._inspect_first_step()
         if options.segments == "whole" and choice.instruction is None and choice.missing_instruction is None:
             self.notes.append(f"whole recordings carry no language: their instruction is {NEUTRAL_INSTRUCTION!r}")
@@ -136,30 +141,31 @@ class CalvinSource:
 
     def _segments_of(self, name: str) -> list[_Segment]:
         """All segments of a folder, with their scenes where these are known."""
-        folder, choice = self.path / name, self._choice
+        folder, annotations = self.path / name, self._annotations(name)
         recordings, scenes = files.read_recordings(folder), files.read_scenes(folder)
         if self._options.segments == "annotated":
-            entries = files.read_annotations(self._annotations(name))
+            entries = files.read_annotations(annotations)
         else:
-            sentence = choice.missing_instruction or NEUTRAL_INSTRUCTION
+            sentence = self._choice.missing_instruction or NEUTRAL_INSTRUCTION
             entries = [(first, last, sentence, sentence) for first, last in recordings.tolist()]
         segments = []
         for number, (first, last, task, sentence) in enumerate(entries):
-            instruction = choice.instruction or sentence or choice.missing_instruction or ""
             scene = next((scene for scene, start, end in scenes if start <= first and last <= end), None)
-            if name in self._options.scene_of:
-                scene = files.scene_name(self._options.scene_of[name])
-            fault = "" if ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any() else (
-                f"{self._annotations(name)}: annotation {number} covers steps {first} to {last}, but no recording of "
-                f"{folder / 'ep_start_end_ids.npy'} has all of them"
-            )  # fmt: skip
+            scene = self._options.scene_of.get(name, scene)
+            instruction, fault, where = "", "", f"{annotations}: annotation {number}"
+            try:
+                instruction = chosen_instruction(self._choice, sentence, where)
+            except FileError as error:
+                fault = str(error)
+            if not ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any():
+                listed = folder / "ep_start_end_ids.npy"
+                fault = f"{where} covers steps {first} to {last}, but no recording of {listed} has all of them"
             segments.append(_Segment(name, number, first, last, task, instruction, scene, fault=fault))
         return segments
 
     def _choose(self, segments: list[_Segment]) -> list[_Segment]:
         """The segments of the chosen scenes, marked as held out or not where there is a split."""
-        scenes = [files.scene_name(scene) for scene in self._options.scenes]
-        held_out = [files.scene_name(scene) for scene in self._options.held_out_scenes]
+        scenes, held_out = self._options.scenes, self._options.held_out_scenes
         unknown = next((segment for segment in segments if segment.scene is None), None)
         if unknown and (scenes or held_out):
             raise FileError(
@@ -234,8 +240,8 @@ class CalvinSource:
             if name not in there or len(there[name].shape) != 2:
                 raise FileError(f"{file}: no field {name!r} (H, W), which convert.options.depth asks for")
             self._depth = {name: there[name].shape}
-            longest = max(self._labelled(segment) for segment in self._segments)
-            if (size := longest * 4 * math.prod(there[name].shape)) > _LARGEST_DEPTH:
+            labelled = range(0, max(segment.steps for segment in self._segments), options.depth_every)
+            if (size := len(labelled) * 4 * math.prod(there[name].shape)) > _LARGEST_DEPTH:
                 raise ParamsError(
                     f"convert.options.depth_every is {options.depth_every}: the longest episode would have "
                     f"{size / 2**30:.1f} GiB of depth in memory, at most {_LARGEST_DEPTH // 2**30} GiB is expected; label fewer"
@@ -249,10 +255,6 @@ class CalvinSource:
                         "check that a frame and the action taken at it are in one file"
                     )
 
-    def _labelled(self, segment: _Segment) -> int:
-        """Number of frames with depth."""
-        return -(-segment.steps // self._options.depth_every)
-
     def describe(self) -> SourceDescription:
         """Rate, cameras, and each task's sentences: those that only held-out episodes use are the held-out ones."""
         sentences: dict[str, tuple[set[str], set[str]]] = {}
@@ -264,7 +266,7 @@ class CalvinSource:
             for task, (seen, unseen) in sentences.items()
         }
         return SourceDescription(
-            rate_hz=self._choice.rate_hz or RATE_HZ, cameras=list(self._cameras), instructions=instructions,
+            rate_hz=self.rate_hz, cameras=list(self._cameras), instructions=instructions,
             provenance={
                 "source": "calvin", "actions": self._options.actions, "segments": self._options.segments,
                 "episodes": {name: sum(s.folder == name for s in self._segments) for name in self._folders},
@@ -275,28 +277,23 @@ class CalvinSource:
     def __len__(self) -> int:
         return len(self._segments)
 
-    def _sentence(self, segment: _Segment) -> str:
-        """Of a segment that can be read."""
+    def _readable(self, index: int) -> _Segment:
+        segment = self._segments[index]
         if segment.fault:
             raise FileError(segment.fault)
-        where = f"{self._annotations(segment.folder)}: annotation {segment.number}"
-        return chosen_instruction(self._choice, segment.instruction, where)
+        return segment
 
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths, split, and where it lies; the stamp covers every step's file and the annotations.
-
-        Raises:
-            FileError: a step's file is missing, or it has no sentence.
-        """
-        segment = self._segments[index]
-        self._sentence(segment)
-        digest = hashlib.sha256(self._stamps[segment.folder].encode())
+        """Lengths, split, and where it lies; the stamp covers every step's file and the annotations. `FileError` where a step's
+        file or the sentence is missing."""
+        segment = self._readable(index)
+        digest = hashlib.sha256(stamp(self._annotations(segment.folder)).encode())
         for step in range(segment.first, segment.last + 1):
             file = files.step_file(self.path / segment.folder, step)
             if (found := stamp(file)) == "absent":
                 raise FileError(f"{file}: no such file{files.LISTED}")
             digest.update(found.encode())
-        annotated = {"depth": self._labelled(segment)} if self._depth else {}
+        annotated = {"depth": len(range(0, segment.steps, self._options.depth_every))} if self._depth else {}
         name = f"{segment.folder}/{segment.number}"
         return EpisodeShape(
             segment.steps, annotated, segment.held_out, digest.hexdigest(), name, segment.task, group=segment.group
@@ -310,10 +307,11 @@ class CalvinSource:
                 gripper's action is neither -1 nor 1; or a relative action is outside [-1, 1].
             ContractError: the episode breaks the contract.
         """
-        segment, every = self._segments[index], self._options.depth_every
-        folder, n, label = self.path / segment.folder, segment.steps, f"depth_{self._options.depth}"
+        segment, every = self._readable(index), self._options.depth_every
+        folder, n = self.path / segment.folder, segment.steps
+        labelled = np.arange(0, n, every, dtype=np.int64)
         vectors = {name: np.empty((n, *shape), np.float32) for name, shape in self._vectors.items()}
-        depth = {name: np.empty((self._labelled(segment), *shape), np.float32) for name, shape in self._depth.items()}
+        depth = {name: np.empty((len(labelled), *shape), np.float32) for name, shape in self._depth.items()}
         for t in range(n):
             file = files.step_file(folder, segment.first + t)
             step = files.read_step(file, self._vectors | (self._depth if t % every == 0 else {}))
@@ -321,21 +319,20 @@ class CalvinSource:
                 for name, values in step.items():
                     (depth[name][t // every] if name in depth else vectors[name][t])[...] = values
             self._check_action(file, vectors[self._options.actions][t])
+        frames = {
+            camera: FrameBlocks((n, *size), partial(files.read_frames, folder, segment.first, _CAMERAS[camera], (n, *size)))
+            for camera, size in self._cameras.items()
+        }
         episode = Episode(
-            task=segment.task, instruction=self._sentence(segment), rate_hz=self._choice.rate_hz or RATE_HZ,
-            frames={camera: self._frames(segment, camera) for camera in self._cameras},
+            task=segment.task, instruction=segment.instruction, rate_hz=self.rate_hz, frames=frames,
             actions=vectors[self._options.actions], state=vectors.get("scene_obs"), proprioception=vectors.get("robot_obs"),
-            annotations={"depth": Annotation(depth[label], np.arange(0, n, every, dtype=np.int64))} if depth else {},
+            annotations={"depth": Annotation(depth[f"depth_{self._options.depth}"], labelled)} if depth else {},
             provenance={
                 "file": f"{segment.folder}/{files.step_file(folder, segment.first).name}", "first_step": segment.first,
                 "last_step": segment.last, "number": segment.number, "scene": segment.scene,
             },
         )  # fmt: skip
         return checked(episode, self.path)
-
-    def _frames(self, segment: _Segment, camera: str) -> FrameBlocks:
-        folder, shape = self.path / segment.folder, (segment.steps, *self._cameras[camera])
-        return FrameBlocks(shape, partial(files.read_frames, folder, segment.first, _CAMERAS[camera], shape))
 
     def _check_action(self, file: Path, action: NDArray[np.float32]) -> None:
         name = self._options.actions
@@ -346,11 +343,4 @@ class CalvinSource:
             raise FileError(f"{file}: rel_actions[{d}] is {action[d]:g}, expected a relative action within [-1, 1]")
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> CalvinSource:
-    """Open a CALVIN data set, or one of its folders.
-
-    Raises:
-        FileError: a file is missing, damaged or of another layout.
-        ParamsError: the options name scenes or folders that are not there, or leave one side of the split empty.
-    """
-    return CalvinSource(path, options, choice)
+open_source = CalvinSource
