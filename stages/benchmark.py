@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
 
 from stages._command import stage_command
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.parts import PARTS, part_named
+from svam.benchmark.parts import PARTS, Inputs, part_named
 from svam.benchmark.timing import machine
 from svam.console import console
 from svam.errors import ParamsError
@@ -34,7 +34,10 @@ def main(
     if videos is None and params.benchmark.videos is not None:
         videos = Path(params.benchmark.videos)
     busy = os.getloadavg()[0]
-    found = part_named(part)(Inputs(episodes, videos, scratch, model, times or scratch_folder("times")), params)
+    scratch.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f"{part}-", dir=scratch) as folder:
+        inputs = Inputs(episodes, videos, Path(folder), model, times or scratch_folder("times"))
+        found = part_named(part)(inputs, params)
     computer = machine() | {"load_before": round(busy, 2)}
     write_json(out, {"part": part, "machine": computer, "settings": params.benchmark.model_dump(mode="json")} | found)
     console.print(f"{part}: {out}", highlight=False, soft_wrap=True)

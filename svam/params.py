@@ -35,8 +35,7 @@ def _distinct(values: list[Any]) -> list[Any]:
 Distinct = AfterValidator(_distinct)
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-DataPart = Literal["store", "conversion", "loader", "times"]
-ModelPart = Literal["encode", "features", "evaluation", "rendering"]
+BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -432,10 +431,9 @@ class Report(Section):
 
 
 class Benchmark(Section):
-    """What is measured on demand. `parts` are those that can be
-    stages of DVC: `repro` measures DVC itself, which has something to do while it runs a stage."""
+    """What is measured on demand."""
 
-    parts: list[Literal[DataPart, ModelPart]]
+    parts: list[BenchmarkPart]
     videos: str | None
     frames: Count
     conversion_frames: Count

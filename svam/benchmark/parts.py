@@ -1,22 +1,30 @@
-"""The parts of the benchmark by name. Each is imported when it is asked for: most need no torch, and few a simulator."""
+"""The parts of the benchmark by name, and what they read. Each is imported when it is asked for: few need a simulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
 
-from svam.benchmark.inputs import Inputs
-from svam.params import Params
+from svam.params import BenchmarkPart, Params
 
-Part = Callable[[Inputs, Params], dict[str, Any]]
-
-PARTS = (
-    "store", "conversion", "encode", "features", "evaluation", "rendering", "loader",
-    "times", "repro",
-)  # fmt: skip
+PARTS: tuple[str, ...] = get_args(BenchmarkPart)
 
 
-def part_named(name: str) -> Part:
+@dataclass(frozen=True)
+class Inputs:
+    """episodes: an episode store. videos: a folder of videos, or None. scratch: an empty folder, removed afterwards. model: the
+    S-VAM folder of `train_policy`. times: the accounts that stages keep of their time. No part reads all of them."""
+
+    episodes: Path
+    videos: Path | None
+    scratch: Path
+    model: Path
+    times: Path
+
+
+def part_named(name: str) -> Callable[[Inputs, Params], dict[str, Any]]:
     """The function that measures the part `name`, one of `PARTS`, and returns its figures as JSON."""
     if name in ("store", "conversion"):
         from svam.benchmark import store
@@ -32,4 +40,4 @@ def part_named(name: str) -> Part:
         return rendering.rendering
     from svam.benchmark import pipeline
 
-    return {"loader": pipeline.loader, "times": pipeline.times, "repro": pipeline.repro}[name]
+    return {"loader": pipeline.loader, "times": pipeline.times}[name]

@@ -1,24 +1,23 @@
-"""Where the pipeline's time goes, from the accounts that its stages keep, and what DVC takes when there is nothing to do."""
+"""Where the pipeline's time goes, from the accounts that its stages keep; and what making batches costs its trainings."""
 
 from __future__ import annotations
 
 import os
-import pstats
 import runpy
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, ValidationError
 from ruamel.yaml import YAML
 
-from svam.benchmark.inputs import Inputs, fresh_folder
-from svam.benchmark.timing import ratio_of, rounded
+from svam.benchmark.parts import Inputs
+from svam.benchmark.timing import ratio_of
 from svam.console import console
 from svam.errors import MachineError
 from svam.files import FileError, read_json
@@ -31,31 +30,30 @@ ENDLESS = 10**6
 """Steps that no training which is watched comes to."""
 UNACCOUNTED = "other"
 """What no part of a stage's account names: imports, reading params and models, writing outputs, waiting for workers."""
-MOST_REPEATS = 3
-SHOWN_PACKAGES = 8
 
 
-def _dvc(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """Run DVC in the project of the current folder; `options` are Python's.
+class Account(BaseModel):
+    """A stage's account of its time, as `svam.console.one_line_errors` keeps it when DVC runs the stage. spent: by part."""
 
-    Raises:
-        MachineError: it failed.
-    """
-    command = [sys.executable, *options, "-m", "dvc", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [*done.stderr.splitlines(), ""]
-        raise MachineError(f"`dvc {' '.join(arguments)}` failed: {said[0]}")
-    return done
+    seconds: PositiveFloat
+    spent: dict[str, NonNegativeFloat]
 
 
 def _stages() -> list[str]:
-    """The stages of the pipeline, without those of the benchmark."""
-    return [name for name in _dvc("stage", "list", "--name-only").stdout.split() if name.split("@")[0] != "benchmark"]
+    """The stages of the pipeline of the current folder, without those of the benchmark.
+
+    Raises:
+        MachineError: this is no DVC project.
+    """
+    command = [sys.executable, "-m", "dvc", "stage", "list", "--name-only"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MachineError(f"`dvc stage list` failed: {' '.join(done.stderr.split())}")
+    return [name for name in done.stdout.split() if name.split("@")[0] != "benchmark"]
 
 
-def read_accounts(folder: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
-    """Stage -> its account, as `svam.machine.one_line_errors` keeps it when DVC runs a stage: `seconds`, and `spent` by part.
+def read_accounts(folder: Path, stages: list[str]) -> dict[str, Account]:
+    """Stage -> its account.
 
     Raises:
         FileError: one is missing or is no account.
@@ -68,41 +66,32 @@ def read_accounts(folder: Path, stages: list[str]) -> dict[str, dict[str, Any]]:
             f"{folder}: no account of the time of {names or 'any stage'}; run `dvc repro` first (`dvc repro --force` where DVC "
             "took results from its cache, which leaves none)"
         )
-    accounts = {stage: read_json(file) for stage, file in files.items()}
-    for stage, account in accounts.items():
-        if not _is_account(account):
+    accounts = {}
+    for stage, file in files.items():
+        try:
+            accounts[stage] = Account.model_validate(read_json(file))
+        except ValidationError:
             raise FileError(
-                f"{files[stage]}: no account of a stage's time; run the stage again with `dvc repro --force {stage}`"
-            )
+                f"{file}: no account of a stage's time; run the stage again with `dvc repro --force {stage}`"
+            ) from None
     return accounts
 
 
-def _is_account(value: Any) -> bool:
-    if not isinstance(value, dict) or not isinstance(value.get("spent"), dict):
-        return False
-    seconds, spent = value.get("seconds"), value["spent"].values()
-    return isinstance(seconds, float) and seconds > 0.0 and all(isinstance(part, float) and part >= 0.0 for part in spent)
-
-
-def shares(accounts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def shares(accounts: dict[str, Account]) -> dict[str, Any]:
     """Seconds of each stage and share of all; inside a stage, seconds of its parts and share of the stage; and the parts over
     all stages. DVC's own time, between the stages, is in no account."""
-    total = sum(account["seconds"] for account in accounts.values())
-    stages: dict[str, Any] = {}
+    total = sum(account.seconds for account in accounts.values())
+    stages: dict[str, Any] = _shares({stage: account.seconds for stage, account in accounts.items()}, total)
     overall: dict[str, float] = {}
     for stage, account in accounts.items():
-        spent = account["spent"] | {UNACCOUNTED: account["seconds"] - sum(account["spent"].values())}
+        spent = account.spent | {UNACCOUNTED: account.seconds - sum(account.spent.values())}
         overall |= {name: overall.get(name, 0.0) + seconds for name, seconds in spent.items()}
-        stages[stage] = {**_part(account["seconds"], total), "parts": _parts(spent, account["seconds"])}
-    return {"total_seconds": round(total, 2), "stages": stages, "parts": _parts(overall, total)}
+        stages[stage] |= {"parts": _shares(spent, account.seconds)}
+    return {"total_seconds": round(total, 2), "stages": stages, "parts": _shares(overall, total)}
 
 
-def _part(seconds: float, total: float) -> dict[str, float]:
-    return {"seconds": round(seconds, 3), "share": round(seconds / total, 5)}
-
-
-def _parts(spent: dict[str, float], total: float) -> dict[str, dict[str, float]]:
-    return {name: _part(seconds, total) for name, seconds in spent.items()}
+def _shares(spent: Mapping[str, float], total: float) -> dict[str, dict[str, float]]:
+    return {name: {"seconds": round(part, 3), "share": round(part / total, 5)} for name, part in spent.items()}
 
 
 def times(inputs: Inputs, params: Params) -> dict[str, Any]:
@@ -182,67 +171,15 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
         FileError: the pipeline has not run.
     """
     found: dict[str, Any] = {}
-    with fresh_folder(inputs.scratch / "loader") as folder:
-        state = os.environ.get("DVC_ROOT")
-        os.environ["DVC_ROOT"] = str(folder)  # an unfinished run's state is left alone
-        try:
-            long = folder / "params.yaml"
-            YAML(typ="safe", pure=True).dump(_endless(params.model_dump(mode="json")), long)
-            for stage, command in trainings(Path("dvc.lock"), folder).items():
-                seconds = steps_of([*command, "--params", str(long)], params.benchmark.repeats)
-                found[stage] = ratio_of(seconds, "repeated", "drawn") | {"seconds": rounded(seconds)}
-                said = f"{stage}: {found[stage]['ratio']:.3f} of the steps a second of one repeated batch"
-                console.print(said, highlight=False, soft_wrap=True)
-        finally:
-            os.environ.pop("DVC_ROOT") if state is None else os.environ.update(DVC_ROOT=state)
+    folder, state = inputs.scratch, os.environ.get("DVC_ROOT")
+    os.environ["DVC_ROOT"] = str(folder)  # an unfinished run's state is left alone
+    try:
+        YAML(typ="safe", pure=True).dump(_endless(params.model_dump(mode="json")), folder / "params.yaml")
+        for stage, command in trainings(Path("dvc.lock"), folder).items():
+            seconds = steps_of([*command, "--params", str(folder / "params.yaml")], params.benchmark.repeats)
+            found[stage] = ratio_of(seconds, "repeated", "drawn") | {"seconds": seconds}
+            said = f"{stage}: {found[stage]['ratio']:.3f} of the steps a second of one repeated batch"
+            console.print(said, highlight=False, soft_wrap=True)
+    finally:
+        os.environ.pop("DVC_ROOT") if state is None else os.environ.update(DVC_ROOT=state)
     return {"steps": STEPS, "stages": found}
-
-
-def package_of(file: str) -> str:
-    """The top-level package of a module's file; "python" for the standard library and what has no file."""
-    parts = Path(file).parts
-    if "site-packages" not in parts or parts[-1] == "site-packages":
-        return "python"
-    return parts[parts.index("site-packages") + 1].removesuffix(".py")
-
-
-def own_shares(stats: pstats.Stats) -> dict[str, float]:
-    """Top-level package -> share of the time in its own functions, largest first. Functions without a file (those written in C)
-    count for the package that calls them."""
-    spent: dict[str, float] = {}
-    for (file, _, _), (_, _, own, _, callers) in stats.stats.items():  # type: ignore[attr-defined]
-        called = {(file, 0, ""): own} if file != "~" else {caller: value[2] for caller, value in callers.items()}
-        for (origin, _, _), seconds in called.items():
-            spent[package_of(origin)] = spent.get(package_of(origin), 0.0) + seconds
-    total = sum(spent.values())
-    return {name: seconds / total for name, seconds in sorted(spent.items(), key=lambda item: -item[1])}
-
-
-def repro(inputs: Inputs, params: Params) -> dict[str, Any]:
-    """Seconds of a `dvc repro` that has nothing to do, start of Python included: the median of (at most) three. The profile of
-    one more run, not counted, says where they go, by package: it slows small functions down, so these shares are rough.
-
-    Raises:
-        MachineError: something is left to do, or this is no DVC project.
-    """
-    changed = _dvc("status", "--json").stdout.strip()
-    if changed != "{}":
-        raise MachineError("`dvc status` finds changes, so `dvc repro` has something to do; run it first")
-    seconds = []
-    for _ in range(min(MOST_REPEATS, params.benchmark.repeats)):
-        start = time.perf_counter()
-        done = _dvc("repro")
-        seconds.append(time.perf_counter() - start)
-        if "Running stage" in done.stdout:
-            raise MachineError("`dvc repro` ran a stage although `dvc status` found no change; run it again until nothing runs")
-    with fresh_folder(inputs.scratch / "repro") as folder:
-        _dvc("repro", options=("-m", "cProfile", "-o", str(folder / "profile")))
-        found = own_shares(pstats.Stats(str(folder / "profile")))
-    packages = {name: round(share, 4) for name, share in list(found.items())[:SHOWN_PACKAGES]}
-    typical = float(np.median(seconds))
-    inside = ", ".join(f"{name} {share:.0%}" for name, share in list(packages.items())[:4])
-    console.print(f"no-op `dvc repro`: {typical:.2f} s (about {inside})", highlight=False, soft_wrap=True)
-    return {
-        "median_seconds": round(typical, 3), "seconds": [round(value, 3) for value in seconds], "stages": len(_stages()),
-        "profiled_share_by_package": packages,
-    }  # fmt: skip

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any
 
@@ -14,23 +14,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.benchmark.inputs import Inputs, fresh_folder
-from svam.benchmark.timing import in_turn, ratio_of, rounded
+from svam.benchmark.parts import Inputs
+from svam.benchmark.timing import in_turn, ratio_of
 from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
-from svam.evaluation.closed_loop import check_tasks, render_settings
+from svam.evaluation.closed_loop import check_tasks, plan_episodes, render_settings
 from svam.evaluation.latency import timed_components
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
-from svam.models.svam import SVAM, Batch
-from svam.models.svam import Inputs as PolicyInputs
+from svam.models.svam import SVAM
 from svam.params import Params
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.training.batch_order import EndlessOrder
-from svam.training.feature_cache import FeatureCache, ObservationSet, observation_address
+from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet
 from svam.training.loop import fit
 from svam.training.train_policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
 
@@ -42,7 +41,6 @@ def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:
     described = {
         "policy_sha256": sha256(inputs.model / "manifest.json"),  # which holds the SHA-256 of every other file
         "context": list(svam.config.context), "device": str(device), "threads": params.threads,
-        "torch": str(torch.__version__),
     }  # fmt: skip
     return svam, described
 
@@ -73,21 +71,18 @@ def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float
 def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
     """Seconds of generating the same observation's clip from the same noise, and of decoding it and showing it to the teachers:
     what a policy on generated video pays."""
-    foresight, parts = svam.foresight, {}
-    moments = [_finish(svam)]
+    foresight, parts = svam.foresight, dict[str, float]()
     frame = torch.from_numpy(observation.frames[svam.camera][None])
-    condition, text = foresight.prepare(frame, [observation.instruction])
-    moments.append(_finish(svam))
-    latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
-    moments.append(_finish(svam))
+    with timed_components(svam, parts):
+        condition, text = foresight.prepare(frame, [observation.instruction])
+        latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
+    start = _finish(svam)
     clip = foresight.decode(latents)
-    moments.append(_finish(svam))
+    decoded = _finish(svam)
     for branch in foresight.teachers:
         foresight.teacher_features(branch, clip.flatten(0, 1))
-    moments.append(_finish(svam))
-    for name, spent in zip(("autoencoder_and_text", "video_model", "decoding", "teachers"), np.diff(moments), strict=True):
-        parts[name] = float(spent)
-    return parts | {"total": moments[-1] - moments[0]}
+    parts |= {"decoding": decoded - start, "teachers": _finish(svam) - decoded}
+    return parts | {"total": sum(parts.values())}
 
 
 def _observations(store: EpisodeStore, svam: SVAM, count: int) -> list[Observation]:
@@ -143,47 +138,27 @@ def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
         "milliseconds_by_part": {
             name: {key: milliseconds(values) for key, values in found.items() if key != "total"} for name, found in sums.items()
         },
-        "seconds": rounded(seconds),
+        "seconds": seconds,
     }  # fmt: skip
 
 
-class _Feeding:
-    """The same training batches from the cache, and with all frozen parts computed for each."""
+class _Recomputed(Features):
+    """Features that the frozen parts compute whenever they are read, in the way in which the cache is filled."""
 
-    def __init__(self, store: EpisodeStore, svam: SVAM, rows: NDArray[np.int64], data: TrainingData) -> None:
-        self.store, self.svam, self.rows, self.data = store, svam, rows, data
+    def __init__(self, observations: ObservationSet, entries: list[str], compute: Encode) -> None:
+        super().__init__({}, {})
+        self.observations, self.entries, self.compute = observations, entries, compute
 
-    def recomputed(self, positions: NDArray[np.int64]) -> Batch:
-        """The batch of the observations at `positions`, without a cache."""
-        data, svam, observed = self.data, self.svam, self.data.observations
-        frames, sentences = self.store.frames(self.rows[positions]), [observed.instructions[p] for p in positions]
-        seeds = [int(observation_address(f, s)[:15], 16) for f, s in zip(frames, sentences, strict=True)]  # as the cache's
-        found = svam.encode_frames(frames, sentences, svam.config.frozen_entries, seeds)
-        state = observed.proprioception
-        return Batch(
-            inputs=PolicyInputs(
-                entries=found.entries, text=found.text,
-                frames=None if svam.network.observation is None else torch.from_numpy(frames).to(svam.device),
-                proprioception=None if state is None else torch.from_numpy(state[positions]).to(svam.device),
-            ),
-            actions=torch.from_numpy(data.actions[positions]).to(svam.device),
-            mask=torch.from_numpy(observed.mask[positions]).to(svam.device),
-        )  # fmt: skip
-
-    def difference(self, positions: NDArray[np.int64]) -> dict[str, float]:
-        """Context entry -> mean absolute difference between the two, as a share of the mean absolute value. The last bits
-        depend on how many observations are encoded together."""
-        cached, computed = self.data.inputs(positions).entries, self.recomputed(positions).inputs.entries
-        return {
-            entry: float((values.float() - computed[entry].float()).abs().mean() / values.float().abs().mean())
-            for entry, values in cached.items()
-        }
+    def read(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+        sentences = [self.observations.instructions[position] for position in positions]
+        return dict(self.compute(self.observations.frames(positions), sentences, self.entries))
 
 
 def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Policy training on cached features against the same steps on the same batches with the frozen parts computed for every
     batch: `policy_steps` steps of the trained network a repeat. Filling the cache is timed once; `ratio_with_filling` is what
-    remains of the ratio over a whole training that fills it first.
+    remains of the ratio over a whole training that fills it first. `difference`: context entry -> mean absolute difference
+    between the two ways, as a share of the mean absolute value; the last bits depend on how many are encoded together.
 
     Raises:
         ContractError: the policy's context has no frozen entry, or the store is not what the video model was trained on.
@@ -202,22 +177,23 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     places = np.unique(np.concatenate(drawn))
     batches, rows = [np.searchsorted(places, batch) for batch in drawn], available[places]
     observed = observe(store, rows, svam.chunk, svam.needs_proprioception, seed)
+    wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
     kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
     folders = {name: inputs.model / name for name in svam.config.frozen_parts.names}
-    sources = sources_of(kept, svam.foresight, folders, svam.camera)
-    with fresh_folder(inputs.scratch / "features") as folder:
-        wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
-        cache = FeatureCache(folder, params.machine.cache_gb)
-        start = time.perf_counter()
-        cached = cache.fill(wanted, sources, encoder_of(svam.foresight), section.encode_batch)
-        filling = (time.perf_counter() - start) / len(rows)
-        try:
-            data = TrainingData(observed, cached, svam.foresight, svam, svam.device)
-            feeding = _Feeding(store, svam, rows, data)
-            difference = feeding.difference(batches[0])
-            seconds = _trained(svam, feeding, batches, params)
-        finally:
-            cached.close()
+    sources, compute = sources_of(kept, svam.foresight, folders, svam.camera), encoder_of(svam.foresight)
+    cache = FeatureCache(inputs.scratch / "features", params.machine.cache_gb)
+    start = time.perf_counter()
+    filled = cache.fill(wanted, sources, compute, section.encode_batch)
+    filling = (time.perf_counter() - start) / len(rows)
+    with closing(filled):
+        ways = {"cached": filled, "recomputed": _Recomputed(wanted, kept, compute)}
+        sides = {name: TrainingData(observed, found, svam.foresight, svam, svam.device) for name, found in ways.items()}
+        first = {name: side.inputs(batches[0]).entries for name, side in sides.items()}
+        difference = {
+            entry: float((values.float() - first["recomputed"][entry].float()).abs().mean() / values.float().abs().mean())
+            for entry, values in first["cached"].items()
+        }
+        seconds = _trained(svam, sides, batches, params)
     samples = steps * len(batches[0])
     each = {name: float(np.median(values)) / samples for name, values in seconds.items()}
     uses = section.training.steps * section.training.accumulate * section.training.batch / len(available)
@@ -228,94 +204,66 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
         "steps": steps, "batch": len(batches[0]), "difference": difference, "samples_per_second": rates, **ratio,
         "filling_samples_per_second": round(1.0 / filling, 1), "uses_of_an_observation": round(uses, 2),
         "ratio_with_filling": round(uses * each["recomputed"] / (filling + uses * each["cached"]), 3),
-        "seconds": rounded(seconds),
+        "seconds": seconds,
     }  # fmt: skip
 
 
-def _trained(svam: SVAM, feeding: _Feeding, batches: list[NDArray[np.int64]], params: Params) -> dict[str, list[float]]:
+def _trained(
+    svam: SVAM, sides: dict[str, TrainingData], batches: list[NDArray[np.int64]], params: Params
+) -> dict[str, list[float]]:
     """Seconds of one pass of the training loop over `batches`, from the same weights every time."""
     weights = {name: value.clone() for name, value in svam.network.state_dict().items()}
-    update = {"steps": len(batches), "warmup": 0, "accumulate": 1}
-    section, noise = params.train_policy, torch.Generator()
-    optimiser = section.training.model_copy(update=update)
+    section = params.train_policy
+    optimiser = section.training.model_copy(update={"steps": len(batches), "warmup": 0, "accumulate": 1})
 
     def run(name: str, number: int) -> float:
         svam.network.load_state_dict(weights)
-        batch_of = {"cached": feeding.data.batch, "recomputed": feeding.recomputed}[name]
-        noise.manual_seed(seed_of(params.seed, "benchmark features", number))
+        noise = torch.Generator().manual_seed(seed_of(params.seed, "benchmark features", number))
         start = _finish(svam)
         fit(
-            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws), lambda step: batch_of(batches[step]),
-            optimiser, svam.device, f"features, {name}",
+            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws),
+            lambda step: sides[name].batch(batches[step]), optimiser, svam.device, f"features, {name}",
         )  # fmt: skip
         return _finish(svam) - start
 
-    return in_turn({name: partial(run, name) for name in ("cached", "recomputed")}, params.benchmark.repeats)
-
-
-class _Watched:
-    """A policy whose seconds are counted."""
-
-    def __init__(self, svam: SVAM) -> None:
-        self.svam, self.seconds = svam, 0.0
-
-    def act(self, observations: list[Observation], noise_seeds: list[int]) -> NDArray[np.float32]:
-        """As the policy's."""
-        start = time.perf_counter()
-        try:
-            return self.svam.act(observations, noise_seeds)
-        finally:
-            self.seconds += time.perf_counter() - start
-
-
-def evaluation_plans(store: EpisodeStore, tasks: Sequence[str], episodes: int, seed: int) -> list[PlannedEpisode]:
-    """`episodes` of each task, the goals drawn from `seed`, with the sentences of the training in turn."""
-    return [
-        PlannedEpisode(
-            "benchmark", task, index, seed_of(seed, task, index),
-            store.instructions[task]["train"][index % len(store.instructions[task]["train"])],
-        )
-        for task in tasks for index in range(episodes)
-    ]  # fmt: skip
+    return in_turn({name: partial(run, name) for name in sides}, params.benchmark.repeats)
 
 
 def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Episodes per minute in closed loop: as `evaluate` does it (`evaluate.batch` environments side by side, `machine.workers`
-    processes) against one environment and one observation at a time, on the same plans. The processes are running before the
-    first repeat; building an environment where a slot's task changes counts for both.
+    processes) against one environment and one observation at a time, on the same plans, whose goals are drawn for them alone.
+    The processes are running before the first repeat; building an environment where a slot's task changes counts for both.
 
     Raises:
         ValueError: the tasks or the store do not fit the metaworld protocol.
         MachineError: nothing renders here, or a worker process died.
     """
-    section, settings = params.evaluate, params.benchmark
+    settings = params.benchmark
+    section = params.evaluate.model_copy(update={"episodes": settings.evaluation_episodes, "videos": 0})
     store = EpisodeStore.open(inputs.episodes)
     check_tasks(section.tasks, store)
     rendering = render_settings(store, section.tasks)
     svam, described = _load(inputs, params)
     seed = seed_of(params.seed, "benchmark evaluation")
-    plans = evaluation_plans(store, section.tasks, settings.evaluation_episodes, seed)
+    plans = plan_episodes("policy", store, section, seed)
     make = partial(TaskEnvironment, cameras=(svam.camera,), **rendering)
     ways = {"batched": (section.batch, params.machine.workers), "one_at_a_time": (1, 1)}
-    acting: dict[str, list[float]] = {name: [] for name in ways}
     played: dict[str, list[Outcome]] = {}
 
     with ExitStack() as stack:
         pools = {name: stack.enter_context(Workers(make, workers)) for name, (_, workers) in ways.items()}
 
-        def play(name: str, some: list[PlannedEpisode], max_steps: int) -> _Watched:
-            watched = _Watched(svam)
+        def play(name: str, some: list[PlannedEpisode], max_steps: int) -> float:
             rollouts = PolicyRollouts(
-                watched, pools[name], seed=seed, batch=ways[name][0], execute=section.execute, max_steps=max_steps,
+                svam, pools[name], seed=seed, batch=ways[name][0], execute=section.execute, max_steps=max_steps,
                 proprioception=svam.needs_proprioception,
             )  # fmt: skip
-            played[name] = rollouts.run(some)
-            return watched
-
-        def whole(name: str, number: int) -> float:
             start = time.perf_counter()
-            acting[name].append(play(name, plans, section.max_steps).seconds)
+            played[name] = rollouts.run(some)
             return time.perf_counter() - start
+
+        def whole(name: str, _: int) -> float:
+            return play(name, plans, section.max_steps)
 
         # All processes import the simulator, at the same time.
         ready = [pool.submit(slot, check_task, section.tasks[0]) for pool in pools.values() for slot in range(pool.count)]
@@ -331,7 +279,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
         "tasks": list(section.tasks), "episodes": len(plans), "max_steps": section.max_steps, "execute": section.execute,
         **rendering,
         "batch": {name: batch for name, (batch, _) in ways.items()}, "workers": {name: n for name, (_, n) in ways.items()},
-        "episodes_per_minute": rates, **ratio, "seconds": rounded(seconds), "seconds_of_the_policy": rounded(acting),
+        "episodes_per_minute": rates, **ratio, "seconds": seconds,
         "success": {name: [outcome.success for outcome in found] for name, found in played.items()},
         "steps": {name: sum(outcome.steps for outcome in found) for name, found in played.items()},
     }  # fmt: skip

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import in_turn, ratio_of, rounded
+from svam.benchmark.parts import Inputs
+from svam.benchmark.timing import in_turn, ratio_of
 from svam.console import console
 from svam.device import become_worker
 from svam.params import Params
@@ -39,14 +39,9 @@ class StockEnvironment(TaskEnvironment):
         env.model.camera(camera).pos[:] = ours.model.camera(camera).pos
         self._env = env
 
-    def draw_as_it_is(self) -> NDArray[np.uint8]:
-        """(H, W, 3) uint8: what a user of the stock environment gets, not turned."""
-        picture: NDArray[np.uint8] = self._env.render()
-        return picture
-
     def observe(self) -> dict[str, NDArray[np.uint8]]:
         """As of `TaskEnvironment`: the same picture, upright."""
-        return {self.cameras[0]: self._upright(self.draw_as_it_is()[::-1], self.cameras[0])}
+        return {self.cameras[0]: self._upright(self._env.render()[::-1], self.cameras[0])}
 
 
 class Drawn(NamedTuple):
@@ -71,15 +66,14 @@ def _begin(style: str, task: str, size: int, camera: str) -> None:
 def _draw(seed: int, frames: int) -> Drawn:
     """Draw the first `frames` steps of the scripted expert's episode of `seed`."""
     environment = _open[0]
-    draw = environment.draw_as_it_is if isinstance(environment, StockEnvironment) else environment.observe
     environment.reset(seed)
     seconds = 0.0
     for _ in range(frames):
         environment.step(environment.expert_action())
         start = time.perf_counter()
-        draw()
+        pictures = environment.observe()
         seconds += time.perf_counter() - start
-    return Drawn(seconds, environment.observe()[environment.cameras[0]], environment.state())
+    return Drawn(seconds, pictures[environment.cameras[0]], environment.state())
 
 
 def rendering(inputs: Inputs, params: Params) -> dict[str, Any]:
@@ -95,8 +89,9 @@ def rendering(inputs: Inputs, params: Params) -> dict[str, Any]:
     check_task(task)
     backend = choose_backend()  # which the processes below inherit
     results = [_of_size(task, size, camera, frames, settings.repeats, params.seed) for size in settings.rendered_sizes]
-    versions = {name: version(name) for name in ("gymnasium", "metaworld", "mujoco")}
-    return {"task": task, "camera": camera, "frames": frames, "gl": backend, **versions, "results": results}
+    return {
+        "task": task, "camera": camera, "frames": frames, "gl": backend, "gymnasium": version("gymnasium"), "results": results,
+    }  # fmt: skip
 
 
 def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed: int) -> dict[str, Any]:
@@ -119,7 +114,7 @@ def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed:
     ratios = {style: ratio_of(seconds, "gymnasium", style) for style in ("fast", "full")}
     console.print(f"rendering at {size}: {rates} frames/s; {ratios}", highlight=False, soft_wrap=True)
     return {
-        "image_size": size, "frames_per_second": rates, "ratios": ratios, "seconds": rounded(seconds),
+        "image_size": size, "frames_per_second": rates, "ratios": ratios, "seconds": seconds,
         "difference_in_grey_levels": {style: round(_difference(drawn[style], stock, "picture"), 3) for style in ratios},
         "difference_in_state": {style: _difference(drawn[style], stock, "state") for style in ratios},
     }  # fmt: skip

@@ -4,16 +4,13 @@ repeats of the ratio within each."""
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from svam.code import library_versions
 from svam.device import processor
-
-LIBRARIES = ("numpy", "numcodecs", "zarr", "av")
 
 
 def in_turn(works: Mapping[str, Callable[[int], float]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
@@ -37,16 +34,8 @@ def ratio_of(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> di
     return {"ratio": round(float(np.median(found)), 3), "range": np.quantile(found, (0.0, 1.0)).round(3).tolist()}
 
 
-def rounded(seconds: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Seconds as they are written down, by work and repeat."""
-    return {name: [round(value, 9) for value in values] for name, values in seconds.items()}
-
-
 def machine() -> dict[str, Any]:
     """Size and versions, without names or paths."""
-    return {
-        "cores": os.cpu_count(), "cpu": processor(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": platform.system(), "python": platform.python_version(),
-        "versions": {name: version(name) for name in LIBRARIES},
-    }  # fmt: skip
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    sizes = {"cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    return {**sizes, "cpu": processor(), "versions": library_versions()}

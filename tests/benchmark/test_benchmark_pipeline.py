@@ -1,4 +1,4 @@
-"""Where the pipeline's time goes: accounts that stages keep, and DVC with nothing to do, in a project of two commands."""
+"""Where the pipeline's time goes: accounts that stages keep, in a project of two commands; and a training that is watched."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from dvc.repo import Repo
 
 from svam import console as machine
-from svam.benchmark.pipeline import read_accounts, shares, steps_of, trainings
+from svam.benchmark.pipeline import Account, read_accounts, shares, steps_of, trainings
 from svam.files import FileError
 from tests.benchmark.common import measured, refused
 
@@ -63,14 +63,18 @@ def write_accounts(folder: Path, accounts: dict[str, Any]) -> Path:
     return folder
 
 
-def test_times_of_a_project(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_times_of_a_project(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(project)
-    found = measured("times", tmp_path, {})
+    found = measured("times", tmp_path / "there", {})
     assert found["total_seconds"] == 40.0 and set(found["stages"]) == {"train@one", "train@two"}
+    monkeypatch.chdir(tmp_path)
+    assert refused("times", tmp_path / "none", {}, capfd).startswith("`dvc stage list` failed: ERROR: you are not inside")
 
 
 def test_shares_by_hand() -> None:
-    found = shares({"a": TRAINED, "b": WAITED, "c": CONVERTED})
+    found = shares({stage: Account.model_validate(a) for stage, a in {"a": TRAINED, "b": WAITED, "c": CONVERTED}.items()})
     assert {stage: part["share"] for stage, part in found["stages"].items()} == {"a": 0.1, "b": 0.3, "c": 0.6}
     assert found["total_seconds"] == 100.0
     assert found["stages"]["a"]["parts"]["backward"] == {"seconds": 4.5, "share": 0.45}
@@ -119,21 +123,4 @@ def test_missing_or_broken_accounts_are_one_sentence(tmp_path: Path) -> None:
     for stage in "bcd":
         with pytest.raises(FileError, match=rf"{stage}\.json: no account of a stage's time"):
             read_accounts(folder, ["a", stage])
-    assert read_accounts(folder, ["a"]) == {"a": TRAINED}
-
-
-def test_a_repro_that_has_nothing_to_do(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(project)
-    found = measured("repro", tmp_path / "done", {"benchmark": {"repeats": 1}})
-    assert found["stages"] == 2 and found["median_seconds"] == found["seconds"][0] > 0.1
-    inside = found["profiled_share_by_package"]
-    assert {"dvc", "python"} < set(inside) and 0.3 < sum(inside.values()) <= 1.001
-
-    (project / "one").write_text("changed")
-    said = refused("repro", tmp_path / "changed", {}, capfd)
-    assert said == "`dvc status` finds changes, so `dvc repro` has something to do; run it first"
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert refused("repro", tmp_path / "none", {}, capfd).startswith("`dvc status --json` failed: ERROR: you are not inside")
+    assert read_accounts(folder, ["a"])["a"].model_dump() == TRAINED
