@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from svam.console import console, one_line_errors, progress_bar
+from svam.console import console, one_line_errors
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown", help=__doc__
@@ -78,22 +77,13 @@ def validate(
     """
     from svam.episodes.validation import validate as run
 
-    with progress_bar() as bar:
-
-        def begin(total: int) -> Callable[[int], None]:
-            task = bar.add_task("frames", total=total, note="")
-            return lambda rows: bar.advance(task, rows)
-
-        checks = run(path, begin)
-    output = _output()
+    checks, output = run(path), _output()
     marks = {"fault": ("✗", "red"), "warning": ("!", "yellow"), "fine": ("✓", "green")}
-    if not output.encoding.lower().startswith("utf"):
-        marks = {"fault": ("FAULT", "red"), "warning": ("warning", "yellow"), "fine": ("ok", "green")}
     width = max(len(check.name) for check in checks)
     for check in checks:
         mark, style = marks["fault" if check.faults else "warning" if check.warnings else "fine"]
         output.print(Text.assemble((mark, style), f" {check.name:{width}}  {check.text()}"), soft_wrap=True)
-    faults, warnings = (sum(check.count(kind) for check in checks) for kind in ("faults", "warnings"))
+    faults, warnings = sum(len(check.faults) for check in checks), sum(len(check.warnings) for check in checks)
     output.print(f"{path}: {faults} faults, {warnings} warnings", soft_wrap=True)
     if faults or (strict and warnings):
         raise typer.Exit(1)

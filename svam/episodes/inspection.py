@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -60,17 +60,14 @@ def _array_facts(reader: RowReader) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _split_facts(store: EpisodeStore, episodes: Sequence[int] | NDArray[np.int64]) -> dict[str, int]:
-    return {split: int((store.episode_split[episodes] == k).sum()) for k, split in enumerate(SPLITS)}
-
-
 def _task_facts(store: EpisodeStore) -> list[dict[str, Any]]:
     """One entry a task, in the store's order."""
     steps = np.diff(store.episode_ends, prepend=0)
     mine = [np.flatnonzero(store.episode_task == number) for number in range(len(store.tasks))]
     return [
         {
-            "task": task, "episodes": len(episodes), "rows": int(steps[episodes].sum()), **_split_facts(store, episodes),
+            "task": task, "episodes": len(episodes), "rows": int(steps[episodes].sum()),
+            **{split: int((store.episode_split[episodes] == k).sum()) for k, split in enumerate(SPLITS)},
             "said": dict(Counter(store.episode_instructions[e] for e in episodes.tolist()).most_common()),
             "instructions": store.instructions[task],
         }
@@ -126,8 +123,8 @@ def facts(path: Path) -> dict[str, Any]:
         "timestamps": store.timestamps(np.zeros(0, dtype=np.int64)) is not None,
         "episode_list": [
             {
-                "number": number, "name": name, "rows": int(steps[episode]), "task": store.task_of(episode),
-                "split": SPLITS[store.episode_split[episode]],
+                "number": number, "name": name, "task": store.task_of(episode), "split": SPLITS[store.episode_split[episode]],
+                "rows": int(steps[episode]),
             }
             for episode, (number, name) in enumerate(zip(store.episode_numbers, store.episode_names, strict=True))
         ],
@@ -139,16 +136,20 @@ def facts(path: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table(
-    title: str, heads: Sequence[str], rows: Iterable[Sequence[str | Text]], left: int, most: int | None = None, option: str = ""
-) -> Table:
-    """A table whose first `left` columns are text and whose others are numbers; of `rows` the first `most`."""
+def _cell(value: Any) -> str | Text:
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+    return value if isinstance(value, Text) else " x ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _table(title: str, rows: Sequence[Mapping[str, Any]], most: int | None = None, option: str = "") -> Table:
+    """A table of the first `most` of `rows`, which map the heads of columns to text, numbers or a shape."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", box=None, pad_edge=False)
-    for number, head in enumerate(heads):
-        table.add_column(head, justify="left" if number < left else "right", overflow="fold", no_wrap=number >= left)
-    rows = list(rows)
+    for head, value in rows[0].items() if rows else ():
+        number = isinstance(value, int | float)
+        table.add_column(head.replace("_", " "), justify="right" if number else "left", overflow="fold", no_wrap=number)
     for row in rows[:most]:
-        table.add_row(*row)
+        table.add_row(*map(_cell, row.values()))
     if most is not None and len(rows) > most:
         table.caption = f"and {len(rows) - most:,} more: {option} N shows N of them, --json all"
         table.caption_justify = "left"
@@ -200,58 +201,53 @@ def _overview(found: dict[str, Any]) -> Table:
     return table
 
 
-def _task_row(entry: dict[str, Any]) -> list[str | Text]:
+def _task_row(entry: dict[str, Any]) -> dict[str, Any]:
     said, held_out = list(entry["said"].items()), entry["instructions"].get("held_out", [])
     text = Text(" · ".join(f"{sentence} ({count})" if len(said) > 1 else sentence for sentence, count in said[:4]))
     extra = [f"{len(said) - 4} others"] if len(said) > 4 else []
     extra += [f"{len(held_out)} paraphrases held out"] if held_out else []
     text.append("".join(f" + {part}" for part in extra), style="dim")
-    return [entry["task"], text, *(f"{entry[key]:,}" for key in ("episodes", "train", "held_out", "rows"))]
+    numbers = {key: entry[key] for key in ("episodes", *SPLITS, "rows")}
+    return {"task": entry["task"], "instruction (times said)": text, **numbers}
 
 
 def _vector_table(name: str, entry: dict[str, Any], binary: list[int]) -> Table:
-    rows: list[list[str | Text]] = []
+    rows: list[dict[str, Any]] = []
     for d in range(entry["dimensions"]):
         mark = " binary" if d in binary else " constant" if entry["min"][d] == entry["max"][d] else ""
         called = Text(" ".join([str(d), *entry["names"][d : d + 1]])).append(mark, style="dim")
-        rows.append([called, *(f"{entry[quantity][d]:.4g}" for quantity in QUANTITIES)])
+        rows.append({"dimension": called, **{quantity: entry[quantity][d] for quantity in QUANTITIES}})
     origin = "kept in the store" if entry["stored"] else "computed now"
-    heads = ("dimension", "mean", "std", "min", "1 %", "99 %", "max")
-    return _table(f"{name}: {entry['count']:,} training rows, {origin}", heads, rows, left=1)
+    return _table(f"{name}: {entry['count']:,} training rows, {origin}", rows)
 
 
 def _episode_table(episodes: list[dict[str, Any]], most: int) -> Table:
-    rows = [[str(entry["number"]), entry["name"], entry["task"], f"{entry['rows']:,}"] for entry in episodes]
-    title = "episodes, as convert.episodes and convert.drop call them"
-    return _table(title, ("number", "name", "task", "rows"), rows, left=3, most=most, option="--episodes")
+    rows = [entry | {"number": str(entry["number"])} for entry in episodes]
+    return _table("episodes, as convert.episodes and convert.drop call them", rows, most, "--episodes")
 
 
 def print_facts(found: dict[str, Any], console: Console, most_tasks: int, most_episodes: int) -> None:
     """The tables of `inspect`, from what `facts` returned; `console` must not read markup."""
     binary = found["convention"]["binary_dimensions"] if found["convention"] else []
     tasks = [_task_row(entry) for entry in sorted(found["tasks"], key=lambda entry: -int(entry["episodes"]))]
-    heads = ("task", "instruction (times said)", "episodes", "train", "held out", "rows")
     provenance = [
-        (key, textwrap.shorten(str(value), _LONGEST, placeholder=" ...")) for key, value in found["provenance"].items()
+        {"key": key, "value": textwrap.shorten(str(value), _LONGEST, placeholder=" ...")}
+        for key, value in found["provenance"].items()
     ]
+    sizes = ("bytes", "uncompressed_bytes")
     arrays = [
-        [
-            name, entry["dtype"], " x ".join(map(str, entry["shape"])), f"{entry['chunk_rows']:,}", f"{entry['shard_rows']:,}",
-            f"{entry['files']:,}", decimal(entry["bytes"]), decimal(entry["uncompressed_bytes"]), f"{entry['ratio']:.1f}",
-        ]
-        for name, entry in found["arrays"].items()
-    ]  # fmt: skip
-    sizes = ("array", "type", "shape", "rows a chunk", "rows a shard", "files", "on disk", "uncompressed", "ratio")
+        {"array": name, **entry, **{key: decimal(entry[key]) for key in sizes}} for name, entry in found["arrays"].items()
+    ]
     for table in (
         _overview(found),
-        _table("tasks", heads, tasks, left=2, most=most_tasks, option="--tasks"),
+        _table("tasks", tasks, most_tasks, "--tasks"),
         *(
             _vector_table(name, entry, binary if name in ("actions", "expert_actions") else [])
             for name, entry in found["vectors"].items()
         ),
         _episode_table(found["episode_list"], most_episodes),
-        _table("provenance", ("key", "value"), provenance, left=2),
-        _table("arrays", sizes, arrays, left=2),
+        _table("provenance", provenance),
+        _table("arrays", arrays),
     ):
         console.print(table)
         console.print()

@@ -10,13 +10,20 @@ from svam.files import FileError, write_json
 MANIFEST_SCHEMA = 1
 
 
-def sizes(folder: Path) -> dict[str, int]:
-    """Relative name (with `/`) -> bytes of every file below `folder`; links are followed, each folder once.
+def write_manifest(folder: Path, out: Path) -> tuple[int, int]:
+    """Write the relative name (with `/`) and size of every file below `folder` to `out`, without times: equal data, equal
+    bytes. Links are followed, each folder once.
+
+    Returns:
+        The number of files and their bytes together.
 
     Raises:
-        FileError: no folder is there, it holds no file, or a name below it cannot be read.
+        FileError: no folder is there, it holds no file, or a name below it cannot be read; or `out` lies below `folder`, where
+            it would list itself.
     """
-    found: dict[str, int] = {}
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise FileError(f"{out}: lies below {folder}, where it would list itself; name a file outside")
+    sizes: dict[str, int] = {}
     seen: set[str] = set()
 
     def refuse(error: OSError) -> None:
@@ -29,26 +36,11 @@ def sizes(folder: Path) -> dict[str, int]:
                 folders.clear()
                 continue
             seen.add(real)
-            found |= {file.relative_to(folder).as_posix(): file.stat().st_size for file in (Path(parent, n) for n in names)}
+            sizes |= {file.relative_to(folder).as_posix(): file.stat().st_size for file in (Path(parent, n) for n in names)}
     except OSError as error:
         raise FileError(f"{error.filename}: {error.strerror or error}") from None
-    if not found:
+    if not sizes:
         raise FileError(f"{folder}: holds no files")
-    return found
-
-
-def write_manifest(folder: Path, out: Path) -> tuple[int, int]:
-    """Write names and sizes of all files below `folder` to `out`, without times: equal data, equal bytes.
-
-    Returns:
-        The number of files and their bytes together.
-
-    Raises:
-        FileError: see `sizes`; or `out` lies below `folder`, where it would list itself.
-    """
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
-        raise FileError(f"{out}: lies below {folder}, where it would list itself; name a file outside")
-    files = sizes(folder)
-    total = sum(files.values())
-    write_json(out, {"schema_version": MANIFEST_SCHEMA, "count": len(files), "bytes": total, "files": files})
-    return len(files), total
+    total = sum(sizes.values())
+    write_json(out, {"schema_version": MANIFEST_SCHEMA, "count": len(sizes), "bytes": total, "files": sizes})
+    return len(sizes), total
