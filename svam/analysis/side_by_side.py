@@ -1,24 +1,31 @@
-"""Two policies on the same held-out windows: what each foresees, where it looks, and what it would do (S-VAM beside VPP)."""
+"""`python -m svam.analysis.side_by_side`: two policies, for example S-VAM and VPP, on the same held-out windows: what each
+foresees, where it looks, and what it would do."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import typer
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from svam.analysis.attention import attention_weights, mark, overlay
+from svam.analysis.foresight import held_out_in_turn
 from svam.console import console, one_line_errors
 from svam.contract import ContractError
 from svam.device import prepare_torch
+from svam.episodes.store import EpisodeStore
+from svam.episodes.windows import action_rows
+from svam.evaluation.offline import encode_rows, episode_bounds, recorded_clips, target_name
+from svam.models.svam import SVAM
+from svam.report.figures import save
+from svam.report.grid import GAP, PictureGrid
+from svam.report.pca import pca_colours
 from svam.seeds import generator, seed_of
-
-if TYPE_CHECKING:
-    from svam.episodes.store import EpisodeStore
-    from svam.models.svam import SVAM
 
 COLOURS = ("#1f77b4", "#d6604d")
 """Of the two policies' actions."""
@@ -49,9 +56,6 @@ def predict(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64]
     Raises:
         ContractError: the store's camera, image size, proprioception or actions are not what the policy was trained on.
     """
-    from svam.analysis.attention import attention_weights
-    from svam.evaluation.offline import encode_rows
-
     dimensions = model.statistics.convention.dimensions
     if dimensions != store.action_dimensions:
         raise ContractError(f"{name}: acts in {dimensions} dimensions, but {store.path} has {store.action_dimensions}")
@@ -61,42 +65,23 @@ def predict(store: EpisodeStore, model: SVAM, name: str, rows: NDArray[np.int64]
     return Prediction(name, entries, attention_weights(model, inputs), actions)
 
 
-def horizon(models: Sequence[SVAM]) -> tuple[int, int]:
-    """(frames, stride in steps) of the policies' foresight; (1, 1) where none of them foresees.
-
-    Raises:
-        ContractError: they foresee other moments, so that their frames cannot stand in one column.
-    """
-    configs = [model.foresight.video.config for model in models if model.foresight.video is not None]
-    horizons = {(config.frames, config.stride) for config in configs}
-    if len(horizons) > 1:
-        raise ContractError(f"the two policies foresee different (frames, stride): {sorted(horizons)}; expected the same")
-    return horizons.pop() if horizons else (1, 1)
-
-
-def choose_rows(store: EpisodeStore, count: int, span: int, seed: int) -> NDArray[np.int64]:
-    """Rows of held-out episodes, one of each task in turn, each with `span` further steps where its episode has as many."""
-    draws = generator(seed, "side by side")
-    from svam.analysis.foresight import held_out_in_turn
-
-    bounds = [store.bounds(episode) for episode in held_out_in_turn(store)[:count]]
-    return np.asarray([draws.integers(start, max(start + 1, end - span)) for start, end in bounds], dtype=np.int64)
-
-
 def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[str], count: int, seed: int) -> Any:
-    """A figure of `count` held-out windows of the store, see `side_by_side`.
+    """A figure of `count` windows of held-out episodes, of one task after the other, see `side_by_side`.
 
     Raises:
-        ContractError: a policy does not fit the store, or the two do not fit each other.
+        ContractError: a policy does not fit the store, or the two see or foresee other things, which have no common columns.
     """
-    from svam.episodes.windows import action_rows
-    from svam.evaluation.offline import episode_bounds, recorded_clips, target_name
-
     cameras = {model.camera for model in models}
-    if len(cameras) > 1:
-        raise ContractError(f"the two policies look through different cameras: {sorted(cameras)}; expected the same")
-    frames, stride = horizon(models)
-    rows = choose_rows(store, count, (frames - 1) * stride, seed)
+    videos = [model.foresight.video.config for model in models if model.foresight.video is not None]
+    horizons = {(config.frames, config.stride) for config in videos} or {(1, 1)}
+    seen: dict[str, set[Any]] = {"look through different cameras": cameras, "foresee different (frames, stride)": horizons}
+    for what, found in seen.items():
+        if len(found) > 1:
+            raise ContractError(f"the two policies {what}: {sorted(found)}; expected the same")
+    ((frames, stride),) = horizons
+    draws, span = generator(seed, "side by side"), (frames - 1) * stride  # the whole horizon, where an episode is that long
+    bounds = [store.bounds(episode) for episode in held_out_in_turn(store)[:count]]
+    rows = np.asarray([draws.integers(start, max(start + 1, end - span)) for start, end in bounds], dtype=np.int64)
     clips = recorded_clips(store, rows, frames, stride, cameras.pop())
     predictions = [predict(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
     chunk, real = action_rows(rows, *episode_bounds(store, rows), max(model.chunk for model in models))
@@ -111,11 +96,6 @@ def draw(
     """The figure: for each window the recorded frames (n, T, H, W, 3), below them every policy's foresight as principal
     components (of that entry's whole sequence) and its attention, and beside them the expert's actions (n, K, A), NaN past the
     episode's end, and the predicted ones."""
-    from matplotlib.figure import Figure
-
-    from svam.analysis.attention import mark
-    from svam.report.grid import GAP, PictureGrid
-
     count, steps = clips.shape[:2]
     rows = [picture_rows(clips[i], predictions, i) for i in range(count)]
     height = sum(PICTURE * len(part) * (1.0 + GAP) + 0.7 for part in rows)
@@ -135,9 +115,6 @@ def draw(
 
 def picture_rows(clip: NDArray[np.uint8], predictions: Sequence[Prediction], window: int) -> list[Any]:
     """Labelled rows of pictures of one window."""
-    from svam.analysis.attention import overlay
-    from svam.report.pca import pca_colours
-
     steps = len(clip)
     rows: list[Any] = [("recorded", list(clip))]
     for policy in predictions:
@@ -191,12 +168,12 @@ def side_by_side(
     if len(labels) != 2 or not all(labels):
         raise ContractError(f"--names is {names!r}, expected two names with a comma between")
 
-    from svam.episodes.store import EpisodeStore
-    from svam.models.svam import SVAM
-    from svam.report.figures import save
-
     chosen = prepare_torch(device, threads, seed)
     models = [SVAM.load(folder, chosen) for folder in (first, second)]
     figure = compare_models(EpisodeStore.open(episodes), models, labels, windows, seed)
     save(figure, out, dpi)
     console.print(f"{' and '.join(labels)} side by side: {out}", highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(side_by_side)
