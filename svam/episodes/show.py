@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +94,7 @@ class Shown:
         values = self.store.vector(name, self.rows)
         tall = min(44, max(16, 600 // values.shape[1]))
         figure = Figure((width / 100, (40 + tall * values.shape[1]) / 100), dpi=100, layout="constrained")
-        canvas = FigureCanvasAgg(figure)
+        canvas: Any = FigureCanvasAgg(figure)
         panels = figure.subplots(values.shape[1], sharex=True, squeeze=False)[:, 0]
         for d, axes in enumerate(panels):
             axes.plot(values[:, d], linewidth=1.3, marker="o" if len(values) == 1 else None)
