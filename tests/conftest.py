@@ -1,16 +1,20 @@
 """What all tests share: one thread each, so that results do not depend on the machine, nothing that reaches the network, and
-one run of the whole pipeline."""
+what takes long to make, once for all processes that run tests."""
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 import svam  # noqa: F401  (before torch: sets how OpenMP's threads wait)
+
+if TYPE_CHECKING:
+    from svam.episodes.store import EpisodeStore
 
 # Before torch or any library with an own thread pool is imported.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -31,26 +35,66 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST))
 
 
-@pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A toy project after an uninterrupted `dvc repro`, with dvc.lock and the report committed; one for all processes that run
-    tests. They leave its results as they are."""
-    from tests.project import make_project, ran, run
+Once = Callable[[str, Callable[[Path], object]], Path]
 
-    here = tmp_path_factory.getbasetemp()
-    project = (here if worker_id == "master" else here.parent) / "toy/project"
-    with (project.parent.parent / "toy.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if (project.parent / "whole").exists():
-            return project
-        make_project(project)
-        expected = run(project, "dvc", "stage", "list", "--name-only").split()
-        assert sorted(ran(run(project, "dvc", "repro"))) == sorted(expected)
-        assert len(expected) == 19  # two branches; every other stage once
-        run(project, "git", "add", ".")
-        run(project, "git", "commit", "--quiet", "--message", "run")
-        (project.parent / "whole").touch()
-    return project
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Once:
+    """`once(name, make)`: the folder that `make` has made, for the first process that asks. No test changes what is in it."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own if worker_id == "master" else own.parent
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared / "once" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (folder / "whole").exists():
+                make(folder / "made")
+                (folder / "whole").touch()
+        return folder / "made"
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def finished(once: Once) -> Path:
+    """A toy project after an uninterrupted `dvc repro`, with dvc.lock and the report committed."""
+    from tests.project import make_finished
+
+    return once("toy", make_finished)
+
+
+@pytest.fixture(scope="session")
+def evaluated(once: Once) -> Path:
+    """`episodes.zarr` of MetaWorld's goals, an untrained but whole `svam` on it, and its `parts`."""
+    from tests.tiny import save_run
+
+    return once("run", save_run)
+
+
+@pytest.fixture(scope="session")
+def parts(once: Once) -> Path:
+    """`episodes.zarr`, and `backbones/*`, `video` and `decouplers/*` of it, untrained."""
+    from tests.tiny import save_all
+
+    return once("parts", save_all)
+
+
+@pytest.fixture(scope="session")
+def folders(parts: Path) -> dict[str, Path]:
+    """Those of `parts` by the names that `train_policy` has for them."""
+    from svam.models.foresight import part_folders
+
+    return part_folders(parts / "backbones", parts / "video", parts / "decouplers")
+
+
+@pytest.fixture(scope="session")
+def store(parts: Path) -> EpisodeStore:
+    """Six episodes of two tasks, 12 steps each."""
+    from svam.episodes.store import EpisodeStore
+
+    return EpisodeStore.open(parts / "episodes.zarr")
 
 
 @pytest.fixture(autouse=True)

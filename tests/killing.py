@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 from svam.resume import Resume
+from tests.toy import invoke
 
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
@@ -81,5 +81,5 @@ def run_stage(app: typer.Typer, *arguments: object) -> None:
     test's.)"""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("stages._command._check_code", lambda source: None)
-        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        result = invoke(app, *arguments)
     assert result.exit_code == 0, result.output

@@ -105,10 +105,28 @@ def make_project(root: Path, changes: dict[str, Any] | None = None) -> Path:
         shutil.copytree(ROOT / folder, root / folder, ignore=ignored)
     for file in (".dvcignore", ".gitignore", "dvc.yaml"):
         shutil.copy(ROOT / file, root / file)
-    write_toy_params(ROOT / "params.yaml", root / "params.yaml", changes)
+    write_toy_params(root / "params.yaml", changes)
+    begin_git(root)
+    return root
+
+
+def begin_git(root: Path) -> None:
+    """A repository of what is there."""
     run(root, "git", "init", "--quiet", ".")
     run(root, "git", "config", "user.email", "test@example.org")
     run(root, "git", "config", "user.name", "test")
+    commit(root)
+
+
+def commit(root: Path) -> None:
     run(root, "git", "add", ".")
-    run(root, "git", "commit", "--quiet", "--message", "toy")
-    return root
+    run(root, "git", "commit", "--quiet", "--message", "all")
+
+
+def make_finished(root: Path) -> None:
+    """Such a project after an uninterrupted `dvc repro`, committed."""
+    make_project(root)
+    expected = run(root, "dvc", "stage", "list", "--name-only").split()
+    assert sorted(ran(run(root, "dvc", "repro"))) == sorted(expected)
+    assert len(expected) == 19  # two branches; every other stage once
+    commit(root)

@@ -6,9 +6,8 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 from svam.code import digest_of, imported_names, module_file
 from tests import ROOT
@@ -46,6 +45,7 @@ def layer_of(module: str) -> int | None:
     return None
 
 
+@cache
 def direct_imports(file: Path) -> set[str]:
     return imported_names(file.read_text(encoding="utf-8"), ".".join(file.relative_to(ROOT).parts[:-1]))
 
@@ -56,27 +56,25 @@ def own_imports(file: Path) -> set[str]:
     return {module_of(path) for path in found if path is not None} - {"svam", "stages"}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_imports_run_one_way(name: str) -> None:
-    file = ROOT / name
-    module, here = module_of(file), layer_of(module_of(file))
-    if module in ("svam", "stages"):
-        return
-    assert here is not None, f"{module} belongs to no layer"
-    for imported in own_imports(file):
-        there = layer_of(imported)
-        assert there is not None, f"{module} imports {imported}, which belongs to no layer"
-        assert there <= here, f"{module} imports {imported} of a later layer"
-        for package, other in FORBIDDEN:
-            assert not (module.startswith(package) and imported.startswith(other)), f"{module} imports {imported}"
-        assert imported.split(".")[0] != "stages" or module.startswith("stages"), f"{module} imports the stage {imported}"
+def test_imports_run_one_way() -> None:
+    for file in SOURCES:
+        module, here = module_of(file), layer_of(module_of(file))
+        if module in ("svam", "stages"):
+            continue
+        assert here is not None, f"{module} belongs to no layer"
+        for imported in own_imports(file):
+            there = layer_of(imported)
+            assert there is not None, f"{module} imports {imported}, which belongs to no layer"
+            assert there <= here, f"{module} imports {imported} of a later layer"
+            for package, other in FORBIDDEN:
+                assert not (module.startswith(package) and imported.startswith(other)), f"{module} imports {imported}"
+            assert imported.split(".")[0] != "stages" or module.startswith("stages"), f"{module} imports the stage {imported}"
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("svam/models/") and not n.endswith("__init__.py")])
-def test_models_are_assembled_in_three_places_only(name: str) -> None:
-    file = ROOT / name
-    siblings = {m.split(".")[2] for m in own_imports(file) if m.startswith("svam.models.")} - {file.stem} - SHARED_IN_MODELS
-    assert file.stem in ASSEMBLERS or not siblings, f"{name} imports {sorted(siblings)}"
+def test_models_are_assembled_in_three_places_only() -> None:
+    for file in (ROOT / "svam/models").glob("[a-z]*.py"):
+        siblings = {m.split(".")[2] for m in own_imports(file) if m.startswith("svam.models.")} - {file.stem} - SHARED_IN_MODELS
+        assert file.stem in ASSEMBLERS or not siblings, f"{file.name} imports {sorted(siblings)}"
 
 
 def test_the_foresight_half_knows_no_policy() -> None:
@@ -91,18 +89,18 @@ def test_the_foresight_half_knows_no_policy() -> None:
     assert not reached & {"svam.models.perceiver", "svam.models.policy", "svam.models.svam"}
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n.endswith("__init__.py")])
-def test_packages_hold_a_docstring_only(name: str) -> None:
+def test_packages_hold_a_docstring_only() -> None:
     """But for one line in `svam`, which must run before anything imports torch."""
-    assert digest_of((ROOT / name).read_text(encoding="utf-8")) == digest_of("") or name == "svam/__init__.py"
-    assert ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8")))
+    for name in (name for name in NAMES if name.endswith("__init__.py")):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert (digest_of(text) == digest_of("") or name == "svam/__init__.py") and ast.get_docstring(ast.parse(text)), name
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_simulators_are_imported_in_their_own_files(name: str) -> None:
-    for imported in direct_imports(ROOT / name):
-        allowed = LAZY.get(imported.split(".")[0])
-        assert allowed is None or name in allowed, f"{name} imports {imported}"
+def test_simulators_are_imported_in_their_own_files() -> None:
+    for name in NAMES:
+        for imported in direct_imports(ROOT / name):
+            allowed = LAZY.get(imported.split(".")[0])
+            assert allowed is None or name in allowed, f"{name} imports {imported}"
 
 
 def test_no_import_loads_a_simulator_or_gl() -> None:

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from ruamel.yaml import YAML
-from typer.testing import CliRunner
 
 from stages.check_params import app
 from svam.agreement import check_agreement, notes
@@ -18,6 +17,7 @@ from svam.errors import ParamsError
 from svam.evaluation.scores import TIERS
 from svam.params import Params, load_params
 from tests import ROOT
+from tests.toy import invoke
 
 YAML_12 = YAML(typ="safe", pure=True)
 
@@ -175,7 +175,7 @@ def test_a_first_noise_level_that_hides_too_little_is_noted(changes: dict[str, A
 ])  # fmt: skip
 def test_the_first_stage_stops_in_one_line(tmp_path: Path, key: str, value: Any, said: list[str]) -> None:
     console.width, out = 4000, tmp_path / "checked.txt"
-    done = CliRunner().invoke(app, [str(out), "--params", str(write(tmp_path, {key: value}))])
+    done = invoke(app, out, "--params", write(tmp_path, {key: value}))
     assert done.exit_code == 1 and len(done.output.splitlines()) == 1 and not out.exists()
     assert all(part in done.output for part in said), done.output
 

@@ -6,7 +6,7 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ def state(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-@pytest.mark.parametrize(("after", "while_writing"), [(1, False), (8, False), (14, True), (22, False), (30, False), (1, True)])
+@pytest.mark.parametrize(("after", "while_writing"), [(1, True), (14, True), (30, False)])
 def test_a_training_goes_on_to_the_same_bytes(
     straight: str, after: int, while_writing: bool, state: Path, tmp_path: Path
 ) -> None:
@@ -101,19 +101,19 @@ def test_a_training_that_is_killed_again_and_again(straight: str, state: Path, t
     assert sha256_tree(tmp_path / "out") == straight
 
 
-def test_a_truncated_checkpoint_starts_over_with_a_sentence(straight: str, state: Path, tmp_path: Path) -> None:
-    for number, damage in enumerate((lambda b: b[: len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:])):
-        for suffix in ("data-*", "json"):
-            kill(5, train, tmp_path / "killed", Resume(state, 0))
-            (file,) = state.glob(f"training.{suffix}")
-            file.write_bytes(damage(file.read_bytes()))
-            seen: list[int] = []
-            with console.capture() as capture:
-                train(tmp_path / f"{number}{suffix[:4]}", Resume(state, 0), seen)
-            assert seen[0] == 0 and "truncated or damaged; it is ignored" in " ".join(capture.get().split())
-            assert sha256_tree(tmp_path / f"{number}{suffix[:4]}") == straight
-            for left in state.iterdir():
-                left.unlink()
+@pytest.mark.parametrize("suffix", ["data-*", "json"])
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-9] + bytes([b[-9] ^ 1]) + b[-8:]])
+def test_a_damaged_checkpoint_starts_over_with_a_sentence(
+    straight: str, state: Path, tmp_path: Path, suffix: str, damage: Callable[[bytes], bytes]
+) -> None:
+    kill(5, train, tmp_path / "killed", Resume(state, 0))
+    (file,) = state.glob(f"training.{suffix}")
+    file.write_bytes(damage(file.read_bytes()))
+    seen: list[int] = []
+    with console.capture() as capture:
+        train(tmp_path / "out", Resume(state, 0), seen)
+    assert seen[0] == 0 and "truncated or damaged; it is ignored" in " ".join(capture.get().split())
+    assert sha256_tree(tmp_path / "out") == straight
 
 
 def test_an_order_is_each_number_once_and_a_function_of_the_batch() -> None:
@@ -135,7 +135,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Params
 
 
 def toy(folder: Path, **changes: Any) -> Params:
-    return write_toy_params(ROOT / "params.yaml", folder / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}} | changes)
+    return write_toy_params(folder / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}} | changes)
 
 
 def states(folder: Path) -> list[Path]:

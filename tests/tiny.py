@@ -13,12 +13,13 @@ from svam.contract import Episode, Observation, SourceDescription
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
+from svam.models.foresight import part_folders
 from svam.models.svam import SVAM, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
 from svam.simulation.metaworld import TaskEnvironment
 from svam.training.train_policy import load_foresight
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny_foresight import FRAMES, GRID, SIZE, make_teacher, save_parts
+from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, save_parts
 from tests.toy import ADAM
 
 GENERATE = Generate(
@@ -48,7 +49,6 @@ def save_all_parts(folder: Path, store: EpisodeStore, noise: str = "fixed") -> d
     save_parts(folder, store, noise)
     (folder / "backbones/semantic").mkdir()
     make_teacher("segmentation").save(folder / "backbones/semantic")
-    folders = {"autoencoder": folder / "backbones/autoencoder", "text": folder / "backbones/text", "video": folder / "video"}
     for number, branch in enumerate(("geometric", "semantic")):
         torch.manual_seed(10 + number)
         config = DecouplerConfig(
@@ -57,8 +57,13 @@ def save_all_parts(folder: Path, store: EpisodeStore, noise: str = "fixed") -> d
         )  # fmt: skip
         (folder / "decouplers" / branch).mkdir(parents=True)
         Decoupler(config).eval().save(folder / "decouplers" / branch)
-        folders |= {f"teacher_{branch}": folder / "backbones" / branch, f"decoupler_{branch}": folder / "decouplers" / branch}
-    return folders
+    return part_folders(folder / "backbones", folder / "video", folder / "decouplers")
+
+
+def save_all(root: Path) -> None:
+    """`episodes.zarr` of `make_store`, and all its parts, below `root`."""
+    root.mkdir()
+    save_all_parts(root, make_store(root / "episodes.zarr"))
 
 
 def observations(store: EpisodeStore, count: int, proprioception: bool = False) -> list[Observation]:
@@ -116,9 +121,9 @@ class Demonstrations(Recorded):
         return super().describe().model_copy(update=changes)
 
 
-def save_run(root: Path) -> Path:
+def save_run(root: Path) -> None:
     """`episodes.zarr` of `Demonstrations`, an untrained but whole `svam` on it, and its `parts`, below `root`."""
+    root.mkdir()
     convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(root / "episodes.zarr")
     make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")
-    return root

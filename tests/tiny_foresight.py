@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,11 @@ SIZE, FRAMES, GRID = 16, 3, 2
 OPTIMISER = optimiser(steps=60, batch=2, learning_rate=0.01, warmup=2, ema=0.0)
 
 
-def make_store(path: Path) -> EpisodeStore:
-    """Six episodes of two tasks, 12 steps each, 16 x 16 pixels, every third frame annotated."""
-    convert(Recorded([make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]), path, SETTINGS, 0)
+def make_store(path: Path, **changes: Any) -> EpisodeStore:
+    """Six episodes of two tasks, 12 steps each, 16 x 16 pixels, every third frame annotated; `changes` of each episode."""
+    episodes = [make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]
+    told = [dataclasses.replace(e, instruction=f"{e.task} a", **changes) for e in episodes]  # the text encoder has 8 tokens
+    convert(Recorded(told), path, SETTINGS, 0)
     return EpisodeStore.open(path)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import typer
 from ruamel.yaml import YAML
+from typer.testing import CliRunner, Result
 
 from svam.params import Optimiser, Params, load_params
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 ADAM: dict[str, Any] = {
     "ema": 0.99, "bf16": False, "schedule": "cosine", "warmup": 1, "betas": [0.9, 0.999], "weight_decay": 0.01, "clip": 1.0,
     "accumulate": 1,
@@ -19,7 +21,7 @@ ADAM: dict[str, Any] = {
 TRAINING = {"steps": 6, "batch": 4, "learning_rate": 0.001, "warmup": 2, "ema": 0.5, "bf16": False}  # CPUs emulate bfloat16
 TEACHER = {"image_size": 32, "patch": 8, "width": 32, "layers": 2, "heads": 2, "training": TRAINING}
 OVERRIDES: dict[str, Any] = {
-    "threads": 1, "machine": {"device": "cpu", "workers": 2, "cache_gb": 1.0},
+    "threads": 1, "machine": {"device": "cpu", "workers": 1, "cache_gb": 1.0},
     "collect": {
         "tasks": ["button-press-topdown", "reach"], "episodes": 3, "episodes_of": {"reach": 2}, "image_size": 32,
         "annotate_every": 8,
@@ -73,9 +75,14 @@ def committed(key: str, **changes: Any) -> dict[str, Any]:
     return merged(values, changes)
 
 
-def write_toy_params(source: Path, out: Path, changes: dict[str, Any] | None = None) -> Params:
+def write_toy_params(out: Path, changes: dict[str, Any] | None = None, source: Path = ROOT / "params.yaml") -> Params:
     """Write the params of `source`, made small (and with further `changes`), to `out`; return them, checked."""
     yaml = YAML(typ="safe", pure=True)
     values = merged(yaml.load(source.read_text(encoding="utf-8")), OVERRIDES)
     yaml.dump(merged(values, changes or {}), out)
     return load_params(out)
+
+
+def invoke(app: typer.Typer, *arguments: object) -> Result:
+    """A command, called in this process; an error that is no user's is raised."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,21 @@ import numpy as np
 import pytest
 import typer
 from PIL import Image
-from typer.testing import CliRunner
 
 from stages.foresight import app
 from svam.analysis import foresight as report
 from svam.analysis.side_by_side import Prediction, picture_rows, side_by_side
-from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
-from svam.models.foresight import BRANCHES, ForesightModel, part_folders
+from svam.models.foresight import BRANCHES
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import load_for_windows
-from tests import ROOT
-from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.tiny import GENERATE, make_svam, save_all_parts
-from tests.tiny_foresight import FRAMES, SIZE, encoded, make_teacher
-from tests.toy import committed, write_toy_params
+from tests.tiny import GENERATE, make_svam
+from tests.tiny_foresight import FRAMES, SIZE, encoded, make_store, make_teacher
+from tests.toy import committed, invoke, write_toy_params
 
 GENERATED = GENERATE.model_copy(update={"windows": 8, "held_out_windows": 6})
 ENTRIES = ["geometric", "semantic", "one_step"]
@@ -39,56 +34,37 @@ PLOTS = {"gap", "depth", "attention"}
 FORESIGHT = report.Foresight.model_validate(committed("foresight", batch=5))
 
 
-def write_store(path: Path, **changes: Any) -> EpisodeStore:
-    """Six episodes of two tasks, 12 steps each, every third frame annotated; `changes` of each episode."""
-    episodes = [make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]
-    told = [dataclasses.replace(e, instruction=f"{e.task} a", **changes) for e in episodes]  # the text encoder has 8 tokens
-    convert(Recorded(told), path, SETTINGS, 0)
-    return EpisodeStore.open(path)
-
-
-def write_run(root: Path, store: EpisodeStore) -> dict[str, Path]:
-    """Generated windows and every frozen part of the store `root`/episodes.zarr; part name -> folder."""
-    folders = save_all_parts(root, store)
-    model = VideoGenerator.load(sampler_of(), folders)
+@pytest.fixture(scope="module")
+def root(parts: Path, folders: dict[str, Path], store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of `parts`, with generated windows and four policies."""
+    root = tmp_path_factory.mktemp("foresight") / "root"
+    shutil.copytree(parts, root)
+    sampler = SamplerConfig(**GENERATED.model_dump(include=set(SamplerConfig.model_fields)))
+    model = VideoGenerator.load(sampler, folders)
     windows = choose_windows(store, GENERATED, model.video_model.config, 0)
     (root / "generated").mkdir()
     latents = encoded(store, model.frame_autoencoder)
     generate_windows(root / "generated", latents, model, windows, GENERATED, 0, sha256_tree(root / "video"))
-    return folders
-
-
-def load_model(windows: GeneratedWindows, root: Path) -> ForesightModel:
-    folders = part_folders(root / "backbones", root / "video", root / "decouplers")
-    return load_for_windows(windows, folders, BRANCHES, ["geometric"])
-
-
-def sampler_of() -> Any:
-    return SamplerConfig(**GENERATED.model_dump(include=set(SamplerConfig.model_fields)))
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("foresight")
-    store = write_store(root / "episodes.zarr")
-    folders = write_run(root, store)
-    make_svam(store, folders).save(root / "svam")
-    make_svam(store, folders, context=["one_step"]).save(root / "vpp")
+    policies: dict[str, dict[str, Any]] = {
+        "svam": {}, "vpp": {"context": ["one_step"]}, "pooled": {"context": ["one_step"], "aggregator": "mean_pool"},
+        "blind": {"context": ["observation"]},
+    }  # fmt: skip
+    for name, changes in policies.items():
+        make_svam(store, folders, **changes).save(root / name)
     return root
 
 
-def invoke(root: Path, out: Path, policy: str = "svam", branches: tuple[str, ...] = ("geometric", "semantic")) -> Any:
+def foresight(root: Path, out: Path, policy: str = "svam", branches: tuple[str, ...] = ("geometric", "semantic")) -> Any:
     changes = {"distill": {"branches": list(branches)}, "train_policy": {"context": ["one_step"]}}
-    write_toy_params(ROOT / "params.yaml", root / "params.yaml", changes)
+    write_toy_params(root / "params.yaml", changes)
     options = {name: name for name in ("generated", "backbones", "video", "decouplers")}
-    options |= {"episodes": "episodes.zarr", "policy": policy}
-    arguments = [f"--{name}={root / file}" for name, file in options.items()]
-    return CliRunner().invoke(app, [str(out), *arguments, f"--params={root / 'params.yaml'}"])
+    options |= {"episodes": "episodes.zarr", "policy": policy, "params": "params.yaml"}
+    return invoke(app, out, *(f"--{name}={root / file}" for name, file in options.items()))
 
 
 def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        result = invoke(root, tmp_path / name)
+        result = foresight(root, tmp_path / name)
         assert result.exit_code == 0, result.output
     out = tmp_path / "one"
     assert sha256_tree(out) == sha256_tree(tmp_path / "two")
@@ -112,10 +88,10 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_pa
     assert len(read_json(out / "plots/depth.json")) == 6
 
 
-def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
+def test_the_gap_is_measured_on_the_windows_themselves(root: Path, folders: dict[str, Path], store: EpisodeStore) -> None:
     """Errors of V^ and of the decoded one-step prediction, computed again from the arrays."""
-    store, windows = EpisodeStore.open(root / "episodes.zarr"), GeneratedWindows(root / "generated")
-    model = load_model(windows, root)
+    windows = GeneratedWindows(root / "generated")
+    model = load_for_windows(windows, folders, BRANCHES, ["geometric"])
     subject = report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0)
     sums = report.measure_gap(subject)
     truth = store.frames(windows.rows[windows.test].reshape(-1)).reshape(6, FRAMES, SIZE, SIZE, 3).astype(float)
@@ -140,11 +116,7 @@ def test_the_gap_is_measured_on_the_windows_themselves(root: Path) -> None:
 def test_what_a_variant_does_not_have_is_absent(
     root: Path, tmp_path: Path, policy: str, branches: tuple[str, ...], absent: set[str], sentences: list[str]
 ) -> None:
-    others = {"pooled": {"context": ["one_step"], "aggregator": "mean_pool"}, "blind": {"context": ["observation"]}}
-    if policy in others and not (root / policy).exists():
-        folders = {p.name: p for p in (root / "backbones").iterdir()} | {"video": root / "video"}
-        make_svam(EpisodeStore.open(root / "episodes.zarr"), folders, **others[policy]).save(root / policy)
-    result = invoke(root, tmp_path / "out", policy, branches)
+    result = foresight(root, tmp_path / "out", policy, branches)
     assert result.exit_code == 0, result.output
     metrics = read_json(tmp_path / "out/metrics.json")
     assert len(metrics["left_out"]) == len(sentences)
@@ -156,11 +128,11 @@ def test_what_a_variant_does_not_have_is_absent(
 
 def test_recordings_without_labels_or_such_a_teacher(root: Path, tmp_path: Path) -> None:
     """As of a real robot: no depth, no segmentation, self-supervised teachers."""
-    write_store(tmp_path / "episodes.zarr", annotations={})
+    make_store(tmp_path / "episodes.zarr", annotations={})
     for name in ("generated", "backbones", "video", "decouplers", "svam"):
         shutil.copytree(root / name, tmp_path / name)
     for labels, sentence in ((True, "the teacher's own view remains"), (False, "no teacher was trained on segmentation")):
-        result = invoke(tmp_path, tmp_path / "out")
+        result = foresight(tmp_path, tmp_path / "out")
         assert result.exit_code == 0, result.output
         metrics = read_json(tmp_path / "out/metrics.json")
         assert sentence in metrics["left_out"][0] and "no frame with depth" in metrics["left_out"][1]
@@ -182,8 +154,8 @@ def test_examples_come_from_every_task_in_turn() -> None:
 def compare(root: Path, out: Path, *more: str, second: str = "vpp") -> Any:
     command = typer.Typer()
     command.command()(side_by_side)
-    arguments = [str(root / "svam"), str(root / second), f"--episodes={root / 'episodes.zarr'}", f"--out={out}", "--dpi=50"]
-    return CliRunner().invoke(command, [*arguments, "--windows=2", "--threads=1", *more])
+    arguments = [root / "svam", root / second, f"--episodes={root / 'episodes.zarr'}", f"--out={out}", "--dpi=50"]
+    return invoke(command, *arguments, "--windows=2", "--threads=1", *more)
 
 
 def test_two_policies_side_by_side(root: Path, tmp_path: Path) -> None:

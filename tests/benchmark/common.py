@@ -8,24 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner
 
 from stages.benchmark import app
-from tests import ROOT
-from tests.toy import write_toy_params
+from tests.toy import invoke, write_toy_params
 
 
-def invoke(part: str, folder: Path, changes: dict[str, Any], *options: str) -> Any:
+def called(part: str, folder: Path, changes: dict[str, Any], *options: str) -> Any:
     """The finished command, its params with `changes` and all that it writes below `folder`."""
     folder.mkdir(exist_ok=True)
-    write_toy_params(ROOT / "params.yaml", folder / "params.yaml", changes)
-    arguments = [part, str(folder / "out.json"), "--scratch", str(folder / "scratch"), "--params", str(folder / "params.yaml")]
-    return CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
+    write_toy_params(folder / "params.yaml", changes)
+    arguments = [part, folder / "out.json", "--scratch", folder / "scratch", "--params", folder / "params.yaml"]
+    return invoke(app, *arguments, *options)
 
 
 def measured(part: str, folder: Path, changes: dict[str, Any], *options: str) -> dict[str, Any]:
     """What the command writes."""
-    done = invoke(part, folder, changes, *options)
+    done = called(part, folder, changes, *options)
     assert done.exit_code == 0, done.output
     assert not any((folder / "scratch").glob("*"))
     found: dict[str, Any] = json.loads((folder / "out.json").read_text())
@@ -36,7 +34,7 @@ def measured(part: str, folder: Path, changes: dict[str, Any], *options: str) ->
 def refused(part: str, folder: Path, changes: dict[str, Any], capfd: pytest.CaptureFixture[str], *options: str) -> str:
     """The one sentence with which the command stops; nothing is written."""
     capfd.readouterr()
-    done = invoke(part, folder, changes, *options)
+    done = called(part, folder, changes, *options)
     said = (done.output + capfd.readouterr().err).strip().splitlines()
     assert done.exit_code == 1 and not (folder / "out.json").exists()
     assert [line.startswith("error: ") for line in said].count(True) == 1 and said[-1].startswith("error: ")

@@ -11,15 +11,15 @@ from svam.episodes.store import EpisodeStore
 from svam.files import sha256
 from svam.training.train_policy import choose_rows
 from tests.benchmark.common import check_ratio, measured, refused
-from tests.tiny import GENERATE, TASKS, make_svam, policy_params, save_run
+from tests.tiny import GENERATE, TASKS, make_svam, policy_params
 from tests.tiny_foresight import FRAMES, make_store
 
 EVALUATE = {"tasks": TASKS[:1], "max_steps": 10, "execute": 4, "batch": 2}
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_run(tmp_path_factory.mktemp("benchmark"))
+def root(evaluated: Path) -> Path:
+    return evaluated
 
 
 def options(root: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from stages.convert import app
 from svam.console import console
@@ -24,10 +24,9 @@ from svam.episodes.split import split_episodes
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
-from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
 from tests.sources.common import refused
-from tests.toy import write_toy_params
+from tests.toy import invoke, write_toy_params
 
 SOURCE = two_tasks()
 
@@ -243,8 +242,8 @@ def raw(tmp_path: Path) -> Path:
 def run(raw: Path, tasks: Sequence[str] = ("reach", "drawer-open")) -> Result:
     """Convert `raw` to `s.zarr` beside it, with these tasks to collect."""
     changes = {"collect": {"tasks": [*tasks], "episodes_of": {}}, "evaluate": {"tasks": ["reach"]}}
-    write_toy_params(ROOT / "params.yaml", raw.parent / "params.yaml", changes)
-    return CliRunner().invoke(app, [str(raw), str(raw.parent / "s.zarr"), "--params", str(raw.parent / "params.yaml")])
+    write_toy_params(raw.parent / "params.yaml", changes)
+    return invoke(app, raw, raw.parent / "s.zarr", "--params", raw.parent / "params.yaml")
 
 
 def test_the_stage_converts_what_collect_wrote(raw: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
 from svam.console import console
 from svam.contract import Episode
@@ -19,11 +19,10 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.episodes.validation import Check, validate
 from svam.files import sha256_tree
-from tests import ROOT
 from tests.episodes.stores import SOURCE, Array, edit, replace, shards, timed
 from tests.recorded import SETTINGS, Recorded
 from tests.sources.test_source_raw import ONE_TASK, arrays_of, write
-from tests.toy import write_toy_params
+from tests.toy import invoke, write_toy_params
 
 
 def checks_of(path: Path) -> dict[str, Check]:
@@ -40,7 +39,7 @@ def warnings_of(path: Path) -> dict[str, str]:
 
 def call(*arguments: object) -> Result:
     console.width = 4000
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return invoke(app, *arguments)
 
 
 def test_inspect_says_what_is_there(kept: Path) -> None:
@@ -82,7 +81,7 @@ def test_inspect_lists_a_recording(tmp_path: Path) -> None:
         tmp_path / "raw", {**ONE_TASK, "cameras": ["front"]}, **{name: arrays_of(2, n) for n, name in enumerate("abc", 4)}
     )
     (folder / "b.npz").write_bytes(b"PK")
-    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"convert": {"source": "raw", "options": {}}})
+    write_toy_params(tmp_path / "params.yaml", {"convert": {"source": "raw", "options": {}}})
     text = call("inspect", "--recording", folder, "--params", tmp_path / "params.yaml", "--episodes", 2).stdout
     assert "raw: 3 episodes at 12.5 Hz, cameras front\nnote: " in text and "and 1 more: --episodes N" in text
     assert re.search(r"^0 +a +pick +4$", text, re.M) and re.search(r"^1 +cannot be read: .*b\.npz", text, re.M)

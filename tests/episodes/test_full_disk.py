@@ -11,15 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
-from stages.prepare_backbones import app as backbones_app
+from stages.prepare_backbones import app
 from svam.files import sha256_tree
-from tests import ROOT
 from tests.killing import kill, run_stage
-from tests.tiny_foresight import make_store
-from tests.toy import write_toy_params
+from tests.toy import invoke, write_toy_params
+
+Command = tuple[object, ...]
 
 
 @pytest.fixture
@@ -49,23 +47,32 @@ def fill(disk: Path, room: int) -> Path:
     return ballast
 
 
-def refused(app: typer.Typer, *arguments: object) -> str:
-    """The one sentence with which a stage fails."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+def refused(*arguments: object) -> str:
+    """The one sentence with which the stage fails."""
+    result = invoke(app, *arguments)
     assert result.exit_code == 1 and "Traceback" not in result.output, result.output
-    assert isinstance(result.exception, SystemExit), repr(result.exception)
     (sentence,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
-    assert result.output.rstrip().endswith(sentence)
+    assert result.output.rstrip().endswith(sentence) and "No space left on device" in sentence
     return sentence
 
 
+@pytest.fixture(scope="module")
+def straight(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text encoder that was trained with room enough, and beside it its params: six steps with a checkpoint after each."""
+    folder = tmp_path_factory.mktemp("straight")
+    write_toy_params(folder / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DVC_ROOT", str(folder))
+        run_stage(app, "text", folder / "text", "--episodes", parts / "episodes.zarr", "--params", folder / "params.yaml")
+    return folder / "text"
+
+
 @pytest.fixture
-def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[object, ...]:
-    """The command that trains a text encoder, six steps with a checkpoint after each, but for the folder to write."""
+def text(straight: Path, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The command that trains it, but for the folder to write. Its state is kept below `tmp_path`."""
     monkeypatch.setattr("stages._command._check_code", lambda source: None)
-    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"machine": {"checkpoint_seconds": 0.0}})
-    make_store(tmp_path / "episodes.zarr")
-    return "text", "--episodes", tmp_path / "episodes.zarr", "--params", tmp_path / "params.yaml"
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    return "text", "--episodes", parts / "episodes.zarr", "--params", straight.with_name("params.yaml")
 
 
 def steps_kept(root: Path) -> int:
@@ -74,50 +81,35 @@ def steps_kept(root: Path) -> int:
 
 
 def test_a_checkpoint_that_finds_no_room(
-    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    text: Command, straight: Path, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    run_stage(backbones_app, *text, tmp_path / "straight")
     monkeypatch.setenv("DVC_ROOT", str(disk))
-    kill(2, run_stage, backbones_app, *text, tmp_path / "out")
+    kill(2, run_stage, app, *text, tmp_path / "out")
     state = sum(file.stat().st_size for file in disk.rglob("*") if file.is_file())
     ballast = fill(disk, state // 2)
-    sentence = refused(backbones_app, *text, tmp_path / "out")
-    assert (
-        str(disk / ".ckpt/prepare_backbones_text") in sentence
-        and "No space left on device" in sentence
-        and "make room" in sentence
-    )
+    sentence = refused(*text, tmp_path / "out")
+    assert str(disk / ".ckpt/prepare_backbones_text") in sentence and "make room" in sentence
     assert steps_kept(disk) == 2 and not (tmp_path / "out").exists()
     ballast.unlink()
-    run_stage(backbones_app, *text, tmp_path / "out")
-    assert sha256_tree(tmp_path / "out") == sha256_tree(tmp_path / "straight") and not (disk / ".ckpt").exists()
+    run_stage(app, *text, tmp_path / "out")
+    assert sha256_tree(tmp_path / "out") == sha256_tree(straight) and not (disk / ".ckpt").exists()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_a_trained_part_that_finds_no_room(
-    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float
-) -> None:
+def test_a_trained_part_that_finds_no_room(text: Command, straight: Path, disk: Path, tmp_path: Path) -> None:
     """No room at all, or for half of what is written."""
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    run_stage(backbones_app, *text, tmp_path / "straight")
     (disk / "out").mkdir()
     (disk / "out/file").write_text("of another run")
-    size = sum(file.stat().st_size for file in (tmp_path / "straight").iterdir())
-    ballast = fill(disk, int(share * size))
-    sentence = refused(backbones_app, *text, disk / "out")
-    assert str(disk / "out") in sentence and "No space left on device" in sentence
-    assert {file.name for file in disk.iterdir()} == {"ballast", "out"}
-    assert (disk / "out/file").read_text() == "of another run" and steps_kept(tmp_path) == 6
-    ballast.unlink()
-    run_stage(backbones_app, *text, disk / "out")
-    assert sha256_tree(disk / "out") == sha256_tree(tmp_path / "straight") and not (tmp_path / ".ckpt").exists()
+    for share in (0.0, 0.5):
+        ballast = fill(disk, int(share * sum(file.stat().st_size for file in straight.iterdir())))
+        assert str(disk / "out") in refused(*text, disk / "out")
+        assert {file.name for file in disk.iterdir()} == {"ballast", "out"}
+        assert (disk / "out/file").read_text() == "of another run" and steps_kept(tmp_path) == 6
+        ballast.unlink()
+    run_stage(app, *text, disk / "out")
+    assert sha256_tree(disk / "out") == sha256_tree(straight) and not (tmp_path / ".ckpt").exists()
 
 
-def test_curves_that_find_no_room(
-    text: tuple[object, ...], disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+def test_curves_that_find_no_room(text: Command, disk: Path, tmp_path: Path) -> None:
     fill(disk, 8192)
-    sentence = refused(backbones_app, *text, tmp_path / "out", "--live", disk / "live")
-    assert str(disk / "live") in sentence and "No space left on device" in sentence and not (tmp_path / "out").exists()
+    assert str(disk / "live") in refused(*text, tmp_path / "out", "--live", disk / "live")
+    assert not (tmp_path / "out").exists()

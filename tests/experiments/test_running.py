@@ -1,4 +1,4 @@
-"""The loop for real: DVC's experiments of the toy pipeline, killed in the middle and gone on with, and their table."""
+"""The loop for real: DVC's experiments of the toy pipeline, one killed in the middle and gone on with, and their table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from svam.experiments.records import read_records
-from tests.project import attempt, await_end, environment, make_project, ran, run
+from svam.experiments.running import run_all
+from tests.project import attempt, await_end, begin_git, commit, environment, ran, run
+from tests.sources.common import refused
 
 PLAN = """\
 collection: small
@@ -53,17 +55,19 @@ def kill_in_stage(root: Path, stage: str, skip: int) -> str:
     return log.read_text()
 
 
-def test_who_commits_is_asked_before_anything_runs(tmp_path: Path) -> None:
-    root = make_project(tmp_path / "project")
-    (root / "params.yaml").write_text((root / "params.yaml").read_text() + "# edited\n")
-    changed = attempt(root, *LOOP)
-    assert changed.returncode == 1
-    assert "made of the last commit, from which these files differ: params.yaml; commit them first" in changed.stderr
-    run(root, "git", "config", "--unset", "user.email")
-    refused = attempt(root, "env", "GIT_CONFIG_GLOBAL=/dev/null", "GIT_CONFIG_SYSTEM=/dev/null", *LOOP)
-    assert refused.returncode == 1 and not (root / ".cache/experiments").exists()
-    (sentence,) = [line for line in refused.stderr.splitlines() if line.startswith("error: ")]
-    assert "first run `git config user.name NAME` and `git config user.email ADDRESS`" in sentence
+def test_who_commits_is_asked_before_anything_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "params.yaml").write_text("seed: 0\n")
+    begin_git(tmp_path)
+    (tmp_path / "params.yaml").write_text("seed: 1\n")
+    monkeypatch.chdir(tmp_path)
+    with refused("made of the last commit, from which these files differ: params.yaml; commit them first"):
+        run_all([], tmp_path / "records")
+    run(tmp_path, "git", "config", "--unset", "user.email")
+    for place in ("GLOBAL", "SYSTEM"):
+        monkeypatch.setenv(f"GIT_CONFIG_{place}", os.devnull)
+    with refused("first run `git config user.name NAME` and `git config user.email ADDRESS`"):
+        run_all([], tmp_path / "records")
+    assert not (tmp_path / ".cache").exists()
 
 
 @pytest.mark.slow
@@ -73,11 +77,9 @@ def test_the_loop(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished, root)
     (root / "svam/experiments/plan.yaml").write_text(PLAN, encoding="utf-8")
     before, folder = workspace(root), root / "data/compare/small"
-    log = kill_in_stage(root, "train_policy", 0)
-    assert ran(log)[-1] == "train_policy" and workspace(root) == before and not folder.exists()
+    log = kill_in_stage(root, "evaluate", 1)  # of the second experiment
     assert not {"finetune_video", "distill@geometric"} & set(ran(log)), "`dvc repro` has run them"
-    kill_in_stage(root, "evaluate", 1)  # of the second experiment
-    assert workspace(root)[1:] == before[1:]
+    assert ran(log)[-1] == "evaluate" and workspace(root)[1:] == before[1:]
     (first,) = read_records(folder)[1]
     assert first.name == "svam-1-seed1-small"
 
@@ -93,15 +95,14 @@ def test_the_loop(finished: Path, tmp_path: Path) -> None:
         assert record.revision in run(root, "git", "for-each-ref", "refs/exps")
     assert [e.seed for e in svam.episodes] == [e.seed for e in vpp.episodes] and svam.budget == vpp.budget
     assert svam.policy != vpp.policy and svam.parameters > vpp.parameters and svam.latency and vpp.latency
-    assert svam.seconds("train_policy") is None, "it was killed in between"
+    assert svam.seconds("train_policy") and vpp.seconds("train_policy") is None, "it was killed in between"
     assert vpp.seconds("distill", "generate") == 0.0
 
     # Nothing is left to do. After a commit DVC decides: with the same work all comes from its run cache, and stays recorded.
     assert "2 runs finished, 0 of them now" in attempt(root, *LOOP).stderr
     page = run(root, sys.executable, "-m", "svam.experiments", "table")
     assert page.count("not distinguishable |") == 1
-    run(root, "git", "add", ".")
-    run(root, "git", "commit", "--quiet", "--message", "records")
+    commit(root)
     again = attempt(root, *LOOP)
     assert "2 runs finished, 2 of them now" in again.stderr and not {"train_policy", "evaluate"} & set(ran(again.stdout))
     later = read_records(folder)[1]

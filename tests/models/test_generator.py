@@ -10,13 +10,10 @@ import torch
 from svam.models import generator
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
-from tests.tiny_foresight import make_store, save_parts
 
 
-def test_a_sentence_is_embedded_once_and_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sentence_is_embedded_once_and_to_the_same_bits(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless so many others came since that it was dropped."""
-    save_parts(tmp_path, make_store(tmp_path / "episodes.zarr"), "fixed")
-    folders = {name: tmp_path / "backbones" / name for name in ("text", "autoencoder")} | {"video": tmp_path / "video"}
     model = VideoGenerator.load(SamplerConfig(up_blocks=2, grid=2, steps=2, guidance=1.0, bf16=False), folders)
     calls: list[int] = []
     model.text.model.register_forward_hook(lambda *_: calls.append(1))

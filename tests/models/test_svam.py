@@ -22,7 +22,6 @@ from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
 from tests.tiny import FRAMES, make_svam, observations, policy_params, save_all_parts
-from tests.tiny_foresight import make_store
 
 VIDEO = {"text", "autoencoder", "video"}
 TEACHERS, DECOUPLERS = {"teacher_geometric", "teacher_semantic"}, {"decoupler_geometric", "decoupler_semantic"}
@@ -47,16 +46,6 @@ VARIANTS: dict[str, tuple[dict[str, Any], set[str], int]] = {
         VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES + 2,  # the two single frames have one grid, and so one group
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    return make_store(tmp_path_factory.mktemp("store") / "episodes.zarr")
-
-
-@pytest.fixture(scope="module")
-def folders(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_all_parts(tmp_path_factory.mktemp("parts"), store)
 
 
 @pytest.fixture(scope="module")

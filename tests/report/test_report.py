@@ -20,7 +20,6 @@ from svam.report import tables
 from svam.report.figures import clip_sheet
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
-from tests import ROOT
 from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
@@ -85,7 +84,7 @@ def run(tmp_path: Path) -> Path:
 def invoke(run: Path, out: Path, **distill: Any) -> Any:
     report = {"note": "A look, not a result.", "clips": 2, "dpi": 50}
     changes = {"distill": distill, "train_policy": {"context": ["one_step"]}, "report": report}
-    write_toy_params(ROOT / "params.yaml", run / "params.yaml", changes)
+    write_toy_params(run / "params.yaml", changes)
     options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
     return CliRunner().invoke(app, [str(out), f"--films={out}_films", *options, f"--params={run / 'params.yaml'}"])
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
+from typing import Any
 
 import pytest
 
@@ -21,3 +23,22 @@ def make() -> Iterator[Callable[..., TaskEnvironment]]:
     yield build
     for environment in environments:
         environment.close()
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """What `collect` gives to worker processes is done at once in this one; task and number of each episode."""
+    begun: list[tuple[str, int]] = []
+
+    class AtOnce(Executor):
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def submit(self, function: Callable[..., Any], task: str, index: int, *rest: Any) -> Future[Any]:  # type: ignore[override]
+            begun.append((task, index))
+            done: Future[Any] = Future()
+            done.set_result(function(task, index, *rest))
+            return done
+
+    monkeypatch.setattr("svam.simulation.collect.ProcessPoolExecutor", AtOnce)
+    return begun

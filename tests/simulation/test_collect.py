@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from stages.collect import app
 from svam.contract import Annotation, Episode
 from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
@@ -22,8 +20,7 @@ from svam.simulation.collect import OLD_STATES, collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
 from svam.sources.metaworld import MetaworldSource
-from tests import ROOT
-from tests.toy import committed, write_toy_params
+from tests.toy import committed, invoke, write_toy_params
 
 _CHANGES = {"tasks": ["reach"], "episodes": 2, "episodes_of": {}, "noisy_share": 0.5, "annotate_every": 10, "tail": 4}
 SMALL = Collect.model_validate(committed("collect", image_size=32, cameras=["corner2", "topview"], attempts=5, **_CHANGES))
@@ -49,16 +46,8 @@ def test_bytes_do_not_depend_on_the_number_of_workers(collected: Path, tmp_path:
     assert {p.name for p in tmp_path.iterdir()} == {"alone", "scratch"}, "nothing temporary is left"
 
 
-def test_only_what_is_new_is_collected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_what_is_new_is_collected(started: list[tuple[str, int]], tmp_path: Path) -> None:
     """Another task, more episodes, a damaged file; other params, other code and another seed begin anew."""
-    started: list[tuple[str, int]] = []
-    submit = ProcessPoolExecutor.submit
-
-    def counted(self: Any, function: Any, task: str, index: int, *rest: Any) -> Any:
-        started.append((task, index))
-        return submit(self, function, task, index, *rest)
-
-    monkeypatch.setattr(ProcessPoolExecutor, "submit", counted)
 
     def run(out: str, seed: int = 5, code: str = "", **changes: Any) -> list[tuple[str, int]]:
         started.clear()
@@ -167,12 +156,10 @@ def test_a_failing_expert_is_tried_on_other_goals_and_then_reported() -> None:
 
 def test_errors_are_one_line_and_leave_no_output(tmp_path: Path) -> None:
     params, out, scratch = tmp_path / "params.yaml", tmp_path / "out", tmp_path / "scratch"
-    write_toy_params(ROOT / "params.yaml", params, {"collect": {"tasks": ["draw-open"], "episodes_of": {}}})
-    result = subprocess.run(
-        [sys.executable, "-m", "stages.collect", str(out), "--params", str(params)], capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 1 and len(result.stderr.strip().splitlines()) == 1, result.stderr
-    assert "unknown MetaWorld task 'draw-open'" in result.stderr and "drawer-open" in result.stderr
+    write_toy_params(params, {"collect": {"tasks": ["draw-open"], "episodes_of": {}}})
+    result = invoke(app, out, "--params", params)
+    assert result.exit_code == 1 and len(result.output.strip().splitlines()) == 1, result.output
+    assert "unknown MetaWorld task 'draw-open'" in result.output and "drawer-open" in result.output
     with pytest.raises(ParamsError, match=r"unknown camera 'moon'.*corner2"):
         collect(out, SMALL.model_copy(update={"cameras": ["moon"]}), 0, 1, scratch, "")
     too_short = SMALL.model_copy(update={"max_steps": 10, "attempts": 1})

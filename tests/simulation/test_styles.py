@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from numpy.typing import NDArray
 
 from svam.files import read_json
@@ -71,6 +72,7 @@ def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
     assert [style_of(["high"], 1, "faucet-open", index) for index in range(3)] == ["high"] * 3
 
 
+@pytest.mark.usefixtures("started")
 def test_a_collection_states_its_styles(tmp_path: Path) -> None:
     changes = {"episodes": 2, "episodes_of": {}, "styles": ["left", "right"], "image_size": 32, "annotate_every": 50}
     params = Collect.model_validate(committed("collect", tasks=["reach"], noisy_share=0.0, tail=0, **changes))

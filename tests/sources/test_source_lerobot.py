@@ -452,6 +452,7 @@ def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
         (_edit("info.json", lambda i: i.update(codebase_version="v3.0")),
          "meta/episodes: no parquet file in it.*meta/episodes.jsonl and meta/tasks.jsonl are of a v2 set"),
         (lambda r: (r / "videos").rename(r / "video"), "episode_000000.mp4 is not there, the folder holds data, meta, video"),
+        (lambda r: ((r / "meta/episodes").mkdir(), (r / "videos").rename(r / "video")), "meta/episodes is of a v3 set"),
         (_edit("info.json", lambda i: i.update(data_path="../{episode_index}")), "leads out of the data set"),
         (_edit("episodes.jsonl", lambda i: i.update(episode_index=-1)), "episode_index is -1; expected at least 0"),
         (_edit("episodes.jsonl", lambda i: i.update(episode_index=1)), "episode_index 1 is there twice"),

@@ -18,16 +18,11 @@ from svam.training.cache_teacher import Target, cache_windows
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
-from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, write_windows
+from tests.tiny_foresight import FRAMES, GRID, SIZE, make_teacher, write_windows
 
 SECTION = CacheTeacher(reference="reconstruction", batch=4)
 HELD_OUT = [False] * 5 + [True] * 3
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    return make_store(tmp_path_factory.mktemp("store") / "episodes.zarr")
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from stages import cache_teacher
+from stages import distill as distill_stage
 from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.decoupler import Decoupler
 from svam.models.foresight import part_folders
@@ -24,10 +26,9 @@ from svam.training.distill import DistillationData, TrainingStatistics, build, d
 from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import OneStepFeatures, load_for_windows
-from tests import ROOT
 from tests.tiny import GENERATE
-from tests.tiny_foresight import FRAMES, GRID, encoded, make_store, save_parts, write_windows
-from tests.toy import optimiser, write_toy_params
+from tests.tiny_foresight import FRAMES, GRID, encoded, save_parts, write_windows
+from tests.toy import invoke, optimiser, write_toy_params
 
 CPU = torch.device("cpu")
 TRAIN, TEST, C_F, C_I = 40, 8, 5, 4
@@ -142,9 +143,8 @@ def test_features_and_targets_must_agree(data: DistillationData) -> None:
 
 
 @pytest.mark.parametrize("noise", ["fixed", "fresh"])
-def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Path) -> None:
+def test_features_that_were_not_kept_are_computed_again(noise: str, parts: Path, store: EpisodeStore, tmp_path: Path) -> None:
     """The same windows with and without `features`: F read back and computed again agree; the stages run on the latter."""
-    store = make_store(tmp_path / "episodes.zarr")
     save_parts(tmp_path, store, noise)
     section = GENERATE.model_copy(update={"windows": 6, "held_out_windows": 4, "up_blocks": 2})
     sampler = SamplerConfig.model_validate(section.model_dump(include=set(SamplerConfig.model_fields)))
@@ -158,34 +158,30 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, tmp_path: Pa
         generate_windows(tmp_path / name, latents, model, chosen, changed, 0, sha256_tree(tmp_path / "video"))
     stored, absent = GeneratedWindows(tmp_path / "with"), GeneratedWindows(tmp_path / "without")
     assert stored.features is not None and absent.features is None
-
-    from stages import cache_teacher
-    from stages import distill as distill_stage
-
-    write_toy_params(ROOT / "params.yaml", tmp_path / "params.yaml", {"cache_teacher": {"reference": "reconstruction"}})
-    runner, common = CliRunner(), ["--backbones", tmp_path / "backbones", "--params", tmp_path / "params.yaml"]
-    common += ["--generated", tmp_path / "without"]
-    cache, out = tmp_path / "teachers" / "geometric", tmp_path / "decoupler"
-    arguments = ["geometric", cache, *common, "--episodes", tmp_path / "episodes.zarr"]
-    assert runner.invoke(cache_teacher.app, [str(a) for a in arguments]).exit_code == 0
     again = load_for_windows(absent, folders)
     rows = np.asarray([7, 2, 0])
     computed = OneStepFeatures(absent, again)[rows]
     np.testing.assert_allclose(computed.astype(float), stored.features[rows].astype(float), rtol=2e-3, atol=2e-3)
     assert not np.allclose(computed[0], computed[1], atol=1e-2)
+    if noise == "fresh":  # which is nothing to the stages
+        return
 
-    arguments = ["geometric", out, *common, "--teacher", cache, "--video", tmp_path / "video"]
-    done = runner.invoke(distill_stage.app, [str(a) for a in arguments])
+    write_toy_params(tmp_path / "params.yaml", {"cache_teacher": {"reference": "reconstruction"}})
+    common = ["--backbones", tmp_path / "backbones", "--params", tmp_path / "params.yaml", "--generated", tmp_path / "without"]
+    cache, out = tmp_path / "teachers" / "geometric", tmp_path / "decoupler"
+    assert invoke(cache_teacher.app, "geometric", cache, *common, "--episodes", parts / "episodes.zarr").exit_code == 0
+    arguments = [out, *common, "--teacher", cache, "--video", tmp_path / "video"]
+    done = invoke(distill_stage.app, "geometric", *arguments)
     assert done.exit_code == 0, done.output
     assert {p.name for p in out.iterdir()} == {"config.json", "metrics.json", "model.safetensors"}
     metrics = json.loads((out / "metrics.json").read_text())
     assert set(metrics["teacher"]) == {"reference", "dense"} and metrics["target"] == "generated"
     assert Decoupler.load(out).config.reference == "reconstruction"
 
-    failed = runner.invoke(distill_stage.app, ["semantic", *(str(a) for a in arguments[1:])])
+    failed = invoke(distill_stage.app, "semantic", *arguments)
     assert failed.exit_code == 1 and "branch is 'geometric', expected 'semantic'" in failed.stderr
     (tmp_path / "video" / "extra.json").write_text("{}")
     stored_too = [*arguments, "--generated", tmp_path / "with"]  # where features are stored, no video model is read
-    assert runner.invoke(distill_stage.app, [str(a) for a in stored_too]).exit_code == 0
-    failed = runner.invoke(distill_stage.app, [str(a) for a in arguments])
+    assert invoke(distill_stage.app, "geometric", *stored_too).exit_code == 0
+    failed = invoke(distill_stage.app, "geometric", *arguments)
     assert failed.exit_code == 1 and "not the video model that" in failed.stderr

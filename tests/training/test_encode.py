@@ -20,18 +20,16 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.encode import encode_frames
 from svam.training.latents import LatentClips, open_latents
 from tests.killing import kill
-from tests.tiny_foresight import make_store, save_parts
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`episodes.zarr`, `backbones/*`, and the latents."""
-    folder = tmp_path_factory.mktemp("parts")
-    save_parts(folder, make_store(folder / "episodes.zarr"), "fixed")
-    encode(folder, folder / "latents", Resume(None))
-    return folder
+def made(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The latents of `parts`."""
+    out = tmp_path_factory.mktemp("encoded") / "latents"
+    encode(parts, out, Resume(None))
+    return out
 
 
 def encode(parts: Path, out: Path, resume: Resume) -> None:
@@ -46,8 +44,8 @@ def opened(parts: Path, latents: Path) -> tuple[EpisodeStore, Autoencoder, NDArr
     return store, autoencoder, open_latents(latents, store, autoencoder, parts / "backbones/autoencoder")
 
 
-def test_training_reads_the_bits_that_act_computes(parts: Path) -> None:
-    store, autoencoder, latents = opened(parts, parts / "latents")
+def test_training_reads_the_bits_that_act_computes(parts: Path, made: Path) -> None:
+    store, autoencoder, latents = opened(parts, made)
     frames = torch.from_numpy(store.frames(np.arange(len(store))))
     stored = torch.from_numpy(latents.copy())
     assert torch.equal(autoencoder.encode_condition(frames[:16]), autoencoder.condition_of(stored[:16].float()))
@@ -75,7 +73,7 @@ def test_decoding_in_parts_is_decoding(parts: Path) -> None:
     assert sizes == [6, 6]
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(parts: Path, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_bytes(parts: Path, made: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     state.mkdir()
     kill(3, encode, parts, tmp_path / "latents", Resume(state, 0))
@@ -86,7 +84,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(parts: Path, tmp_path: Path) -> 
         patch.setattr(EpisodeStore, "frames", lambda self, rows: seen.extend(rows.tolist()) or frames(self, rows))
         encode(parts, tmp_path / "latents", Resume(state, 0))
     assert seen[0] == 48, "three batches of sixteen were there"
-    assert sha256_tree(tmp_path / "latents") == sha256_tree(parts / "latents")
+    assert sha256_tree(tmp_path / "latents") == sha256_tree(made)
 
 
 def test_latents_of_other_data_are_refused(parts: Path, tmp_path: Path) -> None:
@@ -105,8 +103,8 @@ def test_latents_of_other_data_are_refused(parts: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "held_out"])
-def test_clips_are_rows_of_their_side(parts: Path, split: Any) -> None:
-    store, _, latents = opened(parts, parts / "latents")
+def test_clips_are_rows_of_their_side(parts: Path, made: Path, split: Any) -> None:
+    store, _, latents = opened(parts, made)
     clips, rows = LatentClips(store, split, latents, 3, 2), store.rows(split)
     assert len(clips) == len(rows)
     places = np.arange(len(clips))
@@ -129,7 +127,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     tracemalloc.start()
     clips = LatentClips(store, "train", np.load(file, mmap_mode="r"), 16, 2)
     order = EndlessOrder(len(clips), 4, "order")
-    for number in range(50):
+    for number in range(20):
         assert clips.clips(order.batch(number)).shape == (4, 16, 4, 32, 32)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()

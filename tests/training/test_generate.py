@@ -10,7 +10,7 @@ import torch
 
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
-from svam.models.foresight import ForesightModel, FrozenParts, part_folders
+from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig
 from svam.params import FinetuneVideo
@@ -21,24 +21,19 @@ from svam.training.finetune_video import TextTable, _psnr, evaluate_video
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.latents import LatentClips
 from tests.tiny import GENERATE
-from tests.tiny_foresight import GRID, OPTIMISER, encoded, make_store, save_parts
+from tests.tiny_foresight import GRID, OPTIMISER, encoded
 from tests.toy import committed
 
 SECTION = GENERATE.model_copy(update={"windows": 5, "held_out_windows": 3, "up_blocks": 2})
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> tuple[EpisodeStore, ForesightModel]:
-    folder = tmp_path_factory.mktemp("parts")
-    store = make_store(folder / "episodes.zarr")
-    save_parts(folder, store, "fixed")
+def model(folders: dict[str, Path]) -> ForesightModel:
     sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
-    folders = part_folders(folder / "backbones", folder / "video")
-    return store, ForesightModel.load_parts(FrozenParts(), sampler, folders)
+    return ForesightModel.load_parts(FrozenParts(), sampler, folders)
 
 
-def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, ForesightModel]) -> None:
-    store, model = parts
+def test_windows_keep_to_their_side_of_the_split(store: EpisodeStore, model: ForesightModel) -> None:
     windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
     assert windows.held_out.tolist() == [False] * 5 + [True] * 3
     held = set(store.rows("held_out").tolist())
@@ -50,18 +45,16 @@ def test_windows_keep_to_their_side_of_the_split(parts: tuple[EpisodeStore, Fore
     assert len(set(windows.rows[:5, 0].tolist())) == 5
 
 
-def test_too_many_windows_are_all_there_are(parts: tuple[EpisodeStore, ForesightModel]) -> None:
-    store, model = parts
+def test_too_many_windows_are_all_there_are(store: EpisodeStore, model: ForesightModel) -> None:
     section = SECTION.model_copy(update={"windows": 10**6})
     windows = choose_windows(store, section, model.video_model.config, seed=0)
     assert (~windows.held_out).sum() == len(store.rows("train"))
 
 
 def test_what_is_cached_is_what_the_policy_will_see(
-    parts: tuple[EpisodeStore, ForesightModel], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: EpisodeStore, model: ForesightModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """And the bytes of a run that was never interrupted are those of one that kept its state, and those announced."""
-    store, model = parts
     windows = choose_windows(store, SECTION, model.video_model.config, seed=0)
     latents = encoded(store, model.frame_autoencoder)
     (tmp_path / "state").mkdir()
@@ -87,13 +80,12 @@ def test_what_is_cached_is_what_the_policy_will_see(
     assert f"generate: writes {written / 1e9:.3f} GB" in capsys.readouterr().err
 
 
-def test_an_absent_part_is_named(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+def test_an_absent_part_is_named(model: ForesightModel) -> None:
     with pytest.raises(ValueError, match="without its semantic teacher"):
-        parts[1].encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"], [0])
+        model.encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"], [0])
 
 
-def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeStore, ForesightModel]) -> None:
-    store, model = parts
+def test_held_out_video_metrics_exclude_the_observed_frame(store: EpisodeStore, model: ForesightModel) -> None:
     changes = {"training": OPTIMISER, "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}
     section = FinetuneVideo.model_validate(committed("finetune_video") | changes)
     autoencoder, video, cpu = model.frame_autoencoder, model.video_model, torch.device("cpu")
@@ -109,9 +101,8 @@ def test_held_out_video_metrics_exclude_the_observed_frame(parts: tuple[EpisodeS
     assert {"loss_sigma_first", "loss_sigma_0.2_1", "generated_psnr", "generated_ssim"} <= set(metrics)
 
 
-def test_many_sentences_are_embedded_in_parts(parts: tuple[EpisodeStore, ForesightModel]) -> None:
+def test_many_sentences_are_embedded_in_parts(store: EpisodeStore, model: ForesightModel) -> None:
     """As many sentences as a data set with one for each episode has: memory is bounded by the part."""
-    store, model = parts
     sizes: list[int] = []
 
     class Watched(TextEncoder):

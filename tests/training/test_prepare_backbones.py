@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLTemporalDecoder
-from typer.testing import CliRunner
 
 from stages.prepare_backbones import app
 from svam import params
@@ -25,9 +24,8 @@ from svam.models.teachers import Teacher
 from svam.models.text import TextEncoder
 from svam.resume import Resume
 from svam.training.prepare_backbones import autoencoder, teacher, text
-from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode
-from tests.toy import ADAM, committed, merged, write_toy_params
+from tests.toy import ADAM, committed, invoke, merged, write_toy_params
 
 TRAINING = {**ADAM, "steps": 3, "batch": 4, "learning_rate": 0.003}
 CHANGES: dict[str, dict[str, Any]] = {
@@ -55,12 +53,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_params(path: Path, **changes: dict[str, Any]) -> Path:
     """The project's params with tiny backbones."""
-    write_toy_params(ROOT / "params.yaml", path, {"prepare_backbones": merged(CHANGES, changes)})
+    write_toy_params(path, {"prepare_backbones": merged(CHANGES, changes)})
     return path
 
 
 def run(*arguments: object) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = invoke(app, *arguments)
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 

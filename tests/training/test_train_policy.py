@@ -22,21 +22,10 @@ from svam.normalisation import normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
-from tests.tiny import GENERATE, observations, policy_params, save_all_parts
-from tests.tiny_foresight import make_store
+from tests.tiny import GENERATE, observations, policy_params
 from tests.toy import ADAM
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
-    return make_store(tmp_path_factory.mktemp("data") / "episodes.zarr")
-
-
-@pytest.fixture(scope="module")
-def folders(store: EpisodeStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return save_all_parts(tmp_path_factory.mktemp("parts"), store)
 
 
 def run(store: EpisodeStore, folders: dict[str, Path], cache: Path, live: Path | None = None, **changes: Any) -> SVAM:
