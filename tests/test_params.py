@@ -209,5 +209,5 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ParamsError, match=r"params\.yaml"):
         load_params(file)
-    with pytest.raises(ParamsError, match="no such file"):
+    with pytest.raises(ParamsError, match="absent.yaml: no such file; run from the root of the project"):
         load_params(tmp_path / "absent.yaml")

@@ -1,4 +1,5 @@
-"""Changing one param, or one module, re-runs exactly the stages it affects: DVC itself decides, on the real `dvc.yaml`.
+"""Changing one param, or one module, re-runs exactly the stages it affects: DVC itself decides, on the real `dvc.yaml`, by its
+status, with which a real `dvc repro` agrees in `test_dag.py`.
 
 Only the commands are replaced: each writes something new into its outs. That of `code` is called in this process.
 """
@@ -270,13 +271,6 @@ def test_what_is_not_used_is_not_run(project: Path) -> None:
     change(project, "collect.episodes_of", {})
     change(project, "collect.tasks", [])
     assert would_run(project) == (COLLECT | CHECK) - unused
-
-
-def test_repro_runs_what_is_said_here(project: Path) -> None:
-    """The two readings above, against a real `dvc repro`."""
-    change(project, "report.dpi", 80)
-    assert reproduced(project) == CHECK | REPORT
-    assert reproduced(project) == set()
 
 
 def test_a_stage_refuses_digests_of_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

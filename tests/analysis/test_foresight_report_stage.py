@@ -108,7 +108,6 @@ def test_the_gap_is_measured_on_the_windows_themselves(root: Path, folders: dict
     ("policy", "branches", "absent", "sentences"),
     [
         ("vpp", (), {"sequence_0", "sequence_1"}, ["no branch is distilled", "that branch is not distilled"]),
-        ("vpp", ("semantic",), set(), ["that branch is not distilled"]),
         ("pooled", ("geometric",), {"attention"}, ["Attention over foreseen frames: context ['one_step'] with mean_pool"]),
         ("blind", ("geometric",), {"attention"}, ["context ['observation'] with uni_perceiver has none"]),
     ],

@@ -127,14 +127,9 @@ def test_changed_work_does_not_go_on_with_the_old(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     plan, shapes = conversion.Plan.of(two_tasks(), SETTINGS)
-    with locked(tmp_path / f"{plan.key(shapes)}.lock"):
-        code = (
-            "from pathlib import Path\nfrom svam.episodes.convert import convert\n"
-            "from tests.recorded import SETTINGS, two_tasks\n"
-            f"convert(two_tasks(), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path)!r}))"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert f"process {os.getpid()} is doing the same work; wait for it" in done.stderr
+    said = f"process {os.getpid()} is doing the same work; wait for it"
+    with locked(tmp_path / f"{plan.key(shapes)}.lock"), refused(said):
+        convert(two_tasks(), tmp_path / "out.zarr", SETTINGS, 0, 1, tmp_path)
     assert not (tmp_path / "out.zarr").exists()
 
 

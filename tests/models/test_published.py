@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from svam.files import FileError, write_json
+from svam.files import write_json
 from svam.models.published import adapter_record, load_strict, read_adapter, resolve_weights, save_published
+from tests.sources.common import refused
 
 KEY = "prepare_backbones.semantic"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,7 +39,7 @@ def test_a_local_folder_with_or_without_its_subfolder(tmp_path: Path) -> None:
     make(tmp_path / "model" / "vae")
     assert resolve_weights(str(tmp_path / "model"), None, "vae", KEY) == tmp_path / "model" / "vae"
     assert resolve_weights(str(tmp_path / "model" / "vae"), None, "vae", KEY) == tmp_path / "model" / "vae"
-    with pytest.raises(FileError, match="leave it empty"):
+    with refused("leave it empty"):
         resolve_weights(str(tmp_path / "model" / "vae"), COMMIT, None, KEY)
 
 
@@ -53,17 +54,16 @@ def test_a_local_folder_with_or_without_its_subfolder(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_resolved_is_one_line(path: str, revision: str | None, message: str) -> None:
     # The suite runs with HF_HUB_OFFLINE=1, so the last case stands for an unreachable hub.
-    with pytest.raises(FileError, match=message) as error:
+    with refused(message, KEY):
         resolve_weights(path, revision, None, KEY)
-    assert KEY in str(error.value) and "\n" not in str(error.value)
 
 
 def test_only_safetensors_count(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(FileError, match=r"no \.safetensors file"):
+    with refused(r"no \.safetensors file"):
         resolve_weights(str(folder), None, None, KEY)
-    with pytest.raises(FileError, match="cannot be read as Dinov2Model"):
+    with refused("cannot be read as Dinov2Model"):
         load_strict(Dinov2Model, folder)
 
 
@@ -81,9 +81,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None
     save_file(tensors, str(file), {"format": "pt"})
     if fault == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(FileError, match="Dinov2Model") as error:
+    with refused("Dinov2Model"):
         load_strict(Dinov2Model, file.parent)
-    assert "\n" not in str(error.value)
     if fault == "left over":
         load_strict(Dinov2Model, file.parent, ignored=("something.",))
 
@@ -91,5 +90,5 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None
 def test_the_adapter_record_is_checked(tmp_path: Path) -> None:
     write_json(tmp_path / "svam.json", adapter_record("text", tokens=20))
     assert read_adapter(tmp_path, "text") == {"tokens": 20}
-    with pytest.raises(FileError, match="expected kind 'teacher'"):
+    with refused("expected kind 'teacher'"):
         read_adapter(tmp_path, "teacher")

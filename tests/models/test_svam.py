@@ -13,14 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from svam.contract import CHECKPOINT_SCHEMA, ContractError, Observation
+from svam.contract import CHECKPOINT_SCHEMA, Observation
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import sha256_tree
 from svam.models.manifest import write_manifest
 from svam.models.svam import SVAM, Batch, PolicyNetwork
 from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
+from tests.sources.common import refused
 from tests.tiny import FRAMES, make_svam, observations, policy_params, save_all_parts
 
 VIDEO = {"text", "autoencoder", "video"}
@@ -172,9 +173,8 @@ FAULTS: list[tuple[str, Callable[[Observation], Observation], str]] = [
 def test_a_misfit_observation_is_one_sentence(
     name: str, fault: Callable[[Observation], Observation], message: str, svam: SVAM, store: EpisodeStore
 ) -> None:
-    with pytest.raises(ContractError, match=message) as caught:
+    with refused(message):
         svam.act([fault(observations(store, 1)[0])])
-    assert "\n" not in str(caught.value)
 
 
 def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict[str, Path]) -> None:
@@ -182,11 +182,11 @@ def test_proprioception_must_be_there_and_fit(store: EpisodeStore, folders: dict
     seen = observations(store, 1, proprioception=True)[0]
     model.act([seen])
     for wrong, shape in ((None, "None"), (np.zeros(5, np.float32), r"\(5,\)")):
-        with pytest.raises(ContractError, match=rf"proprioception has shape {shape}, expected \(2,\)"):
+        with refused(rf"proprioception has shape {shape}, expected \(2,\)"):
             model.act([replace(seen, proprioception=wrong)])
-    with pytest.raises(ContractError, match="NaN"):
+    with refused("NaN"):
         model.act([replace(seen, proprioception=np.full(2, np.nan, np.float32))])
-    with pytest.raises(ContractError, match="found 2, expected one for each of 1"):
+    with refused("found 2, expected one for each of 1"):
         model.act([seen], [1, 2])
 
 
@@ -194,7 +194,7 @@ def test_nan_fails_loudly(store: EpisodeStore, folders: dict[str, Path]) -> None
     model = make_svam(store, folders, context=["one_step"])
     with torch.no_grad():
         model.network.diffusion.to_actions[1].bias[0] = float("nan")
-    with pytest.raises(ContractError, match="the policy returned NaN or infinity for observation 0 of 2"):
+    with refused("the policy returned NaN or infinity for observation 0 of 2"):
         model.act(observations(store, 2))
 
 
@@ -226,16 +226,15 @@ def test_a_damaged_folder_is_one_sentence_that_names_the_part(
     name: str, damage: Callable[[Path], Any], message: str, saved: Path
 ) -> None:
     damage(saved)
-    with pytest.raises(FileError, match=message) as caught:
+    with refused(message):
         SVAM.load(saved)
-    assert "\n" not in str(caught.value)
 
 
 def test_a_folder_of_an_older_version_is_one_sentence(saved: Path) -> None:
     now, file = CHECKPOINT_SCHEMA, saved / "policy/config.json"
     file.write_text(file.read_text().replace(f'"schema_version": {now}', f'"schema_version": {now - 1}'))
     write_manifest(saved)
-    with pytest.raises(FileError, match=f"policy/config.json: schema_version is {now - 1}, but .* of the code reads {now}"):
+    with refused(f"policy/config.json: schema_version is {now - 1}, but .* of the code reads {now}"):
         SVAM.load(saved)
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
 from svam.episodes.instructions import described_tasks, instructions_of
-from svam.errors import MachineError
 from svam.simulation import rendering
 from svam.simulation.metaworld import MAX_STEPS, TaskEnvironment, check_task
+from tests.sources.common import refused
 
 GOAL = SEGMENTATION_CLASSES.index("goal")
 Make = Callable[..., TaskEnvironment]
@@ -210,10 +210,9 @@ def test_unknown_names_are_one_sentence_with_what_is_meant() -> None:
     from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
     assert sorted(name.removesuffix("-v3") for name in ALL_V3_ENVIRONMENTS) == described_tasks()
-    with pytest.raises(ValueError, match=r"unknown MetaWorld task 'draw-open'.*drawer-open") as caught:
+    with refused(r"unknown MetaWorld task 'draw-open'.*drawer-open"):
         check_task("draw-open")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"unknown camera 'corner9'.*corner2"):
+    with refused(r"unknown camera 'corner9'.*corner2"):
         TaskEnvironment("reach", 32, ("corner9",))
     with pytest.raises(RuntimeError, match="call reset"):
         TaskEnvironment("reach", 32).observe()
@@ -234,15 +233,14 @@ def test_without_a_working_gl_library_one_sentence_says_what_to_install(
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     monkeypatch.delenv("SVAM_GL_CHECKED", raising=False)
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    with pytest.raises(MachineError, match=r"libegl1 libgl1.*libosmesa6") as caught:
+    with refused(r"libegl1 libgl1.*libosmesa6"):
         rendering.choose_backend()
-    assert "\n" not in str(caught.value)
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    with pytest.raises(MachineError, match=r"MUJOCO_GL=nonsense does not.*unset"):
+    with refused(r"MUJOCO_GL=nonsense does not.*unset"):
         rendering.choose_backend()
     hanging = tmp_path / "python"
     hanging.write_text("#!/bin/sh\nexec sleep 3000\n")
     hanging.chmod(hanging.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setattr(sys, "executable", str(hanging))
-    with pytest.raises(MachineError):
+    with refused("MUJOCO_GL"):
         rendering.choose_backend(seconds=0.5)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import numpy as np
 
 from svam.contract import SEGMENTATION_CLASSES
 from svam.simulation import rendering
 from svam.simulation.metaworld import TaskEnvironment
-from svam.simulation.rendering import Renderer, average, fast_samples
+from svam.simulation.rendering import Renderer, average
 
 GOAL, GRIPPER = SEGMENTATION_CLASSES.index("goal"), SEGMENTATION_CLASSES.index("gripper")
 
@@ -23,11 +21,6 @@ def test_a_pixel_is_the_mean_of_its_samples() -> None:
         assert pixels.dtype == np.uint8
         np.testing.assert_array_equal(pixels, expected)
     np.testing.assert_array_equal(average(np.full((6, 6, 3), 255, np.uint8), 3), np.full((2, 2, 3), 255))
-
-
-def test_small_pictures_have_more_samples() -> None:
-    assert [fast_samples(size) for size in (32, 64, 95, 96, 128, 255, 256, 512)] == [3, 3, 3, 2, 2, 2, 1, 1]
-    assert all(fast_samples(a) >= fast_samples(b) for a, b in pairwise(range(16, 600)))
 
 
 def test_fast_pictures_show_what_the_whole_meshes_show() -> None:
@@ -46,8 +39,8 @@ def test_fast_pictures_show_what_the_whole_meshes_show() -> None:
         env.reset(1)
         whole.reset(1)
         different = 0
-        for _ in range(8):
-            for _ in range(5):
+        for _ in range(4):
+            for _ in range(10):
                 action = env.expert_action()
                 env.step(action)
                 whole.step(action)

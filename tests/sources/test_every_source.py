@@ -131,7 +131,7 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     )
 
 
-@settings(max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_file_gives_whole_episodes_or_one_sentence(case: Case, data: st.DataObject) -> None:
     """Formats without checksums cannot tell a flipped number or pixel from a recorded one: there other values may come out, but
@@ -188,7 +188,7 @@ def test_checksums_of_records_do_not_make_them_right(tmp_path: Path) -> None:
     good = tfds_writer.example(rlds.episode(0, 2))
     rlds.toy(tmp_path, good)
 
-    @settings(max_examples=120, deadline=None, derandomize=True)
+    @settings(max_examples=60, deadline=None, derandomize=True)
     @given(content=damaged(good))
     def check(content: bytes) -> None:
         (tmp_path / "toy-train.tfrecord-00000-of-00001").write_bytes(tfds_writer.framed([content]))

@@ -45,7 +45,7 @@ def test_real_sets_equal_an_independent_read(folder: str, camera: str, size: tup
     data = source(root)
     lines = [json.loads(line) for line in (root / "meta/episodes.jsonl").read_text().splitlines()]
     assert len(data) == len(lines) == 5 and data.describe().cameras == [camera]
-    for e, line in enumerate(lines):
+    for e, line in ((0, lines[0]), (4, lines[4])):
         episode = data.read(e)
         table = pq.read_table(root / f"data/chunk-000/episode_{e:06d}.parquet").to_pydict()
         np.testing.assert_array_equal(episode.actions, np.array(table["action"], dtype=np.float32))
@@ -55,27 +55,6 @@ def test_real_sets_equal_an_independent_read(folder: str, camera: str, size: tup
         frames = decoded(root / f"videos/chunk-000/observation.images.{camera}/episode_{e:06d}.mp4")
         assert frames.shape == (line["length"], *size, 3)
         np.testing.assert_array_equal(frames_of(episode, camera), frames)
-
-
-def test_gr00t_says_what_it_copes_with() -> None:
-    data = source(real("lerobot_v2.0/gr00t_robot_sim_PickNPlace"))
-    data.shape(0)
-    for word in ("observation.images.egoview", "data_path", "begin at 0.05 s"):
-        assert any(word in note for note in data.notes)
-    with refused("names 'egoview'.*episode_000000.mp4 is not there, videos/chunk-000 holds observation.images.ego_view"):
-        source(real("lerobot_v2.0/gr00t_robot_sim_PickNPlace"), cameras=["egoview"])
-
-
-def test_v3_fixture_of_floats() -> None:
-    root = real("lerobot_v3.0/ioai_fixture_v3")
-    data = source(root)
-    table = pq.read_table(root / "data/chunk-000/file-000.parquet").to_pydict()
-    for e in range(2):
-        episode = data.read(e)
-        assert episode.instruction == "pick cube"
-        np.testing.assert_array_equal(episode.actions, np.array(table["action"], np.float32)[3 * e : 3 * e + 3, None])
-        frames = decoded(root / f"videos/observation.images.cam/chunk-000/file-{e:03d}.mp4")
-        np.testing.assert_array_equal(frames_of(episode, "cam"), frames)
 
 
 # Written sets: which frame goes with which row

@@ -79,7 +79,7 @@ def test_real_data_equals_an_independent_read() -> None:
         assert shape.steps == e.steps == 10 and shape.held_out is None and e.state is None and shape.task == e.task
         assert e.task == e.instruction and e.rate_hz == 5.0 and e.actions.shape == e.proprioception.shape == (10, 7)
         assert list(e.frames) == ["image_0", "image_1", "image_2", "image_3"] == source.describe().cameras
-        assert all(frames_of(e, camera).shape[0] == 10 for camera in e.frames)
+        assert index % 8 or all(len(frames_of(e, camera)) == 10 for camera in e.frames)
     assert len(episodes) == 25
     actions, states, words = (
         hashlib.sha256(b"".join(parts)).hexdigest()[:16]
@@ -89,14 +89,6 @@ def test_real_data_equals_an_independent_read() -> None:
     description = source.describe()
     assert description.provenance["name"] == "bridge_dataset" and description.provenance["version"] == "1.0.0"
     assert source.notes == ["split 'val' (25 episodes) is not read; convert.options.splits says which are"]
-
-
-def test_real_validation_repeats_the_training_episodes() -> None:
-    both = opened(real(REAL), splits=["train", "val"])
-    assert len(both) == 25 and {both.read(n).provenance["split"] for n in range(25)} == {"train"}
-    assert "25 repeated episodes are left out (25 in 'val')" in both.notes[0]
-    with refused("'val' of convert.options.held_out_splits has no episode of its own; 25 repeated"):
-        len(opened(real(REAL), held_out_splits=["val"]))
 
 
 # Layouts, encodings, options.

@@ -30,12 +30,6 @@ def test_every_stage_says_how_it_is_called(stage: str) -> None:
     assert "--params" in done.stdout and "default: params.yaml" in done.stdout
 
 
-def test_a_wrong_parameter_file_is_one_line() -> None:
-    done = run("-m", "stages.check_params", "--params", "nothing.yaml")
-    assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: nothing.yaml: no such file; run from the root of the project"]
-
-
 def test_openmp_waits_passively_after_a_while_in_stages_and_workers() -> None:
     """OpenMP itself says so when torch loads it, in a fresh process that imports a stage and in a worker of that process."""
     code = """
