@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import copyreg
 import os
 import signal
 from collections.abc import Callable
-from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
-import typer
 
 from svam.resume import Resume
-from tests.toy import invoke
 
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload(["tests.killing", "svam.training.finetune_video"])
-
-
-def _app_of(module: str) -> typer.Typer:
-    app: typer.Typer = import_module(module).app
-    return app
-
-
-# A stage's command reaches the process by its module's name: it is no function of that module which pickle could find.
-copyreg.pickle(typer.Typer, lambda app: (_app_of, (app.registered_commands[0].callback.__module__,)))
 
 
 def _torch_settings() -> tuple[int, bool, bool]:
@@ -74,12 +60,3 @@ def kill(after: int, run: Callable[..., object], *arguments: Any, while_writing:
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
-
-
-def run_stage(app: typer.Typer, *arguments: object) -> None:
-    """Run a stage's command in this process; it must succeed. (What DVC has recorded of its code is the project's, not the
-    test's.)"""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stages._command._check_code", lambda source: None)
-        result = invoke(app, *arguments)
-    assert result.exit_code == 0, result.output

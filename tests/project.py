@@ -47,13 +47,13 @@ def ran(output: str) -> list[str]:
 
 
 @contextmanager
-def running_repro(root: Path, log: Path, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A `dvc repro` in a process group of its own, which prints to `log`. What of it still runs when the block ends is killed
-    by SIGKILL: DVC, the stage, and the stage's workers."""
+def running(root: Path, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A command in a process group of its own, which prints to `log`. What of it still runs when the block ends is killed by
+    SIGKILL: DVC, the stage, and the stage's workers."""
     with log.open("wb") as file:
         process = subprocess.Popen(
-            ["dvc", "repro", *options], cwd=root, env={**environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL,
-            stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            command, cwd=root, env={**environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
         yield process

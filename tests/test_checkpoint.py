@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from svam.checkpoint import load_config, load_state, restore, save_module
+from svam.checkpoint import load_config, load_state, restore, save_module, save_tensors
 from svam.files import FileError
+from tests.episodes.test_convert import file_size_limit
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
@@ -46,3 +47,8 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"schema_version": 99}))
     with pytest.raises(FileError, match=r"schema_version is 99, but this version of the code reads 3"):
         load_config(tmp_path)
+
+
+def test_a_full_disk_is_one_sentence(tmp_path: Path) -> None:
+    with file_size_limit(2000), pytest.raises(FileError, match=r"weights.safetensors: not written: .*File too large"):
+        save_tensors(tmp_path / "weights.safetensors", {"weight": torch.zeros(4096)})

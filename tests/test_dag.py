@@ -102,7 +102,6 @@ def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> 
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
     belongs = (sys.executable, str(ROOT / ".ci/lock_belongs.py"))
-    assert "belongs to the code" in run(clone, *belongs)
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
     assert not (clone / "data/svam").exists()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.project import PAUSE, attempt, found, locked_stages, mend, ran, run, running_repro
+from tests.project import PAUSE, attempt, found, locked_stages, mend, ran, run, running
 from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(1500)
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.timeout(1500)
 def killed_at_first_record(root: Path, log: Path, stage: str) -> bool:
     """Run the stage from nothing and kill it when it has kept something; whether it was killed before it ended."""
     kept = f".ckpt/{stage}/*/*.json"
-    with running_repro(root, log, "--single-item", "--force", stage) as process:
+    with running(root, log, "dvc", "repro", "--single-item", "--force", stage) as process:
         while process.poll() is None and not found(root, kept):
             time.sleep(PAUSE)
     mend(root)

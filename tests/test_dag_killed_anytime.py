@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from svam.seeds import generator
-from tests.project import PAUSE, found, locked_stages, mend, run, running_repro
+from tests.project import PAUSE, found, locked_stages, mend, run, running
 from tests.toy import write_toy_params
 
 pytestmark = pytest.mark.timeout(1500)
@@ -38,7 +38,7 @@ def kill_after(root: Path, log: Path, stage: str, seconds: float) -> float | Non
     """
     keeps, before = stage not in STATELESS, opened_by(root, stage)
     begun = seen = 0.0
-    with running_repro(root, log, "--single-item", "--force", stage) as process:
+    with running(root, log, "dvc", "repro", "--single-item", "--force", stage) as process:
         while process.poll() is None:
             if opened_by(root, stage) - before if keeps else f"Running stage '{stage}'" in log.read_text():
                 seen = time.monotonic()

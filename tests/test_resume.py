@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -261,7 +262,7 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(settings: Params, 
     with pytest.raises(FileError) as failure, resumable_run("generate@x", settings, ["generate"], []) as resume:
         resume.save_record("record", 5, lambda file: file.write_bytes(b"before") and None)
         resume.save_record("record", 6, full)
-    assert "saving the state of the run failed: No space left on device" in str(failure.value)
+    assert re.search("saving the state of the run failed: No space left on device; .* make room", str(failure.value))
     assert "\n" not in str(failure.value) and len(list(states(tmp_path)[0].iterdir())) == 2
     assert found(settings, []) == 5
 

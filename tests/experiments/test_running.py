@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,7 +12,7 @@ import pytest
 
 from svam.experiments.records import read_records
 from svam.experiments.running import run_all
-from tests.project import attempt, await_end, begin_git, commit, environment, ran, run
+from tests.project import attempt, begin_git, commit, ran, run, running
 from tests.sources.common import refused
 
 PLAN = """\
@@ -40,18 +38,12 @@ def workspace(root: Path) -> tuple[str, ...]:
 
 
 def kill_in_stage(root: Path, stage: str, skip: int) -> str:
-    """Start the loop in a process group of its own, kill the group when DVC has begun that stage once more than `skip` times;
-    what was printed."""
+    """Start the loop, and kill it when DVC has begun that stage once more than `skip` times; what was printed."""
     log = root / ".cache/loop.log"
-    log.parent.mkdir(exist_ok=True)
-    with log.open("w") as file:
-        loop = subprocess.Popen(LOOP, cwd=root, env=environment(), stdout=file, stderr=file, start_new_session=True)
+    with running(root, log, *LOOP) as loop:
         while ran(log.read_text()).count(stage) <= skip:
             assert loop.poll() is None, log.read_text()[-6000:]
             time.sleep(0.05)
-        os.killpg(loop.pid, signal.SIGKILL)
-        loop.wait()
-    await_end(loop.pid)
     return log.read_text()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,11 @@ import pytest
 from numpy.typing import NDArray
 
 from svam.files import read_json
-from svam.params import Collect, Style
+from svam.params import Style
 from svam.simulation.collect import collect
 from svam.simulation.experts import DETOUR_METRES, disturbances, first_success, record, style_of
-from svam.simulation.metaworld import TaskEnvironment
-from tests.toy import committed
+from tests.simulation.test_scenes import QUIET, Make, small
 
-Make = Callable[..., TaskEnvironment]
-QUIET = np.zeros((500, 4), np.float32)
 STYLES: tuple[Style, ...] = ("direct", "left", "right", "high")
 
 
@@ -74,9 +70,7 @@ def test_styles_are_drawn_by_seed_task_and_index_each_as_often() -> None:
 
 @pytest.mark.usefixtures("started")
 def test_a_collection_states_its_styles(tmp_path: Path) -> None:
-    changes = {"episodes": 2, "episodes_of": {}, "styles": ["left", "right"], "image_size": 32, "annotate_every": 50}
-    params = Collect.model_validate(committed("collect", tasks=["reach"], noisy_share=0.0, tail=0, **changes))
-    collect(tmp_path / "styled", params, 5, 1, tmp_path / "scratch", "")
+    collect(tmp_path / "styled", small("reach", styles=["left", "right"]), 5, 1, tmp_path / "scratch", "")
     provenance = read_json(tmp_path / "styled/reach/meta.json")["provenance"]
     assert provenance["styles"] == ["left", "right"] and "scenes" not in provenance
     assert {entry["style"] for entry in provenance["episodes"]} == {"left", "right"}

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from svam.params import Optimiser
 from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor, made_ahead
+from tests.episodes.test_convert import file_size_limit
+from tests.sources.common import refused
 from tests.toy import optimiser
 
 CPU = torch.device("cpu")
@@ -79,6 +81,12 @@ def test_fit_learns_and_streams_its_curve(tmp_path: Path) -> None:
     assert kept["error"] < 0.05 and not module.training
     assert json.loads((tmp_path / "live" / "metrics.json").read_text())["step"] == 200
     assert (tmp_path / "live" / "plots" / "metrics" / "train" / "loss.tsv").read_text().count("\n") > 50
+
+
+def test_curves_that_find_no_room_are_one_sentence(tmp_path: Path) -> None:
+    module = nn.Linear(3, 1)
+    with file_size_limit(64), refused("live: not written: File too large"):
+        fit(module, lambda b: linear_loss(module, b), batch_of, settings(), CPU, "line", tmp_path / "live")
 
 
 def test_selection_keeps_the_lowest_evaluation() -> None:
