@@ -25,8 +25,9 @@ PAUSE = 0.002  # seconds between two looks at a run
 
 
 def environment() -> dict[str, str]:
-    """This interpreter first on the path, as in the activated environment."""
-    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    """This interpreter first on the path, as in the activated environment. It keeps what it compiles for the next process."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 def attempt(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
