@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from svam.simulation import collect as collection
 from svam.simulation.metaworld import TaskEnvironment
 
 
@@ -34,11 +35,15 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         def __init__(self, *_: Any, **__: Any) -> None:
             pass
 
+        def shutdown(self, *_: Any, **__: Any) -> None:
+            while collection._environments:
+                collection._environments.popitem()[1].close()
+
         def submit(self, function: Callable[..., Any], task: str, index: int, *rest: Any) -> Future[Any]:  # type: ignore[override]
             begun.append((task, index))
             done: Future[Any] = Future()
             done.set_result(function(task, index, *rest))
             return done
 
-    monkeypatch.setattr("svam.simulation.collect.ProcessPoolExecutor", AtOnce)
+    monkeypatch.setattr(collection, "ProcessPoolExecutor", AtOnce)
     return begun
