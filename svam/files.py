@@ -10,9 +10,14 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from svam.errors import SvamError
+from svam.errors import SvamError, describe
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Model = TypeVar("Model", bound="BaseModel")
 
 
 class FileError(SvamError, ValueError):
@@ -187,6 +192,20 @@ def read_json(path: Path) -> Any:
     except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits, deep nesting
         refuse_lfs_pointer(path)
         raise FileError(f"{path}: not valid JSON ({error})") from None
+
+
+def stated(model: type[Model], values: Any, file: Path) -> Model:
+    """What a file states, as `model`.
+
+    Raises:
+        FileError: about its first fault.
+    """
+    from pydantic import ValidationError
+
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise FileError(describe(error, file).partition("\n")[0]) from None
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"

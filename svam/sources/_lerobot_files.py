@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,27 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.errors import MachineError, SvamError
-from svam.files import FileError, refuse_lfs_pointer
+from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._pictures import array_rgb, picture_rgb
 from svam.sources._video import frame_times
 
 
-def _arrow() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet, which ship no types."""
+@contextmanager
+def opened(file: Path, needed: Sequence[str] = ()) -> Iterator[Any]:
+    """A `pyarrow.parquet.ParquetFile` that has the columns `needed`; what goes wrong while it is read becomes a `FileError`.
+
+    Raises:
+        MachineError: pyarrow is not installed; what handles columns relies on this being asked first.
+    """
     try:
-        return import_module("pyarrow"), import_module("pyarrow.parquet")
+        import pyarrow as pa
+        import pyarrow.parquet as pq
     except ImportError:
         raise MachineError("convert.source is 'lerobot', which needs pyarrow: pip install -e \".[lerobot]\"") from None
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A `pyarrow.parquet.ParquetFile`; whatever goes wrong while it is read becomes a `FileError`."""
-    pa, pq = _arrow()
     try:
         with pq.ParquetFile(file, page_checksum_verification=True) as parquet:
+            if missing := [name for name in needed if name not in parquet.schema_arrow.names]:
+                raise FileError(f"{file}: column {missing[0]!r} is missing")
             yield parquet
     except SvamError:
         raise
@@ -52,31 +52,43 @@ def _groups(parquet: Any, start: int, stop: int) -> tuple[list[int], int]:
     return groups, int(ends[groups[0]]) if groups else 0
 
 
-def read_rows(parquet: Any, names: Sequence[str], start: int = 0, stop: int | None = None) -> dict[str, Any]:
-    """Column name -> pyarrow array of the rows start..stop - 1 (None: of all from there on). Other columns are not touched."""
+def read_columns(parquet: Any, names: Sequence[str], start: int = 0, stop: int | None = None) -> Any:
+    """A pyarrow table of those of the columns that are there, of the rows start..stop - 1 (None: of all from there on); others
+    are not touched."""
+    there = [name for name in dict.fromkeys(names) if name in parquet.schema_arrow.names]
     stop = parquet.metadata.num_rows if stop is None else stop
     groups, first = _groups(parquet, start, stop)
-    table = parquet.read_row_groups(groups, columns=list(names), use_threads=False).slice(start - first, stop - start)
-    return {name: table.column(name) for name in names}
-
-
-@dataclass(frozen=True)
-class SmallColumns:
-    """Columns of a file that are read whole, `rows` long. episodes: (rows,) int64, `episode_index`, None where it is absent."""
-
-    rows: int
-    episodes: NDArray[np.int64] | None
-    columns: dict[str, Any]
+    table = parquet.read_row_groups(groups, columns=there, use_threads=False)
+    return table.select(there).slice(start - first, stop - start)
 
 
 @lru_cache(maxsize=4)
-def small_columns(file: Path, _stamp: str, names: tuple[str, ...]) -> SmallColumns:
-    """`episode_index` and those of the other columns that are there; kept for the next episode of the file."""
-    with opened(file) as parquet:
-        there = [name for name in ("episode_index", *names) if name in parquet.schema_arrow.names]
-        rows, columns = parquet.metadata.num_rows, read_rows(parquet, there)
-    episodes = columns.pop("episode_index", None)
-    return SmallColumns(rows, None if episodes is None else whole_numbers(episodes, f"{file}: episode_index"), columns)
+def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[str]) -> tuple[Any, NDArray[np.int64] | None]:
+    """The table of `names`, and (rows,) `episode_index`, None where it is absent; kept for the next episode of the file."""
+    with opened(file, needed) as parquet:
+        table = read_columns(parquet, ["episode_index", *names])
+    if "episode_index" not in table.column_names:
+        return table, None
+    return table, whole_numbers(table["episode_index"], f"{file}: episode_index")
+
+
+def episode_rows(file: Path, number: int, names: tuple[str, ...], alone: bool) -> tuple[int, Any]:
+    """The first row of episode `number` in a file, and the table of those of its columns `names` that are there.
+
+    alone: the file holds no other episode.
+
+    Raises:
+        FileError: it is not there, or its rows lie apart.
+    """
+    table, episodes = _small_columns(file, stamp(file), () if alone else ("episode_index",), names)
+    if episodes is None:
+        return 0, table
+    rows = np.flatnonzero(episodes == number)
+    if not len(rows):
+        raise FileError(f"{file}: episode {number} is not in it, it holds episodes {episodes.min()} to {episodes.max()}")
+    if rows[-1] - rows[0] + 1 != len(rows) or (alone and len(rows) != len(episodes)):
+        raise FileError(f"{file}: rows of other episodes lie among those of episode {number}")
+    return int(rows[0]), table.slice(int(rows[0]), len(rows))
 
 
 def numbers(column: Any, what: str) -> NDArray[Any]:
@@ -85,49 +97,37 @@ def numbers(column: Any, what: str) -> NDArray[Any]:
     Raises:
         FileError: a value is missing, lists differ in length, or it holds no numbers.
     """
-    pa, _ = _arrow()
-    types = pa.types
+    import pyarrow as pa
+
     n, shape = len(column), []
+    if not n:
+        raise FileError(f"{what} has no rows")
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     if isinstance(array, pa.ExtensionArray):
         array = array.storage
     while True:
         if array.null_count:
-            position = int(np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False))[0])
-            raise FileError(f"{what} lacks a value at row {position // max(1, len(array) // max(1, n))}")
-        if not (types.is_list(array.type) or types.is_large_list(array.type) or types.is_fixed_size_list(array.type)):
+            first = int(array.is_null().to_numpy(zero_copy_only=False).argmax())
+            raise FileError(f"{what} lacks a value at row {first * n // len(array)}")
+        if not isinstance(array, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
             break
         lengths = np.unique(array.value_lengths().to_numpy(zero_copy_only=False))
         if len(lengths) > 1:
             raise FileError(f"{what} has lists of {lengths[0]} and of {lengths[1]} numbers, expected one length")
         shape.append(int(lengths[0]) if len(lengths) else 0)
         array = array.flatten()
+    types = pa.types
     if not (types.is_integer(array.type) or types.is_floating(array.type) or types.is_boolean(array.type)):
         raise FileError(f"{what} holds {column.type}, expected numbers")
     return np.asarray(array.to_numpy(zero_copy_only=False)).reshape(n, *shape)
 
 
-def vectors(column: Any, what: str) -> NDArray[np.float64]:
-    """(n, d) float64 of a column of numbers or lists; whole numbers and booleans become floats."""
-    values = numbers(column, what)
-    if not len(values):
-        raise FileError(f"{what} has no rows")
-    return values.reshape(len(values), -1).astype(np.float64)
-
-
 def seconds(column: Any, what: str) -> NDArray[np.float64]:
     """(n,) float64 of a column of finite numbers, one a row."""
-    values = vectors(column, what)
-    if values.shape[1] != 1 or not np.isfinite(values).all():
+    values = numbers(column, what).astype(np.float64)
+    if values.size != len(values) or not np.isfinite(values).all():
         raise FileError(f"{what} does not hold one finite number a row")
-    return np.ascontiguousarray(values[:, 0])
-
-
-def joined(file: Path, table: dict[str, Any], columns: Sequence[str]) -> NDArray[np.float32]:
-    """(n, d) float32: the columns side by side."""
-    parts = [vectors(table[column], f"{file}: column {column!r}") for column in columns]
-    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which the episode's check names
-        return np.concatenate(parts, axis=1).astype(np.float32)
+    return values.ravel()
 
 
 def whole_numbers(column: Any, what: str) -> NDArray[np.int64]:
@@ -139,13 +139,22 @@ def whole_numbers(column: Any, what: str) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
+def joined(table: Any, columns: Sequence[str], file: Path) -> NDArray[np.float32]:
+    """(n, d) float32: the columns side by side; whole numbers and booleans become floats."""
+    parts = [numbers(table[column], f"{file}: column {column!r}").astype(np.float64) for column in columns]
+    parts = [part.reshape(len(part), -1) for part in parts]
+    with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which the episode's check names
+        return np.concatenate(parts, axis=1).astype(np.float32)
+
+
 def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
     """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks.
 
     Raises:
         FileError: a row is neither a text nor a number, or its number is in no table.
     """
-    types = _arrow()[0].types
+    from pyarrow import types
+
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if types.is_string(kind) or types.is_large_string(kind):
         try:
@@ -163,25 +172,6 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
     return [tasks[value] for value in said]
 
 
-def episode_rows(content: SmallColumns, file: Path, number: int, alone: bool) -> tuple[int, int]:
-    """First row of episode `number` in a file, and the row after its last; `alone`: the file holds no other episode.
-
-    Raises:
-        FileError: it is not there, or its rows lie apart.
-    """
-    if content.episodes is None:
-        if alone:
-            return 0, content.rows
-        raise FileError(f"{file}: column 'episode_index' is missing")
-    rows = np.flatnonzero(content.episodes == number)
-    if not len(rows):
-        inside = f"episodes {content.episodes.min()} to {content.episodes.max()}"
-        raise FileError(f"{file}: episode {number} is not in it, it holds {inside}")
-    if rows[-1] - rows[0] + 1 != len(rows) or (alone and len(rows) != content.rows):
-        raise FileError(f"{file}: rows of other episodes lie among those of episode {number}")
-    return int(rows[0]), int(rows[-1]) + 1
-
-
 def stored_pictures(
     file: Path, root: Path, key: str, rows: tuple[int, int], shape: tuple[int, ...]
 ) -> Iterator[tuple[NDArray[np.uint8], bool]]:
@@ -190,12 +180,13 @@ def stored_pictures(
     The column `key` holds encoded pictures (bytes, or a struct of bytes and path; a row without bytes names a file below
     `root`), or lists of numbers, of `shape` where they are flat.
     """
+    from pyarrow import types
+
     what, (start, stop) = f"{file}: column {key!r}", rows
-    types = _arrow()[0].types
-    with opened(file) as parquet:
+    with opened(file, [key]) as parquet:
         groups, row = _groups(parquet, start, stop)
         for batch in parquet.iter_batches(batch_size=16, row_groups=groups, columns=[key], use_threads=False):
-            column = batch.column(batch.schema.names.index(key))
+            column = batch.column(key)
             chosen = column.slice(max(0, start - row), max(0, stop - max(row, start)))
             row += len(column)
             kind = chosen.type
@@ -219,22 +210,6 @@ def _encoded(value: Any, root: Path, what: str) -> bytes:
     if not isinstance(data, bytes):
         raise FileError(f"{what} holds {type(data).__name__}, expected the bytes of a picture")
     return data
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What an episode's rows `start` .. `stop` - 1 of `file` say, but for vectors and pictures."""
-
-    file: Path
-    start: int
-    stop: int
-    times: NDArray[np.float64] | None
-    fps: float
-    instruction: str
-    success: bool | None
-
-    def __len__(self) -> int:
-        return self.stop - self.start
 
 
 BY_ORDER = "if row t is frame t all the same, set convert.options.frames to 'order'"
@@ -263,21 +238,21 @@ def first_frames(
     Raises:
         FileError: the numbers do not add up, and nothing says where an episode begins.
     """
-    starts, stops, numbers, lengths = zip(*members, strict=True)
-    total, end = sum(lengths), round(max(stops) * rate)
-    says = f"{video}: {frames} frames, and the {len(members)} episodes in it have {total} rows"
-    if frames == total:
-        firsts = np.cumsum([0, *lengths[:-1]])
-        drift = np.abs(np.array(starts) * rate - firsts)
-        at = int(drift.argmax())
+    starts, stops, numbers, lengths = (np.array(values) for values in zip(*members, strict=True))
+    says = f"{video}: {frames} frames, and the {len(members)} episodes in it have {lengths.sum()} rows"
+    if frames == lengths.sum():
+        firsts = np.cumsum(lengths) - lengths
+        drift = np.abs(starts * rate - firsts)
+        at = drift.argmax()
         off = f"from_timestamp of episode {numbers[at]} is {drift[at]:.2g} frames off; the lengths decide where each begins"
-        return dict(zip(numbers, firsts.tolist(), strict=True)), f"{says}, but {off}" if drift[at] > _DRIFT else ""
-    reason = ""
-    for before, after in pairwise(members):
-        if after[0] < before[1] - 0.5 / rate:
-            reason = f"episode {before[2]} ends at {before[1]:g} s and episode {after[2]} begins at {after[0]:g} s"
-    if not reason and frames != end and len(members) > 1 and frames - end < min(lengths):
-        reason = f"the last one ends with frame {end}"  # else there is room for an episode that was removed from the list
+        found = dict(zip(numbers.tolist(), firsts.tolist(), strict=True))
+        return found, f"{says}, but {off}" if drift[at] > _DRIFT else ""
+    reason, end = "", np.rint(stops.max() * rate)
+    if (early := starts[1:] < stops[:-1] - 0.5 / rate).any():
+        at = early.argmax()
+        reason = f"episode {numbers[at]} ends at {stops[at]:g} s and episode {numbers[at + 1]} begins at {starts[at + 1]:g} s"
+    elif frames != end and len(members) > 1 and frames - end < lengths.min():
+        reason = f"the last one ends with frame {end:.0f}"  # else there is room for an episode that was removed from the list
     if reason and not believe:
         raise FileError(
             f"{says}, but by meta/episodes {reason}, so that nothing says where an episode begins; if from_timestamp is right "
@@ -306,6 +281,7 @@ def find_frames(
     if pts is None or (np.diff(pts) <= 0).any():
         raise FileError(f"{file}: {'frames have no times' if pts is None else 'two frames have the same time'}")
     at = pts * shown.base
+    # The frames from `first` to before `end` are the episode's; a row's frame may lie up to before `last`.
     origin, part, first, end, last = 0.0, "", 0, len(at), len(at)
     if span is not None and span.first is None and times is not None:
         origin, part = span.start, f" from {span.start:g} to {span.stop:g} s"
@@ -321,23 +297,19 @@ def find_frames(
             raise FileError(f"{file}: {count} frames{part}, but the episode has {rows} rows")
         return pts[first:end], 0.0
     if count == rows:
-        here = at[first:end]
-        late = float(times[0] - (here[0] - origin))
-        for shift in (0.0, late):
-            far = np.abs(origin + times - shift - here) >= half
-            if not far.any():
-                return pts[first:end], shift
-        row = int(np.argmax(far))
+        apart = origin + times - at[first:end]
+        for late in (0.0, float(apart[0])):
+            if (np.abs(apart - late) < half).all():
+                return pts[first:end], late
+        row = int(np.argmax(np.abs(apart - apart[0]) >= half))
         raise FileError(
-            f"{file}: its frame {row} comes {here[row] - here[0]:g} s after its first, but the timestamp of row {row} "
+            f"{file}: its frame {row} comes {at[first + row] - at[first]:g} s after its first, but the timestamp of row {row} "
             f"{times[row] - times[0]:g} s, over half a frame away; {BY_ORDER}"
         )
     if last <= first:
         raise FileError(f"{file}: no frames{part}: it has {len(at)} frames and ends at {at[-1]:g} s")
     pts, at, target = pts[first:last], at[first:last], origin + times
-    right = np.clip(np.searchsorted(at, target), 0, len(pts) - 1)
-    left = np.maximum(right - 1, 0)
-    nearest = np.where(np.abs(at[left] - target) <= np.abs(at[right] - target), left, right)
+    nearest = np.searchsorted((at[:-1] + at[1:]) / 2, target)
     if (far := np.abs(at[nearest] - target) >= half).any():
         row = int(np.argmax(far))
         raise FileError(

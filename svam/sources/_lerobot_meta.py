@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
-from svam.errors import describe
-from svam.files import FileError, read_json, refuse_lfs_pointer
+from svam.files import FileError, read_json, refuse_lfs_pointer, stated
 from svam.sources._choice import contents
-from svam.sources._lerobot_files import opened, read_rows
+from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
     "v2": {
@@ -28,20 +28,16 @@ STANDARD_PATHS = {
     },
 }
 """Where LeRobot itself writes; `info.json` repeats it, not always rightly."""
-_NUMBERS = {"v2": ("episode_chunk", "episode_index"), "v3": ("chunk_index", "file_index")}
 _SIGNS = {"v2": ("meta/episodes.jsonl", "meta/tasks.jsonl"), "v3": ("meta/episodes", "meta/tasks.parquet")}
 """What only this version has."""
 _PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{0,2})d)?\}")
 _PREFIXES = ("observation.images.", "observation.image.", "observation.")
 
 
-def _whole(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-_Whole = Annotated[int, BeforeValidator(_whole), Field(strict=True, ge=0, lt=2**53)]
+_Whole = Annotated[int, Field(ge=0, lt=2**53)]
+"""Also where it is written as 5.0."""
 _Positive = Annotated[_Whole, Field(ge=1)]
-_Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+_Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def _sentences(value: Any) -> tuple[str, ...]:
@@ -84,6 +80,26 @@ class Entry(BaseModel):
     file: _Whole = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
     clips: dict[str, Clip] = {}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _gather_clips(cls, row: Any) -> Any:
+        """Columns `videos/<camera>/<part>` become `clips`."""
+        clips: dict[str, dict[str, Any]] = {}
+        for name in row if isinstance(row, dict) else ():
+            if name.startswith("videos/"):
+                camera, _, part = name.removeprefix("videos/").rpartition("/")
+                clips.setdefault(camera, {})[part] = row[name]
+        return row | {"clips": clips} if clips else row
+
+
+def _inside(template: str) -> str:
+    if Path(template).is_absolute() or ".." in Path(template).parts:
+        raise ValueError(f"{template!r} leads out of the data set")
+    return template
+
+
+_Template = Annotated[str, AfterValidator(_inside)]
+
 
 class Info(BaseModel):
     """The parts of `meta/info.json` that are needed."""
@@ -92,8 +108,8 @@ class Info(BaseModel):
     fps: Annotated[_Number, Field(gt=0)]
     features: dict[str, dict[str, Any]]
     chunks_size: _Positive = 1000
-    data_path: str | None = None
-    video_path: str | None = None
+    data_path: _Template | None = None
+    video_path: _Template | None = None
     splits: Any = None
     robot_type: Any = None
     total_episodes: _Whole | None = None
@@ -104,24 +120,23 @@ class Info(BaseModel):
         return self.codebase_version[:2]
 
 
+_INDEX = "__index_level_0__"
+"""What pandas calls an index without a name."""
+
+
 class _Task(BaseModel):
     task_index: _Whole
-    task: str
+    task: str = Field(validation_alias=AliasChoices("task", _INDEX))
 
 
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def _stated(model: type[Model], values: Any, file: Path) -> Model:
-    """What a file states, as `model`; else `FileError` about its first fault."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise FileError(describe(error, file).partition("\n")[0]) from None
-
-
-def _read_lines(file: Path) -> Iterator[Any]:
-    """The values of a JSON-lines file."""
+def _rows(file: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[Any]:
+    """The values of a JSON-lines file; of a parquet file its rows, of the columns `needed` and of those of `wanted` that are
+    there: the others are large statistics."""
+    if file.suffix == ".parquet":
+        with opened(file, needed) as parquet:
+            rows = read_columns(parquet, [*needed, *wanted]).to_pylist()
+        yield from rows
+        return
     try:
         lines = file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -135,8 +150,8 @@ def _read_lines(file: Path) -> Iterator[Any]:
             raise FileError(f"{file}: line {number} is not valid JSON; the file is truncated or damaged") from None
 
 
-def read_info(root: Path) -> tuple[Info, dict[str, list[str]], list[str]]:
-    """`meta/info.json`; "data"/"video" -> path templates, in the order in which they are tried; notes.
+def read_info(root: Path) -> tuple[Path, Info]:
+    """The file `meta/info.json`, and what it says.
 
     Raises:
         FileError: no LeRobot data set, another version, or a field is missing or of the wrong kind.
@@ -146,32 +161,18 @@ def read_info(root: Path) -> tuple[Info, dict[str, list[str]], list[str]]:
     file = root / "meta" / "info.json"
     if not file.is_file():
         raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
-    info = _stated(Info, read_json(file), file)
-    paths, notes = {}, []
-    for kind, standard in STANDARD_PATHS[info.major].items():
-        given = getattr(info, f"{kind}_path") or standard
-        filled = fill(given, dict.fromkeys(_NUMBERS[info.major], 0) | {"video_key": "x"})
-        if filled is None:
-            notes.append(
-                f"{file}: {kind}_path {given!r} cannot be filled in (a {info.major} path has "
-                f"{', '.join(_NUMBERS[info.major])} and, of a video, video_key); LeRobot's own {standard!r} is taken instead"
-            )
-        elif Path(filled).is_absolute() or ".." in Path(filled).parts:
-            raise FileError(f"{file}: {kind}_path {given!r} leads out of the data set")
-        paths[kind] = list(dict.fromkeys([standard if filled is None else given, standard]))
-    return info, paths, notes
+    return file, stated(Info, read_json(file), file)
 
 
-def fill(template: str, values: Mapping[str, int | str]) -> str | None:
-    """A path template with its placeholders replaced, as `str.format` does for `{name}` and `{name:06d}`; nothing else of
-    `str.format` is understood, because the template is data. None where it holds anything else in braces."""
+def fill(template: str, values: Mapping[str, int | str]) -> str:
+    """A path template with its placeholders replaced, as `str.format` does for `{name}` and `{name:06d}`. Nothing else of
+    `str.format` is understood, because the template is data; what it does not understand stays, and leads to no file."""
 
     def replaced(match: re.Match[str]) -> str:
-        value, digits = values.get(match.group(1), "{"), match.group(2)
-        return f"{value:0{int(digits)}d}" if digits and isinstance(value, int) else str(value)
+        value, digits = values.get(match[1], match[0]), match[2]
+        return f"{value:0{digits}d}" if digits and isinstance(value, int) else str(value)
 
-    filled = _PLACEHOLDER.sub(replaced, template)
-    return None if re.search(r"[{}\0]", filled) else filled
+    return _PLACEHOLDER.sub(replaced, template)
 
 
 def what_lies_there(root: Path, path: Path, major: str) -> str:
@@ -191,24 +192,12 @@ def read_tasks(root: Path) -> dict[int, str] | None:
     Raises:
         FileError: a number repeats, or a sentence is no text.
     """
-    file = root / "meta" / "tasks.parquet"
-    rows: list[Any]
-    if file.is_file():
-        with opened(file) as parquet:
-            names = parquet.schema_arrow.names
-            sentence = "task" if "task" in names else "__index_level_0__"
-            if not {sentence, "task_index"} <= set(names):
-                raise FileError(f"{file}: columns {', '.join(names)}; expected task_index and task")
-            columns = read_rows(parquet, ["task_index", sentence])
-            pairs = zip(*(columns[name].to_pylist() for name in ("task_index", sentence)), strict=True)
-            rows = [{"task_index": number, "task": task} for number, task in pairs]
-    elif (file := root / "meta" / "tasks.jsonl").is_file():
-        rows = list(_read_lines(file))
-    else:
+    file = next((file for name in ("tasks.parquet", "tasks.jsonl") if (file := root / "meta" / name).is_file()), None)
+    if file is None:
         return None
     tasks: dict[int, str] = {}
-    for row in rows:
-        line = _stated(_Task, row, file)
+    for row in _rows(file, ["task_index"], ["task", _INDEX]):
+        line = stated(_Task, row, file)
         if tasks.setdefault(line.task_index, line.task) != line.task:
             raise FileError(
                 f"{file}: task_index {line.task_index} is there twice, as {tasks[line.task_index]!r} and {line.task!r}"
@@ -222,46 +211,22 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
     Raises:
         FileError: a metadata file is missing or damaged, a number repeats, or a length is not positive.
     """
-    if info.major == "v2":
-        file = root / "meta" / "episodes.jsonl"
-        if not file.is_file():
-            lies = what_lies_there(root, file, "v2")
-            raise FileError(f"{file}: no such file, which a {info.codebase_version} data set needs; {lies}")
-        entries = [_stated(Entry, row, file) for row in _read_lines(file)]
-    else:
-        file = root / "meta" / "episodes"
-        files = sorted(file.rglob("*.parquet"))
-        if not files:
-            lies = what_lies_there(root, file / "chunk-000", "v3")
-            raise FileError(f"{file}: no parquet file in it, which a v3.0 data set needs; {lies}")
-        entries = [entry for one in files for entry in _episodes_of(one, cameras)]
+    v2 = info.major == "v2"
+    place = root / "meta" / ("episodes.jsonl" if v2 else "episodes")
+    files = [place] if v2 and place.is_file() else sorted(place.rglob("*.parquet"))
+    if not files:
+        lacks = f"no {'such file' if v2 else 'parquet file in it'}, which a {info.codebase_version} data set needs"
+        raise FileError(f"{place}: {lacks}; {what_lies_there(root, place / 'chunk-000', info.major)}")
+    wanted = ["tasks", "success", "data/chunk_index", "data/file_index", "data_chunk_index", "data_file_index"]
+    wanted += [f"videos/{camera.key}/{part}" for camera in cameras for part in Clip.model_fields]
+    entries = [stated(Entry, row, file) for file in files for row in _rows(file, ["episode_index", "length"], wanted)]
     entries.sort(key=lambda entry: entry.number)
     for before, after in pairwise(entries):
         if before.number == after.number:
-            raise FileError(f"{file}: episode_index {after.number} is there twice")
+            raise FileError(f"{place}: episode_index {after.number} is there twice")
     if not entries:
-        raise FileError(f"{file}: lists no episodes")
+        raise FileError(f"{place}: lists no episodes")
     return entries
-
-
-def _episodes_of(file: Path, cameras: Sequence[Camera]) -> Iterator[Entry]:
-    """The episodes that one file of `meta/episodes` lists; statistics in it are not read."""
-    plain = ["episode_index", "length", "tasks", "success", *(f"data{s}{n}_index" for s in "/_" for n in ("chunk", "file"))]
-    clips = {camera.key: {part: f"videos/{camera.key}/{part}" for part in Clip.model_fields} for camera in cameras}
-    with opened(file) as parquet:
-        there = set(parquet.schema_arrow.names)
-        names = [name for name in (*plain, *(name for parts in clips.values() for name in parts.values())) if name in there]
-        rows = {name: column.to_pylist() for name, column in read_rows(parquet, names).items()}
-    for name in ("episode_index", "length"):
-        if name not in rows:
-            raise FileError(f"{file}: column {name!r} is missing")
-    for values in zip(*rows.values(), strict=True):
-        row = dict(zip(rows, values, strict=True))
-        row["clips"] = {
-            key: {part: row[name] for part, name in parts.items() if name in row}
-            for key, parts in clips.items() if not there.isdisjoint(parts.values())
-        }  # fmt: skip
-        yield _stated(Entry, row, file)
 
 
 def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
@@ -269,35 +234,32 @@ def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
 
     A name is the key without `observation.images.`, or the whole key where two would be called the same.
     """
-    short: dict[str, str] = {}
-    notes = []
+    cameras: list[Camera] = []
+    notes: list[str] = []
     for key, feature in info.features.items():
-        dtype, shape = str(feature.get("dtype")), _shape(feature)
+        dtype, shape = str(feature.get("dtype")), feature.get("shape")
+        sides = tuple(shape) if isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape) else ()
         about = [d for d in (feature, feature.get("info"), feature.get("video_info")) if isinstance(d, dict)]
-        flags = [flag for d in about for flag in ("video.is_depth_map", "is_depth_map") if d.get(flag)]
-        if flags or "depth" in dtype:
-            sign = flags[0] if flags else f"dtype {dtype!r}"
+        signs = [flag for d in about for flag in ("video.is_depth_map", "is_depth_map") if d.get(flag)]
+        if signs or "depth" in dtype:
+            sign = signs[0] if signs else f"dtype {dtype!r}"
             notes.append(f"{file}: the camera {key!r} holds depth ({sign}); it is left out")
-        elif dtype in ("video", "image") or (dtype == "uint8" and len(shape) == 3):
+        elif dtype in ("video", "image") or (dtype == "uint8" and len(sides) == 3):
             if Path(key).is_absolute() or ".." in Path(key).parts or "\0" in key:
                 raise FileError(f"{file}: the camera {key!r} has no name that can be part of a path")
             name = next((key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix)), key)
-            short[key] = re.sub(r"[^\w.-]", "_", name).lstrip(".")
+            cameras.append(Camera(key, re.sub(r"[^\w.-]", "_", name).lstrip("."), dtype == "video", sides, dtype))
         elif key.startswith("observation.image"):
             expected = "expected 'video', 'image', or 'uint8' of three axes; it is left out"
-            notes.append(f"{file}: {key!r} is of dtype {dtype!r} and shape {list(shape)}, {expected}")
-    unique = {name for name in short.values() if name and list(short.values()).count(name) == 1}
-    names = {key: name if name in unique else key.replace("/", ".") for key, name in short.items()}
-    if len(set(names.values())) != len(names):
-        raise FileError(f"{file}: the cameras {', '.join(names)} cannot be told apart by name")
-    features = {key: info.features[key] for key in names}
-    cameras = [Camera(key, names[key], f["dtype"] == "video", _shape(f), f["dtype"]) for key, f in features.items()]
+            notes.append(f"{file}: {key!r} is of dtype {dtype!r} and shape {list(sides)}, {expected}")
+    alike = Counter(camera.name for camera in cameras)
+    cameras = [
+        camera if camera.name and alike[camera.name] == 1 else replace(camera, name=camera.key.replace("/", "."))
+        for camera in cameras
+    ]
+    if len({camera.name for camera in cameras}) < len(cameras):
+        raise FileError(f"{file}: the cameras {', '.join(camera.key for camera in cameras)} cannot be told apart by name")
     return cameras, notes
-
-
-def _shape(feature: Mapping[str, Any]) -> tuple[int, ...]:
-    shape = feature.get("shape")
-    return tuple(shape) if isinstance(shape, list) and all(isinstance(side, int) and side > 0 for side in shape) else ()
 
 
 def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], list[str]]:
@@ -314,26 +276,19 @@ def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], li
         ranges[name] = {entry.number for entry in entries if int(match[1]) <= entry.number < int(match[2])}
     trained = ranges.pop("train", set())
     held = set().union(*ranges.values())
-    reason = ""
-    if both := sorted(held & trained):
-        reason = f"overlap in episode {both[0]}"
+    if held & trained:
+        reason = f"overlap in episode {min(held & trained)}"
     elif len(held) == len(entries) or (ranges and not held):
         reason = f"leave no episode to {'train' if held else 'hold out'}"
-    if reason:
-        return {}, [f"meta/info.json: splits {info.splits} {reason}; {unused}"]
-    return {entry.number: entry.number in held for entry in entries} if held else {}, []
+    else:
+        return {entry.number: entry.number in held for entry in entries} if held else {}, []
+    return {}, [f"meta/info.json: splits {info.splits} {reason}; {unused}"]
 
 
-def dimension_names(feature: Mapping[str, Any] | None) -> list[str]:
-    """The names of a feature's dimensions, which sets write as a list, a nested list, an object of lists, or not at all."""
-    names: list[str] = []
-    pending = [feature.get("names") if feature else None]
-    while pending and len(names) < 10_000:
-        value = pending.pop(0)
-        if isinstance(value, str):
-            names.append(value)
-        elif isinstance(value, dict):
-            pending[:0] = [one for one in value.values() if isinstance(one, (list, dict))] or list(value)
-        elif isinstance(value, list):
-            pending[:0] = value
-    return names
+def dimension_names(names: Any, depth: int = 9) -> list[str]:
+    """The `names` of a feature's dimensions, which sets write as a list, a nested list, an object of lists, or not at all."""
+    if isinstance(names, dict):
+        names = [one for one in names.values() if isinstance(one, (list, dict))] or list(names)
+    if isinstance(names, list) and depth:
+        return [name for one in names for name in dimension_names(one, depth - 1)]
+    return [names] if isinstance(names, str) else []

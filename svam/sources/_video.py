@@ -84,8 +84,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError,
             RuntimeError) as error:  # fmt: skip
         refuse_lfs_pointer(file)
-        message = f"{file}: truncated, damaged or no video that FFmpeg reads ({type(error).__name__})"
-        raise FileError(message) from None
+        raise FileError(f"{file}: truncated, damaged or no video that FFmpeg reads ({type(error).__name__})") from None
 
 
 def probe(file: Path) -> VideoFacts:

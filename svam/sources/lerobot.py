@@ -15,17 +15,18 @@ videos longer than their rows, timestamps that begin late (see `_lerobot_files.f
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
-from itertools import islice
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, VECTORS, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources import _lerobot_files as files
@@ -36,6 +37,8 @@ from svam.sources._pictures import NoColourError, in_blocks
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
+_OPTIONS = {"actions": "action", "expert_actions": "expert_action", "state": "state", "proprioception": "proprioception"}
+"""Vector of an episode -> the option that names its columns."""
 _DEFAULTS: dict[str, Columns] = {"action": ("action",), "proprioception": ("observation.state",)}
 _PREFIX = "observation.images."
 _TRIED = 20
@@ -63,6 +66,24 @@ class Options(Frozen):
     frames: Literal["timestamps", "order"] = "timestamps"
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """An episode's files (`videos` by camera name), and what its rows `start` .. `stop` - 1 of `file` say, but for vectors and
+    pictures. times: (n,) seconds, None where they are not used. fps: the rows a second of which frames are found."""
+
+    file: Path
+    videos: dict[str, Path]
+    start: int
+    stop: int
+    times: NDArray[np.float64] | None
+    fps: float
+    instruction: str
+    success: bool | None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
 class LerobotSource:
     """The episodes in the order of their numbers."""
 
@@ -70,16 +91,17 @@ class LerobotSource:
         """See `open_source`."""
         self.root = Path(path)
         self.options, self.choice = options, choice
-        self.info, self._paths, self._notes = meta.read_info(self.root)
-        self._info_file = self.root / "meta" / "info.json"
+        self._info_file, self.info = meta.read_info(self.root)
+        self._notes: list[str] = []
         self._cases: dict[str, dict[int | Path, str]] = {}
         self._instructions: dict[int, str] = {}
-        self._firsts: dict[tuple[str, int, int], dict[int, int]] = {}
+        self._firsts: dict[Path, dict[int, int]] = {}
         declared = self._chosen_cameras()
         self._entries = meta.read_episodes(self.root, self.info, declared)
         if self.info.total_episodes not in (None, len(self)):
             said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self)}"
             self._notes.append(f"{self._info_file}: {said}")
+        self._templates = {"data": self._right_template("data", [None]), "video": self._right_template("video", declared)}
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
@@ -115,37 +137,43 @@ class LerobotSource:
         except ParamsError as error:
             raise ParamsError("; ".join([str(error), *notes])) from None
 
+    def _right_template(self, kind: str, cameras: Sequence[Camera | None]) -> str:
+        """The path template of info.json; LeRobot's own where that leads to a file and the other does not."""
+        own = meta.STANDARD_PATHS[self.info.major][kind]
+        given = getattr(self.info, f"{kind}_path") or own
+        for entry, camera in product(self._entries, cameras) if given != own else ():
+            if self._path(entry, camera, own).is_file() and not self._path(entry, camera, given).is_file():
+                wrong = f"{self._info_file}: {kind}_path {given!r} does not lead to all files"
+                self._notes.append(f"{wrong}; LeRobot's own {own!r} is taken instead")
+                return own
+        return given
+
     def _find_first_file(self) -> tuple[Path, list[str]]:
-        """The first data file that can be read, and its columns, which stand for all; notes a template that is wrong."""
+        """The first data file that can be read, and its columns, which stand for all."""
         refused: FileError | None = None
-        last = self._entries[-1]
-        if (there := self._there(last)) not in (None, self._candidates(last)[0]):
-            said = f"{self._info_file}: data_path {self.info.data_path!r}"
-            self._notes.append(f"{said} does not lead to the file of episode {last.number}; {there} is read instead")
-        for file in islice((path for entry in self._entries if (path := self._there(entry))), _TRIED):
+        for file in islice(filter(Path.is_file, map(self._path, self._entries)), _TRIED):
             try:
                 with files.opened(file) as parquet:
-                    names = list(parquet.schema_arrow.names)
+                    return file, list(parquet.schema_arrow.names)
             except FileError as error:
                 refused = refused or error
-                continue
-            return file, names
-        place = self._candidates(self._entries[0])[-1]
+        place = self._path(self._entries[0])
         lies = meta.what_lies_there(self.root, place, self.info.major)
         raise refused or FileError(f"{place}: no such file, nor that of any other episode; {lies}")
 
     def _present_cameras(self, declared: list[Camera], columns: list[str]) -> list[Camera]:
         """Those cameras that have videos or a column; the others are noted, or an error where they were asked for."""
         present: list[Camera] = []
-        lacking: dict[str, str] = {}
+        looked: list[str] = []
         for camera in declared:
             stored = camera.key in columns
-            filmed = (camera.video or not stored) and any(self._there(entry, camera) for entry in self._entries)
+            filmed = (camera.video or not stored) and self._first_video(camera) is not None
             if not stored and not filmed:
-                where = lacking[camera.key] = self._where_looked(camera)
+                where = self._where_looked(camera)
                 if self.choice.cameras:
                     raise ParamsError(f"convert.cameras names {camera.name!r}, but {self.root} has no pictures of it: {where}")
                 self._notes.append(f"{self._info_file} declares the camera {camera.key!r}, but {where}; it is left out")
+                looked.append(f"{camera.key}: {where}")
                 continue
             if filmed != camera.video:
                 place = "in videos" if filmed else f"in a column of {self._first_file}"
@@ -153,16 +181,15 @@ class LerobotSource:
                 self._notes.append(f"{declares}, but its pictures lie {place}, and are read from there")
             present.append(replace(camera, video=filmed))
         if not present:
-            looked = "; ".join(f"{key}: {where}" for key, where in lacking.items())
             none = f"{self._info_file} declares no feature of dtype 'video', 'image', or 'uint8' of three axes"
-            raise FileError(f"{self.root}: a data set without pictures cannot be converted; {looked or none}")
+            raise FileError(f"{self.root}: a data set without pictures cannot be converted; {'; '.join(looked) or none}")
         return present
 
     def _where_looked(self, camera: Camera) -> str:
         column = f"{self._first_file.relative_to(self.root)} has no column of that name"
         if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
             return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
-        path = self._candidates(self._entries[0], camera)[-1]
+        path = self._path(self._entries[0], camera)
         lies = meta.what_lies_there(self.root, path, self.info.major)
         return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
 
@@ -170,8 +197,8 @@ class LerobotSource:
         """At the first picture of each camera: one that holds no colours is named with the way to leave it out."""
         for camera in self.cameras:
             try:
-                if camera.video:
-                    probe(next(path for entry in self._entries if (path := self._there(entry, camera))))
+                if camera.video and (video := self._first_video(camera)):
+                    probe(video)
                 elif next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))[1]:
                     self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
             except NoColourError as error:
@@ -184,17 +211,14 @@ class LerobotSource:
     def _find_columns(self, names: list[str]) -> dict[str, list[str]]:
         """Vector name -> columns to join, checked against the first episode's file."""
         chosen: dict[str, list[str]] = {}
-        for vector, option in (
-            ("actions", "action"), ("expert_actions", "expert_action"), ("state", "state"), ("proprioception", "proprioception")
-        ):  # fmt: skip
+        for vector, option in _OPTIONS.items():
             asked: Columns | None = getattr(self.options, option)
             columns = _DEFAULTS[option] if asked is None else asked
-            missing = [column for column in columns if column not in names]
-            if missing:
-                like = sorted(name for name in names if name.startswith(("action", "observation.", "state", "expert")))
+            if missing := [column for column in columns if column not in names]:
                 if asked is None and vector == "proprioception" and not any(n.startswith("observation.state") for n in names):
                     self._notes.append(f"{self._first_file}: no column 'observation.state': episodes have no proprioception")
                     continue
+                like = sorted(name for name in names if name.startswith(("action", "observation.", "state", "expert")))
                 raise ParamsError(
                     f"convert.options.{option}: column {missing[0]!r} is not in {self._first_file}, "
                     f"which has {', '.join(like or names)}; name those to join, in their order, or [] for none"
@@ -208,38 +232,32 @@ class LerobotSource:
 
     # Where it lies
 
-    def _candidates(self, entry: Entry, camera: Camera | None = None) -> list[Path]:
-        """The paths of an episode's data file, or of a camera's video; the one that info.json states comes first."""
+    def _path(self, entry: Entry, camera: Camera | None = None, template: str = "") -> Path:
+        """Where an episode's data file, or the video of a camera, is said to lie; a folder where nothing says it."""
         clip = entry.clips.get(camera.key) if camera else None
+        if camera and not clip and self.info.major == "v3":
+            return self.root / "videos" / camera.key
         values: dict[str, int | str] = {
-            "video_key": camera.key if camera else "",
             "episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size,
             "chunk_index": clip.chunk_index if clip else entry.chunk, "file_index": clip.file_index if clip else entry.file,
+            **({"video_key": camera.key} if camera else {}),
         }  # fmt: skip
-        templates = self._paths["video" if camera else "data"]
-        return [self.root / path for template in templates if (path := meta.fill(template, values))]
+        return self.root / meta.fill(template or self._templates["video" if camera else "data"], values)
 
-    def _there(self, entry: Entry, camera: Camera | None = None) -> Path | None:
-        """The first of them that is there."""
-        if camera and self.info.major == "v3" and camera.key not in entry.clips:
-            return None
-        return next((path for path in self._candidates(entry, camera) if path.is_file()), None)
+    def _first_video(self, camera: Camera) -> Path | None:
+        return next((path for entry in self._entries if (path := self._path(entry, camera)).is_file()), None)
 
     def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
-        """The episode's data file, and camera key -> video, all of which are there.
+        """The episode's data file, and camera name -> video, all of which are there.
 
         Raises:
             FileError: some are not, all of them named, or are Git LFS pointers.
         """
-        data = self._there(entry)
-        missing = [] if data else [str(self._candidates(entry)[-1])]
-        videos = {}
-        for camera in self.cameras:
-            if camera.video and (video := self._there(entry, camera)):
-                videos[camera.key] = video
-            elif camera.video:
-                missing.append(f"{self._candidates(entry, camera)[-1]} (the video of camera {camera.name!r})")
-        if data is None or missing:
+        data = self._path(entry)
+        videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
+        missing = [] if data.is_file() else [str(data)]
+        missing += [f"{video} (the video of camera {name!r})" for name, video in videos.items() if not video.is_file()]
+        if missing:
             raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
         for path in (data, *videos.values()):
             refuse_lfs_pointer(path)
@@ -247,21 +265,24 @@ class LerobotSource:
 
     # What the rows say
 
-    def _rows(self, index: int, file: Path) -> files.Rows:
+    def _rows(self, index: int) -> _Rows:
         entry, asked = self._entries[index], self.options.instruction_column
+        file, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
-        content = files.small_columns(file, stamp(file), ("timestamp", "frame_index", "next.success", spoken))
-        start, stop = files.episode_rows(content, file, entry.number, self.info.major == "v2")
-        if entry.steps not in (None, stop - start):
-            raise FileError(f"{file}: episode {entry.number} has {stop - start} rows, but the metadata says {entry.steps}")
-        mine = {name: column.slice(start, stop - start) for name, column in content.columns.items()}
-        if "frame_index" in mine and (np.diff(files.whole_numbers(mine["frame_index"], f"{file}: frame_index")) <= 0).any():
+        small = ("timestamp", "frame_index", "next.success", spoken)
+        start, table = files.episode_rows(file, entry.number, small, alone=self.info.major == "v2")
+        if entry.steps not in (None, len(table)):
+            raise FileError(f"{file}: episode {entry.number} has {len(table)} rows, but the metadata says {entry.steps}")
+        columns = dict(zip(table.column_names, table.columns, strict=True))
+        numbered = columns.get("frame_index")
+        if numbered is not None and (np.diff(files.whole_numbers(numbered, f"{file}: frame_index")) <= 0).any():
             raise FileError(f"{file}: frame_index of episode {entry.number} does not increase")
-        times, fps = self._times(entry, file, mine.get("timestamp"))
+        times, fps = self._times(entry, file, columns.get("timestamp"))
         success = entry.success
-        if success is None and "next.success" in mine:
-            success = bool(files.vectors(mine["next.success"], f"{file}: next.success").any())
-        return files.Rows(file, start, stop, times, fps, self._instruction(index, file, mine.get(spoken)), success)
+        if success is None and "next.success" in columns:
+            success = bool(files.numbers(columns["next.success"], f"{file}: next.success").any())
+        instruction = self._instruction(index, file, columns.get(spoken))
+        return _Rows(file, videos, start, start + len(table), times, fps, instruction, success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
@@ -294,21 +315,19 @@ class LerobotSource:
         entry, asked = self._entries[index], self.options.instruction_column
         if self.choice.instruction:
             return self.choice.instruction
-        own = listed = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
         if asked == "tasks" and len(entry.tasks) > 1:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
-        said = None
-        if asked != "tasks" and column is not None:
-            said = files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}")
-        if said:
+        own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
+        rows_say = asked != "tasks" and column is not None
+        if said := files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}") if rows_say else None:
             if other := next((row for row, sentence in enumerate(said) if sentence != said[0]), 0):
                 raise FileError(
                     f"{file}: episode {entry.number} changes its task at row {other} from {said[0]!r} to {said[other]!r}, "
                     f"expected one; set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
                 )
-            if listed not in (None, said[0]):
+            if own not in (None, said[0]):
                 raise FileError(
-                    f"{file}: task_index says {said[0]!r} for episode {entry.number}, but the metadata says {listed!r}; set "
+                    f"{file}: task_index says {said[0]!r} for episode {entry.number}, but the metadata says {own!r}; set "
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
             own = said[0]
@@ -321,25 +340,24 @@ class LerobotSource:
         clip = entry.clips.get(camera.key)
         if clip is None:
             return None
-        key = (camera.key, clip.chunk_index, clip.file_index)
-        if key not in self._firsts:
+        if video not in self._firsts:
+            place = clip.chunk_index, clip.file_index
             members = sorted(
                 (other.from_timestamp, other.to_timestamp, one.number, one.steps or 0)
                 for one in self._entries
-                if (other := one.clips.get(camera.key)) and (other.chunk_index, other.file_index) == key[1:]
+                if (other := one.clips.get(camera.key)) and (other.chunk_index, other.file_index) == place
             )
             facts, believe = probe(video), self.options.frames == "order"
-            self._firsts[key], note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
+            self._firsts[video], note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
             if note:
                 self._note("", video, note)
-        return files.Span(clip.from_timestamp, clip.to_timestamp, self._firsts[key].get(entry.number))
+        return files.Span(clip.from_timestamp, clip.to_timestamp, self._firsts[video].get(entry.number))
 
-    def _place(
-        self, entry: Entry, camera: Camera, video: Path, rows: files.Rows, cheaply: bool = False
-    ) -> tuple[NDArray[np.int64], float]:
+    def _place(self, entry: Entry, camera: Camera, rows: _Rows, cheaply: bool = False) -> tuple[NDArray[np.int64], float]:
         """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` no times where
         frames and rows are equally many and equally far apart, so that reading will find them."""
-        span, facts, times = self._span(entry, camera, video), probe(video), rows.times
+        video, times = rows.videos[camera.name], rows.times
+        span, facts = self._span(entry, camera, video), probe(video)
         if facts.turned:
             self._note(", as its metadata ask", video, f"{video}: {facts.turned}")
         if span is None and facts.frames > len(rows):
@@ -358,14 +376,15 @@ class LerobotSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, each sentence as a task of its own, and which columns were joined."""
+        features = self.info.features
         names = {
-            vector: [name for key in columns for name in (meta.dimension_names(self.info.features.get(key)) or [key])]
+            vector: [name for key in columns for name in (meta.dimension_names(features.get(key, {}).get("names")) or [key])]
             for vector, columns in self.columns.items()
         }
         for index in range(len(self)):
             if index not in self._instructions:
                 with suppress(FileError):  # of an episode that cannot be read
-                    self._instructions[index] = self._rows(index, self._files(self._entries[index])[0]).instruction
+                    self._instructions[index] = self._rows(index).instruction
         said = (self._instructions[index] for index in sorted(self._instructions))
         return SourceDescription(
             rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
@@ -387,16 +406,14 @@ class LerobotSource:
         Raises:
             FileError: files are missing, or rows, frames and metadata do not fit.
         """
-        entry = self._entries[index]
-        file, videos = self._files(entry)
-        rows = self._rows(index, file)
+        entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
         for camera in self.cameras:
             if camera.video:
-                self._place(entry, camera, videos[camera.key], rows, cheaply=True)
+                self._place(entry, camera, rows, cheaply=True)
         return EpisodeShape(
             len(rows), held_out=self._held_out.get(entry.number), name=str(entry.number), task=rows.instruction,
-            stamp="+".join(stamp(path) for path in (file, *videos.values())), success=rows.success,
+            stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
@@ -406,46 +423,37 @@ class LerobotSource:
             FileError: a file is missing or damaged, lacks a column, or does not agree with the metadata.
             ContractError: the episode breaks the contract.
         """
-        entry = self._entries[index]
-        file, videos = self._files(entry)
-        rows = self._rows(index, file)
-        needed = list(dict.fromkeys(column for columns in self.columns.values() for column in columns))
-        with files.opened(file) as parquet:
-            stored = [camera.key for camera in self.cameras if not camera.video]
-            if missing := [name for name in (*needed, *stored) if name not in parquet.schema_arrow.names]:
-                raise FileError(f"{file}: column {missing[0]!r} is missing, which the first episode has")
-            table = files.read_rows(parquet, needed, rows.start, rows.stop)
+        entry, rows = self._entries[index], self._rows(index)
+        needed = [column for columns in self.columns.values() for column in columns]
+        with files.opened(rows.file, needed) as parquet:
+            table = files.read_columns(parquet, needed, rows.start, rows.stop)
+        vectors = {
+            name: files.joined(table, self.columns[name], rows.file) if name in self.columns else None for name in VECTORS
+        }
         frames: dict[str, FrameBlocks] = {}
         late: dict[str, float] = {}
         for camera in self.cameras:
             if camera.video:
-                video = videos[camera.key]
-                pts, delay = self._place(entry, camera, video, rows)
+                video = rows.videos[camera.name]
+                pts, delay = self._place(entry, camera, rows)
                 frames[camera.name] = frames_at(video, probe(video), pts, len(rows))
                 late |= {camera.name: delay} if delay else {}
             else:
                 frames[camera.name] = self._stored(camera, rows)
-        vector = {name: files.joined(file, table, columns) for name, columns in self.columns.items()}
-        return checked(
-            Episode(
-                task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps,
-                frames=frames, timestamps=rows.times, actions=vector.get("actions"),
-                expert_actions=vector.get("expert_actions"), state=vector.get("state"),
-                proprioception=vector.get("proprioception"),
-                provenance={
-                    "file": file.relative_to(self.root).as_posix(), "episode_index": entry.number,
-                    "timestamps_begin_late_s": late,
-                },
-            ),
-            file,
+        episode = Episode(
+            task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps, frames=frames,
+            timestamps=rows.times, annotations={}, **vectors,
+            provenance={
+                "file": rows.file.relative_to(self.root).as_posix(), "episode_index": entry.number,
+                "timestamps_begin_late_s": late,
+            },
         )  # fmt: skip
+        return checked(episode, rows.file)
 
-    def _stored(self, camera: Camera, rows: files.Rows) -> FrameBlocks:
+    def _stored(self, camera: Camera, rows: _Rows) -> FrameBlocks:
         """The pictures of a camera that lie in the parquet file."""
-
-        def pictures() -> Iterator[tuple[NDArray[np.uint8], bool]]:
-            return files.stored_pictures(rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
-
+        span = (rows.start, rows.stop)
+        pictures = partial(files.stored_pictures, rows.file, self.root, camera.key, span, camera.shape)
         what = f"{rows.file}: column {camera.key!r}"
         shape = next(pictures())[0].shape
         return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))

@@ -24,11 +24,13 @@ Rate: that of the first video, which all frames of all videos must keep (within 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,7 +46,9 @@ _STATES = ("state", "states")
 _KNOWN = {*_TEXTS, *_ACTIONS, *_STATES, "task", "episode_id", "videos", "video_length", "latent_videos", "success"}
 _TRAINING = {"train", "training"}
 _HELD_OUT = {"val", "valid", "validation", "test", "eval"}
-T = TypeVar("T")
+_NO_ACTIONS = "have no actions: they can train the video model, no policy"
+_SHORTER = "have one action less than states: no action was recorded for the last frame, so that frame is left out"
+_LATENTS = "hold latent_videos, which are not read: they are another model's features"
 
 
 class Options(Frozen):
@@ -64,16 +68,18 @@ class Options(Frozen):
 
 @dataclass(frozen=True)
 class _Record:
-    """What the text file of an episode says: `videos` is camera -> path from the top folder."""
+    """What the text file of an episode says: `videos` is by camera."""
 
     file: Path
     content: dict[str, Any]
     texts: list[str]
-    videos: dict[str, str]
+    videos: dict[str, Path]
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """What a JSON file says, or a text file as {"texts": lines}."""
+    """What a JSON file says, or a text file as {"texts": lines}; nothing of a video that has neither beside it."""
+    if file.suffix.lower() in FORMATS:
+        return {}
     if file.suffix == ".txt":
         try:
             return {"texts": file.read_text(encoding="utf-8-sig").splitlines()}
@@ -98,7 +104,7 @@ class VideoFolderSource:
     def __init__(self, path: Path, options: Options, choice: Choice) -> None:
         """See `open_source`."""
         self.path, self.options, self.choice = Path(path), options, choice
-        self._turned: dict[str, str] = {}
+        self._turned: dict[Path, str] = {}
         if not self.path.is_dir():
             raise FileError(f"{self.path}: no such directory")
         annotations = self.path / options.annotations
@@ -126,31 +132,22 @@ class VideoFolderSource:
         return file.relative_to(self._top).parts[0] if self._annotated and file.parent != self._top else ""
 
     def _record(self, index: int) -> _Record:
-        file = self._files[index]
-        if self._annotated:
-            content = _read(file)
-            return _Record(file, content, self._texts(file, content), self._videos(file, content))
-        videos = {"video": file.relative_to(self.path).as_posix()}
-        beside = next((text for suffix in (".json", ".txt") if (text := file.with_suffix(suffix)).is_file()), None)
-        content = {} if beside is None else _read(beside)
-        return _Record(beside or file, content, self._texts(beside or file, content), videos)
+        listed = file = self._files[index]
+        if not self._annotated:
+            file = next((text for suffix in (".json", ".txt") if (text := file.with_suffix(suffix)).is_file()), file)
+        content = _read(file)
+        texts = self._texts(file, content)
+        return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})
 
-    def _records(self) -> Iterator[tuple[int, _Record]]:
-        """Those that can be read, with their numbers; `shape` says what is wrong with the others."""
+    def _records(self) -> Iterator[_Record]:
+        """Those that can be read; `shape` says what is wrong with the others."""
         for index in range(len(self)):
-            try:
-                yield index, self._record(index)
-            except FileError:
-                continue
+            with suppress(FileError):
+                yield self._record(index)
 
-    def _first(self, facts_of: Callable[[_Record], T]) -> T:
-        """Of the first episode that allows it; else the refusal of the first."""
-        for _, record in self._records():
-            try:
-                return facts_of(record)
-            except FileError:
-                continue
-        return facts_of(self._record(0))
+    def _first(self) -> _Record:
+        """The first that can be read; else the refusal of the first."""
+        return next(self._records(), None) or self._record(0)
 
     def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
         """The sentences of an episode, each once."""
@@ -162,11 +159,10 @@ class VideoFolderSource:
         texts = [text.strip() for text in texts if text.strip()]
         if self.choice.instruction or not texts:
             return [chosen_instruction(self.choice, None, str(file))]
-        for text in texts:
-            try:
-                text.encode("utf-8")
-            except UnicodeEncodeError:  # JSON can spell half a character
-                raise FileError(f"{file}: the instruction {text!r} is not Unicode text") from None
+        try:
+            "".join(texts).encode()
+        except UnicodeEncodeError:  # JSON can spell half a character
+            raise FileError(f"{file}: {key} is not Unicode text") from None
         return list(dict.fromkeys(texts))
 
     @staticmethod
@@ -181,95 +177,81 @@ class VideoFolderSource:
             raise FileError(f"{file}: has both {' and '.join(present)}; name one of them in convert.options.{option}")
         return present[0] if present else None
 
-    @staticmethod
-    def _videos(file: Path, content: dict[str, Any]) -> dict[str, str]:
+    def _videos(self, file: Path, content: dict[str, Any]) -> dict[str, Path]:
         entries = content.get("videos")
         listed = entries if isinstance(entries, list) else []
-        named = [entry.get("video_path") if isinstance(entry, dict) else None for entry in listed]
-        paths = [path for path in named if isinstance(path, str) and path]
-        if not paths or len(paths) != len(named):
+        paths = [entry.get("video_path") if isinstance(entry, dict) else None for entry in listed]
+        if not paths or not all(isinstance(path, str) and path for path in paths):
             raise FileError(f"{file}: videos is {str(entries)[:80]!r}, expected a list of objects with a video_path each")
         for path in paths:
             pure = PurePosixPath(path)
             if pure.is_absolute() or ".." in pure.parts or "\0" in path or pure.suffix.lower() not in FORMATS:
                 raise FileError(f"{file}: video_path is {path!r}, expected the path of a video below the top folder")
-        return dict(zip(_camera_names(paths), paths, strict=True))
+        return {name: self.path / path for name, path in zip(_camera_names(paths), paths, strict=True)}
 
     @cached_property
     def _survey(self) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
         """Instructions and notes; reads every text file once, no frame."""
         instructions: dict[str, dict[str, list[str]]] = {}
-        used: set[str] = set()
-        latents = shorter = without = 0
-        for _, record in self._records():
+        used: set[Path] = set()
+        counts: Counter[str] = Counter()
+        for record in self._records():
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
             sentences.extend(text for text in record.texts if text not in sentences)
             used |= set(record.videos.values())
-            latents += "latent_videos" in record.content
             action, state = (
                 next((value for key in keys if (value := record.content.get(key)) is not None), None)
                 for keys in ((self.options.action or "", *_ACTIONS), _STATES)
             )
-            without += action is None
-            shorter += isinstance(action, list) and isinstance(state, list) and len(action) == len(state) - 1
-        notes = []
-        for count, what in (
-            (without, "have no actions: they can train the video model, no policy"),
-            (shorter, "have one action less than states: no action was recorded for the last frame, so that frame is left out"),
-            (latents, "hold latent_videos, which are not read: they are another model's features"),
-        ):
-            if count:
-                notes.append(f"{self.path}: {count} of {len(self)} episodes {what}")
+            counts[_NO_ACTIONS] += action is None
+            counts[_SHORTER] += isinstance(action, list) and isinstance(state, list) and len(action) == len(state) - 1
+            counts[_LATENTS] += "latent_videos" in record.content
+        notes = [f"{self.path}: {count} of {len(self)} episodes {what}" for what, count in counts.items() if count]
         if self._annotated:
             notes += self._unused(used)
             splits = sorted(set(map(self._split, self._files)))
             if not self._has_split and len(splits) > 1:
                 notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
             named = {self.options.text, self.options.action, *self.options.proprioception}
-            record = self._first(lambda record: record)
-            if unread := sorted(set(record.content) - _KNOWN - named):
-                notes.append(f"{record.file}: keys that are not read: {', '.join(unread)}")
+            first = self._first()
+            if unread := sorted(set(first.content) - _KNOWN - named):
+                notes.append(f"{first.file}: keys that are not read: {', '.join(unread)}")
         return instructions, notes
 
-    def _unused(self, used: set[str]) -> list[str]:
+    def _unused(self, used: set[Path]) -> list[str]:
         """Files beside the videos that nothing refers to."""
-        folders = {(self.path / video).parent for video in used}
-        beside = sorted(file for folder in folders if folder.is_dir() for file in folder.iterdir())
-        names = [(file.suffix.lower(), file.relative_to(self.path).as_posix()) for file in beside]
+        beside = sorted(file for folder in {video.parent for video in used} if folder.is_dir() for file in folder.iterdir())
         notes = []
-        if spare := [name for suffix, name in names if suffix in FORMATS and name not in used]:
-            notes.append(f"{self.path}: {len(spare)} videos that no JSON refers to are left out, such as {spare[0]}")
-        if arrays := [name for suffix, name in names if suffix in (".npy", ".npz")]:
-            said = f"{len(arrays)} arrays beside the videos are not read, such as {arrays[0]}"
+        if spare := [file for file in beside if file.suffix.lower() in FORMATS and file not in used]:
+            such = spare[0].relative_to(self.path).as_posix()
+            notes.append(f"{self.path}: {len(spare)} videos that no JSON refers to are left out, such as {such}")
+        if arrays := [file for file in beside if file.suffix.lower() in (".npy", ".npz")]:
+            said = f"{len(arrays)} arrays beside the videos are not read, such as {arrays[0].relative_to(self.path).as_posix()}"
             notes.append(f"{self.path}: {said}: the numbers come from the JSON")
         return notes
 
     @property
     def notes(self) -> Sequence[str]:
         """What is left out, what cannot be done with it, and which of the videos that `shape` has looked at are turned."""
-        turned = [f"{said} ({len(self._turned)} videos), as their metadata ask" for said in list(self._turned.values())[:1]]
-        return [*self._survey[1], *turned]
-
-    @cached_property
-    def _all_cameras(self) -> list[str]:
-        return self._first(lambda record: list(record.videos))
+        turned = [f"{file}: {how} ({len(self._turned)} videos), as their metadata ask" for file, how in self._turned.items()]
+        return [*self._survey[1], *turned[:1]]
 
     @cached_property
     def _cameras(self) -> list[str]:
-        return chosen_cameras(self.choice, self._all_cameras, self.path)
+        return chosen_cameras(self.choice, list(self._first().videos), self.path)
 
     @cached_property
     def _rate(self) -> float:
         if self.choice.rate_hz is not None:
             return self.choice.rate_hz
-
-        def rate_of(record: _Record) -> float:
-            video = self.path / record.videos.get(self._cameras[0], "")
-            if (rate := probe(video).rate) is None:
-                raise FileError(f"{video}: does not say its frame rate; give convert.rate_hz")
-            return round(rate, 6)
-
-        return self._first(rate_of)
+        camera = self._cameras[0]
+        for record in self._records():
+            with suppress(FileError, KeyError):  # which `shape` says
+                if rate := probe(record.videos[camera]).rate:
+                    return round(rate, 6)
+        video = self._first().videos[camera]
+        probe(video)  # which says what is wrong with it
+        raise FileError(f"{video}: does not say its frame rate; give convert.rate_hz")
 
     def describe(self) -> SourceDescription:
         """Rate of the first video, cameras of the first episode, all sentences; reads every text file, no frame."""
@@ -314,11 +296,10 @@ class VideoFolderSource:
 
     def _probe(self, record: _Record) -> dict[str, VideoFacts]:
         """Camera -> what its video says of itself, of the chosen cameras alone."""
-        chosen = {camera: self.path / record.videos[camera] for camera in self._cameras if camera in record.videos}
-        if list(chosen) != self._cameras or (not self.choice.cameras and list(record.videos) != self._all_cameras):
-            raise FileError(
-                f"{record.file}: cameras {list(record.videos)}, expected {self._cameras} as in {self._first(lambda r: r.file)}"
-            )
+        chosen = {camera: record.videos[camera] for camera in self._cameras if camera in record.videos}
+        if list(chosen) != self._cameras or (not self.choice.cameras and list(record.videos) != self._cameras):
+            expected = f"expected {self._cameras} as in {self._first().file}"
+            raise FileError(f"{record.file}: cameras {list(record.videos)}, {expected}")
         if missing := [str(video) for video in chosen.values() if not video.is_file()]:
             raise FileError(f"{', '.join(missing)}: no such file, which {record.file} names")
         facts = {camera: probe(video) for camera, video in chosen.items()}
@@ -339,11 +320,11 @@ class VideoFolderSource:
         steps, _, _ = self._numbers(record, next(iter(facts.values())).frames)
         for camera, known in facts.items():
             if known.turned:
-                self._turned[record.videos[camera]] = f"{self.path / record.videos[camera]}: {known.turned}"
+                self._turned[record.videos[camera]] = known.turned
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
-                video_blocks(self.path / record.videos[camera], known, steps, self._rate)  # says at which frame
+                video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
         held_out = self._split(self._files[index]) in _HELD_OUT if self._has_split else None
-        files = [record.file, *(self.path / record.videos[camera] for camera in facts)]
+        files = [record.file, *(record.videos[camera] for camera in facts)]
         success, name = record.content.get("success"), record.file.relative_to(self._top).with_suffix("").as_posix()
         return EpisodeShape(
             steps, {}, held_out, " ".join(stamp(file) for file in files), name, record.texts[0],
@@ -361,9 +342,7 @@ class VideoFolderSource:
         facts = self._probe(record)
         steps, actions, state = self._numbers(record, next(iter(facts.values())).frames)
         rate = None if self.choice.rate_hz is not None else self._rate
-        frames = {
-            camera: video_blocks(self.path / record.videos[camera], known, steps, rate) for camera, known in facts.items()
-        }
+        frames = {camera: video_blocks(record.videos[camera], known, steps, rate) for camera, known in facts.items()}
         episode = Episode(
             task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions,
             proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},

@@ -455,13 +455,20 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], m
         source(root).read(0)
 
 
-@pytest.mark.parametrize("version", ["v2", "v3"])
-def test_a_template_that_cannot_be_filled_in(tmp_path: Path, version: str) -> None:
+@pytest.mark.parametrize(
+    ("write", "template"),
+    [
+        (write_v2, "videos/{chunk_index:03d}/{key}.mp4"), (write_v3, "videos/{episode_chunk:03d}/{key}.mp4"),
+        (write_v2, "videos/chunk-{episode_index:03d}/{video_key}/episode_{episode_index:06d}.mp4"),
+    ],
+    ids=["unknown names, v2", "unknown names, v3", "right for the first episode alone"],
+)  # fmt: skip
+def test_a_template_that_leads_to_no_file(tmp_path: Path, write: Callable[[Path], Path], template: str) -> None:
     """LeRobot's own layout is taken, with a note; a byte order mark is read over."""
-    root = write_v2(tmp_path) if version == "v2" else write_v3(tmp_path)
-    other = "{chunk_index:03d}" if version == "v2" else "{episode_chunk:03d}"
-    _edit("info.json", lambda i: i.update(video_path=f"videos/{other}/{{key}}.mp4"))(root)
+    root = write(tmp_path)
+    _edit("info.json", lambda i: i.update(video_path=template))(root)
     file = root / "meta/info.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     data = source(root)
-    assert numbers(data.read(0)) == list(range(5)) and len(data.notes) == 1 and "video_path" in data.notes[0]
+    assert [numbers(data.read(e))[0] for e in range(2)] == [0, 16 if write is write_v2 else 5]
+    assert len(data.notes) == 1 and "video_path" in data.notes[0]
