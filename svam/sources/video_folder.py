@@ -180,7 +180,7 @@ class VideoFolderSource:
     def _videos(self, file: Path, content: dict[str, Any]) -> dict[str, Path]:
         entries = content.get("videos")
         listed = entries if isinstance(entries, list) else []
-        paths = [entry.get("video_path") if isinstance(entry, dict) else None for entry in listed]
+        paths: list[Any] = [entry.get("video_path") if isinstance(entry, dict) else None for entry in listed]
         if not paths or not all(isinstance(path, str) and path for path in paths):
             raise FileError(f"{file}: videos is {str(entries)[:80]!r}, expected a list of objects with a video_path each")
         for path in paths:
