@@ -16,10 +16,10 @@ from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AliasChoices, AliasPath, BaseModel, Field, ValidationError
+from pydantic import AliasChoices, AliasPath, BaseModel, Field
 
-from svam.errors import ParamsError, describe
-from svam.files import FileError, read_json
+from svam.errors import ParamsError
+from svam.files import FileError, read_json, stated
 from svam.sources._tfrecord import byte_strings, features_of, numbers
 
 _NUMERIC = {
@@ -171,17 +171,10 @@ def find_version(path: Path, version: str) -> Path:
     return chosen[0]
 
 
-def _read(file: Path, model: type[BaseModel]) -> Any:
-    try:
-        return model.model_validate(read_json(file))
-    except ValidationError as error:
-        raise FileError(describe(error, file).splitlines()[0]) from None
-
-
 def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]]:
     """(`dataset_info.json`, split -> its shards)."""
     file = folder / "dataset_info.json"
-    info: DatasetInfo = _read(file, DatasetInfo)
+    info = stated(DatasetInfo, read_json(file), file)
     if info.fileFormat != "tfrecord":
         raise FileError(
             f"{file}: fileFormat is {info.fileFormat!r}, expected 'tfrecord'; TFDS writes that with `tfds convert_format`"
@@ -195,7 +188,7 @@ def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]
 def read_features(folder: Path) -> dict[str, Feature]:
     """Flattened name (`steps/observation/image_0`) -> feature, of `features.json`, in its order."""
     file = folder / "features.json"
-    root: _Node = _read(file, _Node)
+    root = stated(_Node, read_json(file), file)
     if root.features is None:
         raise FileError(
             f"{file}: no featuresDict.features, so in the form of early TFDS versions or none; write it with a newer TFDS"

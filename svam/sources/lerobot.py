@@ -234,14 +234,17 @@ class LerobotSource:
 
     def _path(self, entry: Entry, camera: Camera | None = None, template: str = "") -> Path:
         """Where an episode's data file, or the video of a camera, is said to lie; a folder where nothing says it."""
-        clip = entry.clips.get(camera.key) if camera else None
-        if camera and not clip and self.info.major == "v3":
+        values: dict[str, int | str]  # those of the version: a template with other names is not LeRobot's
+        if self.info.major == "v2":
+            values = {"episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size}
+        elif camera is None:
+            values = {"chunk_index": entry.chunk, "file_index": entry.file}
+        elif clip := entry.clips.get(camera.key):
+            values = {"chunk_index": clip.chunk_index, "file_index": clip.file_index}
+        else:
             return self.root / "videos" / camera.key
-        values: dict[str, int | str] = {
-            "episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size,
-            "chunk_index": clip.chunk_index if clip else entry.chunk, "file_index": clip.file_index if clip else entry.file,
-            **({"video_key": camera.key} if camera else {}),
-        }  # fmt: skip
+        if camera:
+            values["video_key"] = camera.key
         return self.root / meta.fill(template or self._templates["video" if camera else "data"], values)
 
     def _first_video(self, camera: Camera) -> Path | None:

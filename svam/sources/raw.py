@@ -48,11 +48,11 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
-from svam.errors import SvamError, describe
-from svam.files import FileError, read_json, stamp
+from svam.errors import SvamError
+from svam.files import FileError, read_json, stamp, stated
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
@@ -94,9 +94,7 @@ class _Meta(Frozen):
 
 def _read_meta(file: Path) -> _Meta:
     try:
-        meta = _Meta.model_validate(read_json(file))
-    except ValidationError as error:
-        raise FileError(describe(error, file).splitlines()[0]) from None
+        meta = stated(_Meta, read_json(file), file)
     except (RecursionError, OSError) as error:
         raise FileError(f"{file}: cannot be read ({type(error).__name__})") from None
     if len(set(meta.cameras)) != len(meta.cameras):

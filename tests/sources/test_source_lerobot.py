@@ -459,9 +459,10 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], m
     ("write", "template"),
     [
         (write_v2, "videos/{chunk_index:03d}/{key}.mp4"), (write_v3, "videos/{episode_chunk:03d}/{key}.mp4"),
+        (write_v2, "videos/chunk-{chunk_index:03d}/{video_key}/episode_{episode_index:06d}.mp4"),
         (write_v2, "videos/chunk-{episode_index:03d}/{video_key}/episode_{episode_index:06d}.mp4"),
     ],
-    ids=["unknown names, v2", "unknown names, v3", "right for the first episode alone"],
+    ids=["unknown names, v2", "unknown names, v3", "a name of v3 in v2", "right for the first episode alone"],
 )  # fmt: skip
 def test_a_template_that_leads_to_no_file(tmp_path: Path, write: Callable[[Path], Path], template: str) -> None:
     """LeRobot's own layout is taken, with a note; a byte order mark is read over."""
