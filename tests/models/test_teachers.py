@@ -15,7 +15,6 @@ from svam.models.published import save_published
 from svam.models.teachers import FARTHEST, Backbone, Family, Teacher, TeacherConfig, to_grid, unpatchify
 from svam.training.prepare_backbones.teacher import Views, blur, build, inverse_depth, objective_of
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
-from tests.tiny_foresight import reloaded
 from tests.toy import committed
 
 SIZE = 16
@@ -90,10 +89,17 @@ def test_saving_and_loading_is_exact(
     torch.manual_seed(0)
     config = TeacherConfig(family, SIZE, objective, outputs, 0.7, 0.3, 0.2)  # type: ignore[arg-type]
     first = Teacher(build(section(family, objective)), config).eval()
-    second, frames = reloaded(first, tmp_path), torch.rand(2, 3, 24, 24)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    first.save(tmp_path / "a")
+    second = Teacher.load(tmp_path / "a")
+    second.save(tmp_path / "b")
+    frames = torch.rand(2, 3, 24, 24)
     assert second.config == config and second.predict(frames).shape == (2, *shape, 24, 24)
     assert torch.equal(first.features(frames), second.features(frames))
     assert torch.equal(first.predict(frames), second.predict(frames))
+    for file in (tmp_path / "a").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "b" / file.name).read_bytes(), file.name
 
 
 def test_the_linear_depth_head_predicts_metres(frames: torch.Tensor) -> None:
