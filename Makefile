@@ -42,7 +42,7 @@ quick: setup
 	rm -rf .cache/quick && mkdir -p .cache/quick
 	git archive "$$(git for-each-ref --format='%(refname)' --count 1 'refs/exps/*/*/quick')" data/report data/foresight \
 		| tar -x -C .cache/quick --strip-components 1
-	@echo "A look, not a result: .cache/quick/report/results.md and .cache/quick/foresight/foresight.md, with figures"
+	@echo "A look, not a result: .cache/quick/report/index.html, with tables in report/results.md and foresight/foresight.md"
 
 test: setup
 	python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m 'not slow' $(PYTEST_ARGS)

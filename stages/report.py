@@ -1,4 +1,4 @@
-"""Stage `report`: one flat metrics file, tables and figures of a run; cheap, and what git and `dvc exp show` see."""
+"""Stage `report`: one flat metrics file, tables, figures and a page of a run; cheap, and what git and `dvc exp show` see."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from svam.params import Params
 
 def main(
     params: Params,
-    out: Annotated[Path, typer.Argument(help="Folder for metrics.json, results.md, the figures (PNG) and plots/ (JSON).")],
+    out: Annotated[Path, typer.Argument(help="Folder for index.html, metrics.json, results.md, figures (PNG), plots/.")],
     films: Annotated[Path, typer.Option(help="Folder for a film of every recorded rollout.")],
     results: Annotated[Path, typer.Option(help="Folder that evaluate wrote.")],
     video: Annotated[Path, typer.Option(help="Video model of the finetune_video stage.")],
     decouplers: Annotated[Path, typer.Option(help="Folder of the distill stage that holds one folder per branch.")],
     backbones: Annotated[Path, typer.Option(help="Folder that holds the four backbones.")],
     live: Annotated[Path, typer.Option(help="Folder of DVCLive's training curves.")],
+    manifest: Annotated[Path, typer.Option(help="Manifest of the S-VAM folder: the weights' sizes and SHA-256.")],
+    foresight: Annotated[Path, typer.Option(help="Folder of the foresight stage, whose figures the page points to.")],
+    compare: Annotated[Path, typer.Option(help="Folder of comparisons, which the page points to.")],
 ) -> None:
     """Gather the metrics of every stage; print the flat ones."""
     from svam.report import tables
     from svam.report.figures import draw_all
     from svam.report.films import draw_films
+    from svam.report.page import Beside, write_page
 
     branches = params.distill.branches
     run = tables.gather(results, video, decouplers, backbones, branches)
     curves = tables.curves_of(live, branches)
     with whole_directory(films) as folder:
-        draw_films(folder, results, run.results.get("metaworld", {}).get("rate_hz", 0.0))
+        posters = draw_films(folder, results, run.results.get("metaworld", {}).get("rate_hz", 0.0))
     with whole_directory(out) as folder:
         flat = tables.flat_metrics(run)
         write_json(folder / "metrics.json", flat)
@@ -40,8 +44,9 @@ def main(
         for name, lines in tables.plot_tables(run, curves).items():
             write_json(folder / "plots" / f"{name}.json", lines)
         draw_all(folder, run, curves, results, video, params.report)
+        write_page(folder, run, params, Beside(out, films, foresight, compare, posters), results, manifest)
     console.print(flat, highlight=False)
-    console.print(f"tables, figures and films: {out}/results.md, {out}/*.png, {films}/*.mp4", highlight=False)
+    console.print(f"on one page: {out}/index.html; tables and figures: {out}/results.md, {out}/*.png", highlight=False)
 
 
 app = stage_command(main)

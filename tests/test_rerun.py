@@ -91,6 +91,8 @@ ADDED: dict[str, set[str]] = {
 CHANGED: list[tuple[str, str, str, set[str]]] = [
     ("svam/normalisation.py", "/ 2.0 < 1e-6", "/ 2.0 < 1e-5", POLICY),
     ("svam/episodes/instructions.yaml", "dunk the basketball", "dunk the ball", CHECK | COLLECT),
+    ("svam/report/page.css", "1rem", "2rem", REPORT),
+    ("svam/report/published.yaml", "72.8", "72.9", REPORT),
 ]
 # No stage but `code` runs for words, for what decides no number, and for modules that no stage runs.
 SILENT: list[tuple[str, str, str]] = [
@@ -141,6 +143,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         outs = " ".join(out if isinstance(out, str) else next(iter(out)) for out in stage["outs"])
         content = "echo always the same" if name == "check_params" else "date +%s%N"
         stage["cmd"] = f"for out in {outs}; do mkdir -p $out; {content} > $out/content; done"
+    pipeline["stages"]["train_policy"]["cmd"] += " && cp data/svam/content data/svam/manifest.json"
     YAML_12.dump(pipeline, root / "dvc.yaml")
     with chdir(root):
         Repo.init(no_scm=True).close()
@@ -154,7 +157,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def project(finished: Path) -> Iterator[Path]:
     """The finished project; what a test edits is put back."""
-    code = [*(finished / "data/code").iterdir(), *finished.rglob("*.py"), *finished.glob("svam/**/*.yaml")]
+    others = [*finished.glob("svam/**/*.yaml"), *finished.glob("svam/**/*.css")]
+    code = [*(finished / "data/code").iterdir(), *finished.rglob("*.py"), *others]
     sources = {file: file.read_bytes() for file in [*code, finished / "params.yaml"]}
     yield finished
     for file, content in sources.items():

@@ -46,10 +46,11 @@ def run(only: Only = None) -> None:
 @app.command()
 @one_line_errors
 def table(collection: Annotated[str | None, typer.Argument(help="Without it: the plan's.")] = None) -> None:
-    """Print and write the paired table of a collection, as Markdown, CSV and a figure, from its records alone."""
-    from svam.experiments.table import write
+    """Print and write the paired table of a collection, as Markdown, CSV, a figure and a page, from its records alone."""
+    from svam.experiments.table import write, write_overview
 
     typer.echo(write(Path("data/compare", collection or load_plan().collection)))
+    write_overview(Path("data/compare"))
 
 
 if __name__ == "__main__":

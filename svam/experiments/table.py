@@ -17,6 +17,7 @@ from svam.experiments.records import Record, read_records
 from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, difference, holm, mcnemar, only_one, paired
 from svam.files import FileError, whole_file
 from svam.report.figures import save
+from svam.report.page import Section, divided, rendered
 from svam.report.tables import markdown_table
 
 COSTS = {
@@ -161,7 +162,7 @@ def figure(rows: Sequence[RunRow]) -> Figure:
 
 
 def write(folder: Path) -> str:
-    """Write table.md, table.csv and figure.png beside the records of `folder`; returns the Markdown.
+    """Write table.md, table.csv, figure.png and index.html beside the records of `folder`; returns the Markdown.
 
     Raises:
         FileError: there are no records, or they cannot be compared.
@@ -178,4 +179,20 @@ def write(folder: Path) -> str:
         writer.writeheader()
         writer.writerows({key: round(v, 6) if isinstance(v, float) else v for key, v in row.items()} for row in rows)
     save(figure(rows), folder / "figure.png", dpi=100)
+    title, head, below = divided(text)
+    caption = "Success by number of demonstrations, and paired differences to S-VAM, with their 95 % intervals."
+    sections = [Section("All runs", pictures=[("figure.png", caption)]), *(Section(*part) for part in below.items())]
+    write_html(folder, f"{title}: {folder.name}", f"{head}\n\n[All comparisons](../index.html)", sections)
     return text
+
+
+def write_overview(folder: Path) -> None:
+    """Write index.html, which leads to the page of each comparison in `folder`."""
+    links = [f"- [{page.parent.name}]({page.parent.name}/index.html)" for page in sorted(folder.glob("*/index.html"))]
+    write_html(folder, "Comparisons", "\n".join([*links, "- [the run that lies here](../report/index.html)"]), [])
+
+
+def write_html(folder: Path, title: str, introduction: str, sections: Sequence[Section]) -> None:
+    """Write a page as `index.html` into `folder`."""
+    with whole_file(folder / "index.html") as file:
+        file.write_text(rendered(title, introduction, sections), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,11 @@ SENTENCES = {
 }
 
 
+def sentences(flat: Mapping[str, float]) -> str:
+    """What the flat metrics say, but for success itself."""
+    return " ".join(sentence.format(flat[key]) for key, sentence in SENTENCES.items() if key in flat)
+
+
 def _cell(line: dict[str, float]) -> str:
     return f"{100 * line['success']:.0f} % [{100 * line['low']:.0f}, {100 * line['high']:.0f}]"
 
@@ -40,7 +46,7 @@ def results(report: Path) -> str:
     grid = [[name, *(_cell(lines[name, row]) for row in COLUMNS)] for name in (*names, MEAN)]
     header = [f"success on {lines[MEAN, 'policy']['episodes']} unseen goals [95 % Wilson interval]", *COLUMNS.values()]
     flat = read_json(report / "metrics.json")
-    text = " ".join(sentence.format(flat[key]) for key, sentence in SENTENCES.items() if key in flat).replace("%", " %")
+    text = sentences(flat).replace("%", " %")
     return f"{markdown_table(header, grid)}\n\n{text}"
 
 

@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, holm, mcnemar, only_one, paired
-from svam.experiments.table import compared, markdown, write
+from svam.experiments.table import compared, markdown, write, write_overview
 from svam.files import FileError
 from tests import ROOT
 
@@ -120,12 +120,13 @@ def test_the_table_says_what_can_be_said() -> None:
         compared([make_record("older")])
 
 
-def test_records_come_back_and_become_three_files(tmp_path: Path) -> None:
+def test_records_come_back_and_become_four_files(tmp_path: Path) -> None:
     with pytest.raises(FileError, match="no records of finished experiments; `make compare` makes them"):
         write(tmp_path)
     write_records(tmp_path, some_records())
     assert read_records(tmp_path) == (None, sorted(some_records(), key=lambda record: record.name))
     assert write(tmp_path) == (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "<td>Diffusion Policy</td>" in (tmp_path / "index.html").read_text(encoding="utf-8")
     picture = np.asarray(Image.open(tmp_path / "figure.png").convert("RGB"))
     assert picture.shape[0] > 300 and picture.std() > 10
     file = tmp_path / "records.jsonl"
@@ -135,11 +136,13 @@ def test_records_come_back_and_become_three_files(tmp_path: Path) -> None:
 
 
 def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
-    """Its page and CSV are what the command makes of the one file, and the page begins with what the study is not."""
-    study = ROOT / "data/compare/ambiguous"
-    shutil.copy(study / "records.jsonl", tmp_path)
-    page = write(tmp_path)
-    for name in ("table.md", "table.csv"):
-        assert (tmp_path / name).read_bytes() == (study / name).read_bytes()
+    """Its pages and CSV are what the command makes of the one file, and the page begins with what the study is not."""
+    study, made = ROOT / "data/compare/ambiguous", tmp_path / "ambiguous"
+    made.mkdir()
+    shutil.copy(study / "records.jsonl", made)
+    page = write(made)
+    write_overview(tmp_path)
+    for name in ("ambiguous/table.md", "ambiguous/table.csv", "ambiguous/index.html", "index.html"):
+        assert (tmp_path / name).read_bytes() == (study.parent / name).read_bytes()
     assert page.startswith("# Variants compared\n\n**A finished study") and "no evidence about the method" in page
-    assert len(read_records(tmp_path)[1]) == 25
+    assert len(read_records(made)[1]) == 25

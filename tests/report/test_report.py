@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from svam.report.pca import pca_colours
 from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
+SENTENCE = 'reach <script>document.title = "taken"</script> & "the red point"'
 DISTILLED = {
     "decoupler": 0.6, "repeat_reference": 0.1, "linear_probe": 0.4, "decoded_one_step": 0.5, "other_noise": 0.9,
 }  # fmt: skip
@@ -42,7 +44,8 @@ def write_run(root: Path) -> Path:
         "expert": row(1, 1, 0.75), "same_goals": row(1.0, 0.5, 0.0, episodes=2),
     }  # fmt: skip
     write_json(root / "results/metrics.json", {
-        "protocols": ["metaworld", "offline"], "metaworld": {"rows": rows, "rate_hz": 80.0},
+        "protocols": ["metaworld", "offline"],
+        "metaworld": {"rows": rows, "rate_hz": 80.0, "max_steps": 500, "execute": 8},
         "offline": offline | {"windows": 8, "samples": 2, "notice": "this is not success"},
     })  # fmt: skip
     write_arrays(root / "results/foresight", {
@@ -55,6 +58,16 @@ def write_run(root: Path) -> Path:
         "frames": rng.integers(0, 256, (8, 16, 16, 3), dtype=np.uint8), "calls": np.array([0, 3, 6]),
         "foresight_one_step": rng.normal(size=(3, 4, 2, 2, 6)).astype(np.float16),
     })  # fmt: skip
+    line = {
+        "row": "policy", "task": "reach", "index": 0, "instruction": SENTENCE, "success": True, "steps": 7, "policy_calls": 3,
+    }  # fmt: skip
+    lines = [line, line | {"row": "expert", "success": False}, line | {"task": "push", "steps": 12, "policy_calls": 4}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (root / "results/episodes.jsonl").write_text(text, encoding="utf-8")
+    weights = {"bytes": 2_500_000, "sha256": "ab" * 32}
+    parts = ("autoencoder", "decoupler_geometric", "policy", "teacher_semantic", "text", "video")
+    listed = {part: {f"{part}/model.safetensors": weights, f"{part}/config.json": weights} for part in parts}
+    write_json(root / "svam/manifest.json", {"parts": listed})
     video = {f"{kind}_{key}": 0.25 for kind in ("generated", "one_step", "repeated") for key in ("mse", "psnr", "ssim")}
     write_json(root / "video/metrics.json", video | {"error_share_of_repeat": 0.123456})
     write_arrays(root / "video/samples", {"clips": rng.integers(0, 256, (3, 2, 4, 16, 16, 3), dtype=np.uint8)})
@@ -86,21 +99,24 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     changes = {"distill": distill, "train_policy": {"context": ["one_step"]}, "report": report}
     write_toy_params(run / "params.yaml", changes)
     options = [f"--{name}={run / name}" for name in ("results", "video", "decouplers", "backbones", "live")]
-    return CliRunner().invoke(app, [str(out), f"--films={out}_films", *options, f"--params={run / 'params.yaml'}"])
+    options += [f"--{name}={out.parent / name}" for name in ("films", "foresight", "compare")]
+    options += [f"--manifest={run / 'svam/manifest.json'}", f"--params={run / 'params.yaml'}"]
+    return CliRunner().invoke(app, [str(out), *options])
 
 
 def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        result = invoke(run, tmp_path / name)
+        result = invoke(run, tmp_path / name / "report")
         assert result.exit_code == 0, result.output
-    out = tmp_path / "one"
-    assert sha256_tree(out) == sha256_tree(tmp_path / "two")
-    assert sha256_tree(tmp_path / "one_films") == sha256_tree(tmp_path / "two_films")
+    out = tmp_path / "one/report"
+    assert sha256_tree(tmp_path / "one") == sha256_tree(tmp_path / "two")
+    assert [film.name for film in (tmp_path / "one/films").iterdir()] == ["reach_0.mp4"]
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     figures = {"success", "distillation", "teachers", "curves", "clips", "actions", "foresight_0", "foresight_1"}
     plots = {"success", "distillation", "teachers", "actions", "curves"}
-    assert "\n\nA look, not a result.\n\n" in (tmp_path / "one/results.md").read_text(encoding="utf-8")
-    assert names == {"metrics.json", "results.md"} | {f"{n}.png" for n in figures} | {f"plots/{n}.json" for n in plots}
+    assert "\n\nA look, not a result.\n\n" in (out / "results.md").read_text(encoding="utf-8")
+    pictures = {f"{n}.png" for n in figures} | {"posters/reach_0.png"}
+    assert names == {"index.html", "metrics.json", "results.md"} | pictures | {f"plots/{n}.json" for n in plots}
     for name in figures:
         picture = Image.open(out / f"{name}.png")
         assert "Software" not in picture.info and np.asarray(picture).std() > 5
@@ -144,10 +160,10 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     assert set(tables.flat_metrics(without)) == {"video_error_share", "action_error"}
 
 
-@pytest.mark.parametrize(
-    "broken",
-    ["results/metrics.json", "video/samples/clips.npy", "results/foresight/frames.npy", "results/rollouts/reach_0/calls.npy"],
-)
+@pytest.mark.parametrize("broken", [
+    "results/metrics.json", "video/samples/clips.npy", "results/foresight/frames.npy", "results/rollouts/reach_0/calls.npy",
+    "results/episodes.jsonl", "svam/manifest.json",
+])  # fmt: skip
 def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: Path, broken: str) -> None:
     (run / broken).write_bytes(b"{")
     result = invoke(run, tmp_path / "out")

@@ -1,0 +1,58 @@
+"""The published tables, and this run's rows in the one of MetaWorld, as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from svam.evaluation.scores import PUBLISHED_TIERS
+from svam.report.tables import ROW_NAMES, RunMetrics, markdown_table
+
+ROWS = ("policy", "random", "expert")
+"""Of a run, which stand beside published ones."""
+TASKS = {**PUBLISHED_TIERS, "mean": tuple(task for tasks in PUBLISHED_TIERS.values() for task in tasks)}
+"""Column of the published table of MetaWorld -> its tasks."""
+
+
+def read_published() -> dict[str, Any]:
+    """What `published.yaml` holds."""
+    values: dict[str, Any] = YAML(typ="safe", pure=True).load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+    return values
+
+
+def rate(line: Mapping[str, float]) -> str:
+    """A rate with its interval."""
+    return f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
+
+
+def beside_published(run: RunMetrics) -> str:
+    """This run by the tiers of the published table of MetaWorld, above the published rows. A mean over fewer than all tasks
+    says of how many it is."""
+    lines = []
+    for row in (row for row in ROWS if row in run.success):
+        summary = run.success[row]
+        cells = []
+        for column, tasks in TASKS.items():
+            line = summary["macro"] if column == "mean" else summary["published_tiers"].get(column)
+            done = sum(task in summary["tasks"] for task in tasks)
+            few = "" if done == len(tasks) else f", {done} of {len(tasks)} tasks"
+            cells.append("" if line is None else rate(line) + few)
+        lines.append([f"{ROW_NAMES[row]}, this run", *cells])
+    published = read_published()
+    table = published["metaworld"]
+    lines += [[f"{name}, published", *(f"{value:.1f}%" for value in values)] for name, values in table["rows"].items()]
+    return (
+        f"Published rows are of another setting: {table['setting']} ({published['source']}).\n\n"
+        f"{markdown_table(['', 'easy', 'medium', 'hard and very hard', 'mean of tasks'], lines)}"
+    )
+
+
+def published_table(name: str) -> str:
+    """One of the other published tables, with its setting."""
+    published = read_published()
+    table = published[name]
+    lines = [[row, *map(str, values)] for row, values in table["rows"].items()]
+    return f"{table['setting']} ({published['source']}).\n\n{markdown_table(table['header'], lines)}"
