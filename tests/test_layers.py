@@ -18,7 +18,8 @@ LAYERS: list[set[str]] = [
         "svam.params", "svam.contract", "svam.normalisation", "svam.files", "svam.films", "svam.npy", "svam.errors",
         "svam.console", "svam.seeds", "svam.device", "svam.checkpoint", "svam.resume", "svam.code",
     },
-    {"svam.sources"}, {"svam.episodes"}, {"svam.models"}, {"svam.training"}, {"svam.simulation"}, {"svam.evaluation"},
+    {"svam.sources"}, {"svam.episodes"}, {"svam.models"}, {"svam.training"}, {"svam.simulation"}, {"svam.serving"},
+    {"svam.evaluation"},
     {"svam.agreement"}, {"svam.report"}, {"svam.analysis"}, {"svam.experiments"}, {"svam.benchmark"}, {"stages"},
 ]  # fmt: skip
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
@@ -29,6 +30,8 @@ SHARED_IN_MODELS = {"attention", "diffusion", "manifest", "published"}
 LAZY = {
     "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collect.py"},
     "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collect.py"},
+    "websockets": {"svam/serving/server.py", "svam/serving/client.py"},
+    "msgpack": {"svam/serving/protocol.py"},
 }
 SOURCES = sorted(p for folder in ("svam", "stages") for p in (ROOT / folder).rglob("*.py"))
 NAMES = [p.relative_to(ROOT).as_posix() for p in SOURCES]
@@ -96,7 +99,7 @@ def test_packages_hold_a_docstring_only() -> None:
         assert (digest_of(text) == digest_of("") or name == "svam/__init__.py") and ast.get_docstring(ast.parse(text)), name
 
 
-def test_simulators_are_imported_in_their_own_files() -> None:
+def test_simulators_and_server_libraries_are_imported_in_their_own_files() -> None:
     for name in NAMES:
         for imported in direct_imports(ROOT / name):
             allowed = LAZY.get(imported.split(".")[0])
@@ -104,12 +107,12 @@ def test_simulators_are_imported_in_their_own_files() -> None:
 
 
 def test_no_import_loads_a_simulator_or_gl() -> None:
-    """Importing every stage leaves the simulator and OpenGL alone: data from elsewhere needs neither."""
+    """Importing every stage leaves the simulator, OpenGL and the server's library alone: data from elsewhere needs none."""
     modules = [module_of(ROOT / n) for n in NAMES if n.startswith("stages/") and not n.endswith("__init__.py")]
     code = "\n".join([*(f"import {m}" for m in modules), "import sys", "print(*sorted(m.split('.')[0] for m in sys.modules))"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not {"mujoco", "metaworld", "OpenGL", "glfw"} & set(done.stdout.split())
+    assert not {"mujoco", "metaworld", "OpenGL", "glfw", "websockets"} & set(done.stdout.split())
 
 
 def test_params_need_no_torch() -> None:

@@ -1,0 +1,77 @@
+"""`python -m svam.serving`: a trained policy as a websocket server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from svam.console import one_line_errors
+from svam.serving.protocol import ServingError
+from svam.serving.settings import Settings
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+@one_line_errors
+def serve(
+    model: Annotated[Path, typer.Argument(help="The S-VAM folder that train_policy wrote, such as data/svam.")],
+    host: Annotated[str, typer.Option(help="Address to listen on. Any but this computer's own needs --key-env.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one, which is printed.")] = 8000,
+    key_env: Annotated[str | None, typer.Option(help="Environment variable with the key that clients must send.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows of every batch: how many clients are answered at once.")] = 1,
+    max_clients: Annotated[int, typer.Option(min=1, help="Most clients connected at a time.")] = 16,
+    queue: Annotated[int, typer.Option(min=1, help="Most requests that wait; one more is refused with a sentence.")] = 16,
+    max_message_mb: Annotated[float, typer.Option(min=0.001, help="MiB; a larger message ends its connection.")] = 8.0,
+    gather_ms: Annotated[float, typer.Option(min=0.0, help="How long a batch waits for clients to fill it.")] = 5.0,
+    ping_seconds: Annotated[float, typer.Option(min=0.1, help="A client that is silent for twice as long is dropped.")] = 20.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads of a CPU; without it: all cores.")] = None,
+) -> None:
+    """Serve the policy MODEL on openpi's websocket protocol until SIGTERM or Ctrl-C."""
+    settings = Settings(
+        host, port, _key(key_env), max_clients, queue, int(max_message_mb * 2**20), gather_ms / 1000.0, ping_seconds
+    )
+    settings.check()  # before the weights are read, which takes a while
+    if device not in ("auto", "cpu", "cuda"):
+        raise ServingError(f"--device is {device!r}, expected auto, cpu or cuda")
+
+    from svam.device import prepare_torch
+    from svam.files import sha256
+    from svam.models.manifest import MANIFEST
+    from svam.models.svam import SVAM
+    from svam.serving.inference import Inference
+    from svam.serving.server import PolicyServer
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    inference = Inference(SVAM.load(model, prepare_torch(device, threads or os.cpu_count() or 1, seed=0)), batch)
+    inference.warm_up()
+    server = PolicyServer(inference, sha256(model / MANIFEST), settings)
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await server.run(stop, lambda port: typer.echo(f"serving {model} on ws://{host}:{port}"))
+
+    asyncio.run(run())
+
+
+def _key(variable: str | None) -> str | None:
+    """The key that an environment variable holds; on the command line every user of the computer could read it."""
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "")
+    if not key.isascii() or not key.strip() or len(key) < 8:
+        raise ServingError(f"--key-env {variable}: that environment variable holds no key of at least 8 ASCII characters")
+    return key
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m svam.serving")
