@@ -104,6 +104,6 @@ def _seed(given: Any, observation: Observation, camera: str) -> int:
         return value
     state = observation.proprioception
     digest = hashlib.sha256(observation.instruction.encode())
-    digest.update(np.ascontiguousarray(observation.frames[camera]))
+    digest.update(observation.frames[camera].tobytes())
     digest.update(b"" if state is None else state.tobytes())
     return int.from_bytes(digest.digest()[:8], "little") >> 1

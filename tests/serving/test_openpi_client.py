@@ -35,8 +35,8 @@ print("as expected")
 
 @pytest.mark.skipif(
     not PYTHON,
-    reason="openpi-client needs NumPy 1, so an environment of its own: python -m venv E && E/bin/pip install openpi-client; "
-    "then SVAM_OPENPI_PYTHON=E/bin/python",
+    reason="openpi-client needs NumPy 1, so an environment of its own: python -m venv E && E/bin/pip install openpi-client "
+    "typing-extensions; then SVAM_OPENPI_PYTHON=E/bin/python",
 )
 def test_the_public_client(make_server: MakeServer) -> None:
     with make_server(key="0123456789") as running:
