@@ -104,7 +104,7 @@ SILENT: list[tuple[str, str, str]] = [
     ("svam/params.py", "\nclass Params(", "\nLIMIT = 3\n\n\nclass Params("),
     ("stages/generate.py", 'help="Folder to write."', 'help="Where to write."'),
     ("svam/episodes/instructions.yaml", "# MetaWorld task", "# A task"),
-    ("svam/sources/calvin.py", "\ndef ", "\nLIMIT = 3\n\n\ndef "),
+    ("svam/sources/calvin.py", "\nclass ", "\nLIMIT = 3\n\n\nclass "),
 ]
 
 
