@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 
 from stages._command import stage_command
-from svam.benchmark.parts import PARTS, Inputs, part_named
+from svam.benchmark.inputs import Inputs
+from svam.benchmark.parts import PARTS, part_named
 from svam.benchmark.timing import machine
 from svam.console import console
 from svam.errors import ParamsError

@@ -1,27 +1,14 @@
-"""The parts of the benchmark by name, and what they read. Each is imported when it is asked for: few need a simulator."""
+"""The parts of the benchmark by name. Each is imported when it is asked for: few need a simulator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
+from svam.benchmark.inputs import Inputs
 from svam.params import BenchmarkPart, Params
 
 PARTS: tuple[str, ...] = get_args(BenchmarkPart)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """episodes: an episode store. videos: a folder of videos, or None. scratch: an empty folder, removed afterwards. model: the
-    S-VAM folder of `train_policy`. times: the accounts that stages keep of their time. No part reads all of them."""
-
-    episodes: Path
-    videos: Path | None
-    scratch: Path
-    model: Path
-    times: Path
 
 
 def part_named(name: str) -> Callable[[Inputs, Params], dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, ValidationError
 from ruamel.yaml import YAML
 
-from svam.benchmark.parts import Inputs
+from svam.benchmark.inputs import Inputs
 from svam.benchmark.timing import ratio_of
 from svam.console import console
 from svam.errors import MachineError

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.benchmark.parts import Inputs
+from svam.benchmark.inputs import Inputs
 from svam.benchmark.timing import in_turn, ratio_of
 from svam.console import console
 from svam.contract import ContractError, Observation

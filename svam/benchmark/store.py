@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from svam.benchmark.parts import Inputs
+from svam.benchmark.inputs import Inputs
 from svam.benchmark.timing import in_turn, ratio_of
 from svam.contract import Choice, ContractError, frame_blocks
 from svam.episodes.convert import convert
