@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from svam.benchmark.timing import in_turn, machine, ratio_of, rounded
+from svam.benchmark.timing import in_turn, machine, ratio_of
 from svam.console import console, one_line_errors
 from svam.contract import Observation
 from svam.device import prepare_torch
@@ -85,7 +85,7 @@ def measure(model: Path, repeats: int, calls: int, device: str, threads: int) ->
             "act_gains": round(float(np.median(gains["act"])), 3), "served_gains": round(float(np.median(gains["served"])), 3),
             "share": round(float(np.median(share)), 3), "range": np.quantile(share, (0.0, 1.0)).round(3).tolist(),
         },
-        "seconds_per_observation": rounded(seconds), "threads": threads, "calls": calls, "device": str(svam.device),
+        "seconds_per_observation": seconds, "threads": threads, "calls": calls, "device": str(svam.device),
     }  # fmt: skip
 
 
