@@ -123,6 +123,9 @@ def test_an_order_is_each_number_once_and_a_function_of_the_batch() -> None:
     assert sorted(seen.tolist()) == sorted([*range(10)] * 2)
     assert np.array_equal(EndlessOrder(10, 4, "key").batch(3), order.batch(3))
     assert sorted(EndlessOrder(3, 8, "key").batch(1).tolist()).count(0) in (2, 3)
+    long = EndlessOrder(10_000, 48, "key")  # drawn in several parts
+    seen = np.concatenate([long.batch(n) for n in range(10_000 // 48 + 1)])
+    assert set(seen.tolist()) == {*range(10_000)} and len(seen) == 209 * 48
 
 
 # --- the state of a stage ------------------------------------------------------------------------------------------------

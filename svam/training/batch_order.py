@@ -3,6 +3,8 @@ seen, and batches can be drawn in any order."""
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,6 +12,8 @@ from svam.seeds import generator
 
 ROUNDS = 6
 """Of the Feistel network; four are enough to look random."""
+DRAWN = 4096
+"""Numbers that are drawn together, at most: numpy takes hardly longer for as many than for the few of one batch."""
 
 
 class EndlessOrder:
@@ -23,13 +27,21 @@ class EndlessOrder:
         """`key`: what seeds the orders."""
         self.count, self.size, self.key = count, size, key
         self._bits = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))  # of each half of a number
+        self._together = max(1, min(DRAWN, count) // size)  # batches
+        self._drawn = lru_cache(maxsize=1)(self._draw)
 
     def batch(self, number: int) -> NDArray[np.int64]:
         """(size,) int64, sorted: batch `number` from 0 on. A batch that spans two rounds may hold a number twice."""
-        places = number * self.size + np.arange(self.size, dtype=np.int64)
+        block, row = divmod(number, self._together)
+        return np.sort(self._drawn(block)[row])
+
+    def _draw(self, block: int) -> NDArray[np.int64]:
+        """(batches drawn together, size) int64, each batch in the order of the draw."""
+        numbers = self._together * self.size
+        places = block * numbers + np.arange(numbers, dtype=np.int64)
         rounds = places // self.count
         parts = [self._permuted(places[rounds == r] % self.count, int(r)) for r in np.unique(rounds)]
-        return np.sort(np.concatenate(parts))
+        return np.concatenate(parts).reshape(self._together, self.size)
 
     def _permuted(self, places: NDArray[np.int64], number: int) -> NDArray[np.int64]:
         """The numbers at `places` of the order of round `number`."""

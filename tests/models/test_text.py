@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
@@ -16,12 +18,10 @@ from svam.seeds import generator
 from svam.training.prepare_backbones.text import (
     BEGIN,
     END,
+    Sentences,
     contrastive_loss,
-    drop_words,
     measure,
-    padded_ids,
     train_tokenizer,
-    word_ids,
 )
 from tests.tiny_foresight import reloaded
 
@@ -111,18 +111,21 @@ def test_every_pair_of_one_task_is_a_positive() -> None:
     assert contrastive_loss(images, aligned[[2, 2, 0]], torch.tensor(2.0), tasks) > loss
 
 
-def test_words_are_dropped_but_never_all() -> None:
-    rng = generator(0, "words")
-    dropped = [drop_words("one two three", 0.1, rng) for _ in range(200)]
-    assert set(" ".join(dropped).split()) == {"one", "two", "three"} and all(dropped)
-    assert 100 < sum(d == "one two three" for d in dropped) < 180  # 0.9 cubed is 0.73
-
-
-def test_ids_of_words_make_up_those_of_sentences(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
-    said = [*SENTENCES, "Don't  open it; push (twice) 12.5 cm!", "ouvre-le où tu veux, \tça va", "x"]
-    together = published[2](said)["input_ids"]
-    ids = padded_ids(published[2], word_ids(published[2], said), said, 64).tolist()
-    assert ids == [row + [published[2].pad_token_id] * (64 - len(row)) for row in together]
+def test_words_are_left_out_but_never_all(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
+    clip = CLIPTextModel(CLIPConfig(text_config={"max_position_embeddings": 64}).text_config)
+    encoder = TextEncoder(clip, published[2], 64)
+    said = [*SENTENCES, "Don't  open it; push (twice) 12.5 cm!", "ouvre-le où tu veux, \tça va", "x", ""]
+    spoken, rng = Sentences(encoder, said), generator(0, "words")
+    everyone = np.arange(len(said))
+    assert torch.equal(spoken.without_words(everyone, 0.0, rng), encoder.ids(said))
+    for number, sentence in enumerate(said):
+        words = sentence.split()
+        parts = [" ".join(part) for most in range(1, len(words) + 1) for part in combinations(words, most)] or [""]
+        found = spoken.without_words(np.full(200, number), 0.5, rng)
+        assert {tuple(row) for row in found.tolist()} <= {tuple(row) for row in encoder.ids(parts).tolist()}
+    whole = (spoken.without_words(np.zeros(200, np.int64), 0.1, rng) == encoder.ids(said[:1])).all(dim=1)
+    assert 100 < int(whole.sum()) < 180  # of "open the drawer"; 0.9 cubed is 0.73
+    assert (spoken.without_words(everyone, 1.0, rng) == encoder.ids(said)).all()  # all or none
 
 
 def test_measure_of_a_random_encoder(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:

@@ -113,15 +113,17 @@ class Views:
 
     def batch(
         self, chosen: Tensor, section: params.TeacherModel, rng: np.random.Generator, device: torch.device
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(seen (B, 3, H, W) in [0, 1], clean (same), labels) of the frames `chosen` (B,), mixed by `reconstructed_share` and
-        `blurred_share`; no labels for self-supervised training."""
-        clean = as_unit(self.frames[chosen].to(device))
-        draw = torch.from_numpy(rng.random(len(chosen))).to(device)[:, None, None, None]
-        seen = torch.where(draw < section.reconstructed_share, as_unit(self.reconstructed[chosen].to(device)), clean)
-        blurry = (draw >= section.reconstructed_share) & (draw < section.reconstructed_share + section.blurred_share)
-        seen = torch.where(blurry, blur(clean, float(rng.uniform(section.blur[0], section.blur[1]))), seen)
-        return seen, clean, self.labels[chosen].to(device) if self.labels is not None else torch.empty(0)
+    ) -> tuple[Tensor, Tensor]:
+        """(seen (B, 3, H, W) in [0, 1], labels) of the frames `chosen` (B,), mixed by `reconstructed_share` and
+        `blurred_share`; for self-supervised training the clean frames stand in place of labels, as `seen`."""
+        frames, draw = self.frames[chosen], torch.from_numpy(rng.random(len(chosen)))
+        rebuilt = draw < section.reconstructed_share
+        blurred = torch.nonzero(~rebuilt & (draw < section.reconstructed_share + section.blurred_share))[:, 0].to(device)
+        mixed = torch.where(rebuilt[:, None, None, None], self.reconstructed[chosen], frames)
+        seen = as_unit(mixed.to(device))
+        if len(blurred):
+            seen[blurred] = blur(seen[blurred], float(rng.uniform(section.blur[0], section.blur[1])))
+        return seen, as_unit(frames.to(device)) if self.labels is None else self.labels[chosen].to(device)
 
 
 def as_unit(frames: Tensor) -> Tensor:
@@ -169,15 +171,15 @@ def annotated(store: EpisodeStore, objective: str, split: Split) -> tuple[NDArra
 def objective_of(
     teacher: Teacher, section: params.TeacherModel, counts: NDArray[np.int64]
 ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
-    """What is optimised, and its loss on one batch of `Views.batch`; self-supervised, the labels are which patches are hidden,
-    (B, g * g) bool. `counts`: pixels per class (segmentation)."""
+    """What is optimised, and its loss on one batch of `Views.batch`; self-supervised, a third tensor says which patches are
+    hidden, (B, g * g) bool. `counts`: pixels per class (segmentation)."""
     if section.objective == "segmentation":
         frequency = np.maximum(counts / counts.sum(), 1e-4)
         weight = torch.from_numpy((frequency**-section.rare_class_power).astype(np.float32)).to(teacher.mean.device)
 
         def segmentation(batch: tuple[Tensor, ...]) -> Tensor:
             logits, _ = teacher.dense(teacher.prepare(batch[0]))
-            return F.cross_entropy(logits.float(), batch[2].long(), weight=weight)
+            return F.cross_entropy(logits.float(), batch[1].long(), weight=weight)
 
         return teacher, segmentation
     if section.objective == "self_supervised":
@@ -195,8 +197,8 @@ def objective_of(
 
     def depth(batch: tuple[Tensor, ...]) -> Tensor:
         inverse, tokens = teacher.dense(teacher.prepare(batch[0]))
-        known = torch.isfinite(batch[2])
-        truth = batch[2].nan_to_num(0.0)
+        known = torch.isfinite(batch[1])
+        truth = batch[1].nan_to_num(0.0)
         value = ((inverse[:, 0].float() - truth).abs() * known).sum() / known.sum().clamp(min=1)
         if teacher.head is not None:
             return value
@@ -251,13 +253,13 @@ def train(
     module, loss = objective_of(teacher, section, counts)
     order = EndlessOrder(len(frames), section.training.batch, seed, key, "batches")
 
-    def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
+    def batch_of(number: int) -> tuple[Tensor, ...]:
         chosen = torch.from_numpy(order.batch(number))
-        seen, clean, target = views.batch(chosen, section, generator(seed, key, "views", number), device)
-        if section.objective == "self_supervised":
-            patches = generator(seed, key, "mask", number).random((len(chosen), teacher.grid**2))
-            target = torch.from_numpy(patches < section.masked_share).to(device)
-        return seen, clean, target
+        batch = views.batch(chosen, section, generator(seed, key, "views", number), device)
+        if section.objective != "self_supervised":
+            return batch
+        patches = generator(seed, key, "mask", number).random((len(chosen), teacher.grid**2))
+        return *batch, torch.from_numpy(patches < section.masked_share).to(device)
 
     fit(module, loss, batch_of, section.training, device, key, live, resume=resume)
     teacher = freeze(teacher)

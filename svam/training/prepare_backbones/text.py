@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.trainers import BpeTrainer
@@ -62,19 +64,12 @@ def train_tokenizer(sentences: list[str], vocabulary_size: int) -> CLIPTokenizer
     learner = tokenizer.backend_tokenizer
     learner.model = BPE(end_of_word_suffix="</w>")
     learner.train_from_iterator(sorted(set(sentences)), trainer=trainer)
-    merges = [tuple(pair) for pair in _merges(learner.to_str())]
+    merges = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
     # CLIP's order: bytes, bytes that end a word, merges, then the two special tokens with the highest numbers.
     letters = sorted(ByteLevel.alphabet())
     words = letters + [f"{letter}</w>" for letter in letters] + [a + b for a, b in merges]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys([*words, BEGIN, END]))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges)
-
-
-def _merges(serialised: str) -> list[list[str]]:
-    import json
-
-    merges: list[list[str]] = json.loads(serialised)["model"]["merges"]
-    return merges
 
 
 def build(section: params.Text, tokenizer: CLIPTokenizer, image_size: tuple[int, int]) -> CLIPModel:
@@ -134,25 +129,31 @@ class Contrast(nn.Module):
         return contrastive_loss(images, last, scale, tasks) + contrastive_loss(images, mean, scale, tasks)
 
 
-def drop_words(sentence: str, share: float, rng: np.random.Generator) -> str:
-    """`sentence` without about `share` of its words, but never without all."""
-    words = sentence.split()
-    remaining = [word for word, number in zip(words, rng.random(len(words)), strict=True) if number >= share]
-    return " ".join(remaining or words)
+class Sentences:
+    """Sentences as tokens, from which words can be left out: the ids of a word do not depend on its neighbours, as CLIP splits
+    at spaces first.
 
+    ids: (sentences, tokens) int64, as `TextEncoder.ids` gives them. word: the same shape, the number of the word that a token
+    belongs to, from 1 on; 0 for begin, end and padding. pad: the id of padding.
+    """
 
-def word_ids(tokenizer: CLIPTokenizer, sentences: list[str]) -> dict[str, list[int]]:
-    """Each word of some sentences -> its token ids, which do not depend on its neighbours: CLIP splits at spaces first."""
-    words = sorted({word for said in sentences for word in said.split()})
-    return dict(zip(words, tokenizer(words, add_special_tokens=False)["input_ids"], strict=True))
+    def __init__(self, encoder: TextEncoder, sentences: list[str]) -> None:
+        """Raises `ContractError` for a sentence that is too long."""
+        self.ids, self.pad = encoder.ids(sentences).numpy(), int(encoder.tokenizer.pad_token_id)
+        self.word = np.zeros_like(self.ids)
+        for row, words in zip(self.word, (said.split() for said in sentences), strict=True):
+            lengths = [len(encoder.tokenizer(word, add_special_tokens=False)["input_ids"]) for word in words]
+            row[1 : 1 + sum(lengths)] = np.repeat(np.arange(1, 1 + len(words)), lengths)
 
-
-def padded_ids(tokenizer: CLIPTokenizer, words: dict[str, list[int]], sentences: list[str], tokens: int) -> Tensor:
-    """What `TextEncoder.ids` gives (B, tokens), put together from the ids of words: with some of them left out, nearly every
-    sentence of a batch is a new one."""
-    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    rows = [[begin, *(number for word in said.split() for number in words[word]), end] for said in sentences]
-    return torch.tensor([row + [pad] * (tokens - len(row)) for row in rows])
+    def without_words(self, chosen: NDArray[np.int64], share: float, rng: np.random.Generator) -> Tensor:
+        """Ids (B, tokens) of the sentences `chosen` (B,), without about `share` of their words, but never without all."""
+        ids, word = self.ids[chosen], self.word[chosen]
+        drawn = rng.random((len(chosen), self.word.max() + 1))
+        left_out = (np.take_along_axis(drawn, word, axis=1) < share) & (word > 0)
+        left_out &= ((word > 0) & ~left_out).any(axis=1, keepdims=True)
+        # What stays keeps its order and moves to the front.
+        places = np.argsort(left_out, axis=1, kind="stable")
+        return torch.from_numpy(np.take_along_axis(np.where(left_out, self.pad, ids), places, axis=1))
 
 
 def training_sentences(store: EpisodeStore, task: str) -> list[str]:
@@ -173,8 +174,9 @@ def train(
     encoder = TextEncoder(CLIPTextModel(contrast.clip.config.text_config), tokenizer, section.tokens)
     encoder.model = contrast.clip.text_model  # the half that is kept
 
-    encoder.ids([said for group in sentences.values() for said in group])  # one that is too long is an error
-    words = word_ids(tokenizer, [said for group in sentences.values() for said in group])
+    spoken = Sentences(encoder, [said for group in sentences.values() for said in group])
+    count = np.array([len(group) for group in sentences.values()])
+    first = count.cumsum() - count  # of each task's sentences
     rows = frames_that_fit(store, store.rows("train"))
     frames = load_frames(store, rows).numpy()
     task_of = store.episode_task[store.episode_of(rows)]
@@ -183,11 +185,10 @@ def train(
 
     def batch_of(number: int) -> tuple[Tensor, Tensor, Tensor]:
         rng, chosen = generator(seed, "text words", number), order.batch(number)
-        spoken = (sentences[store.tasks[task]] for task in task_of[chosen])
-        said = [drop_words(choices[rng.integers(len(choices))], section.word_dropout, rng) for choices in spoken]
-        ids = padded_ids(tokenizer, words, said, section.tokens)
+        tasks = task_of[chosen]
+        ids = spoken.without_words(first[tasks] + rng.integers(count[tasks]), section.word_dropout, rng)
         seen = torch.from_numpy(frames[chosen])  # as bytes: a quarter of what a device would be sent as floats
-        return seen.to(device), ids.to(device), torch.from_numpy(task_of[chosen]).to(device)
+        return seen.to(device), ids.to(device), torch.from_numpy(tasks).to(device)
 
     fit(contrast, lambda batch: contrast.loss(*batch), batch_of, section.training, device, "text", live, resume=resume)
     held_out = {task: store.instructions.get(task, {}).get("held_out", []) for task in store.tasks}
