@@ -20,30 +20,27 @@ def main(
     episodes: Annotated[Path, typer.Option(help="Episode store: instructions, held-out episodes, the demonstrations' goals.")],
 ) -> None:
     """Evaluate the policy MODEL with every protocol of evaluate.protocols, and print how long it takes to act."""
-    section, seed = params.evaluate, params.seed
+    section = params.evaluate
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
     from svam.evaluation.latency import print_latencies
+    from svam.evaluation.metaworld import check_tasks, write_metaworld
     from svam.evaluation.offline import write_offline
     from svam.models.svam import SVAM
     from svam.resume import resumable_run
 
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
-        from svam.evaluation.closed_loop import check_tasks, write_closed_loop
-
-        check_tasks(section.tasks, store)
-    device = prepare_torch(params.machine.device, params.threads, seed)
+        check_tasks(section.metaworld.tasks, store)
+    device = prepare_torch(params.machine.device, params.threads, params.seed)
     svam = SVAM.load(model, device)
+    write = {"offline": write_offline, "metaworld": write_metaworld}
     metrics: dict[str, Any] = {"protocols": list(section.protocols)}
     with resumable_run("evaluate", params, ["evaluate"], [model, episodes], device) as resume:
         with whole_directory(out) as folder:
-            if "offline" in section.protocols:
-                metrics["offline"] = write_offline(folder, store, svam, section, seed, resume)
-            if "metaworld" in section.protocols:
-                workers = params.machine.workers
-                metrics["metaworld"] = write_closed_loop(folder, store, svam, section, seed, workers, resume)
+            for protocol in (name for name in write if name in section.protocols):
+                metrics[protocol] = write[protocol](folder, store, svam, params, resume)
             write_json(folder / "metrics.json", metrics)
         print_latencies(svam, section.batch)
 

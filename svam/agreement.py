@@ -76,11 +76,11 @@ def _of_sizes(params: Params) -> Iterator[str]:
 
 
 def _of_evaluation(params: Params) -> Iterator[str]:
-    evaluate = params.evaluate
-    if "metaworld" in evaluate.protocols and evaluate.held_out_instruction_episodes > evaluate.episodes:
+    section = params.evaluate.metaworld
+    if "metaworld" in params.evaluate.protocols and section.held_out_instruction_episodes > section.episodes:
         yield (
-            f"evaluate.held_out_instruction_episodes ({evaluate.held_out_instruction_episodes}) must not exceed "
-            f"evaluate.episodes ({evaluate.episodes}): they are the first of the same goals"
+            f"evaluate.metaworld.held_out_instruction_episodes ({section.held_out_instruction_episodes}) must not exceed "
+            f"evaluate.metaworld.episodes ({section.episodes}): they are the first of the same goals"
         )
 
 
@@ -89,9 +89,12 @@ def _of_metaworld(params: Params) -> Iterator[str]:
     tasks = list(params.convert.options.get("tasks", params.collect.tasks))
     if collected and not tasks:
         yield "convert.source is metaworld, but collect.tasks is []; name tasks, or another source"
-    if closed_loop and not params.evaluate.tasks:
-        yield "evaluate.protocols has metaworld, but evaluate.tasks is []; name tasks, or evaluate offline alone"
-    named = {"collect.tasks": tasks if collected else [], "evaluate.tasks": params.evaluate.tasks if closed_loop else []}
+    if closed_loop and not params.evaluate.metaworld.tasks:
+        yield "evaluate.protocols has metaworld, but evaluate.metaworld.tasks is []; name tasks, or evaluate offline alone"
+    named = {
+        "collect.tasks": tasks if collected else [],
+        "evaluate.metaworld.tasks": params.evaluate.metaworld.tasks if closed_loop else [],
+    }
     unknown = {(key, task) for key, names in named.items() for task in names if task not in described_tasks()}
     for key, task in sorted(unknown):
         yield f"{key} names {task!r}, which is no task of MetaWorld; {likely_task(task)}"
@@ -102,9 +105,9 @@ def _of_metaworld(params: Params) -> Iterator[str]:
     except ParamsError as error:
         yield f"finetune_video.{error}"
     key, chosen = ("convert.tasks", params.convert.tasks) if params.convert.tasks else ("collect.tasks", tasks)
-    absent = [task for task in params.evaluate.tasks if task not in chosen]
+    absent = [task for task in params.evaluate.metaworld.tasks if task not in chosen]
     if closed_loop and absent and not unknown:
-        yield f"evaluate.tasks names {absent}, of which {key} {chosen} has no demonstrations"
+        yield f"evaluate.metaworld.tasks names {absent}, of which {key} {chosen} has no demonstrations"
     size = params.convert.image_size
     if closed_loop and size is not None and size != [params.collect.image_size] * 2:
         yield (

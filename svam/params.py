@@ -393,19 +393,31 @@ class TrainPolicy(Section):
     evaluation_observations: Count
 
 
-class Evaluate(Section):
-    """Closed loop in simulation and/or offline on held-out episodes."""
+class EvaluateMetaworld(Section):
+    """The protocol `metaworld`: `episodes` of each task."""
 
-    protocols: Annotated[list[Literal["metaworld", "offline"]], Field(min_length=1)]
-    tasks: list[Name]
+    tasks: Annotated[list[Name], Distinct]
     episodes: Count
     held_out_instruction_episodes: Annotated[int, Field(ge=0)]
     max_steps: Annotated[int, Field(ge=10, le=500)]
+
+
+class EvaluateOffline(Section):
+    """The protocol `offline`: `samples` action chunks for each of `windows` held-out observations."""
+
+    windows: Count
+    samples: Count
+
+
+class Evaluate(Section):
+    """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol."""
+
+    protocols: Annotated[list[Literal["metaworld", "offline"]], Field(min_length=1), Distinct]
     execute: Count
     batch: Count
     videos: Annotated[int, Field(ge=0)]
-    offline_windows: Count
-    offline_samples: Count
+    metaworld: EvaluateMetaworld
+    offline: EvaluateOffline
 
 
 class Foresight(Section):

@@ -110,19 +110,23 @@ AGREEMENT: list[tuple[dict[str, Any], list[str]]] = [
     ({"convert.image_size": [32, 32], "generate.grid": 4},
      ["convert.image_size is [32, 32]", "collect.image_size (now 64)", "to null"]),
     ({"convert.image_size": [32, 32], "generate.grid": 4, **OFFLINE}, []),
-    ({"evaluate.episodes": 5}, ["evaluate.held_out_instruction_episodes (10)", "evaluate.episodes (5)"]),
-    ({"evaluate.episodes": 5, **OFFLINE}, []),
+    ({"evaluate.metaworld.episodes": 5},
+     ["evaluate.metaworld.held_out_instruction_episodes (10)", "evaluate.metaworld.episodes (5)"]),
+    ({"evaluate.metaworld.episodes": 5, **OFFLINE}, []),
     ({"finetune_video.stride_seconds": 0.06}, ["finetune_video.stride_seconds is 0.06 s", "80 Hz", "0.05 or 0.0625"]),
     ({"finetune_video.stride_seconds": 0.06, "convert.source": "raw", "collect.tasks": [], **OFFLINE}, []),
-    ({"evaluate.tasks": ["raech"]}, ["evaluate.tasks names 'raech'", "did you mean", "reach"]),
+    ({"evaluate.metaworld.tasks": ["raech"]}, ["evaluate.metaworld.tasks names 'raech'", "did you mean", "reach"]),
     ({"collect.tasks": ["reach-v3"], "collect.episodes_of": {}}, ["collect.tasks names 'reach-v3'", "did you mean"]),
-    ({"evaluate.tasks": ["reach", "soccer"]}, ["evaluate.tasks names ['soccer']", "collect.tasks ['reach', "]),
-    ({"convert.options": {"tasks": ["reach"]}, "evaluate.tasks": ["drawer-open"]}, ["evaluate.tasks names ['drawer-open']"]),
-    ({"convert.options": {"tasks": ["reach"]}, "evaluate.tasks": ["reach"]}, []),
-    ({"convert.tasks": ["reach"]}, ["evaluate.tasks names ['button-press", "of which convert.tasks ['reach'] has no"]),
-    ({"evaluate.tasks": []}, ["evaluate.protocols has metaworld", "evaluate.tasks is []"]),
+    ({"evaluate.metaworld.tasks": ["reach", "soccer"]},
+     ["evaluate.metaworld.tasks names ['soccer']", "collect.tasks ['reach', "]),
+    ({"convert.options": {"tasks": ["reach"]}, "evaluate.metaworld.tasks": ["drawer-open"]},
+     ["evaluate.metaworld.tasks names ['drawer-open']"]),
+    ({"convert.options": {"tasks": ["reach"]}, "evaluate.metaworld.tasks": ["reach"]}, []),
+    ({"convert.tasks": ["reach"]},
+     ["evaluate.metaworld.tasks names ['button-press", "of which convert.tasks ['reach'] has no"]),
+    ({"evaluate.metaworld.tasks": []}, ["evaluate.protocols has metaworld", "evaluate.metaworld.tasks is []"]),
     ({"collect.tasks": [], **OFFLINE}, ["convert.source is metaworld", "collect.tasks is []"]),
-    (dict.fromkeys(("collect.tasks", "evaluate.tasks"), described_tasks()), []),
+    (dict.fromkeys(("collect.tasks", "evaluate.metaworld.tasks"), described_tasks()), []),
 ]  # fmt: skip
 """Params, and what is said where they contradict one another."""
 
@@ -142,7 +146,7 @@ def test_sections_that_contradict_one_another_are_one_sentence(
 
 def test_each_contradiction_gets_a_line(tmp_path: Path) -> None:
     with pytest.raises(ParamsError) as caught:
-        check_agreement(load_params(write(tmp_path, {"evaluate.execute": 9, "evaluate.episodes": 5})))
+        check_agreement(load_params(write(tmp_path, {"evaluate.execute": 9, "evaluate.metaworld.episodes": 5})))
     assert len(str(caught.value).splitlines()) == 2
 
 

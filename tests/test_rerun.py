@@ -53,7 +53,7 @@ def of_branch(branch: str, stages: set[str]) -> set[str]:
 PARAMS: list[tuple[str, Any, set[str]]] = [
     ("report.dpi", 90, CHECK | REPORT),
     ("foresight.dpi", 90, CHECK | FORESIGHT),
-    ("evaluate.episodes", 7, CHECK | EVALUATE),
+    ("evaluate.metaworld.episodes", 7, CHECK | EVALUATE),
     ("train_policy.training.steps", 2999, CHECK | POLICY),
     ("distill.width", 64, CHECK | DISTILL),
     ("distill.target", "ground_truth", CHECK | CACHE),

@@ -44,8 +44,10 @@ OVERRIDES: dict[str, Any] = {
         "transformer": {"width": 32, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "steps": 2},
     },
     "evaluate": {
-        "tasks": ["button-press-topdown"], "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 16, "batch": 2,
-        "videos": 1, "offline_windows": 6, "offline_samples": 2,
+        "batch": 2, "videos": 1, "offline": {"windows": 6, "samples": 2},
+        "metaworld": {
+            "tasks": ["button-press-topdown"], "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 16,
+        },
     },
     "foresight": {"clips": 2, "dpi": 50, "resamples": 1000}, "report": {"clips": 2},
 }  # fmt: skip

@@ -20,8 +20,8 @@ from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
-from svam.evaluation.closed_loop import check_tasks, plan_episodes, render_settings
 from svam.evaluation.latency import timed_components
+from svam.evaluation.metaworld import check_tasks, plan_episodes, render_settings
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
 from svam.models.svam import SVAM
@@ -239,10 +239,11 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
         MachineError: nothing renders here, or a worker process died.
     """
     settings = params.benchmark
-    section = params.evaluate.model_copy(update={"episodes": settings.evaluation_episodes, "videos": 0})
+    protocol = params.evaluate.metaworld.model_copy(update={"episodes": settings.evaluation_episodes})
+    section = params.evaluate.model_copy(update={"metaworld": protocol, "videos": 0})
     store = EpisodeStore.open(inputs.episodes)
-    check_tasks(section.tasks, store)
-    rendering = render_settings(store, section.tasks)
+    check_tasks(protocol.tasks, store)
+    rendering = render_settings(store, protocol.tasks)
     svam, described = _load(inputs, params)
     seed = seed_of(params.seed, "benchmark evaluation")
     plans = plan_episodes("policy", store, section, seed)
@@ -263,10 +264,10 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
             return time.perf_counter() - start
 
         def whole(name: str, _: int) -> float:
-            return play(name, plans, section.max_steps)
+            return play(name, plans, protocol.max_steps)
 
         # All processes import the simulator, at the same time.
-        ready = [pool.submit(slot, check_task, section.tasks[0]) for pool in pools.values() for slot in range(pool.count)]
+        ready = [pool.submit(slot, check_task, protocol.tasks[0]) for pool in pools.values() for slot in range(pool.count)]
         for future in ready:
             future.result()
         for name, (batch, _) in ways.items():
@@ -276,7 +277,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     ratio = ratio_of(seconds, "one_at_a_time", "batched")
     _print("evaluation", rates, "episodes per minute", ratio)
     return described | {
-        "tasks": list(section.tasks), "episodes": len(plans), "max_steps": section.max_steps, "execute": section.execute,
+        "tasks": list(protocol.tasks), "episodes": len(plans), "max_steps": protocol.max_steps, "execute": section.execute,
         **rendering,
         "batch": {name: batch for name, (batch, _) in ways.items()}, "workers": {name: n for name, (_, n) in ways.items()},
         "episodes_per_minute": rates, **ratio, "seconds": seconds,

@@ -19,7 +19,7 @@ from svam.episodes.windows import action_rows, clip_rows
 from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
-from svam.params import Evaluate
+from svam.params import Evaluate, Params
 from svam.resume import Resume
 from svam.seeds import generator, seed_of
 
@@ -141,7 +141,7 @@ def true_features(model: SVAM, clips: NDArray[np.uint8], entry: str) -> NDArray[
 def evaluate_offline(
     store: EpisodeStore, model: SVAM, params: Evaluate, seed: int
 ) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """Action error over `params.offline_samples` samples per window, baselines, and foresight error.
+    """Action error over `params.offline.samples` samples per window, baselines, and foresight error.
 
     Samples share their window's foresight and differ in the action sampler's noise. Baselines: the mean training action,
     and hold-last, which repeats the action executed just before the observation.
@@ -153,7 +153,7 @@ def evaluate_offline(
     Raises:
         ContractError: the store has no held-out window, or the model returned NaN.
     """
-    rows = choose_windows(store, params.offline_windows, seed)
+    rows = choose_windows(store, params.offline.windows, seed)
     chunk, valid = action_rows(rows, *episode_bounds(store, rows), model.chunk)
     name = target_name(store)
     truth = store.vector(name, chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
@@ -169,7 +169,7 @@ def evaluate_offline(
         samples = np.stack(
             [
                 model.sample(inputs, [seed_of(seed, "offline", int(row), sample) for row in rows[padded]])[: len(block)]
-                for sample in range(params.offline_samples)
+                for sample in range(params.offline.samples)
             ]
         ).astype(np.float64)
         errors = np.abs(samples - truth[block])
@@ -182,7 +182,7 @@ def evaluate_offline(
     metrics = {
         "notice": NOTICE,
         "windows": len(rows),
-        "samples": params.offline_samples,
+        "samples": params.offline.samples,
         "target": name,
         **{name: action_errors(np.concatenate(blocks), valid) for name, blocks in each.items()},
         "sample_spread_per_dimension": [float(value) for value in np.sum(spread, axis=0) / len(rows)],
@@ -193,16 +193,14 @@ def evaluate_offline(
     return metrics, clips_for_pictures(store, model, rows, params.batch, seed)
 
 
-def write_offline(
-    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, resume: Resume
-) -> dict[str, Any]:
+def write_offline(folder: Path, store: EpisodeStore, model: SVAM, params: Params, resume: Resume) -> dict[str, Any]:
     """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics."""
     record = resume.load_record("offline")
     if record is not None and record.file is not None:
         metrics: dict[str, Any] = record.value
         pictures: dict[str, NDArray[Any]] = load_file(record.file)
     else:
-        metrics, pictures = evaluate_offline(store, model, params, seed)
+        metrics, pictures = evaluate_offline(store, model, params.evaluate, params.seed)
         pictures = {name: np.ascontiguousarray(values) for name, values in pictures.items()}
         resume.save_record("offline", metrics, lambda file: save_file(pictures, file))
     write_arrays(folder / "foresight", pictures)

@@ -99,9 +99,9 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("para
     def run(variant: str, size: int, seed: int, episodes: int) -> Run:
         arguments = (
             *collection, *VARIANTS[variant]["arguments"], f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}",
-            f"train_policy.training.steps={steps}", f"evaluate.episodes={episodes}",
+            f"train_policy.training.steps={steps}", f"evaluate.metaworld.episodes={episodes}",
             # Only what is compared: no offline errors, other sentences or films.
-            "evaluate.protocols=[metaworld]", "evaluate.held_out_instruction_episodes=0", "evaluate.videos=0",
+            "evaluate.protocols=[metaworld]", "evaluate.metaworld.held_out_instruction_episodes=0", "evaluate.videos=0",
         )  # fmt: skip
         name = f"{variant}-{size}-seed{seed}-{plan.collection}"
         return Run(variant, size, seed, name, arguments, with_arguments(params, arguments))

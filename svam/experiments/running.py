@@ -175,7 +175,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         budget={
             "policy_steps": training["steps"], "batch": training["batch"], "learning_rate": training["learning_rate"],
             "episodes_per_task": run.size, "demonstrations": sum(min(run.size, tasks.count(task)) for task in set(tasks)),
-            "data": work["convert"]["data/episodes.zarr"], "max_steps": evaluation["max_steps"],
+            "data": work["convert"]["data/episodes.zarr"], "max_steps": evaluation["metaworld"]["max_steps"],
             "execute": evaluation["execute"],
         },
         latency=round(measure_latency(svam, 1)["total"], 3), stages=stages, episodes=episodes,

@@ -14,7 +14,7 @@ from tests.benchmark.common import check_ratio, measured, refused
 from tests.tiny import GENERATE, TASKS, make_svam, policy_params
 from tests.tiny_foresight import FRAMES, make_store
 
-EVALUATE = {"tasks": TASKS[:1], "max_steps": 10, "execute": 4, "batch": 2}
+EVALUATE = {"metaworld": {"tasks": TASKS[:1], "max_steps": 10}, "execute": 4, "batch": 2}
 
 
 @pytest.fixture(scope="module")
@@ -74,4 +74,4 @@ def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, cap
     said = refused("features", tmp_path, changes(), capfd, *options(tmp_path))
     assert "its context ['observation'] has no frozen entry" in said
     said = refused("evaluation", tmp_path, changes(), capfd, *options(tmp_path))
-    assert said == f"evaluate.tasks: no episode of 'reach' in {tmp_path}/episodes.zarr, which has push, pull"
+    assert said == f"evaluate.metaworld.tasks: no episode of 'reach' in {tmp_path}/episodes.zarr, which has push, pull"

@@ -241,7 +241,7 @@ def raw(tmp_path: Path) -> Path:
 
 def run(raw: Path, tasks: Sequence[str] = ("reach", "drawer-open")) -> Result:
     """Convert `raw` to `s.zarr` beside it, with these tasks to collect."""
-    changes = {"collect": {"tasks": [*tasks], "episodes_of": {}}, "evaluate": {"tasks": ["reach"]}}
+    changes = {"collect": {"tasks": [*tasks], "episodes_of": {}}, "evaluate": {"metaworld": {"tasks": ["reach"]}}}
     write_toy_params(raw.parent / "params.yaml", changes)
     return invoke(app, raw, raw.parent / "s.zarr", "--params", raw.parent / "params.yaml")
 

@@ -18,7 +18,7 @@ from stages.evaluate import app
 from svam.contract import ContractError
 from svam.episodes.instructions import described_tasks
 from svam.episodes.store import EpisodeStore
-from svam.evaluation import closed_loop, offline
+from svam.evaluation import metaworld, offline
 from svam.evaluation.rollout import Outcome
 from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, macro_of, rate_of, summary, tier_of
 from svam.files import read_json
@@ -29,7 +29,7 @@ from svam.simulation.metaworld import TaskEnvironment
 from tests import ROOT
 from tests.tiny import TASKS
 from tests.tiny_foresight import FRAMES, GRID, SIZE
-from tests.toy import invoke, write_toy_params
+from tests.toy import invoke, merged, write_toy_params
 
 
 def test_wilson_against_published_values() -> None:
@@ -64,11 +64,10 @@ def test_averages_of_tasks() -> None:
 
 def write_params(path: Path, **changes: Any) -> Params:
     evaluate = {
-        "tasks": TASKS, "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 10, "execute": 3, "batch": 3,
-        "videos": 1, "offline_windows": 8, "offline_samples": 3,
+        "metaworld": {"tasks": TASKS, "episodes": 2, "held_out_instruction_episodes": 1, "max_steps": 10},
+        "execute": 3, "batch": 3, "videos": 1, "offline": {"windows": 8, "samples": 3},
     }  # fmt: skip
-    changes = {"train_policy": {"chunk": 4}, "evaluate": evaluate | changes}
-    return write_toy_params(path, changes)
+    return write_toy_params(path, {"train_policy": {"chunk": 4}, "evaluate": merged(evaluate, changes)})
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +105,8 @@ def test_the_stage_writes_both_protocols(evaluated: Path, tmp_path: Path) -> Non
     assert rows["policy"]["micro"]["episodes"] == 4 and rows["held_out_instruction"]["micro"]["episodes"] == 2
     lines = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
     assert len(lines) == 3 * 4 + 2
-    by_row = {row: [line for line in lines if line["row"] == row] for row in closed_loop.ROWS}
-    keys = [[(line["task"], line["index"], line["seed"], tuple(line["draw"])) for line in by_row[r]] for r in closed_loop.ROWS]
+    by_row = {row: [line for line in lines if line["row"] == row] for row in metaworld.ROWS}
+    keys = [[(line["task"], line["index"], line["seed"], tuple(line["draw"])) for line in by_row[r]] for r in metaworld.ROWS]
     assert keys[0] == keys[2] == keys[3] and set(keys[1]) < set(keys[0])
     assert {line["instruction"] for line in by_row["held_out_instruction"]} == {f"{task} c" for task in TASKS}
     assert all(line["instruction"][-1] in "ab" for line in by_row["policy"])
@@ -117,31 +116,32 @@ def test_the_stage_writes_both_protocols(evaluated: Path, tmp_path: Path) -> Non
 def test_rows_that_are_compared_have_the_same_goals(store: EpisodeStore, tmp_path: Path) -> None:
     """Also where more episodes with a held-out sentence are named than episodes; fewer is the usual case."""
     for paraphrased, expected in ((5, 2), (1, 1)):
-        params = write_params(tmp_path / "p.yaml", episodes=2).evaluate
-        params = params.model_copy(update={"held_out_instruction_episodes": paraphrased})
+        params = write_params(tmp_path / "p.yaml", metaworld={"episodes": 2}).evaluate
+        tasks = params.metaworld.model_copy(update={"held_out_instruction_episodes": paraphrased})
+        params = params.model_copy(update={"metaworld": tasks})
         outcomes = {
-            row: [Outcome(plan, (0.0,), True, 1) for plan in closed_loop.plan_episodes(row, store, params, 0)]
-            for row in closed_loop.ROWS
+            row: [Outcome(plan, (0.0,), True, 1) for plan in metaworld.plan_episodes(row, store, params, 0)]
+            for row in metaworld.ROWS
         }
         goals = {row: {(o.plan.task, o.plan.seed) for o in played} for row, played in outcomes.items()}
         assert goals["held_out_instruction"] <= goals["policy"] == goals["expert"]
-        rows = closed_loop.closed_loop_metrics(outcomes, params, 80.0)["rows"]
+        rows = metaworld.metaworld_metrics(outcomes, params, 80.0)["rows"]
         counts = [rows[row]["tasks"]["reach"]["episodes"] for row in ("held_out_instruction", "same_goals", "policy")]
         assert counts == [expected, expected, 2]
 
 
 def test_pictures_of_another_size_than_the_demonstrations_are_refused(store: EpisodeStore) -> None:
-    assert closed_loop.render_settings(store, TASKS) == {"image_size": SIZE, "render": "fast", "scenes": "stock"}
+    assert metaworld.render_settings(store, TASKS) == {"image_size": SIZE, "render": "fast", "scenes": "stock"}
     tasks = {task: {"render": "fast", "image_size": size} for task, size in zip(TASKS, (SIZE, 2 * SIZE), strict=True)}
     other = copy.copy(store)
     other.provenance = {"tasks": tasks}
-    assert closed_loop.render_settings(other, TASKS[:1])["image_size"] == SIZE
+    assert metaworld.render_settings(other, TASKS[:1])["image_size"] == SIZE
     with pytest.raises(ContractError, match=f"window-close was rendered at {2 * SIZE} pixels and converted to {SIZE}"):
-        closed_loop.render_settings(other, TASKS)
+        metaworld.render_settings(other, TASKS)
 
 
 def test_offline_needs_no_simulator(evaluated: Path, tmp_path: Path) -> None:
-    write_params(tmp_path / "params.yaml", protocols=["offline"], tasks=[])
+    write_params(tmp_path / "params.yaml", protocols=["offline"], metaworld={"tasks": []})
     code = f"""
 import sys
 class Refuse:
@@ -171,7 +171,7 @@ def test_offline_errors_by_hand(evaluated: Path, store: EpisodeStore, tmp_path: 
             return chunk
 
     svam = SVAM.load(evaluated / "svam")
-    params = write_params(tmp_path / "p.yaml", offline_samples=2, offline_windows=1000).evaluate
+    params = write_params(tmp_path / "p.yaml", offline={"samples": 2, "windows": 1000}).evaluate
     fixed = Fixed(svam.config, svam.statistics, svam.foresight, svam.network)
     metrics, pictures = offline.evaluate_offline(store, fixed, params, 0)
     held_out = [int(e) for e in store.episodes("held_out")]
@@ -203,27 +203,27 @@ def test_feature_errors_by_hand() -> None:
 
 
 def test_a_demonstrations_goal_is_refused(store: EpisodeStore, tmp_path: Path) -> None:
-    plan = closed_loop.plan_episodes("policy", store, write_params(tmp_path / "p.yaml").evaluate, 0)[0]
+    plan = metaworld.plan_episodes("policy", store, write_params(tmp_path / "p.yaml").evaluate, 0)[0]
     environment = TaskEnvironment("reach", SIZE)
     try:
         environment.reset(plan.seed)
         fresh = tuple(float(value) for value in environment.draw)
     finally:
         environment.close()
-    assert closed_loop.assert_unseen([Outcome(plan, fresh, True, 1)], store) == 3
+    assert metaworld.assert_unseen([Outcome(plan, fresh, True, 1)], store) == 3
     seen = tuple(store.episode_provenance[1]["draw"])
     near = tuple(value + 1e-6 for value in seen)
-    assert closed_loop.assert_unseen([Outcome(plan, near, True, 1)], store) == 3
+    assert metaworld.assert_unseen([Outcome(plan, near, True, 1)], store) == 3
     with pytest.raises(ValueError, match=r"evaluation episode 0 of 'reach' draws .* demonstration 1 of"):
-        closed_loop.assert_unseen([Outcome(plan, fresh, True, 1), Outcome(plan, seen, True, 1)], store)
+        metaworld.assert_unseen([Outcome(plan, fresh, True, 1), Outcome(plan, seen, True, 1)], store)
 
 
 def test_tasks_that_cannot_be_evaluated_are_one_sentence(evaluated: Path, tmp_path: Path) -> None:
     for tasks, sentence in (
-        (["reech"], "evaluate.tasks: unknown MetaWorld task 'reech': did you mean reach"),
+        (["reech"], "evaluate.metaworld.tasks: unknown MetaWorld task 'reech': did you mean reach"),
         (["drawer-open"], "no episode of 'drawer-open' in"),
-        ([], "evaluate.tasks is empty"),
+        ([], "evaluate.metaworld.tasks is empty"),
     ):
-        result = run_stage(evaluated, tmp_path / "results", tasks=tasks)
+        result = run_stage(evaluated, tmp_path / "results", metaworld={"tasks": tasks})
         assert result.exit_code == 1 and sentence in result.output
         assert len(result.output.strip().splitlines()) == 1 and not (tmp_path / "results").exists()

@@ -37,8 +37,8 @@ def test_the_plan_is_of_equal_budgets_on_shared_goals(tmp_path: Path) -> None:
         policy, collect = run.params["train_policy"], run.params["collect"]
         assert policy["training"]["steps"] == read_yaml(PARAMS)["train_policy"]["training"]["steps"]
         assert (policy["seed"], policy["episodes_per_task"]) == (run.seed, run.size)
-        assert run.params["evaluate"]["episodes"] == (34 if run.variant in PLAN["core"] else 17)
-        assert run.params["evaluate"]["tasks"] == collect["tasks"] and collect["scenes"] == "shared"
+        assert run.params["evaluate"]["metaworld"]["episodes"] == (34 if run.variant in PLAN["core"] else 17)
+        assert run.params["evaluate"]["metaworld"]["tasks"] == collect["tasks"] and collect["scenes"] == "shared"
         assert run.size < collect["episodes"] * (1 - run.params["convert"]["held_out"]), "fewer than the video model sees"
         for task in collect["tasks"]:
             assert set(scene_of(task).tasks) <= set(collect["tasks"]), "both sides of each scene"

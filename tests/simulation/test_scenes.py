@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from svam.contract import SEGMENTATION_CLASSES, ContractError, Observation
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
-from svam.evaluation import closed_loop
+from svam.evaluation import metaworld
 from svam.files import read_json
-from svam.params import Collect, Evaluate
+from svam.params import Collect, Evaluate, EvaluateMetaworld, EvaluateOffline
 from svam.simulation.collect import collect
 from svam.simulation.experts import first_success
 from svam.simulation.metaworld import TaskEnvironment
@@ -80,16 +80,16 @@ def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
     assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
     convert(MetaworldSource(tmp_path / "raw", tasks), tmp_path / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(tmp_path / "episodes.zarr")
-    assert closed_loop.render_settings(store, tasks[1:])["scenes"] == "stock"
+    assert metaworld.render_settings(store, tasks[1:])["scenes"] == "stock"
     with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):
-        closed_loop.render_settings(store, tasks)
-    assert closed_loop.render_settings(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
+        metaworld.render_settings(store, tasks)
+    assert metaworld.render_settings(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
 
     asked = Evaluate(
-        protocols=["metaworld"], tasks=tasks[:1], episodes=1, held_out_instruction_episodes=0, max_steps=60, execute=4, batch=1,
-        videos=1, offline_windows=1, offline_samples=1,
+        protocols=["metaworld"], execute=4, batch=1, videos=1, offline=EvaluateOffline(windows=1, samples=1),
+        metaworld=EvaluateMetaworld(tasks=tasks[:1], episodes=1, held_out_instruction_episodes=0, max_steps=60),
     )  # fmt: skip
-    outcomes = closed_loop.run(store, Still(), asked, camera="corner2", proprioception=False, seed=0, workers=1)
+    outcomes = metaworld.run(store, Still(), asked, camera="corner2", proprioception=False, seed=0, workers=1)
     assert outcomes["expert"][0].success
     (outcome,) = outcomes["policy"]
     env = TaskEnvironment("coffee-button", 32, scenes="shared")

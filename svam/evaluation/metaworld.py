@@ -24,7 +24,7 @@ from svam.evaluation.rollout import Outcome, PlannedEpisode, Policy, PolicyRollo
 from svam.evaluation.scores import rate_of, summary, tier_of
 from svam.models.svam import SVAM
 from svam.npy import write_arrays
-from svam.params import Evaluate
+from svam.params import Evaluate, Params
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, TaskEnvironment, check_task
@@ -42,14 +42,16 @@ def check_tasks(tasks: Sequence[str], store: EpisodeStore) -> None:
         ValueError: one does not; the sentence names it and what there is.
     """
     if not tasks:
-        raise ParamsError("evaluate.tasks is empty; name tasks, or leave 'metaworld' out of evaluate.protocols")
+        raise ParamsError("evaluate.metaworld.tasks is empty; name tasks, or leave 'metaworld' out of evaluate.protocols")
     for task in tasks:
         try:
             check_task(task)
         except ValueError as error:
-            raise ParamsError(f"evaluate.tasks: {error}") from None
+            raise ParamsError(f"evaluate.metaworld.tasks: {error}") from None
         if task not in store.tasks:
-            raise ParamsError(f"evaluate.tasks: no episode of {task!r} in {store.path}, which has {', '.join(store.tasks)}")
+            raise ParamsError(
+                f"evaluate.metaworld.tasks: no episode of {task!r} in {store.path}, which has {', '.join(store.tasks)}"
+            )
 
 
 class RenderSettings(TypedDict):
@@ -88,7 +90,7 @@ def render_settings(store: EpisodeStore, tasks: Sequence[str]) -> RenderSettings
     if not (scenes == {"stock"} or scenes == {"shared"}):
         raise ContractError(
             f"{store.path}: tasks recorded in scenes {', '.join(sorted(map(str, scenes)))}; the metaworld protocol needs "
-            "evaluate.tasks in one kind, stock or shared (collect.scenes)"
+            "evaluate.metaworld.tasks in one kind, stock or shared (collect.scenes)"
         )
     return RenderSettings(
         image_size=height,
@@ -104,11 +106,11 @@ def plan_episodes(row: ResultRow, store: EpisodeStore, params: Evaluate, seed: i
     Raises:
         ContractError: a task lacks the paraphrases that the row needs.
     """
-    count, kind = params.episodes, "train"
+    count, kind = params.metaworld.episodes, "train"
     if row == "held_out_instruction":
-        count, kind = min(params.held_out_instruction_episodes, count), "held_out"
+        count, kind = min(params.metaworld.held_out_instruction_episodes, count), "held_out"
     plans = []
-    for task in params.tasks:
+    for task in params.metaworld.tasks:
         sentences = store.instructions[task].get(kind, [])
         if count and not sentences:
             raise ContractError(f"{store.path}: task {task!r} has no {kind} instruction")
@@ -159,8 +161,8 @@ def run(
         ValueError: an unknown task, a goal that a demonstration has, or a policy that returns NaN.
         MachineError: nothing renders here, or a worker process died.
     """
-    check_tasks(params.tasks, store)
-    settings = render_settings(store, params.tasks)
+    check_tasks(params.metaworld.tasks, store)
+    settings = render_settings(store, params.metaworld.tasks)
     choose_backend()
     plans = {row: plan_episodes(row, store, params, seed) for row in ROWS}
     make = partial(TaskEnvironment, cameras=(camera,), **settings)
@@ -168,12 +170,17 @@ def run(
     with Workers(make, workers) as pool:
         for controller in ("expert", "random"):
             outcomes[controller] = run_scripted(
-                plans[controller], controller, pool, dimensions=ACTION_DIMENSIONS, max_steps=params.max_steps, seed=seed
+                plans[controller],
+                controller,
+                pool,
+                dimensions=ACTION_DIMENSIONS,
+                max_steps=params.metaworld.max_steps,
+                seed=seed,
             )
         # The scripted rows draw the goals of all rows, so a leak is found before the policy runs at all.
         assert_unseen(outcomes["expert"], store)
         rollouts = PolicyRollouts(
-            policy, pool, seed=seed, batch=params.batch, execute=params.execute, max_steps=params.max_steps,
+            policy, pool, seed=seed, batch=params.batch, execute=params.execute, max_steps=params.metaworld.max_steps,
             proprioception=proprioception, resume=resume,
         )  # fmt: skip
         played = rollouts.run(plans["policy"] + plans["held_out_instruction"])
@@ -191,7 +198,7 @@ def successes(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     return table
 
 
-def closed_loop_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
+def metaworld_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
     """Row -> `scores.summary`, and `same_goals`: the policy row on the goals of the held-out paraphrase, to compare it with."""
     rows: dict[str, Any] = {row: summary(successes(group)) for row, group in outcomes.items() if group}
     goals = {(o.plan.task, o.plan.index) for o in outcomes["held_out_instruction"]}
@@ -200,12 +207,12 @@ def closed_loop_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params:
     steps = [o.steps for o in outcomes["policy"] if o.success]
     return {
         "rows": rows,
-        "tier_of_task": {task: tier_of(task) for task in params.tasks},
+        "tier_of_task": {task: tier_of(task) for task in params.metaworld.tasks},
         "success_counts": "any step of the episode",
         "intervals": "95 % Wilson",
         "mean_steps_to_success": float(np.mean(steps)) if steps else None,
         "expert_failed_goals_kept": rate_of([not o.success for o in outcomes["expert"]])["successes"],
-        "max_steps": params.max_steps,
+        "max_steps": params.metaworld.max_steps,
         "execute": params.execute,
         "rate_hz": rate_hz,
     }
@@ -221,9 +228,7 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_closed_loop(
-    folder: Path, store: EpisodeStore, model: SVAM, params: Evaluate, seed: int, workers: int, resume: Resume
-) -> dict[str, Any]:
+def write_metaworld(folder: Path, store: EpisodeStore, model: SVAM, params: Params, resume: Resume) -> dict[str, Any]:
     """`run` with `model`, and write to `folder`; print and return metrics.
 
     `episodes.jsonl` has a line for each episode. `rollouts/<task>_<index>/*.npy` is a recorded one: frames (steps + 1, H, W, 3)
@@ -231,16 +236,16 @@ def write_closed_loop(
     foresight_<entry> (C, T, h, w, channels) float16.
     """
     outcomes = run(
-        store, model, params, camera=model.camera, proprioception=model.needs_proprioception, seed=seed, workers=workers,
-        resume=resume,
+        store, model, params.evaluate, camera=model.camera, proprioception=model.needs_proprioception, seed=params.seed,
+        workers=params.machine.workers, resume=resume,
     )  # fmt: skip
-    metrics = closed_loop_metrics(outcomes, params, store.rate_hz)
+    metrics = metaworld_metrics(outcomes, params.evaluate, store.rate_hz)
     lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
     (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for played in outcomes["policy"]:
         if played.frames is not None:
             arrays: dict[str, NDArray[Any]] = {"frames": played.frames, "calls": np.asarray(played.calls, dtype=np.int64)}
-            foresight = foresight_at_calls(model, played, seed, params.batch)
+            foresight = foresight_at_calls(model, played, params.seed, params.evaluate.batch)
             arrays |= {f"foresight_{entry}": values for entry, values in foresight.items()}
             write_arrays(folder / "rollouts" / f"{played.plan.task}_{played.plan.index}", arrays)
     macro = {row: f"{value['macro']['success']:.0%}" for row, value in metrics["rows"].items()}
