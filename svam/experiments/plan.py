@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError
 from ruamel.yaml import YAML
 
 from svam.errors import ParamsError, describe
-from svam.params import Count, Name, Section, Seed, load_params
+from svam.params import load_params
+from svam.sections import Count, Name, Section, Seed
 
 FOLDER = Path(__file__).parent
 REFERENCE = "svam"
