@@ -5,10 +5,14 @@ batch is always `batch` rows (row = slot, empty slots repeat another's), and slo
 Sampling noise is keyed by seed, episode and step. So neither the number of workers nor their speed can change a bit, and an
 episode does not depend on which others happen to run beside it. Frames are rendered only where the policy is called (every
 `execute` steps) and on every step of recorded episodes; scripted episodes render nothing.
+
+An episode has one goal, its task, or is a chain of goals, one sentence each, that are pursued in turn without a reset: the
+next begins where the last was reached, with a new call of the policy, and the first that is not reached ends the episode.
 """
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +20,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import astuple, dataclass, field
 from types import TracebackType
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,13 +64,20 @@ class Environment(Protocol):
     def close(self) -> None: ...
 
 
+class ChainEnvironment(Environment, Protocol):
+    """One whose episodes are chains: from `begin` on, `step` tells whether that goal is reached."""
+
+    def begin(self, goal: str) -> None: ...
+
+
 MakeEnvironment = Callable[[str], Environment]
 """Builds the environment of a task, in a worker process; a picklable function of the task's name."""
 
 
 @dataclass(frozen=True)
 class PlannedEpisode:
-    """One episode to run: the task, which of its episodes, the environment's seed, and the sentence the policy reads."""
+    """One episode to run: the task, which of its episodes, the environment's seed, and the sentence the policy reads.
+    `chain`: goals in their order, each with its sentence; empty where the task is the goal."""
 
     row: str
     task: str
@@ -74,12 +85,19 @@ class PlannedEpisode:
     seed: int
     instruction: str = ""
     record: bool = False
+    chain: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def goals(self) -> tuple[tuple[str, str], ...]:
+        """Name and sentence of each goal."""
+        return self.chain or ((self.task, self.instruction),)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened. `draw`: the environment's. `steps`: executed until the first success or the limit. `calls`: the steps
-    at which the policy was called. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8 of the first camera, else None."""
+    """What happened. `draw`: the environment's. `success`: all goals were reached. `steps`: executed until then or until a
+    goal's limit. `calls`: the steps at which the policy was called. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8
+    of the first camera, else None. `reached`: after how many steps each goal was, as far as the episode came."""
 
     plan: PlannedEpisode
     draw: tuple[float, ...]
@@ -87,11 +105,13 @@ class Outcome:
     steps: int
     calls: tuple[int, ...] = ()
     frames: NDArray[np.uint8] | None = field(default=None, repr=False)
+    reached: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Reply:
-    """A worker's reply: what the policy sees next (absent once the episode is over) and what has been recorded since."""
+    """A worker's reply: whether the goal was reached, what the policy sees next (absent once the episode is over) and what has
+    been recorded since."""
 
     draw: tuple[float, ...]
     success: bool
@@ -105,7 +125,7 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
     """Keep a finished episode for the next run, should this one be killed."""
     value = {
         "draw": outcome.draw, "success": outcome.success, "steps": outcome.steps, "calls": outcome.calls,
-        "plan": astuple(outcome.plan),
+        "reached": outcome.reached, "plan": astuple(outcome.plan),
     }  # fmt: skip
     frames = outcome.frames
     write = None if frames is None else lambda file: save_file({"frames": frames}, file)
@@ -115,11 +135,12 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
 def _load_outcome(plan: PlannedEpisode, resume: Resume) -> Outcome | None:
     """The outcome of an episode that an earlier, killed run has finished."""
     record = resume.load_record(_record_name(plan))
-    if record is None or record.value["plan"] != list(astuple(plan)):
+    if record is None or record.value["plan"] != json.loads(json.dumps(astuple(plan))):
         return None
     frames = load_file(record.file)["frames"] if record.file else None
     value = record.value
-    return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], tuple(value["calls"]), frames)
+    calls, reached = tuple(value["calls"]), tuple(value["reached"])
+    return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], calls, frames, reached)
 
 
 def _record_name(plan: PlannedEpisode) -> str:
@@ -144,16 +165,23 @@ def _environment(slot: int, task: str) -> Environment:
     return _environments[slot][1]
 
 
+def _begin_goal(environment: Environment, plan: PlannedEpisode, number: int) -> None:
+    if plan.chain:
+        cast(ChainEnvironment, environment).begin(plan.chain[number][0])
+
+
 def _begin(slot: int, plan: PlannedEpisode) -> _Reply:
     environment = _environment(slot, plan.task)
     environment.reset(plan.seed)
+    _begin_goal(environment, plan, 0)
     frames = dict(environment.observe())
     recorded = [next(iter(frames.values()))] if plan.record else []
     return _Reply(_draw(environment), False, 0, frames, environment.proprioception(), recorded)
 
 
-def _advance(slot: int, plan: PlannedEpisode, actions: NDArray[np.float32], last: bool) -> _Reply:
-    """Execute `actions` (k, A) until the first success; look once more unless that or `last` ends the episode."""
+def _advance(slot: int, plan: PlannedEpisode, goal: int, actions: NDArray[np.float32], last: bool) -> _Reply:
+    """Execute `actions` (k, A) until the first success; look once more unless that of the last goal, or `last`, ends the
+    episode."""
     environment = _environments[slot][1]
     recorded: list[NDArray[np.uint8]] = []
     success, steps = False, 0
@@ -164,7 +192,9 @@ def _advance(slot: int, plan: PlannedEpisode, actions: NDArray[np.float32], last
             recorded.append(next(iter(environment.observe().values())))
         if success:
             break
-    over = success or last
+    over = goal + 1 == len(plan.goals) if success else last
+    if success and not over:
+        _begin_goal(environment, plan, goal + 1)
     frames = None if over else dict(environment.observe())
     proprioception = None if over else environment.proprioception()
     return _Reply(_draw(environment), success, steps, frames, proprioception, recorded)
@@ -175,15 +205,22 @@ def _play(slot: int, plan: PlannedEpisode, controller: Controller, dimensions: i
     environment = _environment(slot, plan.task)
     environment.reset(plan.seed)
     random = generator(seed, "random policy", plan.task, plan.index)
-    success, steps = False, 0
-    while steps < max_steps and not success:
-        if controller == "expert":
-            action = environment.expert_action()
-        else:
-            action = random.uniform(-1.0, 1.0, dimensions).astype(np.float32)
-        success = bool(environment.step(action))
-        steps += 1
-    return Outcome(plan, _draw(environment), success, steps)
+    reached: list[int] = []
+    steps = 0
+    for goal in range(len(plan.goals)):
+        _begin_goal(environment, plan, goal)
+        success, limit = False, steps + max_steps
+        while steps < limit and not success:
+            if controller == "expert":
+                action = environment.expert_action()
+            else:
+                action = random.uniform(-1.0, 1.0, dimensions).astype(np.float32)
+            success = bool(environment.step(action))
+            steps += 1
+        if not success:
+            break
+        reached.append(steps)
+    return Outcome(plan, _draw(environment), len(reached) == len(plan.goals), steps, reached=tuple(reached))
 
 
 def _close_all() -> None:
@@ -197,9 +234,11 @@ def _draw(environment: Environment) -> tuple[float, ...]:
 
 
 class Workers:
-    """Worker processes (spawned) that own the environments; slot s lives in process s modulo their number."""
+    """Worker processes (spawned) that own the environments; slot s lives in process s modulo their number. `one_each`: the
+    simulator allows one environment a process, which the slots of a process use in turn."""
 
-    def __init__(self, make: MakeEnvironment, count: int) -> None:
+    def __init__(self, make: MakeEnvironment, count: int, one_each: bool = False) -> None:
+        self.one_each = one_each
         context = multiprocessing.get_context("spawn")
         self._pools = [
             ProcessPoolExecutor(1, mp_context=context, initializer=_set_up, initargs=(make,)) for _ in range(max(1, count))
@@ -222,6 +261,10 @@ class Workers:
     def count(self) -> int:
         return len(self._pools)
 
+    def place(self, slot: int) -> int:
+        """The environment that the slot uses: its own, or the one of its process."""
+        return slot % self.count if self.one_each else slot
+
 
 def _wait(future: Future[Result]) -> Result:
     try:
@@ -235,21 +278,27 @@ def _wait(future: Future[Result]) -> Result:
 
 
 def run_scripted(
-    plans: Sequence[PlannedEpisode], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int
-) -> list[Outcome]:
+    plans: Sequence[PlannedEpisode], controller: Controller, workers: Workers, *, dimensions: int, max_steps: int, seed: int,
+    resume: Resume = NO_RESUME,
+) -> list[Outcome]:  # fmt: skip
     """Run the scripted expert, or uniformly random actions, on `plans`; any-step success. Outcomes in the order of `plans`.
 
-    A killed run plays these again: without a picture they take seconds.
+    `resume`: keeps finished episodes; without it a killed run plays these again, which takes seconds where they are short.
     """
     outcomes: list[Outcome] = []
+    known = [_load_outcome(plan, resume) for plan in plans]
     with progress_bar() as bar:
         task = bar.add_task(controller, total=len(plans), note="")
         futures = [
-            workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
-            for i, plan in enumerate(plans)
+            None if found else workers.submit(i, _play, i % workers.count, plan, controller, dimensions, max_steps, seed)
+            for i, (plan, found) in enumerate(zip(plans, known, strict=True))
         ]
-        for future in futures:
-            outcomes.append(_wait(future))
+        for future, found in zip(futures, known, strict=True):
+            if future is not None:
+                found = _wait(future)
+                _save_outcome(found, resume)
+            assert found is not None  # one of both is there
+            outcomes.append(found)
             bar.update(task, advance=1, note=f"success {sum(o.success for o in outcomes)}/{len(outcomes)}")
     return outcomes
 
@@ -264,15 +313,17 @@ class _Slot:
     steps: int = 0
     calls: list[int] = field(default_factory=list)
     recorded: list[NDArray[np.uint8]] = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
 
     def observation(self, proprioception: bool) -> Observation:
         """What the policy reads; proprioception only if the policy uses it."""
         assert self.reply.frames is not None  # else the episode is over, and the slot empty
-        return Observation(self.reply.frames, self.plan.instruction, self.reply.proprioception if proprioception else None)
+        sentence = self.plan.goals[len(self.reached)][1]
+        return Observation(self.reply.frames, sentence, self.reply.proprioception if proprioception else None)
 
     def outcome(self) -> Outcome:
-        frames = np.stack(self.recorded) if self.plan.record else None
-        return Outcome(self.plan, self.reply.draw, self.reply.success, self.steps, tuple(self.calls), frames)
+        frames, calls, reached = np.stack(self.recorded) if self.plan.record else None, tuple(self.calls), tuple(self.reached)
+        return Outcome(self.plan, self.reply.draw, self.reply.success, self.steps, calls, frames, reached)
 
 
 def take_next(waiting: list[tuple[int, PlannedEpisode]], task: str | None) -> tuple[int, PlannedEpisode] | None:
@@ -313,7 +364,10 @@ def checked_actions(actions: NDArray[Any], slots: Mapping[int, Any], batch: int,
 @dataclass
 class PolicyRollouts:
     """Runs `policy` on planned episodes, `batch` environments side by side. An episode ends at its first success or after
-    `max_steps`.
+    `max_steps`, a chain at its last goal's, or `max_steps` after the goal before.
+
+    Where a process holds one environment only, plan p has row p modulo `batch`, and waits until the environment is free: then
+    which rows are alive together depends on the number of workers, but no row's actions do.
 
     Episodes that an earlier run has finished are not run again, but occupy their slot for as many rounds as they took: so
     every other episode gets the slot that it would have had, and its row in the batch decides the last bits of its actions.
@@ -359,20 +413,30 @@ class PolicyRollouts:
         for row in range(self.batch):
             if row in self._slots or row in self._rounds_left:
                 continue
-            chosen = take_next(self._waiting, self._last_tasks.get(row))
+            chosen = self._choose(row, [begun[0] for begun in started])
             if chosen is None:
-                break
+                continue
             position, plan = chosen
             self._last_tasks[row] = plan.task
             known = _load_outcome(plan, self.resume)
             if known is None:
-                started.append((row, position, plan, self.workers.submit(row, _begin, row, plan)))
+                started.append((row, position, plan, self.workers.submit(row, _begin, self.workers.place(row), plan)))
             else:
                 self._rounds_left[row] = len(known.calls)
                 self._finish(position, known)
         for row, position, plan, future in started:
             reply = _wait(future)
             self._slots[row] = _Slot(position, plan, reply, recorded=list(reply.recorded))
+
+    def _choose(self, row: int, started: Sequence[int]) -> tuple[int, PlannedEpisode] | None:
+        """Remove and return the plan that an empty row runs next; None where it has to wait, or has none. `started`: rows whose
+        episodes begin now."""
+        if not self.workers.one_each:
+            return take_next(self._waiting, self._last_tasks.get(row))
+        if self.workers.place(row) in {self.workers.place(other) for other in (*self._slots, *started)}:
+            return None
+        own = [i for i, (position, _) in enumerate(self._waiting) if position % self.batch == row]
+        return self._waiting.pop(own[0]) if own else None
 
     def _play_round(self) -> None:
         """Call the policy once for all slots, and execute its actions."""
@@ -386,14 +450,18 @@ class PolicyRollouts:
         replies = {}
         for row, slot in slots.items():
             slot.calls.append(slot.steps)
-            count = min(self.execute, self.max_steps - slot.steps)
-            last = slot.steps + count >= self.max_steps
-            replies[row] = self.workers.submit(row, _advance, row, slot.plan, actions[row, :count], last)
+            limit = self.max_steps + (slot.reached[-1] if slot.reached else 0)
+            count = min(self.execute, limit - slot.steps)
+            goal, last = len(slot.reached), slot.steps + count >= limit
+            place = self.workers.place(row)
+            replies[row] = self.workers.submit(row, _advance, place, slot.plan, goal, actions[row, :count], last)
         for row, future in replies.items():
             slot = slots[row]
             slot.reply = _wait(future)
             slot.steps += slot.reply.steps
             slot.recorded.extend(slot.reply.recorded)
+            if slot.reply.success:
+                slot.reached.append(slot.steps)
             if slot.reply.frames is None:
                 outcome = self._slots.pop(row).outcome()
                 _save_outcome(outcome, self.resume)

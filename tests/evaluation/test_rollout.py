@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from svam.evaluation.rollout import (
     run_scripted,
     take_next,
 )
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator
 from tests import ROOT
 
@@ -63,6 +65,13 @@ class Line:
 
     def close(self) -> None:
         pass
+
+
+class Tour(Line):
+    """A line whose goals are places, named by their tenths."""
+
+    def begin(self, goal: str) -> None:
+        self.goal = int(goal) / 10
 
 
 class Seeker:
@@ -178,6 +187,64 @@ def test_a_policy_that_returns_no_number_fails_loudly(bad: float) -> None:
         roll(plans(3), workers=1, policy=policy)
     with pytest.raises(PolicyError, match=r"\(2, 2, 1\), expected \(2, 3 or more"):
         checked_actions(np.zeros((2, 2, 1)), {}, 2, 3)
+
+
+def tours(count: int) -> list[PlannedEpisode]:
+    """Chains of three goals, of which the last is too far for a seeker's twenty steps in every second one."""
+    last = ("5", "24")
+    return [
+        PlannedEpisode("policy", "tour", i, i, chain=tuple((goal, f"go to {goal}") for goal in ("3", "8", last[i % 2])))
+        for i in range(count)
+    ]
+
+
+def walk(
+    episodes: list[PlannedEpisode], workers: int, policy: Seeker | None = None, resume: Resume = NO_RESUME
+) -> list[Outcome]:
+    with Workers(Tour, workers, one_each=True) as pool:
+        rollouts = PolicyRollouts(
+            policy or Seeker(), pool, seed=0, batch=3, execute=3, max_steps=20, proprioception=False, resume=resume
+        )
+        return rollouts.run(episodes)
+
+
+def test_a_chain_goes_on_where_its_last_goal_was_reached() -> None:
+    policy = Seeker(noise=0.0)  # six hundredths a step, towards what it sees
+    whole, broken = walk(tours(2), workers=1, policy=policy)
+    # 0.3 is reached at 0.3, 0.8 at 0.78, and 0.5 from there at 0.54; each goal has a call of its own, at once.
+    assert whole.success and whole.reached == (5, 13, 17) and whole.steps == 17
+    assert whole.calls == (0, 3, 5, 8, 11, 13, 16)
+    # Twenty steps after the second goal it is over, in the middle of a chunk.
+    assert not broken.success and broken.reached == (5, 13) and broken.steps == 33
+    assert broken.calls == (0, 3, 5, 8, 11, 13, 16, 19, 22, 25, 28, 31)
+    own = [sentences[0] for sentences in policy.sentences[:7]]
+    assert own == ["go to 3"] * 2 + ["go to 8"] * 3 + ["go to 5"] * 2
+
+
+def test_one_environment_a_process_and_any_number_of_processes() -> None:
+    episodes = tours(7)
+    once = walk(episodes, workers=1)
+    assert same(once, walk(episodes, workers=2)) and same(once, walk(episodes, workers=3))
+    assert [o.plan for o in once] == episodes and len({o.steps for o in once}) > 2
+    with Workers(Tour, 2, one_each=True) as pool:
+        expert = run_scripted(episodes, "expert", pool, dimensions=1, max_steps=20, seed=0)
+    assert [len(o.reached) for o in once[:2]] == [3, 2] and all(o.reached[:2] == (3, 8) for o in expert)
+
+
+def test_finished_chains_are_not_run_again(tmp_path: Path) -> None:
+    episodes, resume, policy = tours(7), Resume(tmp_path), Seeker()
+    once = walk(episodes[:4], workers=2, resume=resume)
+    assert same(walk(episodes, workers=2, resume=resume, policy=policy), walk(episodes, workers=1))
+    used = {seed for seeds in policy.seeds for seed in seeds}
+    assert not used & {noise_seed(0, o.plan, step) for o in once for step in o.calls}
+    scripted = [dataclasses.replace(plan, row="random") for plan in episodes]
+
+    def play(plans: list[PlannedEpisode], seed: int, resume: Resume) -> list[Outcome]:
+        with Workers(Tour, 2, one_each=True) as pool:
+            return run_scripted(plans, "random", pool, dimensions=1, max_steps=20, seed=seed, resume=resume)
+
+    first, fresh = play(scripted[:4], 0, resume), play(scripted, 1, NO_RESUME)
+    assert same(play(scripted, 1, resume), first + fresh[4:]) and not same(first, fresh[:4])
 
 
 def test_workers_end_with_a_killed_policy_process(tmp_path: Path) -> None:
