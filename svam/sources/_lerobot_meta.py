@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from svam.files import FileError, read_json, refuse_lfs_pointer, stated
-from svam.sources._choice import contents
+from svam.sources._choice import contents, existing_folder
 from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
@@ -156,9 +156,7 @@ def read_info(root: Path) -> tuple[Path, Info]:
     Raises:
         FileError: no LeRobot data set, another version, or a field is missing or of the wrong kind.
     """
-    if not root.is_dir():
-        raise FileError(f"{root}: no such directory")
-    file = root / "meta" / "info.json"
+    file = existing_folder(root) / "meta" / "info.json"
     if not file.is_file():
         raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
     return file, stated(Info, read_json(file), file)
