@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,8 +69,7 @@ def create_array(
     codecs: dict[str, Any] = {"compressors": codecs_for(compression)}
     if compression in LOSSY:
         codecs = {"serializer": picture_codec(compression, quality), "compressors": [Crc32cCodec()]}
-    with named_failures(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a codec is not in the specification
+    with named_failures(path):
         return zarr.create_array(
             path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
             shards=(shard_rows, *shape[1:]), filters=None, **codecs,
@@ -100,15 +98,18 @@ def write_array(path: Path, values: NDArray[Any], chunk_rows: int = 1024, shard_
     state_sizes(array, path)
 
 
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
+
+
 def write_groups(path: Path, arrays: Collection[str], attributes: Mapping[str, Any]) -> None:
     """The metadata of the group at `path`, among them the SHA-256 of the metadata of the finished `arrays`; and of the groups
     below it that hold these ("frames/front" is in "frames")."""
     attributes = {**attributes, ARRAYS: {name: sha256(path / name / "zarr.json") for name in arrays}}
     for folder in {Path(), *(parent for name in arrays for parent in Path(name).parents)}:
         stated = {**attributes, ATTRIBUTES_DIGEST: attributes_digest(attributes)} if folder == Path() else {}
-        metadata = {"attributes": stated, "node_type": "group", "zarr_format": 3}
         with named_failures(path / folder):
-            write_json(path / folder / "zarr.json", metadata)
+            write_json(path / folder / "zarr.json", _group(stated))
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -133,6 +134,9 @@ def read_attributes(path: Path) -> dict[str, Any]:
     if attributes and not same:
         raise FileError(f"{path / 'zarr.json'}: its attributes are damaged or were edited; run the stage that writes it again")
     for name, digest in attributes.get(ARRAYS, {}).items():
+        for parent in Path(name).parents[:-1]:
+            if read_json(path / parent / "zarr.json") != _group({}):
+                raise FileError(f"{path / parent / 'zarr.json'}: not the metadata of a Zarr v3 group")
         file = path / name / "zarr.json"
         if not file.is_file():
             raise FileError(f"{path / name}: no such array")

@@ -31,6 +31,7 @@ def register() -> None:
     Raises:
         MachineError: imagecodecs is not installed.
     """
+    warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
     if _registered:
         return
     try:
@@ -52,9 +53,7 @@ def register() -> None:
 def picture_codec(compression: str, quality: int) -> Any:
     """The codec of an array's chunks, as `zarr.create_array` takes its serializer."""
     register()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not in the specification
-        return _registered[f"imagecodecs_{compression}"](level=quality, **_SETTINGS[compression])
+    return _registered[f"imagecodecs_{compression}"](level=quality, **_SETTINGS[compression])
 
 
 @dataclass

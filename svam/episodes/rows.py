@@ -7,7 +7,6 @@ array states, and an array that is replaced while it is in use.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -44,9 +43,7 @@ class RowReader:
         if PREFIX.encode() in file.read_bytes():
             register()
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a codec is not in the specification
-                self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
+            self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
             self.attributes: Mapping[str, Any] = dict(self._array.attrs)
         except Exception as error:  # whatever a damaged JSON makes of zarr's metadata classes
             raise FileError(f"{file}: not the metadata of a Zarr v3 array ({type(error).__name__}: {error})") from None

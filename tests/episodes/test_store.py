@@ -86,7 +86,7 @@ def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed, said", [
     ({"schema_version": 99}, "schema_version is 99, this code reads 3; convert again: dvc repro --force"),
-    ({"tasks": "push"}, "attribute tasks"),
+    ({"tasks": "push"}, "zarr.json: tasks is 'push'; expected a list"),
 ])  # fmt: skip
 def test_a_wrong_attribute_is_named(path: Path, changed: dict[str, Any], said: str) -> None:
     edit(path, lambda attributes: attributes.update(changed))
@@ -100,8 +100,7 @@ def test_numbers_that_contradict_one_another(path: Path) -> None:
     for name, values, message in (
         ("episode_ends", twice, f"episode_ends must increase from above 0, but episode 3 ends at row {ends[2]}"),
         ("episode_ends", ends[:-1], "episode_split has 9 entries, episode_ends has 8"),
-        ("episode_ends", ends + 1, rf"frames/front is uint8 .*, expected uint8 \({ends[-1] + 1}, H, W, 3\)"),
-        ("episode_ends", ends.astype(np.int32), "episode_ends is int32"),
+        ("episode_ends", ends + 1, rf"actions has {ends[-1]} rows, by episode_ends there are {ends[-1] + 1}"),
         ("episode_split", split + np.uint8(1), "has no training episode"),
         ("episode_split", split + np.uint8(2), r"episode_split holds 2\.\.2, expected 0\.\.1"),
     ):
