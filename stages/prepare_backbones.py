@@ -24,7 +24,8 @@ class Part(StrEnum):
     semantic = "semantic"
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     part: Annotated[Part, typer.Argument(help="Which backbone to prepare.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: published layout, svam.json and metrics.json.")],
@@ -49,8 +50,6 @@ def main(
             backbone.save(folder)
             write_json(folder / "metrics.json", metrics)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()
