@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,15 +37,6 @@ def attributes_digest(attributes: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-@contextmanager
-def named_failures(path: Path) -> Iterator[None]:
-    """Turn a failing file system (disk full, no permission) into one sentence that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path}: writing failed: {error.strerror or error}; nothing was kept") from error
-
-
 def codecs_for(compression: str = "zstd") -> list[Any]:
     """What compresses a chunk: `zstd`, `lz4` or `blosc` (Blosc's Zstd, bytes by bit planes); and its checksum."""
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -69,12 +59,11 @@ def create_array(
     codecs: dict[str, Any] = {"compressors": codecs_for(compression)}
     if compression in LOSSY:
         codecs = {"serializer": picture_codec(compression, quality), "compressors": [Crc32cCodec()]}
-    with named_failures(path):
-        return zarr.create_array(
-            path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
-            shards=(shard_rows, *shape[1:]), filters=None, **codecs,
-            config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
-        )  # fmt: skip
+    return zarr.create_array(
+        path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
+        shards=(shard_rows, *shape[1:]), filters=None, **codecs,
+        config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
+    )  # fmt: skip
 
 
 def shard_file(path: Path, shard: int, axes: int) -> Path:
@@ -86,15 +75,13 @@ def state_sizes(array: zarr.Array[Any], path: Path) -> None:
     """Write the sizes of the files of a finished array into its attributes."""
     assert array.shards is not None
     files = [shard_file(path, shard, len(array.shape)) for shard in range(-(-array.shape[0] // array.shards[0]))]
-    with named_failures(path):
-        array.update_attributes({SHARD_BYTES: [file.stat().st_size for file in files]})
+    array.update_attributes({SHARD_BYTES: [file.stat().st_size for file in files]})
 
 
 def write_array(path: Path, values: NDArray[Any], chunk_rows: int = 1024, shard_rows: int = 65536) -> None:
     """A whole small array (n, ...)."""
     array = create_array(path, values.shape, values.dtype, chunk_rows, shard_rows)
-    with named_failures(path):
-        array[...] = values
+    array[...] = values
     state_sizes(array, path)
 
 
@@ -108,8 +95,7 @@ def write_groups(path: Path, arrays: Collection[str], attributes: Mapping[str, A
     attributes = {**attributes, ARRAYS: {name: sha256(path / name / "zarr.json") for name in arrays}}
     for folder in {Path(), *(parent for name in arrays for parent in Path(name).parents)}:
         stated = {**attributes, ATTRIBUTES_DIGEST: attributes_digest(attributes)} if folder == Path() else {}
-        with named_failures(path / folder):
-            write_json(path / folder / "zarr.json", _group(stated))
+        write_json(path / folder / "zarr.json", _group(stated))
 
 
 def read_attributes(path: Path) -> dict[str, Any]:

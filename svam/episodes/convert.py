@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from svam.code import ROOT, code_of, library_versions, module_file
 from svam.console import console, progress_bar
@@ -45,7 +44,7 @@ from svam.device import become_worker
 from svam.episodes.arrays import write_array, write_groups
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.frames import prepared
-from svam.episodes.lossy import LOSSY, PictureError, picture_codec
+from svam.episodes.lossy import LOSSY, PictureError, picture_codec, stated_error
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
 from svam.episodes.split import split_episodes
@@ -170,9 +169,11 @@ def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
         raise ContractError(f"{where}: rate_hz is {episode.rate_hz:g}, expected {description.rate_hz:g}")
     if episode.task not in description.instructions:
         raise ContractError(f"{where}: its task is not in the source's instructions")
-    for d in params.binary_dimensions:
-        column = None if episode.actions is None or d >= episode.actions.shape[1] else episode.actions[:, d]
-        if column is not None and not np.isin(column, (-1.0, 1.0)).all():
+    columns = [] if episode.actions is None else list(episode.actions.T)
+    for d in params.binary_dimensions if columns else ():
+        if d >= len(columns):
+            raise ContractError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
+        if not np.isin(columns[d], (-1.0, 1.0)).all():
             raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
     arrays = _arrays_of(episode)
     if set(arrays) != set(plan.layouts):
@@ -408,11 +409,7 @@ def _write_episodes(
     }  # fmt: skip
     for name, values in of_episodes.items():
         write_array(folder / name, values)
-    try:
-        statistics = _statistics(work, ends, split)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ContractError(f"convert: {message}") from None
+    statistics = _statistics(work, ends, split)
     own = []
     for vector, names in plan.description.provenance.get("dimension_names", {}).items():
         width = plan.layouts[vector].row_shape[0] if vector in plan.layouts else len(names)
@@ -437,13 +434,8 @@ def _picture_error(plan: Plan, facts: list[dict[str, Any]]) -> dict[str, Any] | 
     """By camera what was lost, and the quality that was asked for; None where nothing was."""
     if plan.params.compression not in LOSSY:
         return None
-    stated: dict[str, Any] = {"quality": plan.params.quality}
-    for camera in plan.description.cameras:
-        total = PictureError()
-        for fact in facts:
-            total.add(PictureError(**fact["errors"][f"frames/{camera}"]))
-        stated[camera] = total.stated()
-    return stated
+    measured = {camera: [fact["errors"][f"frames/{camera}"] for fact in facts] for camera in plan.description.cameras}
+    return {"quality": plan.params.quality, **{camera: stated_error(errors) for camera, errors in measured.items()}}
 
 
 def _statistics(work: _Work, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:

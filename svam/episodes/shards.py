@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from svam.episodes.arrays import create_array, named_failures, shard_file, state_sizes
+from svam.episodes.arrays import create_array, shard_file, state_sizes
 from svam.episodes.lossy import LOSSY, register
 from svam.files import FileError
 
@@ -85,15 +85,11 @@ class ShardedArray:
     def write(self, shard: int, values: NDArray[Any]) -> None:
         """All rows of a shard."""
         first, last = self.layout.bounds(shard)
-        with named_failures(self.path):
-            self._opened().with_config({"write_empty_chunks": True})[first:last] = values
+        self._opened().with_config({"write_empty_chunks": True})[first:last] = values
 
     def join(self, shard: int, pieces: Sequence[Path]) -> None:
-        """Write a shard from the pieces of all who share it, in the order of their rows, and remove those.
-
-        Raises:
-            DamagedPieceError: one is not as it was written.
-        """
+        """Write a shard from the pieces of all who share it, in the order of their rows, and remove those; `DamagedPieceError`
+        where one is not as it was written."""
         first, last = self.layout.bounds(shard)
         values, at = np.empty((last - first, *self.layout.row_shape), self.layout.dtype), 0
         for piece in pieces:
@@ -146,7 +142,5 @@ class Rows:
         if self.array.within(shard, self._from, self._row):
             self.array.write(shard, held)
         else:
-            piece = self._prefix.with_name(f"{self._prefix.name}{shard}.npy")
-            with named_failures(piece):
-                np.save(piece, held)
+            np.save(self._prefix.with_name(f"{self._prefix.name}{shard}.npy"), held)
         self._from = self._row

@@ -1,20 +1,5 @@
-"""The episode store: all episodes of a data set on one flat time axis, and its reader.
-
-Layout of `episodes.zarr` (N rows = time steps of all episodes, E episodes, M annotated frames):
-
-    frames/<camera>                    (N, H, W, 3) uint8     RGB
-    actions                            (N, A)  float32        executed, physical units; absent where none were recorded
-    expert_actions, state, proprioception  (N, ...) float32   optional; all vectors may be kept as float16
-    timestamps                         (N,)    float64        seconds, increasing within an episode; optional
-    episode_ends                       (E,) int64             row after each episode's last; increasing, the last is N
-    episode_split                      (E,) uint8             0 train, 1 held out
-    episode_task                       (E,) int64             index into `tasks`
-    episode_checksums                  (E, 32) uint8          of each episode's values (`svam.episodes.checksums`)
-    annotations/<name>/{values, index} (M, H, W), (M,) int64  depth (float32 metres) or segmentation (uint8); rows, increasing
-    attributes                         `StoreAttributes`
-
-All arrays are sharded Zarr v3, with codecs that every reader has, unless `convert.compression` says otherwise.
-"""
+"""The reader of the episode store: all episodes of a data set on one flat time axis. README.md beside this file has the layout
+(N rows = time steps of all episodes, E episodes, M annotated frames); `StoreAttributes` are the group's attributes."""
 
 from __future__ import annotations
 
@@ -75,7 +60,7 @@ class EpisodeStore:
         rate_hz: steps per second. cameras: names, the first is the foresight camera. tasks: names.
         instructions: task -> {"train": [...], "held_out": [...]}. attributes: all that the store states.
         arrays: readers of all arrays, by name ("frames/front").
-        episode_ends, episode_split, episode_task: (E,) as in the layout above. provenance: of the source.
+        episode_ends, episode_split, episode_task: (E,) as in the layout. provenance: of the source.
         episode_provenance: one mapping per episode. proprioception_dimensions or None.
         image_size: (H, W) of the foresight camera.
     """
@@ -163,11 +148,7 @@ class EpisodeStore:
 
     @property
     def statistics(self) -> Statistics:
-        """Of the training episodes.
-
-        Raises:
-            ContractError: the store has no actions.
-        """
+        """Of the training episodes; `ContractError` where the store has no actions."""
         if self.attributes.statistics is None:
             raise ContractError(
                 f"{self.path}: its episodes have no actions; it can feed the stages up to distill, but no policy "
@@ -193,11 +174,7 @@ class EpisodeStore:
         return int(self.episode_ends[-1])
 
     def episodes(self, split: Split) -> NDArray[np.int64]:
-        """Episode numbers of one side of the split, increasing.
-
-        Raises:
-            ContractError: no episode is held out.
-        """
+        """Episode numbers of one side of the split, increasing; `ContractError` where no episode is held out."""
         if not len(episodes := np.flatnonzero(self.episode_split == SPLITS.index(split))):
             raise ContractError(f"{self.path}: no episode is held out, which this needs; convert at least two episodes")
         return episodes

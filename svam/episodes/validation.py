@@ -142,15 +142,12 @@ class Validation:
         reader = self._arrays[name]
         try:
             return [(first, reader.read_range(first, last))]
-        except FileError:  # which chunk is it?
-            found = []
-        for at in range(first, last, reader.chunk_rows):
-            end = min(at + reader.chunk_rows, last)
-            try:
-                found.append((at, reader.read_range(at, end)))
-            except FileError as error:
-                self._damaged(name, at, end, error)
-        return found
+        except FileError as error:  # which chunk is it?
+            if last - first > reader.chunk_rows:
+                starts = range(first, last, reader.chunk_rows)
+                return [one for at in starts for one in self._load(name, at, min(at + reader.chunk_rows, last))]
+            self._damaged(name, first, last, error)
+            return []
 
     def _damaged(self, name: str, first: int, last: int, error: FileError) -> None:
         rows = np.asarray([first, last - 1])

@@ -58,8 +58,6 @@ from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
-RAW_SCHEMA = 1
-"""The version of the layout above."""
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
 _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
     **dict.fromkeys(_VECTORS, (("float16", "float32", "float64"), 2, "float32")),

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import zarr
 
 from svam.episodes.arrays import write_array
 from svam.episodes.rows import RowReader
@@ -124,12 +123,6 @@ def test_a_missing_shard_is_not_zeros(path: Path) -> None:
     file.unlink()
     with refused("no such file, though the array has", str(file)):
         EpisodeStore.open(path)
-
-
-def test_a_foreign_layout_is_named(tmp_path: Path) -> None:
-    zarr.create_array(str(tmp_path / "plain"), shape=(4, 2), dtype="float32", chunks=(2, 1))
-    with refused("expected shards of whole rows"):
-        RowReader(tmp_path / "plain")
 
 
 def test_zeros_are_kept(tmp_path: Path) -> None:
