@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-import numpy as np
-
 from svam.console import console
-from svam.contract import Observation
 from svam.models.svam import SVAM
 from svam.models.timing import timed, timed_components
 
@@ -15,10 +12,7 @@ from svam.models.timing import timed, timed_components
 def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of one call of `act` on `batch` observations: component -> ms, `total`, and what is in no
     component (the decoding of generated frames, copies) as `other`."""
-    height, width = model.config.image_size
-    frame = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    proprioception = np.zeros(model.config.proprioception or 0, np.float32) if model.needs_proprioception else None
-    observations = [Observation({model.camera: frame}, "", proprioception)] * batch
+    observations = [model.example()] * batch
     runs: list[dict[str, float]] = []
     for _ in range(repeats + 1):
         times: dict[str, float] = {}

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import Observation
 from svam.errors import SvamError
 from svam.models.svam import SVAM
 from svam.models.timing import timed, timed_components
@@ -48,7 +47,7 @@ class Inference:
     def warm_up(self) -> None:
         """Compute twice, so that the first client waits for no cache. Where a row's last bits depend on its place in the
         batch (a matter of the processor's libraries), requests are computed one at a time from now on, and the log says so."""
-        one, other = self._example(0), self._example(1)
+        one, other = (Request(self.svam.example(number), number) for number in (0, 1))
         everywhere = [answer.actions for answer in self._computed([one] * self.batch)]
         beside_others = self._computed([*[other] * (self.batch - 1), one])[-1].actions
         if any((actions != everywhere[0]).any() for actions in [*everywhere, beside_others]):
@@ -57,12 +56,6 @@ class Inference:
                 self.batch,
             )
             self.batch = 1
-
-    def _example(self, number: int) -> Request:
-        size = (*self.svam.config.image_size, 3)
-        frame = np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
-        state = np.zeros(self.svam.config.proprioception, np.float32) if self.svam.config.proprioception else None
-        return Request(Observation({self.svam.camera: frame}, "go", state), number)
 
     def _refusal(self, request: Request) -> SvamError | None:
         """Why the text encoder does not take the sentence, or None. (The tokenizer belongs to this thread, so `read_request`

@@ -15,8 +15,9 @@ from svam.contract import Annotation, Episode
 from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
 from svam.params import Collect
+from svam.resume import OLD_STATES
 from svam.seeds import generator, seed_of
-from svam.simulation.collect import OLD_STATES, collect
+from svam.simulation.collect import collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
 from svam.sources.metaworld import Options, open_source
