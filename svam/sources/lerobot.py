@@ -256,11 +256,7 @@ class LerobotSource:
         return next((path for entry in self._entries if (path := self._path(entry, camera)).is_file()), None)
 
     def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
-        """The episode's data file, and camera name -> video, all of which are there.
-
-        Raises:
-            FileError: some are not, all of them named, or are Git LFS pointers.
-        """
+        """The episode's data file, and camera name -> video; `FileError` that names all that are not there."""
         data = self._path(entry)
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
         missing = [] if data.is_file() else [str(data)]
