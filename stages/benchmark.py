@@ -19,8 +19,7 @@ from svam.files import scratch_folder, write_json
 from svam.params import Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     part: Annotated[str, typer.Argument(help=f"What to measure: {', '.join(PARTS)}.")],
     out: Annotated[Path, typer.Argument(help="JSON to write.")],
@@ -44,6 +43,8 @@ def app(
     write_json(out, {"part": part, "machine": computer, "settings": params.benchmark.model_dump(mode="json")} | found)
     console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

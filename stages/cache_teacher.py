@@ -13,8 +13,7 @@ from svam.device import prepare_torch
 from svam.params import Branch, Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which teacher.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -49,6 +48,8 @@ def app(
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,8 +13,7 @@ from svam.files import whole_file
 from svam.params import Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write <stage>.txt to.")],
 ) -> None:
@@ -23,6 +22,8 @@ def app(
         with whole_file(out / f"{stage}.txt") as file:
             file.write_text(code_text(stage_code(stage, params.convert.source)), encoding="utf-8")
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -14,8 +14,7 @@ from svam.params import Params
 from svam.simulation.collect import collect
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write; a previous one is replaced when all episodes are there.")],
 ) -> None:
@@ -23,6 +22,8 @@ def app(
     code = stage_code("collect", params.convert.source)
     collect(out, params.collect, params.seed, params.machine.workers, scratch_folder("collect"), code)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

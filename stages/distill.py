@@ -13,8 +13,7 @@ from svam.params import Branch, Params
 from svam.seeds import seed_of
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which decoupler.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the decoupler to.")],
@@ -50,6 +49,8 @@ def app(
             write_json(partial / "metrics.json", metrics)
     print_results(metrics, branch)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -8,18 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from stages._command import stage_command
-from svam.device import prepare_torch
 from svam.files import whole_directory, write_json
 from svam.params import Params
+
+REMOTE = ("url", "weights", "image_size", "cameras")
+"""What of evaluate.remote decides the result; the rest is how it is waited for."""
 
 
 def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, episodes.jsonl, and arrays: foresight/, rollouts/.")],
-    model: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")],
     episodes: Annotated[Path, typer.Option(help="Episode store: instructions, held-out episodes, the demonstrations' goals.")],
+    model: Annotated[Path | None, typer.Option(help="The S-VAM folder, if that is the policy.")] = None,
 ) -> None:
-    """Evaluate the policy MODEL with every protocol of evaluate.protocols, and print how long it takes to act."""
+    """Evaluate evaluate.policy with every protocol of evaluate.protocols; print how long S-VAM takes to act."""
     section = params.evaluate
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
@@ -27,22 +29,24 @@ def main(
     from svam.evaluation.latency import print_latencies
     from svam.evaluation.metaworld import check_tasks, write_metaworld
     from svam.evaluation.offline import write_offline
+    from svam.evaluation.policies import evaluated_policy
     from svam.models.svam import SVAM
     from svam.resume import resumable_run
 
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
-        check_tasks(section.metaworld.tasks, store)
-    device = prepare_torch(params.machine.device, params.threads, params.seed)
-    svam = SVAM.load(model, device)
+        check_tasks(section.metaworld.tasks, store if section.policy == "svam" else None)
     write = {"offline": write_offline, "metaworld": write_metaworld}
-    metrics: dict[str, Any] = {"protocols": list(section.protocols)}
-    with resumable_run("evaluate", params, ["evaluate"], [model, episodes], device) as resume:
-        with whole_directory(out) as folder:
+    metrics: dict[str, Any] = {"protocols": list(section.protocols), "policy": section.policy}
+    with evaluated_policy(params, model) as (policy, computed_by):
+        deciding = [name for name in type(section).model_fields if name != "remote"] + [f"remote.{name}" for name in REMOTE]
+        sections, inputs = [f"evaluate.{name}" for name in deciding], [episodes, *([model] if model and policy else [])]
+        with resumable_run("evaluate", params, sections, inputs, computed_by) as resume, whole_directory(out) as folder:
             for protocol in (name for name in write if name in section.protocols):
-                metrics[protocol] = write[protocol](folder, store, svam, params, resume)
+                metrics[protocol] = write[protocol](folder, store, policy, params, resume)
             write_json(folder / "metrics.json", metrics)
-        print_latencies(svam, section.batch)
+        if isinstance(policy, SVAM):
+            print_latencies(policy, section.batch)
 
 
 app = stage_command(main)

@@ -16,8 +16,7 @@ SAMPLES = 8
 """Held-out clips that are written for the report's figure, (n, 2, T, H, W, 3) uint8: the decoded truth, and the generation."""
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Directory to write the video model to.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -54,6 +53,8 @@ def app(
             write_arrays(partial / "samples", {"clips": pictures[:SAMPLES]})
     console.print({key: round(value, 4) for key, value in metrics.items()})
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,8 +13,7 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, foresight.md, the figures (PNG) and plots/ (JSON).")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
@@ -43,6 +42,8 @@ def app(
     for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
         console.print(sentence, highlight=False)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -12,8 +12,7 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -46,6 +45,8 @@ def app(
         windows = choose_windows(store, section, model.video_model.config, seed)
         generate_windows(partial, encoded, model, windows, section, seed, sha256_tree(video), resume)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,8 +13,7 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-@stage_command
-def app(
+def main(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder of the S-VAM to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -43,6 +42,8 @@ def app(
     with resumable_run("train_policy", params, sections, inputs, device) as resume:
         train(store, foresight, folders, section, features, params.seed, device, live, resume).save(out)
 
+
+app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -46,7 +46,7 @@ def _of_models(params: Params) -> Iterator[str]:
             f"generate.up_blocks is {params.generate.up_blocks}, but the U-Net has {len(unet.channels)} up blocks, one for "
             f"each of finetune_video.unet.channels {unet.channels}"
         )
-    if params.evaluate.execute > params.train_policy.chunk:
+    if params.evaluate.policy == "svam" and params.evaluate.execute > params.train_policy.chunk:
         yield f"evaluate.execute ({params.evaluate.execute}) must not exceed train_policy.chunk ({params.train_policy.chunk})"
 
 
@@ -106,6 +106,7 @@ def _of_metaworld(params: Params) -> Iterator[str]:
         yield f"finetune_video.{error}"
     key, chosen = ("convert.tasks", params.convert.tasks) if params.convert.tasks else ("collect.tasks", tasks)
     absent = [task for task in params.evaluate.metaworld.tasks if task not in chosen]
+    closed_loop = closed_loop and params.evaluate.policy == "svam"  # others need no demonstrations
     if closed_loop and absent and not unknown:
         yield f"evaluate.metaworld.tasks names {absent}, of which {key} {chosen} has no demonstrations"
     size = params.convert.image_size

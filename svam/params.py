@@ -362,15 +362,45 @@ class EvaluateOffline(Section):
     samples: Count
 
 
+class RemotePolicy(Section):
+    """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`.
+
+    key_env: environment variable that holds the server's key. weights: the SHA-256 that its metadata must state. image_size:
+    side of the pictures drawn for it. cameras: under which key the picture of the first camera is sent, of the second, and so
+    on. connections: requests under way at the same time.
+    """
+
+    url: Annotated[str, Field(pattern=r"^wss?://\S+$")] | None
+    key_env: str | None
+    weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
+    image_size: Annotated[int, Field(ge=16, le=1024)] | None
+    cameras: Annotated[list[str], Field(min_length=1), Distinct]
+    reply_seconds: Positive
+    connections: Count
+
+
 class Evaluate(Section):
-    """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol."""
+    """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol, and one for a policy that
+    another program serves."""
 
     protocols: Annotated[list[Literal["metaworld", "offline"]], Field(min_length=1), Distinct]
+    policy: Literal["svam", "remote", "expert", "random"]
     execute: Count
     batch: Count
     videos: Annotated[int, Field(ge=0)]
     metaworld: EvaluateMetaworld
     offline: EvaluateOffline
+    remote: RemotePolicy
+
+    @model_validator(mode="after")
+    def _policy_can_be_asked(self) -> Self:
+        if self.policy == "remote" and self.remote.url is None:
+            raise ValueError("policy is 'remote' but remote.url is null: name a server, such as ws://127.0.0.1:8000")
+        if self.policy != "svam" and "offline" in self.protocols:
+            raise ValueError(
+                f"policy is {self.policy!r}, but the protocol 'offline' compares what S-VAM foresees: leave it out of protocols"
+            )
+        return self
 
 
 class Foresight(Section):

@@ -164,6 +164,9 @@ def test_a_first_noise_level_that_hides_too_little_is_noted(changes: dict[str, A
 
 @pytest.mark.parametrize("key, value, said", [
     ("distill.width", "wide", ["distill.width is 'wide'"]),
+    ("evaluate.policy", "remote", ["policy is 'remote' but remote.url is null"]),
+    ("evaluate.policy", "expert", ["policy is 'expert', but the protocol 'offline' compares what S-VAM foresees"]),
+    ("evaluate.remote.url", "127.0.0.1:8000", ["evaluate.remote.url is '127.0.0.1:8000'"]),
 
     ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
     ("convert.source", "LeRobot", ["convert.source is 'LeRobot'", "; did you mean 'lerobot'?"]),

@@ -16,6 +16,7 @@ from svam.console import console, track
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
+from svam.evaluation.policies import Evaluated
 from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
@@ -193,8 +194,9 @@ def evaluate_offline(
     return metrics, clips_for_pictures(store, model, rows, params.batch, seed)
 
 
-def write_offline(folder: Path, store: EpisodeStore, model: SVAM, params: Params, resume: Resume) -> dict[str, Any]:
+def write_offline(folder: Path, store: EpisodeStore, model: Evaluated, params: Params, resume: Resume) -> dict[str, Any]:
     """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics."""
+    assert isinstance(model, SVAM)  # `params` say so
     record = resume.load_record("offline")
     if record is not None and record.file is not None:
         metrics: dict[str, Any] = record.value

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from ruamel.yaml import YAML
 
 from svam.console import console, one_line_errors
-from svam.experiments.plan import Run, load_plan, planned_runs
+from svam.experiments.plan import Run, load_plan, planned_runs, preset, with_arguments
 from svam.experiments.running import run_all, unfinished_runs
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -51,6 +53,17 @@ def table(collection: Annotated[str | None, typer.Argument(help="Without it: the
 
     typer.echo(write(Path("data/compare", collection or load_plan().collection)))
     write_overview(Path("data/compare"))
+
+
+@app.command()
+@one_line_errors
+def params(
+    changes: Annotated[list[str], typer.Argument(help="key=value, as for -S, or the name of a preset.")],
+    file: Annotated[Path, typer.Option("--params", help="Parameter file to begin with.")] = Path("params.yaml"),
+) -> None:
+    """Print a parameter file with changes, checked: for a stage's --params."""
+    arguments = [argument for change in changes for argument in ([change] if "=" in change else preset(change))]
+    YAML(typ="safe", pure=True).dump(with_arguments(file, arguments), sys.stdout)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def success_figure(run: RunMetrics) -> Any:
         rates = np.array([line["success"] for line in mine])
         ends = np.abs(np.array([[line["low"], line["high"]] for line in mine]).T - rates)
         place = np.arange(len(names)) + (k - (len(rows) - 1) / 2) * 0.8 / len(rows)
-        style: dict[str, Any] = {"color": COLOURS[row], "label": ROW_NAMES[row], "ecolor": "#777777", "capsize": 2}
+        style: dict[str, Any] = {"color": COLOURS[row], "label": run.row_name(row), "ecolor": "#777777", "capsize": 2}
         axes.bar(place, rates, 0.8 / len(rows), yerr=ends, **style)
     axes.set_xticks(np.arange(len(names)), [textwrap.fill(name, 14) for name in names], rotation=20 if len(names) > 6 else 0)
     axes.set_ylim(0.0, 1.05)

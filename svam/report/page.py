@@ -156,7 +156,7 @@ def introduction(run: tables.RunMetrics, note: str) -> str:
     """What came out, in a few sentences of Markdown, under the note where there is one."""
     parts = [note] if note else []
     if run.success:
-        rows = {name: rate(run.success[row]["macro"]) for row, name in tables.ROW_NAMES.items() if row in run.success}
+        rows = {run.row_name(row): rate(run.success[row]["macro"]) for row in tables.ROW_NAMES if row in run.success}
         parts.append("Success, mean of tasks: " + ", ".join(f"{name} **{value}**" for name, value in rows.items()) + ".")
     parts.append(sentences(tables.flat_metrics(run)))
     return "\n\n".join(parts)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ruamel.yaml import YAML
 
 from svam.evaluation.scores import PUBLISHED_TIERS
-from svam.report.tables import ROW_NAMES, RunMetrics, markdown_table
+from svam.report.tables import RunMetrics, has_four_groups, markdown_table
 
 ROWS = ("policy", "random", "expert")
 """Of a run, which stand beside published ones."""
@@ -40,13 +41,19 @@ def beside_published(run: RunMetrics) -> str:
             done = sum(task in summary["tasks"] for task in tasks)
             few = "" if done == len(tasks) else f", {done} of {len(tasks)} tasks"
             cells.append("" if line is None else rate(line) + few)
-        lines.append([f"{ROW_NAMES[row]}, this run", *cells])
+        groups = f"{summary['mean_of_tiers']['success']:.0%}" if has_four_groups(summary) else ""
+        lines.append([f"{run.row_name(row)}, this run", *cells, groups])
     published = read_published()
     table = published["metaworld"]
-    lines += [[f"{name}, published", *(f"{value:.1f}%" for value in values)] for name, values in table["rows"].items()]
+    lines += [
+        [f"{name}, published", *(f"{value:.1f}%" for value in (*values, fmean(values[:3])))]
+        for name, values in table["rows"].items()
+    ]
+    header = ["", "easy", "medium", "hard and very hard", "mean of tasks", "mean of groups"]
     return (
-        f"Published rows are of another setting: {table['setting']} ({published['source']}).\n\n"
-        f"{markdown_table(['', 'easy', 'medium', 'hard and very hard', 'mean of tasks'], lines)}"
+        f"Published rows are of another setting: {table['setting']} ({published['source']}). The mean of groups is another "
+        "average, in which a hard task counts more: LeRobot's, over easy, medium, hard and very hard; for published rows over "
+        f"the three groups that they give.\n\n{markdown_table(header, lines)}"
     )
 
 

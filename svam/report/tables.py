@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from svam.evaluation.scores import TIERS
 from svam.files import FileError, read_json
 
 ROW_NAMES = {
@@ -49,6 +50,15 @@ class RunMetrics:
         rows: Mapping[str, Any] = self.results.get("metaworld", {}).get("rows", {})
         return rows
 
+    @property
+    def evaluated(self) -> str:
+        """The row of what was evaluated: a scripted policy has no other."""
+        return "policy" if "policy" in self.success else next(iter(self.success))
+
+    def row_name(self, row: str) -> str:
+        """What the row is called; the policy may be another program's."""
+        return "remote policy" if row == "policy" and self.results.get("policy") == "remote" else ROW_NAMES[row]
+
 
 def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branches: Sequence[str]) -> RunMetrics:
     """Read metrics.json of every stage. Imported weights have none to show, and theirs is empty.
@@ -74,18 +84,22 @@ def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branch
 def flat_metrics(run: RunMetrics) -> dict[str, float]:
     """About ten numbers for `dvc exp show`; what was not measured is absent.
 
-    success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_reach: of the task that
-    is visually hardest; success_unseen_sentence. video_error_share: generated clips' squared error over that of repeating
+    success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_mean_of_groups: where
+    all four groups of difficulty were evaluated, LeRobot's average; success_reach: of the task that is visually hardest;
+    success_unseen_sentence. video_error_share: generated clips' squared error over that of repeating
     the first frame. <branch>_cosine: centred, on patches that moved; <branch>_explained: share of the error of repeating
     the reference. action_error: mean absolute, on held-out episodes, in physical units.
     """
     flat: dict[str, float] = {}
     rows = run.success
     if rows:
-        macro = rows["policy"]["macro"]
+        evaluated = rows[run.evaluated]
+        macro = evaluated["macro"]
         flat |= {"success": macro["success"], "success_low": macro["low"], "success_high": macro["high"]}
-        if "reach" in rows["policy"]["tasks"]:
-            flat["success_reach"] = rows["policy"]["tasks"]["reach"]["success"]
+        if has_four_groups(evaluated):
+            flat["success_mean_of_groups"] = evaluated["mean_of_tiers"]["success"]
+        if "reach" in evaluated["tasks"]:
+            flat["success_reach"] = evaluated["tasks"]["reach"]["success"]
         if "held_out_instruction" in rows:
             flat["success_unseen_sentence"] = rows["held_out_instruction"]["macro"]["success"]
     flat["video_error_share"] = run.video["error_share_of_repeat"]
@@ -95,6 +109,26 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
     if "offline" in run.results:
         flat["action_error"] = run.results["offline"]["policy"]["mae"]
     return {name: round(float(value), 4) for name, value in flat.items()}
+
+
+def has_four_groups(summary: Mapping[str, Any]) -> bool:
+    """Whether the mean of groups in a `scores.summary` is LeRobot's average, and not one of fewer."""
+    return bool(summary["mean_of_tiers"]) and summary["mean_of_tiers"]["tiers"] == len(TIERS)
+
+
+def setting_text(setting: Mapping[str, Any]) -> str:
+    """In which setting the closed loop was run, which another table must share to be compared with."""
+    text = f"{setting['episodes_per_task']} episodes a task of at most {setting['max_steps']} steps, {setting['scenes']} scenes"
+    if "cameras" in setting:
+        text += (
+            f"; pictures of {' and '.join(setting['cameras'])}, {setting['image_size']} pixels wide, in the style "
+            f"{setting['render']}, drawn by MuJoCo {setting['mujoco']} with {setting['gl']}"
+        )
+    if "demonstrations" in setting:
+        counts = sorted(set(setting["demonstrations"]["episodes"].values()))
+        by = sorted({entry.get("source", "unknown") for entry in setting["demonstrations"]["recorded"]})
+        text += f"; trained on {' to '.join(map(str, [*counts[:1], *counts[1:][-1:]]))} demonstrations a task ({', '.join(by)})"
+    return text + "."
 
 
 def success_table(run: RunMetrics) -> list[dict[str, Any]]:
@@ -193,7 +227,7 @@ def plot_tables(
 ) -> dict[str, list[dict[str, Any]]]:
     """Name -> lines of numbers, six digits after the point, for the titled plots of `dvc.yaml`; `what` names a bar."""
     tables: dict[str, list[dict[str, Any]]] = rounded({
-        "success": [{"what": f"{t['name']}, {ROW_NAMES[t['row']]}", **t} for t in success_table(run)],
+        "success": [{"what": f"{t['name']}, {run.row_name(t['row'])}", **t} for t in success_table(run)],
         "distillation": [{"what": f"{t['branch']}, {PREDICTORS[t['predictor']]}", **t} for t in distillation_table(run)],
         "teachers": [{"what": f"{t['branch']}, {t['view']} frames", **t} for t in teacher_table(run)],
         "actions": action_table(run),
@@ -230,13 +264,23 @@ def markdown(run: RunMetrics, note: str = "") -> str:
             return "" if line is None else f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
 
         grid = markdown_table(
-            ["", *(ROW_NAMES[row] for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
+            ["", *(run.row_name(row) for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
         )
-        count = run.success["policy"]["micro"]["episodes"]
+        count = run.success[run.evaluated]["micro"]["episodes"]
         text = (
             f"{count} episodes on goals that no demonstration has; success at any step; 95 % Wilson intervals. "
-            "No goal is dropped, also not where the expert fails."
+            "No goal is dropped, also not where the expert fails. " + setting_text(run.results["metaworld"]["setting"])
         )
+        means = [
+            f"{run.row_name(row)} {run.success[row]['mean_of_tiers']['success']:.1%}"
+            for row in rows
+            if has_four_groups(run.success[row])
+        ]
+        if means:
+            text += (
+                " The mean of tasks is the average of the published tables; the mean over the four groups of difficulty, as "
+                f"LeRobot averages: {', '.join(means)}."
+            )
         parts += ["## Success in closed loop", text, grid]
     if run.decouplers:
         lines = [

@@ -46,6 +46,7 @@ def describe(svam: SVAM, sha256: str, batch: int) -> dict[str, Any]:
         "policy": "svam", "weights_sha256": sha256, "cameras": {config.camera: list(config.image_size)},
         "proprioception": config.proprioception, "chunk": config.chunk, "rate_hz": config.rate_hz, "batch": batch,
         "action_dimensions": svam.statistics.convention.dimensions, "actions": {"min": actions.min, "max": actions.max},
+        "takes_seed": True,
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import SEGMENTATION_CLASSES
+from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.errors import ParamsError
 from svam.simulation.rendering import Renderer, choose_backend
@@ -198,12 +198,15 @@ class TaskEnvironment:
         """Execute `action` (4,) in physical units, clipped to [-1, 1]; returns whether the task is solved right now.
 
         Raises:
-            ValueError: a wrong shape, a value that is not finite, or a step beyond the 500th of an episode.
+            ContractError: a wrong shape, or a value that is not finite.
+            ValueError: a step beyond the 500th of an episode.
         """
         self._started()
         values = np.asarray(action, dtype=np.float32)
         if values.shape != (ACTION_DIMENSIONS,) or not np.isfinite(values).all():
-            raise ValueError(f"action of task {self.task!r} is {values.tolist()}, expected {ACTION_DIMENSIONS} finite numbers")
+            raise ContractError(
+                f"action of task {self.task!r} is {values.tolist()}, expected {ACTION_DIMENSIONS} finite numbers"
+            )
         if self._env.curr_path_length >= MAX_STEPS:
             raise ValueError(f"task {self.task!r}: an episode has at most {MAX_STEPS} steps")
         self._state, _, _, _, info = self._env.step(np.clip(values, -1.0, 1.0))

@@ -155,7 +155,7 @@ app(["{tmp_path}/results", *options])
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert set(read_json(tmp_path / "results/metrics.json")) == {"protocols", "offline"}
+    assert set(read_json(tmp_path / "results/metrics.json")) == {"protocols", "policy", "offline"}
 
 
 def test_offline_errors_by_hand(evaluated: Path, store: EpisodeStore, tmp_path: Path) -> None:

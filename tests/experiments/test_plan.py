@@ -8,9 +8,13 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
+from typer.testing import CliRunner
 
+from svam.episodes.instructions import described_tasks
 from svam.errors import ParamsError
+from svam.experiments.__main__ import app
 from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs, read_yaml
+from svam.params import load_params
 from svam.simulation.scenes import scene_of
 from tests import ROOT
 
@@ -45,6 +49,17 @@ def test_the_plan_is_of_equal_budgets_on_shared_goals(tmp_path: Path) -> None:
     control = next(run for run in runs if run.variant == "vpp_frame_tokens").params
     assert control["train_policy"]["context"] == ["one_step", "observation"]
     assert control["train_policy"]["observation_encoder"] == "frozen" and control["distill"]["branches"] == []
+
+
+def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
+    """What is printed is a whole parameter file; a preset may have lists over several lines."""
+    done = CliRunner().invoke(app, ["params", "metaworld-50", "evaluate.protocols=[metaworld]", "evaluate.policy=expert"])
+    assert done.exit_code == 0, done.output
+    (tmp_path / "params.yaml").write_text(done.stdout, encoding="utf-8")
+    params = load_params(tmp_path / "params.yaml")
+    assert params.evaluate.metaworld.tasks == params.collect.tasks == described_tasks() and params.evaluate.policy == "expert"
+    done = CliRunner().invoke(app, ["params", "metaworld"])
+    assert done.exit_code == 1 and "'metaworld' is no key=value, nor a preset; those are" in done.output
 
 
 def test_some_runs_of_a_plan(tmp_path: Path) -> None:

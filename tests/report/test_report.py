@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,19 @@ from svam.report import tables
 from svam.report.figures import clip_sheet
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
+from svam.report.published import beside_published
 from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
 SENTENCE = 'reach <script>document.title = "taken"</script> & "the red point"'
 DISTILLED = {
     "decoupler": 0.6, "repeat_reference": 0.1, "linear_probe": 0.4, "decoded_one_step": 0.5, "other_noise": 0.9,
+}  # fmt: skip
+
+SETTING = {
+    "episodes_per_task": 4, "max_steps": 500, "scenes": "stock", "cameras": ["corner2"], "image_size": 64, "render": "fast",
+    "mujoco": "3.3.2", "gl": "egl",
+    "demonstrations": {"episodes": {"reach": 300, "push": 40}, "recorded": [{"source": "scripted expert"}]},
 }  # fmt: skip
 
 
@@ -45,7 +53,7 @@ def write_run(root: Path) -> Path:
     }  # fmt: skip
     write_json(root / "results/metrics.json", {
         "protocols": ["metaworld", "offline"],
-        "metaworld": {"rows": rows, "rate_hz": 80.0, "max_steps": 500, "execute": 8},
+        "metaworld": {"rows": rows, "rate_hz": 80.0, "max_steps": 500, "execute": 8, "setting": SETTING},
         "offline": offline | {"windows": 8, "samples": 2, "notice": "this is not success"},
     })  # fmt: skip
     write_arrays(root / "results/foresight", {
@@ -102,6 +110,28 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     options += [f"--{name}={out.parent / name}" for name in ("films", "foresight", "compare")]
     options += [f"--manifest={run / 'svam/manifest.json'}", f"--params={run / 'params.yaml'}"]
     return CliRunner().invoke(app, [str(out), *options])
+
+
+def test_both_averages_are_named_where_all_groups_were_evaluated(run: Path) -> None:
+    """Of one easy task, two hard ones and so on: the mean over tasks and the mean over groups differ. No rows but its own stand
+    beside a scripted policy."""
+    read = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", ["geometric"])
+    assert "four groups" not in tables.markdown(read) and "success_mean_of_groups" not in tables.flat_metrics(read)
+    successes = {"reach": [True], "sweep": [True], "push": [False], "push-back": [False], "shelf-place": [False]}
+    results = {**read.results, "policy": "remote"}
+    results["metaworld"] = {**results["metaworld"], "rows": {"policy": summary(successes)}}
+    for policy, name in (("policy", "remote policy"), ("expert", "scripted expert")):
+        results["metaworld"]["rows"] = {policy: summary(successes)}
+        other = replace(read, results=results)
+        flat = tables.flat_metrics(other)
+        assert (flat["success"], flat["success_mean_of_groups"]) == (0.4, 0.5)
+        assert f"as LeRobot averages: {name} 50.0%." in tables.markdown(other)
+        row = beside_published(other).split("\n| ")[1:][-9]
+        assert row.startswith(f"{name}, this run |") and row.endswith("| 50% |")
+    assert (
+        "4 episodes a task of at most 500 steps, stock scenes; pictures of corner2, 64 pixels wide, in the style fast, drawn "
+        "by MuJoCo 3.3.2 with egl; trained on 40 to 300 demonstrations a task (scripted expert)."
+    ) in tables.markdown(read)
 
 
 def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import metaworld
 from svam.files import read_json
-from svam.params import Collect, Evaluate, EvaluateMetaworld, EvaluateOffline
+from svam.params import Collect, Evaluate
 from svam.simulation.collect import collect
 from svam.simulation.experts import first_success
 from svam.simulation.metaworld import TaskEnvironment
 from svam.simulation.scenes import SCENES, Scene, shared_tasks
-from svam.sources.metaworld import Options, open_source
+from svam.sources.metaworld import MetaworldSource
 from tests.recorded import SETTINGS
 from tests.toy import committed
 
@@ -78,18 +78,17 @@ def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / scenes, tmp_path / "raw", dirs_exist_ok=True)
     assert read_json(tmp_path / "raw/coffee-button/meta.json")["provenance"]["scenes"] == "shared"
     assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
-    convert(open_source(tmp_path / "raw", Options(tasks=tasks)), tmp_path / "episodes.zarr", SETTINGS, 0)
+    convert(MetaworldSource(tmp_path / "raw", tasks), tmp_path / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(tmp_path / "episodes.zarr")
     assert metaworld.render_settings(store, tasks[1:])["scenes"] == "stock"
     with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):
         metaworld.render_settings(store, tasks)
     assert metaworld.render_settings(store, tasks[:1]) == {"image_size": 32, "render": "fast", "scenes": "shared"}
 
-    asked = Evaluate(
-        protocols=["metaworld"], execute=4, batch=1, videos=1, offline=EvaluateOffline(windows=1, samples=1),
-        metaworld=EvaluateMetaworld(tasks=tasks[:1], episodes=1, held_out_instruction_episodes=0, max_steps=60),
-    )  # fmt: skip
-    outcomes = metaworld.run(store, Still(), asked, camera="corner2", proprioception=False, seed=0, workers=1)
+    closed_loop = {"tasks": tasks[:1], "episodes": 1, "held_out_instruction_episodes": 0, "max_steps": 60}
+    changed = committed("evaluate", protocols=["metaworld"], execute=4, batch=1, metaworld=closed_loop)
+    asked = Evaluate.model_validate(changed)
+    outcomes = metaworld.run(store, Still(), asked, cameras=("corner2",), proprioception=False, seed=0, workers=1)
     assert outcomes["expert"][0].success
     (outcome,) = outcomes["policy"]
     env = TaskEnvironment("coffee-button", 32, scenes="shared")

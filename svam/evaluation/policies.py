@@ -1,0 +1,43 @@
+"""Whose row is measured: this project's model, a policy that another program serves, or none where it is scripted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from svam.device import prepare_torch
+from svam.errors import ParamsError
+from svam.evaluation.remote import Remote
+from svam.models.svam import SVAM
+from svam.params import Params
+
+Evaluated = SVAM | Remote | None
+"""None: `evaluate.policy` is scripted, so that nothing is loaded and nothing drawn."""
+
+
+@contextmanager
+def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evaluated, str]]:
+    """What `evaluate.policy` names, and what computes it, as text: with another a killed run does not go on.
+
+    Raises:
+        ParamsError: there is no `model` for S-VAM; or see `Remote`.
+        ServingError: no policy server answers.
+    """
+    section, device = params.evaluate, prepare_torch(params.machine.device, params.threads, params.seed)
+    if section.policy == "svam":
+        if model is None:
+            raise ParamsError("evaluate.policy is 'svam': name its folder with --model")
+        yield SVAM.load(model, device), str(device)
+    elif section.policy == "remote":
+        with Remote(section.remote, section.execute) as remote:
+            yield remote, f"weights {remote.weights}"
+    else:
+        yield None, "scripted"
+
+
+def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:
+    """Those of `cameras` that the policy sees: a server as many as there are keys for their pictures."""
+    if isinstance(policy, Remote):
+        return tuple(cameras[: len(policy.keys)])
+    return () if policy is None else (policy.camera,)
