@@ -19,7 +19,8 @@ from svam.files import scratch_folder, write_json
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     part: Annotated[str, typer.Argument(help=f"What to measure: {', '.join(PARTS)}.")],
     out: Annotated[Path, typer.Argument(help="JSON to write.")],
@@ -43,8 +44,6 @@ def main(
     write_json(out, {"part": part, "machine": computer, "settings": params.benchmark.model_dump(mode="json")} | found)
     console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

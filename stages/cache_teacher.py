@@ -13,7 +13,8 @@ from svam.device import prepare_torch
 from svam.params import Branch, Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which teacher.")],
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -48,8 +49,6 @@ def main(
 def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -16,7 +16,8 @@ from svam.params import Params
 from svam.simulation.scenes import check_scenes
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path | None, typer.Argument(help="Write this file once all is well; always the same bytes.")] = None,
 ) -> None:
@@ -35,8 +36,6 @@ def main(
         with whole_file(out) as file:
             file.write_text("params.yaml was checked\n", encoding="utf-8")
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

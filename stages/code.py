@@ -13,7 +13,8 @@ from svam.files import whole_file
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write <stage>.txt to.")],
 ) -> None:
@@ -22,8 +23,6 @@ def main(
         with whole_file(out / f"{stage}.txt") as file:
             file.write_text(code_text(stage_code(stage, params.convert.source)), encoding="utf-8")
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -14,7 +14,8 @@ from svam.params import Params
 from svam.simulation.collect import collect
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write; a previous one is replaced when all episodes are there.")],
 ) -> None:
@@ -22,8 +23,6 @@ def main(
     code = stage_code("collect", params.convert.source)
     collect(out, params.collect, params.seed, params.machine.workers, scratch_folder("collect"), code)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

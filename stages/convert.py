@@ -15,7 +15,8 @@ from svam.files import scratch_folder
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     source_path: Annotated[Path, typer.Argument(help="The recorded data, in the format that convert.source names.")],
     out: Annotated[Path, typer.Argument(help="Store to write, a folder; replaces a previous one when it is whole.")],
@@ -29,8 +30,6 @@ def main(
     size = sum(file.stat().st_size for file in files) / 1e6
     console.print(f"{out}: {len(source)} episodes, {size:.1f} MB in {len(files)} files", highlight=False, soft_wrap=True)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,8 @@ from svam.params import Branch, Params
 from svam.seeds import seed_of
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     branch: Annotated[Branch, typer.Argument(help="Which decoupler.")],
     out: Annotated[Path, typer.Argument(help="Directory to write the decoupler to.")],
@@ -49,8 +50,6 @@ def main(
             write_json(partial / "metrics.json", metrics)
     print_results(metrics, branch)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -12,7 +12,8 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write <camera>.npy to.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -33,8 +34,6 @@ def main(
         store, model = EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device)
         encode_frames(partial, store, model, sha256_tree(autoencoder), params.encode.batch, device, resume)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

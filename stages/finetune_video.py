@@ -16,7 +16,8 @@ SAMPLES = 8
 """Held-out clips that are written for the report's figure, (n, 2, T, H, W, 3) uint8: the decoded truth, and the generation."""
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Directory to write the video model to.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -53,8 +54,6 @@ def main(
             write_arrays(partial / "samples", {"clips": pictures[:SAMPLES]})
     console.print({key: round(value, 4) for key, value in metrics.items()})
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,8 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, foresight.md, the figures (PNG) and plots/ (JSON).")],
     episodes: Annotated[Path, typer.Option(help="Episode store that the windows were drawn from.")],
@@ -42,8 +43,6 @@ def main(
     for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
         console.print(sentence, highlight=False)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -12,7 +12,8 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -45,8 +46,6 @@ def main(
         windows = choose_windows(store, section, model.video_model.config, seed)
         generate_windows(partial, encoded, model, windows, section, seed, sha256_tree(video), resume)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -9,6 +9,7 @@ import typer
 
 from stages._command import stage_command
 from svam.device import prepare_torch
+from svam.episodes.store import EpisodeStore
 from svam.files import whole_directory, write_json
 from svam.params import Params
 from svam.resume import resumable_run
@@ -24,7 +25,8 @@ class Part(StrEnum):
     semantic = "semantic"
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     part: Annotated[Part, typer.Argument(help="Which backbone to prepare.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: published layout, svam.json and metrics.json.")],
@@ -44,13 +46,15 @@ def main(
     inputs = [episodes, *([autoencoder] if autoencoder else [])]
     stage = f"prepare_backbones_{kind}" + ("" if kind == part else f"@{part}")
     with resumable_run(stage, params, [f"prepare_backbones.{part}"], inputs, device) as resume:
-        backbone, metrics = module.prepare(part.value, section, episodes, autoencoder, seed, device, live, resume)
+        if section.source == "pretrained":
+            backbone, metrics = module.published(section, f"prepare_backbones.{part}"), {}
+        else:
+            own = [part.value, autoencoder] if kind == "teacher" else []
+            backbone, metrics = module.train(section, EpisodeStore.open(episodes), seed, device, live, resume, *own)
         with whole_directory(out) as folder:
             backbone.save(folder)
             write_json(folder / "metrics.json", metrics)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,8 @@ from svam.files import whole_directory, write_json
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for index.html, metrics.json, results.md, figures (PNG), plots/.")],
     films: Annotated[Path, typer.Option(help="Folder for a film of every recorded rollout.")],
@@ -48,8 +49,6 @@ def main(
     console.print(flat, highlight=False)
     console.print(f"on one page: {out}/index.html; tables and figures: {out}/results.md, {out}/*.png", highlight=False)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -13,7 +13,8 @@ from svam.device import prepare_torch
 from svam.params import Params
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder of the S-VAM to write.")],
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
@@ -42,8 +43,6 @@ def main(
     with resumable_run("train_policy", params, sections, inputs, device) as resume:
         train(store, foresight, folders, section, features, params.seed, device, live, resume).save(out)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

@@ -300,7 +300,12 @@ class EpisodeSource(Protocol):
         ...
 
     def read(self, index: int) -> Episode:
-        """One episode, checked, with all cameras of `describe`."""
+        """One episode, checked, with all cameras of `describe`. Its frames may be decoded only when they are asked for.
+
+        Raises:
+            FileError: a file is missing or damaged, lacks a field, or changed since the source was opened.
+            ContractError: the episode breaks the contract.
+        """
         ...
 
 

@@ -8,7 +8,6 @@ checksum of both, so that a record is whole or is not there. The folder goes whe
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -24,7 +23,16 @@ from safetensors import SafetensorError
 
 from svam.code import library_versions, stage_code
 from svam.console import console
-from svam.files import FileError, locked, read_json, replace_directory, sha256_tree, whole_directory, whole_file
+from svam.files import (
+    FileError,
+    locked,
+    read_json,
+    replace_directory,
+    sha256_of_json,
+    sha256_tree,
+    whole_directory,
+    whole_file,
+)
 from svam.params import Params
 
 COST_SHARE = 0.01
@@ -169,14 +177,10 @@ def resumable_run(
         "device": str(device),
     }
     states = Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / stage
-    folder = states / _digest(deciding)[:32]
+    folder = states / sha256_of_json(deciding)[:32]
     resume = Resume(folder, params.machine.checkpoint_seconds)
     try:
-        with locked(_lock_of(folder)):
-            _delete_old_states(folder)
-            folder.mkdir(exist_ok=True)
-            for half_written in folder.glob(".*.partial-*"):
-                half_written.unlink()
+        with held(folder):
             if any(folder.glob("*.json")):
                 console.print(f"{stage}: goes on from what an earlier run saved in {folder}", highlight=False, soft_wrap=True)
             try:
@@ -201,10 +205,6 @@ def _param(params: Params, key: str) -> Any:
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def identity(path: Path) -> str:
     """What tells one input from another: its content, or for a large one the names, sizes and times of its files."""
     if not path.exists():
@@ -213,16 +213,28 @@ def identity(path: Path) -> str:
     stats = [(file.relative_to(path).as_posix(), file.stat()) for file in files]
     if sum(stat.st_size for _, stat in stats) <= CONTENT_BYTES:
         return sha256_tree(path)
-    return _digest([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
+    return sha256_of_json([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
 
 
-def _delete_old_states(own: Path) -> None:
-    """Delete the states of other params, code or inputs, but for the newest few and those in use."""
-    others = [folder for folder in own.parent.iterdir() if folder.is_dir() and folder != own]
-    for folder in sorted(others, key=lambda folder: folder.stat().st_mtime, reverse=True)[OLD_STATES:]:
-        with suppress(FileError), locked(_lock_of(folder)):
-            shutil.rmtree(folder, ignore_errors=True)
-            console.print(f"{folder}: deleted, it was of other params, code or inputs", highlight=False, soft_wrap=True)
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder of unfinished work, made if need be, for this process alone. Of those beside it, which are of other params,
+    code or inputs, the newest few stay, and those in use.
+
+    Raises:
+        FileError: another process holds it.
+    """
+    with locked(_lock_of(folder)):
+        others = [other for other in folder.parent.iterdir() if other.is_dir() and other != folder]
+        for old in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)[OLD_STATES:]:
+            with suppress(FileError), locked(_lock_of(old)):
+                shutil.rmtree(old, ignore_errors=True)
+                console.print(f"{old}: deleted, it was of other params, code or inputs", highlight=False, soft_wrap=True)
+        folder.mkdir(exist_ok=True)
+        folder.touch()
+        for half_written in folder.glob(".*.partial-*"):
+            half_written.unlink()
+        yield
 
 
 def _lock_of(folder: Path) -> Path:

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.analysis.gap import EpisodeBootstrap, Sums, annotated_frames, per_window, to_pixels
+from svam.analysis.gap import EpisodeBootstrap, Sums, per_window, to_pixels
 from svam.contract import ContractError
 from svam.report.grid import PictureRow, heat, picture_grid
 from svam.report.tables import markdown_table
+from svam.training.distill_data import annotated_frames
 from svam.training.teacher_metrics import FARTHEST, depth_error, valid_depth
 
 RIDGE = 1e-3

@@ -32,7 +32,7 @@ from svam.report.grid import PictureRow, picture_grid
 from svam.report.pca import pca_colours
 from svam.report.tables import rounded
 from svam.seeds import seed_of
-from svam.training.distill_data import GeneratedWindows
+from svam.training.distill_data import GeneratedWindows, annotated_frames, recorded
 from svam.training.foresight_metrics import moved_patches
 from svam.training.one_step import OneStepFeatures
 from svam.training.teacher_metrics import valid_depth
@@ -63,9 +63,7 @@ class AnalysisInputs:
 
     def truth(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Recorded frames (k, T, H, W, 3) of windows."""
-        rows = self.windows.rows[numbers]
-        frames = self.store.frames(rows.reshape(-1))
-        return frames.reshape(*rows.shape, *frames.shape[1:])
+        return recorded(self.store, self.windows.rows[numbers])
 
 
 def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
@@ -96,7 +94,7 @@ def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
         if teacher is not None:
             shown = {row: clip[:, 1:] for row, clip in {**clips, "truth": truth, "other": other}.items()}
             shown["repeat"] = truth[:, :1]  # one picture: the teacher looks at it once
-            seen = {row: predicted_labels(teacher, frames, batch, model.device) for row, frames in shown.items()}
+            seen = {row: predicted_labels(teacher, frames, batch) for row, frames in shown.items()}
             seen["repeat"] = np.broadcast_to(seen["repeat"], seen["truth"].shape)
             everywhere = np.ones(seen["truth"].shape[:2], dtype=bool)
             known, simulated = simulator_labels(labels, windows.rows[numbers], seen["truth"])
@@ -109,15 +107,10 @@ def measure_gap(inputs: AnalysisInputs) -> dict[str, dict[str, gap.Sums]]:
     return {row: gap.joined(blocks) for row, blocks in parts.items()}
 
 
-@torch.no_grad()
-def predicted_labels(teacher: Teacher, frames: NDArray[np.uint8], batch: int, device: torch.device) -> NDArray[np.uint8]:
+def predicted_labels(teacher: Teacher, frames: NDArray[np.uint8], batch: int) -> NDArray[np.uint8]:
     """Classes (..., H, W) that the teacher's head sees in frames (..., H, W, 3)."""
     flat = torch.from_numpy(np.ascontiguousarray(frames).reshape(-1, *frames.shape[-3:]))
-    parts = [
-        teacher.predict(part.to(device).permute(0, 3, 1, 2).float() / 255.0).argmax(dim=1).byte().cpu()
-        for part in torch.split(flat, batch)
-    ]
-    return np.asarray(torch.cat(parts).numpy().reshape(frames.shape[:-1]), dtype=np.uint8)
+    return teacher.on_frames(flat, batch, teacher.annotate).numpy().astype(np.uint8).reshape(frames.shape[:-1])
 
 
 def simulator_labels(
@@ -131,7 +124,7 @@ def simulator_labels(
     """
     known, values = np.zeros(like.shape[:2], dtype=bool), np.zeros_like(like)
     if labels is not None and len(labels.rows):
-        w, t = gap.annotated_frames(rows, labels.rows).T
+        w, t = annotated_frames(rows, labels.rows).T
         annotated = labels.values(np.searchsorted(labels.rows, rows[w, t]))
         if annotated.shape[1:] != like.shape[2:]:
             raise ContractError(

@@ -146,18 +146,6 @@ def label_sums(predicted: NDArray[Any], truth: NDArray[Any], counted: NDArray[np
     return sums
 
 
-def annotated_frames(rows: NDArray[np.int64], labelled: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Places (n, 2) of (window, frame) in `rows` (k, T) whose store row is among `labelled` (increasing), never the observed
-    frame; a window that runs past its episode repeats the last row, which counts once."""
-    if not len(labelled):
-        return np.empty((0, 2), dtype=np.int64)
-    places = np.searchsorted(labelled, rows).clip(max=len(labelled) - 1)
-    known = labelled[places] == rows
-    known[:, 0] = False
-    known[:, 1:] &= rows[:, 1:] != rows[:, :-1]
-    return np.argwhere(known).astype(np.int64)
-
-
 class EpisodeBootstrap:
     """Bootstrap over held-out episodes, each with all its windows: windows of one episode overlap and are no independent
     draws. The same resamples serve all measures and predictors, so differences are paired."""

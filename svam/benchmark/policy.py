@@ -20,11 +20,11 @@ from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
-from svam.evaluation.latency import timed_components
 from svam.evaluation.metaworld import check_tasks, plan_episodes, render_settings
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
 from svam.models.svam import SVAM
+from svam.models.timing import timed, timed_components
 from svam.params import Params
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
@@ -45,13 +45,6 @@ def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:
     return svam, described
 
 
-def _finish(svam: SVAM) -> float:
-    """The time once the device has done all that was asked of it."""
-    if svam.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any]) -> None:
     values = ", ".join(f"{name} {value:g}" for name, value in seconds.items())
     low, high = ratio["range"]
@@ -61,11 +54,9 @@ def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any])
 def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
     """Seconds of `SVAM.encode` of one observation: component -> seconds, `other` and `total`."""
     parts: dict[str, float] = {}
-    with timed_components(svam, parts):
-        start = _finish(svam)
+    with timed_components(svam.foresight, parts), timed(parts, "total"):
         svam.encode([observation], [seed])
-        total = _finish(svam) - start
-    return parts | {"other": total - sum(parts.values()), "total": total}
+    return parts | {"other": 2 * parts["total"] - sum(parts.values())}
 
 
 def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:
@@ -73,15 +64,14 @@ def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, flo
     what a policy on generated video pays."""
     foresight, parts = svam.foresight, dict[str, float]()
     frame = torch.from_numpy(observation.frames[svam.camera][None])
-    with timed_components(svam, parts):
+    with timed_components(foresight, parts):
         condition, text = foresight.prepare(frame, [observation.instruction])
         latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
-    start = _finish(svam)
-    clip = foresight.decode(latents)
-    decoded = _finish(svam)
-    for branch in foresight.teachers:
-        foresight.teacher_features(branch, clip.flatten(0, 1))
-    parts |= {"decoding": decoded - start, "teachers": _finish(svam) - decoded}
+    with timed(parts, "decoding"):
+        clip = foresight.decode(latents)
+    with timed(parts, "teachers"):
+        for branch in foresight.teachers:
+            foresight.teacher_features(branch, clip.flatten(0, 1))
     return parts | {"total": sum(parts.values())}
 
 
@@ -219,12 +209,13 @@ def _trained(
     def run(name: str, number: int) -> float:
         svam.network.load_state_dict(weights)
         noise = torch.Generator().manual_seed(seed_of(params.seed, "benchmark features", number))
-        start = _finish(svam)
-        fit(
-            svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws),
-            lambda step: sides[name].batch(batches[step]), optimiser, svam.device, f"features, {name}",
-        )  # fmt: skip
-        return _finish(svam) - start
+        spent: dict[str, float] = {}
+        with timed(spent, name):
+            fit(
+                svam.network, lambda batch: svam.loss(batch, noise, section.noise_draws),
+                lambda step: sides[name].batch(batches[step]), optimiser, svam.device, f"features, {name}",
+            )  # fmt: skip
+        return spent[name]
 
     return in_turn({name: partial(run, name) for name in sides}, params.benchmark.repeats)
 

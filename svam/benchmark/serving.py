@@ -52,7 +52,7 @@ def served(model: Path, batch: int, device: str, threads: int) -> Iterator[str]:
 def measure(model: Path, repeats: int, calls: int, device: str, threads: int) -> dict[str, Any]:
     """Both figures, each a median over `repeats`, within which all works take turns at `calls` calls each."""
     svam = SVAM.load(model, prepare_torch(device, threads, seed=0))
-    observations = [_observation(svam, number) for number in range(CLIENTS)]
+    observations = [svam.example(number) for number in range(CLIENTS)]
     with ExitStack() as stack:
         alone, shared = (stack.enter_context(served(model, batch, device, threads)) for batch in (1, CLIENTS))
         one = stack.enter_context(PolicyClient(alone))
@@ -95,12 +95,6 @@ def _seconds(work: Callable[[], object], times: int) -> float:
     for _ in range(times):
         work()
     return (perf_counter() - start) / times
-
-
-def _observation(svam: SVAM, number: int) -> Observation:
-    frame = np.random.default_rng(number).integers(0, 256, (*svam.config.image_size, 3), dtype=np.uint8)
-    state = np.zeros(svam.config.proprioception or 0, np.float32)
-    return Observation({svam.camera: frame}, "go", state)
 
 
 @app.command()

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,15 +37,6 @@ def attributes_digest(attributes: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(stated, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-@contextmanager
-def named_failures(path: Path) -> Iterator[None]:
-    """Turn a failing file system (disk full, no permission) into one sentence that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise FileError(f"{path}: writing failed: {error.strerror or error}; nothing was kept") from error
-
-
 def codecs_for(compression: str = "zstd") -> list[Any]:
     """What compresses a chunk: `zstd`, `lz4` or `blosc` (Blosc's Zstd, bytes by bit planes); and its checksum."""
     from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
@@ -70,13 +59,11 @@ def create_array(
     codecs: dict[str, Any] = {"compressors": codecs_for(compression)}
     if compression in LOSSY:
         codecs = {"serializer": picture_codec(compression, quality), "compressors": [Crc32cCodec()]}
-    with named_failures(path), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a codec is not in the specification
-        return zarr.create_array(
-            path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
-            shards=(shard_rows, *shape[1:]), filters=None, **codecs,
-            config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
-        )  # fmt: skip
+    return zarr.create_array(
+        path, shape=shape, dtype=dtype, zarr_format=3, fill_value=0, chunks=(chunk_rows, *shape[1:]),
+        shards=(shard_rows, *shape[1:]), filters=None, **codecs,
+        config={"write_empty_chunks": True},  # so that a missing chunk is always a fault
+    )  # fmt: skip
 
 
 def shard_file(path: Path, shard: int, axes: int) -> Path:
@@ -88,16 +75,18 @@ def state_sizes(array: zarr.Array[Any], path: Path) -> None:
     """Write the sizes of the files of a finished array into its attributes."""
     assert array.shards is not None
     files = [shard_file(path, shard, len(array.shape)) for shard in range(-(-array.shape[0] // array.shards[0]))]
-    with named_failures(path):
-        array.update_attributes({SHARD_BYTES: [file.stat().st_size for file in files]})
+    array.update_attributes({SHARD_BYTES: [file.stat().st_size for file in files]})
 
 
 def write_array(path: Path, values: NDArray[Any], chunk_rows: int = 1024, shard_rows: int = 65536) -> None:
     """A whole small array (n, ...)."""
     array = create_array(path, values.shape, values.dtype, chunk_rows, shard_rows)
-    with named_failures(path):
-        array[...] = values
+    array[...] = values
     state_sizes(array, path)
+
+
+def _group(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "node_type": "group", "zarr_format": 3}
 
 
 def write_groups(path: Path, arrays: Collection[str], attributes: Mapping[str, Any]) -> None:
@@ -106,9 +95,7 @@ def write_groups(path: Path, arrays: Collection[str], attributes: Mapping[str, A
     attributes = {**attributes, ARRAYS: {name: sha256(path / name / "zarr.json") for name in arrays}}
     for folder in {Path(), *(parent for name in arrays for parent in Path(name).parents)}:
         stated = {**attributes, ATTRIBUTES_DIGEST: attributes_digest(attributes)} if folder == Path() else {}
-        metadata = {"attributes": stated, "node_type": "group", "zarr_format": 3}
-        with named_failures(path / folder):
-            write_json(path / folder / "zarr.json", metadata)
+        write_json(path / folder / "zarr.json", _group(stated))
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
@@ -133,6 +120,9 @@ def read_attributes(path: Path) -> dict[str, Any]:
     if attributes and not same:
         raise FileError(f"{path / 'zarr.json'}: its attributes are damaged or were edited; run the stage that writes it again")
     for name, digest in attributes.get(ARRAYS, {}).items():
+        for parent in Path(name).parents[:-1]:
+            if read_json(path / parent / "zarr.json") != _group({}):
+                raise FileError(f"{path / parent / 'zarr.json'}: not the metadata of a Zarr v3 group")
         file = path / name / "zarr.json"
         if not file.is_file():
             raise FileError(f"{path / name}: no such array")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from svam.code import ROOT, code_of, library_versions, module_file
 from svam.console import console, progress_bar
@@ -35,6 +34,7 @@ from svam.contract import (
     Episode,
     EpisodeShape,
     EpisodeSource,
+    FrameBlocks,
     SourceDescription,
     Statistics,
     VectorStatistics,
@@ -44,7 +44,7 @@ from svam.device import become_worker
 from svam.episodes.arrays import write_array, write_groups
 from svam.episodes.checksums import EpisodeDigest
 from svam.episodes.frames import prepared
-from svam.episodes.lossy import LOSSY, PictureError, picture_codec
+from svam.episodes.lossy import LOSSY, PictureError, picture_codec, stated_error
 from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
 from svam.episodes.split import split_episodes
@@ -60,19 +60,13 @@ OF_EPISODES = ("episode_ends", "episode_split", "episode_task", "episode_checksu
 ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
 
 
-def _parts(episode: Episode) -> dict[str, tuple[tuple[int, ...], np.dtype[Any], int]]:
-    """Array name -> (row shape, dtype, number of rows) of what an episode adds to a store."""
-    parts: dict[str, tuple[tuple[int, ...], np.dtype[Any], int]] = {
-        f"frames/{camera}": (tuple(images.shape[1:]), np.dtype(np.uint8), len(images))
-        for camera, images in episode.frames.items()
-    }
-    for name in (*VECTORS, "timestamps"):
-        if (values := getattr(episode, name)) is not None:
-            parts[name] = (values.shape[1:], values.dtype, len(values))
+def _arrays_of(episode: Episode) -> dict[str, NDArray[Any] | FrameBlocks]:
+    """Array name -> what an episode adds to it."""
+    arrays: dict[str, Any] = {f"frames/{camera}": images for camera, images in episode.frames.items()}
+    arrays |= {name: values for name in (*VECTORS, "timestamps") if (values := getattr(episode, name)) is not None}
     for name, labels in sorted(episode.annotations.items()):
-        parts[f"annotations/{name}/values"] = (labels.values.shape[1:], labels.values.dtype, len(labels.values))
-        parts[f"annotations/{name}/index"] = ((), np.dtype(np.int64), len(labels.index))
-    return parts
+        arrays |= {f"annotations/{name}/values": labels.values, f"annotations/{name}/index": labels.index}
+    return arrays
 
 
 def _rows_of(name: str, shape: EpisodeShape) -> int:
@@ -96,20 +90,20 @@ class Plan:
     @classmethod
     def of(cls, source: EpisodeSource, params: Convert) -> tuple[Plan, list[EpisodeShape]]:
         """Look at all lengths, and at the first episode for the arrays' kinds."""
-        description = _chosen_cameras(source.describe(), params)
+        description = source.describe()
         if not len(source):
             raise ContractError("the source has no episodes")
         shapes = [source.shape(e) for e in range(len(source))]
         first = prepared(source.read(0), description.cameras, params)
         first.check()
-        parts = _parts(first)
-        starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in parts}
+        arrays = _arrays_of(first)
+        starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in arrays}
         layouts = {
             name: Layout.of(
-                int(starts[name][-1]), row_shape, _stored(name, dtype, params), _chunk_rows(name, params),
+                int(starts[name][-1]), values.shape[1:], _stored(name, values.dtype, params), _chunk_rows(name, params),
                 params.shard_megabytes * 2**20, *((params.compression, params.quality) if name.startswith("frames/") else ()),
             )
-            for name, (row_shape, dtype, _) in parts.items()
+            for name, values in arrays.items()
         }  # fmt: skip
         steps = np.cumsum([shape.steps for shape in shapes])
         last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
@@ -157,18 +151,8 @@ def _chunk_rows(name: str, params: Convert) -> int:
     return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
 
 
-def _chosen_cameras(description: SourceDescription, params: Convert) -> SourceDescription:
-    """The description with the cameras of `convert.cameras`, in that order."""
-    unknown = [camera for camera in params.cameras if camera not in description.cameras]
-    if unknown and len(params.cameras) == len(description.cameras):
-        return description  # the source has chosen them, by another form of their names
-    if unknown:
-        raise ContractError(f"convert.cameras names {unknown[0]!r}; the source has {', '.join(description.cameras)}")
-    return description.model_copy(update={"cameras": params.cameras or description.cameras})
-
-
-def _checked(plan: Plan, number: int) -> Episode:
-    """Episode `number`, as it goes into the store.
+def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
+    """Episode `number`, as it goes into the store, and how messages call it.
 
     Raises:
         ContractError: it breaks the contract or differs in kind from the first one.
@@ -185,34 +169,26 @@ def _checked(plan: Plan, number: int) -> Episode:
         raise ContractError(f"{where}: rate_hz is {episode.rate_hz:g}, expected {description.rate_hz:g}")
     if episode.task not in description.instructions:
         raise ContractError(f"{where}: its task is not in the source's instructions")
-    for d in params.binary_dimensions:
-        column = None if episode.actions is None or d >= episode.actions.shape[1] else episode.actions[:, d]
-        if column is not None and not np.isin(column, (-1.0, 1.0)).all():
+    columns = [] if episode.actions is None else list(episode.actions.T)
+    for d in params.binary_dimensions if columns else ():
+        if d >= len(columns):
+            raise ContractError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
+        if not np.isin(columns[d], (-1.0, 1.0)).all():
             raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
-    parts = _parts(episode)
-    if set(parts) != set(plan.layouts):
-        more, less = sorted(set(parts) - set(plan.layouts)), sorted(set(plan.layouts) - set(parts))
+    arrays = _arrays_of(episode)
+    if set(arrays) != set(plan.layouts):
+        more, less = sorted(set(arrays) - set(plan.layouts)), sorted(set(plan.layouts) - set(arrays))
         raise ContractError(f"{where}: differs from the first episode: lacks {less or 'nothing'}, adds {more or 'nothing'}")
-    for name, (row_shape, dtype, rows) in parts.items():
+    for name, values in arrays.items():
         layout, expected = plan.layouts[name], int(plan.starts[name][number + 1] - plan.starts[name][number])
-        if (row_shape, _stored(name, dtype, params)) != (layout.row_shape, layout.dtype):
+        if (values.shape[1:], _stored(name, values.dtype, params)) != (layout.row_shape, layout.dtype):
             raise ContractError(
-                f"{where}: {name} differs from the first episode's: its rows are {dtype} {row_shape}, "
+                f"{where}: {name} differs from the first episode's: its rows are {values.dtype} {values.shape[1:]}, "
                 f"expected {layout.dtype} {layout.row_shape}"
             )
-        if rows != expected:
-            raise ContractError(f"{where}: {name} has {rows} rows, {expected} were announced")
-    return episode
-
-
-def _blocks(episode: Episode, name: str) -> Iterable[NDArray[Any]]:
-    """An array of an episode, in blocks."""
-    if name.startswith("frames/"):
-        return frame_blocks(episode.frames[name.removeprefix("frames/")])
-    if name.startswith("annotations/"):
-        _, label, kind = name.split("/")
-        return [getattr(episode.annotations[label], kind)]
-    return [getattr(episode, name)]
+        if len(values) != expected:
+            raise ContractError(f"{where}: {name} has {len(values)} rows, {expected} were announced")
+    return episode, where
 
 
 @dataclass(frozen=True)
@@ -230,8 +206,8 @@ class _Work:
         """By its name."""
         return ShardedArray(self.folder / "arrays" / name, self.plan.layouts[name])
 
-    def piece(self, unit: int, name: str) -> str:
-        """What the names of a unit's pieces of an array begin with."""
+    def piece(self, name: str) -> str:
+        """What the names of the pieces of an array begin with."""
         return f"{list(self.plan.layouts).index(name)}_"
 
     def has(self, number: int) -> bool:
@@ -246,40 +222,34 @@ class _Work:
 
     def write_unit(self, number: int) -> None:
         """Its shards; and its pieces, checksums and facts in a folder that appears when it is whole."""
-        plan, (first, end) = self.plan, self.plan.units[number]
+        plan, layouts, params = self.plan, self.plan.layouts, self.plan.params
         with whole_directory(self.unit(number)) as folder:
-            written = {
-                name: Rows(self.array(name), *plan.rows(name, number), folder / self.piece(number, name))
-                for name in plan.layouts
-            }
-            params, facts = plan.params, []
+            written = {name: Rows(self.array(name), *plan.rows(name, number), folder / self.piece(name)) for name in layouts}
+            facts: list[dict[str, Any]] = []
             codec = picture_codec(params.compression, params.quality) if params.compression in LOSSY else None
-            for e in range(first, end):
-                episode, digest = _checked(plan, e), EpisodeDigest()
+            for e in range(*plan.units[number]):
+                (episode, where), digest = _checked(plan, e), EpisodeDigest()
                 errors: dict[str, PictureError] = {}
-                where = f"episode {e} ({episode.provenance.get('file', episode.task)})"
-                for name, rows in written.items():
+                for name, values in _arrays_of(episode).items():
                     shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
                     try:
-                        for block in _blocks(episode, name):
+                        for block in frame_blocks(values):
                             if codec is not None and name.startswith("frames/"):  # one picture of a block is measured
                                 errors.setdefault(name, PictureError()).measure(codec, block[0])
                             else:
                                 digest.update(name, block)
-                            rows.append(block + shift if shift else block.astype(plan.layouts[name].dtype, copy=False))
+                            written[name].append(block + shift if shift else block.astype(layouts[name].dtype, copy=False))
                     except ContractError as error:
                         raise ContractError(f"{where}: {name}: {error}") from None
                 facts.append({
                     "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
                     "checksum": digest.hexdigest(), "errors": {name: vars(error) for name, error in errors.items()},
                 })  # fmt: skip
-            for rows in written.values():
-                rows.close()
             write_json(folder / "episodes.json", facts)
 
     def write_shared(self, name: str, shard: int, units: Sequence[int]) -> None:
         """A shard, of what its units saved."""
-        self.array(name).join(shard, [self.unit(unit) / f"{self.piece(unit, name)}{shard}.npy" for unit in units])
+        self.array(name).join(shard, [self.unit(unit) / f"{self.piece(name)}{shard}.npy" for unit in units])
 
     def facts(self) -> list[dict[str, Any]]:
         """Of all episodes."""
@@ -439,11 +409,7 @@ def _write_episodes(
     }  # fmt: skip
     for name, values in of_episodes.items():
         write_array(folder / name, values)
-    try:
-        statistics = _statistics(work, ends, split)
-    except ValidationError as error:
-        message = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise ContractError(f"convert: {message}") from None
+    statistics = _statistics(work, ends, split)
     own = []
     for vector, names in plan.description.provenance.get("dimension_names", {}).items():
         width = plan.layouts[vector].row_shape[0] if vector in plan.layouts else len(names)
@@ -468,13 +434,8 @@ def _picture_error(plan: Plan, facts: list[dict[str, Any]]) -> dict[str, Any] | 
     """By camera what was lost, and the quality that was asked for; None where nothing was."""
     if plan.params.compression not in LOSSY:
         return None
-    stated: dict[str, Any] = {"quality": plan.params.quality}
-    for camera in plan.description.cameras:
-        total = PictureError()
-        for fact in facts:
-            total.add(PictureError(**fact["errors"][f"frames/{camera}"]))
-        stated[camera] = total.stated()
-    return stated
+    measured = {camera: [fact["errors"][f"frames/{camera}"] for fact in facts] for camera in plan.description.cameras}
+    return {"quality": plan.params.quality, **{camera: stated_error(errors) for camera, errors in measured.items()}}
 
 
 def _statistics(work: _Work, ends: NDArray[np.int64], split: NDArray[np.uint8]) -> Statistics | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,13 @@ from svam.contract import VECTORS, Annotation, Episode, FrameBlocks, Frames, fra
 from svam.params import Convert
 
 
-def centre_box(height: int, width: int, target: tuple[int, int]) -> tuple[int, int, int, int]:
-    """(top, left, height, width) of the largest centred box with the aspect of `target` (height, width)."""
-    scale = min(height / target[0], width / target[1])
-    box_height, box_width = max(1, round(target[0] * scale)), max(1, round(target[1] * scale))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
 def _cut(images: NDArray[Any], params: Convert) -> NDArray[Any]:
-    """(k, H, W, ...) to its centre box, where asked for."""
+    """(k, H, W, ...) to the largest centred box of the aspect of `convert.image_size`, where asked for."""
     if params.crop == "none" or params.image_size is None:
         return images
-    rows, columns = images.shape[1:3]
-    top, left, height, width = centre_box(rows, columns, (params.image_size[0], params.image_size[1]))
+    scale = min(side / new for side, new in zip(images.shape[1:3], params.image_size, strict=True))
+    height, width = (max(1, round(new * scale)) for new in params.image_size)
+    top, left = (images.shape[1] - height) // 2, (images.shape[2] - width) // 2
     return images[:, top : top + height, left : left + width]
 
 
@@ -57,6 +52,12 @@ def resize_labels(values: NDArray[Any], params: Convert) -> NDArray[Any]:
     return np.ascontiguousarray(values[:, rows[:, None], columns])
 
 
+def _resized_blocks(source: Frames, params: Convert) -> Iterator[NDArray[np.uint8]]:
+    for block in frame_blocks(source):
+        for first in range(0, len(block), 64):
+            yield resize_frames(block[first : first + 64], params)
+
+
 def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
     """The episode with just `cameras`, in that order, with frames and labels of the asked size, and vectors of the asked
     precision (still float32)."""
@@ -69,17 +70,9 @@ def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
     if params.image_size is None:
         return dataclasses.replace(episode, frames=frames)
     height, width = params.image_size
-
-    def blocks_of(source: Frames) -> Callable[[], Iterator[NDArray[np.uint8]]]:
-        def blocks() -> Iterator[NDArray[np.uint8]]:
-            for block in frame_blocks(source):
-                for first in range(0, len(block), 64):
-                    yield resize_frames(block[first : first + 64], params)
-
-        return blocks
-
     resized: dict[str, Frames] = {
-        camera: FrameBlocks((len(source), height, width, 3), blocks_of(source)) for camera, source in frames.items()
+        camera: FrameBlocks((len(source), height, width, 3), partial(_resized_blocks, source, params))
+        for camera, source in frames.items()
     }
     annotations = {
         name: Annotation(resize_labels(labels.values, params), labels.index) for name, labels in episode.annotations.items()

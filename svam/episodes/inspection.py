@@ -20,28 +20,12 @@ from svam.contract import VECTORS, ContractError, EpisodeSource
 from svam.episodes.rows import RowReader
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
-from svam.files import FileError, read_json
+from svam.files import FileError
 from svam.params import Convert
 
 QUANTITIES = ("mean", "std", "min", "q01", "q99", "max")
 _LONGEST = 200
 """Characters of an entry of the source's provenance that a person sees; `--json` has all."""
-
-
-def stored_arrays(path: Path) -> dict[str, RowReader]:
-    """Every array below `path`, by its name ("frames/front"), sorted.
-
-    Raises:
-        FileError: the metadata of one is damaged, or of another layout than the project writes.
-    """
-    found = {}
-    for file in sorted(Path(path).rglob("zarr.json")):
-        metadata = read_json(file)
-        if not isinstance(metadata, dict) or metadata.get("node_type") not in ("group", "array"):
-            raise FileError(f"{file}: neither the metadata of a Zarr v3 group nor of an array")
-        if metadata["node_type"] == "array":
-            found[file.parent.relative_to(path).as_posix()] = RowReader(file.parent)
-    return found
 
 
 def training_blocks(store: EpisodeStore, name: str) -> Iterator[NDArray[np.float32]]:
@@ -98,7 +82,7 @@ def facts(path: Path) -> dict[str, Any]:
         FileError, ContractError: the store does not open, or a vector is damaged.
     """
     store = EpisodeStore.open(path)
-    arrays = {name: _array_facts(reader) for name, reader in stored_arrays(store.path).items()}
+    arrays = {name: _array_facts(reader) for name, reader in store.arrays.items()}
     labels = {name: arrays.get(f"annotations/{name}/values") for name in ("depth", "segmentation")}
     files = [file for file in store.path.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files)
@@ -120,7 +104,7 @@ def facts(path: Path) -> dict[str, Any]:
         "annotations": {
             name: {"frames": array["shape"][0], "size": array["shape"][1:]} for name, array in labels.items() if array
         },
-        "timestamps": store.timestamps(np.zeros(0, dtype=np.int64)) is not None,
+        "timestamps": "timestamps" in arrays,
         "episode_list": [
             {
                 "number": number, "name": name, "task": store.task_of(episode), "split": SPLITS[store.episode_split[episode]],

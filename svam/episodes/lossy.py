@@ -7,6 +7,7 @@ imagecodecs registers its own. So zarr and imagecodecs read the arrays after the
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +27,8 @@ _registered: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Have zarr know the codecs.
-
-    Raises:
-        MachineError: imagecodecs is not installed.
-    """
+    """Have zarr know the codecs; `MachineError` where imagecodecs is not installed."""
+    warnings.filterwarnings("ignore", "Numcodecs codecs are not in the Zarr version 3 specification")
     if _registered:
         return
     try:
@@ -52,9 +50,7 @@ def register() -> None:
 def picture_codec(compression: str, quality: int) -> Any:
     """The codec of an array's chunks, as `zarr.create_array` takes its serializer."""
     register()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is not in the specification
-        return _registered[f"imagecodecs_{compression}"](level=quality, **_SETTINGS[compression])
+    return _registered[f"imagecodecs_{compression}"](level=quality, **_SETTINGS[compression])
 
 
 @dataclass
@@ -73,15 +69,12 @@ class PictureError:
         self.pictures, self.values = self.pictures + 1, self.values + picture.size
         self.absolute, self.squared = self.absolute + int(difference.sum()), self.squared + int(np.square(difference).sum())
 
-    def add(self, other: PictureError) -> None:
-        """Add another one's pictures."""
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
 
-    def stated(self) -> dict[str, float | int | None]:
-        """Mean absolute error, and PSNR in dB (None where there is no error)."""
-        squared = self.squared / max(1, self.values)
-        return {
-            "pictures": self.pictures, "mean_absolute": round(self.absolute / max(1, self.values), 4),
-            "psnr_db": round(float(10 * np.log10(255**2 / squared)), 2) if squared else None,
-        }  # fmt: skip
+def stated_error(errors: Sequence[Mapping[str, int]]) -> dict[str, float | int | None]:
+    """Mean absolute error, and PSNR in dB (None where there is no error), of several `PictureError`s' fields."""
+    total = {name: sum(error[name] for error in errors) for name in vars(PictureError())}
+    squared = total["squared"] / total["values"]
+    return {
+        "pictures": total["pictures"], "mean_absolute": round(total["absolute"] / total["values"], 4),
+        "psnr_db": round(float(10 * np.log10(255**2 / squared)), 2) if squared else None,
+    }  # fmt: skip

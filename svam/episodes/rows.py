@@ -7,8 +7,6 @@ array states, and an array that is replaced while it is in use.
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,41 +23,22 @@ from svam.files import FileError, stamp
 class RowReader:
     """Reads rows of one array. It may be pickled, and threads may share it.
 
-    Attributes: `path`; `shape` (n, ...); `dtype`; `chunk_rows`, `shard_rows`; `attributes`.
+    Attributes: `path`; `shape` (n, ...); `dtype`; `chunk_rows`, `shard_rows`.
     """
 
     def __init__(self, path: Path) -> None:
-        """Read the metadata.
-
-        Raises:
-            FileError: no array is there, or its layout is not that of `svam.episodes.arrays`.
-        """
+        """Read the metadata, which `svam.episodes.arrays.read_attributes` has checked, or that were just written."""
         import zarr
 
         self.path = Path(path)
-        file = self.path / "zarr.json"
-        if not file.is_file():
-            raise FileError(f"{self.path}: no such array")
-        self._stamp = stamp(file)
-        if PREFIX.encode() in file.read_bytes():
+        self._stamp = stamp(self.path / "zarr.json")
+        if PREFIX.encode() in (self.path / "zarr.json").read_bytes():
             register()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # that a codec is not in the specification
-                self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
-            self.attributes: Mapping[str, Any] = dict(self._array.attrs)
-        except Exception as error:  # whatever a damaged JSON makes of zarr's metadata classes
-            raise FileError(f"{file}: not the metadata of a Zarr v3 array ({type(error).__name__}: {error})") from None
+        self._array = zarr.open_array(self.path, mode="r", zarr_format=3)
         self.shape: tuple[int, ...] = self._array.shape
         self.dtype: np.dtype[Any] = np.dtype(self._array.dtype)
-        shards, chunks = self._array.shards or (0,), self._array.chunks
-        sizes = self.attributes.get(SHARD_BYTES)
-        if not (self.shape and shards[1:] == chunks[1:] == self.shape[1:] and isinstance(sizes, list)):
-            raise FileError(f"{file}: expected shards of whole rows whose sizes are the attribute {SHARD_BYTES}")
-        self._sizes: list[int] = sizes
-        self.chunk_rows, self.shard_rows = int(chunks[0]), int(shards[0])
-        if len(self._sizes) != (count := -(-len(self) // self.shard_rows)):
-            raise FileError(f"{file}: the attribute {SHARD_BYTES} has {len(self._sizes)} entries, expected {count}")
+        self.chunk_rows, self.shard_rows = self._array.chunks[0], (self._array.shards or self._array.chunks)[0]
+        self._sizes: Any = self._array.attrs[SHARD_BYTES]
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -70,11 +49,7 @@ class RowReader:
         return int(math.prod(self.shape[1:]) * self.dtype.itemsize)
 
     def check(self) -> None:
-        """Look at the existence and size of every shard, without reading it.
-
-        Raises:
-            FileError: a shard is missing or truncated.
-        """
+        """Look at the existence and size of every shard, without reading it; `FileError` where one is missing or truncated."""
         for shard in range(len(self._sizes)):
             self._check_file(shard)
 

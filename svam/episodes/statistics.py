@@ -37,22 +37,18 @@ def _order_statistics(blocks: Blocks, high: NDArray[np.int64], ranks: list[int])
     `high` (D, 65536) counts the upper halves of the sortable codes; one more pass counts the lower halves of those
     codes whose upper half a rank falls into, which makes the answer exact.
     """
-    dimensions = len(high)
     cumulative = np.cumsum(high, axis=1)
-    bins = np.stack([[int(np.searchsorted(cumulative[d], rank, side="right")) for rank in ranks] for d in range(dimensions)])
-    low = np.zeros((dimensions, len(ranks), _HALF), dtype=np.int64)
+    bins = np.array([np.searchsorted(counts, ranks, side="right") for counts in cumulative])
+    before = np.take_along_axis(cumulative - high, bins, axis=1)
+    low = np.zeros((*bins.shape, _HALF), dtype=np.int64)
     for block in blocks():
         codes = _sortable(block)
-        for d in range(dimensions):
-            for r in range(len(ranks)):
-                matching = codes[:, d][(codes[:, d] >> 16) == bins[d, r]]
-                np.add.at(low[d, r], matching & (_HALF - 1), 1)
-    found = np.empty((len(ranks), dimensions))
-    for d in range(dimensions):
-        for r, rank in enumerate(ranks):
-            before = int(cumulative[d, bins[d, r]] - high[d, bins[d, r]])
-            lower = int(np.searchsorted(np.cumsum(low[d, r]), rank - before, side="right"))
-            found[r, d] = _float_of(int(bins[d, r]) << 16 | lower)
+        for d, r in np.ndindex(bins.shape):
+            np.add.at(low[d, r], codes[codes[:, d] >> 16 == bins[d, r], d] & (_HALF - 1), 1)
+    found = np.empty((len(ranks), len(high)))
+    for d, r in np.ndindex(bins.shape):
+        lower = np.searchsorted(np.cumsum(low[d, r]), ranks[r] - before[d, r], side="right")
+        found[r, d] = _float_of(int(bins[d, r]) << 16 | int(lower))
     return found
 
 
@@ -64,8 +60,7 @@ def vector_statistics(blocks: Blocks) -> VectorStatistics:
     Raises:
         ContractError: there are no rows, or a value is not finite.
     """
-    count, mean, squares = 0, np.zeros(0), np.zeros(0)
-    low, high_end, histogram = np.zeros(0), np.zeros(0), np.zeros((0, _HALF), dtype=np.int64)
+    count, mean, squares, low, high = 0, np.zeros(1), np.zeros(1), np.full(1, np.inf), np.full(1, -np.inf)
     for block in blocks():
         if block.dtype != np.float32 or block.ndim != 2:
             raise ContractError(f"statistics: a block is {block.dtype} {block.shape}, expected float32 (n, dimensions)")
@@ -73,35 +68,28 @@ def vector_statistics(blocks: Blocks) -> VectorStatistics:
             continue
         if not np.isfinite(block).all():
             raise ContractError("statistics: a value is not finite")
+        if count == 0:
+            histogram = np.zeros((block.shape[1], _HALF), dtype=np.int64)
         values = block.astype(np.float64)
         n, block_mean = len(values), values.mean(axis=0)
         block_squares = np.square(values - block_mean).sum(axis=0)
-        if count == 0:
-            mean, squares, low, high_end = block_mean, block_squares, values.min(axis=0), values.max(axis=0)
-            histogram = np.zeros((block.shape[1], _HALF), dtype=np.int64)
-        else:
-            delta, total = block_mean - mean, count + n
-            mean = mean + delta * (n / total)
-            squares = squares + block_squares + np.square(delta) * (count * n / total)
-            low, high_end = np.minimum(low, values.min(axis=0)), np.maximum(high_end, values.max(axis=0))
-        count += n
-        codes = _sortable(block) >> 16
-        for d in range(block.shape[1]):
-            np.add.at(histogram[d], codes[:, d], 1)
+        delta, total = block_mean - mean, count + n
+        mean = mean + delta * (n / total)
+        squares = squares + block_squares + np.square(delta) * (count * n / total)
+        low, high, count = np.minimum(low, values.min(axis=0)), np.maximum(high, values.max(axis=0)), total
+        np.add.at(histogram, (np.arange(len(histogram)), _sortable(block) >> 16), 1)
     if count == 0:
         raise ContractError("statistics: no training episode has a single row")
     positions = [q * (count - 1) for q in QUANTILES]
     ranks = [rank for p in positions for rank in (int(np.floor(p)), int(np.ceil(p)))]
     ordered = _order_statistics(blocks, histogram, ranks)
-    quantiles = [
-        ordered[2 * i] + (ordered[2 * i + 1] - ordered[2 * i]) * (position - np.floor(position))
-        for i, position in enumerate(positions)
-    ]
+    q01, q99 = (
+        below + (above - below) * (p - np.floor(p))
+        for below, above, p in zip(ordered[::2], ordered[1::2], positions, strict=True)
+    )
     # The merged mean of a constant dimension may miss it by a rounding; state it exactly.
-    constant = low == high_end
+    constant = low == high
     return VectorStatistics(
-        mean=np.where(constant, low, mean).tolist(),
-        std=np.where(constant, 0.0, np.sqrt(squares / count)).tolist(),
-        min=low.tolist(), max=high_end.tolist(),
-        q01=quantiles[0].tolist(), q99=quantiles[1].tolist(), count=count,
+        mean=np.where(constant, low, mean).tolist(), std=np.where(constant, 0.0, np.sqrt(squares / count)).tolist(),
+        min=low.tolist(), max=high.tolist(), q01=q01.tolist(), q99=q99.tolist(), count=count,
     )  # fmt: skip

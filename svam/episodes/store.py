@@ -1,20 +1,5 @@
-"""The episode store: all episodes of a data set on one flat time axis, and its reader.
-
-Layout of `episodes.zarr` (N rows = time steps of all episodes, E episodes, M annotated frames):
-
-    frames/<camera>                    (N, H, W, 3) uint8     RGB
-    actions                            (N, A)  float32        executed, physical units; absent where none were recorded
-    expert_actions, state, proprioception  (N, ...) float32   optional; all vectors may be kept as float16
-    timestamps                         (N,)    float64        seconds, increasing within an episode; optional
-    episode_ends                       (E,) int64             row after each episode's last; increasing, the last is N
-    episode_split                      (E,) uint8             0 train, 1 held out
-    episode_task                       (E,) int64             index into `tasks`
-    episode_checksums                  (E, 32) uint8          of each episode's values (`svam.episodes.checksums`)
-    annotations/<name>/{values, index} (M, H, W), (M,) int64  depth (float32 metres) or segmentation (uint8); rows, increasing
-    attributes                         `StoreAttributes`
-
-All arrays are sharded Zarr v3, with codecs that every reader has, unless `convert.compression` says otherwise.
-"""
+"""The reader of the episode store: all episodes of a data set on one flat time axis. README.md beside this file has the layout
+(N rows = time steps of all episodes, E episodes, M annotated frames); `StoreAttributes` are the group's attributes."""
 
 from __future__ import annotations
 
@@ -23,12 +8,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDescription, Statistics
 from svam.episodes.arrays import read_attributes
 from svam.episodes.rows import RowReader
-from svam.files import FileError
+from svam.files import FileError, stated
 from svam.seeds import seed_of
 
 Split = Literal["train", "held_out"]
@@ -75,7 +59,8 @@ class EpisodeStore:
     Attributes:
         rate_hz: steps per second. cameras: names, the first is the foresight camera. tasks: names.
         instructions: task -> {"train": [...], "held_out": [...]}. attributes: all that the store states.
-        episode_ends, episode_split, episode_task: (E,) as in the layout above. provenance: of the source.
+        arrays: readers of all arrays, by name ("frames/front").
+        episode_ends, episode_split, episode_task: (E,) as in the layout. provenance: of the source.
         episode_provenance: one mapping per episode. proprioception_dimensions or None.
         image_size: (H, W) of the foresight camera.
     """
@@ -89,19 +74,14 @@ class EpisodeStore:
         self.tasks = attributes.tasks
         self.episode_numbers, self.episode_names = attributes.episode_numbers, attributes.episode_names
         self.episode_instructions, self.episode_provenance = attributes.episode_instructions, attributes.episode_provenance
-        self._frames = {camera: RowReader(self.path / "frames" / camera) for camera in self.cameras}
-        present = [name for name in VECTORS if (self.path / name).exists() or (name == "actions" and attributes.statistics)]
-        self._vectors = {name: RowReader(self.path / name) for name in present}
-        self.episode_ends = self._whole("episode_ends", np.int64)
-        self.episode_split = self._whole("episode_split", np.uint8)
-        self.episode_task = self._whole("episode_task", np.int64)
-        self._checksums = RowReader(self.path / "episode_checksums")
-        self._timestamps = RowReader(self.path / "timestamps") if (self.path / "timestamps").exists() else None
+        self.arrays = {name: RowReader(self.path / name) for name in attributes.arrays_sha256}
+        self.episode_ends, self.episode_split = self._whole("episode_ends"), self._whole("episode_split")
+        self.episode_task = self._whole("episode_task")
         self._check_episodes()
         self._annotations = self._open_annotations()
         self._check_arrays()
-        self.proprioception_dimensions = self._vectors["proprioception"].shape[1] if "proprioception" in self._vectors else None
-        height, width = self._frames[self.cameras[0]].shape[1:3]
+        self.proprioception_dimensions = self.arrays["proprioception"].shape[1] if self.has("proprioception") else None
+        height, width = self.arrays[f"frames/{self.cameras[0]}"].shape[1:3]
         self.image_size = (height, width)
 
     @classmethod
@@ -110,7 +90,7 @@ class EpisodeStore:
 
         Raises:
             FileError: it is missing, of another schema version, or a file in it is missing, truncated or damaged.
-            ContractError: lengths, dtypes or numbers contradict one another.
+            ContractError: lengths or numbers contradict one another.
         """
         return cls(path)
 
@@ -122,20 +102,10 @@ class EpisodeStore:
                 f"{self.path}: schema_version is {version!r}, this code reads {STORE_SCHEMA}; convert again: "
                 "dvc repro --force --single-item convert"
             )
-        try:
-            return StoreAttributes.model_validate(raw)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join(str(part) for part in first["loc"])
-            raise FileError(f"{self.path / 'zarr.json'}: attribute {key}: {first['msg']}") from None
+        return stated(StoreAttributes, raw, self.path / "zarr.json")
 
-    def _whole(self, name: str, dtype: type[np.generic]) -> NDArray[Any]:
-        reader = RowReader(self.path / name)
-        if reader.dtype != dtype or len(reader.shape) != 1:
-            raise ContractError(
-                f"{self.path}: {name} is {reader.dtype} {reader.shape}, expected {np.dtype(dtype)} with one entry per episode"
-            )
-        return reader.read_range(0, len(reader))
+    def _whole(self, name: str) -> NDArray[Any]:
+        return self.arrays[name].read_range(0, len(self.arrays[name]))
 
     def _check_episodes(self) -> None:
         ends, episodes = self.episode_ends, len(self.episode_ends)
@@ -149,62 +119,25 @@ class EpisodeStore:
         for name in (f"episode_{what}" for what in ("split", "task", "numbers", "names", "instructions", "provenance")):
             if len(getattr(self, name)) != episodes:
                 raise ContractError(f"{self.path}: {name} has {len(getattr(self, name))} entries, episode_ends has {episodes}")
-        if self._checksums.shape != (episodes, 32) or self._checksums.dtype != np.uint8:
-            found = f"{self._checksums.dtype} {self._checksums.shape}"
-            raise ContractError(f"{self.path}: episode_checksums is {found}, expected uint8 ({episodes}, 32)")
         for name, limit in (("episode_split", len(SPLITS)), ("episode_task", len(self.tasks))):
             values = getattr(self, name)
             if values.min() < 0 or values.max() >= limit:
                 raise ContractError(f"{self.path}: {name} holds {values.min()}..{values.max()}, expected 0..{limit - 1}")
         if not (self.episode_split == SPLITS.index("train")).any():
             raise ContractError(f"{self.path}: episode_split has no training episode")
-        unknown = sorted(set(self.tasks) - set(self.instructions))
-        if unknown:
-            raise ContractError(f"{self.path}: instructions of task {unknown[0]!r} are missing")
 
     def _check_arrays(self) -> None:
-        rows = len(self)
-        for name, reader in self._readers().items():
-            if name.startswith("frames/"):
-                fits = len(reader.shape) == 4 and reader.shape[-1] == 3 and reader.dtype == np.uint8 and len(reader) == rows
-                expected = f"uint8 ({rows}, H, W, 3)"
-            elif name.startswith("annotations/"):
-                fits, expected = len(reader.shape) == 3, "(M, H, W)"
-            elif name == "timestamps":
-                fits, expected = reader.shape == (rows,) and reader.dtype == np.float64, f"float64 ({rows},)"
-            else:
-                fits = len(reader.shape) == 2 and reader.dtype in (np.float32, np.float16) and len(reader) == rows
-                expected = f"float32 or float16 ({rows}, dimensions)"
-            if not fits:
-                raise ContractError(f"{self.path}: {name} is {reader.dtype} {reader.shape}, expected {expected}")
+        """All files are there, of the size and with as many rows as stated. That dtypes and shapes are those that were written
+        says the SHA-256 of each array's metadata."""
+        for name, reader in self.arrays.items():
+            if not name.startswith(("annotations/", "episode_")) and len(reader) != len(self):
+                raise ContractError(f"{self.path}: {name} has {len(reader)} rows, by episode_ends there are {len(self)}")
             reader.check()
-        if (statistics := self.attributes.statistics) is None:
-            if "actions" in self._vectors:
-                raise ContractError(f"{self.path}: there are actions, but no statistics of them")
-            return
-        for name, stated, vector in (
-            ("actions", statistics.convention.dimensions, "actions"),
-            ("statistics of actions", len(statistics.actions.mean), "actions"),
-            ("statistics of proprioception", len(s.mean) if (s := statistics.proprioception) else 0, "proprioception"),
-        ):
-            found = self._vectors[vector].shape[1] if vector in self._vectors else 0
-            if stated != found:
-                raise ContractError(f"{self.path}: {name}: {stated} dimensions stated, {vector} has {found}")
-
-    def _readers(self) -> dict[str, RowReader]:
-        return {
-            **{f"frames/{camera}": reader for camera, reader in self._frames.items()},
-            **self._vectors,
-            **({"timestamps": self._timestamps} if self._timestamps is not None else {}),
-            **{f"annotations/{name}/values": annotated.reader for name, annotated in self._annotations.items()},
-        }
 
     def _open_annotations(self) -> dict[str, AnnotatedRows]:
-        folder = self.path / "annotations"
         found = {}
-        for name in sorted(p.name for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []:
-            rows = self._whole(f"annotations/{name}/index", np.int64)
-            reader = RowReader(folder / name / "values")
+        for name in sorted({name.split("/")[1] for name in self.arrays if name.startswith("annotations/")}):
+            rows, reader = self._whole(f"annotations/{name}/index"), self.arrays[f"annotations/{name}/values"]
             inside = not len(rows) or (rows[0] >= 0 and rows[-1] < len(self) and bool((np.diff(rows) > 0).all()))
             if len(rows) != len(reader) or not inside:
                 raise ContractError(
@@ -215,11 +148,7 @@ class EpisodeStore:
 
     @property
     def statistics(self) -> Statistics:
-        """Of the training episodes.
-
-        Raises:
-            ContractError: the store has no actions.
-        """
+        """Of the training episodes; `ContractError` where the store has no actions."""
         if self.attributes.statistics is None:
             raise ContractError(
                 f"{self.path}: its episodes have no actions; it can feed the stages up to distill, but no policy "
@@ -234,22 +163,18 @@ class EpisodeStore:
 
     def episode_checksums(self) -> list[str]:
         """Hexadecimal checksum of each episode's values, as they were when the store was written."""
-        return [bytes(row).hex() for row in self._checksums.read_range(0, len(self._checksums))]
+        return [bytes(row).hex() for row in self._whole("episode_checksums")]
 
     def timestamps(self, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
         """(k,) float64 seconds of rows, or None where the source had none."""
-        return None if self._timestamps is None else self._timestamps.read(rows)
+        return self.arrays["timestamps"].read(rows) if "timestamps" in self.arrays else None
 
     def __len__(self) -> int:
         """N, the number of rows."""
         return int(self.episode_ends[-1])
 
     def episodes(self, split: Split) -> NDArray[np.int64]:
-        """Episode numbers of one side of the split, increasing.
-
-        Raises:
-            ContractError: no episode is held out.
-        """
+        """Episode numbers of one side of the split, increasing; `ContractError` where no episode is held out."""
         if not len(episodes := np.flatnonzero(self.episode_split == SPLITS.index(split))):
             raise ContractError(f"{self.path}: no episode is held out, which this needs; convert at least two episodes")
         return episodes
@@ -288,13 +213,13 @@ class EpisodeStore:
             FileError: a shard is damaged.
         """
         camera = self.cameras[0] if camera is None else camera
-        if camera not in self._frames:
+        if camera not in self.cameras:
             raise ContractError(f"{self.path}: no camera {camera!r}; there are {', '.join(self.cameras)}")
-        return self._frames[camera].read(rows)
+        return self.arrays[f"frames/{camera}"].read(rows)
 
     def has(self, name: str) -> bool:
         """Whether the store has the vector `name`."""
-        return name in self._vectors
+        return name in VECTORS and name in self.arrays
 
     def vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(k, D) float32 rows of `actions`, `expert_actions`, `state` or `proprioception`.
@@ -303,9 +228,9 @@ class EpisodeStore:
             ContractError: the store has no such vector, or a row is out of range.
             FileError: a shard is damaged.
         """
-        if name not in self._vectors:
-            raise ContractError(f"{self.path}: no vector {name!r}; there are {', '.join(self._vectors)}")
-        return self._vectors[name].read(rows).astype(np.float32, copy=False)
+        if not self.has(name):
+            raise ContractError(f"{self.path}: no vector {name!r}; there are {', '.join(filter(self.has, VECTORS))}")
+        return self.arrays[name].read(rows).astype(np.float32, copy=False)
 
     def annotation(self, name: str, split: Split | None = None) -> AnnotatedRows | None:
         """The labels `name` ("depth", "segmentation") of one side of the split (or of both), or None if there are none."""

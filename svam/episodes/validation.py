@@ -18,7 +18,7 @@ from svam.console import track
 from svam.contract import SEGMENTATION_CLASSES, VECTORS, ContractError, VectorStatistics
 from svam.episodes.arrays import shard_file
 from svam.episodes.checksums import EpisodeDigest
-from svam.episodes.inspection import QUANTITIES, stored_arrays, training_blocks
+from svam.episodes.inspection import QUANTITIES, training_blocks
 from svam.episodes.statistics import vector_statistics
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import FileError
@@ -57,7 +57,7 @@ class Validation:
 
     def __init__(self, store: EpisodeStore) -> None:
         self.store = store
-        self._arrays = stored_arrays(store.path)
+        self._arrays = store.arrays
         self._labelled = {name: found.rows for name in LABELS if (found := store.annotation(name)) is not None}
         sizes = {camera: self._arrays[f"frames/{camera}"].shape[1:3] for camera in store.cameras}
         counts = np.bincount(store.episode_split, minlength=len(SPLITS)).tolist()
@@ -142,15 +142,12 @@ class Validation:
         reader = self._arrays[name]
         try:
             return [(first, reader.read_range(first, last))]
-        except FileError:  # which chunk is it?
-            found = []
-        for at in range(first, last, reader.chunk_rows):
-            end = min(at + reader.chunk_rows, last)
-            try:
-                found.append((at, reader.read_range(at, end)))
-            except FileError as error:
-                self._damaged(name, at, end, error)
-        return found
+        except FileError as error:  # which chunk is it?
+            if last - first > reader.chunk_rows:
+                starts = range(first, last, reader.chunk_rows)
+                return [one for at in starts for one in self._load(name, at, min(at + reader.chunk_rows, last))]
+            self._damaged(name, first, last, error)
+            return []
 
     def _damaged(self, name: str, first: int, last: int, error: FileError) -> None:
         rows = np.asarray([first, last - 1])
@@ -164,11 +161,7 @@ class Validation:
         """Nothing lies beside the files of the store; that these are whole was seen when it was opened."""
         path, check = self.store.path, self.checks["files"]
         expected = {path / parent / "zarr.json" for name in self._arrays for parent in [Path(name), *Path(name).parents]}
-        known = {*self.checks, "episode_ends", "episode_split", "episode_task", "episode_checksums"}
-        known |= {f"annotations/{name}/index" for name in LABELS}
-        for name, reader in self._arrays.items():
-            if name not in known:
-                check.warnings.append(f"array {name} is none of the store's and was not read")
+        for reader in self._arrays.values():
             expected |= {shard_file(reader.path, n, len(reader.shape)) for n in range(-(-len(reader) // reader.shard_rows))}
         for file in sorted(file for file in path.rglob("*") if file.is_file() and file not in expected):
             check.warnings.append(f"{file} is no file of the store")

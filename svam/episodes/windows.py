@@ -49,15 +49,8 @@ def _checked(row: ArrayLike, start: ArrayLike, end: ArrayLike) -> tuple[NDArray[
 
 
 def clip_rows(row: ArrayLike, start: ArrayLike, end: ArrayLike, frames: int, stride: int) -> NDArray[np.int64]:
-    """Rows (..., frames) of a clip: `row`, `row + stride`, ...; past the episode's end its last row is repeated.
-
-    Frame 0 is the observed one.
-
-    Raises:
-        ValueError: `row` is outside the episode, or `frames` or `stride` is less than 1.
-    """
-    if frames < 1 or stride < 1:
-        raise ValueError(f"frames ({frames}) and stride ({stride}) must be at least 1")
+    """Rows (..., frames) of a clip: the observed `row`, `row + stride`, ...; past the episode's end its last row is repeated.
+    `ValueError` where `row` is outside the episode."""
     rows, ends = _checked(row, start, end)
     clip: NDArray[np.int64] = np.minimum(rows[..., None] + np.arange(frames, dtype=np.int64) * stride, ends[..., None] - 1)
     return clip
@@ -66,13 +59,8 @@ def clip_rows(row: ArrayLike, start: ArrayLike, end: ArrayLike, frames: int, str
 def action_rows(row: ArrayLike, start: ArrayLike, end: ArrayLike, chunk: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Rows (..., chunk) of the actions executed from `row` on, and which of them the episode really has.
 
-    Past the end the last action's row is repeated and marked False.
-
-    Raises:
-        ValueError: `row` is outside the episode, or `chunk` is less than 1.
+    Past the end the last action's row is repeated and marked False. `ValueError` where `row` is outside the episode.
     """
-    if chunk < 1:
-        raise ValueError(f"chunk ({chunk}) must be at least 1")
     rows, ends = _checked(row, start, end)
     wanted = rows[..., None] + np.arange(chunk, dtype=np.int64)
     return np.minimum(wanted, ends[..., None] - 1), wanted < ends[..., None]
@@ -83,12 +71,5 @@ def window_starts(start: int, end: int, every: int = 1, span: int = 1) -> NDArra
 
     `span` 1 allows windows that run past the end (and are clamped); `(frames - 1) * stride + 1` allows whole clips only.
     An episode shorter than `span` keeps one window, at its first row, so that no episode is dropped in silence.
-
-    Raises:
-        ValueError: the episode is empty, or `every` or `span` is less than 1.
     """
-    if end <= start:
-        raise ValueError(f"an episode of rows {start}..{end - 1} is empty")
-    if every < 1 or span < 1:
-        raise ValueError(f"every ({every}) and span ({span}) must be at least 1")
     return np.arange(start, max(end - span + 1, start + 1), every, dtype=np.int64)

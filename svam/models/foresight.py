@@ -20,7 +20,7 @@ from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
 from svam.models.generator import VideoGenerator
-from svam.models.teachers import Teacher, to_grid
+from svam.models.teachers import Teacher, as_unit, to_grid
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoModel
 
@@ -124,9 +124,7 @@ class ForesightModel(VideoGenerator):
     @torch.no_grad()
     def teacher_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """(B, h, w, C) float32 patch tokens of uint8 frames, on the sampler's grid."""
-        images = frames_BHWC.to(self.device).permute(0, 3, 1, 2).float() / 255.0
-        tokens = self._teacher(branch).features(images).float()
-        return to_grid(tokens, self.sampler.grid)
+        return to_grid(self._teacher(branch).features(as_unit(frames_BHWC.to(self.device))), self.sampler.grid)
 
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""

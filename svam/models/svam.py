@@ -233,6 +233,12 @@ class SVAM:
         self.network.to(device)
         return self
 
+    def example(self, number: int = 0) -> Observation:
+        """An observation of noise that fits the policy, another for each number: to warm up and to time."""
+        frame = np.random.default_rng(number).integers(0, 256, (*self.config.image_size, 3), dtype=np.uint8)
+        state = np.zeros(self.config.proprioception or 0, np.float32) if self.needs_proprioception else None
+        return Observation({self.camera: frame}, "go", state)
+
     def check(self, observation: Observation) -> None:
         """Raise `ContractError` unless camera, image and proprioception are what the policy was trained on."""
         c = self.config

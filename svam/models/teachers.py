@@ -6,6 +6,7 @@ whose backbone is a DINOv2). Published or small and in-domain, they are the same
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -147,6 +148,16 @@ class Teacher(nn.Module):
             return 1.0 / dense[:, 0].clamp(min=1.0 / FARTHEST)
         return dense[:, 0] if self.config.family == "depth_anything_v2" else dense
 
+    def annotate(self, frames: Tensor) -> Tensor:
+        """`predict` in the form of the data's annotations: metres or classes (B, H, W)."""
+        dense = self.predict(frames)
+        return dense.argmax(dim=1) if self.config.objective == "segmentation" else dense
+
+    def on_frames(self, frames_BHWC: Tensor, batch: int, look: Callable[[Tensor], Tensor]) -> Tensor:
+        """`look`, for example `features`, on uint8 frames, `batch` at a time: (B, ...) on the CPU."""
+        parts = torch.split(frames_BHWC, batch)
+        return torch.cat([look(as_unit(part.to(self.mean.device))).cpu() for part in parts])
+
     def tokens(self, pixels: Tensor, masked: Tensor | None = None) -> Tensor:
         """Prepared pixels -> (B, g, g, channels), with gradients; `masked` (B, g * g) bool hides patches (DINOv2 only)."""
         if isinstance(self.model, DepthAnythingForDepthEstimation):
@@ -174,6 +185,11 @@ class Teacher(nn.Module):
         """Drop class and register tokens of (B, special + g * g, channels)."""
         grid: Tensor = sequence[:, self.special :].unflatten(1, (self.grid, self.grid))
         return grid
+
+
+def as_unit(frames_BHWC: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
+    return frames_BHWC.permute(0, 3, 1, 2).float() / 255.0
 
 
 def unpatchify(values: Tensor, patch: int) -> Tensor:

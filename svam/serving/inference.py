@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from svam.contract import Observation
 from svam.errors import SvamError
 from svam.models.svam import SVAM
+from svam.models.timing import timed, timed_components
 from svam.serving.protocol import ServingError
 from svam.serving.request import Request
 
-COMPONENTS = {
-    "prepare": "autoencoder_and_text", "one_step": "video_model", "generate": "video_model", "reference_features": "teachers",
-    "decouple": "decouplers",
-}  # fmt: skip
-"""Methods of the foresight model, and the component each is counted under (as in the published latency table)."""
 log = logging.getLogger("svam.serving")
 
 
@@ -45,10 +36,6 @@ class Inference:
 
     def __init__(self, svam: SVAM, batch: int) -> None:
         self.svam, self.batch = svam, batch
-        self._spent: dict[str, float] = {}
-        foresight: Any = svam.foresight
-        for name, component in COMPONENTS.items():
-            setattr(foresight, name, self._watched(getattr(foresight, name), component))
 
     def __call__(self, requests: Sequence[Request]) -> list[Answer | SvamError]:
         """For each of at most `batch` requests its answer, or why there is none; a bad request spoils no other's."""
@@ -60,7 +47,7 @@ class Inference:
     def warm_up(self) -> None:
         """Compute twice, so that the first client waits for no cache. Where a row's last bits depend on its place in the
         batch (a matter of the processor's libraries), requests are computed one at a time from now on, and the log says so."""
-        one, other = self._example(0), self._example(1)
+        one, other = (Request(self.svam.example(number), number) for number in (0, 1))
         everywhere = [answer.actions for answer in self._computed([one] * self.batch)]
         beside_others = self._computed([*[other] * (self.batch - 1), one])[-1].actions
         if any((actions != everywhere[0]).any() for actions in [*everywhere, beside_others]):
@@ -69,12 +56,6 @@ class Inference:
                 self.batch,
             )
             self.batch = 1
-
-    def _example(self, number: int) -> Request:
-        size = (*self.svam.config.image_size, 3)
-        frame = np.random.default_rng(number).integers(0, 256, size, dtype=np.uint8)
-        state = np.zeros(self.svam.config.proprioception, np.float32) if self.svam.config.proprioception else None
-        return Request(Observation({self.svam.camera: frame}, "go", state), number)
 
     def _refusal(self, request: Request) -> SvamError | None:
         """Why the text encoder does not take the sentence, or None. (The tokenizer belongs to this thread, so `read_request`
@@ -100,28 +81,10 @@ class Inference:
     def _computed(self, requests: Sequence[Request]) -> list[Answer]:
         filled = [*requests, *[requests[-1]] * (self.batch - len(requests))]
         seeds = [request.seed for request in filled]
-        self._spent.clear()
-        start = time.perf_counter()
-        inputs = self.svam.encode([request.observation for request in filled], seeds)
-        with self._timed("policy"):
-            actions = self.svam.sample(inputs, seeds)
-        spent = {**self._spent, "infer": time.perf_counter() - start}
+        spent: dict[str, float] = {}
+        with timed_components(self.svam.foresight, spent), timed(spent, "infer"):
+            inputs = self.svam.encode([request.observation for request in filled], seeds)
+            with timed(spent, "policy"):
+                actions = self.svam.sample(inputs, seeds)
         timing = {f"{name}_ms": round(1000.0 * seconds, 3) for name, seconds in spent.items()} | {"batch": len(requests)}
         return [Answer(row, timing) for row in actions[: len(requests)]]
-
-    def _watched(self, method: Callable[..., Any], component: str) -> Callable[..., Any]:
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            with self._timed(component):
-                return method(*args, **kwargs)
-
-        return watched
-
-    @contextmanager
-    def _timed(self, component: str) -> Iterator[None]:
-        """Add the seconds spent inside to the component's; on a GPU those of the work, not of its start."""
-        synchronise: Callable[[], object] = torch.cuda.synchronize if self.svam.device.type == "cuda" else lambda: None
-        synchronise()
-        start = time.perf_counter()
-        yield
-        synchronise()
-        self._spent[component] = self._spent.get(component, 0.0) + time.perf_counter() - start

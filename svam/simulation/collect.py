@@ -16,13 +16,11 @@ alone, and a killed run costs no more than the episodes that it was at.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -37,8 +35,9 @@ from svam.console import console, progress_bar
 from svam.device import become_worker
 from svam.episodes.instructions import instructions_of
 from svam.errors import MachineError
-from svam.files import FileError, locked, read_json, sha256, whole_directory, whole_file, write_json
+from svam.files import FileError, read_json, sha256, sha256_of_json, whole_directory, whole_file, write_json
 from svam.params import Collect
+from svam.resume import held
 from svam.simulation.experts import demonstrate
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
@@ -48,8 +47,6 @@ RAW_SCHEMA = 2
 """Version of this layout, written into `meta.json`."""
 LIBRARIES = ("metaworld", "mujoco", "numpy", "pillow", "safetensors")
 """Their versions may change an episode's bytes."""
-OLD_STATES = 2
-"""Sets of finished episodes of a task, made under other params or by other code, that stay in the scratch folder."""
 
 _environments: dict[str, TaskEnvironment] = {}
 """Of this worker process: the one of the task that it is at."""
@@ -125,9 +122,12 @@ def collect(folder: Path, params: Collect, seed: int, workers: int, scratch: Pat
         "libraries": {name: version(name) for name in LIBRARIES},
         "gl": backend,
     }
-    key = hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:32]
+    key = sha256_of_json(deciding)[:32]
     with ExitStack() as stack:
-        folders = {task: stack.enter_context(_scratch_of_task(scratch / task, key)) for task in params.tasks}
+        folders = {task: scratch / task / key for task in params.tasks}
+        for own in folders.values():
+            stack.enter_context(held(own))
+            stack.callback(_remove_if_empty, own)
         records = {task: _finished(folders[task], params.episodes_for(task)) for task in params.tasks}
         _collect_missing(folders, records, params, seed, workers, backend)
         with whole_directory(folder) as partial:
@@ -137,6 +137,11 @@ def collect(folder: Path, params: Collect, seed: int, workers: int, scratch: Pat
                 for file in (file for record in in_order for file in record["sha256"]):
                     shutil.copyfile(folders[task] / file, partial / task / file)
                 write_json(partial / task / "meta.json", _meta(task, params, seed, backend, in_order))
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def _meta(task: str, params: Collect, seed: int, backend: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -190,30 +195,6 @@ def _collect_missing(
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextmanager
-def _scratch_of_task(parent: Path, key: str) -> Iterator[Path]:
-    """The folder of a task's episodes under this key, held by this process alone; of the others the newest few stay."""
-    folder = parent / key
-    with locked(_lock(folder)):
-        folder.mkdir(exist_ok=True)
-        folder.touch()  # of several folders the oldest are deleted
-        for half_written in folder.glob(".*.partial-*"):
-            half_written.unlink()
-        others = sorted((f for f in parent.iterdir() if f.is_dir() and f != folder), key=lambda f: f.stat().st_mtime)
-        for old in others[: max(0, len(others) - OLD_STATES)]:
-            with suppress(FileError), locked(_lock(old)):  # unless another process is at it
-                shutil.rmtree(old, ignore_errors=True)
-        try:
-            yield folder
-        finally:
-            with suppress(OSError):  # unless it holds an episode
-                folder.rmdir()
-
-
-def _lock(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}.lock")
 
 
 def _finished(folder: Path, count: int) -> dict[int, dict[str, Any]]:

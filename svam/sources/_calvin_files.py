@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from svam.files import FileError, refuse_lfs_pointer
 from svam.sources._npz import load
-from svam.sources._pictures import frames_per_block
+from svam.sources._pictures import in_blocks
 from svam.sources._restricted_pickle import load_objects
 
 LISTED = ", though a recording or an annotation includes its step"
@@ -128,12 +128,8 @@ def read_step(
 
 def read_frames(folder: Path, first: int, member: str, shape: tuple[int, ...]) -> Iterator[NDArray[np.uint8]]:
     """The frames of one camera, a block of steps at a time."""
-    length = frames_per_block(int(np.prod(shape[1:])))
-    for start in range(0, shape[0], length):
-        block = np.empty((min(length, shape[0] - start), *shape[1:]), dtype=np.uint8)
-        for i in range(len(block)):
-            block[i] = read_step(step_file(folder, first + start + i), {member: shape[1:]}, ("uint8",))[member]
-        yield block
+    files = (step_file(folder, step) for step in range(first, first + shape[0]))
+    return in_blocks((read_step(file, {member: shape[1:]}, ("uint8",))[member] for file in files), str(folder))
 
 
 def alignment_gap(folder: Path, first: int, last: int) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from svam.contract import Choice, ContractError, Episode
@@ -10,23 +10,31 @@ from svam.errors import ParamsError
 from svam.files import FileError
 
 
-def chosen_cameras(choice: Choice, available: Sequence[str], where: Path, prefix: str = "") -> list[str]:
+def chosen_cameras(
+    choice: Choice, available: Sequence[str], where: Path, prefix: str = "", forms: Mapping[str, str] | None = None
+) -> list[str]:
     """The cameras to read, by the source's names, in the order asked for: all of `available` where none is.
 
-    A name counts with and without the format's `prefix` ("observation.images." for LeRobot).
+    A name counts with and without the format's `prefix` ("observation.images." for LeRobot); `forms` maps others to names.
 
     Raises:
         ParamsError: one is asked for that is not there, or twice.
     """
-    short = {name.removeprefix(prefix): name for name in available}
-    chosen = []
-    for name in choice.cameras:
-        if name not in available and name.removeprefix(prefix) not in short:
-            raise ParamsError(f"convert.cameras names {name!r}, but {where} has {', '.join(available) or 'none'}")
-        chosen.append(name if name in available else short[name.removeprefix(prefix)])
+    known = {name.removeprefix(prefix): name for name in available} | {name: name for name in available} | dict(forms or {})
+    chosen = [known.get(name) or known.get(name.removeprefix(prefix), "") for name in choice.cameras]
+    if "" in chosen:
+        absent = choice.cameras[chosen.index("")]
+        raise ParamsError(f"convert.cameras names {absent!r}, but {where} has {', '.join(available) or 'none'}")
     if twice := [name for name in chosen if chosen.count(name) > 1]:
         raise ParamsError(f"convert.cameras names {twice[0]!r} twice")
     return chosen or list(available)
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`; `FileError` where it is no folder."""
+    if not path.is_dir():
+        raise FileError(f"{path}: no such directory")
+    return path
 
 
 def contents(folder: Path) -> str:

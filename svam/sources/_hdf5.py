@@ -326,8 +326,7 @@ class Hdf5Source(ABC):
             forms = {
                 form: name for name, dataset in datasets.items() for form in (dataset, dataset.removeprefix(self.prefix), name)
             }
-            asked = self._choice.model_copy(update={"cameras": [forms.get(name, name) for name in self._choice.cameras]})
-            return chosen_cameras(asked, list(datasets), self.path, self.prefix)
+            return chosen_cameras(self._choice, list(datasets), self.path, self.prefix, forms)
         cameras = list(mode(tuple(one.cameras) for one in self._readable))
         for camera in [camera for camera in datasets if camera not in cameras]:
             self._note(f"{datasets[camera]} is left out: most episodes do not have it")
@@ -414,13 +413,7 @@ class Hdf5Source(ABC):
         )
 
     def read(self, index: int) -> Episode:
-        """One episode; its frames are read when they are asked for.
-
-        Raises:
-            FileError: the file is damaged, lacks a field or changed since the source was opened.
-            ContractError: the episode breaks the contract.
-            MachineError: a compression filter is not installed.
-        """
+        """One episode; `MachineError` where a compression filter is not installed."""
         one = self._known(index)
         vectors: dict[str, NDArray[np.float32]] = {}
         with Hdf5File(one.file, self.source) as data:

@@ -9,57 +9,45 @@ from pathlib import Path
 
 _ENTRIES, _ENTRIES_OF_A_FOLDER = 2000, 200
 """So many names are looked at, so that a folder of millions of files costs no time."""
-_READ = (
+_BY_NAME = (
     ("lerobot", "a LeRobotDataset", r"(^|/)meta/info\.json$"),
     ("rlds", "an RLDS data set", r"(^|/)dataset_info\.json$"),
     ("calvin", "CALVIN", r"(^|/)(ep_start_end_ids\.npy|episode_\d{7}\.npz)$"),
     ("replay_zarr", "a replay buffer of diffusion_policy", r"(^|/)meta/episode_ends$|\.zarr\.zip$"),
     ("metaworld", "what `collect` records", r"(^|/)episode_\d{4}\.safetensors$"),
+    ("", "DROID's raw recordings", r"(^|/)trajectory\.h5$"),
+    ("", "AgiBot World", r"(^|/)(task_info/task_\d+\.json|proprio_stats\.h5)$"),
+    ("", "RH20T", r"(^|/)task_\d+_user_\d+_scene_\d+_cfg_\d+"),
+    ("", "raw BridgeData", r"(^|/)(traj_group\d+|obs_dict\.pkl|policy_out\.pkl)$"),
+    ("", "a ROS or MCAP recording", r"\.(mcap|bag|db3)$"),
+    ("", "pickled recordings", r"\.p(kl|ickle)$"),
 )
-"""Source, what it reads, and a pattern of paths below the folder."""
-_NOT_READ = (
-    ("DROID's raw recordings", r"(^|/)trajectory\.h5$"),
-    ("AgiBot World", r"(^|/)(task_info/task_\d+\.json|proprio_stats\.h5)$"),
-    ("RH20T", r"(^|/)task_\d+_user_\d+_scene_\d+_cfg_\d+"),
-    ("raw BridgeData", r"(^|/)(traj_group\d+|obs_dict\.pkl|policy_out\.pkl)$"),
-    ("a ROS or MCAP recording", r"\.(mcap|bag|db3)$"),
-    ("pickled recordings", r"\.p(kl|ickle)$"),
-)
-_HDF5 = (
+"""Source ("" where none reads it), what it reads, and a pattern of paths below the folder."""
+_BY_KEY = (
     ("robomimic", "robomimic's HDF5", r"^data/demo_\d+$"),
     ("aloha", "ALOHA's HDF5", r"^observations/(images|qpos)$"),
     ("", "RoboMIND", r"^observations/rgb_images$|^puppet/"),
     ("", "RoboTwin", r"^joint_action/"),
     ("", "ManiSkill", r"^traj_\d+/"),
 )
-"""The same by the first two levels of keys in an HDF5 file; source "" where none reads it."""
+"""The same by the first two levels of keys in an HDF5 file."""
 
 
 def recognised(path: Path, source: str) -> str:
     """What `path` looks like, as a clause for the end of a message; "" where nothing is known, or it is of `source` itself."""
     names = _names(path)
-    for reader, title, pattern in _READ:
-        if name := _first(pattern, names):
-            return "" if reader == source else _other_source(title, name, reader)
-    for title, pattern in _NOT_READ:
-        if name := _first(pattern, names):
-            return _no_source(title, name)
-    if name := _first(r"\.(hdf5|h5)$", names):
-        keys = _keys(path / name if path.is_dir() else path)
-        for reader, title, pattern in _HDF5:
-            if _first(pattern, keys):
-                return "" if reader == source else _other_source(title, name, reader) if reader else _no_source(title, name)
+    file = _first(r"\.(hdf5|h5)$", names)
+    keys = _keys(path / file if path.is_dir() else path) if file else []
+    for table, found in ((_BY_NAME, names), (_BY_KEY, keys)):
+        for reader, title, pattern in table:
+            if name := _first(pattern, found):
+                looks = f"this looks like {title} ({name if found is names else file}), which"
+                if not reader:
+                    return f"{looks} no source reads; bring it as `raw` (svam/sources/README.md)"
+                return "" if reader == source else f"{looks} convert.source {reader!r} reads"
     if name := _first(r"\.(tar|tgz|tar\.\w+|zip|7z)$", names):
         return f"there are archives in it ({name}): unpack them first"
     return ""
-
-
-def _other_source(title: str, name: str, source: str) -> str:
-    return f"this looks like {title} ({name}), which convert.source {source!r} reads"
-
-
-def _no_source(title: str, name: str) -> str:
-    return f"this looks like {title} ({name}), which no source reads; bring it as `raw` (svam/sources/README.md)"
 
 
 def _names(path: Path) -> list[str]:

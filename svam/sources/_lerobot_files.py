@@ -1,4 +1,5 @@
-"""Parquet columns, stored pictures and frames of rows in LeRobot data sets, each failure one sentence that names the file."""
+"""Parquet columns, stored pictures and frames of rows in LeRobot data sets. Whatever is missing, damaged, of another form or in
+contradiction with the rest is a `FileError`."""
 
 from __future__ import annotations
 
@@ -21,10 +22,7 @@ from svam.sources._video import frame_times
 @contextmanager
 def opened(file: Path, needed: Sequence[str] = ()) -> Iterator[Any]:
     """A `pyarrow.parquet.ParquetFile` that has the columns `needed`; what goes wrong while it is read becomes a `FileError`.
-
-    Raises:
-        MachineError: pyarrow is not installed; what handles columns relies on this being asked first.
-    """
+    `MachineError` where pyarrow is not installed: what handles columns relies on this being asked first."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -73,13 +71,8 @@ def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[st
 
 
 def episode_rows(file: Path, number: int, names: tuple[str, ...], alone: bool) -> tuple[int, Any]:
-    """The first row of episode `number` in a file, and the table of those of its columns `names` that are there.
-
-    alone: the file holds no other episode.
-
-    Raises:
-        FileError: it is not there, or its rows lie apart.
-    """
+    """The first row of episode `number` in a file, and the table of those of its columns `names` that are there; its rows must
+    lie together. alone: the file holds no other episode."""
     table, episodes = _small_columns(file, stamp(file), () if alone else ("episode_index",), names)
     if episodes is None:
         return 0, table
@@ -92,11 +85,7 @@ def episode_rows(file: Path, number: int, names: tuple[str, ...], alone: bool) -
 
 
 def numbers(column: Any, what: str) -> NDArray[Any]:
-    """(n, ...) of a column of numbers, or of lists of one length (list, large or fixed-size list, nested), in its own dtype.
-
-    Raises:
-        FileError: a value is missing, lists differ in length, or it holds no numbers.
-    """
+    """(n, ...) of a column of numbers, or of lists of one length (list, large or fixed-size list, nested), in its own dtype."""
     import pyarrow as pa
 
     n, shape = len(column), []
@@ -148,11 +137,7 @@ def joined(table: Any, columns: Sequence[str], file: Path) -> NDArray[np.float32
 
 
 def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
-    """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks.
-
-    Raises:
-        FileError: a row is neither a text nor a number, or its number is in no table.
-    """
+    """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks."""
     from pyarrow import types
 
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
@@ -233,10 +218,7 @@ def first_frames(
     """(episode number -> its first frame, a note) of the episodes in one video; no frames where only `from_timestamp` tells.
 
     members: from_timestamp, to_timestamp, number and length of each episode, in increasing order. frames: how many the video
-    has, `rate` a second. believe: that from_timestamp is right although the numbers do not add up.
-
-    Raises:
-        FileError: the numbers do not add up, and nothing says where an episode begins.
+    has, `rate` a second. believe: that from_timestamp is right although the numbers do not add up; else that is a `FileError`.
     """
     starts, stops, numbers, lengths = (np.array(values) for values in zip(*members, strict=True))
     says = f"{video}: {frames} frames, and the {len(members)} episodes in it have {lengths.sum()} rows"
@@ -271,9 +253,6 @@ def find_frames(
         one episode alone.
     Where there are exactly as many frames as rows, row t can only be frame t: timestamps that begin late (recorders that stamp
     the end of a step) are then taken from the first one on.
-
-    Raises:
-        FileError: no frame is near enough, two rows share one, or the numbers of frames and rows do not fit.
     """
     half = 0.4999 / fps
     shown = frame_times(file)

@@ -1,4 +1,5 @@
-"""What a LeRobot data set says about itself (v2.0, v2.1, v3.0): `meta/info.json`, its episodes, tasks, cameras and paths."""
+"""What a LeRobot data set says about itself (v2.0, v2.1, v3.0): `meta/info.json`, its episodes, tasks, cameras and paths.
+Whatever is missing, damaged or of another form is a `FileError`."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from svam.files import FileError, read_json, refuse_lfs_pointer, stated
-from svam.sources._choice import contents
+from svam.sources._choice import contents, existing_folder
 from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
@@ -151,14 +152,8 @@ def _rows(file: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[
 
 
 def read_info(root: Path) -> tuple[Path, Info]:
-    """The file `meta/info.json`, and what it says.
-
-    Raises:
-        FileError: no LeRobot data set, another version, or a field is missing or of the wrong kind.
-    """
-    if not root.is_dir():
-        raise FileError(f"{root}: no such directory")
-    file = root / "meta" / "info.json"
+    """The file `meta/info.json`, and what it says."""
+    file = existing_folder(root) / "meta" / "info.json"
     if not file.is_file():
         raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
     return file, stated(Info, read_json(file), file)
@@ -187,11 +182,7 @@ def what_lies_there(root: Path, path: Path, major: str) -> str:
 
 def read_tasks(root: Path) -> dict[int, str] | None:
     """`task_index` -> sentence, from `meta/tasks.parquet` (the sentence is a column `task` or the pandas index) or
-    `meta/tasks.jsonl`; None where there is neither.
-
-    Raises:
-        FileError: a number repeats, or a sentence is no text.
-    """
+    `meta/tasks.jsonl`; None where there is neither."""
     file = next((file for name in ("tasks.parquet", "tasks.jsonl") if (file := root / "meta" / name).is_file()), None)
     if file is None:
         return None
@@ -206,11 +197,7 @@ def read_tasks(root: Path) -> dict[int, str] | None:
 
 
 def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Entry]:
-    """All episodes that the metadata lists, by number.
-
-    Raises:
-        FileError: a metadata file is missing or damaged, a number repeats, or a length is not positive.
-    """
+    """All episodes that the metadata lists, by number."""
     v2 = info.major == "v2"
     place = root / "meta" / ("episodes.jsonl" if v2 else "episodes")
     files = [place] if v2 and place.is_file() else sorted(place.rglob("*.parquet"))

@@ -127,9 +127,9 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
             cameras[camera] = name
     if not cameras:
         raise FileError(f"{file}: no RGB image under steps/observation ({'; '.join(left_out) or 'no image at all'})")
-    named = [name.removeprefix("steps/").removeprefix("observation/").replace("/", "_") for name in choice.cameras]
-    notes += [] if named else left_out
-    return {name: cameras[name] for name in chosen_cameras(choice.model_copy(update={"cameras": named}), list(cameras), file)}
+    notes += [] if choice.cameras else left_out
+    forms = {name.removeprefix(prefix): c for c, name in cameras.items() for prefix in ("", "steps/", "steps/observation/")}
+    return {camera: cameras[camera] for camera in chosen_cameras(choice, list(cameras), file, forms=forms)}
 
 
 def _instructions(features: Mapping[str, Feature], key: str, choice: Choice, file: Path) -> list[str]:

@@ -20,6 +20,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, Field
 
 from svam.errors import ParamsError
 from svam.files import FileError, read_json, stated
+from svam.sources._choice import existing_folder
 from svam.sources._tfrecord import byte_strings, features_of, numbers
 
 _NUMERIC = {
@@ -153,9 +154,7 @@ class _Node(BaseModel):
 def find_version(path: Path, version: str) -> Path:
     """The folder that holds `dataset_info.json`: `path`, or the only one at most three levels below, or what `version` names; a
     `ParamsError` where that is not one."""
-    if not path.is_dir():
-        raise FileError(f"{path}: no such directory")
-    if not version and (path / "dataset_info.json").is_file():
+    if not version and (existing_folder(path) / "dataset_info.json").is_file():
         return path
     files = sorted(file for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json") if file.is_file())
     if not files:

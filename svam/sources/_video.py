@@ -1,4 +1,5 @@
-"""Videos through PyAV: the number of frames without decoding them all, and frames block by block, with damage as one sentence.
+"""Videos through PyAV: the number of frames without decoding them all, and frames block by block. Whatever is missing, damaged
+or no video is a `FileError`, also while blocks are read.
 
 Frames come out as 8-bit RGB, as FFmpeg's scaler converts them, in the order of their presentation times, turned as a player
 turns them where the file asks for a rotation by a quarter or a half turn. mp4 and webm carry no checksums: a damage that the
@@ -88,11 +89,8 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def probe(file: Path) -> VideoFacts:
-    """What is known of a video from its header (mp4; of others every packet is read, and one frame decoded).
-
-    Raises:
-        FileError: it is missing, damaged, empty, no video, or to be shown mirrored. NoColourError: it holds no 8-bit colours.
-    """
+    """What is known of a video from its header (mp4; of others every packet is read, and one frame decoded). `FileError` also
+    where it is empty or to be shown mirrored, `NoColourError` where it holds no 8-bit colours."""
     return _probed(file, stamp(file))
 
 
@@ -150,11 +148,7 @@ def _turn(file: Path, frame: Any) -> int:
 
 
 def frame_times(file: Path) -> FrameTimes:
-    """When each frame is shown; every packet is read, none decoded.
-
-    Raises:
-        FileError: it is missing, damaged or no video.
-    """
+    """When each frame is shown; every packet is read, none decoded."""
     return _frame_times(file, stamp(file))
 
 
@@ -175,13 +169,8 @@ def _frame_times(file: Path, _: str) -> FrameTimes:
 
 
 def video_blocks(file: Path, facts: VideoFacts, frames: int | None = None, rate_hz: float | None = None) -> FrameBlocks:
-    """The first `frames` (None: all) of a video; nothing is decoded before the blocks are asked for.
-
-    With `rate_hz` the frames must also be that far apart in time.
-
-    Raises (also while reading):
-        FileError: damaged; another number or size of frames than `facts`; not at `rate_hz` throughout.
-    """
+    """The first `frames` (None: all) of a video; nothing is decoded before the blocks are asked for. Their number and size must
+    be those of `facts`; with `rate_hz` they must also be that far apart in time."""
     times = frame_times(file)
     if times.pts is not None and len(times.pts) != facts.frames:
         raise FileError(f"{file}: {len(times.pts)} frames, but its index lists {facts.frames}")
@@ -194,11 +183,7 @@ def video_blocks(file: Path, facts: VideoFacts, frames: int | None = None, rate_
 
 
 def frames_at(file: Path, facts: VideoFacts, pts: NDArray[np.int64] | None, count: int) -> FrameBlocks:
-    """The `count` frames with the presentation times `pts` (increasing, of `frame_times`); None: the first of the file.
-
-    Raises (while reading):
-        FileError: damaged, or a frame has another size than `facts`.
-    """
+    """The `count` frames with the presentation times `pts` (increasing, of `frame_times`); None: the first of the file."""
     shape = (count, facts.height, facts.width, 3)
     return FrameBlocks(shape, lambda: in_blocks(_decoded(file, facts, pts, count), str(file)))
 

@@ -40,7 +40,7 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources import _calvin_files as files
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._npz import Header, headers
 
 RATE_HZ = 30.0
@@ -108,7 +108,7 @@ class CalvinSource:
             FileError: a file is missing, damaged or of another layout.
             ParamsError: the options name scenes or folders that are not there, or leave one side of the split empty.
         """
-        self.path, self._options, self._choice, self.notes = Path(path), options, choice, list[str]()
+        self.path, self._options, self._choice, self.notes = existing_folder(path), options, choice, list[str]()
         self.rate_hz = choice.rate_hz or RATE_HZ
         self._folders = self._find_folders()
         self._segments = self._grouped(self._choose([one for name in self._folders for one in self._segments_of(name)]))
@@ -117,8 +117,6 @@ class CalvinSource:
             self.notes.append(f"whole recordings carry no language: their instruction is {NEUTRAL_INSTRUCTION!r}")
 
     def _find_folders(self) -> list[str]:
-        if not self.path.is_dir():
-            raise FileError(f"{self.path}: no such directory")
         if (self.path / "ep_start_end_ids.npy").is_file():  # one of the two itself
             self.path = self.path.resolve()
             present, self.path = [self.path.name], self.path.parent
@@ -300,13 +298,8 @@ class CalvinSource:
         )
 
     def read(self, index: int) -> Episode:
-        """One episode; its frames are read block by block when they are asked for.
-
-        Raises:
-            FileError: a step's file is missing, damaged, or differs from the first one in fields, dtypes or shapes; or the
-                gripper's action is neither -1 nor 1; or a relative action is outside [-1, 1].
-            ContractError: the episode breaks the contract.
-        """
+        """One episode. `FileError` also where a step differs from the first one in fields, dtypes or shapes, the gripper is
+        neither -1 nor 1, or a relative action is outside [-1, 1]."""
         segment, every = self._readable(index), self._options.depth_every
         folder, n = self.path / segment.folder, segment.steps
         labelled = np.arange(0, n, every, dtype=np.int64)

@@ -87,8 +87,14 @@ class _Rows:
 class LerobotSource:
     """The episodes in the order of their numbers."""
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open the folder of a LeRobot data set (the one that holds `meta/`).
+
+        Raises:
+            FileError: no such data set, its metadata is damaged, or it has no pictures.
+            ParamsError: a column or camera is named that is not there.
+            MachineError: pyarrow is not installed.
+        """
         self.root = Path(path)
         self.options, self.choice = options, choice
         self._info_file, self.info = meta.read_info(self.root)
@@ -129,11 +135,10 @@ class LerobotSource:
         declared, notes = meta.find_cameras(self._info_file, self.info)
         by_name = {camera.name: camera for camera in declared}
         by_key = {camera.key: camera.name for camera in declared}
-        asked = self.choice.model_copy(update={"cameras": [by_key.get(name, name) for name in self.choice.cameras]})
-        if not asked.cameras:
+        if not self.choice.cameras:
             self._notes += notes
         try:
-            return [by_name[name] for name in chosen_cameras(asked, list(by_name), self._info_file, _PREFIX)]
+            return [by_name[name] for name in chosen_cameras(self.choice, list(by_name), self._info_file, _PREFIX, by_key)]
         except ParamsError as error:
             raise ParamsError("; ".join([str(error), *notes])) from None
 
@@ -251,11 +256,7 @@ class LerobotSource:
         return next((path for entry in self._entries if (path := self._path(entry, camera)).is_file()), None)
 
     def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
-        """The episode's data file, and camera name -> video, all of which are there.
-
-        Raises:
-            FileError: some are not, all of them named, or are Git LFS pointers.
-        """
+        """The episode's data file, and camera name -> video; `FileError` that names all that are not there."""
         data = self._path(entry)
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
         missing = [] if data.is_file() else [str(data)]
@@ -404,11 +405,7 @@ class LerobotSource:
         return len(self._entries)
 
     def shape(self, index: int) -> EpisodeShape:
-        """What the metadata, the small columns of the rows and the videos' indices say; they must agree.
-
-        Raises:
-            FileError: files are missing, or rows, frames and metadata do not fit.
-        """
+        """What the metadata, the small columns of the rows and the videos' indices say; they must agree."""
         entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
         for camera in self.cameras:
@@ -420,12 +417,7 @@ class LerobotSource:
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
-        """One episode; its frames are decoded when they are asked for.
-
-        Raises:
-            FileError: a file is missing or damaged, lacks a column, or does not agree with the metadata.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode."""
         entry, rows = self._entries[index], self._rows(index)
         needed = [column for columns in self.columns.values() for column in columns]
         with files.opened(rows.file, needed) as parquet:
@@ -462,12 +454,4 @@ class LerobotSource:
         return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> LerobotSource:
-    """Open the folder of a LeRobot data set (the one that holds `meta/`).
-
-    Raises:
-        FileError: no such data set, its metadata is damaged, or it has no pictures.
-        ParamsError: a column or camera is named that is not there.
-        MachineError: pyarrow is not installed.
-    """
-    return LerobotSource(path, options, choice)
+open_source = LerobotSource

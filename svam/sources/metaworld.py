@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,18 @@ from safetensors.numpy import load
 
 from svam.contract import EVERYTHING, Annotation, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras
+from svam.sources._choice import checked, chosen_cameras, existing_folder
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
 _KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance", "sha256")
 _ARRAYS = ("actions", "expert_actions", "state", "proprioception", "annotation_index", "depth", "segmentation")
+
+
+class Options(Frozen):
+    """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`."""
+
+    tasks: tuple[str, ...] = ()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -46,17 +51,20 @@ def _read_meta(folder: Path) -> dict[str, Any]:
 
 
 class MetaworldSource:
-    """Episodes task by task, in the order of `only` (or of the folders' names), then by number."""
+    """Episodes task by task, then by number."""
 
-    def __init__(self, path: Path, only: Sequence[str] | None = None, choice: Choice = EVERYTHING) -> None:
-        """See `open_source`."""
-        self.path, self._choice = Path(path), choice
-        if not self.path.is_dir():
-            raise FileError(f"{self.path}: no such directory")
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open the folder that the collect stage filled.
+
+        Raises:
+            FileError: the folder, a task or a field of a `meta.json` is missing.
+            ContractError: two tasks differ in rate, cameras or image size.
+        """
+        self.path, self._choice = existing_folder(path), choice
         present = sorted(file.parent.name for file in self.path.glob("*/meta.json"))
         if not present:
             raise FileError(f"{self.path}: no <task>/meta.json in it; run the collect stage first")
-        tasks = present if only is None else list(only)
+        tasks = list(options.tasks) or present
         for task in tasks:
             if task not in present:
                 raise FileError(f"{self.path / task / 'meta.json'}: no such file; collect task {task!r} first")
@@ -149,12 +157,7 @@ class MetaworldSource:
         return EpisodeShape(len(arrays["actions"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
 
     def read(self, index: int) -> Episode:
-        """One episode with its labels.
-
-        Raises:
-            FileError: a file is missing or damaged, or lacks an array.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode with its labels."""
         task, number, file = self._place(index)
         meta, arrays = self._meta[task], self._arrays(task, file)
         steps, labelled = len(arrays["actions"]), arrays["annotation_index"]
@@ -176,17 +179,4 @@ def _picture(file: Path, camera: str) -> Path:
     return file.with_name(f"{file.stem}.{camera}.png")
 
 
-class Options(Frozen):
-    """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`."""
-
-    tasks: tuple[str, ...] = ()
-
-
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> MetaworldSource:
-    """Open the folder that the collect stage filled.
-
-    Raises:
-        FileError: the folder, a task or a field of a `meta.json` is missing.
-        ContractError: two tasks differ in rate, cameras or image size.
-    """
-    return MetaworldSource(path, options.tasks or None, choice)
+open_source = MetaworldSource

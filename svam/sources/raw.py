@@ -53,13 +53,11 @@ from pydantic import Field
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
 from svam.sources._video import probe, video_blocks
 
-RAW_SCHEMA = 1
-"""The version of the layout above."""
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
 _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
     **dict.fromkeys(_VECTORS, (("float16", "float32", "float64"), 2, "float32")),
@@ -70,6 +68,10 @@ _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
 }
 """Field -> types that are read, number of axes, the contract's type."""
 _Sentence = Annotated[str, Field(pattern=r"\S")]
+
+
+class Options(Frozen):
+    """None: `meta.json` says it all."""
 
 
 class _Task(Frozen):
@@ -138,11 +140,14 @@ def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
 class RawSource:
     """The episodes of a folder, in the order of their names."""
 
-    def __init__(self, path: Path, choice: Choice) -> None:
-        """See `open_source`."""
-        self.path, self._choice = Path(path), choice
-        if not self.path.is_dir():
-            raise FileError(f"{self.path}: no such directory")
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a folder of the layout above.
+
+        Raises:
+            FileError: the folder or its `meta.json` is missing, or `meta.json` is not as described.
+            ParamsError: `choice` names a camera that `meta.json` does not list.
+        """
+        self.path, self._choice = existing_folder(path), choice
         self._meta_file = self.path / "meta.json"
         if not self._meta_file.is_file():
             raise FileError(
@@ -233,12 +238,7 @@ class RawSource:
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
-        """One episode; its frames are read from the archive or decoded when they are asked for.
-
-        Raises:
-            FileError: the archive or a video is damaged, or lacks a field.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode."""
         file = self._files[index]
         found = headers(file)
         _field(file, found, "actions")
@@ -260,15 +260,4 @@ class RawSource:
         return checked(episode, file)
 
 
-class Options(Frozen):
-    """None: `meta.json` says it all."""
-
-
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RawSource:
-    """Open a folder of the layout above.
-
-    Raises:
-        FileError: the folder or its `meta.json` is missing, or `meta.json` is not as described.
-        ParamsError: `choice` names a camera that `meta.json` does not list.
-    """
-    return RawSource(path, choice)
+open_source = RawSource

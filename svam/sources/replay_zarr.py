@@ -194,12 +194,7 @@ class ReplayZarrSource:
         return np.hstack(parts, dtype=np.float64)
 
     def read(self, index: int) -> Episode:
-        """One episode; its pictures are read chunk by chunk when they are asked for.
-
-        Raises:
-            FileError: a chunk is damaged.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode."""
         start, stop = self._episodes[index]
         frames = {
             camera: FrameBlocks((stop - start, *pictures.shape[1:]), partial(self._blocks, camera, start, stop))

@@ -72,8 +72,13 @@ class _Entry(NamedTuple):
 class RldsSource:
     """Episodes in the order of splits, shards and records."""
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a TFDS folder, or a folder above the only one; the shards are scanned when the first episode is asked for.
+
+        Raises:
+            FileError: the folder, a description or a shard is missing or damaged, or there is no camera.
+            ParamsError: a choice or option names what the data set does not have, or must name what cannot be guessed.
+        """
         self.folder, self._options, self._choice = find_version(path, options.version), options, choice
         self._info, splits = read_dataset_info(self.folder)
         self._features = read_features(self.folder)
@@ -255,12 +260,7 @@ class RldsSource:
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
-        """One episode; its pictures are decoded when they are asked for.
-
-        Raises:
-            FileError: the record is damaged, lacks a feature, or changed since the scan.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode."""
         entry = self._index[0][index]
         record = self._record(entry, entry.payload())
         if self._entry(_Entry(*entry[:4]), record) != entry:
@@ -300,11 +300,4 @@ def _absence(file: Path) -> str:
     return "" if file.is_file() else f"{file}: no such file, though dataset_info.json lists it"
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> RldsSource:
-    """Open a TFDS folder, or a folder above the only one; the shards are scanned when the first episode is asked for.
-
-    Raises:
-        FileError: the folder, a description or a shard is missing or damaged, or there is no camera.
-        ParamsError: a choice or option names what the data set does not have, or must name what cannot be guessed.
-    """
-    return RldsSource(Path(path), options, choice)
+open_source = RldsSource

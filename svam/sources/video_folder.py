@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, existing_folder
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
@@ -101,12 +101,10 @@ def _camera_names(videos: list[str]) -> list[str]:
 class VideoFolderSource:
     """One episode per text file, in the order of the files' paths."""
 
-    def __init__(self, path: Path, options: Options, choice: Choice) -> None:
-        """See `open_source`."""
-        self.path, self.options, self.choice = Path(path), options, choice
+    def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
+        """Open a folder; `FileError` where it, its videos or text files are missing."""
+        self.path, self.options, self.choice = existing_folder(path), options, choice
         self._turned: dict[Path, str] = {}
-        if not self.path.is_dir():
-            raise FileError(f"{self.path}: no such directory")
         annotations = self.path / options.annotations
         self._annotated = annotations.is_dir()
         self._top = annotations if self._annotated else self.path
@@ -310,11 +308,7 @@ class VideoFolderSource:
         return facts
 
     def shape(self, index: int) -> EpisodeShape:
-        """Lengths, from the text file and the videos' headers.
-
-        Raises:
-            FileError: a file is missing or damaged, or lengths or rates differ.
-        """
+        """Lengths, from the text file and the videos' headers; lengths and rates must agree."""
         record = self._record(index)
         facts = self._probe(record)
         steps, _, _ = self._numbers(record, next(iter(facts.values())).frames)
@@ -332,12 +326,7 @@ class VideoFolderSource:
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:
-        """One episode; its frames are decoded when they are asked for.
-
-        Raises:
-            FileError: a file is missing or damaged, or lengths differ.
-            ContractError: the episode breaks the contract.
-        """
+        """One episode."""
         record = self._record(index)
         facts = self._probe(record)
         steps, actions, state = self._numbers(record, next(iter(facts.values())).frames)
@@ -350,10 +339,4 @@ class VideoFolderSource:
         return checked(episode, record.file)
 
 
-def open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> VideoFolderSource:
-    """Open a folder of videos with text files; see the module.
-
-    Raises:
-        FileError: the folder, its videos or text files are missing.
-    """
-    return VideoFolderSource(path, options, choice)
+open_source = VideoFolderSource

@@ -13,34 +13,30 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.contract import SEGMENTATION_CLASSES, ContractError
+from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.models.teachers import Teacher, to_grid
 from svam.npy import write_arrays
 from svam.params import CacheTeacher
 from svam.resume import NO_RESUME, Resume
 from svam.training.blocks import in_batches, write_attributes, write_blocks
-from svam.training.distill_data import GeneratedWindows
+from svam.training.distill_data import GeneratedWindows, annotated_frames, recorded
 from svam.training.foresight_metrics import centred_cosine, moved_patches
 from svam.training.prepare_backbones.frames import evenly
-from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
+from svam.training.teacher_metrics import annotation_error
 
 Target = Literal["generated", "ground_truth"]
 Features = Callable[[NDArray[np.uint8]], NDArray[np.float16]]
 """Frames (..., H, W, 3) uint8 -> teacher features (..., h, w, C) float16."""
 
 
-def teacher_features(teacher: Teacher, grid: int, params: CacheTeacher, device: torch.device) -> Features:
-    """The teacher on frames of any leading shape, `params.batch` frames at a time, on the grid of F (as `ForesightModel` does
-    it)."""
+def teacher_features(teacher: Teacher, grid: int, batch: int) -> Features:
+    """The teacher on frames of any leading shape, `batch` at a time, on the grid of F (as `ForesightModel` does it)."""
 
     def features(frames: NDArray[np.uint8]) -> NDArray[np.float16]:
         flat = torch.from_numpy(np.array(frames).reshape(-1, *frames.shape[-3:]))
-        parts = [
-            to_grid(teacher.features(part.to(device).permute(0, 3, 1, 2).float() / 255.0).float(), grid).cpu()
-            for part in torch.split(flat, params.batch)
-        ]
-        tokens: NDArray[np.float16] = torch.cat(parts).half().numpy()
+        seen = teacher.on_frames(flat, batch, lambda pixels: to_grid(teacher.features(pixels), grid))
+        tokens: NDArray[np.float16] = seen.half().numpy()
         return tokens.reshape(*frames.shape[:-3], *tokens.shape[1:])
 
     return features
@@ -77,11 +73,11 @@ def cache_windows(
         "reference": ((every, *token), np.float16), "other_reference": ((held_out, *token), np.float16),
         "one_step": ((held_out, *clip), np.float16), "other_noise": ((held_out, *clip), np.float16),
     }  # fmt: skip
-    features = teacher_features(teacher, windows.grid, params, device)
+    features = teacher_features(teacher, windows.grid, params.batch)
     other = "frame" if params.reference == "reconstruction" else "reconstruction"
 
     def compute(block: slice) -> dict[str, NDArray[Any]]:
-        clips = windows.frames[block] if target == "generated" else _truth(store, windows.rows[block])
+        clips = windows.frames[block] if target == "generated" else recorded(store, windows.rows[block])
         made: dict[str, NDArray[Any]] = {"targets": features(clips), "moved": moved_patches(clips, windows.grid)}
         made["reference"] = features(_current(windows, store, block, params.reference))
         if windows.held_out[block.start]:
@@ -102,19 +98,13 @@ def cache_windows(
     references = {params.reference: made["reference"][train:], other: made["other_reference"]}
     metrics: dict[str, Any] = {
         "reference": compare_references(made["targets"][train:], made["moved"][train:], references, centre, block),
-        "dense": dense_metrics(windows, store, teacher, params.batch, device),
+        "dense": dense_metrics(windows, store, teacher, params.batch),
     }
     write_attributes(
         folder, branch=branch, target=target, reference=params.reference,
         video_sha256=windows.attributes.get("video_sha256"), metrics=metrics,
     )  # fmt: skip
     return metrics
-
-
-def _truth(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Recorded frames (k, T, H, W, 3) of store rows (k, T)."""
-    flat = store.frames(rows.reshape(-1))
-    return flat.reshape(*rows.shape, *flat.shape[1:])
 
 
 def _current(windows: GeneratedWindows, store: EpisodeStore, block: slice, kind: str) -> NDArray[np.uint8]:
@@ -148,7 +138,7 @@ def compare_references(
 
 
 def dense_metrics(
-    windows: GeneratedWindows, store: EpisodeStore, teacher: Teacher, batch: int, device: torch.device, most: int = 512
+    windows: GeneratedWindows, store: EpisodeStore, teacher: Teacher, batch: int, most: int = 512
 ) -> dict[str, dict[str, float]]:
     """The teacher's dense prediction against the simulator's labels, on up to `most` annotated frames of held-out windows.
 
@@ -156,37 +146,20 @@ def dense_metrics(
     the observed frame. Empty for a teacher without such a head, and for data without labels.
     """
     kind = teacher.config.objective
-    labels = store.annotation(kind) if kind in ("depth", "segmentation") else None
-    if labels is None or not len(labels.rows):
+    if kind is None or kind == "self_supervised" or (labels := store.annotation(kind)) is None:
         return {}
     rows = windows.rows[windows.test]
-    places = np.searchsorted(labels.rows, rows).clip(max=len(labels.rows) - 1)
-    w, t = np.nonzero((labels.rows[places] == rows) & (np.arange(rows.shape[1]) > 0))
-    # A window that runs past its episode repeats the last frame: it counts once.
-    _, first = np.unique(np.stack([w, rows[w, t]]), axis=1, return_index=True)
-    if not len(first):
+    places = annotated_frames(rows, labels.rows)
+    if not len(places):
         return {}
-    chosen = evenly(np.sort(first), most)
-    w, t = w[chosen], t[chosen]
-    truth = labels.values(places[w, t])
+    w, t = places[evenly(np.arange(len(places)), most)].T
+    truth = labels.values(np.searchsorted(labels.rows, rows[w, t]))
     views = {
         "real": store.frames(rows[w, t]),
         "generated": windows.frames[windows.test[w], t],
         "one_step": windows.one_step_frames[w, t],
     }
-    return {view: _dense_errors(teacher, frames, truth, batch, device) for view, frames in views.items()}
-
-
-def _dense_errors(
-    teacher: Teacher, frames: NDArray[np.uint8], truth: NDArray[Any], batch: int, device: torch.device
-) -> dict[str, float]:
-    """Depth error or intersection over union on frames (k, H, W, 3)."""
-    depth, parts, classes = teacher.config.objective == "depth", [], 0
-    for part in torch.split(torch.from_numpy(frames), batch):
-        dense = teacher.predict(part.to(device).permute(0, 3, 1, 2).float() / 255.0).cpu()
-        classes = dense.shape[1]
-        parts.append(dense if depth else dense.argmax(dim=1))
-    predicted = torch.cat(parts).numpy()
-    if depth:
-        return depth_error(predicted, truth, teacher.config.depth_std)
-    return intersection_over_union(confusion(predicted, truth, classes), SEGMENTATION_CLASSES)
+    std, seen = teacher.config.depth_std, {}
+    for view, frames in views.items():
+        seen[view] = teacher.on_frames(torch.from_numpy(frames), batch, teacher.annotate).numpy()
+    return {view: annotation_error(kind, predicted, truth, std) for view, predicted in seen.items()}

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import ContractError
+from svam.episodes.store import EpisodeStore
 from svam.files import FileError
 from svam.npy import read_arrays
 from svam.training.blocks import read_attributes
@@ -71,6 +72,24 @@ class WindowGroup:
         if rows is not None and len(array) != rows:
             raise FileError(f"{self.path}: {name} has {len(array)} rows, expected {rows}; run {self.stage} again")
         return array
+
+
+def annotated_frames(rows: NDArray[np.int64], labelled: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Places (n, 2) of (window, frame) in `rows` (k, T) whose store row is among `labelled` (increasing), never the observed
+    frame; a window that runs past its episode repeats the last row, which counts once."""
+    if not len(labelled):
+        return np.empty((0, 2), dtype=np.int64)
+    places = np.searchsorted(labelled, rows).clip(max=len(labelled) - 1)
+    known = labelled[places] == rows
+    known[:, 0] = False
+    known[:, 1:] &= rows[:, 1:] != rows[:, :-1]
+    return np.argwhere(known).astype(np.int64)
+
+
+def recorded(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Recorded frames (k, T, H, W, 3) of store rows (k, T)."""
+    flat = store.frames(rows.reshape(-1))
+    return flat.reshape(*rows.shape, *flat.shape[1:])
 
 
 class GeneratedWindows(WindowGroup):

@@ -15,7 +15,6 @@ readable for those who have it open. Reading is `pread`, row by row: the page ca
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -29,18 +28,13 @@ from numpy.typing import NDArray
 from svam.console import console, progress_bar, timed
 from svam.contract import ContractError
 from svam.errors import MachineError
-from svam.files import FileError, locked, named_refusals, read_json, write_json
+from svam.files import FileError, locked, named_refusals, read_json, sha256_of_json, write_json
 
 Encode = Callable[[NDArray[np.uint8], list[str], list[str]], Mapping[str, NDArray[Any]]]
 """(frames (B, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are (B, T, h, w, C) float16."""
 
 FLUSH_ROWS = 512
 """Rows between two writes of the index: what a killed run may lose."""
-
-
-def address_of(source: Mapping[str, Any]) -> str:
-    """SHA-256 of a JSON-able description, independent of the order of its keys."""
-    return hashlib.sha256(json.dumps(source, sort_keys=True).encode()).hexdigest()
 
 
 def observation_address(frame: NDArray[np.uint8], instruction: str) -> str:
@@ -202,7 +196,7 @@ class FeatureCache:
             MachineError: the features of these observations alone exceed the budget.
         """
         with locked(self.root / "writer.lock", wait=True):
-            spaces = {e: FeatureRows(self.root / f"{e}-{address_of(s)[:16]}", s) for e, s in sorted(sources.items())}
+            spaces = {e: FeatureRows(self.root / f"{e}-{sha256_of_json(s)[:16]}", s) for e, s in sorted(sources.items())}
             self._compute(observations, spaces, encode, batch)
         numbers = {e: np.asarray([s.rows[a] for a in observations.addresses], dtype=np.int64) for e, s in spaces.items()}
         return Features(spaces, numbers)

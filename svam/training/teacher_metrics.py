@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.contract import SEGMENTATION_CLASSES
+
 FARTHEST = 10.0
 """Metres from which a depth is sky (a renderer's far plane) rather than scene, and no part of an error in metres."""
 
@@ -39,6 +41,13 @@ def depth_error(predicted: NDArray[Any], truth: NDArray[Any], std: float) -> dic
     rmse = float(np.sqrt(np.mean(difference**2)))
     relative = float(np.mean(np.abs(difference) / truth.astype(np.float64)[valid]))
     return {"rmse_m": rmse, "rmse_std": rmse / std, "abs_rel": relative}
+
+
+def annotation_error(objective: str, predicted: NDArray[Any], truth: NDArray[Any], std: float) -> dict[str, float]:
+    """What `depth_error` or `intersection_over_union` says of annotations (m, H, W) that a teacher gives; `std` of depth."""
+    if objective == "depth":
+        return depth_error(predicted, truth, std)
+    return intersection_over_union(confusion(predicted, truth, len(SEGMENTATION_CLASSES)), SEGMENTATION_CLASSES)
 
 
 def confusion(predicted: NDArray[Any], truth: NDArray[Any], classes: int) -> NDArray[np.int64]:

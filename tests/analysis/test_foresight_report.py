@@ -7,6 +7,7 @@ import pytest
 
 from svam.analysis import attention, depth_probe, gap
 from svam.report.grid import heat
+from svam.training.distill_data import annotated_frames
 
 STEPS, SIZE, PATCHES = 5, 16, 4
 ARM, GRIPPER, OBJECT = 2, 3, 4
@@ -86,8 +87,8 @@ def test_intersection_over_union_by_hand() -> None:
 
 def test_annotated_frames_skip_the_observed_one_and_repeats() -> None:
     rows = np.array([[0, 2, 4, 6], [4, 6, 6, 6], [1, 3, 5, 7]])
-    assert gap.annotated_frames(rows, np.array([0, 4, 6])).tolist() == [[0, 2], [0, 3], [1, 1]]
-    assert gap.annotated_frames(rows, np.empty(0, np.int64)).shape == (0, 2)
+    assert annotated_frames(rows, np.array([0, 4, 6])).tolist() == [[0, 2], [0, 3], [1, 1]]
+    assert annotated_frames(rows, np.empty(0, np.int64)).shape == (0, 2)
 
 
 def compared(many: np.ndarray, one: np.ndarray, truth: np.ndarray, episodes: np.ndarray) -> dict:

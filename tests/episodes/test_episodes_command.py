@@ -211,7 +211,7 @@ def test_wrong_statistics_instructions_and_strange_files(path: Path) -> None:
 
 def test_a_store_that_does_not_open_has_one_fault(path: Path, tmp_path: Path) -> None:
     (path / "frames" / "zarr.json").write_text("[]")
-    wrong = "neither the metadata of a Zarr v3 group nor of an array"
+    wrong = "frames/zarr.json: not the metadata of a Zarr v3 group"
     for store, said in ((path, wrong), (tmp_path / "no", "no such directory")):
         result = call("validate", store)
         assert result.exit_code == 1 and f"✗ store  {store}" in result.stdout and said in result.stdout

@@ -15,11 +15,12 @@ from svam.contract import Annotation, Episode
 from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
 from svam.params import Collect
+from svam.resume import OLD_STATES
 from svam.seeds import generator, seed_of
-from svam.simulation.collect import OLD_STATES, collect
+from svam.simulation.collect import collect
 from svam.simulation.experts import BURST_STEPS, demonstrate, disturbances, is_noisy
 from svam.simulation.metaworld import TaskEnvironment
-from svam.sources.metaworld import MetaworldSource
+from svam.sources.metaworld import Options, open_source
 from tests.toy import committed, invoke, write_toy_params
 
 _CHANGES = {"tasks": ["reach"], "episodes": 2, "episodes_of": {}, "noisy_share": 0.5, "annotate_every": 10, "tail": 4}
@@ -35,7 +36,7 @@ def collected(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arrays_of(folder: Path, index: int) -> dict[str, Any]:
     """All arrays of an episode, its frames as the source of the convert stage reads them."""
-    frames = MetaworldSource(folder.parent).read(index).frames
+    frames = open_source(folder.parent, Options()).read(index).frames
     name = f"episode_{index:04d}.safetensors"
     return load_file(folder / name) | {f"frames_{camera}": np.asarray(values) for camera, values in frames.items()}
 

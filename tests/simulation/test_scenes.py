@@ -21,7 +21,7 @@ from svam.simulation.collect import collect
 from svam.simulation.experts import first_success
 from svam.simulation.metaworld import TaskEnvironment
 from svam.simulation.scenes import SCENES, Scene, shared_tasks
-from svam.sources.metaworld import MetaworldSource
+from svam.sources.metaworld import Options, open_source
 from tests.recorded import SETTINGS
 from tests.toy import committed
 
@@ -78,7 +78,7 @@ def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / scenes, tmp_path / "raw", dirs_exist_ok=True)
     assert read_json(tmp_path / "raw/coffee-button/meta.json")["provenance"]["scenes"] == "shared"
     assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
-    convert(MetaworldSource(tmp_path / "raw", tasks), tmp_path / "episodes.zarr", SETTINGS, 0)
+    convert(open_source(tmp_path / "raw", Options(tasks=tasks)), tmp_path / "episodes.zarr", SETTINGS, 0)
     store = EpisodeStore.open(tmp_path / "episodes.zarr")
     assert metaworld.render_settings(store, tasks[1:])["scenes"] == "stock"
     with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):

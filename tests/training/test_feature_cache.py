@@ -16,8 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from svam.errors import MachineError
-from svam.files import FileError
-from svam.training.feature_cache import FeatureCache, Features, ObservationSet, address_of, observation_address
+from svam.files import FileError, sha256_of_json
+from svam.training.feature_cache import FeatureCache, Features, ObservationSet, observation_address
 
 SHAPE = (2, 3, 3, 4)
 ROW = 2 * 2 * 3 * 3 * 4
@@ -91,7 +91,7 @@ def test_another_part_sentence_or_frame_is_another_row(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("one-*"))) == 2
     a = observation_address(FRAMES[0], "do 0")
     assert len({a, observation_address(FRAMES[0], "do 1"), observation_address(FRAMES[1], "do 0")}) == 3
-    assert address_of({"a": 1, "b": 2}) == address_of({"b": 2, "a": 1}) != address_of({"a": 1, "b": 3})
+    assert sha256_of_json({"a": 1, "b": 2}) == sha256_of_json({"b": 2, "a": 1}) != sha256_of_json({"a": 1, "b": 3})
 
 
 def test_equal_observations_are_computed_once(tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_least_recently_used_is_deleted_and_stays_readable_for_its_users(tmp
         features.close()
         folder = features.spaces["one"].directory
         os.utime(folder / "index.json", (time.time() + number - 100,) * 2)
-    first, second, third = (tmp_path / f"one-{address_of(sources('one', parts=p)['one'])[:16]}" for p in "abc")
+    first, second, third = (tmp_path / f"one-{sha256_of_json(sources('one', parts=p)['one'])[:16]}" for p in "abc")
     fill(cache, ("one",), parts="a")[0].close()  # used again: now b is the oldest
     fill(cache, ("one",), parts="d")[0].close()
     assert (first.exists(), second.exists(), third.exists()) == (True, False, True)

@@ -79,12 +79,13 @@ def test_a_self_supervised_teacher_goes_on_to_the_same_bits(store: Path, tmp_pat
     changes = {**CHANGES["semantic"], "objective": "self_supervised", "training": {**TRAINING, "steps": 5}}
     section = params.TeacherModel.model_validate(committed("prepare_backbones.semantic", **changes))
     levels = committed("prepare_backbones.autoencoder", **CHANGES["autoencoder"])
-    seen_through = Autoencoder(autoencoder.build(params.Autoencoder.model_validate(levels), (16, 16)))
+    (tmp_path / "codec").mkdir()
+    Autoencoder(autoencoder.build(params.Autoencoder.model_validate(levels), (16, 16))).save(tmp_path / "codec")
 
     def trained(resume: Resume) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
         data, cpu = EpisodeStore.open(store), torch.device("cpu")
-        return teacher.train("semantic", section, data, seen_through, 0, cpu, None, resume)[0].state_dict()
+        return teacher.train(section, data, 0, cpu, None, resume, "semantic", tmp_path / "codec")[0].state_dict()
 
     straight = trained(Resume(None))
     with pytest.raises(InterruptedError):
@@ -175,8 +176,8 @@ def test_no_training_sees_a_held_out_frame(store: Path, tmp_path: Path, part: st
     elif part == "text":
         text.train(settings.text, watched, 0, device, None)
     else:
-        codec = Autoencoder(autoencoder.build(settings.autoencoder, (16, 16)))
-        teacher.train(part, getattr(settings, part), watched, codec, 0, device, None)
+        Autoencoder(autoencoder.build(settings.autoencoder, (16, 16))).save(tmp_path)
+        teacher.train(getattr(settings, part), watched, 0, device, None, Resume(None), part, tmp_path)
     rows = np.unique(np.concatenate(watched.seen))
     held_out = watched.rows("held_out")
     assert len(rows) and not np.isin(rows, held_out).any()

@@ -26,21 +26,9 @@ BACKGROUND_FRAMES = 101
 """Frames of each task whose median is its background: more would give the same picture."""
 
 
-def prepare(
-    key: str,
-    section: params.Autoencoder,
-    episodes: Path,
-    autoencoder: Path | None,
-    seed: int,
-    device: torch.device,
-    live: Path | None,
-    resume: Resume = NO_RESUME,
-) -> tuple[Autoencoder, dict[str, float]]:
-    """The autoencoder and its metrics on held-out episodes (none for published weights). `autoencoder` is not used."""
-    if section.source == "pretrained":
-        folder = resolve_weights(str(section.path), section.revision, "vae", f"prepare_backbones.{key}")
-        return Autoencoder.load_published(folder), {}
-    return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
+def published(section: params.Autoencoder, key: str) -> Autoencoder:
+    """The published weights that the params name. `key` is the section's, for messages."""
+    return Autoencoder.load_published(resolve_weights(str(section.path), section.revision, "vae", key))
 
 
 def build(section: params.Autoencoder, image_size: tuple[int, int]) -> AutoencoderDC:

@@ -31,33 +31,19 @@ from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.models.autoencoder import Autoencoder
 from svam.models.published import freeze, resolve_weights
-from svam.models.teachers import Backbone, Teacher, TeacherConfig, unpatchify
-from svam.resume import NO_RESUME, Resume
+from svam.models.teachers import Backbone, Teacher, TeacherConfig, as_unit, unpatchify
+from svam.resume import Resume
 from svam.seeds import generator
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
 from svam.training.prepare_backbones.frames import evenly, frames_that_fit, load_frames
-from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
+from svam.training.teacher_metrics import annotation_error, valid_depth
 
 
-def prepare(
-    key: str,
-    section: params.TeacherModel,
-    episodes: Path,
-    autoencoder: Path | None,
-    seed: int,
-    device: torch.device,
-    live: Path | None,
-    resume: Resume = NO_RESUME,
-) -> tuple[Teacher, dict[str, Any]]:
-    """The teacher of params key `key` ("geometric" or "semantic") and its metrics on held-out episodes (none for published)."""
-    if section.source == "pretrained":
-        folder = resolve_weights(str(section.path), section.revision, None, f"prepare_backbones.{key}")
-        return Teacher.load_published(folder, section.family, section.image_size), {}
-    if autoencoder is None:
-        raise ContractError(f"prepare_backbones.{key}: an in-domain teacher trains on reconstructions too; pass --autoencoder")
-    store, seen_through = EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device)
-    return train(key, section, store, seen_through, seed, device, live, resume)
+def published(section: params.TeacherModel, key: str) -> Teacher:
+    """The published weights that the params name. `key` is the section's, for messages."""
+    folder = resolve_weights(str(section.path), section.revision, None, key)
+    return Teacher.load_published(folder, section.family, section.image_size)
 
 
 def check(key: str, section: params.TeacherModel, store: EpisodeStore) -> None:
@@ -124,11 +110,6 @@ class Views:
         if len(blurred):
             seen[blurred] = blur(seen[blurred], float(rng.uniform(section.blur[0], section.blur[1])))
         return seen, as_unit(frames.to(device)) if self.labels is None else self.labels[chosen].to(device)
-
-
-def as_unit(frames: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
-    return frames.permute(0, 3, 1, 2).float() / 255.0
 
 
 def blur(frames: Tensor, sigma: float) -> Tensor:
@@ -209,20 +190,18 @@ def objective_of(
 
 
 def train(
-    key: str,
-    section: params.TeacherModel,
-    store: EpisodeStore,
-    autoencoder: Autoencoder,
-    seed: int,
-    device: torch.device,
-    live: Path | None,
-    resume: Resume = NO_RESUME,
-) -> tuple[Teacher, dict[str, Any]]:
-    """Train on annotated frames of training episodes; measure on those of held-out ones.
+    section: params.TeacherModel, store: EpisodeStore, seed: int, device: torch.device, live: Path | None, resume: Resume,
+    key: str, autoencoder_folder: Path | None,
+) -> tuple[Teacher, dict[str, Any]]:  # fmt: skip
+    """Train the teacher `key` (geometric or semantic) on annotated frames of training episodes; measure on held-out ones.
 
     Raises:
-        ContractError: the data set lacks the objective's annotations (one sentence with the alternatives).
+        ContractError: the data set lacks the objective's annotations (one sentence with the alternatives), or there is no
+            autoencoder.
     """
+    if autoencoder_folder is None:
+        raise ContractError(f"prepare_backbones.{key}: an in-domain teacher trains on reconstructions too; pass --autoencoder")
+    autoencoder = Autoencoder.load(autoencoder_folder).to(device)
     check(key, section, store)
     config = TeacherConfig(section.family, section.image_size, section.objective)
     counts = np.zeros(len(SEGMENTATION_CLASSES), np.int64)
@@ -274,24 +253,24 @@ def measure(
     Depth: `rmse_m`, `rmse_std`, `abs_rel`. Segmentation: IoU per class, `mean`, `accuracy`. Self-supervised: `rmse` of unmasked
     reconstruction, in normalised pixel values.
     """
+
+    def blurred(pixels: Tensor) -> Tensor:
+        return teacher.annotate(blur(pixels, 1.0))
+
     if objective == "self_supervised":
-        rows, values = store.rows("held_out"), None
+        frames = load_frames(store, evenly(store.rows("held_out"), most))
+        truth = teacher.prepare(as_unit(frames).to(device)).cpu().numpy()
     else:
         rows, values = annotated(store, objective, "held_out")
-    chosen = evenly(np.arange(len(rows)), most)
-    frames = load_frames(store, rows[chosen])
+        chosen = evenly(np.arange(len(rows)), most)
+        frames, truth = load_frames(store, rows[chosen]), values[chosen]
     rebuilt = reconstruct(autoencoder, frames, device, f"{objective}: held-out frames")
     results: dict[str, dict[str, float]] = {}
-    for view in ("real", "reconstructed", "blurred"):
-        parts = [as_unit(part.to(device)) for part in torch.split(rebuilt if view == "reconstructed" else frames, 64)]
-        dense = torch.cat([teacher.predict(blur(part, 1.0) if view == "blurred" else part).cpu() for part in parts])
+    for view, seen in {"real": frames, "reconstructed": rebuilt, "blurred": frames}.items():
+        dense = teacher.on_frames(seen, 64, blurred if view == "blurred" else teacher.annotate)
         if objective == "self_supervised":
-            truth = teacher.prepare(as_unit(frames).to(device)).cpu()
             dense = F.interpolate(dense, truth.shape[-2:], mode="bilinear", align_corners=False)
-            results[view] = {"rmse": float((dense - truth).square().mean().sqrt())}
-        elif objective == "depth" and values is not None:
-            results[view] = depth_error(dense.numpy(), values[chosen], teacher.config.depth_std)
-        elif values is not None:
-            labels = dense.argmax(dim=1).numpy()
-            results[view] = intersection_over_union(confusion(labels, values[chosen], dense.shape[1]), SEGMENTATION_CLASSES)
+            results[view] = {"rmse": float((dense - torch.from_numpy(truth)).square().mean().sqrt())}
+        else:
+            results[view] = annotation_error(objective, dense.numpy(), truth, teacher.config.depth_std)
     return results

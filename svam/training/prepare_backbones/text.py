@@ -30,21 +30,9 @@ FRAME_MEAN, FRAME_STD = 0.45, 0.27
 """CLIP's normalisation of pixels, averaged over channels; only the vision half, which is thrown away, sees it."""
 
 
-def prepare(
-    key: str,
-    section: params.Text,
-    episodes: Path,
-    autoencoder: Path | None,
-    seed: int,
-    device: torch.device,
-    live: Path | None,
-    resume: Resume = NO_RESUME,
-) -> tuple[TextEncoder, dict[str, float]]:
-    """The text encoder and its metrics (none for published weights). `autoencoder` is not used."""
-    if section.source == "pretrained":
-        folder = resolve_weights(str(section.path), section.revision, None, f"prepare_backbones.{key}")
-        return TextEncoder.load_published(folder, section.tokens), {}
-    return train(section, EpisodeStore.open(episodes), seed, device, live, resume)
+def published(section: params.Text, key: str) -> TextEncoder:
+    """The published weights that the params name. `key` is the section's, for messages."""
+    return TextEncoder.load_published(resolve_weights(str(section.path), section.revision, None, key), section.tokens)
 
 
 def train_tokenizer(sentences: list[str], vocabulary_size: int) -> CLIPTokenizer:
