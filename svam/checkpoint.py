@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from svam.contract import CHECKPOINT_SCHEMA
 from svam.files import FileError, read_json, write_json
-
-Config = TypeVar("Config", bound=BaseModel)
 
 
 def save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -66,16 +63,6 @@ def load_config(directory: Path, file: str = "config.json") -> dict[str, Any]:
             "(dvc repro), or load it with the version that wrote it"
         )
     return config
-
-
-def checked(model: type[Config], values: object, file: Path) -> Config:
-    """`values`, read from `file`, as a pydantic model. Raises `FileError`, which names the first key at fault."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the whole"
-        raise FileError(f"{file}: {key}: {first['msg']}") from None
 
 
 def load_state(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

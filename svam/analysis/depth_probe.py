@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 
 from svam.analysis.gap import EpisodeBootstrap, Sums, per_window, to_pixels
 from svam.contract import ContractError
+from svam.models.teachers import FARTHEST
 from svam.report.grid import PictureRow, heat, picture_grid
 from svam.report.tables import markdown_table
 from svam.training.distill_data import annotated_frames
-from svam.training.teacher_metrics import FARTHEST, depth_error, valid_depth
+from svam.training.teacher_metrics import depth_error, valid_depth
 
 RIDGE = 1e-3
 """Of the head, per token and in units of the features' variance."""

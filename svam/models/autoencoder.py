@@ -111,17 +111,11 @@ class Autoencoder(nn.Module):
         latents = torch.cat([(self._latents(part) - self.latent_mean) / self.latent_std for part in parts])
         return latents.half().float()
 
-    @torch.no_grad()
-    def encode_condition(self, frames: Tensor) -> Tensor:
-        """Latents of the observed frame, as the U-Net takes them on its extra channels; shapes as `encode`.
-
-        SVD was trained with conditioning latents that are *not* multiplied by the scaling factor; in-domain they are
-        the same as `encode`'s.
-        """
-        return self.condition_of(self.encode(frames))
-
     def condition_of(self, latents: Tensor) -> Tensor:
-        """What `encode_condition` gives, from latents (..., C, h, w) that `encode` gave: nothing is encoded twice."""
+        """Latents (..., C, h, w) of an observed frame, as `encode` gives them, to what the U-Net takes on its extra channels.
+
+        SVD was trained with conditioning latents that are *not* multiplied by the scaling factor; in-domain they are the same.
+        """
         return latents * self.latent_std + self.latent_mean if self.family == "svd" else latents
 
     @torch.no_grad()

@@ -14,11 +14,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
 
-from svam.checkpoint import checked, load_state, restore, save_module
+from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Frozen
+from svam.files import stated
 from svam.models.attention import Block
-
-Count = Annotated[int, Field(ge=1)]
+from svam.sections import Count
 
 
 class DecouplerConfig(Frozen):
@@ -156,6 +156,6 @@ class Decoupler(nn.Module):
         """
         directory = Path(directory)
         state, config = load_state(directory)
-        decoupler = cls(checked(DecouplerConfig, config, directory / "config.json"))
+        decoupler = cls(stated(DecouplerConfig, config, directory / "config.json"))
         restore(decoupler, state, directory / "model.safetensors")
         return decoupler.eval()

@@ -91,7 +91,8 @@ class VideoGenerator(nn.Module):
     @torch.no_grad()
     def prepare(self, frames_BHWC: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
         """(condition latents (B, c, h', w'), text (B, L, D)) of observed uint8 frames."""
-        return self.frame_autoencoder.encode_condition(frames_BHWC.to(self.device)), self.embed_text(instructions)
+        autoencoder = self.frame_autoencoder
+        return autoencoder.condition_of(autoencoder.encode(frames_BHWC.to(self.device))), self.embed_text(instructions)
 
     @torch.no_grad()
     def one_step(self, condition: Tensor, text: Tensor, noise: Tensor) -> Tensor:

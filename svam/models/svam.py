@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svam.checkpoint import checked, load_state, restore, save_module
+from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
-from svam.files import FileError, whole_directory
+from svam.files import FileError, stated, whole_directory
 from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.manifest import verify_manifest, write_manifest
 from svam.models.observation import ObservationEncoder
@@ -352,7 +352,7 @@ class SVAM:
         if "policy" not in present:
             raise FileError(f"{directory}: part 'policy' is not in the manifest")
         state, raw = load_state(directory / "policy")
-        record = checked(PolicyRecord, raw, directory / "policy/config.json")
+        record = stated(PolicyRecord, raw, directory / "policy/config.json")
         config, statistics = record.svam, record.statistics
         folders = {name: directory / name for name in config.frozen_parts.names}
         missing = [name for name in folders if name not in present]

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 
-from svam.checkpoint import checked, load_config, load_tensors, save_tensors
+from svam.checkpoint import load_config, load_tensors, save_tensors
 from svam.contract import CHECKPOINT_SCHEMA, Frozen
 from svam.errors import ParamsError
-from svam.files import FileError, write_json
+from svam.files import FileError, stated, write_json
 from svam.models.attention import UNetAttention
 from svam.models.diffusion import EDM, ddim_step, expand_like, karras_sigmas
 from svam.models.published import load_strict, save_published
@@ -228,7 +228,7 @@ class VideoModel(nn.Module):
         Raises:
             FileError: a file is missing, truncated, of another schema, or does not fit the others.
         """
-        config = checked(VideoConfig, load_config(directory), directory / "config.json")
+        config = stated(VideoConfig, load_config(directory), directory / "config.json")
         noise = load_tensors(directory / "noise.safetensors").get("fixed_noise")
         if noise is None or tuple(noise.shape) != config.clip_shape:
             shape = "missing" if noise is None else tuple(noise.shape)

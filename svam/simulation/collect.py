@@ -80,11 +80,7 @@ def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: 
         while _environments:
             _environments.popitem()[1].close()
         _environments[task] = TaskEnvironment(task, params.image_size, params.cameras, params.render, params.scenes)
-    demonstration = demonstrate(
-        _environments[task], seed, index, noisy_share=params.noisy_share, noise_scale=params.noise_scale,
-        annotate_every=params.annotate_every, tail=params.tail, max_steps=params.max_steps, attempts=params.attempts,
-        styles=params.styles,
-    )  # fmt: skip
+    demonstration = demonstrate(_environments[task], seed, index, params)
     entry = {
         "attempt": demonstration.attempt,
         "noisy": demonstration.noisy,

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.errors import ParamsError
-from svam.params import Style
+from svam.params import Collect, Style
 from svam.seeds import generator, seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, MAX_STEPS, TaskEnvironment
 
@@ -129,37 +129,35 @@ def is_noisy(index: int, share: float) -> bool:
     return int((index + 1) * share + 1e-9) > int(index * share + 1e-9)
 
 
-def demonstrate(
-    env: TaskEnvironment, seed: int, index: int, *, noisy_share: float, noise_scale: float, annotate_every: int,
-    tail: int, max_steps: int, attempts: int, styles: Sequence[Style] = ("direct",),
-) -> Demonstration:  # fmt: skip
+def demonstrate(env: TaskEnvironment, seed: int, index: int, params: Collect) -> Demonstration:
     """Demonstration number `index`, a function of `seed`, the task and `index` alone: new goals are tried until one succeeds.
 
-    Its goals do not depend on its style, which is one of `styles` (see `style_of`).
+    Its goals do not depend on its style, which is one of `params.styles` (see `style_of`).
 
-    Recorded from the first frame until `tail` steps after the first success.
+    Recorded from the first frame until `params.tail` steps after the first success.
 
     Raises:
-        ValueError: no success in `attempts` goals.
+        ParamsError: no success in `params.attempts` goals.
     """
-    noisy, style = is_noisy(index, noisy_share), style_of(styles, seed, env.task, index)
-    for attempt in range(attempts):
+    noisy, style = is_noisy(index, params.noisy_share), style_of(params.styles, seed, env.task, index)
+    for attempt in range(params.attempts):
         key = (env.task, index, attempt)
         noise = np.zeros((MAX_STEPS, ACTION_DIMENSIONS), np.float32)
         if noisy:
-            noise = disturbances(generator(seed, "collect-noise", *key), MAX_STEPS, noise_scale)
+            noise = disturbances(generator(seed, "collect-noise", *key), MAX_STEPS, params.noise_scale)
         goal_seed = seed_of(seed, "collect", *key)
         # First without a picture, which is far cheaper: most attempts of a difficult task fail.
-        first = first_success(env, goal_seed, noise, max_steps, style)
+        first = first_success(env, goal_seed, noise, params.max_steps, style)
         if first is None:
             continue
-        arrays = record(env, goal_seed, noise, min(first + 1 + tail, MAX_STEPS), annotate_every, style)
+        steps = min(first + 1 + params.tail, MAX_STEPS)
+        arrays = record(env, goal_seed, noise, steps, params.annotate_every, style)
         if not arrays["success"][first]:
             raise RuntimeError(f"task {env.task!r}, seed {goal_seed}: rendering changed the outcome of the episode")
         return Demonstration(arrays, attempt, noisy, style)
     kind = ("disturbed " if noisy else "") + (f"{style} " if style != "direct" else "")
     less_noise = ", or lower collect.noise_scale" if noisy else ""
     raise ParamsError(
-        f"task {env.task!r}: the expert failed {attempts} {kind}goals in a row for demonstration {index}; "
+        f"task {env.task!r}: the expert failed {params.attempts} {kind}goals in a row for demonstration {index}; "
         f"raise collect.attempts or collect.max_steps{less_noise}"
     )

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES
-
-FARTHEST = 10.0
-"""Metres from which a depth is sky (a renderer's far plane) rather than scene, and no part of an error in metres."""
+from svam.models.teachers import FARTHEST
 
 
 def valid_depth(depth: NDArray[Any]) -> NDArray[np.bool_]:

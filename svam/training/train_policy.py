@@ -33,6 +33,7 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet, observation_address
 from svam.training.foresight_metrics import ChannelMoments
 from svam.training.loop import fit
+from svam.training.prepare_backbones.frames import evenly
 
 STATISTICS_ROWS = 512
 """Training observations, evenly spread, from which the inputs' means and deviations are computed."""
@@ -161,12 +162,11 @@ class TrainingData:
 
 def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
     """Means and deviations per channel of every frozen entry over training observations, into the policy's buffers."""
-    count = min(STATISTICS_ROWS, len(data.observations))
-    positions = np.linspace(0, len(data.observations) - 1, count).round().astype(np.int64)
+    positions = evenly(np.arange(len(data.observations)), STATISTICS_ROWS)
     for entry in svam.config.frozen_entries:
         space, numbers = data.features.spaces[entry], data.features.numbers[entry]
         moments = ChannelMoments(svam.config.shapes[entry][3])
-        for part in np.array_split(positions, max(1, count // 32)):
+        for part in np.array_split(positions, max(1, len(positions) // 32)):
             moments.add(space.read(numbers[part]))
         mean, std = moments.result()
         svam.network.set_input_statistics(entry, torch.from_numpy(mean), torch.from_numpy(std))
@@ -237,8 +237,7 @@ def train(
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.
     held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
-    count = min(section.evaluation_observations, len(held_rows))
-    held_rows = held_rows[np.linspace(0, len(held_rows) - 1, count).round().astype(np.int64)]
+    held_rows = evenly(held_rows, section.evaluation_observations)
     sides = [observe(store, rows, section.chunk, section.proprioception, seed) for rows in (train_rows, held_rows)]
     console.print(f"train_policy: {len(sides[0])} observations to learn from, {len(sides[1])} held out", highlight=False)
 

@@ -51,7 +51,7 @@ def test_shapes_and_scaling_in_domain(frames: torch.Tensor) -> None:
     raw = model.encode(torch.nn.functional.pixel_unshuffle(pixels, 2)).latent
     scaled = (raw - torch.tensor([1.0, 0.0, -1.0, 2.0]).view(-1, 1, 1)) / torch.tensor([0.5, 1.0, 2.0, 4.0]).view(-1, 1, 1)
     assert torch.equal(latents, scaled.half().float())
-    assert torch.equal(autoencoder.encode_condition(frames), latents)
+    assert torch.equal(autoencoder.condition_of(autoencoder.encode(frames)), latents)
     decoded = autoencoder.decode(latents)
     rounded = autoencoder.latent_mean + latents * autoencoder.latent_std
     drawn = torch.nn.functional.pixel_shuffle(model.decode(rounded).sample, 2)
@@ -72,7 +72,7 @@ def test_svd_conditioning_latents_are_not_multiplied_by_the_scaling_factor(
     autoencoder, model = svd
     mode = model.encode(to_pixels(frames)).latent_dist.mode()
     torch.testing.assert_close(autoencoder.encode(frames), mode * 0.18215, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(autoencoder.encode_condition(frames), mode, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(autoencoder.condition_of(autoencoder.encode(frames)), mode, rtol=1e-3, atol=1e-6)
 
 
 def test_svd_decodes_clips(svd: tuple[Autoencoder, AutoencoderKLTemporalDecoder], frames: torch.Tensor) -> None:

@@ -140,9 +140,8 @@ def test_a_failing_expert_is_tried_on_other_goals_and_then_reported() -> None:
     env = TaskEnvironment("reach", 32)
 
     def attempts_needed(index: int, max_steps: int, attempts: int) -> int:
-        made = demonstrate(
-            env, 0, index, noisy_share=0.0, noise_scale=0.0, annotate_every=50, tail=0, max_steps=max_steps, attempts=attempts
-        )
+        changes = {"noisy_share": 0.0, "annotate_every": 50, "tail": 0, "max_steps": max_steps, "attempts": attempts}
+        made = demonstrate(env, 0, index, SMALL.model_copy(update=changes))
         assert made.arrays["success"][-1] and len(made.arrays["actions"]) <= max_steps
         assert env.draw.tobytes() == made.arrays["draw"].tobytes()
         return made.attempt
