@@ -148,7 +148,6 @@ def imported_names(source: str, package: str = "") -> set[str]:
 
 
 def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    """The node and all below it that can run."""
     yield node
     never = isinstance(node, ast.If) and _is_for_type_checkers(node)
     for child in getattr(node, "orelse", []) if never else ast.iter_child_nodes(node):
@@ -160,7 +159,6 @@ def _is_for_type_checkers(node: ast.If) -> bool:
 
 
 def _called(call: ast.Call) -> str:
-    """Last part of the name of what is called."""
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 

@@ -35,8 +35,6 @@ def _pace(task: Task) -> str:
 
 
 class _Rate(ProgressColumn):
-    """The pace."""
-
     def render(self, task: Task) -> Text:
         return Text(_pace(task), style="progress.data.speed")
 

@@ -108,12 +108,10 @@ class FrameBlocks:
 
     @property
     def dtype(self) -> np.dtype[np.uint8]:
-        """That of the blocks; as an array has it."""
         return np.dtype(np.uint8)
 
     @property
     def ndim(self) -> int:
-        """Number of axes; as an array has it."""
         return len(self.shape)
 
 

@@ -77,7 +77,6 @@ def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
 
 
 def processor() -> str:
-    """What the processor is called."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -89,7 +89,6 @@ class Collect(Section):
         return self
 
     def episodes_for(self, task: str) -> int:
-        """How many demonstrations `task` gets."""
         return self.episodes_of.get(task, self.episodes)
 
 
@@ -226,8 +225,6 @@ class TeacherModel(Backbone, Attention):
 
 
 class PrepareBackbones(Section):
-    """The frozen parts, one stage run each."""
-
     autoencoder: Autoencoder
     text: Text
     geometric: TeacherModel
@@ -426,8 +423,6 @@ class Report(Section):
 
 
 class Benchmark(Section):
-    """What is measured on demand."""
-
     parts: list[BenchmarkPart]
     videos: str | None
     frames: Count

@@ -60,7 +60,6 @@ class Resume:
 
     @property
     def active(self) -> bool:
-        """Whether anything is saved at all."""
         return self.folder is not None
 
     def due(self) -> bool:

@@ -14,5 +14,4 @@ def seed_of(*parts: object) -> int:
 
 
 def generator(*parts: object) -> np.random.Generator:
-    """A numpy generator seeded by `seed_of`."""
     return np.random.default_rng(seed_of(*parts))

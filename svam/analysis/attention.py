@@ -129,7 +129,6 @@ def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], i
 
 
 def markdown(lines: list[Mapping[str, float]]) -> str:
-    """The lines of `score_attention` as Markdown."""
     header = ["frames ahead", "attention on patches that moved", "share of patches that moved", "within 3 x 3 of the maximum"]
     cells = [[str(x["frame"]), *(f"{x[k]:.3f}" for k in ("on_moved", "moved", "neighbourhood"))] for x in lines]
     return "\n\n".join(["## Attention of the policy", markdown_table(header, cells)])

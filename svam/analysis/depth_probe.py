@@ -107,7 +107,6 @@ class DepthHead:
 
 
 def _inverse(depth: NDArray[np.float32]) -> NDArray[np.float64]:
-    """1 / depth where it is positive."""
     return 1.0 / np.where(depth > 0, depth, 1.0).astype(np.float64)
 
 
@@ -195,7 +194,6 @@ def score_depth(
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table as Markdown."""
     header = ["depth read from", "RMSE, m", "of deviation", "relative", "RMSE where it moved, m", "more than geometric's"]
     lines = []
     for name in (name for name in SOURCES if name in result["sources"]):

@@ -72,7 +72,6 @@ class Sums(NamedTuple):
 
 
 def joined(parts: Sequence[Mapping[str, Sums]]) -> dict[str, Sums]:
-    """Blocks of windows as one."""
     columns = {name: zip(*(part[name] for part in parts), strict=True) for name in parts[0]}
     return {name: Sums(*(np.concatenate(column) for column in pair)) for name, pair in columns.items()}
 
@@ -237,7 +236,6 @@ def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The table as Markdown, below its verdict."""
     values, rows = result["values"], [row for row in PREDICTORS if row in result["values"]]
     directions = {"higher": "more is better", "lower": "less is better", "one": "1 is best"}
     header = ["", *(PREDICTORS[row] for row in rows), "multi-step minus one step", "multi-step is"]

@@ -114,7 +114,6 @@ def draw(
 
 
 def picture_rows(clip: NDArray[np.uint8], predictions: Sequence[Prediction], window: int) -> list[Any]:
-    """Labelled rows of pictures of one window."""
     steps = len(clip)
     rows: list[Any] = [("recorded", list(clip))]
     for policy in predictions:

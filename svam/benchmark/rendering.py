@@ -121,6 +121,5 @@ def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed:
 
 
 def _difference(ours: list[Drawn], stock: list[Drawn], what: str) -> float:
-    """Mean absolute difference over all episodes."""
     pairs = [(getattr(a, what), getattr(b, what)) for a, b in zip(ours, stock, strict=True)]
     return float(np.mean([np.abs(a.astype(np.float64) - b).mean() for a, b in pairs]))

@@ -25,7 +25,6 @@ REFERENCE = "svam"
 
 
 def read_yaml(file: Path) -> Any:
-    """The values of a YAML file."""
     return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
 
 

@@ -42,7 +42,6 @@ def output_of(*command: str, error: str | None = None) -> str:
 
 
 def last_commit() -> str:
-    """The commit that experiments are made of."""
     return output_of("git", "rev-parse", "--verify", "HEAD", error="here is no git repository with a commit, which DVC needs")
 
 

@@ -123,7 +123,6 @@ def markdown(rows: Sequence[RunRow], means: Sequence[RunRow], note: str | None, 
 
 
 def _costs(rows: Sequence[RunRow]) -> list[list[str]]:
-    """A line for each variant."""
     lines = []
     for label in dict.fromkeys(row["label"] for row in rows):
         known = {key: [row[key] for row in rows if row["label"] == label and row[key] is not None] for key in COSTS}
@@ -193,6 +192,5 @@ def write_overview(folder: Path) -> None:
 
 
 def write_html(folder: Path, title: str, introduction: str, sections: Sequence[Section]) -> None:
-    """Write a page as `index.html` into `folder`."""
     with whole_file(folder / "index.html") as file:
         file.write_text(rendered(title, introduction, sections), encoding="utf-8")

@@ -60,7 +60,6 @@ class Autoencoder(nn.Module):
 
     @property
     def latent_channels(self) -> int:
-        """C of the latents."""
         return int(self.model.config["latent_channels"])
 
     @property
@@ -133,7 +132,6 @@ class Autoencoder(nn.Module):
             return torch.cat([(self.decode_pixels(part, frames) / 2 + 0.5).clamp(0.0, 1.0) for part in parts])
 
     def decode_u8(self, latents: Tensor, frames: int = 1) -> Tensor:
-        """As `decode`, to (B, H, W, 3) uint8."""
         return (self.decode(latents, frames) * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

@@ -52,7 +52,6 @@ class VideoGenerator(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parts live."""
         return next(self.parameters()).device
 
     @property

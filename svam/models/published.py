@@ -138,7 +138,6 @@ ADAPTER_SCHEMA = 1
 
 
 def adapter_record(kind: str, **values: Any) -> dict[str, Any]:
-    """What `read_adapter` reads back."""
     return {"kind": kind, "schema_version": ADAPTER_SCHEMA, **values}
 
 

@@ -224,11 +224,9 @@ class SVAM:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
         return next(self.network.parameters()).device
 
     def to(self, device: torch.device) -> SVAM:
-        """Move every part."""
         self.foresight.to(device)
         self.network.to(device)
         return self
@@ -367,7 +365,6 @@ class SVAM:
 
 
 def _seeds(observations: Sequence[Observation], noise_seeds: Sequence[int] | None) -> list[int]:
-    """One seed per observation."""
     seeds = list(range(len(observations))) if noise_seeds is None else [int(s) for s in noise_seeds]
     if len(seeds) != len(observations):
         raise ContractError(f"noise_seeds: found {len(seeds)}, expected one for each of {len(observations)} observations")

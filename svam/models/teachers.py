@@ -86,7 +86,6 @@ class Teacher(nn.Module):
 
     @property
     def grid(self) -> int:
-        """Patches along one side."""
         return self.config.image_size // self.patch
 
     @classmethod

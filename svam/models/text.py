@@ -44,7 +44,6 @@ class TextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Channels of one token."""
         return int(self.model.config.hidden_size)
 
     @classmethod

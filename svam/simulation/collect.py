@@ -141,7 +141,6 @@ def _remove_if_empty(folder: Path) -> None:
 
 
 def _meta(task: str, params: Collect, seed: int, backend: str, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The content of a task's `meta.json`."""
     provenance = {
         "source": "metaworld scripted expert", "metaworld": version("metaworld"), "mujoco": version("mujoco"),
         "render": params.render, "gl": backend, "seed": seed, "noise_scale": params.noise_scale,

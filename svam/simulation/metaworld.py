@@ -213,5 +213,4 @@ class TaskEnvironment:
         return bool(info["success"] > 0.5)
 
     def close(self) -> None:
-        """Free the renderer."""
         self._renderer.close()

@@ -223,7 +223,6 @@ class Renderer:
         return depth.astype(np.float32), what[np.where(number < len(what), number, 0)]
 
     def close(self) -> None:
-        """Free GL memory; closing twice is harmless."""
         self._free()
 
 

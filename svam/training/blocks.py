@@ -85,7 +85,6 @@ def _reserve(file: Path, shape: tuple[int, ...], dtype: type[np.generic]) -> Non
 
 
 def _reserved(folder: Path, arrays: Arrays) -> bool:
-    """Whether the folder holds just these arrays."""
     try:
         present = read_arrays(folder)
     except FileError as error:

@@ -124,7 +124,6 @@ class FeatureRows:
         return out
 
     def close(self) -> None:
-        """Release the file."""
         self._file.close()
 
 
@@ -170,7 +169,6 @@ class Features:
         return {entry: space.read(self.numbers[entry][positions]) for entry, space in self.spaces.items()}
 
     def close(self) -> None:
-        """Close every file."""
         for space in self.spaces.values():
             space.close()
 

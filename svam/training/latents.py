@@ -61,7 +61,6 @@ class LatentClips:
         return self.episodes[self._number(places)]
 
     def clip_rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Store rows (B, T) of clips."""
         number = self._number(places)
         observed = self._end[number] - (self._places_end[number] - places)
         return clip_rows(observed, self._start[number], self._end[number], self.frames, self.stride)

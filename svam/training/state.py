@@ -106,7 +106,6 @@ class TrainingState:
         resume.save_record(RECORD, value, partial(save_tensors, tensors=self._tensors()))
 
     def restore(self, resume: Resume) -> None:
-        """Take over what was kept, if anything was."""
         record = resume.load_record(RECORD)
         if record is None or record.file is None:
             return

@@ -152,7 +152,6 @@ class TrainingData:
         )
 
     def batch(self, positions: NDArray[np.int64]) -> Batch:
-        """Inputs, normalised targets and mask."""
         return Batch(
             inputs=self.inputs(positions),
             actions=torch.from_numpy(self.actions[positions]).to(self.device),

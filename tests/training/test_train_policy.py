@@ -79,7 +79,7 @@ def test_without_expert_actions_the_executed_ones_are_targets(store: EpisodeStor
     monkeypatch.setattr(store, "has", lambda name: name != "expert_actions" and has(name))
     found = observe(store, np.array([3], dtype=np.int64), 2, False, seed=0)
     np.testing.assert_array_equal(found.actions[0], store.vector("actions", np.array([3, 4])))
-    monkeypatch.setattr(store, "has", lambda name: False)
+    monkeypatch.setattr(store, "has", lambda name: name != "proprioception" and has(name))
     with pytest.raises(ContractError, match="the episodes hold no proprioception"):
         observe(store, np.array([3], dtype=np.int64), 2, True, seed=0)
 

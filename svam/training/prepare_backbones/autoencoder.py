@@ -69,7 +69,6 @@ def backgrounds(store: EpisodeStore) -> Tensor:
 
 
 def task_of_rows(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Task number of each row."""
     return store.episode_task[store.episode_of(rows)]
 
 

@@ -21,7 +21,6 @@ def frames_that_fit(store: EpisodeStore, rows: NDArray[np.int64], memory: int = 
 
 
 def evenly(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """`rows`, or `most` of them at equal distances."""
     if len(rows) <= most:
         return rows
     return rows[np.linspace(0, len(rows) - 1, most).round().astype(np.int64)]
