@@ -34,10 +34,7 @@ class Machine(Section):
 
 
 class Optimiser(Section):
-    """One run of the training loop, the same for every trained part: AdamW, its schedule, and averaged (EMA) weights.
-
-    warmup: steps of linear rise. schedule: what follows them. clip: largest norm of the gradient. accumulate: batches a step.
-    """
+    """One run of the training loop, the same for every trained part: AdamW, its schedule, and averaged (EMA) weights."""
 
     steps: Count
     batch: Count
@@ -140,11 +137,7 @@ class Backbone(Section):
 
 
 class AutoencoderLoss(Section):
-    """Weights of the in-domain autoencoder's loss, |error| + squared * error^2, of pixels in [-1, 1].
-
-    A pixel counts 1 on the background and up to 1 + moving + contrast * c where the frame differs from its task's median
-    picture; c in [0, 1] is its difference to the mean of a square around it, of contrast_reach pixels to each side.
-    """
+    """Weights of the in-domain autoencoder's loss; see `svam.training.prepare_backbones.autoencoder.moving_weight`."""
 
     squared: NotNegative
     moving: NotNegative
@@ -250,8 +243,7 @@ class UNet(Section):
 
 
 class Encode(Section):
-    """Latents of all frames. batch: frames that the autoencoder encodes or decodes at a time, here and in the stages of the
-    video model; it bounds their memory."""
+    """Latents of all frames."""
 
     batch: Count
 
@@ -401,11 +393,7 @@ class Evaluate(Section):
 
 
 class Foresight(Section):
-    """What foresight holds, on held-out windows.
-
-    clips: episodes and clips drawn. probe_frames: annotated frames of each side of the split for the depth probe, at most.
-    resamples: of the episodes, for intervals. batch: frames computed at a time.
-    """
+    """What foresight holds, on held-out windows."""
 
     clips: Count
     dpi: Annotated[int, Field(ge=50, le=300)]
@@ -415,7 +403,7 @@ class Foresight(Section):
 
 
 class Report(Section):
-    """Figures. note: a sentence above the tables, empty for none."""
+    """Tables, figures and the page."""
 
     note: str
     clips: Count

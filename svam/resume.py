@@ -14,6 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,10 +58,6 @@ class Resume:
         """`seconds`: time between two saves of what is saved as a whole; 0 saves at every opportunity."""
         self.folder, self.seconds = folder, seconds
         self._last, self._cost = time.monotonic(), 0.0
-
-    @property
-    def active(self) -> bool:
-        return self.folder is not None
 
     def due(self) -> bool:
         """Whether it is time to save: `seconds` have passed, and enough for saving to cost little."""
@@ -198,9 +195,7 @@ def resumable_run(
 
 
 def _param(params: Params, key: str) -> Any:
-    value: Any = params
-    for part in key.split("."):
-        value = getattr(value, part)
+    value = reduce(getattr, key.split("."), params)
     return value.model_dump(mode="json") if isinstance(value, BaseModel) else value
 
 

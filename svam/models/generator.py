@@ -68,11 +68,6 @@ class VideoGenerator(nn.Module):
             raise ValueError("the foresight model was assembled without its autoencoder")
         return self.autoencoder
 
-    @property
-    def one_step_channels(self) -> int:
-        """C_F, the channels of the one-step features."""
-        return self.video_model.feature_channels(self.sampler.up_blocks)
-
     def embed_text(self, instructions: Sequence[str]) -> Tensor:
         """(B, L, D) float32 tokens. Each instruction is embedded alone, so that its bits do not depend on those beside it, and
         once: the last `SENTENCES` embeddings are remembered."""

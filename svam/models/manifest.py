@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from svam.files import FileError, read_json, sha256, write_json
@@ -10,22 +9,14 @@ from svam.files import FileError, read_json, sha256, write_json
 MANIFEST = "manifest.json"
 
 
-def _files(directory: Path) -> Iterator[Path]:
-    return (p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != MANIFEST)
-
-
-def _part_of(name: str) -> str:
-    """The part that a file belongs to: its topmost folder, or `svam` for a file beside the parts."""
-    parts = Path(name).parts
-    return parts[0] if len(parts) > 1 else "svam"
-
-
 def write_manifest(directory: Path) -> None:
-    """List every file below `directory` under its part, with size and SHA-256, in `manifest.json`."""
+    """List every file below `directory` under its part, with size and SHA-256, in `manifest.json`. The part is the topmost
+    folder, or `svam` for a file beside the parts."""
     parts: dict[str, dict[str, dict[str, int | str]]] = {}
-    for file in _files(directory):
-        name = file.relative_to(directory).as_posix()
-        parts.setdefault(_part_of(name), {})[name] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
+    for file in (p for p in sorted(directory.rglob("*")) if p.is_file() and p.name != MANIFEST):
+        name = file.relative_to(directory)
+        part = name.parts[0] if len(name.parts) > 1 else "svam"
+        parts.setdefault(part, {})[name.as_posix()] = {"bytes": file.stat().st_size, "sha256": sha256(file)}
     write_json(directory / MANIFEST, {"parts": parts})
 
 

@@ -183,7 +183,7 @@ def score(
     guesses: dict[str, Predictor],
     numbers: NDArray[np.int64],
     block: int = 16,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, Any]:
     """`ForesightScore.result` of each predictor on the held-out windows `numbers`, frames after the first."""
     scores = {name: ForesightScore(statistics.centre, statistics.teacher_std) for name in guesses}
     places = np.searchsorted(data.windows.test, numbers)
@@ -201,14 +201,11 @@ def evaluate(
     data: DistillationData, statistics: TrainingStatistics, decoupler: Decoupler, device: torch.device, bf16: bool
 ) -> dict[str, Any]:
     """Every predictor on all held-out windows, the share of patches that moved there, and what the teacher cache measured."""
-    result: dict[str, Any] = dict(
-        score(data, statistics, predictors(data, statistics, decoupler, device, bf16), data.windows.test)
-    )
-    result["moved_share"] = float(data.teacher.moved[data.windows.test][:, 1:].mean())
-    result["held_out_windows"] = len(data.windows.test)
-    result["target"] = data.teacher.attributes["target"]
-    result["teacher"] = data.teacher.attributes["metrics"]
-    return result
+    test, teacher = data.windows.test, data.teacher
+    return score(data, statistics, predictors(data, statistics, decoupler, device, bf16), test) | {
+        "moved_share": float(teacher.moved[test][:, 1:].mean()), "held_out_windows": len(test),
+        "target": teacher.attributes["target"], "teacher": teacher.attributes["metrics"],
+    }  # fmt: skip
 
 
 def print_results(metrics: dict[str, Any], branch: str) -> None:

@@ -81,8 +81,8 @@ def generate_windows(
         "other_noise_frames": ((every - train, *clip), np.uint8),
     }
     if params.keep_features:
-        shape = (every, config.frames, params.grid, params.grid, model.one_step_channels)
-        arrays["features"] = (shape, np.float16)
+        channels = model.video_model.feature_channels(params.up_blocks)
+        arrays["features"] = ((every, config.frames, params.grid, params.grid, channels), np.float16)
 
     def compute(block: slice) -> dict[str, NDArray[Any]]:
         return _generated(latents, model, windows, block, params.keep_features)

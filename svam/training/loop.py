@@ -127,7 +127,9 @@ def fit(
                     state.chosen = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None
                 state.curves.log(step, {f"held_out/{key}": number for key, number in values.items()})
-            if resume.due() or (last and resume.active):  # at the end too: what follows, such as measuring, may take long
+            if resume.due() or (
+                last and resume.folder is not None
+            ):  # at the end too: what follows, such as measuring, may take long
                 with timed("saving"):
                     state.save(resume)
     state.average.copy_to_module(state.best if state.best is not None else state.average.average)

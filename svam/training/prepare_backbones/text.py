@@ -204,15 +204,13 @@ def measure(encoder: TextEncoder, sentences: dict[str, list[str]], held_out: dic
     between = [(unit[a] @ unit[b].T).flatten() for k, a in enumerate(tasks) for b in tasks[k + 1 :]]
     result["cosine_between"] = float(torch.cat(between).mean())
     means = F.normalize(torch.stack([v.mean(dim=0) for v in unit.values()]), dim=-1)
-    hits: list[float] = []
-    cosines: list[float] = []
+    hits: list[tuple[bool, float]] = []  # and the cosine to its own mean
     for number, task in enumerate(tasks):
         for sentence in held_out.get(task, []):
             similar = means @ F.normalize(encoder.embed([sentence]).mean(dim=1)[0] - centre, dim=-1)
-            hits.append(float(int(similar.argmax()) == number))
-            cosines.append(float(similar[number]))
+            hits.append((int(similar.argmax()) == number, float(similar[number])))
     if hits:
-        result["held_out_accuracy"], result["held_out_cosine"] = float(np.mean(hits)), float(np.mean(cosines))
+        result["held_out_accuracy"], result["held_out_cosine"] = np.mean(hits, axis=0).tolist()
     return result
 
 
