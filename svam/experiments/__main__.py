@@ -66,5 +66,19 @@ def params(
     YAML(typ="safe", pure=True).dump(with_arguments(file, arguments), sys.stdout)
 
 
+@app.command()
+@one_line_errors
+def systems(
+    report: Annotated[Path, typer.Option(help="What the report stage wrote.")] = Path("data/report"),
+    compared: Annotated[Path, typer.Option(help="A comparison's folder.")] = Path("data/compare/ambiguous"),
+    page: Annotated[Path, typer.Option(help="The page to rewrite.")] = Path("svam/evaluation/README.md"),
+) -> None:
+    """Write into a page how each system of the published tables fills a row here, and what was measured."""
+    from svam.experiments.systems import BEGIN, END, systems_table
+    from svam.report.readme import replace_between
+
+    replace_between(page, BEGIN, END, systems_table(report, compared))
+
+
 if __name__ == "__main__":
     app(prog_name="python -m svam.experiments")

@@ -50,18 +50,23 @@ def results(report: Path) -> str:
     return f"{markdown_table(header, grid)}\n\n{text}"
 
 
+def replace_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replace what stands between two marks of a page. Raises `FileError` where it has none."""
+    before, found, rest = page.read_text(encoding="utf-8").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not found or not closed:
+        raise FileError(f"{page}: expected the marks {begin} and {end}, each on a line of its own")
+    with whole_file(page) as partial:
+        partial.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
 @one_line_errors
 def main(
     report: Annotated[Path, typer.Option(help="What the report stage wrote.")] = Path("data/report"),
     readme: Annotated[Path, typer.Option(help="The page to rewrite.")] = Path("README.md"),
 ) -> None:
     """Replace what stands between the marks."""
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise FileError(f"{readme}: expected the marks {BEGIN} and {END}, each on a line of its own")
-    with whole_file(readme) as partial:
-        partial.write_text(f"{before}{BEGIN}\n{results(report)}\n{END}{after}", encoding="utf-8")
+    replace_between(readme, BEGIN, END, results(report))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 from scipy.stats import binom
+from typer.testing import CliRunner
 
+from svam.experiments.__main__ import app
+from svam.experiments.plan import FOLDER, read_yaml
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, holm, mcnemar, only_one, paired
+from svam.experiments.systems import BEGIN, END
 from svam.experiments.table import compared, markdown, write, write_overview
 from svam.files import FileError
+from svam.report.published import read_published
 from tests import ROOT
 
 BUDGET: dict[str, str | int | float] = {"policy_steps": 4, "batch": 2, "demonstrations": 20, "data": "d.dir", "max_steps": 500}
@@ -146,3 +151,25 @@ def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes() == (study.parent / name).read_bytes()
     assert page.startswith("# Variants compared\n\n**A finished study") and "no evidence about the method" in page
     assert len(read_records(made)[1]) == 25
+
+
+def test_every_published_system_has_a_way_here(tmp_path: Path) -> None:
+    """The page's figures are those of the report and of the study; the variants' own table says the same."""
+    page, study = tmp_path / "README.md", ROOT / "data/compare/ambiguous"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    done = CliRunner().invoke(app, ["systems", "--page", str(page)])
+    assert done.exit_code == 0, done.output
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", BEGIN, END, "after"]
+    ways = {line.split(" | ")[0].removeprefix("| "): line for line in lines[4:-2]}
+    published = read_published()
+    assert (
+        set(ways) == {*published["metaworld"]["rows"], *published["calvin"]["rows"]} == set(read_yaml(FOLDER / "systems.yaml"))
+    )
+    assert "| 68.2 | 3.58 | variant `vpp`: `train_policy.context=[one_step] distill.branches=[]`" in ways["VPP"]
+    assert "| SuSIE-like (goal picture) | 5 | 1 | 32 % [24, 42] of 102 | -13.7 " in (study / "table.md").read_text(
+        encoding="utf-8"
+    )
+    assert "| 32% of 102 goals, -13.7 points to S-VAM |" in ways["SuSIE"]
+    done = CliRunner().invoke(app, ["systems", "--page", str(page), "--compared", str(tmp_path)])
+    assert done.exit_code == 1 and "not a report with success rates and a comparison" in done.output

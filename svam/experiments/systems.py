@@ -1,0 +1,48 @@
+"""How a row of each system of the published tables is filled here, and what was measured, as a table for a page."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from svam.experiments.plan import FOLDER, VARIANTS, read_yaml
+from svam.files import FileError, read_json
+from svam.report.published import rate, read_published
+from svam.report.readme import MEAN
+from svam.report.tables import markdown_table
+
+BEGIN, END = "<!-- systems -->", "<!-- /systems -->"
+
+
+def systems_table(report: Path, compared: Path) -> str:
+    """The table, as Markdown.
+
+    Args:
+        report: of the run whose S-VAM row is shown. compared: folder of the comparison whose variants are, by their first runs.
+
+    Raises:
+        FileError: one of the two is missing, or is no such folder.
+    """
+    published, systems = read_published(), read_yaml(FOLDER / "systems.yaml")
+    tables = {"MetaWorld": published["metaworld"]["rows"], "CALVIN": published["calvin"]["rows"]}
+    try:
+        lines = csv.DictReader((compared / "table.csv").read_text(encoding="utf-8").splitlines())
+        runs = {line["variant"]: line for line in reversed(list(lines))}
+        own = next(line for line in read_json(report / "plots/success.json") if (line["name"], line["row"]) == (MEAN, "policy"))
+        figures = {
+            variant: f"{float(line['success']):.0%} of {line['episodes']} goals, "
+            f"{100 * float(line['difference'] or 0):+.1f} points to S-VAM"
+            for variant, line in runs.items()
+        } | {"svam": f"{rate(own)} of {own['episodes']} goals; in the study {float(runs['svam']['success']):.0%}"}
+    except (OSError, KeyError, ValueError, StopIteration) as error:
+        raise FileError(f"{report}, {compared}: not a report with success rates and a comparison ({error!r})") from None
+    rows = []
+    for system in dict.fromkeys([*reversed(tables["MetaWorld"]), *tables["CALVIN"]]):
+        how, shown = systems[system], ""
+        if how in VARIANTS:
+            shown = figures.get(how, "")
+            how = f"variant `{how}`" + ("" if how == "svam" else f": `{' '.join(VARIANTS[how]['arguments'])}`")
+        last = [str(rows_of[system][-1]) if system in rows_of else "" for rows_of in tables.values()]
+        rows.append([system, *last, how, shown])
+    header = ["system", "MetaWorld, published", "CALVIN, published", "a row here is filled by", "measured here"]
+    return markdown_table(header, rows)
