@@ -42,7 +42,7 @@ def app(
         found = part_named(part)(inputs, params)
     computer = machine() | {"load_before": round(busy, 2)}
     write_json(out, {"part": part, "machine": computer, "settings": params.benchmark.model_dump(mode="json")} | found)
-    console.print(f"{part}: {out}", highlight=False, soft_wrap=True)
+    console.print(f"{part}: {out}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def app(
         metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)
     for kind, values in metrics["reference"].items():
         used = " (used)" if kind == section.reference else ""
-        console.print(f"reference on the {kind}{used}: centred cosine to the targets " + _listed(values), highlight=False)
+        console.print(f"reference on the {kind}{used}: centred cosine to the targets " + _listed(values))
     for view, values in metrics["dense"].items():
-        console.print(f"{branch} teacher on {view} frames: " + _listed(values), highlight=False)
+        console.print(f"{branch} teacher on {view} frames: " + _listed(values))
 
 
 def _listed(values: dict[str, float]) -> str:

@@ -31,7 +31,7 @@ def app(
     check_agreement(params)
     check_scenes(params.collect.scenes, params.collect.tasks)
     for note in notes(params):
-        console.print(f"NOTE {note}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"NOTE {note}", style="yellow", soft_wrap=True)
     if out is not None:
         with whole_file(out) as file:
             file.write_text("params.yaml was checked\n", encoding="utf-8")

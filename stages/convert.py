@@ -24,11 +24,11 @@ def app(
     """Convert the data at SOURCE_PATH to the episode store OUT."""
     source = open_named_source(source_path, params)
     for note in source.notes:
-        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     convert(source, out, params.convert, params.seed, params.machine.workers, scratch_folder("convert"))
     files = [file for file in out.rglob("*") if file.is_file()]
     size = sum(file.stat().st_size for file in files) / 1e6
-    console.print(f"{out}: {len(source)} episodes, {size:.1f} MB in {len(files)} files", highlight=False, soft_wrap=True)
+    console.print(f"{out}: {len(source)} episodes, {size:.1f} MB in {len(files)} files", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def app(
     with whole_directory(out) as folder:
         metrics = write_analysis(folder, inputs, SVAM.load(policy, device))
     for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
-        console.print(sentence, highlight=False)
+        console.print(sentence)
 
 
 if __name__ == "__main__":

@@ -46,8 +46,8 @@ def app(
             write_json(folder / "plots" / f"{name}.json", lines)
         draw_all(folder, run, curves, results, video, params.report)
         write_page(folder, run, params, Beside(out, films, foresight, compare, posters), results, manifest)
-    console.print(flat, highlight=False)
-    console.print(f"on one page: {out}/index.html; tables and figures: {out}/results.md, {out}/*.png", highlight=False)
+    console.print(flat)
+    console.print(f"on one page: {out}/index.html; tables and figures: {out}/results.md, {out}/*.png")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from rich.text import Text
 from svam.errors import SvamError
 from svam.files import scratch_folder
 
-console = Console(stderr=True)
+console = Console(stderr=True, highlight=False)
 SECONDS_PER_LINE = 20.0
 REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
 """Errors of the operating system that a user can mend."""
@@ -62,7 +62,7 @@ class _Bar(Progress):
         task = next(t for t in self.tasks if t.id == task_id)
         left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
         line = f"{task.description} {task.completed:.0f}/{task.total:.0f} {_pace(task)}{left} {task.fields.get('note', '')}"
-        console.print(line.rstrip(), highlight=False)
+        console.print(line.rstrip())
 
 
 def progress_bar() -> Progress:
@@ -103,9 +103,7 @@ def _print_account(seconds: float) -> None:
     own, child = (resource.getrusage(who).ru_maxrss / unit for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     shares = [f"{what} {spent / seconds:.0%}" for what, spent in _spent.items() if spent >= 0.005 * seconds]
     memory = f"peak memory {own:.2f} GiB" + (f", of the largest child process {child:.2f} GiB" if child > 0.1 else "")
-    console.print(
-        "; ".join([f"{seconds:.0f} s", *([", ".join(shares)] if shares else []), memory]), highlight=False, soft_wrap=True
-    )
+    console.print("; ".join([f"{seconds:.0f} s", *([", ".join(shares)] if shares else []), memory]), soft_wrap=True)
     stage = os.environ.get("DVC_STAGE")
     if stage is not None:
         record = {"seconds": seconds, "spent": _spent, "peak_gib": own, "peak_gib_of_children": child}
@@ -132,12 +130,12 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         except KeyboardInterrupt as stop:
             # `svam.resume` has noted how to go on.
             note = getattr(stop, "__notes__", ["interrupted; run the same command again to start over"])[0]
-            console.print(note, style="red", highlight=False, soft_wrap=True)
+            console.print(note, style="red", soft_wrap=True)
             sys.exit(130)
         except (SvamError, OSError) as error:
             if isinstance(error, OSError) and error.errno not in REFUSALS:
                 raise
-            console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             if os.environ.get("SVAM_TRACEBACK"):
                 raise
             sys.exit(1)

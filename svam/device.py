@@ -56,7 +56,7 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     torch.backends.cuda.enable_mem_efficient_sdp(chosen.type == "cuda")
     name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{threads} threads"
     precision = "" if computes_bfloat16(chosen) else ", no bfloat16: float32 instead"
-    console.print(f"device: {chosen.type} ({name}{precision})", highlight=False)
+    console.print(f"device: {chosen.type} ({name}{precision})")
     return chosen
 
 

@@ -107,7 +107,7 @@ class Resume:
             if record.pop("check") == _check(record) and (file is None or _checksum(file) == record["crc32c"]):
                 return Record(record["value"], file)
         message = f"{place}: truncated or damaged; it is ignored, and the work that it stood for starts over"
-        console.print(message, style="yellow", highlight=False, soft_wrap=True)
+        console.print(message, style="yellow", soft_wrap=True)
         place.unlink(missing_ok=True)
         return None
 
@@ -178,7 +178,7 @@ def resumable_run(
     try:
         with held(folder):
             if any(folder.glob("*.json")):
-                console.print(f"{stage}: goes on from what an earlier run saved in {folder}", highlight=False, soft_wrap=True)
+                console.print(f"{stage}: goes on from what an earlier run saved in {folder}", soft_wrap=True)
             try:
                 yield resume
                 shutil.rmtree(folder)
@@ -223,7 +223,7 @@ def held(folder: Path) -> Iterator[None]:
         for old in sorted(others, key=lambda other: other.stat().st_mtime, reverse=True)[OLD_STATES:]:
             with suppress(FileError), locked(_lock_of(old)):
                 shutil.rmtree(old, ignore_errors=True)
-                console.print(f"{old}: deleted, it was of other params, code or inputs", highlight=False, soft_wrap=True)
+                console.print(f"{old}: deleted, it was of other params, code or inputs", soft_wrap=True)
         folder.mkdir(exist_ok=True)
         folder.touch()
         for half_written in folder.glob(".*.partial-*"):

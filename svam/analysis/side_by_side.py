@@ -171,7 +171,7 @@ def side_by_side(
     models = [SVAM.load(folder, chosen) for folder in (first, second)]
     figure = compare_models(EpisodeStore.open(episodes), models, labels, windows, seed)
     save(figure, out, dpi)
-    console.print(f"{' and '.join(labels)} side by side: {out}", highlight=False)
+    console.print(f"{' and '.join(labels)} side by side: {out}")
 
 
 if __name__ == "__main__":

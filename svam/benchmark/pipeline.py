@@ -105,8 +105,8 @@ def times(inputs: Inputs, params: Params) -> dict[str, Any]:
     for stage, part in sorted(found["stages"].items(), key=lambda item: -item[1]["seconds"]):
         largest = sorted(part["parts"].items(), key=lambda item: -item[1]["seconds"])[:4]
         inside = ", ".join(f"{name} {value['share']:.0%}" for name, value in largest)
-        console.print(f"{stage}: {part['seconds']:.0f} s, {part['share']:.1%} ({inside})", highlight=False, soft_wrap=True)
-    console.print(f"all stages: {found['total_seconds']:.0f} s", highlight=False, soft_wrap=True)
+        console.print(f"{stage}: {part['seconds']:.0f} s, {part['share']:.1%} ({inside})", soft_wrap=True)
+    console.print(f"all stages: {found['total_seconds']:.0f} s", soft_wrap=True)
     return found
 
 
@@ -179,7 +179,7 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
             seconds = steps_of([*command, "--params", str(folder / "params.yaml")], params.benchmark.repeats)
             found[stage] = ratio_of(seconds, "repeated", "drawn") | {"seconds": seconds}
             said = f"{stage}: {found[stage]['ratio']:.3f} of the steps a second of one repeated batch"
-            console.print(said, highlight=False, soft_wrap=True)
+            console.print(said, soft_wrap=True)
     finally:
         os.environ.pop("DVC_ROOT") if state is None else os.environ.update(DVC_ROOT=state)
     return {"steps": STEPS, "stages": found}

@@ -48,7 +48,7 @@ def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:
 def _print(part: str, seconds: dict[str, Any], unit: str, ratio: dict[str, Any]) -> None:
     values = ", ".join(f"{name} {value:g}" for name, value in seconds.items())
     low, high = ratio["range"]
-    console.print(f"{part}: {values} {unit}; ratio {ratio['ratio']:g} ({low:g} to {high:g})", highlight=False, soft_wrap=True)
+    console.print(f"{part}: {values} {unit}; ratio {ratio['ratio']:g} ({low:g} to {high:g})", soft_wrap=True)
 
 
 def _encoded(svam: SVAM, observation: Observation, seed: int) -> dict[str, float]:

@@ -112,7 +112,7 @@ def _of_size(task: str, size: int, camera: str, frames: int, repeats: int, seed:
     stock = drawn["gymnasium"]
     rates = {style: round(frames / float(np.median(found)), 2) for style, found in seconds.items()}
     ratios = {style: ratio_of(seconds, "gymnasium", style) for style in ("fast", "full")}
-    console.print(f"rendering at {size}: {rates} frames/s; {ratios}", highlight=False, soft_wrap=True)
+    console.print(f"rendering at {size}: {rates} frames/s; {ratios}", soft_wrap=True)
     return {
         "image_size": size, "frames_per_second": rates, "ratios": ratios, "seconds": seconds,
         "difference_in_grey_levels": {style: round(_difference(drawn[style], stock, "picture"), 3) for style in ratios},

@@ -112,7 +112,7 @@ def main(
     found = measure(model, repeats, calls, device, threads or os.cpu_count() or 1)
     computer = machine() | {"load_before": round(busy, 2)}
     write_json(out, {"part": "serving", "machine": computer, "model_sha256": sha256(model / MANIFEST)} | found)
-    console.print(f"served call {found['served_call']}, clients {found['clients']}", highlight=False, soft_wrap=True)
+    console.print(f"served call {found['served_call']}, clients {found['clients']}", soft_wrap=True)
 
 
 if __name__ == "__main__":

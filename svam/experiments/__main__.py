@@ -42,7 +42,7 @@ def run(only: Only = None) -> None:
     runs, unfinished, folder = _planned(only)
     if unfinished:
         run_all(unfinished, folder)
-    console.print(f"{len(runs)} runs finished, {len(unfinished)} of them now", highlight=False)
+    console.print(f"{len(runs)} runs finished, {len(unfinished)} of them now")
 
 
 @app.command()

@@ -114,7 +114,7 @@ def run_one(run: Run, folder: Path, lock: int) -> None:
     note, began = SCRATCH / "begun.json", time.time()
     killed = note.is_file() and read_json(note) == run.name
     write_json(note, run.name)
-    console.print(shlex.join(run.command), highlight=False, soft_wrap=True, markup=False)
+    console.print(shlex.join(run.command), soft_wrap=True, markup=False)
     process = subprocess.Popen(run.command, cwd=PROJECT, pass_fds=[lock])
     try:
         process.wait()

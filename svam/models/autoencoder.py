@@ -16,8 +16,8 @@ from diffusers import AutoencoderDC, AutoencoderKLTemporalDecoder
 from torch import Tensor, nn
 
 from svam.contract import ContractError
-from svam.files import FileError, write_json
-from svam.models.published import adapter_record, freeze, load_strict, read_adapter, save_published
+from svam.files import FileError
+from svam.models.published import freeze, load_strict, read_adapter, save_published, write_adapter
 
 Family = Literal["dc", "svd"]
 CLASSES: dict[str, type[AutoencoderDC] | type[AutoencoderKLTemporalDecoder]] = {
@@ -92,10 +92,7 @@ class Autoencoder(nn.Module):
         """Write the published layout (`config.json`, safetensors) and `svam.json` into an existing folder."""
         save_published(self.model, Path(folder))
         statistics = {"latent_mean": self.latent_mean.flatten().tolist(), "latent_std": self.latent_std.flatten().tolist()}
-        write_json(
-            Path(folder) / "svam.json",
-            adapter_record("autoencoder", family=self.family, **(statistics if self.family == "dc" else {})),
-        )
+        write_adapter(Path(folder), "autoencoder", family=self.family, **(statistics if self.family == "dc" else {}))
 
     @torch.no_grad()
     def encode(self, frames: Tensor) -> Tensor:

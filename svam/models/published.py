@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from svam.files import FileError, read_json
+from svam.files import FileError, read_json, write_json
 
 Model = TypeVar("Model", bound=nn.Module)
 FILES = ("*.safetensors", "*.json", "merges.txt")
@@ -137,8 +137,9 @@ ADAPTER_SCHEMA = 1
 """Version of `svam.json`."""
 
 
-def adapter_record(kind: str, **values: Any) -> dict[str, Any]:
-    return {"kind": kind, "schema_version": ADAPTER_SCHEMA, **values}
+def write_adapter(folder: Path, kind: str, **values: Any) -> None:
+    """Write what `read_adapter` reads back."""
+    write_json(folder / "svam.json", {"kind": kind, "schema_version": ADAPTER_SCHEMA, **values})
 
 
 @contextmanager

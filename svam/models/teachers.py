@@ -18,8 +18,8 @@ from transformers import DepthAnythingForDepthEstimation, Dinov2Model, Dinov2Wit
 
 from svam.checkpoint import load_tensors, restore, save_tensors
 from svam.contract import ContractError
-from svam.files import FileError, write_json
-from svam.models.published import adapter_record, freeze, load_strict, read_adapter, save_published
+from svam.files import FileError
+from svam.models.published import freeze, load_strict, read_adapter, save_published, write_adapter
 
 Family = Literal["dinov2", "dinov2_registers", "depth_anything_v2"]
 Objective = Literal["depth", "segmentation", "self_supervised"]
@@ -110,7 +110,7 @@ class Teacher(nn.Module):
         save_published(self.model, Path(folder))
         if self.head is not None:
             save_tensors(Path(folder) / "head.safetensors", self.head.state_dict())
-        write_json(Path(folder) / "svam.json", adapter_record("teacher", **asdict(self.config)))
+        write_adapter(Path(folder), "teacher", **asdict(self.config))
 
     def prepare(self, frames: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, S, S), resized (bicubic, antialiased) and normalised."""

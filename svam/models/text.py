@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from svam.contract import ContractError
-from svam.files import FileError, write_json
-from svam.models.published import adapter_record, freeze, load_strict, quiet, read_adapter, save_published
+from svam.files import FileError
+from svam.models.published import freeze, load_strict, quiet, read_adapter, save_published, write_adapter
 
 VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 """Weights of a published CLIP that its text model does not use."""
@@ -70,7 +70,7 @@ class TextEncoder(nn.Module):
         save_published(self.model, Path(folder))
         self.tokenizer.save_pretrained(str(folder))
         self.tokenizer.backend_tokenizer.model.save(str(folder))
-        write_json(Path(folder) / "svam.json", adapter_record("text", tokens=self.tokens))
+        write_adapter(Path(folder), "text", tokens=self.tokens)
 
     def ids(self, instructions: list[str]) -> Tensor:
         """Token ids (B, tokens) int64, with begin and end tokens, padded.

@@ -165,7 +165,7 @@ def _collect_missing(
     missing = [(task, i) for task in folders for i in range(params.episodes_for(task)) if i not in records[task]]
     total = sum(params.episodes_for(task) for task in folders)
     if len(missing) < total:
-        console.print(f"collect: {total - len(missing)} of {total} episodes were collected before", highlight=False)
+        console.print(f"collect: {total - len(missing)} of {total} episodes were collected before")
     if not missing:
         return
     with progress_bar() as bar:

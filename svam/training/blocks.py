@@ -49,7 +49,7 @@ def write_blocks(
     files = {name: folder / f"{name}.npy" for name in arrays}
     sizes = {name: np.empty(0, dtype).itemsize * int(np.prod(shape, dtype=np.int64)) for name, (shape, dtype) in arrays.items()}
     parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
-    console.print(f"{stage}: writes {sum(sizes.values()) / 1e9:.3f} GB ({parts})", highlight=False, soft_wrap=True)
+    console.print(f"{stage}: writes {sum(sizes.values()) / 1e9:.3f} GB ({parts})", soft_wrap=True)
     record = resume.load_record(RECORD)
     done = int(record.value) if record is not None and _reserved(folder, arrays) else 0
     if not done:
@@ -88,7 +88,7 @@ def _reserved(folder: Path, arrays: Arrays) -> bool:
     try:
         present = read_arrays(folder)
     except FileError as error:
-        console.print(f"{error}; it is computed anew", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"{error}; it is computed anew", style="yellow", soft_wrap=True)
         return False
     return all(name in present and (present[name].shape, present[name].dtype) == array for name, array in arrays.items())
 

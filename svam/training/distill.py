@@ -215,5 +215,5 @@ def print_results(metrics: dict[str, Any], branch: str) -> None:
         row = metrics[name]
         console.print(
             f"  {name:17s} centred cosine on moved patches {row['cosine_moved']:6.3f}   explained {row['explained']:6.3f} "
-            f"(moved {row['explained_moved']:6.3f})   mse {row['mse']:.4f}", highlight=False,
-        )  # fmt: skip
+            f"(moved {row['explained_moved']:6.3f})   mse {row['mse']:.4f}"
+        )

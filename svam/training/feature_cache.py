@@ -65,7 +65,7 @@ class FeatureRows:
             except (FileError, OSError, KeyError, TypeError):
                 whole = False
             if not whole:
-                console.print(f"{directory}: damaged, its features are computed again", style="yellow", highlight=False)
+                console.print(f"{directory}: damaged, its features are computed again", style="yellow")
                 shutil.rmtree(directory)
                 self.shape, self.rows = None, {}
             else:
@@ -232,10 +232,8 @@ class FeatureCache:
         """Print what this run needs, and delete the least recently used folders of others until it fits."""
         count = len(set(addresses))
         needed = count * sum(space.row_bytes for space in spaces.values())
-        console.print(
-            f"features of {count} observations: {needed / 1e9:.2f} GB on disk (machine.cache_gb {self.budget / 1e9:g})",
-            highlight=False,
-        )
+        budget = f"(machine.cache_gb {self.budget / 1e9:g})"
+        console.print(f"features of {count} observations: {needed / 1e9:.2f} GB on disk {budget}")
         if needed > self.budget:
             for space in spaces.values():
                 if not (space.directory / "index.json").exists():
@@ -252,7 +250,7 @@ class FeatureCache:
                 return
             shutil.rmtree(directory)
             sizes.pop(directory)
-            console.print(f"{directory}: deleted to stay within machine.cache_gb", highlight=False)
+            console.print(f"{directory}: deleted to stay within machine.cache_gb")
 
 
 def _last_use(directory: Path) -> float:

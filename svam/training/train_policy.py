@@ -238,7 +238,7 @@ def train(
     held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
     held_rows = evenly(held_rows, section.evaluation_observations)
     sides = [observe(store, rows, section.chunk, section.proprioception, seed) for rows in (train_rows, held_rows)]
-    console.print(f"train_policy: {len(sides[0])} observations to learn from, {len(sides[1])} held out", highlight=False)
+    console.print(f"train_policy: {len(sides[0])} observations to learn from, {len(sides[1])} held out")
 
     rows = np.concatenate([train_rows, held_rows])
     sentences = sides[0].instructions + sides[1].instructions

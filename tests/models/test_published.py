@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
-from svam.files import write_json
-from svam.models.published import adapter_record, load_strict, read_adapter, resolve_weights, save_published
+from svam.models.published import load_strict, read_adapter, resolve_weights, save_published, write_adapter
 from tests.sources.common import refused
 
 KEY = "prepare_backbones.semantic"
@@ -88,7 +87,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None
 
 
 def test_the_adapter_record_is_checked(tmp_path: Path) -> None:
-    write_json(tmp_path / "svam.json", adapter_record("text", tokens=20))
+    write_adapter(tmp_path, "text", tokens=20)
     assert read_adapter(tmp_path, "text") == {"tokens": 20}
     with refused("expected kind 'teacher'"):
         read_adapter(tmp_path, "teacher")
