@@ -32,7 +32,9 @@ LAZY = {
     "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collect.py"},
     "calvin_env": {"svam/simulation/calvin.py"},
     "hydra": {"svam/simulation/calvin.py"},
+    "libero": {"svam/simulation/libero.py"},
     "omegaconf": {"svam/simulation/calvin.py"},
+    "robosuite": {"svam/simulation/libero.py"},
     "websockets": {"svam/serving/server.py", "svam/serving/client.py"},
     "msgpack": {"svam/serving/protocol.py"},
 }
@@ -115,7 +117,7 @@ def test_no_import_loads_a_simulator_or_gl() -> None:
     code = "\n".join([*(f"import {m}" for m in modules), "import sys", "print(*sorted(m.split('.')[0] for m in sys.modules))"])
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not {"mujoco", "metaworld", "OpenGL", "glfw", "pybullet", "hydra", "websockets"} & set(done.stdout.split())
+    assert not {"mujoco", "metaworld", "OpenGL", "glfw", "pybullet", "hydra", "libero", "websockets"} & set(done.stdout.split())
 
 
 def test_params_need_no_torch() -> None:

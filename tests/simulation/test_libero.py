@@ -1,0 +1,151 @@
+"""LIBERO's tasks: official initial states, robosuite's own physics and pictures, episodes that scripts solve."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from svam.errors import MachineError, ParamsError
+from svam.simulation.libero import (
+    CAMERAS,
+    RESTING,
+    SETTLING_STEPS,
+    SUITES,
+    LiberoEnvironment,
+    find_task,
+    initial_states,
+    libero_version,
+    tasks_of,
+    turned,
+)
+from svam.simulation.libero_experts import EXPERT_TASKS
+from tests.libero import INSTALLED, needs_libero
+
+TASK = "put_the_bowl_on_the_stove"
+STATES_SHA256 = {
+    "libero_spatial": "8150b6164ded4fda969ab2249e20bf3a63bbd2a047642d50dda500dc98280663",
+    "libero_object": "a0f7cf41302192070b69c5dc9416e31723e1bf8ac81d7e5cf155e4f00f239dcb",
+    "libero_goal": "be96ab6d4cf535bb2e3b2226195755ea42382fea441390505a3c9a1654ca8c7a",
+    "libero_10": "7bcdaabe8eab820930435a10dd3a7c57ba623c44f4ccfdcbee5534a4a5ec1e78",
+    "libero_90": "fa48715df31b49de22c8116298b4d34804dbda35a09ae9b073db206ae0c69bff",
+}
+"""Of the arrays of a suite, in the order of its tasks, as LIBERO's authors published them (repository at 8f1084e)."""
+
+
+@pytest.fixture(scope="module")
+def environment() -> Iterator[LiberoEnvironment]:
+    made = LiberoEnvironment(TASK, 64, (64, 64), tuple(CAMERAS))
+    yield made
+    made.close()
+
+
+def play(env: LiberoEnvironment, seed: int, actions: NDArray[np.float64]) -> NDArray[np.float64]:
+    env.reset(seed)
+    states = [env.state()]
+    for action in actions:
+        env.step(action.astype(np.float32))
+        states.append(env.state())
+    return np.array(states)
+
+
+def actions_of(seed: int, steps: int) -> NDArray[np.float64]:
+    return np.random.default_rng(seed).uniform(-1.0, 1.0, (steps, 7)).astype(np.float32).astype(np.float64)
+
+
+@pytest.mark.skipif(INSTALLED, reason="LIBERO is installed")
+def test_without_the_library_one_sentence_has_the_line_that_installs_it() -> None:
+    with pytest.raises(MachineError, match=r"LIBERO is not installed: pip install -c constraints.txt -e '\.\[libero\]'"):
+        libero_version()
+    with pytest.raises(MachineError, match="LIBERO is not installed"):
+        LiberoEnvironment(TASK, 64, (64, 64), ("agentview",))
+
+
+def test_pictures_are_turned_as_the_converter_turns_them() -> None:
+    """OpenGL's first row is the lowest."""
+    picture = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    a, b, c, d = picture.reshape(4, 3)
+    for flip, rows in (("none", [[a, b], [c, d]]), ("vertical", [[c, d], [a, b]]), ("rotate_180", [[d, c], [b, a]])):
+        assert np.array_equal(turned(picture, flip), np.array(rows)), flip  # type: ignore[arg-type]
+
+
+@needs_libero
+def test_suites_and_initial_states_are_the_published_ones() -> None:
+    for suite, digest in STATES_SHA256.items():
+        states = [initial_states(task.name) for task in tasks_of(suite)]
+        assert {len(array) for array in states} == {50}
+        assert hashlib.sha256(b"".join(array.tobytes() for array in states)).hexdigest() == digest, suite
+    assert [len(tasks_of(suite)) for suite in SUITES] == [10, 10, 10, 10, 90]
+    assert find_task(TASK)[0] == "libero_goal"
+    with pytest.raises(
+        ParamsError, match="unknown LIBERO task 'put_the_bowl_on_the_stov'.*did you mean 'put_the_bowl_on_the_stove'"
+    ):
+        find_task("put_the_bowl_on_the_stov")
+
+
+@needs_libero
+@pytest.mark.slow
+def test_an_episode_is_robosuites_own(environment: LiberoEnvironment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the shipped state on, bit for bit: states of the whole scene, and the last picture of each camera."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)  # robosuite's renderer reads a number in it
+    from libero.libero import benchmark
+    from libero.libero.envs.env_wrapper import OffScreenRenderEnv
+
+    suite = benchmark.get_benchmark("libero_goal")()
+    number = suite.get_task_names().index(TASK)
+    stock: Any = OffScreenRenderEnv(bddl_file_name=suite.get_task_bddl_file_path(number))
+    assert not environment.simulation.has_offscreen_renderer
+    stock.seed(3)
+    stock.reset()
+    stock.set_init_state(suite.get_task_init_states(number)[3])
+    assert np.array_equal(stock.get_sim_state(), initial_states(TASK)[3])
+    for _ in range(SETTLING_STEPS):
+        stock.step(RESTING)
+    actions = actions_of(0, 15)
+    expected = [stock.get_sim_state()]
+    for action in actions:
+        stock.step(action)
+        expected.append(stock.get_sim_state())
+    assert np.array_equal(play(environment, 3, actions), expected)
+    for camera, picture in environment.observe().items():
+        own = stock.sim.render(camera_name=CAMERAS[camera], width=64, height=64)
+        assert np.array_equal(picture, own[::-1]) and picture.std() > 10, camera
+    stock.close()
+
+
+@needs_libero
+@pytest.mark.slow
+def test_an_episode_does_not_depend_on_those_before_it(environment: LiberoEnvironment) -> None:
+    first = play(environment, 0, actions_of(1, 12))
+    other = play(environment, 1, actions_of(2, 12))
+    assert np.array_equal(play(environment, 0, actions_of(1, 12)), first) and not np.array_equal(first, other)
+    assert environment.draw.tolist() == [0.0] and environment.proprioception().shape == (8,)
+    with pytest.raises(ValueError, match="initial state 50 of put_the_bowl_on_the_stove: there are 50"):
+        environment.reset(50)
+    with pytest.raises(ValueError, match="expected 7 finite numbers"):
+        environment.step(np.full(7, np.nan, np.float32))
+
+
+@needs_libero
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", EXPERT_TASKS)
+def test_a_script_solves_a_task_of_the_suite(suite: str) -> None:
+    """Success is the simulator's; nothing is drawn."""
+    task = tasks_of(suite)[EXPERT_TASKS[suite][0]]
+    env = LiberoEnvironment(task.name, 64, (64, 64), ())
+    env.reset(0)
+    steps = next((step for step in range(1, SUITES[suite] + 1) if env.step(env.expert_action())), None)
+    env.close()
+    print(f"{suite}: {task.name} solved after {steps} steps")
+    assert steps is not None
+
+
+@needs_libero
+@pytest.mark.slow
+def test_an_arm_at_rest_solves_nothing(environment: LiberoEnvironment) -> None:
+    environment.reset(0)
+    assert not any(environment.step(np.array(RESTING, np.float32)) for _ in range(40))
