@@ -26,6 +26,7 @@ def main(
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
+    from svam.evaluation.calvin import write_calvin
     from svam.evaluation.latency import print_latencies
     from svam.evaluation.metaworld import check_tasks, write_metaworld
     from svam.evaluation.offline import write_offline
@@ -36,7 +37,7 @@ def main(
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
         check_tasks(section.metaworld.tasks, store if section.policy == "svam" else None)
-    write = {"offline": write_offline, "metaworld": write_metaworld}
+    write = {"offline": write_offline, "metaworld": write_metaworld, "calvin": write_calvin}
     metrics: dict[str, Any] = {"protocols": list(section.protocols), "policy": section.policy}
     with evaluated_policy(params, model) as (policy, computed_by):
         deciding = [name for name in type(section).model_fields if name != "remote"] + [f"remote.{name}" for name in REMOTE]

@@ -1,6 +1,7 @@
 """What the sections of `params.yaml` demand of one another, so that no contradiction is found hours later by a late stage.
 
-Like `svam.params` it imports no torch and no simulator, and reads no data: what only the data can tell, stages check.
+Like `svam.params` it imports no torch and no simulator, and reads no data: what only the data can tell, stages check. A
+simulator's checkout that the params name must be there.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from collections.abc import Iterator
 
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.episodes.windows import stride_of
-from svam.errors import ParamsError
+from svam.errors import ParamsError, SvamError, did_you_mean
 from svam.params import Params
+from svam.simulation.calvin import open_checkout
 from svam.simulation.metaworld import RATE_HZ
 
 SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
@@ -23,6 +25,8 @@ def check_agreement(params: Params) -> None:
     problems = [*_of_models(params), *_of_sizes(params), *_of_evaluation(params)]
     if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
+    if "calvin" in params.evaluate.protocols:
+        problems += _of_calvin(params)
     if problems:
         raise ParamsError("\n".join(problems))
 
@@ -82,6 +86,17 @@ def _of_evaluation(params: Params) -> Iterator[str]:
             f"evaluate.metaworld.held_out_instruction_episodes ({section.held_out_instruction_episodes}) must not exceed "
             f"evaluate.metaworld.episodes ({section.episodes}): they are the first of the same goals"
         )
+
+
+def _of_calvin(params: Params) -> Iterator[str]:
+    section = params.evaluate.calvin
+    try:
+        subtasks = open_checkout(section.path, section.commit).sentences
+    except SvamError as error:
+        yield str(error)
+        return
+    for task in sorted(set(section.tasks) - set(subtasks)):
+        yield f"evaluate.calvin.tasks names {task!r}, which is no subtask of CALVIN{did_you_mean(task, subtasks)}"
 
 
 def _of_metaworld(params: Params) -> Iterator[str]:

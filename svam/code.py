@@ -35,7 +35,7 @@ UNTRACKED = {
     "svam/resume.py": "saves the state of an unfinished run; a resumed run ends with the same bytes",
 }
 """Modules that change no number, with the reason. What they import counts all the same."""
-LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "torch", "transformers", "zarr")
+LIBRARIES = ("diffusers", "metaworld", "mujoco", "numpy", "pybullet", "torch", "transformers", "zarr")
 BACKBONES = ("autoencoder", "text", "teacher")
 """`stages/prepare_backbones.py` is a stage for each of these modules of `svam.training.prepare_backbones`."""
 

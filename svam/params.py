@@ -20,7 +20,7 @@ from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNega
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering"]
+BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering", "calvin"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -351,6 +351,22 @@ class EvaluateOffline(Section):
     samples: Count
 
 
+class EvaluateCalvin(Section):
+    """The protocol `calvin`: chains of subtasks in the user's checkout of the simulator.
+
+    path, commit: of a git checkout of calvin_env. chains: of the official ones, the first that begin with as many `subtasks` of
+    `tasks` (empty: any). max_steps: of a subtask.
+    """
+
+    path: str | None
+    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")]
+    renderer: Literal["cpu", "egl"]
+    chains: Annotated[int, Field(ge=1, le=1000)]
+    subtasks: Annotated[int, Field(ge=1, le=5)]
+    tasks: Annotated[list[Name], Distinct]
+    max_steps: Count
+
+
 class RemotePolicy(Section):
     """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`.
 
@@ -372,12 +388,13 @@ class Evaluate(Section):
     """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol, and one for a policy that
     another program serves."""
 
-    protocols: Annotated[list[Literal["metaworld", "offline"]], Field(min_length=1), Distinct]
+    protocols: Annotated[list[Literal["metaworld", "calvin", "offline"]], Field(min_length=1), Distinct]
     policy: Literal["svam", "remote", "expert", "random"]
     execute: Count
     batch: Count
     videos: Annotated[int, Field(ge=0)]
     metaworld: EvaluateMetaworld
+    calvin: EvaluateCalvin
     offline: EvaluateOffline
     remote: RemotePolicy
 

@@ -124,6 +124,8 @@ AGREEMENT: list[tuple[dict[str, Any], list[str]]] = [
     ({"convert.options": {"tasks": ["reach"]}, "evaluate.metaworld.tasks": ["reach"]}, []),
     ({"convert.tasks": ["reach"]},
      ["evaluate.metaworld.tasks names ['button-press", "of which convert.tasks ['reach'] has no"]),
+    ({"evaluate.protocols": ["calvin"]}, ["evaluate.calvin.path is null", "git clone"]),
+    ({"evaluate.calvin.path": "/nowhere"}, []),
     ({"evaluate.metaworld.tasks": []}, ["evaluate.protocols has metaworld", "evaluate.metaworld.tasks is []"]),
     ({"collect.tasks": [], **OFFLINE}, ["convert.source is metaworld", "collect.tasks is []"]),
     (dict.fromkeys(("collect.tasks", "evaluate.metaworld.tasks"), described_tasks()), []),

@@ -25,6 +25,10 @@ def part_named(name: str) -> Callable[[Inputs, Params], dict[str, Any]]:
         from svam.benchmark import rendering
 
         return rendering.rendering
+    if name == "calvin":
+        from svam.benchmark import calvin
+
+        return calvin.calvin
     from svam.benchmark import pipeline
 
     return {"loader": pipeline.loader, "times": pipeline.times}[name]

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from svam.experiments.plan import FOLDER, VARIANTS, read_yaml
 from svam.files import FileError, read_json
-from svam.report.published import rate, read_published
+from svam.report.published import read_published
 from svam.report.readme import MEAN
-from svam.report.tables import markdown_table
+from svam.report.tables import markdown_table, percentage
 
 BEGIN, END = "<!-- systems -->", "<!-- /systems -->"
 
@@ -33,7 +33,7 @@ def systems_table(report: Path, compared: Path) -> str:
             variant: f"{float(line['success']):.0%} of {line['episodes']} goals, "
             f"{100 * float(line['difference'] or 0):+.1f} points to S-VAM"
             for variant, line in runs.items()
-        } | {"svam": f"{rate(own)} of {own['episodes']} goals; in the study {float(runs['svam']['success']):.0%}"}
+        } | {"svam": f"{percentage(own)} of {own['episodes']} goals; in the study {float(runs['svam']['success']):.0%}"}
     except (OSError, KeyError, ValueError, StopIteration) as error:
         raise FileError(f"{report}, {compared}: not a report with success rates and a comparison ({error!r})") from None
     rows = []

@@ -27,7 +27,7 @@ from svam.params import Backbone, Distill, FinetuneVideo, Optimiser, Params, Tra
 from svam.report import tables
 from svam.report.defaults import ELSEWHERE, changed_params
 from svam.report.films import SLOWED
-from svam.report.published import beside_published, published_table, rate
+from svam.report.published import beside_published, published_table
 from svam.report.readme import sentences
 
 FOLDER = Path(__file__).parent
@@ -156,7 +156,9 @@ def introduction(run: tables.RunMetrics, note: str) -> str:
     """What came out, in a few sentences of Markdown, under the note where there is one."""
     parts = [note] if note else []
     if run.success:
-        rows = {run.row_name(row): rate(run.success[row]["macro"]) for row in tables.ROW_NAMES if row in run.success}
+        rows = {
+            run.row_name(row): tables.percentage(run.success[row]["macro"]) for row in tables.ROW_NAMES if row in run.success
+        }
         parts.append("Success, mean of tasks: " + ", ".join(f"{name} **{value}**" for name, value in rows.items()) + ".")
     parts.append(sentences(tables.flat_metrics(run)))
     return "\n\n".join(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from svam.evaluation.scores import PUBLISHED_TIERS
-from svam.report.tables import RunMetrics, has_four_groups, markdown_table
+from svam.report.tables import RunMetrics, has_four_groups, markdown_table, percentage
 
 ROWS = ("policy", "random", "expert")
 """Of a run, which stand beside published ones."""
@@ -24,11 +23,6 @@ def read_published() -> dict[str, Any]:
     return values
 
 
-def rate(line: Mapping[str, float]) -> str:
-    """A rate with its interval."""
-    return f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
-
-
 def beside_published(run: RunMetrics) -> str:
     """This run by the tiers of the published table of MetaWorld, above the published rows. A mean over fewer than all tasks
     says of how many it is."""
@@ -40,7 +34,7 @@ def beside_published(run: RunMetrics) -> str:
             line = summary["macro"] if column == "mean" else summary["published_tiers"].get(column)
             done = sum(task in summary["tasks"] for task in tasks)
             few = "" if done == len(tasks) else f", {done} of {len(tasks)} tasks"
-            cells.append("" if line is None else rate(line) + few)
+            cells.append("" if line is None else percentage(line) + few)
         groups = f"{summary['mean_of_tiers']['success']:.0%}" if has_four_groups(summary) else ""
         lines.append([f"{run.row_name(row)}, this run", *cells, groups])
     published = read_published()

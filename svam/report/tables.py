@@ -86,9 +86,9 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
 
     success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_mean_of_groups: where
     all four groups of difficulty were evaluated, LeRobot's average; success_reach: of the task that is visually hardest;
-    success_unseen_sentence. video_error_share: generated clips' squared error over that of repeating
-    the first frame. <branch>_cosine: centred, on patches that moved; <branch>_explained: share of the error of repeating
-    the reference. action_error: mean absolute, on held-out episodes, in physical units.
+    success_unseen_sentence; calvin_average_length: subtasks in a row. video_error_share: generated clips' squared error over
+    that of repeating the first frame. <branch>_cosine: centred, on patches that moved; <branch>_explained: share of the error
+    of repeating the reference. action_error: mean absolute, on held-out episodes, in physical units.
     """
     flat: dict[str, float] = {}
     rows = run.success
@@ -102,6 +102,9 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
             flat["success_reach"] = evaluated["tasks"]["reach"]["success"]
         if "held_out_instruction" in rows:
             flat["success_unseen_sentence"] = rows["held_out_instruction"]["macro"]["success"]
+    if "calvin" in run.results:
+        chains = run.results["calvin"]["rows"]
+        flat["calvin_average_length"] = chains.get("policy", next(iter(chains.values())))["average_length"]
     flat["video_error_share"] = run.video["error_share_of_repeat"]
     for branch, metrics in run.decouplers.items():
         flat[f"{branch}_cosine"] = metrics["decoupler"]["cosine_moved"]
@@ -129,6 +132,32 @@ def setting_text(setting: Mapping[str, Any]) -> str:
         by = sorted({entry.get("source", "unknown") for entry in setting["demonstrations"]["recorded"]})
         text += f"; trained on {' to '.join(map(str, [*counts[:1], *counts[1:][-1:]]))} demonstrations a task ({', '.join(by)})"
     return text + "."
+
+
+def chain_section(run: RunMetrics) -> str:
+    """The `calvin` protocol as Markdown: a rate for each number of subtasks in a row, and their sum; "" if it was not run."""
+    calvin = run.results.get("calvin")
+    if calvin is None:
+        return ""
+    lines = [
+        [run.row_name(row), *(percentage(rate) for rate in scores["rates"]), f"{scores['average_length']:.2f}"]
+        for row, scores in sorted(calvin["rows"].items(), key=lambda item: list(ROW_NAMES).index(item[0]))
+    ]
+    subtasks = range(1, calvin["subtasks"] + 1)
+    chosen = f" of {', '.join(calvin['tasks'])}" if calvin["tasks"] else ""
+    whole = "The official evaluation" if calvin["official"] else "Not the whole official evaluation"
+    text = (
+        f"Share of {calvin['chains']} chains of which so many subtasks in a row were solved, with 95 % Wilson intervals over "
+        f"chains; the average length is their sum. {whole}: chains of {calvin['subtasks']} subtasks{chosen}, "
+        f"{calvin['max_steps']} steps a subtask; cameras: {len(calvin['cameras'])} ({', '.join(calvin['cameras']) or 'none'}); "
+        f"{calvin['renderer'].upper()} renderer; calvin_env at {calvin['commit'][:7]}."
+    )
+    return f"{text}\n\n{markdown_table(['', *map(str, subtasks), 'average length'], lines)}"
+
+
+def percentage(rate: Mapping[str, float]) -> str:
+    """A rate with its interval."""
+    return f"{rate['success']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})"
 
 
 def success_table(run: RunMetrics) -> list[dict[str, Any]]:
@@ -261,7 +290,7 @@ def markdown(run: RunMetrics, note: str = "") -> str:
 
         def show(name: str, row: str) -> str:
             line = cells.get((name, row))
-            return "" if line is None else f"{line['success']:.0%} ({line['low']:.0%} to {line['high']:.0%})"
+            return "" if line is None else percentage(line)
 
         grid = markdown_table(
             ["", *(run.row_name(row) for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
@@ -282,6 +311,8 @@ def markdown(run: RunMetrics, note: str = "") -> str:
                 f"LeRobot averages: {', '.join(means)}."
             )
         parts += ["## Success in closed loop", text, grid]
+    if chains := chain_section(run):
+        parts += ["## CALVIN: subtasks in a row", chains]
     if run.decouplers:
         lines = [
             [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]

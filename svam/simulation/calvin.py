@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from ruamel.yaml import YAML
 from svam.episodes.frames import resize_frames
 from svam.errors import MachineError, ParamsError, did_you_mean
 from svam.params import Convert
+
+if TYPE_CHECKING:
+    from svam.simulation.calvin_experts import Expert
 
 RATE_HZ = 30.0
 ACTION_DIMENSIONS = 7
@@ -214,8 +217,10 @@ class CalvinEnvironment:
         self.simulator, self.cameras, self.states, self._image_size = simulator, tuple(cameras), tuple(states), image_size
         self._cameras = {camera.name: camera for camera in simulator.cameras}
         simulator.cameras = []  # else every step draws
+        self.observe()  # the first pictures of an EGL process are lit otherwise than all others
         self.subtask: str | None = None
         self._start: Any = None
+        self._expert: Expert | None = None
         self._draw = np.zeros(0, np.float32)
 
     def reset(self, seed: int) -> None:
@@ -236,7 +241,7 @@ class CalvinEnvironment:
         """From now on `step` tells whether this subtask is solved, compared with the present moment."""
         if goal not in self._oracle.tasks:
             raise ParamsError(f"CALVIN has no subtask {goal!r}{did_you_mean(goal, self._oracle.tasks)}")
-        self.subtask, self._start = goal, self.simulator.get_info()
+        self.subtask, self._start, self._expert = goal, self.simulator.get_info(), None
 
     @property
     def draw(self) -> NDArray[np.float32]:
@@ -264,6 +269,19 @@ class CalvinEnvironment:
             return frames
         size = Convert.model_construct(crop="none", image_size=list(self._image_size))
         return {name: resize_frames(frame[None], size)[0] for name, frame in frames.items()}
+
+    def expert_action(self) -> NDArray[np.float32]:
+        """(7,) float32: what the scripted expert of the subtask does now, which sees the state and not the picture. To be
+        called once at each step.
+
+        Raises:
+            ParamsError: no script solves the subtask.
+        """
+        from svam.simulation.calvin_experts import Expert
+
+        if self._expert is None:
+            self._expert = Expert(self, str(self.subtask))
+        return self._expert.action()
 
     def step(self, action: NDArray[np.float32]) -> bool:
         """Execute a relative action (7,), as it is but for the gripper's sign; returns whether the subtask is solved now.

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from stages.report import app
-from svam.evaluation.scores import summary
+from svam.evaluation.scores import rate_of, summary
 from svam.files import FileError, read_json, sha256_tree, write_json
 from svam.npy import write_arrays
 from svam.report import tables
@@ -172,6 +172,21 @@ def test_markdown_says_what_was_measured(run: Path) -> None:
     assert "| geometric: linear probe on F | 0.400 | 0.400 | 0.200 | 0.600 |" in page
     assert "12.3% of the error" in page and "this is not success" in page
     assert "semantic: generated frames | mean IoU | 0.700" in page
+
+
+def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
+    results, line = read_json(run / "results/metrics.json"), {"subtasks": {}}
+    scores = {"rates": [rate_of([True] * 3 + [False]), rate_of([True] + [False] * 3)], "average_length": 1.0} | line
+    results["calvin"] = {
+        "rows": {"expert": scores, "policy": scores}, "chains": 4, "subtasks": 2, "tasks": ["open_drawer"], "official": False,
+        "cameras": ["static"], "renderer": "egl", "commit": "797142c588c2", "max_steps": 360,
+    }  # fmt: skip
+    write_json(run / "results/metrics.json", results)
+    gathered = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
+    page = tables.markdown(gathered)
+    assert "| S-VAM | 75% (30% to 95%) | 25% (5% to 70%) | 1.00 |\n| scripted expert |" in page
+    assert "Not the whole official evaluation" in page and "cameras: 1 (static); EGL renderer; calvin_env at 797142c." in page
+    assert tables.flat_metrics(gathered)["calvin_average_length"] == 1.0
 
 
 def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import subprocess
+import sys
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from svam.errors import MachineError, ParamsError
 from svam.simulation import calvin
 from svam.simulation.calvin import CalvinEnvironment, fnv1_32, initial_state, open_checkout
+from tests import ROOT
 from tests.calvin import checkout, needs_calvin
 
 SCENE: dict[str, str | int] = {
@@ -147,6 +149,25 @@ def test_only_looking_draws(environment: CalvinEnvironment, monkeypatch: pytest.
     assert len(drawn) == 2
     assert {name: frame.shape for name, frame in frames.items()} == {"static": (200, 200, 3), "gripper": (84, 84, 3)}
     assert all(frame.dtype == np.uint8 and frame.std() > 10 for frame in frames.values())
+
+
+@needs_calvin
+def test_the_first_pictures_of_a_process_are_as_later_ones() -> None:
+    """EGL lights its first one otherwise. In a process of its own, since there is an environment in this one."""
+    code = """
+import sys
+from svam.simulation.calvin import CalvinEnvironment
+from tests.calvin import checkout
+from tests.simulation.test_calvin import SCENE
+environment = CalvinEnvironment(folder=checkout().folder, renderer="egl", cameras=("static", "gripper"), states=[SCENE])
+pictures = []
+for _ in range(2):
+    environment.reset(0)
+    pictures.append({name: frame.tobytes() for name, frame in environment.observe().items()})
+sys.exit(0 if pictures[0] == pictures[1] else 3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_calvin
