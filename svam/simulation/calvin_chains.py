@@ -99,7 +99,7 @@ def _subtasks() -> Iterator[_Subtask]:
     yield _Subtask("push_into_drawer", "push into drawer", pushed)
 
 
-def _initial_states() -> Iterator[Scene]:
+def initial_scenes() -> Iterator[Scene]:
     """The 192 starts, in the official order of scenes and of their keys (the last key changes fastest)."""
     parts: dict[str, tuple[int | str, ...]] = {
         "led": (0, 1),
@@ -119,30 +119,39 @@ def _holds(state: Scene, condition: Mapping[str, Any]) -> bool:
     return all(state[key] in value if isinstance(value, tuple) else state[key] == value for key, value in condition.items())
 
 
-def _solvable(state: Scene, subtasks: Sequence[_Subtask]) -> bool:
+def _after(scene: Scene, subtask: _Subtask) -> Scene | None:
+    """The scene when the subtask is solved; None unless there is exactly one way to solve it."""
+    effects = [new for old, new in subtask.ways if _holds(scene, old)]
+    return scene | effects[0] if len(effects) == 1 and scene["grasped"] == subtask.grasped else None
+
+
+def solvable(scene: Scene, names: Sequence[str]) -> dict[str, Scene]:
+    """Which of these subtasks can be solved in the scene, and the scene then."""
+    scenes = {subtask.name: _after(scene, subtask) for subtask in _subtasks() if subtask.name in names}
+    return {name: after for name, after in scenes.items() if after is not None}
+
+
+def _in_turn(scene: Scene | None, subtasks: Sequence[_Subtask]) -> bool:
     """Whether the subtasks can be solved in this order, each in exactly one way."""
     for subtask in subtasks:
-        effects = [new for old, new in subtask.ways if _holds(state, old)]
-        if state["grasped"] != subtask.grasped or len(effects) != 1:
-            return False
-        state = state | effects[0]
-    return True
+        scene = scene and _after(scene, subtask)
+    return scene is not None
 
 
 def _shares() -> list[int]:
     """How many chains each start has."""
-    share, more = divmod(OFFICIAL_CHAINS, starts := len(list(_initial_states())))
+    share, more = divmod(OFFICIAL_CHAINS, starts := len(list(initial_scenes())))
     return [share + (number < more) for number in range(starts)]
 
 
 @cache
 def _drawn(number: int) -> tuple[Chain, ...]:
     """All chains of the start of this number."""
-    states, subtasks, random = list(_initial_states()), list(_subtasks()), np.random.RandomState(number)
+    states, subtasks, random = list(initial_scenes()), list(_subtasks()), np.random.RandomState(number)
     categories, chains, share = [subtask.category for subtask in subtasks], list[Chain](), _shares()[number]
     while len(chains) < share:
         drawn = random.permutation(len(subtasks))[:SUBTASKS].tolist()
-        if len({categories[i] for i in drawn}) == SUBTASKS and _solvable(states[number], [subtasks[i] for i in drawn]):
+        if len({categories[i] for i in drawn}) == SUBTASKS and _in_turn(states[number], [subtasks[i] for i in drawn]):
             chains.append(Chain(states[number], tuple(subtasks[i].name for i in drawn)))
     return tuple(chains)
 
