@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from ruamel.yaml import YAML
 
+from svam.contract import ContractError
 from svam.episodes.frames import resize_frames
 from svam.errors import MachineError, ParamsError, did_you_mean
 from svam.params import Convert
@@ -287,11 +288,11 @@ class CalvinEnvironment:
         """Execute a relative action (7,), as it is but for the gripper's sign; returns whether the subtask is solved now.
 
         Raises:
-            ValueError: a wrong shape, or a value that is not finite.
+            ContractError: a wrong shape, or a value that is not finite.
         """
         values = np.array(action, np.float32)
         if values.shape != (ACTION_DIMENSIONS,) or not np.isfinite(values).all():
-            raise ValueError(f"an action is {values.tolist()}, expected {ACTION_DIMENSIONS} finite numbers")
+            raise ContractError(f"an action of CALVIN is {values.tolist()}, expected {ACTION_DIMENSIONS} finite numbers")
         values[6] = 1.0 if values[6] > 0 else -1.0
         info = self.simulator.step(values)[3]
         return self.subtask is not None and bool(self._oracle.get_task_info_for_set(self._start, info, {self.subtask}))

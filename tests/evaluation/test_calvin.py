@@ -16,6 +16,7 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation import calvin
+from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Outcome, PlannedEpisode, noise_seed
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
@@ -24,7 +25,9 @@ from svam.resume import NO_RESUME, Resume
 from svam.simulation.calvin import CalvinEnvironment
 from svam.simulation.calvin_chains import Chain
 from tests.calvin import checkout, needs_calvin
+from tests.evaluation.test_policies import settings
 from tests.recorded import SETTINGS, Recorded, make_episode
+from tests.serving.peers import encoded, minimal_server
 from tests.tiny import make_svam, save_all_parts
 from tests.tiny_foresight import SIZE
 from tests.toy import write_toy_params
@@ -167,6 +170,25 @@ def test_an_expert_without_a_script_is_refused(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setitem(globals(), "CHAINS", [(0, Chain(SCENE, ("open_drawer", "stack_block")))])
     with pytest.raises(ParamsError, match="no script for stack_block"):
         play(tmp_path, None, workers=1, kind="expert")
+
+
+@needs_calvin
+def test_a_server_sees_both_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calvin, "open_checkout", lambda path, commit: checkout())
+    monkeypatch.setattr(calvin, "chosen_chains", lambda section: CHAINS[:1])
+    params, seen = calvin_params(tmp_path, max_steps=8), []
+
+    def reply(request: Any, number: int) -> bytes:
+        seen.append(request)
+        return encoded({"actions": np.zeros((4, 7), np.float32)})
+
+    with minimal_server(reply) as url, Remote(settings(url), 4) as remote:
+        store: Any = None  # what a server was trained on is not known here
+        metrics = calvin.write_calvin(tmp_path, store, remote, params, NO_RESUME)
+    assert [request["prompt"] for request in seen] == [checkout().sentences["turn_on_led"]] * 2
+    assert seen[0]["observation/image"].shape == (200, 200, 3) and seen[0]["observation/wrist_image"].shape == (84, 84, 3)
+    assert seen[0]["observation/state"].shape == (15,) and metrics["cameras"] == ["static", "gripper"]
+    assert metrics["rows"]["policy"]["average_length"] == 0.0 and metrics["weights_sha256"] is None
 
 
 @needs_calvin

@@ -22,7 +22,7 @@ from svam.report import tables
 from svam.report.figures import clip_sheet
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.pca import pca_colours
-from svam.report.published import beside_published
+from svam.report.published import beside_published, read_published
 from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
@@ -187,6 +187,11 @@ def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
     assert "| S-VAM | 75% (30% to 95%) | 25% (5% to 70%) | 1.00 |\n| scripted expert |" in page
     assert "Not the whole official evaluation" in page and "cameras: 1 (static); EGL renderer; calvin_env at 797142c." in page
     assert tables.flat_metrics(gathered)["calvin_average_length"] == 1.0
+
+
+def test_published_rates_of_chains_add_up() -> None:
+    rows = read_published()["calvin"]["rows"]
+    assert len(rows) > 5 and all(abs(sum(rates) / 100 - length) <= 0.0051 for *rates, length in rows.values())
 
 
 def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> None:

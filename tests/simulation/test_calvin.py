@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from svam.contract import ContractError
 from svam.errors import MachineError, ParamsError
 from svam.simulation import calvin
 from svam.simulation.calvin import CalvinEnvironment, fnv1_32, initial_state, open_checkout
@@ -195,5 +196,5 @@ def test_actions_are_relative_and_the_gripper_is_a_sign(environment: CalvinEnvir
     end = environment.robot_obs()
     assert end[2] - start[2] == pytest.approx(10 * 0.02, abs=0.05) and end[14] == -1.0
     assert end[6] < 0.5 * start[6], "the gripper has closed"
-    with pytest.raises(ValueError, match="expected 7 finite numbers"):
+    with pytest.raises(ContractError, match="expected 7 finite numbers"):
         environment.step(np.full(7, np.nan, np.float32))
