@@ -82,7 +82,6 @@ def whole_directory(path: Path) -> Iterator[Path]:
     Raises:
         FileError: the file system refuses.
     """
-    path = Path(path)
     temporary = path.parent / f".{path.name}.partial-{os.getpid()}"
     clear_leftovers(path)
     temporary.mkdir(parents=True)
@@ -125,7 +124,6 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         FileError: the file system refuses.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
@@ -186,12 +184,19 @@ def read_json(path: Path) -> Any:
         FileError: the file is missing or not JSON.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark
     except FileNotFoundError:
         raise FileError(f"{path}: no such file") from None
     except (ValueError, RecursionError) as error:  # also bad UTF-8, numbers of thousands of digits, deep nesting
         refuse_lfs_pointer(path)
         raise FileError(f"{path}: not valid JSON ({error})") from None
+
+
+def read_yaml(path: Path) -> Any:
+    """Read YAML of our own or of DVC's."""
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
 
 
 def stated(model: type[Model], values: Any, file: Path) -> Model:
@@ -218,7 +223,7 @@ def refuse_lfs_pointer(path: Path) -> None:
         FileError: it is; the message says how to get the file.
     """
     try:
-        with Path(path).open("rb") as file:
+        with path.open("rb") as file:
             pointer = file.read(len(_LFS_POINTER)) == _LFS_POINTER
     except OSError:
         return
@@ -229,14 +234,14 @@ def refuse_lfs_pointer(path: Path) -> None:
 def stamp(path: Path) -> str:
     """Size and modification time: enough to notice a changed input between two runs. Never part of an output."""
     try:
-        found = Path(path).stat()
+        found = path.stat()
     except OSError:
         return "absent"
     return f"{found.st_size}-{found.st_mtime_ns}"
 
 
 def sha256(path: Path) -> str:
-    with Path(path).open("rb") as file:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -247,7 +252,6 @@ def sha256_of_json(value: Any) -> str:
 
 def sha256_tree(path: Path) -> str:
     """SHA-256 of a file, or of a directory's relative names and contents in sorted order."""
-    path = Path(path)
     if path.is_file():
         return sha256(path)
     if not path.is_dir():

@@ -20,7 +20,9 @@ from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNega
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering", "calvin"]
+BenchmarkPart = Literal[
+    "store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering", "serving", "calvin"
+]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 

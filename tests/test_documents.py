@@ -6,15 +6,14 @@ import importlib.util
 import re
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer
 from ruamel.yaml import YAML
 
-from svam.benchmark.parts import PARTS
 from svam.episodes.options import available_sources
-from svam.params import Params
+from svam.params import BenchmarkPart, Params
 from tests import ROOT
 from tests.toy import merged
 
@@ -134,4 +133,6 @@ def test_examples_of_options_are_valid() -> None:
 def test_every_source_and_benchmark_has_its_line() -> None:
     for name in ("README.md", "svam/sources/README.md"):
         assert set(available_sources()) <= set(re.findall(r"^\| \[?`(.*?)`", PAGES[name].read_text(encoding="utf-8"), re.M))
-    assert set(PARTS) <= set(re.findall(r"^\| `(\w+)` \|", PAGES["svam/benchmark/README.md"].read_text(encoding="utf-8"), re.M))
+    assert set(get_args(BenchmarkPart)) <= set(
+        re.findall(r"^\| `(\w+)` \|", PAGES["svam/benchmark/README.md"].read_text(encoding="utf-8"), re.M)
+    )

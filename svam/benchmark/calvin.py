@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import in_turn, ratio_of
+from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.console import console
 from svam.params import Params
 from svam.seeds import generator

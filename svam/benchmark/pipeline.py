@@ -16,11 +16,10 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, ValidationError
 from ruamel.yaml import YAML
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import ratio_of
+from svam.benchmark.timing import Inputs, ratio_of
 from svam.console import console
 from svam.errors import MachineError
-from svam.files import FileError, read_json
+from svam.files import FileError, read_json, read_yaml, scratch_folder
 from svam.params import Params
 from svam.training import loop
 
@@ -101,7 +100,7 @@ def times(inputs: Inputs, params: Params) -> dict[str, Any]:
         FileError: a stage has left no account.
         MachineError: this is no DVC project.
     """
-    found = shares(read_accounts(inputs.times, _stages()))
+    found = shares(read_accounts(scratch_folder("times"), _stages()))
     for stage, part in sorted(found["stages"].items(), key=lambda item: -item[1]["seconds"]):
         largest = sorted(part["parts"].items(), key=lambda item: -item[1]["seconds"])[:4]
         inside = ", ".join(f"{name} {value['share']:.0%}" for name, value in largest)
@@ -123,7 +122,7 @@ def trainings(lock: Path, scratch: Path) -> dict[str, list[str]]:
     if not lock.is_file():
         raise FileError(f"{lock}: no such file; run `dvc repro` first")
     commands = {}
-    for name, stage in YAML(typ="safe", pure=True).load(lock.read_text(encoding="utf-8"))["stages"].items():
+    for name, stage in read_yaml(lock)["stages"].items():
         words, outs = shlex.split(stage["cmd"]), {out["path"] for out in stage["outs"]}
         if "--live" in words and words[words.index("--live") + 1] in outs:
             commands[name] = [str(scratch / word) if word in outs else word for word in words[2:]]

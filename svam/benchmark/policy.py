@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import in_turn, ratio_of
+from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
 from svam.evaluation.metaworld import check_tasks, plan_episodes, render_settings
+from svam.evaluation.offline import observations_of
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
 from svam.models.svam import SVAM
@@ -75,15 +75,6 @@ def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, flo
     return parts | {"total": sum(parts.values())}
 
 
-def _observations(store: EpisodeStore, svam: SVAM, count: int) -> list[Observation]:
-    """Frames spread evenly over the store, each with its episode's sentence, as a robot would send them."""
-    rows = np.linspace(0, len(store) - 1, count).astype(np.int64)
-    frames = store.frames(rows)
-    state = store.vector("proprioception", rows) if svam.needs_proprioception else [None] * count
-    sentences = [store.instruction_of(int(episode), 0) for episode in store.episode_of(rows)]
-    return [Observation({store.cameras[0]: frames[i]}, sentences[i], state[i]) for i in range(count)]
-
-
 def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
     """`SVAM.encode` of single observations (one U-Net evaluation, teachers on the frame and decouplers included) against the
     multi-step generation of the same clips, with the steps that the policy's sampler states, without and with decoding and
@@ -96,7 +87,8 @@ def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
     if svam.foresight.video is None:
         raise ContractError(f"{inputs.model}: its context {described['context']} uses no video model, so nothing is generated")
     count, repeats = params.benchmark.clips, params.benchmark.repeats
-    observations = _observations(EpisodeStore.open(inputs.episodes), svam, count)
+    store = EpisodeStore.open(inputs.episodes)
+    observations = observations_of(store, svam, np.linspace(0, len(store) - 1, count).astype(np.int64))
     runs: dict[str, list[dict[str, float]]] = {"encode": [], "generate": []}
 
     def one(name: str, number: int) -> float:

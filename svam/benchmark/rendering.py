@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import in_turn, ratio_of
+from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.console import console
 from svam.device import become_worker
 from svam.params import Params

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from svam.benchmark.inputs import Inputs
-from svam.benchmark.timing import in_turn, ratio_of
+from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.contract import Choice, ContractError, frame_blocks
 from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
@@ -59,10 +58,10 @@ def _decode(source: VideoFolderSource, number: int) -> tuple[int, ...]:
 def conversion(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Videos to a store, in their own size and in `benchmark.image_sizes`, against decoding them to RGB arrays by as many
     workers; a ratio of 1 would be a conversion that costs nothing but the decoding. Starting the workers counts in both."""
-    if inputs.videos is None:
-        raise ParamsError("conversion converts videos: name a folder of mp4 files by benchmark.videos or --videos")
+    if params.benchmark.videos is None:
+        raise ParamsError("benchmark.videos is null, expected a folder of mp4 files for conversion to read")
     folder, workers = inputs.scratch / "videos", params.machine.workers
-    videos = repeated(inputs.videos, folder, params.benchmark.conversion_frames)
+    videos = repeated(Path(params.benchmark.videos), folder, params.benchmark.conversion_frames)
     shapes: list[tuple[int, ...]] = []
 
     def decode(_: int) -> float:

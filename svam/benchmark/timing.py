@@ -5,12 +5,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from svam.code import library_versions
 from svam.device import processor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What parts of the benchmark read and fill. episodes: an episode store. scratch: an empty folder, removed afterwards.
+    model: the S-VAM folder of `train_policy`."""
+
+    episodes: Path
+    scratch: Path
+    model: Path
 
 
 def in_turn(works: Mapping[str, Callable[[int], float]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
@@ -35,7 +47,7 @@ def ratio_of(seconds: Mapping[str, Sequence[float]], slow: str, fast: str) -> di
 
 
 def machine() -> dict[str, Any]:
-    """Size and versions, without names or paths."""
+    """Size, load and versions, without names or paths."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    sizes = {"cores": os.cpu_count(), "memory_gib": round(memory, 1)}
+    sizes = {"cores": os.cpu_count(), "memory_gib": round(memory, 1), "load_before": round(os.getloadavg()[0], 2)}
     return {**sizes, "cpu": processor(), "versions": library_versions()}

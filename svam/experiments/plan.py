@@ -13,19 +13,15 @@ from typing import Annotated, Any
 from dvc.exceptions import InvalidArgumentError
 from dvc.utils.hydra import apply_overrides
 from pydantic import Field, ValidationError
-from ruamel.yaml import YAML
 
 from svam.errors import ParamsError, describe
+from svam.files import read_yaml
 from svam.params import load_params
 from svam.sections import Count, Name, Section, Seed
 
 FOLDER = Path(__file__).parent
 REFERENCE = "svam"
 """The variant that all others are compared with."""
-
-
-def read_yaml(file: Path) -> Any:
-    return YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
 
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = read_yaml(FOLDER / "variants.yaml")

@@ -23,9 +23,9 @@ from typing import Any
 from svam.console import console
 from svam.device import prepare_torch, processor
 from svam.errors import MachineError
-from svam.experiments.plan import Run, read_yaml
+from svam.experiments.plan import Run
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, read_json, read_yaml, write_json
 
 SCRATCH = Path(".cache/experiments")
 PROJECT = SCRATCH / "project"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-from svam.experiments.plan import FOLDER, VARIANTS, read_yaml
-from svam.files import FileError, read_json
-from svam.report.published import read_published
+from svam.experiments.plan import FOLDER, VARIANTS
+from svam.files import FileError, read_json, read_yaml
+from svam.report.published import PUBLISHED
 from svam.report.readme import MEAN
 from svam.report.tables import markdown_table, percentage
 
@@ -23,8 +23,8 @@ def systems_table(report: Path, compared: Path) -> str:
     Raises:
         FileError: one of the two is missing, or is no such folder.
     """
-    published, systems = read_published(), read_yaml(FOLDER / "systems.yaml")
-    tables = {"MetaWorld": published["metaworld"]["rows"], "CALVIN": published["calvin"]["rows"]}
+    systems = read_yaml(FOLDER / "systems.yaml")
+    tables = {"MetaWorld": PUBLISHED["metaworld"]["rows"], "CALVIN": PUBLISHED["calvin"]["rows"]}
     try:
         lines = csv.DictReader((compared / "table.csv").read_text(encoding="utf-8").splitlines())
         runs = {line["variant"]: line for line in reversed(list(lines))}

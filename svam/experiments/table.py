@@ -48,8 +48,8 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
     for record in sorted(records, key=lambda record: (record.size, record.seed, list(VARIANTS).index(record.variant))):
         row: RunRow = {
             "variant": record.variant, "label": VARIANTS[record.variant]["label"], "episodes_per_task": record.size,
-            "seed": record.seed, **rate_of([episode.success for episode in record.episodes]), "pairs": None, "difference": None,
-            "difference_low": None, "difference_high": None, "only_variant": None, "only_svam": None, "p_corrected": None,
+            "seed": record.seed, **rate_of([episode.success for episode in record.episodes]),
+            **dict.fromkeys(("pairs", *DIFFERENCE, "only_variant", "only_svam", "p_corrected")),
             "verdict": "", "parameters": record.parameters,
             **{key: record.budget[key] for key in ("policy_steps", "batch", "demonstrations")},
             "video_seconds": record.seconds("finetune_video"),

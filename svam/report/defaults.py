@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from ruamel.yaml import YAML
 
 from svam.console import one_line_errors
-from svam.files import whole_file
+from svam.files import read_yaml, whole_file
 from svam.params import Params, load_params
 
 FILE = Path(__file__).with_suffix(".yaml")
@@ -37,7 +36,7 @@ def flat_values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
 
 def changed_params(params: Params) -> list[tuple[str, str, str]]:
     """Key, value and default of every param that is not the default, as JSON; a default that is unknown is empty."""
-    defaults = YAML(typ="safe", pure=True).load(FILE.read_text(encoding="utf-8"))
+    defaults = read_yaml(FILE)
     return [
         (key, json.dumps(value, ensure_ascii=False), json.dumps(defaults[key], ensure_ascii=False) if key in defaults else "")
         for key, value in flat_values(params).items()

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from svam.evaluation.scores import PUBLISHED_TIERS
+from svam.files import read_yaml
 from svam.report.tables import RunMetrics, has_four_groups, markdown_table, percentage
 
 ROWS = ("policy", "random", "expert")
 """Of a run, which stand beside published ones."""
 TASKS = {**PUBLISHED_TIERS, "mean": tuple(task for tasks in PUBLISHED_TIERS.values() for task in tasks)}
 """Column of the published table of MetaWorld -> its tasks."""
-
-
-def read_published() -> dict[str, Any]:
-    """What `published.yaml` holds."""
-    values: dict[str, Any] = YAML(typ="safe", pure=True).load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
-    return values
+PUBLISHED: Mapping[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 def beside_published(run: RunMetrics) -> str:
@@ -37,15 +32,14 @@ def beside_published(run: RunMetrics) -> str:
             cells.append("" if line is None else percentage(line) + few)
         groups = f"{summary['mean_of_tiers']['success']:.0%}" if has_four_groups(summary) else ""
         lines.append([f"{run.row_name(row)}, this run", *cells, groups])
-    published = read_published()
-    table = published["metaworld"]
+    table = PUBLISHED["metaworld"]
     lines += [
         [f"{name}, published", *(f"{value:.1f}%" for value in (*values, fmean(values[:3])))]
         for name, values in table["rows"].items()
     ]
     header = ["", "easy", "medium", "hard and very hard", "mean of tasks", "mean of groups"]
     return (
-        f"Published rows are of another setting: {table['setting']} ({published['source']}). The mean of groups is another "
+        f"Published rows are of another setting: {table['setting']} ({PUBLISHED['source']}). The mean of groups is another "
         "average, in which a hard task counts more: LeRobot's, over easy, medium, hard and very hard; for published rows over "
         f"the three groups that they give.\n\n{markdown_table(header, lines)}"
     )
@@ -53,7 +47,6 @@ def beside_published(run: RunMetrics) -> str:
 
 def published_table(name: str) -> str:
     """One of the other published tables, with its setting."""
-    published = read_published()
-    table = published[name]
+    table = PUBLISHED[name]
     lines = [[row, *map(str, values)] for row, values in table["rows"].items()]
-    return f"{table['setting']} ({published['source']}).\n\n{markdown_table(table['header'], lines)}"
+    return f"{table['setting']} ({PUBLISHED['source']}).\n\n{markdown_table(table['header'], lines)}"

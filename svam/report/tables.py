@@ -222,11 +222,10 @@ def read_curve(file: Path) -> tuple[list[int], list[float]]:
     """
     try:
         with file.open(encoding="utf-8", newline="") as opened:
-            lines = list(csv.reader(opened, delimiter="\t"))
-        column = lines[0].index("step")
-        other = 1 - column
-        return [int(line[column]) for line in lines[1:]], [float(line[other]) for line in lines[1:]]
-    except (OSError, ValueError, IndexError) as error:
+            lines = [(int(line.pop("step")), float(*line.values())) for line in csv.DictReader(opened, delimiter="\t")]
+        steps, values = zip(*lines, strict=True)
+        return list(steps), list(values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{file}: not one of DVCLive's curves ({error})") from None
 
 
@@ -287,14 +286,8 @@ def markdown(run: RunMetrics, note: str = "") -> str:
     if rows:
         cells = {(line["name"], line["row"]): line for line in success_table(run)}
         names = list(dict.fromkeys(name for name, _ in cells))
-
-        def show(name: str, row: str) -> str:
-            line = cells.get((name, row))
-            return "" if line is None else percentage(line)
-
-        grid = markdown_table(
-            ["", *(run.row_name(row) for row in rows)], [[name, *(show(name, row) for row in rows)] for name in names]
-        )
+        lines = [[name, *(percentage(cells[name, row]) if (name, row) in cells else "" for row in rows)] for name in names]
+        grid = markdown_table(["", *(run.row_name(row) for row in rows)], lines)
         count = run.success[run.evaluated]["micro"]["episodes"]
         text = (
             f"{count} episodes on goals that no demonstration has; success at any step; 95 % Wilson intervals. "

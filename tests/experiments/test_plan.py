@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from svam.episodes.instructions import described_tasks
 from svam.errors import ParamsError
 from svam.experiments.__main__ import app
-from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs, read_yaml
+from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs
+from svam.files import read_yaml
 from svam.params import load_params
 from svam.simulation.scenes import scene_of
 from tests import ROOT

@@ -14,13 +14,13 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from svam.experiments.__main__ import app
-from svam.experiments.plan import FOLDER, read_yaml
+from svam.experiments.plan import FOLDER
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, holm, mcnemar, only_one, paired
 from svam.experiments.systems import BEGIN, END
 from svam.experiments.table import compared, markdown, write, write_overview
-from svam.files import FileError
-from svam.report.published import read_published
+from svam.files import FileError, read_yaml
+from svam.report.published import PUBLISHED
 from tests import ROOT
 
 BUDGET: dict[str, str | int | float] = {"policy_steps": 4, "batch": 2, "demonstrations": 20, "data": "d.dir", "max_steps": 500}
@@ -162,9 +162,8 @@ def test_every_published_system_has_a_way_here(tmp_path: Path) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", BEGIN, END, "after"]
     ways = {line.split(" | ")[0].removeprefix("| "): line for line in lines[4:-2]}
-    published = read_published()
     assert (
-        set(ways) == {*published["metaworld"]["rows"], *published["calvin"]["rows"]} == set(read_yaml(FOLDER / "systems.yaml"))
+        set(ways) == {*PUBLISHED["metaworld"]["rows"], *PUBLISHED["calvin"]["rows"]} == set(read_yaml(FOLDER / "systems.yaml"))
     )
     assert "| 68.2 | 3.58 | variant `vpp`: `train_policy.context=[one_step] distill.branches=[]`" in ways["VPP"]
     assert "| SuSIE-like (goal picture) | 5 | 1 | 32 % [24, 42] of 102 | -13.7 " in (study / "table.md").read_text(
