@@ -7,13 +7,12 @@ import logging
 import os
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from svam.console import one_line_errors
 from svam.serving.protocol import ServingError
-from svam.serving.settings import Settings
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -31,24 +30,20 @@ def serve(
     max_message_mb: Annotated[float, typer.Option(min=0.001, help="MiB; a larger message ends its connection.")] = 8.0,
     gather_ms: Annotated[float, typer.Option(min=0.0, help="How long a batch waits for clients to fill it.")] = 5.0,
     ping_seconds: Annotated[float, typer.Option(min=0.1, help="A client that is silent for twice as long is dropped.")] = 20.0,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What computes.")] = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a CPU; without it: all cores.")] = None,
 ) -> None:
     """Serve the policy MODEL on openpi's websocket protocol until SIGTERM or Ctrl-C."""
-    settings = Settings(
-        host, port, _key(key_env), max_clients, queue, int(max_message_mb * 2**20), gather_ms / 1000.0, ping_seconds
-    )
-    settings.check()  # before the weights are read, which takes a while
-    if device not in ("auto", "cpu", "cuda"):
-        raise ServingError(f"--device is {device!r}, expected auto, cpu or cuda")
-
     from svam.device import prepare_torch
     from svam.files import sha256
     from svam.models.manifest import MANIFEST
     from svam.models.svam import SVAM
     from svam.serving.inference import Inference
-    from svam.serving.server import PolicyServer
+    from svam.serving.server import PolicyServer, Settings
 
+    settings = Settings(
+        host, port, _key(key_env), max_clients, queue, int(max_message_mb * 2**20), gather_ms / 1000.0, ping_seconds
+    )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     inference = Inference(SVAM.load(model, prepare_torch(device, threads or os.cpu_count() or 1, seed=0)), batch)
     inference.warm_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import logging
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +24,6 @@ from svam.serving.batching import Batcher
 from svam.serving.inference import Inference
 from svam.serving.protocol import ServingError, pack
 from svam.serving.request import read_request
-from svam.serving.settings import Settings
 
 OPEN_SECONDS = 5.0
 """A connection that has not finished its opening handshake by then is dropped; so is one that does not finish closing."""
@@ -50,12 +50,40 @@ def describe(svam: SVAM, sha256: str, batch: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Where the server listens and what it allows; the command's options of the same names describe each. port 0: any free one.
+    max_message: bytes. gather, ping: seconds.
+
+    Raises:
+        ServingError: others than this computer could ask without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    key: str | None = field(default=None, repr=False)
+    max_clients: int = 16
+    queue: int = 16
+    max_message: int = 8 * 2**20
+    gather: float = 0.005
+    ping: float = 20.0
+
+    def __post_init__(self) -> None:
+        with suppress(ValueError):  # a name, which may mean any computer
+            if self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback:
+                return
+        if self.key is None:
+            raise ServingError(
+                f"--host {self.host} can be reached from elsewhere, but there is no key: name an environment variable that "
+                "holds one with --key-env, or listen on 127.0.0.1 and use a tunnel (ssh -L)"
+            )
+
+
 class PolicyServer:
     """Serves one policy until it is told to stop."""
 
     def __init__(self, inference: Inference, sha256: str, settings: Settings) -> None:
-        """`inference` has been warmed up. Raises `ServingError` if `settings` would let everybody in."""
-        settings.check()
+        """`inference` has been warmed up."""
         self._svam, self._settings = inference.svam, settings
         self._metadata = pack(describe(inference.svam, sha256, inference.batch))
         self._clients = 0
@@ -84,7 +112,10 @@ class PolicyServer:
                 listening(int(server.sockets[0].getsockname()[1]))
                 await asyncio.wait({stopped, batches}, return_when=asyncio.FIRST_COMPLETED)
                 self._stopping = True
-                await self._finish_replies()
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(STOP_SECONDS):
+                        while self._replying:
+                            await asyncio.sleep(0.01)
         except OSError as error:
             raise ServingError(
                 f"cannot listen on {wanted.host}:{wanted.port}: {error.strerror or error}; choose another --host or --port"
@@ -94,12 +125,6 @@ class PolicyServer:
             batches.cancel()
             with suppress(asyncio.CancelledError):
                 await batches
-
-    async def _finish_replies(self) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS):
-                while self._replying:
-                    await asyncio.sleep(0.01)
 
     def _admit(self, connection: ServerConnection, request: HttpRequest) -> Response | None:
         """Answer a plain HTTP request, or let a client in (None)."""
@@ -121,7 +146,7 @@ class PolicyServer:
             return
         self._clients += 1
         client = _Client(connection, "client {}:{}".format(*(connection.remote_address or "??")[:2]))
-        log.info("%s connected, %d in all", client, self._clients)
+        log.info("%s connected, %d in all", client.name, self._clients)
         try:
             await connection.send(self._metadata)
             async for message in connection:
@@ -140,7 +165,7 @@ class PolicyServer:
         finally:
             self._clients -= 1
             code, reason = connection.close_code, connection.close_reason
-            log.info("%s left (%s %s), %d requests refused", client, code, reason, client.refused)
+            log.info("%s left (%s %s), %d requests refused", client.name, code, reason, client.refused)
 
     async def _reply(self, client: _Client, message: bytes | str) -> bytes | str | None:
         """The reply to one message: actions as a binary frame, one sentence as a text frame, or None if the client has gone."""
@@ -164,10 +189,10 @@ class PolicyServer:
             sentence = " ".join(str(error).split())
             client.refused += 1
             if client.refused <= LOGGED:
-                log.info("%s refused: %s", client, sentence)
+                log.info("%s refused: %s", client.name, sentence)
             return sentence
         except Exception:
-            log.exception("a request of %s failed", client)
+            log.exception("a request of %s failed", client.name)
             return "the request failed; the server's log says why"
         waited = asked - answer.timing["infer_ms"] / 1000.0
         timing = {"read_ms": _milliseconds(read), "wait_ms": _milliseconds(waited), **answer.timing, **client.last}
@@ -182,9 +207,6 @@ class _Client:
     name: str
     refused: int = 0
     last: dict[str, float] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return self.name
 
 
 def _milliseconds(seconds: float) -> float:

@@ -20,8 +20,7 @@ import pytest
 from svam.files import sha256
 from svam.models.svam import SVAM
 from svam.serving.inference import Inference
-from svam.serving.server import PolicyServer
-from svam.serving.settings import Settings
+from svam.serving.server import PolicyServer, Settings
 from tests import ROOT
 from tests.tiny import make_svam, save_all_parts
 from tests.tiny_foresight import SIZE, make_store

@@ -25,8 +25,7 @@ from svam.models.svam import SVAM
 from svam.serving.inference import Inference
 from svam.serving.protocol import ServingError
 from svam.serving.request import read_request
-from svam.serving.server import PolicyServer
-from svam.serving.settings import Settings
+from svam.serving.server import PolicyServer, Settings
 from tests.serving.conftest import MakeServer, request_of, start_command
 from tests.serving.peers import asked, encoded, minimal_client
 from tests.tiny_foresight import SIZE
@@ -232,9 +231,9 @@ def test_keys_origins_and_plain_http(make_server: MakeServer) -> None:
 def test_it_listens_elsewhere_only_with_a_key(svam: SVAM) -> None:
     for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
         with pytest.raises(ServingError, match="there is no key"):
-            PolicyServer(Inference(svam, 1), "", Settings(host=host))
-    for settings in (Settings("0.0.0.0", key="0123456789"), Settings("localhost"), Settings("::1"), Settings("127.0.0.2")):
-        settings.check()
+            Settings(host=host)
+    for host, key in {"0.0.0.0": "0123456789", "localhost": None, "::1": None, "127.0.0.2": None}.items():
+        Settings(host, key=key)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         server = PolicyServer(Inference(svam, 1), "", Settings(port=taken.getsockname()[1]))
         with pytest.raises(ServingError, match="cannot listen on 127.0.0.1:.* choose another"):
