@@ -31,12 +31,12 @@ def peaks(weights: NDArray[np.floating]) -> NDArray[np.int64]:
     return np.stack(np.unravel_index(flat, weights.shape[-2:]), axis=-1).astype(np.int64)
 
 
-def neighbourhood(weights: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(..., h, w) weights to the sum (...) over the 3 x 3 cells around the largest one; at the border over those that exist."""
+def around_peak(weights: NDArray[np.floating]) -> NDArray[np.float64]:
+    """(..., h, w) weights, 0 but in the 3 x 3 cells around the largest one; at the border in those that exist."""
     rows, columns = weights.shape[-2:]
     at = peaks(weights)[..., None, None, :]
     near = (np.abs(np.arange(rows)[:, None] - at[..., 0]) <= 1) & (np.abs(np.arange(columns) - at[..., 1]) <= 1)
-    return np.asarray((weights * near).sum(axis=(-2, -1), dtype=np.float64))
+    return np.asarray(weights * near, dtype=np.float64)
 
 
 def score_attention(weights: NDArray[np.floating], frames: NDArray[np.uint8]) -> list[dict[str, float]]:
@@ -58,7 +58,7 @@ def score_attention(weights: NDArray[np.floating], frames: NDArray[np.uint8]) ->
         some = moved[:, t].any(axis=(1, 2))
         if some.any():
             on = (mean[some, t] * moved[some, t]).sum(axis=(1, 2)).mean()
-            near = neighbourhood(mean[some, t]).mean()
+            near = around_peak(mean[some, t]).sum(axis=(1, 2)).mean()
             lines.append({
                 "frame": t, "on_moved": float(on), "moved": float(moved[some, t].mean()), "neighbourhood": float(near),
             })  # fmt: skip
@@ -95,16 +95,11 @@ def mark(grid: PictureGrid, row: int, weights: NDArray[np.floating]) -> None:
 def attention_path(weights: NDArray[np.floating]) -> NDArray[np.float64]:
     """Weights (T, N, h, w) to the place (T, 2) of the queries' mean attention in each frame, as fractions (across, down): the
     mean place within the 3 x 3 cells around the maximum, so the path is finer than the grid."""
-    mean = weights.mean(axis=1, dtype=np.float64)
-    rows, columns = mean.shape[-2:]
-    path = []
-    for weight, (row, column) in zip(mean, peaks(mean), strict=True):
-        r = np.arange(max(0, row - 1), min(rows, row + 2))
-        c = np.arange(max(0, column - 1), min(columns, column + 2))
-        part = weight[np.ix_(r, c)]
-        down, across = part.sum(axis=1) @ (r + 0.5), part.sum(axis=0) @ (c + 0.5)
-        path.append(np.asarray([across / columns, down / rows]) / max(float(part.sum()), 1e-12))
-    return np.stack(path)
+    near = around_peak(weights.mean(axis=1, dtype=np.float64))
+    rows, columns = near.shape[1:]
+    across = near.sum(axis=1) @ (np.arange(columns) + 0.5) / columns
+    down = near.sum(axis=2) @ (np.arange(rows) + 0.5) / rows
+    return np.asarray(np.stack([across, down], axis=1) / np.maximum(near.sum(axis=(1, 2)), 1e-12)[:, None])
 
 
 def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], instructions: list[str]) -> Any:
@@ -126,6 +121,17 @@ def attention_figure(frames: NDArray[np.uint8], weights: NDArray[np.floating], i
         colours = np.arange(steps)
         grid.axis.scatter(x, y, c=colours, cmap="plasma", s=14, edgecolors="white", linewidths=0.4, zorder=3)
     return figure
+
+
+def draw(axis: Any, lines: list[Mapping[str, float]]) -> None:
+    """Attention on patches that moved, beside their share, by frame."""
+    frames = [line["frame"] for line in lines]
+    axis.plot(frames, [line["on_moved"] for line in lines], color="#1f77b4", marker="o", markersize=3, label="attention")
+    axis.plot(frames, [line["moved"] for line in lines], color="#bbbbbb", marker="o", markersize=3, label="patches (uniform)")
+    axis.set_ylim(0.0, 1.0)
+    axis.set_xlabel("frames ahead", fontsize=7)
+    axis.legend(fontsize=7)
+    axis.set_title("Share on patches that moved", fontsize=8)
 
 
 def markdown(lines: list[Mapping[str, float]]) -> str:

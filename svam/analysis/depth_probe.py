@@ -7,6 +7,7 @@ training windows, so it has no budget to argue about, and every kind of feature 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -133,12 +134,10 @@ def _blocks(features: Features, frames: Frames, block: int) -> Iterator[tuple[sl
 
 def fit_heads(features: Features, frames: Frames, grid: int, block: int) -> dict[str, DepthHead]:
     """A head for every source, fitted on training frames; `block`: frames computed at a time."""
-    heads: dict[str, DepthHead] = {}
     targets = to_patches(frames[2], grid)
+    heads = defaultdict[str, DepthHead](lambda: DepthHead(targets))
     for part, tokens in _blocks(features, frames, block):
         for name, values in tokens.items():
-            if name not in heads:
-                heads[name] = DepthHead(targets)
             heads[name].add(values, targets[part])
     for head in heads.values():
         head.fit()
@@ -214,6 +213,16 @@ def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     sources = {title: result["sources"][name] for name, title in SOURCES.items() if name in result["sources"]}
     keys = ("rmse_m", "moved_rmse_m")
     return [{"what": title, **{k: values[k] for k in keys if k in values}} for title, values in sources.items()]
+
+
+def draw(axis: Any, result: Mapping[str, Any]) -> None:
+    """Root mean squared error by source, where something moved if anything did."""
+    shown = [name for name in SOURCES if name in result["sources"]]
+    key = "moved_rmse_m" if all("moved_rmse_m" in result["sources"][name] for name in shown) else "rmse_m"
+    colours = ["#1f77b4" if name == "geometric" else "#bbbbbb" for name in shown]
+    axis.barh([SOURCES[name] for name in shown], [result["sources"][name][key] for name in shown], color=colours)
+    axis.invert_yaxis()
+    axis.set_title(f"Depth of the future, error in m{' where it moved' if key != 'rmse_m' else ''}", fontsize=8)
 
 
 def depth_figure(

@@ -7,17 +7,17 @@ in `left_out` says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from svam.analysis import attention, depth_probe, gap
-from svam.analysis.measures import measures_figure
 from svam.console import track
 from svam.contract import ContractError
 from svam.episodes.store import AnnotatedRows, EpisodeStore
@@ -28,8 +28,7 @@ from svam.models.svam import SVAM
 from svam.models.teachers import Teacher
 from svam.params import Foresight
 from svam.report import figures
-from svam.report.grid import PictureRow, picture_grid
-from svam.report.pca import pca_colours
+from svam.report.grid import PictureRow, pca_colours, picture_grid
 from svam.report.tables import rounded
 from svam.seeds import seed_of
 from svam.training.distill_data import GeneratedWindows, annotated_frames, recorded
@@ -264,6 +263,20 @@ def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
     return picture_grid(pictures, [f"{(row - start) / store.rate_hz:.2f} s" for row in rows], heading)[0]
 
 
+def measures_figure(metrics: Mapping[str, Any]) -> Any:
+    """The stage's numbers as one figure: the gap with its intervals, and where they were measured depth by source and attention
+    by frame."""
+    panels = {"gap": (5.0, gap.draw), "depth": (4.0, depth_probe.draw), "attention": (3.2, attention.draw)}
+    shown = [(metrics[name], *panel) for name, panel in panels.items() if name in metrics]
+    widths = [width for _, width, _ in shown]
+    figure = Figure(figsize=(sum(widths), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False, width_ratios=widths)[0]
+    for axis, (measured, _, draw) in zip(axes, shown, strict=True):
+        draw(axis, measured)
+        axis.tick_params(labelsize=7)
+    return figure
+
+
 def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[str, Any]:
     """Write `metrics.json`, `foresight.md`, `plots/*.json` and the figures into `folder`; returns the metrics."""
     sums = measure_gap(inputs)
@@ -275,9 +288,9 @@ def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[s
         plots["depth"] = depth_probe.table(metrics["depth"])
         pages.append(depth_probe.markdown(metrics["depth"]))
     if (attended := measure_attention(inputs, policy)) is not None:
-        metrics["attention"], drawn["attention"] = attended
-        plots["attention"] = metrics["attention"]
-        pages.append(attention.markdown(metrics["attention"]))
+        plots["attention"], drawn["attention"] = attended
+        metrics["attention"] = plots["attention"]
+        pages.append(attention.markdown(plots["attention"]))
     drawn["measures"] = measures_figure(metrics)
     metrics["left_out"] = inputs.left_out
     if inputs.left_out:

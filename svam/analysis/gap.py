@@ -64,6 +64,10 @@ REGIONS = {"robot": ("arm", "gripper"), "gripper": ("gripper",), "object": ("obj
 """Region -> segmentation classes that it unites."""
 
 
+FINDINGS = {"better": "#1f77b4", "worse": "#d6604d", "not distinguishable": "#999999"}
+"""What is found of a difference, and its colour."""
+
+
 class Sums(NamedTuple):
     """A measure before it is divided: numerator and denominator (W,) float64, one entry per window."""
 
@@ -218,7 +222,7 @@ def verdict(result: Mapping[str, Any]) -> str:
         )
     findings = {name: line["finding"] for name, line in result["difference"].items()}
     parts = []
-    for finding in ("better", "worse", "not distinguishable"):
+    for finding in FINDINGS:
         names = [name for name, own in findings.items() if own == finding]
         if names:
             parts.append(f"{finding} in {', '.join(names)}")
@@ -233,6 +237,19 @@ def table(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         for row in ("multi_step", "one_step")
         if (value := result["values"][row].get(name)) is not None
     ]
+
+
+def draw(axis: Any, result: Mapping[str, Any]) -> None:
+    """Multi-step minus one step, every measure turned so that the right is better."""
+    for place, (name, line) in enumerate(result["difference"].items()):
+        sign = 1.0 if MEASURES[name].better == "higher" else -1.0
+        ends = (sign * line["low"], sign * line["high"])
+        axis.plot(ends, [place, place], color=FINDINGS[line["finding"]], linewidth=2.0)
+        axis.plot(sign * line["value"], place, "o", color=FINDINGS[line["finding"]], markersize=4)
+    axis.axvline(0.0, color="black", linewidth=0.5)
+    axis.set_yticks(range(len(result["difference"])), list(result["difference"]))
+    axis.invert_yaxis()
+    axis.set_title("Multi-step against one step: right of 0 is better", fontsize=8)
 
 
 def markdown(result: Mapping[str, Any]) -> str:

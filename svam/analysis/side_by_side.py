@@ -23,8 +23,7 @@ from svam.episodes.windows import action_rows
 from svam.evaluation.offline import encode_rows, episode_bounds, recorded_clips, target_name
 from svam.models.svam import SVAM
 from svam.report.figures import save
-from svam.report.grid import GAP, PictureGrid
-from svam.report.pca import pca_colours
+from svam.report.grid import GAP, PictureGrid, pca_colours
 from svam.seeds import generator, seed_of
 
 COLOURS = ("#1f77b4", "#d6604d")
@@ -158,7 +157,6 @@ def side_by_side(
     names: Annotated[str, typer.Option(help="What the two are called, with a comma between.")] = "S-VAM,VPP",
     windows: Annotated[int, typer.Option(min=1, help="Windows shown, of one task after the other.")] = 3,
     seed: Annotated[int, typer.Option(help="Which windows, and all noise.")] = 0,
-    dpi: Annotated[int, typer.Option(min=50, max=300, help="Dots per inch.")] = 100,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 2,
 ) -> None:
@@ -170,7 +168,7 @@ def side_by_side(
     chosen = prepare_torch(device, threads, seed)
     models = [SVAM.load(folder, chosen) for folder in (first, second)]
     figure = compare_models(EpisodeStore.open(episodes), models, labels, windows, seed)
-    save(figure, out, dpi)
+    save(figure, out, dpi=100)
     console.print(f"{' and '.join(labels)} side by side: {out}")
 
 

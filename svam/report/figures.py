@@ -14,8 +14,7 @@ from numpy.typing import NDArray
 from svam.files import whole_file
 from svam.npy import read_arrays
 from svam.params import Report
-from svam.report.grid import PictureRow, picture_grid
-from svam.report.pca import pca_colours
+from svam.report.grid import PictureRow, pca_colours, picture_grid
 from svam.report.tables import (
     ERRORS,
     PREDICTORS,
@@ -131,26 +130,11 @@ def action_figure(offline: Mapping[str, Any]) -> Any:
     return figure
 
 
-def clip_sheet(clips: NDArray[np.uint8], zoom: int = 2, gap: int = 2) -> NDArray[np.uint8]:
-    """Clips (n, rows, T, H, W, 3) uint8 as one picture: time runs right; the rows of one clip stand together."""
-    count, rows, frames, height, width, _ = clips.shape
-    cell_h, cell_w = height * zoom + gap, width * zoom + gap
-    sheet = np.full((count * (rows * cell_h + 3 * gap), frames * cell_w, 3), 255, dtype=np.uint8)
-    for c, r, t in np.ndindex(count, rows, frames):
-        top = c * (rows * cell_h + 3 * gap) + r * cell_h
-        large = clips[c, r, t].repeat(zoom, axis=0).repeat(zoom, axis=1)
-        sheet[top : top + height * zoom, t * cell_w : t * cell_w + width * zoom] = large
-    return sheet
-
-
 def clips_figure(clips: NDArray[np.uint8]) -> Any:
     """Held-out clips (n, 2, T, H, W, 3) uint8: the truth above the generation."""
-    pixels = clip_sheet(clips)
-    figure, axes = plt.subplots(figsize=(10.0, 10.0 * pixels.shape[0] / pixels.shape[1] + 0.4), layout="constrained")
-    axes.imshow(pixels, interpolation="nearest")
-    axes.set_axis_off()
-    axes.set_title("Held-out clips: the truth through the autoencoder, and below it the generation")
-    return figure
+    rows: list[PictureRow] = [row for truth, made in clips for row in (("truth", list(truth)), ("generation", list(made)))]
+    heading = "Held-out clips: the truth through the autoencoder, and below it the generation"
+    return picture_grid(rows, ["observed", *(f"+{t}" for t in range(1, clips.shape[2]))], heading)[0]
 
 
 def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
@@ -164,8 +148,8 @@ def foresight_figure(arrays: Mapping[str, NDArray[Any]], clip: int) -> Any:
         both = foreseen if truth is None else np.concatenate([foreseen, truth[clip]])
         pictures = list(pca_colours(both))
         # A single picture (the goal frame) stands where its time is: at the end.
-        before: list[None] = [None] * (len(frames) - len(foreseen))
-        rows.append((f"{name}\nforesight".replace("_", "-"), [*before, *pictures[: len(foreseen)]]))
+        places = [*[None] * (len(frames) - len(foreseen)), *pictures[: len(foreseen)]]
+        rows.append((f"{name}\nforesight".replace("_", "-"), places))
         if truth is not None:
             rows.append((f"{name}\nof the truth".replace("_", "-"), pictures[len(foreseen) :]))
     return picture_grid(rows, ["observed", *(f"+{t}" for t in range(1, len(frames)))], "")[0]

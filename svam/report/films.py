@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from svam.files import FileError
 from svam.films import write_film
 from svam.npy import read_arrays
-from svam.report.pca import pca_colours
+from svam.report.grid import pca_colours
 
 TITLE_HEIGHT = 16
 """Pixels above each panel."""

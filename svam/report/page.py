@@ -66,23 +66,14 @@ ANALYSIS = {
 
 
 @dataclass(frozen=True)
-class Film:
-    """A rollout: addresses of the film and of the picture that stands for it until it is played, and a caption."""
-
-    address: str
-    poster: str
-    caption: str
-
-
-@dataclass(frozen=True)
 class Section:
-    """A part of a page. text: HTML. table: cells by line, the first of which is the header. elsewhere: pictures that may be
-    missing."""
+    """A part of a page. text: HTML. table: cells by line, the first of which is the header. films: addresses of a film and of
+    the picture that stands for it until it is played, and a caption. elsewhere: pictures that may be missing."""
 
     title: str
     text: str = ""
     table: Sequence[Sequence[str]] = ()
-    films: Sequence[Film] = ()
+    films: Sequence[tuple[str, str, str]] = ()
     pictures: Sequence[Picture] = ()
     elsewhere: Sequence[Picture] = ()
 
@@ -192,7 +183,7 @@ def films_section(folder: Path, beside: Beside, episodes: Mapping[str, Mapping[s
         if line is not None:
             end = "the goal was reached after" if line["success"] else "the goal was not reached in"
             caption = f"{line['task']}, goal {line['index']}: \u201c{line['instruction']}\u201d; {end} {line['steps']} steps"
-        films.append(Film(beside.address(beside.films, f"{name}.mp4"), f"posters/{name}.png", caption))
+        films.append((beside.address(beside.films, f"{name}.mp4"), f"posters/{name}.png", caption))
     text = (
         "The camera, and beside it what the policy foresaw, as the first three principal components of the features over the "
         "whole film: between two looks of the policy a panel plays the foreseen frames from the first to the last. "
@@ -222,11 +213,8 @@ def training_section(folder: Path, params: Params, manifest: Path) -> Section:
 def training_of(part: str, params: Params) -> Optimiser | None:
     """How a part of the S-VAM folder was trained; None for imported weights."""
     kind, _, branch = part.partition("_")
-    sections: dict[str, TrainPolicy | FinetuneVideo | Distill] = {
-        "policy": params.train_policy,
-        "video": params.finetune_video,
-        "decoupler": params.distill,
-    }
+    sections: dict[str, TrainPolicy | FinetuneVideo | Distill]
+    sections = {"policy": params.train_policy, "video": params.finetune_video, "decoupler": params.distill}
     if kind in sections:
         return sections[kind].training
     backbone: Backbone = getattr(params.prepare_backbones, branch or kind)

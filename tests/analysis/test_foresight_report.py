@@ -214,7 +214,7 @@ def test_the_neighbourhood_is_three_cells_wide_and_cut_at_the_border() -> None:
     weights[0, 2, 3], weights[0, 1, 2], weights[0, 4, 4] = 0.6, 0.3, 0.1
     weights[1, 0, 0], weights[1, 1, 1], weights[1, 0, 2] = 0.5, 0.3, 0.2
     assert attention.peaks(weights).tolist() == [[2, 3], [0, 0]]
-    assert attention.neighbourhood(weights) == pytest.approx([0.9, 0.8])
+    assert attention.around_peak(weights).sum(axis=(1, 2)) == pytest.approx([0.9, 0.8])
 
 
 def test_the_path_lies_within_the_cell_of_the_maximum() -> None:

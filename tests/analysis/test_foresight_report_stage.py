@@ -153,7 +153,7 @@ def test_examples_come_from_every_task_in_turn() -> None:
 def compare(root: Path, out: Path, *more: str, second: str = "vpp") -> Any:
     command = typer.Typer()
     command.command()(side_by_side)
-    arguments = [root / "svam", root / second, f"--episodes={root / 'episodes.zarr'}", f"--out={out}", "--dpi=50"]
+    arguments = [root / "svam", root / second, f"--episodes={root / 'episodes.zarr'}", f"--out={out}"]
     return invoke(command, *arguments, "--windows=2", "--threads=1", *more)
 
 

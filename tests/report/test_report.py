@@ -19,10 +19,10 @@ from svam.evaluation.scores import rate_of, summary
 from svam.files import FileError, read_json, sha256_tree, write_json
 from svam.npy import write_arrays
 from svam.report import tables
-from svam.report.figures import clip_sheet
+from svam.report.figures import clips_figure
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
-from svam.report.pca import pca_colours
-from svam.report.published import beside_published, read_published
+from svam.report.grid import pca_colours
+from svam.report.published import PUBLISHED, beside_published
 from tests.toy import write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
@@ -190,7 +190,7 @@ def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
 
 
 def test_published_rates_of_chains_add_up() -> None:
-    rows = read_published()["calvin"]["rows"]
+    rows = PUBLISHED["calvin"]["rows"]
     assert len(rows) > 5 and all(abs(sum(rates) / 100 - length) <= 0.0051 for *rates, length in rows.values())
 
 
@@ -232,11 +232,11 @@ def test_films_hold_one_picture_for_each_step(run: Path, tmp_path: Path) -> None
         draw_films(tmp_path, run / "results", 80.0)
 
 
-def test_clips_stand_in_a_sheet() -> None:
+def test_clips_stand_in_rows_the_truth_above_the_generation() -> None:
     clips = np.arange(2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 3, 1, 1, 1).repeat(3, axis=5)
-    sheet = clip_sheet(clips, zoom=1, gap=1)
-    assert sheet.shape == (2 * 7, 3 * 2, 3)
-    np.testing.assert_array_equal(sheet[[0, 2, 7, 9]][:, ::2, 0], clips[..., 0, 0, 0].reshape(4, 3))
+    pictures = clips_figure(clips).axes[0].images
+    places = sorted(pictures, key=lambda picture: (picture.get_extent()[3], picture.get_extent()[0]))
+    assert [int(picture.get_array()[0, 0, 0]) for picture in places] == list(range(12))
 
 
 def test_pca_recovers_a_plane_and_shares_its_scale() -> None:
