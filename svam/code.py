@@ -14,7 +14,7 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -83,7 +83,7 @@ def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, roo
             continue
         seen.add(file)
         path = file.relative_to(root).as_posix()
-        digest, imported = _read(file.read_text(encoding="utf-8"), path.rpartition("/")[0].replace("/", "."))
+        digest, imported = _read(file.read_text(encoding="utf-8"))
         if path not in UNTRACKED and digest != _EMPTY:
             code[path] = digest
         data = file.with_suffix(".yaml")
@@ -117,27 +117,27 @@ def module_file(name: str, root: Path = ROOT) -> Path | None:
 
 
 @cache
-def _read(source: str, package: str) -> tuple[str, frozenset[str]]:
-    return digest_of(source), frozenset(imported_names(source, package))
+def _read(source: str) -> tuple[str, frozenset[str]]:
+    return digest_of(source), frozenset(imported_names(source))
 
 
-def imported_names(source: str, package: str = "") -> set[str]:
+def imported_names(source: str) -> set[str]:
     """Dotted names that the source imports anywhere (functions included), but for `if TYPE_CHECKING:`, which never runs.
 
     `from a import b` gives both `a` and `a.b`. `import_module("a.b")` counts too; of `import_module(f"a.{x}")` the constant
-    beginning is given, "a.". `package` resolves relative imports.
+    beginning is given, "a.".
 
     Raises:
-        ValueError: the name given to `import_module` does not begin with a constant.
+        ValueError: an import is relative, or the name given to `import_module` does not begin with a constant.
     """
     names: set[str] = set()
-    for node in _executed(ast.parse(source)):
+    for node in ast.walk(_for_machines(source)):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            parts = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            base = ".".join([*parts, *([node.module] if node.module else [])])
-            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            if node.module is None or node.level:
+                raise ValueError(f"line {node.lineno}: a relative import; write the whole name")
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and node.args and _called(node) in ("import_module", "__import__"):
             first = node.args[0]
             first = first.values[0] if isinstance(first, ast.JoinedStr) and first.values else first
@@ -147,26 +147,14 @@ def imported_names(source: str, package: str = "") -> set[str]:
     return names
 
 
-def _executed(node: ast.AST) -> Iterator[ast.AST]:
-    yield node
-    never = isinstance(node, ast.If) and _is_for_type_checkers(node)
-    for child in getattr(node, "orelse", []) if never else ast.iter_child_nodes(node):
-        yield from _executed(child)
-
-
-def _is_for_type_checkers(node: ast.If) -> bool:
-    return getattr(node.test, "attr", getattr(node.test, "id", "")) == "TYPE_CHECKING"
-
-
 def _called(call: ast.Call) -> str:
     return call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
 
 
 def digest_of(source: str) -> str:
     """Sixteen hexadecimal digits that change with whatever in a module can change a number."""
-    tree = ast.parse(source)
     written: list[str] = []
-    _write(_Words(tree).visit(tree), written)
+    _write(_for_machines(source), written)
     return hashlib.sha256("\0".join(written).encode()).hexdigest()[:16]
 
 
@@ -212,9 +200,8 @@ class _Words(ast.NodeTransformer):
 
     def _shows(self, node: ast.AST) -> bool:
         """Whether a node calls a method of the console or of a progress bar."""
-        owner = (
-            getattr(node.func.value, "id", "") if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
-        )
+        method = node.func if isinstance(node, ast.Call) else None
+        owner = getattr(method.value, "id", "") if isinstance(method, ast.Attribute) else ""
         return owner in self.bars or (owner == "console" and owner in self.console)
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
@@ -222,7 +209,7 @@ class _Words(ast.NodeTransformer):
         return None if is_text or self._shows(node.value) else self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> Any:
-        if not _is_for_type_checkers(node):
+        if getattr(node.test, "attr", getattr(node.test, "id", "")) != "TYPE_CHECKING":
             return self.generic_visit(node)
         return [self.visit(child) for child in node.orelse]
 
@@ -248,6 +235,11 @@ class _Words(ast.NodeTransformer):
         elif _called(node) in ("Argument", "Option"):
             node.keywords = [keyword for keyword in node.keywords if keyword.arg != "help"]
         return self.generic_visit(node)
+
+
+def _for_machines(source: str) -> ast.AST:
+    tree = ast.parse(source)
+    return _Words(tree).visit(tree)
 
 
 _EMPTY = digest_of("")
