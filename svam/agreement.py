@@ -22,7 +22,7 @@ SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values."""
-    problems = [*_of_models(params), *_of_sizes(params), *_of_evaluation(params)]
+    problems = [*_of_models(params), *_of_sizes(params)]
     if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -52,6 +52,12 @@ def _of_models(params: Params) -> Iterator[str]:
         )
     if params.evaluate.policy == "svam" and params.evaluate.execute > params.train_policy.chunk:
         yield f"evaluate.execute ({params.evaluate.execute}) must not exceed train_policy.chunk ({params.train_policy.chunk})"
+    section = params.evaluate.metaworld
+    if "metaworld" in params.evaluate.protocols and section.held_out_instruction_episodes > section.episodes:
+        yield (
+            f"evaluate.metaworld.held_out_instruction_episodes ({section.held_out_instruction_episodes}) must not exceed "
+            f"evaluate.metaworld.episodes ({section.episodes}): they are the first of the same goals"
+        )
 
 
 def _of_sizes(params: Params) -> Iterator[str]:
@@ -76,15 +82,6 @@ def _of_sizes(params: Params) -> Iterator[str]:
         yield (
             f"generate.grid is {params.generate.grid}, but latents of frames of {size[0]}x{size[1]} ({key}) are only "
             f"{size[0] // factor}x{size[1] // factor}: no feature of the U-Net is finer"
-        )
-
-
-def _of_evaluation(params: Params) -> Iterator[str]:
-    section = params.evaluate.metaworld
-    if "metaworld" in params.evaluate.protocols and section.held_out_instruction_episodes > section.episodes:
-        yield (
-            f"evaluate.metaworld.held_out_instruction_episodes ({section.held_out_instruction_episodes}) must not exceed "
-            f"evaluate.metaworld.episodes ({section.episodes}): they are the first of the same goals"
         )
 
 

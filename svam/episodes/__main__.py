@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.text import Text
 
 from svam.console import console, one_line_errors
+from svam.files import FileError, write_json
 
 app = typer.Typer(
     add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, rich_markup_mode="markdown", help=__doc__
@@ -95,15 +98,11 @@ def show(
     path: Store,
     episode: Annotated[int, typer.Option(help="Number of the episode, from 0.")],
     out: Annotated[Path, typer.Option(help="Folder for a picture (.png) and a film (.mp4), named by the number.")],
-    camera: Annotated[list[str] | None, typer.Option(help="Show this camera only; may be repeated. Default: all.")] = None,
-    fps: Annotated[
-        float | None, typer.Option(min=1, max=240, help="Frames a second of the film. Default: the data's, at most 30.")
-    ] = None,
 ) -> None:
     """Draw one episode to look at: a contact sheet (PNG), and a film (mp4) of all cameras above the action curves."""
     from svam.episodes.show import show_episode
 
-    for file in show_episode(path, episode, out, camera or [], fps):
+    for file in show_episode(path, episode, out):
         console.print(str(file), highlight=False, markup=False, soft_wrap=True)
 
 
@@ -113,19 +112,36 @@ def manifest(
     path: Annotated[Path, typer.Argument(help="Folder of a recorded data set, in any format.")],
     out: Annotated[Path, typer.Argument(help="JSON file to write, outside that folder.")],
 ) -> None:
-    """List the names and sizes of all files below PATH in OUT, sorted and without times.
+    """List the names (with `/`) and sizes of all files below PATH in OUT, sorted and without times; links are followed.
 
     For data sets that are too large for DVC to read and hash file by file: write the manifest, set convert.depends_on to
     it, and write it again whenever the data may have changed. Equal lists are equal bytes, so nothing runs again without
     need. What is then trusted: that a file whose name and size did not change has the same contents. A frame edited in place,
     or a file replaced by another of exactly its size, is not noticed: then convert again with `dvc repro --force convert`.
     """
-    from rich.filesize import decimal
+    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+        raise FileError(f"{out}: lies below {path}, where it would list itself; name a file outside")
+    sizes: dict[str, int] = {}
+    seen: set[str] = set()
 
-    from svam.episodes.manifest import write_manifest
+    def refuse(error: OSError) -> None:
+        raise error
 
-    count, size = write_manifest(path, out)
-    console.print(f"{out}: {count} files, {decimal(size)}", highlight=False, markup=False, soft_wrap=True)
+    try:
+        for parent, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+            folders.sort()  # which decides by what name a folder is listed that a link leads to as well
+            if (real := os.path.realpath(parent)) in seen:  # a link back to where we were
+                folders.clear()
+                continue
+            seen.add(real)
+            sizes |= {file.relative_to(path).as_posix(): file.stat().st_size for file in (Path(parent, n) for n in names)}
+    except OSError as error:
+        raise FileError(f"{error.filename}: {error.strerror or error}") from None
+    if not sizes:
+        raise FileError(f"{path}: holds no files")
+    total = sum(sizes.values())
+    write_json(out, {"schema_version": 1, "count": len(sizes), "bytes": total, "files": sizes})
+    console.print(f"{out}: {len(sizes)} files, {decimal(total)}", highlight=False, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

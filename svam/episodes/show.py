@@ -38,13 +38,9 @@ def _resized(frame: Picture, height: float, width: float) -> Picture:
 
 def _stacked(parts: Sequence[Picture], axis: int) -> Picture:
     """Pictures below (0) or beside (1) one another on white, from the upper left; height and width are even, as H.264 needs."""
-    sizes = np.array([part.shape[:2] for part in parts])
-    across = int(sizes[:, 1 - axis].max())
-    filled = []
-    for part in parts:
-        missing = [0, 0]
-        missing[1 - axis] = across - part.shape[1 - axis]
-        filled.append(np.pad(part, ((0, missing[0]), (0, missing[1]), (0, 0)), constant_values=255))
+    across = max(part.shape[1 - axis] for part in parts)
+    missing = [[(0, across - part.shape[side] if side != axis else 0) for side in (0, 1)] for part in parts]
+    filled = [np.pad(part, [*own, (0, 0)], constant_values=255) for part, own in zip(parts, missing, strict=True)]
     whole = np.concatenate(filled, axis=axis)
     return np.pad(whole, ((0, whole.shape[0] % 2), (0, whole.shape[1] % 2), (0, 0)), constant_values=255)
 
@@ -60,8 +56,8 @@ def _written(text: str, width: int, size: int) -> Picture:
 class Shown:
     """The episode: its rows in the store (n,), the seconds since its first frame (n,), and what all its pages say."""
 
-    def __init__(self, store: EpisodeStore, episode: int, cameras: Sequence[str]) -> None:
-        self.store, self.episode, self.cameras = store, episode, cameras
+    def __init__(self, store: EpisodeStore, episode: int) -> None:
+        self.store, self.episode, self.cameras = store, episode, store.cameras
         self.rows = np.arange(*store.bounds(episode), dtype=np.int64)
         stamps = store.timestamps(self.rows)
         self.seconds = np.arange(len(self.rows)) / store.rate_hz if stamps is None else stamps - stamps[0]
@@ -147,22 +143,18 @@ def film(shown: Shown, fps: float) -> Iterator[Picture]:
             yield _stacked([header, _written(said, width, 12), pictures, now], axis=0)
 
 
-def show_episode(path: Path, episode: int, out: Path, cameras: Sequence[str], fps: float | None) -> list[Path]:
+def show_episode(path: Path, episode: int, out: Path) -> list[Path]:
     """Write `episode_<number>.png` and `.mp4` of one episode into the folder `out`; returns their names.
 
-    `cameras` empty means all. `fps` None means the data's rate, at most 30, so that fast data can be followed.
+    The film has the data's rate, at most 30 frames a second, so that fast data can be followed.
 
     Raises:
-        ContractError: there is no such episode or camera. FileError: the store does not open, or its frames are damaged.
+        ContractError: there is no such episode. FileError: the store does not open, or its frames are damaged.
     """
     store = EpisodeStore.open(path)
     if not 0 <= episode < len(store.episode_ends):
         raise ContractError(f"{path}: no episode {episode}; there are 0..{len(store.episode_ends) - 1}")
-    for camera in cameras:
-        if camera not in store.cameras:
-            raise ContractError(f"{path}: no camera {camera!r}; there are {', '.join(store.cameras)}")
-    shown = Shown(store, episode, list(dict.fromkeys(cameras)) or store.cameras)
-    rate = min(store.rate_hz, FASTEST) if fps is None else fps
+    shown, rate = Shown(store, episode), min(store.rate_hz, FASTEST)
     sheet, video = out / f"episode_{episode:04d}.png", out / f"episode_{episode:04d}.mp4"
     with whole_file(sheet) as temporary:
         Image.fromarray(contact_sheet(shown)).save(temporary)

@@ -237,15 +237,10 @@ def test_show_draws_a_sheet_and_a_film(kept: Path, tmp_path: Path) -> None:
     assert len(pages) == SOURCE.episodes[3].steps
     assert all(page.shape == pages[0].shape and page.shape[0] % 2 == 0 for page in pages)
     assert np.abs(pages[0].astype(int) - pages[9]).mean() > 1
-    one = tmp_path / "one"
-    assert call("show", kept, "--episode", 3, "--out", one, "--camera", "wrist", "--fps", 5).exit_code == 0
-    with av.open(str(one / "episode_0003.mp4")) as film:
-        assert film.streams.video[0].width < pages[0].shape[1] and film.streams.video[0].average_rate == 5.0
 
 
 @pytest.mark.parametrize("arguments, message", [
     (("--episode", 9), r"no episode 9; there are 0..8"), (("--episode", -1), r"no episode -1; there are 0..8"),
-    (("--episode", 0, "--camera", "top"), "no camera 'top'; there are front, wrist"),
 ])  # fmt: skip
 def test_show_says_what_is_there_instead(kept: Path, tmp_path: Path, arguments: tuple[object, ...], message: str) -> None:
     result = call("show", kept, "--out", tmp_path / "out", *arguments)
