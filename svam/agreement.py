@@ -40,10 +40,7 @@ def frame_size(params: Params) -> tuple[int, int] | None:
 
 def _of_models(params: Params) -> Iterator[str]:
     branches, unet = params.distill.branches, params.finetune_video.unet
-    missing = [
-        branch for branch in ("geometric", "semantic") if branch in params.train_policy.context and branch not in branches
-    ]
-    if missing:
+    if missing := sorted({"geometric", "semantic"} & set(params.train_policy.context) - set(branches)):
         yield f"train_policy.context asks for {missing}, which distill.branches {branches} does not train"
     if not unet.pretrained and params.generate.up_blocks > len(unet.channels):
         yield (

@@ -238,8 +238,10 @@ class _Words(ast.NodeTransformer):
 
 
 def _for_machines(source: str) -> ast.AST:
+    """The module's tree without what only people and type checkers read."""
     tree = ast.parse(source)
-    return _Words(tree).visit(tree)
+    remaining: ast.AST = _Words(tree).visit(tree)
+    return remaining
 
 
 _EMPTY = digest_of("")

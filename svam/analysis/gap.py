@@ -135,12 +135,7 @@ def label_sums(predicted: NDArray[Any], truth: NDArray[Any], counted: NDArray[np
 
     Args:
         predicted, truth: (k, n, H, W) integer labels of `SEGMENTATION_CLASSES`. counted: (k, n) the frames that count.
-
-    Raises:
-        ValueError: the shapes differ.
     """
-    if predicted.shape != truth.shape or predicted.shape[:2] != counted.shape:
-        raise ValueError(f"labels differ in shape: predicted {predicted.shape}, truth {truth.shape}, counted {counted.shape}")
     sums = {}
     for region, names in REGIONS.items():
         classes = [SEGMENTATION_CLASSES.index(name) for name in names]
@@ -221,11 +216,8 @@ def verdict(result: Mapping[str, Any]) -> str:
             f"({FEWEST_EPISODES} are needed)."
         )
     findings = {name: line["finding"] for name, line in result["difference"].items()}
-    parts = []
-    for finding in FINDINGS:
-        names = [name for name, own in findings.items() if own == finding]
-        if names:
-            parts.append(f"{finding} in {', '.join(names)}")
+    named = {finding: [name for name, own in findings.items() if own == finding] for finding in FINDINGS}
+    parts = [f"{finding} in {', '.join(names)}" for finding, names in named.items() if names]
     return f"Multi-step, against one decoded step, is {'; '.join(parts)}."
 
 

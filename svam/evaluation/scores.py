@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from scipy.stats import binomtest
 
-TIERS: Mapping[str, tuple[str, ...]] = {
-    "easy": (
-        "button-press", "button-press-topdown", "button-press-topdown-wall", "button-press-wall", "coffee-button", "dial-turn",
-        "door-close", "door-lock", "door-open", "door-unlock", "drawer-close", "drawer-open", "faucet-close", "faucet-open",
-        "handle-press", "handle-press-side", "handle-pull", "handle-pull-side", "lever-pull", "plate-slide",
-        "plate-slide-back", "plate-slide-back-side", "plate-slide-side", "reach", "reach-wall", "window-close",
-        "window-open", "peg-unplug-side",
-    ),
-    "medium": (
-        "basketball", "bin-picking", "box-close", "coffee-pull", "coffee-push", "hammer", "peg-insert-side", "push-wall",
-        "soccer", "sweep", "sweep-into",
-    ),
-    "hard": ("assembly", "hand-insert", "pick-out-of-hole", "pick-place", "push", "push-back"),
-    "very_hard": ("shelf-place", "disassemble", "stick-pull", "stick-push", "pick-place-wall"),
-}  # fmt: skip
+from svam.files import read_yaml
+
+TIERS: Mapping[str, list[str]] = read_yaml(Path(__file__).with_suffix(".yaml"))
 """Difficulty tiers of the 50 MetaWorld tasks (Seo et al. 2022, "Masked World Models", appendix)."""
-PUBLISHED_TIERS: Mapping[str, tuple[str, ...]] = {
-    "easy": TIERS["easy"],
-    "medium": TIERS["medium"],
-    "hard": TIERS["hard"] + TIERS["very_hard"],
-}
+PUBLISHED_TIERS = {"easy": TIERS["easy"], "medium": TIERS["medium"], "hard": TIERS["hard"] + TIERS["very_hard"]}
 """The three columns of the tables of VPP and S-VAM, which merge hard and very hard into "hard" (11 tasks) and end in the mean
 over tasks. LeRobot's evaluation ends in the mean over the four `TIERS` instead, in which a very hard task counts 28 / 5 times
 as much as an easy one."""
@@ -81,7 +66,7 @@ def summary(successes: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     if not successes or not all(len(s) for s in successes.values()):
         raise ValueError("success rates: every task needs at least one episode")
 
-    def tiers(table: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    def tiers(table: Mapping[str, list[str]]) -> dict[str, Any]:
         members = {tier: [s for task in tasks for s in successes.get(task, ())] for tier, tasks in table.items()}
         return {tier: rate_of(group) for tier, group in members.items() if group}
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 from svam.code import library_versions
 from svam.device import processor
-from svam.files import FileError, read_json, sha256_tree
+from svam.files import FileError, read_json, read_yaml, sha256_tree
 from svam.params import Backbone, Distill, FinetuneVideo, Optimiser, Params, TrainPolicy
 from svam.report import tables
 from svam.report.defaults import ELSEWHERE, changed_params
@@ -43,26 +43,7 @@ GPUS = Path("/proc/driver/nvidia/gpus")
 
 Picture = tuple[str, str]
 """Its address, relative to the page, and what it shows."""
-FIGURES: Mapping[str, Picture] = {
-    "success": ("Success in closed loop", "Success by task, with 95 % Wilson intervals."),
-    "distillation": ("Foresight on held-out episodes", "Both decouplers beside their baselines."),
-    "foresight": (
-        "Foresight on held-out episodes",
-        "A held-out window: foresight, and what the teacher sees in the recorded future, as principal components.",
-    ),
-    "clips": ("Generated clips against the reconstructed truth", "Held-out clips: the truth, and below it the generation."),
-    "teachers": ("Teachers", "How well the teachers see on real, reconstructed and generated frames."),
-    "actions": ("Offline, on held-out episodes", "Errors of actions by step of the chunk and by dimension."),
-    "curves": ("Training", "Training losses; the dark line is a running mean."),
-}
-"""Name of a figure before its number -> the section that it belongs to, and its caption."""
-ANALYSIS = {
-    "measures": "Generated clips, decoded one-step predictions and the recorded future, measured.",
-    "depth": "Depth of the future, read from foresight by a linear head.",
-    "attention": "Where the policy looks in the foreseen frames.",
-    "sequence_0": "Foresight along an episode, above what the teacher sees in the frame that was really recorded then.",
-}
-"""Figures of the stage `foresight`, and their captions."""
+CAPTIONS: Mapping[str, Any] = read_yaml(Path(__file__).with_suffix(".yaml"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +98,7 @@ def write_page(
         Section(
             "What foresight holds",
             MARKDOWN.render(f"By the stage `foresight`; the numbers are in [foresight.md]({numbers})."),
-            elsewhere=[(beside.address(beside.foresight, f"{name}.png"), caption) for name, caption in ANALYSIS.items()],
+            elsewhere=[(beside.address(beside.foresight, f"{name}.png"), said) for name, said in CAPTIONS["foresight"].items()],
         ),
         training_section(folder, params, manifest),
         cost_section(run, episodes),
@@ -167,7 +148,7 @@ def policy_episodes(results: Path) -> dict[str, dict[str, Any]]:
 
 def figures_of(folder: Path, title: str) -> list[Picture]:
     """The figures in the folder that belong to the section."""
-    chosen = {name: caption for name, (section, caption) in FIGURES.items() if section == title}
+    chosen = {name: caption for name, (section, caption) in CAPTIONS["figures"].items() if section == title}
     names = sorted((file.stem for file in folder.glob("*.png")), key=lambda name: (len(name), name))
     return [(f"{n}.png", caption) for kind, caption in chosen.items() for n in names if n.rstrip("0123456789_") == kind]
 

@@ -44,7 +44,11 @@ def read_request(message: bytes | str, svam: SVAM) -> Request:
     if not isinstance(request, dict) or not all(isinstance(key, str) for key in request):
         found = "a text frame" if isinstance(request, str) else type(request).__name__
         raise ContractError(f"observation: found {found}, expected a msgpack map with text keys, such as 'prompt'")
-    _refuse_unknown(request, svam.camera)
+    for key, value in request.items():
+        known = key in KEYS or key == svam.camera or key.startswith("observation/")
+        # Further arrays are other cameras and sensors, which a client may send to any server; another key is a slip.
+        if not known and not isinstance(value, np.ndarray | np.generic):
+            raise ContractError(f"observation: unknown key {key[:80]!r}{did_you_mean(key[:80], [*KEYS, svam.camera])}")
     prompt = request.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > SENTENCE:
         found = f"a text of {len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
@@ -53,14 +57,6 @@ def read_request(message: bytes | str, svam: SVAM) -> Request:
     observation = Observation({svam.camera: _picture(request, svam.camera)}, prompt, state)
     svam.check(observation)
     return Request(observation, _seed(request.get("seed"), observation, svam.camera))
-
-
-def _refuse_unknown(request: Mapping[str, Any], camera: str) -> None:
-    """Further arrays are other cameras and sensors, which a client may send to any server; another key is a slip."""
-    for key, value in request.items():
-        known = key in KEYS or key == camera or key.startswith("observation/")
-        if not known and not isinstance(value, np.ndarray | np.generic):
-            raise ContractError(f"observation: unknown key {key[:80]!r}{did_you_mean(key[:80], [*KEYS, camera])}")
 
 
 def _picture(request: Mapping[str, Any], camera: str) -> NDArray[np.uint8]:

@@ -53,6 +53,7 @@ from pydantic import Field
 from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape, Frames, Frozen, SourceDescription
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
+from svam.sections import Distinct
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
@@ -89,19 +90,9 @@ class _EpisodeFacts(Frozen):
 class _Meta(Frozen):
     schema_version: Literal[1]
     rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-    cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1)]
+    cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1), Distinct]
     tasks: dict[str, _Task] = {}
     episodes: dict[str, _EpisodeFacts] = {}
-
-
-def _read_meta(file: Path) -> _Meta:
-    try:
-        meta = stated(_Meta, read_json(file), file)
-    except (RecursionError, OSError) as error:
-        raise FileError(f"{file}: cannot be read ({type(error).__name__})") from None
-    if len(set(meta.cameras)) != len(meta.cameras):
-        raise FileError(f"{file}: cameras: {meta.cameras} names one twice")
-    return meta
 
 
 def _field(file: Path, there: Mapping[str, NDArray[Any]] | Mapping[str, Header], name: str) -> Any:
@@ -153,7 +144,7 @@ class RawSource:
             raise FileError(
                 f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
             )
-        self._meta = _read_meta(self._meta_file)
+        self._meta = stated(_Meta, read_json(self._meta_file), self._meta_file)
         self._files = sorted(self.path.glob("*.npz"), key=lambda file: file.stem)
         if not self._files:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")

@@ -119,7 +119,7 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
         ({"schema_version": 2}, r"meta\.json: schema_version is 2"),
         ({"rate_hz": 0}, r"meta\.json: rate_hz is 0"),
         ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
-        ({"cameras": ["front", "front"]}, "names one twice"),
+        ({"cameras": ["front", "front"]}, "more than once"),
         ({"task": {}}, r"meta\.json: unknown key 'task'"),
         ({"tasks": {"pick": {"train": []}}}, r"meta\.json: tasks\.pick\.train"),
         ({"episodes": {"z": {}}}, r"episodes names 'z', but there is no z\.npz"),
