@@ -55,7 +55,7 @@ def layer_of(module: str) -> int | None:
 
 @cache
 def direct_imports(file: Path) -> set[str]:
-    return imported_names(file.read_text(encoding="utf-8"), ".".join(file.relative_to(ROOT).parts[:-1]))
+    return imported_names(file.read_text(encoding="utf-8"))
 
 
 def own_imports(file: Path) -> set[str]:

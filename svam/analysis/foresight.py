@@ -7,7 +7,7 @@ in `left_out` says so.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,7 @@ def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
 def measures_figure(metrics: Mapping[str, Any]) -> Any:
     """The stage's numbers as one figure: the gap with its intervals, and where they were measured depth by source and attention
     by frame."""
+    panels: dict[str, tuple[float, Callable[[Any, Any], None]]]
     panels = {"gap": (5.0, gap.draw), "depth": (4.0, depth_probe.draw), "attention": (3.2, attention.draw)}
     shown = [(metrics[name], *panel) for name, panel in panels.items() if name in metrics]
     widths = [width for _, width, _ in shown]
@@ -288,9 +289,9 @@ def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[s
         plots["depth"] = depth_probe.table(metrics["depth"])
         pages.append(depth_probe.markdown(metrics["depth"]))
     if (attended := measure_attention(inputs, policy)) is not None:
-        plots["attention"], drawn["attention"] = attended
-        metrics["attention"] = plots["attention"]
-        pages.append(attention.markdown(plots["attention"]))
+        metrics["attention"], drawn["attention"] = attended
+        plots["attention"] = metrics["attention"]
+        pages.append(attention.markdown(metrics["attention"]))
     drawn["measures"] = measures_figure(metrics)
     metrics["left_out"] = inputs.left_out
     if inputs.left_out:
