@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from svam.benchmark import serving
 from svam.files import sha256
 from tests.benchmark.common import check_ratio, measured
 
 
-def test_a_served_call_is_measured_against_act(model: Path, tmp_path: Path) -> None:
+def test_a_served_call_is_measured_against_act(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "CALLS", 1)
     found = measured("serving", tmp_path, {"benchmark": {"repeats": 2}}, "--model", str(model))
     assert found["policy_sha256"] == sha256(model / "manifest.json")
     seconds = found["seconds_per_observation"]
