@@ -28,6 +28,7 @@ def main(
     from svam.episodes.store import EpisodeStore
     from svam.evaluation.calvin import write_calvin
     from svam.evaluation.latency import print_latencies
+    from svam.evaluation.libero import write_libero
     from svam.evaluation.metaworld import check_tasks, write_metaworld
     from svam.evaluation.offline import write_offline
     from svam.evaluation.policies import evaluated_policy
@@ -37,7 +38,7 @@ def main(
     store = EpisodeStore.open(episodes)
     if "metaworld" in section.protocols:
         check_tasks(section.metaworld.tasks, store if section.policy == "svam" else None)
-    write = {"offline": write_offline, "metaworld": write_metaworld, "calvin": write_calvin}
+    write = {"offline": write_offline, "metaworld": write_metaworld, "calvin": write_calvin, "libero": write_libero}
     metrics: dict[str, Any] = {"protocols": list(section.protocols), "policy": section.policy}
     with evaluated_policy(params, model) as (policy, computed_by):
         deciding = [name for name in type(section).model_fields if name != "remote"] + [f"remote.{name}" for name in REMOTE]

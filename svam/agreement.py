@@ -14,6 +14,7 @@ from svam.episodes.windows import stride_of
 from svam.errors import ParamsError, SvamError, did_you_mean
 from svam.params import Params
 from svam.simulation.calvin import open_checkout
+from svam.simulation.libero import libero_version
 from svam.simulation.metaworld import RATE_HZ
 
 SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
@@ -21,12 +22,15 @@ SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 
 
 def check_agreement(params: Params) -> None:
-    """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values."""
+    """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
+    that a simulator is not installed, which a late stage would find out otherwise."""
     problems = [*_of_models(params), *_of_sizes(params)]
     if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
         problems += _of_calvin(params)
+    if "libero" in params.evaluate.protocols:
+        libero_version()
     if problems:
         raise ParamsError("\n".join(problems))
 

@@ -23,6 +23,7 @@ Style = Literal["direct", "left", "right", "high"]
 BenchmarkPart = Literal[
     "store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering", "serving", "calvin"
 ]
+LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
 
@@ -369,6 +370,18 @@ class EvaluateCalvin(Section):
     max_steps: Count
 
 
+class EvaluateLibero(Section):
+    """The protocol `libero`: `episodes` official initial states of each task; pictures `drawn` pixels wide, then resized."""
+
+    suites: Annotated[list[LiberoSuite], Field(min_length=1), Distinct]
+    tasks: Annotated[list[str], Distinct]
+    episodes: Annotated[int, Field(ge=1, le=50)]
+    max_steps: Count | None
+    drawn: Annotated[int, Field(ge=32, le=1024)]
+    render: Literal["fast", "full"]
+    flip: Literal["none", "vertical", "rotate_180"]
+
+
 class RemotePolicy(Section):
     """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`.
 
@@ -390,13 +403,14 @@ class Evaluate(Section):
     """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol, and one for a policy that
     another program serves."""
 
-    protocols: Annotated[list[Literal["metaworld", "calvin", "offline"]], Field(min_length=1), Distinct]
+    protocols: Annotated[list[Literal["metaworld", "calvin", "libero", "offline"]], Field(min_length=1), Distinct]
     policy: Literal["svam", "remote", "expert", "random"]
     execute: Count
     batch: Count
     videos: Annotated[int, Field(ge=0)]
     metaworld: EvaluateMetaworld
     calvin: EvaluateCalvin
+    libero: EvaluateLibero
     offline: EvaluateOffline
     remote: RemotePolicy
 

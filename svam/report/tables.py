@@ -86,9 +86,10 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
 
     success: mean any-step success over tasks, success_low and success_high its 95 % interval; success_mean_of_groups: where
     all four groups of difficulty were evaluated, LeRobot's average; success_reach: of the task that is visually hardest;
-    success_unseen_sentence; calvin_average_length: subtasks in a row. video_error_share: generated clips' squared error over
-    that of repeating the first frame. <branch>_cosine: centred, on patches that moved; <branch>_explained: share of the error
-    of repeating the reference. action_error: mean absolute, on held-out episodes, in physical units.
+    success_unseen_sentence; calvin_average_length: subtasks in a row; libero_success: mean of suites. video_error_share:
+    generated clips' squared error over that of repeating the first frame. <branch>_cosine: centred, on patches that moved;
+    <branch>_explained: share of the error of repeating the reference. action_error: mean absolute, on held-out episodes, in
+    physical units.
     """
     flat: dict[str, float] = {}
     rows = run.success
@@ -111,7 +112,37 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
         flat[f"{branch}_explained"] = metrics["decoupler"]["explained"]
     if "offline" in run.results:
         flat["action_error"] = run.results["offline"]["policy"]["mae"]
+    if "libero" in run.results:
+        flat["libero_success"] = next(iter(run.results["libero"]["rows"].values()))["mean_of_suites"]
     return {name: round(float(value), 4) for name, value in flat.items()}
+
+
+def libero_parts(run: RunMetrics) -> list[str]:
+    """Title, setting and table of the protocol `libero`, where it was run."""
+    libero = run.results.get("libero")
+    if libero is None:
+        return []
+    rows = libero["rows"]
+
+    def rates(kind: str, name: str) -> list[str]:
+        found = (scores[kind][name] for scores in rows.values())
+        return [f"{rate['success']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})" for rate in found]
+
+    first = next(iter(rows.values()))
+    lines = [["**mean of suites**", *(f"{scores['mean_of_suites']:.1%}" for scores in rows.values())]]
+    for kind in ("suites", "tasks"):
+        lines += [[name.replace("_", " "), *rates(kind, name)] for name in first[kind]]
+    limits = ", ".join(f"{suite.removeprefix('libero_')} {steps}" for suite, steps in libero["max_steps"].items())
+    text = (
+        f"{libero['episodes_per_task']} episodes a task from the official initial states, in their order; at most so many "
+        f"steps after {libero['settling_steps']} of settling: {limits}. Success at any step; 95 % Wilson intervals."
+    )
+    if libero["cameras"]:
+        text += (
+            f" Cameras: {', '.join(libero['cameras'])}, drawn at {libero['drawn']} pixels in the style {libero['render']} by "
+            f"MuJoCo {libero['mujoco']}."
+        )
+    return ["## LIBERO", text, markdown_table(["", *(run.row_name(row) for row in rows)], lines)]
 
 
 def has_four_groups(summary: Mapping[str, Any]) -> bool:
@@ -306,6 +337,7 @@ def markdown(run: RunMetrics, note: str = "") -> str:
         parts += ["## Success in closed loop", text, grid]
     if chains := chain_section(run):
         parts += ["## CALVIN: subtasks in a row", chains]
+    parts += libero_parts(run)
     if run.decouplers:
         lines = [
             [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]

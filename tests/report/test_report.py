@@ -38,6 +38,16 @@ SETTING = {
 }  # fmt: skip
 
 
+LIBERO = {
+    "rows": {
+        name: {"suites": {"libero_goal": rate_of(group)}, "tasks": {"stove": rate_of(group)}, "mean_of_suites": mean}
+        for name, group, mean in (("policy", [True, True, False, False], 0.5), ("random", [False] * 4, 0.0))
+    },
+    "episodes_per_task": 4, "max_steps": {"libero_goal": 300}, "settling_steps": 10, "cameras": ["agentview"], "drawn": 128,
+    "render": "full", "mujoco": "3.3.0",
+}  # fmt: skip
+
+
 def row(*rates: float, episodes: int = 4) -> dict[str, Any]:
     return summary({task: [i < rate * episodes for i in range(episodes)] for task, rate in zip(TASKS, rates, strict=True)})
 
@@ -52,7 +62,7 @@ def write_run(root: Path) -> Path:
         "expert": row(1, 1, 0.75), "same_goals": row(1.0, 0.5, 0.0, episodes=2),
     }  # fmt: skip
     write_json(root / "results/metrics.json", {
-        "protocols": ["metaworld", "offline"],
+        "protocols": ["metaworld", "offline", "libero"], "libero": LIBERO,
         "metaworld": {"rows": rows, "rate_hz": 80.0, "max_steps": 500, "execute": 8, "setting": SETTING},
         "offline": offline | {"windows": 8, "samples": 2, "notice": "this is not success"},
     })  # fmt: skip
@@ -170,6 +180,7 @@ def test_markdown_says_what_was_measured(run: Path) -> None:
     )
     assert "| push | 50% (15% to 85%) |" in page and "| very hard | 0%" in page
     assert "| geometric: linear probe on F | 0.400 | 0.400 | 0.200 | 0.600 |" in page
+    assert "| libero goal | 50% (15% to 85%) | 0% (0% to 49%) |" in page and "of settling: goal 300." in page
     assert "12.3% of the error" in page and "this is not success" in page
     assert "semantic: generated frames | mean IoU | 0.700" in page
 
@@ -198,7 +209,7 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     shutil.rmtree(run / "decouplers/semantic")
     write_json(run / "backbones/semantic/metrics.json", {})  # imported weights
     results = read_json(run / "results/metrics.json")
-    del results["metaworld"]
+    del results["metaworld"], results["libero"]
     write_json(run / "results/metrics.json", results)
     result = invoke(run, tmp_path / "out", branches=["geometric"])
     assert result.exit_code == 0, result.output
