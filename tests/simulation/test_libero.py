@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from svam.contract import frame_blocks
 from svam.errors import MachineError, ParamsError
 from svam.simulation.libero import (
     CAMERAS,
+    RATE_HZ,
     RESTING,
     SETTLING_STEPS,
     SUITES,
@@ -24,6 +28,7 @@ from svam.simulation.libero import (
     turned,
 )
 from svam.simulation.libero_experts import EXPERT_TASKS
+from svam.sources.robomimic import Options, open_source
 from tests.libero import INSTALLED, needs_libero
 
 TASK = "put_the_bowl_on_the_stove"
@@ -128,6 +133,39 @@ def test_an_episode_does_not_depend_on_those_before_it(environment: LiberoEnviro
         environment.reset(50)
     with pytest.raises(ValueError, match="expected 7 finite numbers"):
         environment.step(np.full(7, np.nan, np.float32))
+
+
+@needs_libero
+@pytest.mark.slow
+def test_a_recorded_demonstration_is_read_as_the_policy_meets_it(environment: LiberoEnvironment, tmp_path: Path) -> None:
+    """A script's first steps in the layout of LIBERO's create_dataset.py, pictures as robosuite gives them: upside down."""
+    import h5py
+
+    environment.reset(0)
+    met, rows = [], []
+    for _ in range(6):
+        action = environment.expert_action()
+        met.append(environment.observe() | {"proprioception": environment.proprioception(), "actions": action})
+        raw = [environment._renderer.colour(environment._data, number) for number in environment._cameras.values()]
+        rows.append((*raw, met[-1]["proprioception"][:6], met[-1]["proprioception"][6:], action))
+        environment.step(action)
+    names = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "obs/ee_states", "obs/gripper_states", "actions")
+    with h5py.File(tmp_path / f"{TASK}_demo.hdf5", "w") as file:
+        data = file.create_group("data")
+        data.attrs["macros_image_convention"] = "opengl"
+        data.attrs["env_args"] = json.dumps({"env_kwargs": {"control_freq": 20}})
+        data.attrs["problem_info"] = json.dumps({"language_instruction": "put the bowl on the stove"})
+        for name, values in zip(names, zip(*rows, strict=True), strict=True):
+            data[f"demo_0/{name}"] = np.stack(values)
+    source = open_source(tmp_path, Options())
+    described, episode = source.describe(), source.read(0)
+    assert (described.rate_hz, described.cameras) == (RATE_HZ, sorted(CAMERAS))
+    assert episode.actions is not None and episode.proprioception is not None
+    assert episode.instruction == "put the bowl on the stove"
+    assert np.array_equal(episode.actions, [step["actions"] for step in met])
+    assert np.array_equal(episode.proprioception, [step["proprioception"] for step in met])
+    for camera in CAMERAS:
+        assert np.array_equal(np.concatenate(list(frame_blocks(episode.frames[camera]))), [step[camera] for step in met])
 
 
 @needs_libero
