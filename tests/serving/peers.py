@@ -67,7 +67,7 @@ def minimal_server(reply: Callable[[Any, int], bytes | str | None], metadata: by
                 return
             connection.send(answer)
 
-    with serve(handle, "127.0.0.1", 0, compression=None, max_size=10_000, close_timeout=1) as server:
+    with serve(handle, "127.0.0.1", 0, compression=None, max_size=1_000_000, close_timeout=1) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
