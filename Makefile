@@ -37,8 +37,7 @@ quick: setup
 	@git config user.email >/dev/null && git config user.name >/dev/null || { \
 		echo "DVC keeps the run as a commit, which needs a name: git config user.name NAME; git config user.email ADDRESS" >&2; exit 1; }
 	dvc exp remove --quiet quick 2>/dev/null || true
-	mapfile -t changes < <(sed -n 's/^\([a-z_.]*\): */-S\n\1=/p' svam/presets/quick.yaml); \
-		dvc exp run --temp --name quick "$${changes[@]}"
+	arguments="$$(python -m svam.presets args quick)" && eval "dvc exp run --temp --name quick $$arguments"
 	rm -rf .cache/quick && mkdir -p .cache/quick
 	git archive "$$(git for-each-ref --format='%(refname)' --count 1 'refs/exps/*/*/quick')" data/report data/foresight \
 		| tar -x -C .cache/quick --strip-components 1

@@ -11,8 +11,9 @@ import typer
 from ruamel.yaml import YAML
 
 from svam.console import console, one_line_errors
-from svam.experiments.plan import Run, load_plan, planned_runs, preset, with_arguments
+from svam.experiments.plan import Run, load_plan, planned_runs, with_arguments
 from svam.experiments.running import run_all, unfinished_runs
+from svam.presets.overlay import as_arguments, overlay_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 Only = Annotated[list[str] | None, typer.Option(help="Only runs of this name, pattern (vpp-*) or variant; may be repeated.")]
@@ -62,7 +63,8 @@ def params(
     file: Annotated[Path, typer.Option("--params", help="Parameter file to begin with.")] = Path("params.yaml"),
 ) -> None:
     """Print a parameter file with changes, checked: for a stage's --params."""
-    arguments = [argument for change in changes for argument in ([change] if "=" in change else preset(change))]
+    named = ([change] if "=" in change else as_arguments(overlay_of(change)) for change in changes)
+    arguments = [argument for several in named for argument in several]
     YAML(typ="safe", pure=True).dump(with_arguments(file, arguments), sys.stdout)
 
 

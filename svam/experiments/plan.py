@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -109,20 +108,6 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("para
     if not selected:
         raise ParamsError(f"--only {' '.join(only)}: no planned run is called so; without --only `plan` prints them all")
     return selected
-
-
-def preset(name: str) -> list[str]:
-    """The `-S` arguments that a preset stands for.
-
-    Raises:
-        ParamsError: there is none of that name.
-    """
-    folder = FOLDER.parent / "presets"
-    file = folder / f"{name}.yaml"
-    if not file.is_file():
-        names = ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
-        raise ParamsError(f"{name!r} is no key=value, nor a preset; those are {names}")
-    return [f"{key}={json.dumps(value)}" for key, value in read_yaml(file).items()]
 
 
 def with_arguments(params: Path, arguments: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,194 @@
+"""Reading overlays, `<name>.yaml` beside this module (a dotted key and its value a line), and writing them into params.yaml.
+
+An overlay may begin with `extends: [<name>, ...]`, whose keys it then has too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import textwrap
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
+
+from svam.agreement import check_agreement
+from svam.episodes.options import source_options
+from svam.errors import ParamsError, describe, did_you_mean
+from svam.files import whole_file
+from svam.params import Params, load_params
+from svam.simulation.scenes import check_scenes
+
+FOLDER = Path(__file__).parent
+WIDTH = 128
+PLAIN = re.compile(r"(?!(?:true|false|null|yes|no|on|off|y|n)$)[A-Za-z][\w./-]*", re.IGNORECASE)
+"""Texts that no reader of YAML takes for anything else without quotes."""
+
+
+class Change(NamedTuple):
+    """A dotted key that a preset sets, its value in params.yaml, and the preset's."""
+
+    key: str
+    old: Any
+    new: Any
+
+
+def preset_names() -> list[str]:
+    """Those that can be applied; a name that begins with `_` is for others to extend."""
+    return sorted(file.stem for file in FOLDER.glob("[a-z]*.yaml"))
+
+
+def overlay_of(name: str) -> dict[str, Any]:
+    """Dotted key -> value.
+
+    Raises:
+        ParamsError: there is no such preset.
+    """
+    if name not in preset_names():
+        raise ParamsError(f"{name!r} is no preset{did_you_mean(name, preset_names())}; those are {', '.join(preset_names())}")
+    return _read_overlay(name)
+
+
+def _read_overlay(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = _load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    extended = [_read_overlay(other) for other in values.pop("extends", [])]
+    return {key: value for overlay in [*extended, values] for key, value in overlay.items()}
+
+
+def about(name: str) -> str:
+    """The first sentence of the overlay's comment."""
+    comment = (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").partition("\n\n")[0]
+    lines = [line.removeprefix("#").strip() for line in comment.splitlines() if line.startswith("#")]
+    return re.split(r"(?<=\.)\s", " ".join(lines))[0]
+
+
+def _load(text: str) -> Any:
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def changes_by(overlay: Mapping[str, Any], file: Path) -> list[Change]:
+    """What the overlay sets, also where `file` has that value, in the file's order.
+
+    Raises:
+        ParamsError: `file` is no valid params, or lacks a key.
+    """
+    load_params(file)
+    text = file.read_text(encoding="utf-8")
+    values, changes = _load(text), {}
+    for key in _places(text, overlay, file):
+        value = values
+        for part in key.split("."):
+            value = value[part]
+        changes[key] = Change(key, value, overlay[key])
+    return list(changes.values())
+
+
+def as_arguments(overlay: Mapping[str, Any]) -> list[str]:
+    """key=value, as `dvc exp run -S` takes them."""
+    return [f"{key}={json.dumps(value)}" for key, value in overlay.items()]
+
+
+def with_overlay(overlay: Mapping[str, Any], file: Path, name: str) -> tuple[Params, str]:
+    """The params that `file` would hold, checked as `stages.check_params` does, and its text.
+
+    Raises:
+        ParamsError: a key that `file` lacks, or a value that is not accepted; the message names the preset.
+    """
+    text = with_values(file.read_text(encoding="utf-8"), overlay, file)
+    try:
+        params = Params.model_validate(_load(text))
+        source_options(params)
+        check_agreement(params)
+        check_scenes(params.collect.scenes, params.collect.tasks)
+    except ValidationError as error:
+        raise ParamsError(describe(error, f"{file} with preset {name}")) from None
+    except ParamsError as error:
+        raise ParamsError(f"{file} with preset {name}: {error}") from None
+    return params, text
+
+
+def with_values(text: str, values: Mapping[str, Any], file: Path) -> str:
+    """The text of `file` with other values; what they do not replace stays as it is, to the byte.
+
+    Raises:
+        ParamsError: a key is not there.
+    """
+    for key, node in reversed(_places(text, values, file).items()):
+        start, value = node.start_mark.index, _written(values[key])
+        if isinstance(values[key], list):
+            value = _folded(value, start - text.rfind("\n", 0, start) - 1)
+        text = text[:start] + (" " if text[start - 1] == ":" else "") + value + text[_end(node) :]
+    return text
+
+
+def write(text: str, file: Path, changes: list[Change], force: bool) -> None:
+    """Write params, unless edits that git does not have are in the sections that change.
+
+    Raises:
+        ParamsError: there are such edits, and not `force`.
+    """
+    done = subprocess.run(
+        ["git", "show", f"HEAD:./{file.name}"], cwd=file.absolute().parent, capture_output=True, encoding="utf-8", check=False
+    )
+    committed, here = _load(done.stdout if done.returncode == 0 else "") or {}, _load(file.read_text(encoding="utf-8"))
+    sections = dict.fromkeys(change.key.split(".")[0] for change in changes if change.old != change.new)
+    edited = [section for section in sections if committed.get(section) != here[section]]
+    if edited and not force:
+        raise ParamsError(f"{file}: git's last commit has other values in {', '.join(edited)}; commit them, or pass --force")
+    with whole_file(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _places(text: str, keys: Mapping[str, Any], file: Path) -> dict[str, Node]:
+    """Of each key, where its value is in the text; in the text's order.
+
+    Raises:
+        ParamsError: a key is not there.
+    """
+    found = dict(_nodes(YAML(pure=True).compose(text)))
+    for key in keys:
+        if key not in found:
+            raise ParamsError(f"{file}: has no key {key!r}, which the preset sets{did_you_mean(key, found)}")
+    return {key: node for key, node in found.items() if key in keys}
+
+
+def _nodes(mapping: MappingNode, prefix: str = "") -> Iterator[tuple[str, Node]]:
+    for key, node in mapping.value:
+        yield prefix + str(key.value), node
+        if isinstance(node, MappingNode):
+            yield from _nodes(node, f"{prefix}{key.value}.")
+
+
+def _end(node: Node) -> int:
+    """The place after a value; a list or mapping over several lines, without brackets, ends with its last value."""
+    if isinstance(node, CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(last, tuple) else last)
+    return int(node.end_mark.index)
+
+
+def _written(value: Any) -> str:
+    """A value in YAML, as a person writes it: texts without quotes where they need none, numbers without an exponent, which
+    readers of YAML 1.1 take for text."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_written(k)}: {_written(v)}' for k, v in value.items())}}}"
+    if isinstance(value, float):
+        return format(Decimal(repr(value)), "f")
+    return value if isinstance(value, str) and PLAIN.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+
+
+def _folded(line: str, column: int) -> str:
+    """A list that begins at `column`, over several lines if need be; not within texts in quotes, which would change them."""
+    if '"' in line:
+        return line
+    wrapper = textwrap.TextWrapper(WIDTH - column, break_long_words=False, break_on_hyphens=False)
+    wrapper.subsequent_indent = " " * (column + 1)
+    return wrapper.fill(line)

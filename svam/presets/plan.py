@@ -1,0 +1,199 @@
+"""What a run would take, without running anything: parameters, disk, memory of the GPU, FLOPs and hours, as a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from svam.models.foresight import BRANCHES, FrozenParts
+from svam.params import Optimiser, Params
+from svam.presets.data import Data
+from svam.presets.models import Models
+
+CARDS = {"rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
+"""Name -> (peak of dense bf16 matrix products in FLOP/s, memory in GB), as NVIDIA states them."""
+SHARE = 0.15
+"""Of the peak. A training step of SVD's U-Net (16 frames of 32 x 32 latents, batch 4) took 354 ms on an H200, which is 16 %."""
+RAW, STORED = 0.36, 0.20
+"""Bytes of recordings and of the store by bytes of the frames, annotations included: those of the default's demonstrations."""
+TRAINED, FROZEN = 20, 4
+"""Bytes a parameter, float32: in training weight, gradient, AdamW's two moments and the average; frozen the weight alone."""
+STATE = 16
+"""Bytes a parameter of a training's saved state: weight, two moments, average."""
+HEADER = 128
+"""Bytes of a .npy file before its values."""
+
+
+class Out(NamedTuple):
+    """What a run leaves on the disk: path, bytes, and whether they follow from the params and the number of rows alone."""
+
+    path: str
+    size: int
+    exact: bool = True
+
+
+class Stage(NamedTuple):
+    """What a stage trains and what else it holds, and the FLOPs of all of it."""
+
+    name: str
+    trained: list[nn.Module]
+    frozen: list[nn.Module]
+    flops: float
+
+
+def parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def saved(module: nn.Module) -> int:
+    """Bytes of a module's weights and buffers in a file."""
+    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+
+
+def arrays_of(params: Params, data: Data, models: Models) -> dict[str, dict[str, tuple[tuple[int, ...], int]]]:
+    """Folder -> name of an array -> (shape, bytes of a value), as encode, generate and cache_teacher write them."""
+    sampling, config, (height, width) = params.generate, models.video.config, data.size
+    train = min(sampling.windows, data.rows(held_out=False))
+    test = min(sampling.held_out_windows, data.rows(held_out=True))
+    every, picture, latent = train + test, (height, width, 3), config.clip_shape[1:]
+    clip, grid = (config.frames, *picture), (sampling.grid, sampling.grid)
+    common: dict[str, Any] = {"rows": ((every, config.frames), 8), "held_out": ((every,), 1)}
+    generated = common | {
+        "frames": ((every, *clip), 1), "reconstruction": ((every, *picture), 1), "latents": ((every, *latent), 2),
+        "one_step_frames": ((test, *clip), 1), "other_noise_frames": ((test, *clip), 1),
+    }  # fmt: skip
+    if sampling.keep_features:
+        generated["features"] = ((every, config.frames, *grid, models.video.feature_channels(sampling.up_blocks)), 2)
+    folders = {"data/latents": {"": ((data.rows(False) + data.rows(True), *latent), 2)}, "data/generated": generated}
+    for branch in params.distill.branches:
+        token = (*grid, models.teachers[branch].channels)
+        tokens = (config.frames, *token)
+        folders[f"data/teachers/{branch}"] = common | {
+            "targets": ((every, *tokens), 2), "moved": ((every, *tokens[:-1]), 1), "reference": ((every, *token), 2),
+            "other_reference": ((test, *token), 2), "one_step": ((test, *tokens), 2), "other_noise": ((test, *tokens), 2),
+        }  # fmt: skip
+    return folders
+
+
+def parts_of(models: Models) -> dict[str, nn.Module]:
+    """The parts of a saved S-VAM, by name."""
+    parts = {"text": models.text, "autoencoder": models.autoencoder, "video": models.video}
+    parts |= {f"teacher_{branch}": teacher for branch, teacher in models.teachers.items()}
+    return parts | {f"decoupler_{branch}": decoupler for branch, decoupler in models.decouplers.items()}
+
+
+def observations_of(params: Params, data: Data) -> tuple[int, int]:
+    """Observations that the policy learns from, and that choose its checkpoint."""
+    policy = params.train_policy
+    train, held = (data.observations(s, policy.observation_stride, policy.episodes_per_task) for s in (False, True))
+    return train, min(held, policy.evaluation_observations)
+
+
+def disk(params: Params, data: Data, models: Models) -> list[Out]:
+    """The large outs of the stages, and what train_policy and trainings keep in scratch folders."""
+    frames = math.prod(data.size) * 3 * (data.rows(False) + data.rows(True))
+    outs = [Out("data/raw/metaworld", int(RAW * frames), False)] if params.collect.tasks else []
+    outs.append(Out("data/episodes.zarr", data.stored or int(STORED * frames), data.stored is not None))
+    parts = parts_of(models)
+    outs += [Out(f"data/backbones/{n}", saved(parts[n])) for n in ("autoencoder", "text")]
+    outs += [Out(f"data/backbones/{branch}", saved(models.teachers[branch])) for branch in BRANCHES]
+    for folder, arrays in arrays_of(params, data, models).items():
+        outs.append(Out(folder, sum(math.prod(shape) * size + HEADER for shape, size in arrays.values())))
+    outs.append(Out("data/models/video", saved(models.video)))
+    outs += [Out(f"data/models/decouplers/{branch}", saved(d)) for branch, d in models.decouplers.items()]
+    used = [parts[name] for name in FrozenParts.of_entries(models.entries).names]
+    outs.append(Out("data/svam", sum(map(saved, [*used, models.policy]))))
+    entries = sum(2 * math.prod(shape) for shape in models.shapes.values())
+    outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
+    return [*outs, Out(".ckpt", STATE * max(map(parameters, (models.video, models.policy))))]
+
+
+def _samples(training: Optimiser) -> int:
+    return training.steps * training.batch * training.accumulate
+
+
+def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
+    """The stages that compute on a GPU, in order; what measuring takes is left out but for the evaluation itself."""
+    one, parts, backbones, sampling = models.flops(), parts_of(models), params.prepare_backbones, params.generate
+    video, frames = params.finetune_video, params.finetune_video.frames
+    if backbones.autoencoder.source == "in_domain":
+        total = _samples(backbones.autoencoder.training) * one["train_autoencoder"]
+        yield Stage("prepare_backbones_autoencoder", [models.autoencoder], [], total)
+    if models.contrast:
+        yield Stage("prepare_backbones_text", [models.contrast], [], _samples(backbones.text.training) * one["train_text"])
+    for branch in BRANCHES:
+        if f"train_{branch}" in one:
+            total = _samples(getattr(backbones, branch).training) * one[f"train_{branch}"]
+            yield Stage(f"prepare_backbones_teacher@{branch}", [models.teachers[branch]], [models.autoencoder], total)
+    rows, seen = data.rows(False) + data.rows(True), [models.autoencoder, models.text]
+    yield Stage("encode", [], [models.autoencoder], rows * one["encode"])
+    total = _samples(video.training) * one["train_unet"] + video.evaluation_clips * video.evaluation_steps * one["unet"]
+    yield Stage("finetune_video", [models.video], seen, total)
+    train, held = min(sampling.windows, data.rows(False)), min(sampling.held_out_windows, data.rows(True))
+    sampled = sampling.steps * (1 if sampling.guidance == 1.0 else 2) * one["unet"]
+    total = (train + 2 * held) * sampled + (train + 3 * held) * one["decode"]
+    yield Stage("generate", [], [*seen, models.video], total)
+    for branch in params.distill.branches:
+        looked = (train + held) * (frames + 1) + held * (2 * frames + 1)
+        yield Stage(f"cache_teacher@{branch}", [], [models.teachers[branch]], looked * one[f"teacher_{branch}"])
+    for branch in params.distill.branches:
+        again = 0 if sampling.keep_features else one["one_step"]
+        total = _samples(params.distill.training) * (one[f"train_decoupler_{branch}"] + again)
+        yield Stage(f"distill@{branch}", [models.decouplers[branch]], [] if again == 0 else [*seen, models.video], total)
+    needs = FrozenParts.of_entries(models.entries)
+    encoded = sum(one[f"decoupler_{b}"] for b in needs.decouplers)
+    if "generated" in models.entries or "goal_frame" in models.entries:
+        encoded += sampled + one["decode"] + frames * sum(one[f"teacher_{b}"] for b in needs.teachers) + one["encode"]
+    elif needs.video:
+        encoded += one["one_step"] + one["encode"]
+    encoded += sum(one[f"teacher_{b}"] for b in needs.teachers)
+    used, policy = [parts[name] for name in needs.names], params.train_policy
+    total = sum(observations_of(params, data)) * encoded + _samples(policy.training) * one["train_policy"]
+    yield Stage("train_policy", [models.policy], used, total)
+    act, judged, chunks = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate, 0
+    if "metaworld" in judged.protocols:
+        episodes = judged.metaworld.episodes + judged.metaworld.held_out_instruction_episodes
+        chunks += len(judged.metaworld.tasks) * episodes * -(-judged.metaworld.max_steps // judged.execute)
+    if "offline" in judged.protocols:
+        chunks += judged.offline.windows * judged.offline.samples
+    yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act)
+
+
+def report(params: Params, data: Data, card: str, share: float) -> str:
+    """The whole plan as a text. `card`: of `CARDS`; share: of its peak that is reached."""
+    models, (peak, memory) = Models(params, data), CARDS[card]
+    rows = data.rows(False) + data.rows(True)
+    origin = "measured in the store" if data.stored is not None else "an estimate, there is no store of these params"
+    lines = [f"data: {len(data.lengths):,} episodes, {rows:,} time steps ({origin}), frames of {data.size[0]}x{data.size[1]}"]
+    lines += ["", "parameters (exact)"]
+    named = parts_of(models) | {"policy": models.policy}
+    lines += [f"  {name:36s}{parameters(part) / 1e6:12,.3f} M" for name, part in named.items()]
+    lines += ["", "disk (GB; ~ estimated); films, figures, curves and tables are small beside it"]
+    outs = disk(params, data, models)
+    lines += [f"  {out.path:36s}{out.size / 1e9:12,.3f} {'' if out.exact else '~'}".rstrip() for out in outs]
+    lines += [f"  {'together':36s}{sum(out.size for out in outs) / 1e9:12,.3f}"]
+    lines += [
+        "",
+        f"GPU: memory is a lower bound (weights, gradients, AdamW, average; no activations), hours are FLOPs / ({share:g} x",
+    ]
+    lines += [f"{peak / 1e12:g} TFLOP/s of {card}), and nothing is in them but matrix products and convolutions"]
+    lines += [f"  {'stage':36s}{'at least GB':>12s}{'PFLOP':>14s}{'hours':>10s}"]
+    hours, warnings = 0.0, []
+    for stage in stages_of(params, data, models):
+        held = sum(TRAINED * parameters(m) for m in stage.trained) + sum(FROZEN * parameters(m) for m in stage.frozen)
+        spent = stage.flops / (peak * share) / 3600
+        lines.append(f"  {stage.name:36s}{held / 1e9:12.2f}{stage.flops / 1e15:14,.2f}{spent:10.2f}")
+        hours += spent
+        if held > memory * 1e9:
+            warnings.append(f"{stage.name} holds at least {held / 1e9:.1f} GB, a {card} has {memory}: take another --card")
+    lines.append(f"  {'together':36s}{hours:36.2f}")
+    features, room = next(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
+    if features > room * 1e9:
+        warnings.append(
+            f"the policy's features take {features / 1e9:.1f} GB, machine.cache_gb is {room:g}: raise it, or "
+            "train_policy.observation_stride"
+        )
+    return "\n".join([*lines, *(["", *(f"does not fit: {warning}" for warning in warnings)] if warnings else [])])
