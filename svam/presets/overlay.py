@@ -123,7 +123,8 @@ def with_values(text: str, values: Mapping[str, Any], file: Path) -> str:
         start, value = node.start_mark.index, _written(values[key])
         if isinstance(values[key], list):
             value = _folded(value, start - text.rfind("\n", 0, start) - 1)
-        text = text[:start] + (" " if text[start - 1] == ":" else "") + value + text[_end(node) :]
+        apart = text[start - 1] == ":" or _has_lines(node)  # of nothing there is only a colon; lines may begin below their key
+        text = text[:start] + " " * apart + value + text[_end(node) :]
     return text
 
 
@@ -165,9 +166,14 @@ def _nodes(mapping: MappingNode, prefix: str = "") -> Iterator[tuple[str, Node]]
             yield from _nodes(node, f"{prefix}{key.value}.")
 
 
+def _has_lines(node: Node) -> bool:
+    """Whether a value is a list or mapping over several lines, without brackets."""
+    return isinstance(node, CollectionNode) and not node.flow_style and bool(node.value)
+
+
 def _end(node: Node) -> int:
-    """The place after a value; a list or mapping over several lines, without brackets, ends with its last value."""
-    if isinstance(node, CollectionNode) and not node.flow_style and node.value:
+    """The place after a value; of several lines, after the last one's."""
+    if _has_lines(node):
         last = node.value[-1]
         return _end(last[1] if isinstance(last, tuple) else last)
     return int(node.end_mark.index)
