@@ -193,11 +193,12 @@ class Models:
         count = {
             "encode": _flops(autoencoder.encode_pixels, frame),
             "decode": _flops(autoencoder.decode_pixels, clip[0], config.frames),
-            "train_autoencoder": _training_flops(rebuilt),
             "one_step": _flops(features),
             "unet": _flops(denoising_loss, *noisy),
             "train_unet": _training_flops(denoising_loss, *noisy),
         }
+        if self.params.prepare_backbones.autoencoder.source == "in_domain":
+            count["train_autoencoder"] = _training_flops(rebuilt)
         if self.contrast:
             side, ids = self.contrast.clip.config.vision_config.image_size, _meta(1, config.text_tokens, dtype=torch.int64)
             halves = ((self.contrast.clip.vision_model, _meta(1, 3, side, side)), (self.contrast.clip.text_model, ids))
