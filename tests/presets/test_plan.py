@@ -29,7 +29,7 @@ def toy(finished: Path) -> tuple[Path, Params, Data, Models]:
 
 
 def bytes_of(folder: Path, pattern: str) -> int:
-    return sum(file.stat().st_size for file in folder.rglob(pattern))
+    return sum(file.stat().st_size for file in folder.rglob(pattern) if file.is_file())
 
 
 def test_weights_are_those_of_a_run(toy: tuple[Path, Params, Data, Models]) -> None:
