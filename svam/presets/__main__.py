@@ -11,7 +11,7 @@ import typer
 from svam.console import console, one_line_errors
 from svam.errors import ParamsError, shown
 from svam.params import load_params
-from svam.presets.overlay import Change, about, as_arguments, changes_by, overlay_of, preset_names, with_overlay, write
+from svam.presets.overlay import Change, about, as_arguments, changes_by, check, overlay_of, preset_names, with_overlay, write
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 Name = Annotated[str, typer.Argument(help="As `list` prints them.")]
@@ -49,7 +49,9 @@ def apply_preset(
 ) -> None:
     """Write a preset into params.yaml, whose comments and other values stay, and print what changed."""
     changes = _changes(name, params)
-    write(with_overlay(overlay_of(name), params, name)[1], params, changes, force)
+    applied, text = with_overlay(overlay_of(name), params, name)
+    check(applied, params, name)
+    write(text, params, changes, force)
     for key, old, new in changes:
         typer.echo(f"{key}: {shown(old)} -> {shown(new)}")
     console.print(f"{params}: {len(changes)} values changed", highlight=False)

@@ -74,6 +74,10 @@ def estimated(params: Params, rows: int | None, actions: int | None) -> Data:
             f"convert.source is {params.convert.source!r} and there is no store of it to measure: pass --rows and --actions, "
             "and set convert.image_size; or run dvc repro convert first"
         )
+    if not collected and params.train_policy.proprioception:
+        raise ParamsError(
+            "train_policy.proprioception is true, but only a store says its dimensions: run dvc repro convert first"
+        )
     if not collected:
         held = round(params.convert.held_out * (rows or 0))
         lengths, split = np.array([(rows or 0) - held, held]), np.array([False, True])

@@ -95,22 +95,26 @@ def as_arguments(overlay: Mapping[str, Any]) -> list[str]:
 
 
 def with_overlay(overlay: Mapping[str, Any], file: Path, name: str) -> tuple[Params, str]:
-    """The params that `file` would hold, checked as `stages.check_params` does, and its text.
+    """The params that `file` would hold, and its text.
 
     Raises:
         ParamsError: a key that `file` lacks, or a value that is not accepted; the message names the preset.
     """
     text = with_values(file.read_text(encoding="utf-8"), overlay, file)
     try:
-        params = Params.model_validate(_load(text))
+        return Params.model_validate(_load(text)), text
+    except ValidationError as error:
+        raise ParamsError(describe(error, f"{file} with preset {name}")) from None
+
+
+def check(params: Params, file: Path, name: str) -> None:
+    """As `stages.check_params` does; raises `ParamsError` that names the preset, or `MachineError` for a missing simulator."""
+    try:
         source_options(params)
         check_agreement(params)
         check_scenes(params.collect.scenes, params.collect.tasks)
-    except ValidationError as error:
-        raise ParamsError(describe(error, f"{file} with preset {name}")) from None
     except ParamsError as error:
         raise ParamsError(f"{file} with preset {name}: {error}") from None
-    return params, text
 
 
 def with_values(text: str, values: Mapping[str, Any], file: Path) -> str:

@@ -157,6 +157,11 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     if "metaworld" in judged.protocols:
         episodes = judged.metaworld.episodes + judged.metaworld.held_out_instruction_episodes
         chunks += len(judged.metaworld.tasks) * episodes * -(-judged.metaworld.max_steps // judged.execute)
+    if "calvin" in judged.protocols:
+        chunks += judged.calvin.chains * judged.calvin.subtasks * -(-judged.calvin.max_steps // judged.execute)
+    if "libero" in judged.protocols:
+        tasks = len(judged.libero.tasks) or sum(90 if suite == "libero_90" else 10 for suite in judged.libero.suites)
+        chunks += tasks * judged.libero.episodes * -(-(judged.libero.max_steps or 520) // judged.execute)
     if "offline" in judged.protocols:
         chunks += judged.offline.windows * judged.offline.samples
     yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act)

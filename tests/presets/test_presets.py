@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,14 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from svam.errors import ParamsError
 from svam.experiments.plan import with_arguments
 from svam.params import load_params
 from svam.presets import overlay
 from svam.presets.__main__ import app
 from svam.presets.data import estimated
 from svam.presets.models import Models
-from svam.presets.overlay import overlay_of, preset_names, with_overlay
+from svam.presets.overlay import check, overlay_of, preset_names, with_overlay
 from svam.report.defaults import flat_values
 from tests import ROOT
 from tests.project import begin_git, commit
@@ -41,7 +43,14 @@ def project(tmp_path: Path) -> Path:
 def test_every_preset_passes_the_checks_and_its_models_build(name: str) -> None:
     """A weight on the meta device has a shape and no memory."""
     params, text = with_overlay(overlay_of(name), COMMITTED, name)
-    models = Models(params, estimated(params, 10**6, 7))
+    data = estimated(with_overlay(overlay_of(name) | {"train_policy.proprioception": False}, COMMITTED, name)[0], 10**6, 7)
+    models = Models(params, replace(data, sentences=data.sentences or ["open the drawer"], proprioception=15))
+    evaluate = params.evaluate
+    if "calvin" in evaluate.protocols:  # which asks for a checkout
+        with pytest.raises(ParamsError, match=rf"with preset {name}: .*evaluate\.calvin\.path is null"):
+            check(params, COMMITTED, name)
+        evaluate = evaluate.model_copy(update={"protocols": ["offline"]})
+    check(params.model_copy(update={"evaluate": evaluate}), COMMITTED, name)
     for module in (models.autoencoder, models.text, models.video, *models.teachers.values(), models.policy):
         assert all(weight.is_meta for weight in module.parameters())
     assert set(models.decouplers) == {"geometric", "semantic"}
@@ -106,9 +115,8 @@ def test_a_wrong_preset_is_told_in_one_sentence(
 ) -> None:
     (tmp_path / "other.yaml").write_text(line, encoding="utf-8")
     monkeypatch.setattr(overlay, "FOLDER", tmp_path)
-    for command in ("apply", "args"):
-        code, _, stderr = invoke(command, "other", "--params", project)
-        assert code == 1 and said in stderr and project.read_bytes() == COMMITTED.read_bytes()
+    code, _, stderr = invoke("apply", "other", "--params", project)
+    assert code == 1 and said in stderr and project.read_bytes() == COMMITTED.read_bytes()
     code, _, stderr = invoke("show", "othre")
     assert code == 1 and "'othre' is no preset; did you mean 'other'?; those are other, params" in stderr
 
