@@ -60,7 +60,7 @@ def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
     params = load_params(tmp_path / "params.yaml")
     assert params.evaluate.metaworld.tasks == params.collect.tasks == described_tasks() and params.evaluate.policy == "expert"
     done = CliRunner().invoke(app, ["params", "metaworld"])
-    assert done.exit_code == 1 and "'metaworld' is no preset; did you mean 'metaworld-50'?; those are default" in done.output
+    assert done.exit_code == 1 and "'metaworld' is no preset; did you mean 'metaworld-50'?; those are" in done.output
 
 
 def test_some_runs_of_a_plan(tmp_path: Path) -> None:
