@@ -62,7 +62,7 @@ class Plan:
     seed: int
     noisy_share: float
     noise_scale: float
-    renderer: Renderer = "cpu"
+    renderer: Renderer
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,11 @@ def main(
     episodes: Annotated[int, typer.Option(min=1, help="Recordings for training.")] = 100,
     validation: Annotated[int, typer.Option(min=1, help="Recordings for validation.")] = 10,
     subtasks: Annotated[int, typer.Option(min=1, max=STEPS // (MAX_STEPS + TAIL), help="Of a recording, at most.")] = 4,
-    sentences: Annotated[Path | None, typer.Option(help="YAML, task: [sentences]; without it, the evaluation's.")] = None,
+    sentences: Annotated[Path | None, typer.Option(help="YAML, a list for each task; without it, the evaluation's.")] = None,
     seed: int = 1,
     noisy_share: Annotated[float, typer.Option(min=0, max=1, help="Of recordings, whose actions are disturbed.")] = 0.3,
     noise_scale: Annotated[float, typer.Option(min=0, help="Of that, in units of actions.")] = 0.5,
+    renderer: Annotated[Renderer, typer.Option(help="The one of evaluate.calvin.renderer.")] = "cpu",
     workers: Annotated[int, typer.Option(min=1)] = 2,
 ) -> None:
     """Record demonstrations of CALVIN's scripted experts in the official layout."""
@@ -207,7 +208,9 @@ def main(
     if unknown := [name for name in names if name not in EXPERT_TASKS]:
         raise ParamsError(f"--tasks names {unknown[0]!r}, which no script solves{did_you_mean(unknown[0], EXPERT_TASKS)}")
     opened = open_checkout(checkout, commit)
-    plan = Plan(opened, tuple(names), _read_sentences(sentences, opened, names), subtasks, seed, noisy_share, noise_scale)
+    plan = Plan(
+        opened, tuple(names), _read_sentences(sentences, opened, names), subtasks, seed, noisy_share, noise_scale, renderer
+    )
     segments = record(out, plan, {"training": episodes, "validation": validation}, workers)
     counts = Counter(segment.task for segment in segments)
     lengths = [segment.last - segment.first + 1 for segment in segments]

@@ -27,7 +27,7 @@ def plan() -> Plan:
     if "CALVIN_ENV" not in os.environ:
         pytest.skip("CALVIN_ENV does not name a checkout of calvin_env")
     checkout = Checkout(Path(os.environ["CALVIN_ENV"]).resolve(), "", {})
-    return Plan(checkout, TASKS, SENTENCES, subtasks=2, seed=3, noisy_share=0.5, noise_scale=0.5)
+    return Plan(checkout, TASKS, SENTENCES, subtasks=2, seed=3, noisy_share=0.5, noise_scale=0.5, renderer="cpu")
 
 
 def annotated(root: Path, split: str) -> Path:
