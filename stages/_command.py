@@ -14,7 +14,7 @@ import typer
 from svam.code import first_difference, stage_code
 from svam.console import one_line_errors
 from svam.errors import SvamError
-from svam.params import load_params
+from svam.params import Params, load_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
 
@@ -27,7 +27,7 @@ def stage_command(function: Callable[..., None]) -> typer.Typer:
     @wraps(function)
     def command(**arguments: Any) -> None:
         params = load_params(arguments["params"])
-        _check_code(params.convert.source)
+        _check_code(params)
         function(**{**arguments, "params": params})
 
     own = [parameter for name, parameter in signature.parameters.items() if name != "params"]
@@ -39,7 +39,7 @@ def stage_command(function: Callable[..., None]) -> typer.Typer:
     return app
 
 
-def _check_code(source: str) -> None:
+def _check_code(params: Params) -> None:
     """Under DVC, stop a stage whose digests are not of the code that would run: DVC would record new results for old code.
 
     Raises:
@@ -50,7 +50,7 @@ def _check_code(source: str) -> None:
     if stage == "code":
         return
     text = recorded.read_text(encoding="utf-8") if recorded.is_file() else ""
-    module = first_difference(stage_code(stage, source), text)
+    module = first_difference(stage_code(stage, params.modules), text)
     if module is not None:
         raise SvamError(
             f"{recorded} is not of the code that is here: {module} differs; run `dvc repro code`, then the stage again"

@@ -21,7 +21,7 @@ def app(
     """Write a line `<digest> <module>` for each module that a stage runs, a file for each stage."""
     for stage in stage_names():
         with whole_file(out / f"{stage}.txt") as file:
-            file.write_text(code_text(stage_code(stage, params.convert.source)), encoding="utf-8")
+            file.write_text(code_text(stage_code(stage, params.modules)), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def app(
     out: Annotated[Path, typer.Argument(help="Folder to write; a previous one is replaced when all episodes are there.")],
 ) -> None:
     """Collect demonstrations of collect.tasks: pictures, state, actions, and depth and segmentation of some frames."""
-    code = stage_code("collect", params.convert.source)
+    code = stage_code("collect", params.modules)
     collect(out, params.collect, params.seed, params.machine.workers, scratch_folder("collect"), code)
 
 

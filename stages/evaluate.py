@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,8 @@ REMOTE = ("url", "weights", "image_size", "cameras")
 """What of evaluate.remote decides the result; the rest is how it is waited for."""
 
 
-def main(
+@stage_command
+def app(
     params: Params,
     out: Annotated[Path, typer.Argument(help="Folder for metrics.json, episodes.jsonl, and arrays: foresight/, rollouts/.")],
     episodes: Annotated[Path, typer.Option(help="Episode store: instructions, held-out episodes, the demonstrations' goals.")],
@@ -26,32 +28,24 @@ def main(
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
-    from svam.evaluation.calvin import write_calvin
     from svam.evaluation.latency import print_latencies
-    from svam.evaluation.libero import write_libero
-    from svam.evaluation.metaworld import check_tasks, write_metaworld
-    from svam.evaluation.offline import write_offline
     from svam.evaluation.policies import evaluated_policy
     from svam.models.svam import SVAM
     from svam.resume import resumable_run
 
     store = EpisodeStore.open(episodes)
-    if "metaworld" in section.protocols:
-        check_tasks(section.metaworld.tasks, store if section.policy == "svam" else None)
-    write = {"offline": write_offline, "metaworld": write_metaworld, "calvin": write_calvin, "libero": write_libero}
     metrics: dict[str, Any] = {"protocols": list(section.protocols), "policy": section.policy}
     with evaluated_policy(params, model) as (policy, computed_by):
         deciding = [name for name in type(section).model_fields if name != "remote"] + [f"remote.{name}" for name in REMOTE]
         sections, inputs = [f"evaluate.{name}" for name in deciding], [episodes, *([model] if model and policy else [])]
         with resumable_run("evaluate", params, sections, inputs, computed_by) as resume, whole_directory(out) as folder:
-            for protocol in (name for name in write if name in section.protocols):
-                metrics[protocol] = write[protocol](folder, store, policy, params, resume)
+            for protocol in sorted(section.protocols):
+                write = getattr(import_module(f"svam.evaluation.{protocol}"), f"write_{protocol}")
+                metrics[protocol] = write(folder, store, policy, params, resume)
             write_json(folder / "metrics.json", metrics)
         if isinstance(policy, SVAM):
             print_latencies(policy, section.batch)
 
-
-app = stage_command(main)
 
 if __name__ == "__main__":
     app()

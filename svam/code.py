@@ -14,7 +14,7 @@ import ast
 import hashlib
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -47,11 +47,11 @@ def stage_names(root: Path = ROOT) -> list[str]:
     return [name for file in files for name in names.get(file, [file])]
 
 
-def stage_code(stage: str, source: str, root: Path = ROOT) -> dict[str, str]:
-    """Path of each module that a stage runs, and of its YAML file -> its digest; `source` is `convert.source`."""
+def stage_code(stage: str, chosen: Mapping[str, Sequence[str]], root: Path = ROOT) -> dict[str, str]:
+    """Path of each module that a stage runs, and of its YAML file -> its digest. `chosen`: `Params.modules`, see `code_of`."""
     part = stage.removeprefix("prepare_backbones_")
     file = "stages/prepare_backbones.py" if part in BACKBONES else f"stages/{stage}.py"
-    return code_of([file], {"svam.sources.": source, "svam.training.prepare_backbones.": part}, root)
+    return code_of([file], {**chosen, "svam.training.prepare_backbones.": [part]}, root)
 
 
 def code_text(code: Mapping[str, str]) -> str:
@@ -65,12 +65,12 @@ def first_difference(code: Mapping[str, str], text: str) -> str | None:
     return min((path for path, _ in code.items() ^ recorded.items()), default=None)
 
 
-def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, root: Path = ROOT) -> dict[str, str]:
+def code_of(modules: Iterable[str], chosen: Mapping[str, Sequence[str]] | None = None, root: Path = ROOT) -> dict[str, str]:
     """Path -> digest of the given modules, of all that they import, also within functions, and of their YAML files; paths are
     relative to `root`.
 
     Args:
-        chosen: of `import_module(f"a.{name}")`: "a." -> the name.
+        chosen: of `import_module(f"a.{name}")`: "a." -> the names.
 
     Raises:
         ValueError: a module is chosen by name that `chosen` does not tell.
@@ -90,13 +90,10 @@ def code_of(modules: Iterable[str], chosen: Mapping[str, str] | None = None, roo
         if path not in UNTRACKED and data.is_file():
             code[data.relative_to(root).as_posix()] = digest_of_data(data.read_text(encoding="utf-8"))
         for name in imported:
-            if name.endswith(".") and name.startswith(("svam.", "stages.")):
-                if name not in (chosen or {}):
-                    raise ValueError(f"{path} chooses a module of {name}* by name: `svam.code` must say which")
-                name += (chosen or {})[name]
-            module = module_file(name, root)
-            if module is not None:
-                waiting.append(module)
+            if name.endswith(".") and name.startswith(("svam.", "stages.")) and name not in (chosen or {}):
+                raise ValueError(f"{path} chooses a module of {name}* by name: `svam.code` must say which")
+            found = [name + last for last in (chosen or {}).get(name, [""])]
+            waiting += [module for one in found if (module := module_file(one, root)) is not None]
     return dict(sorted(code.items()))
 
 

@@ -479,6 +479,11 @@ class Params(Section):
     report: Report
     benchmark: Benchmark
 
+    @property
+    def modules(self) -> dict[str, list[str]]:
+        """What the params choose by name: package -> modules of it, as `svam.code` takes them."""
+        return {"svam.sources.": [self.convert.source], "svam.evaluation.": [*self.evaluate.protocols]}
+
 
 def load_params(path: Path = Path("params.yaml")) -> Params:
     """Read and check all of `path` (YAML 1.2, as DVC reads it).

@@ -167,7 +167,7 @@ def resumable_run(
     """
     deciding = {
         "params": {key: _param(params, key) for key in ("seed", "threads", *sections)},
-        "code": stage_code(stage.partition("@")[0], params.convert.source),
+        "code": stage_code(stage.partition("@")[0], params.modules),
         "libraries": library_versions(),
         "inputs": [identity(Path(path)) for path in inputs],
         "device": str(device),

@@ -20,8 +20,10 @@ from svam.code import (
     stage_code,
     stage_names,
 )
+from svam.params import load_params
 from tests import ROOT
 
+MODULES = load_params(ROOT / "params.yaml").modules
 PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 MODULE = '''
 """A module."""
@@ -127,7 +129,7 @@ def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text + "\n")
-    code = stage_code("run", "one", tmp_path)
+    code = stage_code("run", {"svam.sources.": ["one"]}, tmp_path)
     assert list(code) == [
         "stages/run.py", "svam/deep.py", "svam/far.py", "svam/middle.py", "svam/middle.yaml", "svam/sources/_shared.py",
         "svam/sources/one.py",
@@ -152,7 +154,7 @@ def test_every_data_file_is_counted() -> None:
     """All YAML files of `svam` that a stage may read are named as the module that reads them."""
     data = [file for file in (ROOT / "svam").rglob("*.yaml") if file.parent.name not in ("presets", "experiments")]
     assert data and all(file.with_suffix(".py").is_file() for file in data)
-    assert {"svam/episodes/instructions.py", "svam/episodes/instructions.yaml"} <= set(stage_code("collect", "metaworld"))
+    assert {"svam/episodes/instructions.py", "svam/episodes/instructions.yaml"} <= set(stage_code("collect", MODULES))
 
 
 def test_imports_are_read_wherever_they_stand() -> None:
@@ -190,7 +192,7 @@ def test_the_pipeline_lists_a_file_for_each_stage() -> None:
     for name in names:
         code = [path for path in PIPELINE[name]["deps"] if path.endswith(".py") or "data/code" in path]
         assert code == [f"data/code/{name}.txt"] == PIPELINE[name]["deps"][:1]
-        assert f"python -m {next(iter(stage_code(name, 'metaworld')))[:-3].replace('/', '.')} " in PIPELINE[name]["cmd"]
+        assert f"python -m {next(iter(stage_code(name, MODULES)))[:-3].replace('/', '.')} " in PIPELINE[name]["cmd"]
 
 
 @pytest.mark.parametrize("name", UNTRACKED)

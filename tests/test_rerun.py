@@ -54,6 +54,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("report.dpi", 90, CHECK | REPORT),
     ("foresight.dpi", 90, CHECK | FORESIGHT),
     ("evaluate.metaworld.episodes", 7, CHECK | EVALUATE),
+    ("evaluate.protocols", ["offline"], CODE | CHECK | EVALUATE),
     ("train_policy.training.steps", 2999, CHECK | POLICY),
     ("distill.width", 64, CHECK | DISTILL),
     ("distill.target", "ground_truth", CHECK | CACHE),
@@ -105,6 +106,7 @@ SILENT: list[tuple[str, str, str]] = [
     ("stages/generate.py", 'help="Folder to write."', 'help="Where to write."'),
     ("svam/episodes/instructions.yaml", "# MetaWorld task", "# A task"),
     ("svam/sources/calvin.py", "\nclass ", "\nLIMIT = 3\n\n\nclass "),
+    ("svam/evaluation/calvin.py", "\nChains = ", "\nLIMIT = 3\nChains = "),
 ]
 
 
@@ -168,10 +170,10 @@ def project(finished: Path) -> Iterator[Path]:
 
 def write_code(root: Path) -> None:
     """What the stage `code` does."""
-    source = YAML_12.load((root / "params.yaml").read_text(encoding="utf-8"))["convert"]["source"]
+    modules = load_params(root / "params.yaml").modules
     (root / "data/code").mkdir(parents=True, exist_ok=True)
     for stage in stage_names(root):
-        file, text = root / f"data/code/{stage}.txt", code_text(stage_code(stage, source, root))
+        file, text = root / f"data/code/{stage}.txt", code_text(stage_code(stage, modules, root))
         if not file.exists() or file.read_text(encoding="utf-8") != text:
             file.write_text(text, encoding="utf-8")
 
@@ -281,7 +283,7 @@ def test_a_stage_refuses_digests_of_other_code(tmp_path: Path, monkeypatch: pyte
     """`dvc repro -s` does not run `code` first; a stage whose module changed since says so."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("DVC_STAGE", "check_params")  # as DVC does
-    code, edited = stage_code("check_params", "metaworld"), "svam/simulation/scenes.py"
+    code, edited = stage_code("check_params", load_params(ROOT / "params.yaml").modules), "svam/simulation/scenes.py"
     recorded = tmp_path / "data/code/check_params.txt"
     recorded.parent.mkdir(parents=True)
     for digest, said in ((code[edited], ""), ("0", f"not of the code that is here: {edited} differs; run `dvc repro code`")):

@@ -193,7 +193,7 @@ def test_state_belongs_to_the_code_that_can_change_it(
     comment, or another stage's module, is no other code."""
     for folder in ("svam", "stages"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr("svam.resume.stage_code", lambda stage, source: stage_code(stage, source, tmp_path))
+    monkeypatch.setattr("svam.resume.stage_code", lambda stage, modules: stage_code(stage, modules, tmp_path))
     leave_one(settings, [])
     for module, line, same in (
         ("svam/models/generator.py", "# A comment", True),
