@@ -383,12 +383,7 @@ class EvaluateLibero(Section):
 
 
 class RemotePolicy(Section):
-    """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`.
-
-    key_env: environment variable that holds the server's key. weights: the SHA-256 that its metadata must state. image_size:
-    side of the pictures drawn for it. cameras: under which key the picture of the first camera is sent, of the second, and so
-    on. connections: requests under way at the same time.
-    """
+    """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`."""
 
     url: Annotated[str, Field(pattern=r"^wss?://\S+$")] | None
     key_env: str | None
@@ -400,8 +395,7 @@ class RemotePolicy(Section):
 
 
 class Evaluate(Section):
-    """Closed loop in simulation and/or offline on held-out episodes: a section for each protocol, and one for a policy that
-    another program serves."""
+    """What is measured of which policy: a section for each protocol, and one for a policy that another program serves."""
 
     protocols: Annotated[list[Literal["metaworld", "calvin", "libero", "offline"]], Field(min_length=1), Distinct]
     policy: Literal["svam", "remote", "expert", "random"]
