@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,9 +32,7 @@ from svam.contract import ContractError
 from svam.episodes.frames import resize_frames
 from svam.errors import MachineError, ParamsError, did_you_mean
 from svam.params import Convert
-
-if TYPE_CHECKING:
-    from svam.simulation.calvin_experts import Expert
+from svam.simulation.calvin_experts import Expert
 
 RATE_HZ = 30.0
 ACTION_DIMENSIONS = 7
@@ -278,8 +276,6 @@ class CalvinEnvironment:
         Raises:
             ParamsError: no script solves the subtask.
         """
-        from svam.simulation.calvin_experts import Expert
-
         if self._expert is None:
             self._expert = Expert(self, str(self.subtask))
         return self._expert.action()

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from svam.errors import ParamsError, did_you_mean
-from svam.simulation.calvin import ACTION_DIMENSIONS, CalvinEnvironment
 
 METRES, RADIANS = 0.02, 0.05
 """What an action of 1 asks for in a step."""
@@ -52,6 +52,15 @@ _UP_SLOPE = np.array([0.0, 0.5, 0.866])
 """How the switch slides when it turns the light bulb on: the cabinet's front leans back."""
 
 
+class World(Protocol):
+    """What an expert sees of `svam.simulation.calvin.CalvinEnvironment`."""
+
+    simulator: Any
+
+    def robot_obs(self) -> NDArray[np.float64]: ...
+    def scene_obs(self) -> NDArray[np.float64]: ...
+
+
 @dataclass(frozen=True)
 class _Point:
     """Where to go next, (3,) metres; how the gripper is on the way; the hand's yaw and pitch there, radians; steps to stay."""
@@ -74,7 +83,7 @@ def _by(place: NDArray[np.float64], x: float, y: float, z: float) -> NDArray[np.
     return further
 
 
-def _part(env: CalvinEnvironment, name: str) -> NDArray[np.float64]:
+def _part(env: World, name: str) -> NDArray[np.float64]:
     """(3,) metres, where a part of the table is now."""
     simulator, (link, offset) = env.simulator, _POINTS[name]
     table = simulator.scene.fixed_objects[0]
@@ -83,7 +92,7 @@ def _part(env: CalvinEnvironment, name: str) -> NDArray[np.float64]:
     return np.array(simulator.p.multiplyTransforms(place, turn, scaled, (0, 0, 0, 1))[0])
 
 
-def _block_poses(env: CalvinEnvironment) -> dict[str, NDArray[np.float64]]:
+def _block_poses(env: World) -> dict[str, NDArray[np.float64]]:
     """Block -> (6,) metres and Euler angles."""
     return dict(zip(_BLOCKS, env.scene_obs()[6:].reshape(len(_BLOCKS), 6), strict=True))
 
@@ -101,7 +110,7 @@ def _grasp_yaw(pose: NDArray[np.float64], others: Sequence[NDArray[np.float64]],
     return float(straight if free else max(straight, straight - np.pi / 2, key=clearance))
 
 
-def _way(env: CalvinEnvironment, subtask: str) -> list[_Point]:
+def _way(env: World, subtask: str) -> list[_Point]:
     """The points after the hand is free of where it was."""
     names = subtask.split("_")
     if "led" in names:
@@ -144,7 +153,7 @@ class Expert:
         ParamsError: there is no expert for this subtask.
     """
 
-    def __init__(self, env: CalvinEnvironment, subtask: str) -> None:
+    def __init__(self, env: World, subtask: str) -> None:
         if subtask not in EXPERT_TASKS:
             raise ParamsError(f"CALVIN's subtask {subtask!r} has no scripted expert{did_you_mean(subtask, EXPERT_TASKS)}")
         self._env, self._asked = env, 0
@@ -169,7 +178,7 @@ class Expert:
         point = self._points[0]
         way = (point.place - robot.target_pos) / METRES
         turn = (np.array([robot.target_orn[0], point.pitch, point.yaw]) - robot.target_orn) / RADIANS
-        action = np.zeros(ACTION_DIMENSIONS, np.float32)
+        action = np.zeros(7, np.float32)
         action[:3] = way * min(1.0, _SPEED / max(float(np.abs(way).max()), 1e-9))  # straight
         action[3:6], action[6] = np.clip(turn, -_SPEED, _SPEED), point.gripper
         return action

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from svam.episodes.frames import resize_frames
 from svam.errors import MachineError, ParamsError, did_you_mean
 from svam.params import Convert
+from svam.simulation.libero_experts import expert_actions
 from svam.simulation.rendering import Renderer, choose_backend
 
 SUITES: Mapping[str, int] = {
@@ -207,8 +208,6 @@ class LiberoEnvironment:
     def expert_action(self) -> NDArray[np.float32]:
         """(7,) float32: what the task's script does now, to be called once at each step; see `svam.simulation.libero_experts`
         for the tasks that have one."""
-        from svam.simulation.libero_experts import expert_actions
-
         self._started()
         self._expert = self._expert or expert_actions(self)
         return next(self._expert)

@@ -7,12 +7,10 @@ Things that are taller than the hand is deep, that lie in a drawer, or whose pla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from svam.simulation.libero import LiberoEnvironment
 
 EXPERT_TASKS: Mapping[str, tuple[int, ...]] = {
     "libero_spatial": (0, 1, 3, 5, 6, 7),
@@ -32,11 +30,21 @@ _CLEAR, _HIGH = np.array([0.0, 0.0, 0.12]), np.array([0.0, 0.0, 0.24])
 Position = NDArray[np.float64]
 
 
+class World(Protocol):
+    """What a script sees of `svam.simulation.libero.LiberoEnvironment`."""
+
+    task: str
+
+    @property
+    def simulation(self) -> Any: ...
+    def hand(self) -> tuple[Position, NDArray[np.float64]]: ...
+
+
 def _act(direction: Position, gripper: float) -> NDArray[np.float32]:
     return np.array([*np.clip(direction, -1.0, 1.0), 0.0, 0.0, 0.0, gripper], np.float32)
 
 
-def _move(env: LiberoEnvironment, to: Position, gripper: float, near: float, steps: int = 100) -> Iterator[NDArray[np.float32]]:
+def _move(env: World, to: Position, gripper: float, near: float, steps: int = 100) -> Iterator[NDArray[np.float32]]:
     """Straight to `to`, until it is `near` metres or `steps` have passed."""
     for _ in range(steps):
         way = to - env.hand()[0]
@@ -57,7 +65,7 @@ def _place_of(simulation: Any, name: str) -> Position:
     return np.array(simulation.sim.data.get_site_xpos(name))
 
 
-def _pick_and_place(env: LiberoEnvironment, thing: str, place: str) -> Iterator[NDArray[np.float32]]:
+def _pick_and_place(env: World, thing: str, place: str) -> Iterator[NDArray[np.float32]]:
     offset = np.array(_GRASPS.get(thing.rsplit("_", 1)[0], (0.0, 0.0, 0.0)))
     grasp = _place_of(env.simulation, thing) + offset
     yield from _move(env, grasp + _CLEAR, _OPEN, 0.008)
@@ -71,7 +79,7 @@ def _pick_and_place(env: LiberoEnvironment, thing: str, place: str) -> Iterator[
     yield from _move(env, target + _HIGH, _OPEN, 0.02, 40)
 
 
-def expert_actions(env: LiberoEnvironment) -> Iterator[NDArray[np.float32]]:
+def expert_actions(env: World) -> Iterator[NDArray[np.float32]]:
     """Actions (7,) of the task's script from now on, each to be executed before the next is asked for; at the end, rest.
 
     Raises:
