@@ -163,7 +163,8 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
     assert read_json(out / "metrics.json") == {
         "success": 0.5, "success_low": pytest.approx(0.2538), "success_high": pytest.approx(0.7462), "success_reach": 1.0,
         "success_unseen_sentence": pytest.approx(0.3333), "video_error_share": 0.1235, "geometric_cosine": 0.6,
-        "geometric_explained": 0.6, "semantic_cosine": 0.6, "semantic_explained": 0.6, "action_error": 0.2, "libero_success": 0.5,
+        "geometric_explained": 0.6, "semantic_cosine": 0.6, "semantic_explained": 0.6, "action_error": 0.2,
+        "libero_success": 0.5,
     }  # fmt: skip
     lines = read_json(out / "plots/success.json")
     assert [line["success"] for line in lines if line["what"] == "push, S-VAM"] == [0.5]
