@@ -12,7 +12,7 @@ import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
@@ -137,10 +137,16 @@ class LiberoEnvironment:
         names = [self._model.camera(k).name for k in range(self._model.ncam)]
         self._cameras = {camera: names.index(CAMERAS[camera]) for camera in cameras}
         self._size = Convert.model_construct(crop="none", image_size=list(image_size))
-        self._renderer = Renderer(self._model, drawn, render)
-        self._renderer._option.geomgroup[0] = 0  # collision shapes
+        self._drawn, self._render = drawn, render
         self._seed: int | None = None
         self._expert: Iterator[NDArray[np.float32]] | None = None
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        """Made when something is to be drawn: it takes a second and half of the memory, and scripts need none."""
+        renderer = Renderer(self._model, self._drawn, self._render)
+        renderer._option.geomgroup[0] = 0  # collision shapes
+        return renderer
 
     def reset(self, seed: int) -> None:
         """Start from official initial state number `seed`, and let things settle.
@@ -227,4 +233,5 @@ class LiberoEnvironment:
 
     def close(self) -> None:
         """Free the renderer."""
-        self._renderer.close()
+        if "_renderer" in vars(self):
+            self._renderer.close()
