@@ -20,9 +20,7 @@ from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNega
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-BenchmarkPart = Literal[
-    "store", "conversion", "loader", "times", "encode", "features", "evaluation", "rendering", "serving", "calvin"
-]
+BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin"]
 LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
 
@@ -447,9 +445,6 @@ class Benchmark(Section):
     clips: Count
     policy_steps: Count
     evaluation_episodes: Count
-    rendered_task: Name
-    rendered_sizes: Annotated[list[Annotated[int, Field(ge=16, le=512)]], Field(min_length=1)]
-    rendered_frames: Count
     repeats: Count
 
 

@@ -76,17 +76,3 @@ def test_a_part_that_is_none(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["nothing", str(tmp_path / "out.json"), "--params", str(ROOT / "params.yaml")])
     assert done.exit_code == 2 and "'nothing' is not one of 'store'" in done.output and not (tmp_path / "out.json").exists()
     assert load_params(ROOT / "params.yaml").benchmark.parts == []
-
-
-def test_every_renderer_draws_the_same_episodes(tmp_path: Path) -> None:
-    benchmark = {"rendered_task": "window-close", "rendered_sizes": [32], "rendered_frames": 2, "repeats": 1}
-    found = measured("rendering", tmp_path, {"benchmark": benchmark})
-    (result,) = found["results"]
-    assert result["image_size"] == 32 and found["camera"] == "corner2" and found["task"] == "window-close"
-    assert result["difference_in_state"] == {"fast": 0.0, "full": 0.0}
-    assert result["difference_in_grey_levels"]["full"] < 1.0  # the same look, but for how edges are smoothed
-    assert 0.0 < result["difference_in_grey_levels"]["fast"] < 30.0  # no shadows
-    for style in ("fast", "full"):
-        check_ratio(result["ratios"][style], result["seconds"], "gymnasium", style)
-    rates = {style: 2 / seconds[0] for style, seconds in result["seconds"].items()}
-    assert result["frames_per_second"] == pytest.approx(rates, rel=0.01)
