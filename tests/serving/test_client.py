@@ -114,7 +114,7 @@ def test_requests_that_cannot_be_sent() -> None:
         with pytest.raises(ProtocolError, match="object cannot be sent"):
             client.infer({"x": object()})
         with pytest.raises(ServingError, match="takes no message as large as this observation of"):
-            client.infer({"x": np.zeros(20_000, np.uint8)})  # the minimal server's limit is 10,000 bytes
+            client.infer({"x": np.zeros(2_000_000, np.uint8)})  # the minimal server takes 1,000,000 bytes
         np.testing.assert_array_equal(client.actions(request_of(1)), ACTIONS)
 
 
