@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from svam.console import console
-from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
-from svam.evaluation.policies import Evaluated, cameras_of
+from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
 from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
@@ -59,18 +58,14 @@ def check_model(model: SVAM, store: EpisodeStore, sentences: Iterable[str] = ())
     """Raise `ContractError` unless the policy was trained on what CALVIN shows and executes, and can read all `sentences`."""
     height, width = model.config.image_size
     dimensions, meaning = store.action_dimensions, store.provenance.get("actions", "rel_actions")
-    for what, found, wanted in (
+    facts = (
         ("rate", f"{store.rate_hz:g} Hz", f"{RATE_HZ:g} Hz"),
         ("action dimensions", str(dimensions), str(ACTION_DIMENSIONS)),
         ("convert.options.actions", meaning, "rel_actions"),
         ("camera", model.camera, model.camera if model.camera in CAMERAS else f"one of {', '.join(CAMERAS)}"),
         ("image size", f"{height}x{width}", f"{height}x{height}"),
-    ):
-        if found != wanted:
-            raise ContractError(
-                f"{store.path}: {what} is {found}, but the calvin protocol needs {wanted}; convert CALVIN's demonstrations so, "
-                "or leave 'calvin' out of evaluate.protocols"
-            )
+    )
+    check_trained_for("CALVIN", store, facts)
     model.foresight.text.ids(sorted(sentences))
 
 

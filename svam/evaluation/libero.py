@@ -16,10 +16,9 @@ from statistics import fmean
 from typing import Any
 
 from svam.console import console
-from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError, did_you_mean
-from svam.evaluation.policies import Evaluated, cameras_of
+from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
 from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
@@ -62,17 +61,13 @@ def chosen_tasks(params: EvaluateLibero) -> list[Task]:
 def check_policy(model: SVAM, store: EpisodeStore, sentences: Iterable[str]) -> None:
     """Raise `ContractError` unless the policy was trained on what LIBERO shows and executes, and can read all `sentences`."""
     proprioception = model.config.proprioception if model.needs_proprioception else PROPRIOCEPTION
-    for what, found, wanted in (
+    facts = (
         ("rate", f"{store.rate_hz:g} Hz", f"{RATE_HZ:g} Hz"),
         ("action dimensions", str(store.action_dimensions), str(ACTION_DIMENSIONS)),
         ("camera", model.camera, model.camera if model.camera in CAMERAS else f"one of {', '.join(CAMERAS)}"),
         ("proprioception dimensions", str(proprioception), str(PROPRIOCEPTION)),
-    ):
-        if found != wanted:
-            raise ContractError(
-                f"{store.path}: {what} is {found}, but the libero protocol needs {wanted}; convert LIBERO's demonstrations so, "
-                "or leave 'libero' out of evaluate.protocols"
-            )
+    )
+    check_trained_for("LIBERO", store, facts)
     model.foresight.text.ids(sorted(sentences))
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from svam.contract import ContractError
 from svam.device import prepare_torch
+from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation.remote import Remote
 from svam.models.svam import SVAM
@@ -41,3 +43,14 @@ def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:
     if isinstance(policy, Remote):
         return tuple(cameras[: len(policy.keys)])
     return () if policy is None else (policy.camera,)
+
+
+def check_trained_for(benchmark: str, store: EpisodeStore, facts: Iterable[tuple[str, str, str]]) -> None:
+    """Raise `ContractError` for the first of `facts` (what it is, as the demonstrations have it, as the benchmark does) that
+    differ."""
+    for what, found, wanted in facts:
+        if found != wanted:
+            raise ContractError(
+                f"{store.path}: {what} is {found}, but the {benchmark.lower()} protocol needs {wanted}; convert {benchmark}'s "
+                f"demonstrations so, or leave '{benchmark.lower()}' out of evaluate.protocols"
+            )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,9 @@ from svam.errors import ParamsError
 from svam.simulation.calvin import CalvinEnvironment
 from svam.simulation.calvin_chains import Scene
 from svam.simulation.calvin_experts import EXPERT_TASKS, Expert
+from tests.calvin import checkout, needs_calvin
+
+pytestmark = needs_calvin
 
 STATES: tuple[Scene, ...] = (
     {"led": 0, "lightbulb": 0, "slider": "right", "drawer": "closed", "red_block": "table", "blue_block": "table",
@@ -24,9 +25,7 @@ STATES: tuple[Scene, ...] = (
 
 @pytest.fixture(scope="module")
 def env() -> Iterator[CalvinEnvironment]:
-    if "CALVIN_ENV" not in os.environ:
-        pytest.skip("CALVIN_ENV does not name a checkout of calvin_env")
-    env = CalvinEnvironment(folder=Path(os.environ["CALVIN_ENV"]).resolve(), cameras=(), states=STATES)
+    env = CalvinEnvironment(folder=checkout().folder, cameras=(), states=STATES)
     yield env
     env.close()
 

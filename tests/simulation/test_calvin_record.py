@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from svam.simulation.calvin import Checkout
 from svam.simulation.calvin_record import Plan, _read_sentences, record
 from svam.sources._calvin_files import read_annotations
 from svam.sources.calvin import CalvinSource, Options
+from tests.calvin import checkout, needs_calvin
 from tests.recorded import SETTINGS
 
 TASKS = ("turn_off_led", "turn_on_led")
@@ -24,10 +24,7 @@ SENTENCES = {"turn_on_led": ["light it", "press the button"], "turn_off_led": ["
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    if "CALVIN_ENV" not in os.environ:
-        pytest.skip("CALVIN_ENV does not name a checkout of calvin_env")
-    checkout = Checkout(Path(os.environ["CALVIN_ENV"]).resolve(), "", {})
-    return Plan(checkout, TASKS, SENTENCES, subtasks=2, seed=3, noisy_share=0.5, noise_scale=0.5, renderer="cpu")
+    return Plan(checkout(), TASKS, SENTENCES, subtasks=2, seed=3, noisy_share=0.5, noise_scale=0.5, renderer="cpu")
 
 
 def annotated(root: Path, split: str) -> Path:
@@ -41,6 +38,7 @@ def recorded(plan: Plan, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@needs_calvin
 def test_a_recorded_set_converts_exactly(recorded: Path, tmp_path: Path) -> None:
     source = CalvinSource(recorded, Options())
     assert [note for note in source.notes if "rel_actions" in note] == []
@@ -64,11 +62,13 @@ def test_a_recorded_set_converts_exactly(recorded: Path, tmp_path: Path) -> None
             )
 
 
+@needs_calvin
 def test_workers_change_no_byte(plan: Plan, recorded: Path, tmp_path: Path) -> None:
     record(tmp_path / "again", plan, {"training": 2, "validation": 1}, workers=1)
     assert sha256_tree(tmp_path / "again") == sha256_tree(recorded)
 
 
+@needs_calvin
 def test_every_segment_solves_its_task(recorded: Path) -> None:
     """The light is off before "turn_on_led" and on after it, and the other way round; sentences are the task's."""
     source = CalvinSource(recorded, Options())
@@ -82,8 +82,8 @@ def test_every_segment_solves_its_task(recorded: Path) -> None:
 def test_sentences_of_a_task_that_the_file_lacks(tmp_path: Path) -> None:
     file = tmp_path / "sentences.yaml"
     file.write_text("turn_on_led: [light it]\n", encoding="utf-8")
-    checkout = Checkout(tmp_path, "", {"turn_on_led": "press it"})
-    assert _read_sentences(file, checkout, ["turn_on_led"]) == {"turn_on_led": ["light it"]}
-    assert _read_sentences(None, checkout, ["turn_on_led"]) == {"turn_on_led": ["press it"]}
+    made = Checkout(tmp_path, "", {"turn_on_led": "press it"})
+    assert _read_sentences(file, made, ["turn_on_led"]) == {"turn_on_led": ["light it"]}
+    assert _read_sentences(None, made, ["turn_on_led"]) == {"turn_on_led": ["press it"]}
     with pytest.raises(ParamsError, match="turn_off_led is None, expected a list of sentences"):
-        _read_sentences(file, checkout, ["turn_off_led"])
+        _read_sentences(file, made, ["turn_off_led"])
