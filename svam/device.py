@@ -39,6 +39,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     """
     import torch
 
+    from svam.precision import computes_bfloat16
+
     if device == "cuda" and not torch.cuda.is_available():
         raise MachineError(
             f"machine.device is 'cuda', but torch {torch.__version__} sees no CUDA GPU; use 'auto' or 'cpu', "
@@ -58,22 +60,6 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     precision = "" if computes_bfloat16(chosen) else ", no bfloat16: float32 instead"
     console.print(f"device: {chosen.type} ({name}{precision})")
     return chosen
-
-
-def computes_bfloat16(device: torch.device) -> bool:
-    """Whether the device computes in bfloat16. Processors without AVX-512 only emulate it, ten times slower than float32."""
-    import torch
-
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def mixed_precision(device: torch.device, bf16: bool) -> torch.autocast:
-    """Autocast to bfloat16 where `bf16` says so and the device computes in it; float32 otherwise."""
-    import torch
-
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16 and computes_bfloat16(device))
 
 
 def processor() -> str:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from svam.contract import ContractError, Foresight
-from svam.device import mixed_precision
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
@@ -23,6 +22,7 @@ from svam.models.generator import VideoGenerator
 from svam.models.teachers import Teacher, as_unit, to_grid
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoModel
+from svam.precision import mixed_precision
 
 BRANCHES = ("geometric", "semantic")
 Reference = Literal["frame", "reconstruction"]

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from svam.device import mixed_precision
 from svam.models.autoencoder import Autoencoder
 from svam.models.text import TextEncoder
 from svam.models.video import Generation, SamplerConfig, VideoModel
+from svam.precision import mixed_precision
 
 SENTENCES = 256
 """Embeddings that are remembered: a robot is told the same sentence at every step; a published embedding is 40 kB."""

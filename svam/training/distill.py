@@ -17,9 +17,9 @@ from torch import Tensor
 
 from svam.console import console, track
 from svam.contract import ContractError
-from svam.device import mixed_precision
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill
+from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from svam.console import track
 from svam.contract import ContractError
-from svam.device import mixed_precision
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import stride_of
 from svam.models.autoencoder import Autoencoder
@@ -22,6 +21,7 @@ from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo
+from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.batch_order import EndlessOrder

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from svam.console import progress_bar, timed
-from svam.device import mixed_precision
 from svam.errors import SvamError
 from svam.params import Optimiser
+from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
 

@@ -49,7 +49,7 @@ if __name__ == "__main__":
     assert done.returncode == 0, done.stderr
     for heard in done.stderr.split("stage\n"):
         assert "OMP_WAIT_POLICY = 'PASSIVE'" in heard, done.stderr
-        assert "GOMP_SPINCOUNT = '10000'" in heard, done.stderr
+        assert "GOMP_SPINCOUNT = '2000'" in heard, done.stderr
 
 
 def test_a_wait_policy_that_the_user_sets_stays() -> None:
