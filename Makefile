@@ -39,8 +39,9 @@ quick: setup
 	dvc exp remove --quiet quick 2>/dev/null || true
 	arguments="$$(python -m svam.presets args quick)" && eval "dvc exp run --temp --name quick $$arguments"
 	rm -rf .cache/quick && mkdir -p .cache/quick
-	git archive "$$(git for-each-ref --format='%(refname)' --count 1 'refs/exps/*/*/quick')" data/report data/foresight \
-		| tar -x -C .cache/quick --strip-components 1
+	run="$$(git for-each-ref --format='%(refname)' --count 1 'refs/exps/*/*/quick')" && \
+		git archive "$$run" data/report data/foresight | tar -x -C .cache/quick --strip-components 1 && \
+		dvc get --quiet . data/films --rev "$$run" --out .cache/quick/films
 	@echo "A look, not a result: .cache/quick/report/index.html, with tables in report/results.md and foresight/foresight.md"
 
 test: setup
