@@ -43,7 +43,7 @@ def app(
                 write = getattr(import_module(f"svam.evaluation.{protocol}"), f"write_{protocol}")
                 metrics[protocol] = write(folder, store, policy, params, resume)
             write_json(folder / "metrics.json", metrics)
-        if isinstance(policy, SVAM):
+        if isinstance(policy, SVAM) and "recorded" not in policy.config.context:  # it cannot act
             print_latencies(policy, section.batch)
 
 

@@ -46,6 +46,15 @@ def _of_models(params: Params) -> Iterator[str]:
     branches, unet = params.distill.branches, params.finetune_video.unet
     if missing := sorted({"geometric", "semantic"} & set(params.train_policy.context) - set(branches)):
         yield f"train_policy.context asks for {missing}, which distill.branches {branches} does not train"
+    if (
+        "recorded" in params.train_policy.context
+        and params.evaluate.policy == "svam"
+        and params.evaluate.protocols != ["offline"]
+    ):
+        yield (
+            "train_policy.context has 'recorded', the recorded future, which nobody has who acts, but evaluate.protocols is "
+            f"{params.evaluate.protocols}: set it to [offline]"
+        )
     if not unet.pretrained and params.generate.up_blocks > len(unet.channels):
         yield (
             f"generate.up_blocks is {params.generate.up_blocks}, but the U-Net has {len(unet.channels)} up blocks, one for "

@@ -333,7 +333,7 @@ class Foresight:
     """What `encode` returns: context entry -> (B, T, h, w, C) float tensor, and text (B, L, D) float32 tokens.
 
     Entries are those of `train_policy.context` that are frozen: geometric, semantic, one_step, generated, goal_frame
-    (T = 1), observation (T = 1).
+    (T = 1), observation (T = 1), recorded.
     """
 
     entries: Mapping[str, torch.Tensor]

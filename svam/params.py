@@ -22,7 +22,7 @@ Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin"]
 LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
-Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]
+Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation", "recorded"]
 
 
 class Machine(Section):

@@ -100,6 +100,8 @@ OFFLINE: dict[str, Any] = {"evaluate.protocols": ["offline"]}
 AGREEMENT: list[tuple[dict[str, Any], list[str]]] = [
     ({}, []),
     ({"distill.branches": ["geometric"]}, ["train_policy.context asks for ['semantic']", "distill.branches ['geometric']"]),
+    ({"train_policy.context": ["recorded"]}, ["context has 'recorded'", "evaluate.protocols is ['metaworld', 'offline']"]),
+    ({"train_policy.context": ["recorded"], **OFFLINE}, []),
     ({"evaluate.execute": 9}, ["evaluate.execute (9)", "train_policy.chunk (8)"]),
     ({"generate.up_blocks": 3}, ["generate.up_blocks is 3", "finetune_video.unet.channels [64, 128]"]),
     ({"generate.up_blocks": 3, "finetune_video.unet.pretrained": "folder"}, []),

@@ -77,7 +77,8 @@ def observations(store: EpisodeStore, count: int, proprioception: bool = False) 
 def make_svam(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> SVAM:
     """An untrained S-VAM of the parts in `folders`, whose gates are open, so that every input shows in the actions."""
     section = policy_params(**changes)
-    channels = {"one_step": FEATURE_CHANNELS, "generated": 2 * TEACHER_CHANNELS, "goal_frame": 2 * TEACHER_CHANNELS}
+    both = dict.fromkeys(("generated", "goal_frame", "observation", "recorded"), 2 * TEACHER_CHANNELS)
+    channels = {"one_step": FEATURE_CHANNELS, **both}
     shapes = {
         entry: (1 if entry in ("goal_frame", "observation") else FRAMES, GRID, GRID, channels.get(entry, TEACHER_CHANNELS))
         for entry in frozen_entries(section.context, section.observation_encoder)

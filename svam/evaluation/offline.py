@@ -27,7 +27,7 @@ from svam.seeds import generator, seed_of
 NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
 PICTURED_CLIPS = 8
 """Windows whose foresight is written, for the report's figures."""
-UNTAUGHT = ("one_step", "observation")
+UNTAUGHT = ("one_step", "observation", "recorded")
 """Context entries that no teacher's view of the future can be compared with."""
 
 
@@ -101,7 +101,8 @@ def observations_of(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) -
 
 def encode_rows(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], seed: int) -> Inputs:
     """The policy's inputs at some rows; fresh video noise, where there is such, is keyed by seed and row."""
-    return model.encode(observations_of(store, model, rows), [seed_of(seed, "offline", int(row)) for row in rows])
+    recorded = foreseen_clips(store, model, rows) if "recorded" in model.config.context else None
+    return model.encode(observations_of(store, model, rows), [seed_of(seed, "offline", int(row)) for row in rows], recorded)
 
 
 def target_name(store: EpisodeStore) -> str:

@@ -39,12 +39,11 @@ class FrozenParts:
 
     @classmethod
     def of_entries(cls, entries: Sequence[str]) -> FrozenParts:
-        """The parts behind frozen entries of `train_policy.context`; `observation` is the frozen encoder's here."""
+        """The parts behind frozen entries of `train_policy.context`; `observation` is the frozen teachers' here. The video
+        model says how long and how dense the clips of `recorded` are."""
         decouplers = tuple(b for b in BRANCHES if b in entries)
-        generated = "generated" in entries or "goal_frame" in entries
-        teachers = set(BRANCHES) if generated else set(decouplers) | ({"semantic"} if "observation" in entries else set())
-        video = generated or bool(decouplers) or "one_step" in entries
-        return cls(video, tuple(b for b in BRANCHES if b in teachers), decouplers)
+        teachers = BRANCHES if {"generated", "goal_frame", "recorded", "observation"} & set(entries) else decouplers
+        return cls(bool(set(entries) - {"observation"}), teachers, decouplers)
 
     @property
     def names(self) -> list[str]:
@@ -126,6 +125,12 @@ class ForesightModel(VideoGenerator):
         """(B, h, w, C) float32 patch tokens of uint8 frames, on the sampler's grid."""
         return to_grid(self._teacher(branch).features(as_unit(frames_BHWC.to(self.device))), self.sampler.grid)
 
+    def teacher_tokens(self, clips_BTHWC: Tensor) -> Tensor:
+        """All teachers' tokens of uint8 clips, side by side on channels: (B, T, h, w, C) float32. Of recorded clips they are
+        the context entry `recorded`."""
+        tokens = torch.cat([self.teacher_features(b, clips_BTHWC.flatten(0, 1)) for b in self.teachers], dim=-1)
+        return tokens.view(*clips_BTHWC.shape[:2], *tokens.shape[1:])
+
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""
         seen = self.reconstruct(frames_BHWC) if self.reference == "reconstruction" else frames_BHWC
@@ -145,14 +150,15 @@ class ForesightModel(VideoGenerator):
 
         Args:
             frames_BHWC: (B, H, W, 3) uint8 of the foresight camera.
-            entries: names of `train_policy.context`; `observation` here means the frozen encoder's tokens.
+            entries: names of `train_policy.context`, but for `recorded`, which no frame tells; `observation` here means the
+                frozen teachers' tokens.
             noise_seeds: one per observation, used where the video model draws fresh noise.
         """
         frames = frames_BHWC.to(self.device)
         parts = FrozenParts.of_entries(entries)
         encoded: dict[str, Tensor] = {}
         if "observation" in entries:
-            encoded["observation"] = self.teacher_features("semantic", frames)[:, None]
+            encoded["observation"] = self.teacher_tokens(frames[:, None])
         if not parts.video:
             return Foresight(entries=encoded, text=self.embed_text(instructions))
         condition, text = self.prepare(frames, instructions)
@@ -171,7 +177,5 @@ class ForesightModel(VideoGenerator):
 
     def _generated(self, latents: Tensor, entries: Sequence[str]) -> dict[str, Tensor]:
         """Teacher features of the generated clip (multi-step VAM) and of its last frame (SuSIE-like)."""
-        clips = self.decode(latents if "generated" in entries else latents[:, -1:])
-        tokens = torch.cat([self.teacher_features(b, clips.flatten(0, 1)) for b in self.teachers], dim=-1)
-        tokens = tokens.view(*clips.shape[:2], *tokens.shape[1:])
+        tokens = self.teacher_tokens(self.decode(latents if "generated" in entries else latents[:, -1:]))
         return {"generated": tokens, "goal_frame": tokens[:, -1:]}

@@ -258,28 +258,53 @@ class SVAM:
             raise ContractError("observation: proprioception holds NaN or infinity")
 
     def encode_frames(
-        self, frames_BHWC: NDArray[np.uint8], instructions: Sequence[str], entries: Sequence[str], noise_seeds: Sequence[int]
+        self,
+        frames_BHWC: NDArray[np.uint8],
+        instructions: Sequence[str],
+        entries: Sequence[str],
+        noise_seeds: Sequence[int],
+        recorded: NDArray[np.uint8] | None = None,
     ) -> Foresight:
         """Frozen entries as float16, which is what the cache holds and so what the policy is trained on; text float32.
 
         Shapes and arguments as `ForesightModel.encode`. The video model's seeds are derived from `noise_seeds`, which `sample`
         uses as they are: with equal seeds the chunk's noise would be the first numbers of the video noise, unlike in training.
-        """
-        frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
-        foresight = self.foresight.encode(frames, instructions, entries, seeds)
-        return Foresight(entries={e: v.half() for e, v in foresight.entries.items()}, text=foresight.text)
-
-    def encode(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> Inputs:
-        """Observations to what the policy is conditioned on. `noise_seeds` as in `act`.
+        `recorded`: the clips (B, T, H, W, 3) uint8 that followed, for the entry of that name.
 
         Raises:
-            ContractError: an observation without the policy's camera, of another image size, or without proprioception.
+            ContractError: `recorded` is among the entries, and no clips are given, as whenever a policy acts.
+        """
+        values: dict[str, Tensor] = {}
+        if "recorded" in entries:
+            if recorded is None:
+                raise ContractError(
+                    "the policy's context holds 'recorded', what the teachers see in the recorded future, which nobody has who "
+                    "acts: evaluate it by the protocol offline alone, or train with another train_policy.context"
+                )
+            values["recorded"] = self.foresight.teacher_tokens(torch.from_numpy(recorded))
+        frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
+        foresight = self.foresight.encode(frames, instructions, [e for e in entries if e != "recorded"], seeds)
+        values |= foresight.entries
+        return Foresight(entries={e: v.half() for e, v in values.items()}, text=foresight.text)
+
+    def encode(
+        self,
+        observations: Sequence[Observation],
+        noise_seeds: Sequence[int] | None = None,
+        recorded: NDArray[np.uint8] | None = None,
+    ) -> Inputs:
+        """Observations to what the policy is conditioned on. `noise_seeds` as in `act`, `recorded` as in `encode_frames`.
+
+        Raises:
+            ContractError: an observation without the policy's camera, of another image size, or without proprioception; or
+                what `encode_frames` raises.
         """
         for observation in observations:
             self.check(observation)
         frames = np.stack([o.frames[self.config.camera] for o in observations])
         seeds = _seeds(observations, noise_seeds)
-        foresight = self.encode_frames(frames, [o.instruction for o in observations], self.config.frozen_entries, seeds)
+        sentences = [o.instruction for o in observations]
+        foresight = self.encode_frames(frames, sentences, self.config.frozen_entries, seeds, recorded)
         proprioception = None
         if self.needs_proprioception:
             stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])

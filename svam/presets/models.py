@@ -148,8 +148,8 @@ class Models:
                 for branch in params.distill.branches
             }
             both = sum(channels.values())
-            channels |= {"one_step": shared["feature_channels"], "observation": channels["semantic"]}
-            channels |= {"generated": both, "goal_frame": both}
+            channels |= {"one_step": shared["feature_channels"], "observation": both}
+            channels |= {"generated": both, "goal_frame": both, "recorded": both}
             self.entries = frozen_entries(params.train_policy.context, params.train_policy.observation_encoder)
             single = ("goal_frame", "observation")
             self.shapes: dict[str, Shape] = {

@@ -31,14 +31,15 @@ from svam.errors import MachineError
 from svam.files import FileError, locked, named_refusals, read_json, sha256_of_json, write_json
 
 Encode = Callable[[NDArray[np.uint8], list[str], list[str]], Mapping[str, NDArray[Any]]]
-"""(frames (B, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are (B, T, h, w, C) float16."""
+"""(frames (B, H, W, 3) or clips (B, T, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are
+(B, T, h, w, C) float16."""
 
 FLUSH_ROWS = 512
 """Rows between two writes of the index: what a killed run may lose."""
 
 
 def observation_address(frame: NDArray[np.uint8], instruction: str) -> str:
-    """SHA-256 of a frame (H, W, 3) with its shape, and of the sentence that it is encoded with."""
+    """SHA-256 of a frame (H, W, 3), or a clip, with its shape, and of the sentence that it is encoded with."""
     digest = hashlib.sha256(f"{frame.shape}\0{instruction}\0".encode())
     digest.update(np.ascontiguousarray(frame).tobytes())
     return digest.hexdigest()

@@ -7,7 +7,7 @@ padded, and the padding is masked out of the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from svam.code import code_of, library_versions
 from svam.console import console
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore, Split
-from svam.episodes.windows import action_rows, window_starts
+from svam.episodes.windows import action_rows, clip_rows, window_starts
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
@@ -30,7 +30,8 @@ from svam.params import Generate, TrainPolicy
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.training.batch_order import EndlessOrder
-from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet, observation_address
+from svam.training.distill_data import recorded
+from svam.training.feature_cache import Encode, FeatureCache, FeatureRows, Features, ObservationSet, observation_address
 from svam.training.foresight_metrics import ChannelMoments
 from svam.training.loop import fit
 from svam.training.prepare_backbones.frames import evenly
@@ -113,9 +114,11 @@ def sources_of(
 
 def encoder_of(foresight: ForesightModel) -> Encode:
     """What fills the cache. A video model with fresh noise gets a seed from the observation itself, since rows are
-    addressed by content."""
+    addressed by content. Clips (B, T, H, W, 3) in place of frames are those of the entry `recorded`."""
 
     def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
+        if frames.ndim == 5:
+            return {"recorded": foresight.teacher_tokens(torch.from_numpy(frames)).half().cpu().numpy()}
         values: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
         frozen = [e for e in entries if e != FRAMES]
         if frozen:
@@ -125,6 +128,40 @@ def encoder_of(foresight: ForesightModel) -> Encode:
         return values
 
     return encode
+
+
+def cached_features(
+    store: EpisodeStore, foresight: ForesightModel, folders: Mapping[str, Path], cache: FeatureCache, section: TrainPolicy,
+    rows: NDArray[np.int64], instructions: list[str],
+) -> Features:  # fmt: skip
+    """What the policy's context needs of store rows (n,) and their sentences, out of the cache; what is missing is computed.
+
+    The entry `recorded` depends on more than the observed frame, so that observations are addressed by the whole clip for it.
+
+    Raises:
+        MachineError: the features do not fit `machine.cache_gb`.
+    """
+    frozen = frozen_entries(section.context, section.observation_encoder)
+    entries = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
+
+    def frames(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return store.frames(rows[positions])
+
+    def clips(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        config, chosen = foresight.video_model.config, rows[positions]
+        starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(chosen)], dtype=np.int64).T
+        return recorded(store, clip_rows(chosen, starts, ends, config.frames, config.stride))
+
+    spaces, numbers = dict[str, FeatureRows](), dict[str, NDArray[np.int64]]()
+    others = [entry for entry in entries if entry != "recorded"]
+    for names, seen, block in ((others, frames, 1024), ([e for e in entries if e not in others], clips, 64)):
+        if names:
+            observations = ObservationSet.of(instructions, seen, block)
+            sources = sources_of(names, foresight, folders, store.cameras[0])
+            part = cache.fill(observations, sources, encoder_of(foresight), section.encode_batch)
+            spaces |= part.spaces
+            numbers |= part.numbers
+    return Features(spaces, numbers)
 
 
 class TrainingData:
@@ -171,16 +208,26 @@ def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
         svam.network.set_input_statistics(entry, torch.from_numpy(mean), torch.from_numpy(std))
 
 
+def absolute_errors(
+    svam: SVAM, data: TrainingData, batch: int, seed: int
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
+    """Positions (k,) of observations, batch by batch, and the absolute errors (k, K, A) of the chunks sampled for them, in
+    physical units."""
+    count = len(data.observations)
+    for start in range(0, count, batch):
+        positions = np.arange(start, min(start + batch, count), dtype=np.int64)
+        padded = np.resize(positions, batch)
+        seeds = [seed_of(seed, "action error", int(p)) for p in padded]
+        sampled = svam.sample(data.inputs(padded), seeds)[: len(positions)]
+        yield positions, np.abs(sampled - data.observations.actions[positions])
+
+
 def action_error(svam: SVAM, data: TrainingData, batch: int, seed: int) -> dict[str, float]:
     """Mean absolute error of sampled chunks against the target, over real actions, in physical units: of the whole chunk
     (`action_error`) and of its first action."""
     count = len(data.observations)
     total, first = 0.0, 0.0
-    for start in range(0, count, batch):
-        positions = np.arange(start, min(start + batch, count), dtype=np.int64)
-        padded = np.resize(positions, batch)
-        seeds = [seed_of(seed, "action error", int(p)) for p in padded]
-        error = np.abs(svam.sample(data.inputs(padded), seeds)[: len(positions)] - data.observations.actions[positions])
+    for positions, error in absolute_errors(svam, data, batch, seed):
         total += float((error * data.observations.mask[positions, :, None]).sum())
         first += float(error[:, 0].sum())
     dimensions = data.observations.actions.shape[2]
@@ -232,7 +279,6 @@ def train(
     """
     frozen = frozen_entries(section.context, section.observation_encoder)
     check_camera(foresight, store, FrozenParts.of_entries(frozen).video)
-    cached = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.
     held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
@@ -242,9 +288,7 @@ def train(
 
     rows = np.concatenate([train_rows, held_rows])
     sentences = sides[0].instructions + sides[1].instructions
-    observations = ObservationSet.of(sentences, lambda positions: store.frames(rows[positions]))
-    sources = sources_of(cached, foresight, folders, store.cameras[0])
-    features = cache.fill(observations, sources, encoder_of(foresight), section.encode_batch)
+    features = cached_features(store, foresight, folders, cache, section, rows, sentences)
     seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each

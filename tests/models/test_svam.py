@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from svam.contract import CHECKPOINT_SCHEMA, Observation
+from svam.contract import CHECKPOINT_SCHEMA, ContractError, Observation
 from svam.episodes.store import EpisodeStore
+from svam.evaluation.offline import encode_rows, true_features
 from svam.files import sha256_tree
 from svam.models.manifest import write_manifest
 from svam.models.svam import SVAM, Batch, PolicyNetwork
@@ -22,7 +23,7 @@ from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
 from tests.sources.common import refused
-from tests.tiny import FRAMES, make_svam, observations, policy_params, save_all_parts
+from tests.tiny import FRAMES, SIZE, make_svam, observations, policy_params, save_all_parts
 
 VIDEO = {"text", "autoencoder", "video"}
 TEACHERS, DECOUPLERS = {"teacher_geometric", "teacher_semantic"}, {"decoupler_geometric", "decoupler_semantic"}
@@ -32,7 +33,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], set[str], int]] = {
     "VPP": ({"context": ["one_step"]}, VIDEO, 2 * FRAMES),
     "Diffusion Policy": ({"context": ["observation"]}, {"text"}, 2),
     "Diffusion Policy, frozen encoder": (
-        {"context": ["observation"], "observation_encoder": "frozen"}, {"text", "teacher_semantic"}, 2,
+        {"context": ["observation"], "observation_encoder": "frozen"}, {"text"} | TEACHERS, 2,
     ),
     "multi-step VAM": ({"context": ["generated"]}, VIDEO | TEACHERS, 2 * FRAMES),
     "SuSIE-like": ({"context": ["goal_frame"]}, VIDEO | TEACHERS, 2),
@@ -83,6 +84,19 @@ def test_every_variant_is_params_alone(name: str, store: EpisodeStore, folders: 
     assert (loaded.config, loaded.statistics) == (model.config, model.statistics)
     loaded.save(tmp_path / "again")
     assert sha256_tree(tmp_path / "again") == sha256_tree(tmp_path / "svam")
+
+
+def test_the_recorded_future_is_what_the_teachers_see_and_nobody_acts_on_it(
+    store: EpisodeStore, folders: dict[str, Path]
+) -> None:
+    model, rows = make_svam(store, folders, context=["recorded", "one_step"]), np.array([0, 9], dtype=np.int64)
+    inputs = encode_rows(store, model, rows, 0)
+    clips = store.frames(np.array([0, 2, 4, 9, 11, 11])).reshape(2, FRAMES, SIZE, SIZE, 3)  # the last runs past its episode
+    seen = true_features(model, clips, "recorded")
+    np.testing.assert_allclose(inputs.entries["recorded"].float().numpy(), seen, rtol=2e-3, atol=2e-3)  # float16
+    assert model.sample(inputs, [0, 1]).shape == (2, 4, 3)
+    with pytest.raises(ContractError, match="'recorded', what the teachers see in the recorded future, which nobody has"):
+        model.act(observations(store, 1))
 
 
 def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -> None:

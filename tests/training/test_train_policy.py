@@ -21,8 +21,8 @@ from svam.models.svam import SVAM
 from svam.normalisation import normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
-from svam.training.train_policy import action_error, choose_rows, load_foresight, observe, train
-from tests.tiny import GENERATE, observations, policy_params
+from svam.training.train_policy import action_error, cached_features, choose_rows, load_foresight, observe, train
+from tests.tiny import GENERATE, SIZE, make_store, observations, policy_params
 from tests.toy import ADAM
 
 CPU = torch.device("cpu")
@@ -144,6 +144,26 @@ def test_cached_features_are_what_act_computes(store: EpisodeStore, folders: dic
     inputs = svam.encode(observations(store, 4))
     for entry, values in cached.read(np.arange(4)).items():
         np.testing.assert_array_equal(values, inputs.entries[entry].numpy())
+
+
+def test_equal_frames_of_unequal_futures_are_two_observations(folders: dict[str, Path], tmp_path: Path) -> None:
+    """What the recorded future shows hangs on more than the frame and sentence that other features are addressed by."""
+    frames = np.random.default_rng(5).integers(0, 256, (12, SIZE, SIZE, 3)).astype(np.uint8)
+    frames[1] = frames[0]
+    store, section = (
+        make_store(tmp_path / "episodes.zarr", frames={"front": frames, "wrist": frames}),
+        policy_params(context=["one_step", "recorded"]),
+    )
+    foresight, rows = load_foresight(section, GENERATE, folders), np.arange(4, dtype=np.int64)
+    for _ in range(2):  # the second time all of it is in the cache
+        features = cached_features(
+            store, foresight, folders, FeatureCache(tmp_path / "cache", 1.0), section, rows, ["push a"] * 4
+        )
+        read = features.read(rows)
+        features.close()
+        assert (read["one_step"][0] == read["one_step"][1]).all() and (read["recorded"][0, 0] == read["recorded"][1, 0]).all()
+        assert (read["recorded"][0, 1:] != read["recorded"][1, 1:]).any()
+    assert run(store, folders, tmp_path / "cache", context=["recorded"]).selected["action_error"] > 0
 
 
 def test_what_is_not_used_does_not_run(
