@@ -1,0 +1,288 @@
+"""`python -m svam.analysis.oracles OUT`: what could foresight win at all, before any closed loop?
+
+The same policy, of the same observations, steps, seed and size, learns from one input after another: what the teachers see in
+the current frame, in the future as it was recorded, in a multi-step generation; one-step features F; distilled foresight beside
+F; a trained encoder. Measured is the error of its actions on held-out episodes. Perfect foresight is the recorded future: where
+even that does not beat F, nothing that is distilled can, with these teachers.
+
+Each input is a row, `OUT/<row>.json`, written when it is whole; the same command goes on with the rows that are missing, and
+with the training that was killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from pydantic import ValidationError
+
+from svam.analysis.gap import CONFIDENCE, FEWEST_EPISODES, EpisodeBootstrap, Sums, value_of
+from svam.code import stage_code
+from svam.console import console, one_line_errors
+from svam.contract import Frozen
+from svam.device import prepare_torch
+from svam.episodes.store import EpisodeStore
+from svam.errors import ParamsError, describe
+from svam.files import FileError, locked, read_json, sha256_of_json, stated, whole_file, write_json
+from svam.models.foresight import part_folders
+from svam.params import Params, load_params
+from svam.report.tables import markdown_table, rounded
+from svam.resume import Resume, identity, resumable_run
+from svam.training.feature_cache import FeatureCache
+from svam.training.train_policy import (
+    TrainingData,
+    absolute_errors,
+    cached_features,
+    choose_rows,
+    load_foresight,
+    observe,
+    train,
+)
+
+F = "one_step"
+FRAME, FRAME_AND_F, S_VAM, FUTURE, FUTURE_AND_F = "frame_tokens", "vpp_frame", "svam", "recorded", "recorded_one_step"
+ROWS = {
+    "observation": "trained convolutional encoder of the current frame",
+    FRAME: "teachers' tokens of the current frame",
+    F: "one-step features F (VPP)",
+    FRAME_AND_F: "F + teachers' tokens of the current frame",
+    S_VAM: "F + distilled foresight (S-VAM)",
+    "generated": "teachers' tokens of a multi-step generation",
+    FUTURE: "oracle: teachers' tokens of the recorded future",
+    FUTURE_AND_F: "oracle: F + teachers' tokens of the recorded future",
+}
+"""Row -> what the policy sees, in the order of the table."""
+AGAINST = [*((row, F) for row in ROWS if row != F), (FUTURE_AND_F, FRAME_AND_F), (S_VAM, FRAME_AND_F)]
+"""The differences that are tested: every row's to F, and what foresight wins that is not the current frame's."""
+RESAMPLES = 10_000
+
+
+class EpisodeErrors(Frozen):
+    """A held-out episode. total: absolute errors in physical units, summed over `count` action values of the sampled chunks."""
+
+    episode: int
+    task: str
+    total: float
+    count: int
+
+
+class Row(Frozen):
+    """A finished row. work: of what all rows of a table must have in common; steps, observations: of the policy's training;
+    parameters: trained with it."""
+
+    row: str
+    work: str
+    steps: int
+    observations: int
+    parameters: int
+    episodes: list[EpisodeErrors]
+
+
+def params_of(row: str, params: Params, steps: int | None, stride: int | None, file: Path) -> Params:
+    """The params with the row's context, and the same training for every row: it ends after `steps`, and what is measured is
+    the end, since a choice among checkpoints would be made on the episodes that are measured.
+
+    Raises:
+        ParamsError: nothing is distilled, or the steps are no more than those of the warm-up.
+    """
+    if not params.distill.branches:
+        raise ParamsError(
+            f"{file}: distill.branches is [], so that no foresight is there to compare; run distill with a branch"
+        )
+    contexts = {FRAME: ["observation"], FRAME_AND_F: [F, "observation"], FUTURE_AND_F: [FUTURE, F]}
+    contexts[S_VAM] = [*params.distill.branches, F]
+    values = params.model_dump()
+    policy = values["train_policy"]
+    policy["context"] = contexts.get(row, [row])
+    policy["observation_encoder"] = "trained" if row == "observation" else "frozen"
+    policy["training"]["steps"] = policy["evaluate_every"] = steps or policy["training"]["steps"]
+    policy["observation_stride"] = stride or policy["observation_stride"]
+    try:
+        return Params.model_validate(values)
+    except ValidationError as error:
+        raise ParamsError(describe(error, f"{file}, with --steps {steps}")) from None
+
+
+def measure_row(
+    row: str, work: str, params: Params, store: EpisodeStore, folders: Mapping[str, Path], cache: FeatureCache,
+    device: torch.device, resume: Resume,
+) -> Row:  # fmt: skip
+    """Train the row's policy, `params_of` it, and measure it on every n-th step of all held-out episodes."""
+    section = params.train_policy
+    foresight = load_foresight(section, params.generate, folders).to(device)
+    svam = train(store, foresight, folders, section, cache, params.seed, device, None, resume)
+    learnt, rows = (choose_rows(store, s, section.observation_stride, section.episodes_per_task) for s in ("train", "held_out"))
+    observations = observe(store, rows, section.chunk, section.proprioception, params.seed)
+    features = cached_features(store, foresight, folders, cache, section, rows, observations.instructions)
+    data = TrainingData(observations, features, foresight, svam, device)
+    errors = np.zeros(len(rows))
+    for positions, error in absolute_errors(svam, data, section.training.batch, params.seed):
+        errors[positions] = (error * observations.mask[positions, :, None]).sum(axis=(1, 2), dtype=np.float64)
+    features.close()
+    counts, episodes = observations.mask.sum(axis=1) * store.action_dimensions, store.episode_of(rows)
+    measured = [
+        EpisodeErrors(
+            episode=episode, task=store.task_of(episode), total=float(errors[episodes == episode].sum()),
+            count=int(counts[episodes == episode].sum()),
+        )
+        for episode in np.unique(episodes).tolist()
+    ]  # fmt: skip
+    return Row(
+        row=row, work=work, steps=section.training.steps, observations=len(learnt),
+        parameters=sum(p.numel() for p in svam.network.parameters()), episodes=measured,
+    )  # fmt: skip
+
+
+def read_rows(out: Path, work: str) -> dict[str, Row]:
+    """The finished rows of a table, in its order.
+
+    Raises:
+        FileError: a file is no row, or is one of other params, data, models or code.
+    """
+    files = {row: out / f"{row}.json" for row in ROWS}
+    rows = {row: stated(Row, read_json(file), file) for row, file in files.items() if file.is_file()}
+    for row in rows.values():
+        if row.work != work:
+            raise FileError(
+                f"{files[row.row]}: made with other params, data, models or code than those here, so it cannot stand in their "
+                "table; name another folder, or delete this one"
+            )
+    return rows
+
+
+def compared(rows: Mapping[str, Row]) -> dict[str, Any]:
+    """{episodes, level, tasks, rows: {row: {value, low, high, tasks: [...]}}, differences: [{row, against, value, low, high,
+    finding}], verdict}: mean absolute errors with their 95 % intervals, and paired differences whose intervals hold for all of
+    them together; both resample held-out episodes."""
+    first = next(iter(rows.values())).episodes
+    boot = EpisodeBootstrap(np.asarray([e.episode for e in first], dtype=np.int64), RESAMPLES, 0)
+    tasks = sorted({e.task for e in first})
+    sums = {row: sums_of(record.episodes) for row, record in rows.items()}
+    samples = {row: boot.ratios(values) for row, values in sums.items()}
+    values: dict[str, float] = {row: float(value_of(s) or 0.0) for row, s in sums.items()}
+    lines = {}
+    for row, record in rows.items():
+        low, high = boot.interval(samples[row], 1)
+        by_task = [value_of(sums_of([e for e in record.episodes if e.task == task])) for task in tasks]
+        lines[row] = {"value": values[row], "low": low, "high": high, "tasks": by_task}
+    pairs = [(row, other) for row, other in AGAINST if row in rows and other in rows]
+    differences = []
+    for row, other in pairs:
+        low, high = boot.interval(samples[row] - samples[other], len(pairs))
+        finding = "better" if high < 0 else "worse" if low > 0 else "not distinguishable"
+        finding = "too few episodes" if boot.count < FEWEST_EPISODES else finding
+        differences.append(
+            {"row": row, "against": other, "value": values[row] - values[other], "low": low, "high": high, "finding": finding}
+        )
+    result = {"episodes": boot.count, "level": CONFIDENCE, "tasks": tasks, "rows": lines, "differences": differences}
+    return result | {"verdict": verdict(differences)}
+
+
+def sums_of(episodes: Sequence[EpisodeErrors]) -> Sums:
+    """Errors over action values, by episode."""
+    return Sums(*(np.asarray([getattr(e, name) for e in episodes], dtype=np.float64) for name in ("total", "count")))
+
+
+def verdict(differences: Sequence[Mapping[str, Any]]) -> str:
+    """What the intervals say of foresight: of perfect foresight, and of what is distilled here."""
+    findings = {(line["row"], line["against"]): line["finding"] for line in differences}
+    perfect, distilled = findings.get((FUTURE, F)), findings.get((S_VAM, FRAME_AND_F))
+    if "too few episodes" in findings.values():
+        return f"No verdict: fewer than {FEWEST_EPISODES} held-out episodes."
+    if perfect is None or distilled is None:
+        return "No verdict yet: rows are missing."
+    said = "beat F: with these teachers, foresight has something to win."
+    if perfect != "better":
+        said = "do not clearly beat F, so with these teachers no distillation can win."
+    foreseen = f"Distilled foresight, against the current frame's tokens in its place, is {distilled}."
+    return f"The teachers' tokens of the recorded future {said} {foreseen}"
+
+
+def markdown(rows: Mapping[str, Row], result: Mapping[str, Any]) -> str:
+    """The page `oracles.md`."""
+    shown = next(iter(rows.values()))
+    inputs = [
+        [ROWS[row], f"{line['value']:.4f} [{line['low']:.4f}, {line['high']:.4f}]", f"{rows[row].parameters:,}"]
+        for row, line in result["rows"].items()
+    ]
+    tested = [
+        [
+            ROWS[line["row"]], ROWS[line["against"]], f"{line['value']:+.4f} ({line['low']:+.4f} to {line['high']:+.4f})",
+            line["finding"],
+        ]
+        for line in result["differences"]
+    ]  # fmt: skip
+    by_task = [[ROWS[row], *(f"{value:.4f}" for value in line["tasks"])] for row, line in result["rows"].items()]
+    missing = [ROWS[row] for row in ROWS if row not in rows]
+    parts = [
+        "# What foresight could win",
+        f"**{result['verdict']}**",
+        f"The same policy on one input after another: {shown.steps:,} steps on {shown.observations:,} observations, one "
+        "training seed, nothing chosen by the held-out episodes. Mean absolute error of sampled action chunks in physical "
+        f"units, on every n-th step of {result['episodes']} held-out episodes; 95 % intervals resample episodes, not training "
+        "seeds. It is no success: only a closed loop measures that.",
+        markdown_table(["the policy sees", "action error [95 %]", "trained parameters"], inputs),
+        *(["Not there yet: " + "; ".join(missing) + "."] if missing else []),
+        "## Differences",
+        f"Paired by episode; the intervals hold for all of them together at {result['level']:.0%}. F and what comes of it are "
+        "read from a video model that was trained on the policy's own training episodes and not on the held-out ones; the "
+        "recorded future knows no such difference.",
+        markdown_table(["the policy sees", "instead of", "difference", "it is"], tested),
+        "## By task",
+        markdown_table(["the policy sees", *result["tasks"]], by_task),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+@one_line_errors
+def oracles(
+    out: Annotated[Path, typer.Argument(help="Folder of the table, such as data/compare/oracles.")],
+    row: Annotated[list[str] | None, typer.Option(help=f"Only this row, may be repeated: {', '.join(ROWS)}.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of every policy; without it those of params.yaml.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="In place of train_policy.observation_stride.")] = None,
+    file: Annotated[Path, typer.Option("--params", help="Parameter file of the stages that have run.")] = Path("params.yaml"),
+    episodes: Annotated[Path, typer.Option(help="Episode store.")] = Path("data/episodes.zarr"),
+    backbones: Annotated[Path, typer.Option(help="The four backbones.")] = Path("data/backbones"),
+    video: Annotated[Path, typer.Option(help="Video model.")] = Path("data/models/video"),
+    decouplers: Annotated[Path, typer.Option(help="A folder per branch.")] = Path("data/models/decouplers"),
+    cache: Annotated[Path, typer.Option(help="Feature cache.")] = Path(".cache/features"),
+) -> None:
+    """Train the same policy on one input after another, and compare the errors of its actions on held-out episodes."""
+    unknown = sorted(set(row or []) - set(ROWS))
+    if unknown:
+        raise ParamsError(f"--row {unknown[0]}: no such row; those are {', '.join(ROWS)}")
+    base = load_params(file)
+    device = prepare_torch(base.machine.device, base.threads, base.seed)
+    store, folders = EpisodeStore.open(episodes), part_folders(backbones, video, decouplers)
+    features, inputs = FeatureCache(cache, base.machine.cache_gb), [episodes, *folders.values()]
+    common = params_of(F, base, steps, stride, file)
+    deciding = {
+        "params": [common.seed, common.threads, common.train_policy.model_dump(), common.generate.model_dump()],
+        "branches": base.distill.branches,
+        "code": stage_code("train_policy", base.modules), "inputs": [identity(path) for path in inputs], "device": str(device),
+    }  # fmt: skip
+    work = sha256_of_json(deciding)[:32]
+    with locked(out.with_name(f"{out.name}.lock")):
+        out.mkdir(parents=True, exist_ok=True)
+        done = read_rows(out, work)
+        for name in row or ROWS:
+            if name not in done:
+                console.rule(ROWS[name])
+                params = params_of(name, base, steps, stride, file)
+                with resumable_run("train_policy", params, ["train_policy", "generate"], inputs, device) as resume:
+                    record = measure_row(name, work, params, store, folders, features, device, resume)
+                    write_json(out / f"{name}.json", record.model_dump(mode="json"))
+        rows = read_rows(out, work)
+        result = compared(rows)
+        write_json(out / "oracles.json", rounded(result))
+        with whole_file(out / "oracles.md") as page:
+            page.write_text(markdown(rows, result), encoding="utf-8")
+    console.print(f"{result['verdict']} {len(rows)} of {len(ROWS)} rows: {out}/oracles.md", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(oracles)
