@@ -11,26 +11,27 @@ import typer
 from ruamel.yaml import YAML
 
 from svam.console import console, one_line_errors
-from svam.experiments.plan import Run, load_plan, planned_runs, with_arguments
+from svam.experiments.plan import FOLDER, Run, expanded, load_plan, planned_runs, with_arguments
 from svam.experiments.running import run_all, unfinished_runs
-from svam.presets.overlay import as_arguments, overlay_of
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 Only = Annotated[list[str] | None, typer.Option(help="Only runs of this name, pattern (vpp-*) or variant; may be repeated.")]
+PlanFile = Annotated[Path, typer.Option("--plan", help="Which study.")]
+PLAN = FOLDER / "plan.yaml"
 
 
-def _planned(only: list[str] | None) -> tuple[list[Run], list[Run], Path]:
-    """The runs of plan.yaml, those of them that are not finished, and the folder of their records."""
-    chosen = load_plan()
+def _planned(only: list[str] | None, file: Path) -> tuple[list[Run], list[Run], Path]:
+    """The runs of a plan, those of them that are not finished, and the folder of their records."""
+    chosen = load_plan(file)
     runs, folder = planned_runs(chosen, only or []), Path("data/compare", chosen.collection)
     return runs, unfinished_runs(runs, folder), folder
 
 
 @app.command()
 @one_line_errors
-def plan(only: Only = None) -> None:
-    """Print each experiment of plan.yaml as the line that can be run alone."""
-    runs, unfinished, _ = _planned(only)
+def plan(only: Only = None, file: PlanFile = PLAN) -> None:
+    """Print each experiment of a plan as the line that can be run alone."""
+    runs, unfinished, _ = _planned(only, file)
     for run in runs:
         typer.echo(shlex.join(run.command) + ("" if run in unfinished else "   # finished"))
     typer.echo(f"# {len(runs)} runs, {len(runs) - len(unfinished)} finished")
@@ -38,9 +39,9 @@ def plan(only: Only = None) -> None:
 
 @app.command()
 @one_line_errors
-def run(only: Only = None) -> None:
-    """Run what of plan.yaml is not finished, one after another. What was killed goes on with the same command."""
-    runs, unfinished, folder = _planned(only)
+def run(only: Only = None, file: PlanFile = PLAN) -> None:
+    """Run what of a plan is not finished, one after another. What was killed goes on with the same command."""
+    runs, unfinished, folder = _planned(only, file)
     if unfinished:
         run_all(unfinished, folder)
     console.print(f"{len(runs)} runs finished, {len(unfinished)} of them now")
@@ -48,11 +49,11 @@ def run(only: Only = None) -> None:
 
 @app.command()
 @one_line_errors
-def table(collection: Annotated[str | None, typer.Argument(help="Without it: the plan's.")] = None) -> None:
+def table(collection: Annotated[str | None, typer.Argument(help="Without it: that of plan.yaml.")] = None) -> None:
     """Print and write the paired table of a collection, as Markdown, CSV, a figure and a page, from its records alone."""
     from svam.experiments.table import write, write_overview
 
-    typer.echo(write(Path("data/compare", collection or load_plan().collection)))
+    typer.echo(write(Path("data/compare", collection or load_plan(PLAN).collection)))
     write_overview(Path("data/compare"))
 
 
@@ -63,9 +64,7 @@ def params(
     file: Annotated[Path, typer.Option("--params", help="Parameter file to begin with.")] = Path("params.yaml"),
 ) -> None:
     """Print a parameter file with changes, checked: for a stage's --params."""
-    named = ([change] if "=" in change else as_arguments(overlay_of(change)) for change in changes)
-    arguments = [argument for several in named for argument in several]
-    YAML(typ="safe", pure=True).dump(with_arguments(file, arguments), sys.stdout)
+    YAML(typ="safe", pure=True).dump(with_arguments(file, expanded(changes)), sys.stdout)
 
 
 @app.command()

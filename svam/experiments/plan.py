@@ -1,4 +1,4 @@
-"""Which experiments `plan.yaml` asks for: each a variant of `variants.yaml` at an equal budget, run by one `dvc exp run`."""
+"""Which experiments a plan asks for: each a variant of `variants.yaml` at an equal budget, run by one `dvc exp run`."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from dvc.exceptions import InvalidArgumentError
 from dvc.utils.hydra import apply_overrides
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from svam.errors import ParamsError, describe
 from svam.files import read_yaml
 from svam.params import load_params
+from svam.presets.overlay import as_arguments, overlay_of
 from svam.sections import Count, Name, Section, Seed
 
 FOLDER = Path(__file__).parent
@@ -28,30 +29,44 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = read_yaml(FOLDER / "variants.yaml")
 Variant = Annotated[str, Field(pattern=f"^({'|'.join(VARIANTS)})$")]
 
 
-class Plan(Section):
-    """`plan.yaml`; its comments say what each key means."""
+class Runs(Section):
+    """Every variant at every number of demonstrations and every policy seed, in one regime."""
 
-    collection: Name
-    collections: dict[Name, list[str]]
+    variants: list[Variant]
     seeds: list[Seed]
     episodes_per_task: list[Count]
     episodes: Count
+    regime: Name | None = None
+    primary: bool = False
+
+
+class Plan(Section):
+    """`plan.yaml`, whose comments say what each key means, or another study's."""
+
+    collection: Name
+    arguments: list[str]
+    regimes: dict[Name, list[str]]
     steps: Count | None
-    core: list[Variant]
-    others: list[Variant]
-    others_seed: Seed
-    others_episodes_per_task: Count
-    others_episodes: Count
+    runs: list[Runs]
+
+    @model_validator(mode="after")
+    def _regimes_are_described(self) -> Self:
+        named = {runs.regime for runs in self.runs if runs.regime is not None}
+        if named != set(self.regimes):
+            raise ValueError(f"runs are of the regimes {sorted(named)}, and regimes describes {sorted(self.regimes)}")
+        return self
 
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. arguments: of `-S`.
-    params: all of its params."""
+    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. regime, primary: as
+    `Record` has them. arguments: of `-S`. params: all of its params."""
 
     variant: str
     size: int
     seed: int
+    regime: str
+    primary: bool
     name: str
     arguments: tuple[str, ...]
     params: Mapping[str, Any]
@@ -62,7 +77,7 @@ class Run:
         return ["dvc", "exp", "run", "-n", self.name, *(a for value in self.arguments for a in ("-S", value)), "report"]
 
 
-def load_plan(file: Path = FOLDER / "plan.yaml") -> Plan:
+def load_plan(file: Path) -> Plan:
     """Read and check a plan.
 
     Raises:
@@ -75,7 +90,7 @@ def load_plan(file: Path = FOLDER / "plan.yaml") -> Plan:
 
 
 def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("params.yaml")) -> list[Run]:
-    """The core by seed and number of demonstrations, then the others; each with params that were checked.
+    """All of a plan, in its order, by seed, number of demonstrations and variant; each with params that were checked.
 
     Args:
         only: names, patterns of names, or variants; empty: all.
@@ -83,31 +98,39 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("para
     Raises:
         ParamsError: the params or an argument are wrong, the params are not S-VAM's, or nothing is called as `only` says.
     """
-    collection = plan.collections.get(plan.collection)
-    if collection is None:
-        raise ParamsError(f"collection is {plan.collection!r}, expected one of collections: {', '.join(plan.collections)}")
+    collection = expanded(plan.arguments)
     base = with_arguments(params, collection)
     reference = VARIANTS[REFERENCE]["arguments"]
     if base != with_arguments(params, [*collection, *reference]):
         raise ParamsError(f"{params}: variants change S-VAM's params, and these are not: expected {' '.join(reference)}")
     steps = plan.steps or base["train_policy"]["training"]["steps"]
 
-    def run(variant: str, size: int, seed: int, episodes: int) -> Run:
+    def name_of(runs: Runs, variant: str, size: int, seed: int) -> str:
+        return "-".join([variant, str(size), f"seed{seed}", plan.collection, *([runs.regime] if runs.regime else [])])
+
+    def run(runs: Runs, variant: str, size: int, seed: int) -> Run:
+        regime = expanded(plan.regimes[runs.regime]) if runs.regime else []
         arguments = (
-            *collection, *VARIANTS[variant]["arguments"], f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}",
-            f"train_policy.training.steps={steps}", f"evaluate.metaworld.episodes={episodes}",
+            *collection, *regime, *VARIANTS[variant]["arguments"],
+            f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}",
+            f"train_policy.training.steps={steps}", f"evaluate.metaworld.episodes={runs.episodes}",
             # Only what is compared: no offline errors, other sentences or films.
             "evaluate.protocols=[metaworld]", "evaluate.metaworld.held_out_instruction_episodes=0", "evaluate.videos=0",
         )  # fmt: skip
-        name = f"{variant}-{size}-seed{seed}-{plan.collection}"
-        return Run(variant, size, seed, name, arguments, with_arguments(params, arguments))
+        name, checked = name_of(runs, variant, size, seed), with_arguments(params, arguments)
+        return Run(variant, size, seed, runs.regime or "", runs.primary, name, arguments, checked)
 
-    runs = [run(v, n, s, plan.episodes) for s in plan.seeds for n in plan.episodes_per_task for v in plan.core]
-    runs += [run(v, plan.others_episodes_per_task, plan.others_seed, plan.others_episodes) for v in plan.others]
-    selected = [run for run in runs if not only or any(run.variant == p or fnmatch(run.name, p) for p in only)]
-    if not selected:
+    planned = [(r, v, n, s) for r in plan.runs for s in r.seeds for n in r.episodes_per_task for v in r.variants]
+    chosen = [one for one in planned if not only or any(one[1] == p or fnmatch(name_of(*one), p) for p in only)]
+    if not chosen:
         raise ParamsError(f"--only {' '.join(only)}: no planned run is called so; without --only `plan` prints them all")
-    return selected
+    return [run(*one) for one in chosen]
+
+
+def expanded(changes: Sequence[str]) -> list[str]:
+    """`-S` arguments of changes, each such an argument or the name of a preset."""
+    named = ([change] if "=" in change else as_arguments(overlay_of(change)) for change in changes)
+    return [argument for several in named for argument in several]
 
 
 def with_arguments(params: Path, arguments: Sequence[str]) -> dict[str, Any]:

@@ -30,15 +30,19 @@ class StageCost(Frozen):
 
 
 class Record(Frozen):
-    """A finished experiment. arguments: of `-S`; revision: its commit, which only repositories that have the experiment know;
-    parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be equal where variants are
-    compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps, execute: of an evaluation
-    episode); latency: milliseconds from one observation to one chunk of actions; stages: those that the variant uses."""
+    """A finished experiment. regime: of its plan, "" where it has none; primary: whether the plan says that the study's claim
+    rests on its difference to the reference; arguments: of `-S`; revision: its commit, which only repositories that have the
+    experiment know; parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be equal
+    where variants are compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps,
+    execute: of an evaluation episode); latency: milliseconds from one observation to one chunk of actions; stages: those that
+    the variant uses."""
 
     name: str
     variant: str
     size: int
     seed: int
+    regime: str = ""
+    primary: bool = False
     arguments: list[str]
     revision: str
     machine: str

@@ -169,7 +169,8 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))
     training, evaluation = params["train_policy"]["training"], params["evaluate"]
     return Record(
-        name=run.name, variant=run.variant, size=run.size, seed=run.seed, arguments=list(run.arguments), revision=revision,
+        name=run.name, variant=run.variant, size=run.size, seed=run.seed, regime=run.regime, primary=run.primary,
+        arguments=list(run.arguments), revision=revision,
         machine=f"{os.cpu_count()} x {processor()}", parameters=sum(p.numel() for p in svam.network.parameters()), policy=model,
         budget={
             "policy_steps": training["steps"], "batch": training["batch"], "learning_rate": training["learning_rate"],

@@ -1,6 +1,7 @@
 """Paired statistics of two policies that were evaluated on the same goals.
 
-They speak of the policies that were trained, on goals drawn as these were. They say nothing of other training seeds.
+Those of single runs speak of the policies that were trained, on goals drawn as these were, and say nothing of other training
+seeds; `hierarchical` speaks of training seeds, tasks and goals like these.
 """
 
 from __future__ import annotations
@@ -60,14 +61,51 @@ def holm(values: Sequence[float]) -> list[float]:
     return corrected.tolist()
 
 
-def difference(seeds: Sequence[Pairs]) -> tuple[float, float, float]:
-    """Success rate of the variant minus that of the reference, mean of some training seeds on the same goals, and its 95 %
-    percentile interval: resamples the goals within each task, each with the outcomes of all seeds."""
+def difference(pairs: Pairs) -> tuple[float, float, float]:
+    """Success rate of the variant minus that of the reference, of one run of each, and its 95 % percentile interval: resamples
+    the goals within each task."""
     random = generator("comparison bootstrap", 0)
     sums, count, total = np.zeros(RESAMPLES), 0, 0.0
-    for task in sorted(seeds[0]):
-        differences = np.mean([pairs[task][:, 0] - pairs[task][:, 1] for pairs in seeds], axis=0)
+    for task in sorted(pairs):
+        differences = pairs[task][:, 0] - pairs[task][:, 1]
         sums += differences[random.integers(len(differences), size=(RESAMPLES, len(differences)))].sum(axis=1)
         count, total = count + len(differences), total + differences.sum()
-    low, high = np.quantile(sums / count, (0.025, 0.975))
-    return float(total / count), float(low), float(high)
+    return float(total / count), *interval(sums / count)
+
+
+def interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
+    """The ends between which 95 % of resampled values lie."""
+    low, high = np.quantile(resampled, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def hierarchical(seeds: Sequence[Pairs]) -> tuple[float, NDArray[np.float64]]:
+    """Success rate of the variant minus that of the reference, mean over tasks of the mean over training seeds and goals, and
+    (RESAMPLES,) bootstrap values of it: training seeds and tasks are drawn with replacement, and goals anew for each
+    drawn task.
+
+    A drawn goal counts with the outcomes of all drawn seeds, since all of them met it. Tasks and goals are drawn alike wherever
+    their numbers are alike, so that values of two comparisons on the same goals may be subtracted.
+    """
+    tasks = sorted(seeds[0])
+    counts = np.asarray([len(seeds[0][task]) for task in tasks])
+    won = np.zeros((len(seeds), len(tasks), counts.max()))  # (seed, task, goal), zeros past a task's last goal
+    for s, pairs in enumerate(seeds):
+        for t, task in enumerate(tasks):
+            won[s, t, : counts[t]] = pairs[task][:, 0] - pairs[task][:, 1]
+    of_goals, of_seeds = generator("hierarchical bootstrap", "goals"), generator("hierarchical bootstrap", "seeds")
+    by_seed = np.zeros((len(seeds), RESAMPLES))
+    for _ in tasks:
+        task = of_goals.integers(len(tasks), size=RESAMPLES)
+        goal = (of_goals.random((RESAMPLES, counts.max())) * counts[task, None]).astype(np.int64)
+        real = np.arange(counts.max()) < counts[task, None]
+        by_seed += (won[:, task[:, None], goal] * real).sum(axis=2) / counts[task] / len(tasks)
+    drawn = of_seeds.integers(len(seeds), size=(RESAMPLES, len(seeds)))
+    value = float((won.sum(axis=2) / counts).mean())
+    return value, by_seed[drawn, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+
+
+def two_sided(resampled: NDArray[np.float64]) -> float:
+    """p of "no difference" by bootstrap values of the difference: twice the smaller share beyond 0, never 0."""
+    tail = min(int((resampled <= 0.0).sum()), int((resampled >= 0.0).sum()))
+    return min(1.0, 2.0 * (tail + 1) / (len(resampled) + 1))

@@ -10,11 +10,24 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from svam.evaluation.scores import rate_of
 from svam.experiments.plan import REFERENCE, VARIANTS
 from svam.experiments.records import Record, read_records
-from svam.experiments.statistics import LEVEL, RESAMPLES, Pairs, difference, holm, mcnemar, only_one, paired
+from svam.experiments.statistics import (
+    LEVEL,
+    RESAMPLES,
+    Pairs,
+    difference,
+    hierarchical,
+    holm,
+    interval,
+    mcnemar,
+    only_one,
+    paired,
+    two_sided,
+)
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.page import Section, divided, rendered
@@ -32,9 +45,11 @@ RunRow = dict[str, Any]
 """A run, with the columns of table.csv; None for what was not compared or not measured."""
 
 
-def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
-    """A row for each run, by size, seed and variant, beside the reference's run of the same size and seed; and a row for each
-    variant and size whose seeds were compared on the same goals: label, size, seeds, `DIFFERENCE`.
+def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], list[RunRow]]:
+    """A row for each run, by size, seed, regime and variant, beside the reference's run of the same; a row for each variant and
+    size whose seeds were compared on the same goals: label, size, seeds, primary, `DIFFERENCE`, p (corrected, but for primary
+    ones); and one for each regime in which a primary difference was measured too: label, other, size, `DIFFERENCE`, p: of the
+    two differences to S-VAM.
 
     Raises:
         FileError: two runs that belong together had other goals or budgets, or a record is of an unknown variant.
@@ -42,12 +57,12 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
     unknown = [record for record in records if record.variant not in VARIANTS]
     if unknown:
         raise FileError(f"{unknown[0].name}: no variant is called {unknown[0].variant!r} any more; delete its record")
-    references = {(record.size, record.seed): record for record in records if record.variant == REFERENCE}
+    references = {(r.size, r.seed, r.regime): r for r in records if r.variant == REFERENCE}
     rows: list[RunRow] = []
     several: dict[Any, dict[int, Pairs]] = {}
-    for record in sorted(records, key=lambda record: (record.size, record.seed, list(VARIANTS).index(record.variant))):
+    for record in sorted(records, key=lambda r: (r.size, r.seed, r.regime, list(VARIANTS).index(r.variant))):
         row: RunRow = {
-            "variant": record.variant, "label": VARIANTS[record.variant]["label"], "episodes_per_task": record.size,
+            "variant": record.variant, "label": label_of(record.variant, record.regime), "episodes_per_task": record.size,
             "seed": record.seed, **rate_of([episode.success for episode in record.episodes]),
             **dict.fromkeys(("pairs", *DIFFERENCE, "only_variant", "only_svam", "p_corrected")),
             "verdict": "", "parameters": record.parameters,
@@ -57,12 +72,13 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
             "policy_seconds": record.seconds("train_policy"), "evaluation_seconds": record.seconds("evaluate"),
             "latency_milliseconds": record.latency, "policy": record.policy,
         }  # fmt: skip
-        reference = references.get((record.size, record.seed))
+        reference = references.get((record.size, record.seed, record.regime))
         if record.variant != REFERENCE and reference is not None:
             pairs = paired(record, reference)
             goals = tuple((episode.task, episode.index, episode.seed) for episode in record.episodes)
-            several.setdefault((row["label"], record.size, goals), {})[record.seed] = pairs
-            row |= zip(DIFFERENCE, difference([pairs]), strict=True)
+            key = (record.variant, record.regime, record.primary, record.size, goals)
+            several.setdefault(key, {})[record.seed] = pairs
+            row |= zip(DIFFERENCE, difference(pairs), strict=True)
             row |= zip(("only_variant", "only_svam"), only_one(pairs), strict=True)
             row["pairs"] = sum(map(len, pairs.values()))
         rows.append(row)
@@ -70,12 +86,43 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow]]:
     for row, p in zip(tested, holm([mcnemar(row["only_variant"], row["only_svam"]) for row in tested]), strict=True):
         ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
         row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
+    drawn = {key: hierarchical([*seeds.values()]) for key, seeds in several.items() if len(seeds) > 1}
     means = [
-        {"label": label, "size": size, "seeds": [*seeds], **dict(zip(DIFFERENCE, difference([*seeds.values()]), strict=True))}
-        for (label, size, _), seeds in several.items()
-        if len(seeds) > 1
-    ]
-    return rows, means
+        {
+            "label": label_of(variant, regime), "primary": primary, "size": size,
+            "seeds": [*several[variant, regime, primary, size, goals]], **resampled_difference(*values),
+        }
+        for (variant, regime, primary, size, goals), values in drawn.items()
+    ]  # fmt: skip
+    correct([mean for mean in means if not mean["primary"]])
+    regimes = [
+        {
+            "label": label_of(variant, regime), "other": other, "size": size,
+            **resampled_difference(value - drawn[twin][0], values - drawn[twin][1]),
+        }
+        for (variant, regime, primary, size, goals), (value, values) in drawn.items()
+        if primary
+        for twin in drawn
+        if (other := twin[1]) != regime and twin[0] == variant and twin[3:] == (size, goals)
+    ]  # fmt: skip
+    correct(regimes)
+    return rows, means, regimes
+
+
+def label_of(variant: str, regime: str) -> str:
+    """What tables call a variant in a regime, "" for none."""
+    return f"{VARIANTS[variant]['label']}, {regime}" if regime else str(VARIANTS[variant]["label"])
+
+
+def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow:
+    """`DIFFERENCE` and p of a value and its bootstrap values."""
+    return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
+
+
+def correct(rows: Sequence[RunRow]) -> None:
+    """Make the p-values of rows hold for all of them together."""
+    for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True):
+        row["p"] = p
 
 
 def _points(row: Mapping[str, Any]) -> str:
@@ -84,8 +131,11 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def markdown(rows: Sequence[RunRow], means: Sequence[RunRow], note: str | None, machines: Sequence[str]) -> str:
-    """The whole comparison as one Markdown page. note: printed above it. machines: on which the runs were made."""
+def markdown(
+    rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str]
+) -> str:
+    """The whole comparison as one Markdown page; the rows are those of `compared`. note: printed above it. machines: on which
+    the runs were made."""
     tested = [row for row in rows if row["pairs"] is not None]
     lines = []
     for row in rows:
@@ -105,12 +155,31 @@ def markdown(rows: Sequence[RunRow], means: Sequence[RunRow], note: str | None, 
         markdown_table(header, lines),
     ]
     if means:
-        cells = [[mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])), _points(mean)] for mean in means]
-        parts += ["## Mean of the training seeds", markdown_table([*WHICH, "seeds", POINTS], cells)]
+        cells = [
+            [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])), _points(mean),
+             f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else "")]
+            for mean in means
+        ]  # fmt: skip
+        parts += [
+            "## Over training seeds",
+            "Means of the training seeds. Intervals and p resample training seeds, tasks, and the goals of each drawn task "
+            f"({RESAMPLES} times). A comparison that was named primary before anything ran stands by itself; the others' p are "
+            f"Holm-corrected for their number ({sum(not mean['primary'] for mean in means)}). Intervals are not corrected; of "
+            "few seeds they are too narrow, the part that comes from seeds by a tenth with five and by three tenths with two.",
+            markdown_table([*WHICH, "seeds", POINTS, "p"], cells),
+        ]
+    if regimes:
+        cells = [[r["label"], str(r["size"]), r["other"], _points(r), f"{r['p']:.3g}"] for r in regimes]
+        parts += [
+            "## Between regimes",
+            "A primary difference to S-VAM minus the same variant's in another regime, on the same goals; resampled as above, "
+            f"p Holm-corrected ({len(regimes)}).",
+            markdown_table([*WHICH, "against regime", "change of the difference, points", "p"], cells),
+        ]
     parts += [
         "## What can be said",
-        f"Intervals and tests are about these policies, of {len({row['seed'] for row in rows})} training seeds, on such goals; "
-        "so few seeds carry no claim about training in general.",
+        f"Intervals and tests of single runs are about these policies, of {len({row['seed'] for row in rows})} training seeds, "
+        "on such goals; they carry no claim about training in general.",
         f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested})))} pairs each. \"Not "
         "distinguishable\" is not \"equal\": 100 pairs cannot see a difference of 10 points, since chance alone makes one "
         "where only one of two reaches a quarter of the goals.",
@@ -134,23 +203,24 @@ def _costs(rows: Sequence[RunRow]) -> list[list[str]]:
 def figure(rows: Sequence[RunRow]) -> Figure:
     """Success of every run by data size, and paired differences to S-VAM, with their 95 % intervals."""
     sizes = sorted({row["episodes_per_task"] for row in rows})
-    names = [variant for variant in VARIANTS if any(row["variant"] == variant for row in rows)]
+    order = sorted(rows, key=lambda row: list(VARIANTS).index(row["variant"]))
+    names = list(dict.fromkeys(row["label"] for row in order))
     tested = [row for row in reversed(rows) if row["pairs"] is not None]
     drawn = Figure(figsize=(13.0, max(4.0, 0.28 * len(rows) + 1.5)), layout="constrained")
     left, right = drawn.subplots(1, 2, width_ratios=[1.0, 1.2])
     point = {"fmt": "o", "capsize": 2, "markersize": 4}
     for number, name in enumerate(names):
-        mine = [row for row in rows if row["variant"] == name]
+        mine = [row for row in rows if row["label"] == name]
         shift = (number - (len(names) - 1) / 2) * 0.8 / len(names)
         places = [sizes.index(row["episodes_per_task"]) + shift + 0.02 * (k % 2) for k, row in enumerate(mine)]
         rates, low, high = np.array([[row[key] for key in ("success", "low", "high")] for row in mine]).T
-        left.errorbar(places, rates, [rates - low, high - rates], color=f"C{number}", label=VARIANTS[name]["label"], **point)
+        left.errorbar(places, rates, [rates - low, high - rates], color=f"C{number}", label=name, **point)
     left.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     left.set(xlim=(-0.5, len(sizes) - 0.5), ylim=(-0.02, 1.02), xlabel=WHICH[1], ylabel="success at any step")
     left.legend(fontsize=7)
     for place, row in enumerate(tested):
         middle, low, high = (100 * row[key] for key in DIFFERENCE)
-        colour = f"C{names.index(row['variant'])}"
+        colour = f"C{names.index(row['label'])}"
         filled = "white" if row["p_corrected"] >= LEVEL else colour
         right.errorbar(middle, place, None, [[middle - low], [high - middle]], color=colour, markerfacecolor=filled, **point)
     right.axvline(0.0, color="#333333", linewidth=1)
@@ -169,8 +239,8 @@ def write(folder: Path) -> str:
     note, records = read_records(folder)
     if not records:
         raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
-    rows, means = compared(records)
-    text = markdown(rows, means, note, sorted({record.machine for record in records}))
+    rows, means, regimes = compared(records)
+    text = markdown(rows, means, regimes, note, sorted({record.machine for record in records}))
     with whole_file(folder / "table.md") as file:
         file.write_text(text, encoding="utf-8")
     with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:

@@ -20,6 +20,7 @@ from svam.simulation.scenes import scene_of
 from tests import ROOT
 
 PLAN: dict[str, Any] = read_yaml(FOLDER / "plan.yaml")
+CORE = PLAN["runs"][0]["variants"]
 PARAMS = ROOT / "params.yaml"
 
 
@@ -35,21 +36,47 @@ def test_the_readme_states_variants_of_ours() -> None:
 
 
 def test_the_plan_is_of_equal_budgets_on_shared_goals(tmp_path: Path) -> None:
-    runs = planned_runs(load_plan(), params=PARAMS)
+    runs = planned_runs(load_plan(FOLDER / "plan.yaml"), params=PARAMS)
     assert len({run.name for run in runs}) == len(runs) == 2 * 3 * 3 + 9
     assert runs[1].command[:7] == ["dvc", "exp", "run", "-n", "vpp-5-seed1-several_futures", "-S", runs[1].arguments[0]]
     for run in runs:
         policy, collect = run.params["train_policy"], run.params["collect"]
         assert policy["training"]["steps"] == read_yaml(PARAMS)["train_policy"]["training"]["steps"]
         assert (policy["seed"], policy["episodes_per_task"]) == (run.seed, run.size)
-        assert run.params["evaluate"]["metaworld"]["episodes"] == (34 if run.variant in PLAN["core"] else 17)
+        assert run.params["evaluate"]["metaworld"]["episodes"] == (34 if run.variant in PLAN["runs"][0]["variants"] else 17)
         assert run.params["evaluate"]["metaworld"]["tasks"] == collect["tasks"] and collect["scenes"] == "shared"
         assert run.size < collect["episodes"] * (1 - run.params["convert"]["held_out"]), "fewer than the video model sees"
         for task in collect["tasks"]:
             assert set(scene_of(task).tasks) <= set(collect["tasks"]), "both sides of each scene"
-    control = next(run for run in runs if run.variant == "vpp_frame_tokens").params
+    control = next(run for run in runs if run.variant == "vpp_frame").params
     assert control["train_policy"]["context"] == ["one_step", "observation"]
     assert control["train_policy"]["observation_encoder"] == "frozen" and control["distill"]["branches"] == []
+
+
+def test_the_registered_comparison_is_what_its_page_says() -> None:
+    """Every regime has S-VAM and both primary opponents, and differs in how F is made alone."""
+    plan = load_plan(FOLDER / "registered.yaml")
+    asked = {(v, r.regime, s) for r in plan.runs for v in r.variants for s in r.seeds}
+    primary = {(v, r.regime, s) for r in plan.runs if r.primary for v in r.variants for s in r.seeds}
+    assert primary == {(v, "published", s) for v in ("vpp", "vpp_frame") for s in (1, 2, 3, 4, 5)}
+    regimes = [name for name in plan.regimes if name != "screening"]
+    assert {(v, r, s) for v in ("svam", "vpp", "vpp_frame") for r in regimes for s in (1, 2)} <= asked
+    assert {one for one in asked if one[1] == "screening"} == {("vpp", "screening", 101)}
+
+    screening, *svam = planned_runs(plan, ["svam-*-seed1-*", "*-screening"], PARAMS)
+    params = {run.regime: run.params for run in svam}
+    assert list(params) == ["published", "published_levels", "published_noise", "ours"] == regimes
+    made = {regime: values["finetune_video"] for regime, values in params.items()}
+    assert [(m["first_sigma_share"], m["noise"]) for m in made.values()] == [
+        (0.0, "fresh"), (0.0, "fixed"), (0.3, "fresh"), (0.3, "fixed"),
+    ]  # fmt: skip
+    assert made["published"] | {"noise": "fixed"} == made["published_levels"]
+    assert made["ours"] | {"noise": "fresh"} == made["published_noise"]
+    assert all(values | {"finetune_video": made["ours"]} == params["ours"] for values in params.values())
+    tasks, screened = params["ours"]["collect"]["tasks"], screening.params["collect"]["tasks"]
+    assert len(tasks) == 12 and screened[:12] == tasks and len(set(screened)) == 18
+    assert all(task in (ROOT / "data/compare/registered/README.md").read_text(encoding="utf-8") for task in screened)
+    assert not params["ours"]["train_policy"]["proprioception"] and screening.params["seed"] != params["ours"]["seed"]
 
 
 def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
@@ -64,19 +91,23 @@ def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
 
 
 def test_some_runs_of_a_plan(tmp_path: Path) -> None:
-    plan = load_plan(
-        write_plan(tmp_path, collection="default", steps=99, seeds=[1], episodes_per_task=[5], others=["goal_frame"])
-    )
-    runs = planned_runs(plan, ["diff*", "goal_frame"], PARAMS)
-    assert [run.name for run in runs] == ["diffusion_policy-5-seed1-default", "goal_frame-5-seed1-default"]
-    assert runs[0].params["train_policy"]["training"]["steps"] == 99
+    core, others = ({"variants": v, "seeds": [1], "episodes_per_task": [5], "episodes": 3} for v in (CORE, ["goal_frame"]))
+    runs = [core, others | {"regime": "wide"}]
+    changes = {"collection": "mine", "arguments": ["quick"], "steps": 99, "regimes": {"wide": ["distill.width=192"]}}
+    plan = load_plan(write_plan(tmp_path, runs=runs, **changes))
+    chosen = planned_runs(plan, ["diff*", "goal_frame"], PARAMS)
+    assert [run.name for run in chosen] == ["diffusion_policy-5-seed1-mine", "goal_frame-5-seed1-mine-wide"]
+    assert [run.params["distill"]["width"] for run in chosen] == [96, 192] and [run.regime for run in chosen] == ["", "wide"]
+    assert chosen[0].params["collect"]["episodes"] == 8, "a preset, but for what a comparison fixes"
+    assert chosen[0].params["train_policy"]["training"]["steps"] == 99
     with pytest.raises(ParamsError, match="--only vppp: no planned run is called so"):
         planned_runs(plan, ["vppp"], PARAMS)
 
 
 @pytest.mark.parametrize(("changes", "sentence"), [
-    ({"others": ["vppp"]}, "others.0 is 'vppp'; expected"),
-    ({"collection": "none"}, "collection is 'none', expected one of collections: default, several_futures"),
+    ({"runs": [PLAN["runs"][0] | {"variants": ["vppp"]}]}, "runs.0.variants.0 is 'vppp'; expected"),
+    ({"runs": [PLAN["runs"][0] | {"regime": "wide"}]}, "runs are of the regimes ..wide.., and regimes describes .."),
+    ({"arguments": ["quik"]}, "'quik' is no preset; did you mean 'quick'"),
     ({"size": 1}, "unknown key 'size'"),
     (["train_policy.contxt=[one_step]"], "contxt.*with -S train_policy.contxt=.one_step."),
     (["evaluate.batch=many"], "params.yaml: evaluate.batch is 'many'.*with -S evaluate.batch=many"),
@@ -84,6 +115,6 @@ def test_some_runs_of_a_plan(tmp_path: Path) -> None:
 ])  # fmt: skip
 def test_a_wrong_plan_is_one_sentence(tmp_path: Path, changes: dict[str, Any] | list[str], sentence: str) -> None:
     if isinstance(changes, list):
-        changes = {"collections": {"mine": changes}, "collection": "mine"}
+        changes = {"arguments": changes}
     with pytest.raises(ParamsError, match=sentence):
         planned_runs(load_plan(write_plan(tmp_path, **changes)), params=PARAMS)

@@ -17,16 +17,10 @@ from tests.sources.common import refused
 
 PLAN = """\
 collection: small
-collections: {small: []}
-seeds: [1]
-episodes_per_task: [1]
-episodes: 2
+arguments: []
+regimes: {}
 steps: 4
-core: [svam, vpp]
-others: []
-others_seed: 1
-others_episodes_per_task: 1
-others_episodes: 1
+runs: [{variants: [svam, vpp], seeds: [1], episodes_per_task: [1], episodes: 2}]
 """
 LOOP = (sys.executable, "-m", "svam.experiments", "run")
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from svam.experiments.__main__ import app
 from svam.experiments.plan import FOLDER
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
-from svam.experiments.statistics import Pairs, difference, holm, mcnemar, only_one, paired
+from svam.experiments.statistics import Pairs, difference, hierarchical, holm, interval, mcnemar, only_one, paired, two_sided
 from svam.experiments.systems import BEGIN, END
 from svam.experiments.table import compared, markdown, write, write_overview
 from svam.files import FileError, read_yaml
@@ -63,20 +63,46 @@ def test_holm_by_hand() -> None:
 def test_the_bootstrap() -> None:
     """Of one task it is binomial; tasks are kept apart; a goal is drawn with the outcomes of all seeds."""
     thirty = pairs(*["10"] * 30, *["11"] * 70)
-    assert difference([thirty])[0] == pytest.approx(0.3)
-    assert difference([thirty])[1:] == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.0101)
-    assert difference([thirty]) == difference([thirty])
-    assert difference([{**pairs(*["10"] * 20), **pairs(*["01"] * 20, task="push")}]) == (0.0, 0.0, 0.0)
-    one, other = pairs(*["10"] * 20, *["00"] * 20), pairs(*["00"] * 20, *["10"] * 20)
-    assert difference([one, other]) == (0.5, 0.5, 0.5)  # the second seed wins just where the first did not
-    _, low, high = difference([one, one])
-    assert low < 0.4 and high > 0.6
+    assert difference(thirty)[0] == pytest.approx(0.3)
+    assert difference(thirty)[1:] == pytest.approx(binom.ppf([0.025, 0.975], 100, 0.3) / 100, abs=0.0101)
+    assert difference(thirty) == difference(thirty)
+    assert difference({**pairs(*["10"] * 20), **pairs(*["01"] * 20, task="push")}) == (0.0, 0.0, 0.0)
+
+
+def test_the_hierarchical_bootstrap_draws_each_level() -> None:
+    """Each of seeds, tasks and goals alone gives the deviation that it must; a goal is drawn with the outcomes of all seeds."""
+    always, never = pairs(*["10"] * 20), pairs(*["00"] * 20)
+
+    def both(one: Pairs, other: Pairs) -> Pairs:
+        return {"reach": one["reach"], "push": other["reach"]}
+
+    value, of_seeds = hierarchical([both(always, always), both(never, never)])
+    assert value == 0.5 and of_seeds.std() == pytest.approx(0.5 / math.sqrt(2), abs=0.01) and set(of_seeds) == {0.0, 0.5, 1.0}
+    value, of_tasks = hierarchical([both(always, never)] * 3)
+    assert value == 0.5 and of_tasks.std() == pytest.approx(0.5 / math.sqrt(2), abs=0.01) and set(of_tasks) == {0.0, 0.5, 1.0}
+    mixed = pairs(*["10", "00"] * 10)
+    value, of_goals = hierarchical([mixed, mixed])
+    assert value == 0.5 and of_goals.std() == pytest.approx(0.5 / math.sqrt(20), abs=0.005)
+    assert interval(of_goals) == pytest.approx(binom.ppf([0.025, 0.975], 20, 0.5) / 20, abs=0.051)
+    one, other = pairs(*["10"] * 10, *["00"] * 10), pairs(*["00"] * 10, *["10"] * 10)
+    _, crossed = hierarchical([one, other])  # the second seed wins just where the first did not: only which is drawn counts
+    drawn = crossed[np.abs(crossed - 0.5) < 1e-9]
+    assert 0.4 * len(crossed) < len(drawn) < 0.65 * len(crossed)
+    uneven, _ = hierarchical([{"reach": always["reach"], "push": pairs("00", "00")["reach"]}])
+    assert uneven == 0.5, "a task counts once, however many its goals"
+    np.testing.assert_allclose(hierarchical([mixed] * 2)[1], hierarchical([mixed] * 3)[1])  # for any number of seeds
+
+
+def test_the_bootstrap_p_is_two_sided_and_never_0() -> None:
+    assert two_sided(np.full(9_999, 0.1)) == pytest.approx(2 / 10_000)
+    assert two_sided(np.r_[np.full(75, -1.0), np.full(24, 1.0)]) == pytest.approx(2 * 25 / 100)
+    assert two_sided(np.zeros(10)) == 1.0
 
 
 def test_runs_are_paired_on_the_goals_that_they_share() -> None:
     shared = paired(make_record("no_semantic", wins="01"), make_record(wins="1100"))
     assert shared["reach"].tolist() == [[0, 1], [1, 1]]
-    assert (difference([shared])[0], only_one(shared)) == (-0.5, (0, 1))
+    assert (difference(shared)[0], only_one(shared)) == (-0.5, (0, 1))
 
 
 def test_unlike_runs_are_not_paired() -> None:
@@ -101,7 +127,7 @@ def some_records() -> list[Record]:
 
 
 def test_the_table_says_what_can_be_said() -> None:
-    rows, ((mean),) = compared(some_records())
+    rows, (mean,), regimes = compared(some_records())
     by_run = {(row["variant"], row["seed"]): row for row in rows}
     assert [row["variant"] for row in rows][:4] == ["svam", "vpp", "diffusion_policy", "no_semantic"]
     # Four comparisons; 12 goals that S-VAM alone reached.
@@ -111,7 +137,8 @@ def test_the_table_says_what_can_be_said() -> None:
     assert by_run["svam", 1]["verdict"] == by_run["goal_frame", 1]["verdict"] == ""
     assert (mean["label"], mean["size"], mean["seeds"]) == ("VPP", 5, [1, 2])
     assert mean["difference"] == pytest.approx(-0.075) and mean["difference_low"] <= -0.075 <= mean["difference_high"]
-    page = markdown(rows, [mean], "A note.", ["2 x processor"])
+    assert not regimes and not mean["primary"] and 0.0 < mean["p"] < 1.0
+    page = markdown(rows, [mean], regimes, "A note.", ["2 x processor"])
     assert "\n\nA note.\n\n7 runs." in page
     assert "| VPP | 5 | 1 | 95 % [76, 99] of 20 | -5.0 [-15.0, +0.0] | 0 : 1 | 1 | not distinguishable |" in page
     assert "| Diffusion Policy | 5 | 1 | 40 % [22, 61] of 20 | -60.0 [-80.0, -40.0] | 0 : 12 | 0.00195 | S-VAM ahead |" in page
@@ -119,10 +146,38 @@ def test_the_table_says_what_can_be_said() -> None:
     assert "| VPP | 7 | 4 | 2 | 1 | 5 | 30 | 40 | 20.0 |" in page
     assert "| w/o semantic | 7 | 4 | 2 | 0 | 0 | 0 | not measured | not measured |" in page
     assert "2 training seeds" in page and "10 or 20 pairs" in page
-    (_, other), _ = compared([make_record(wins="0" * 12), make_record("vpp", wins="1" * 12)])
+    (_, other), *_ = compared([make_record(wins="0" * 12), make_record("vpp", wins="1" * 12)])
     assert other["verdict"] == "VPP ahead" and (other["difference_low"], other["difference_high"]) == (1.0, 1.0)
     with pytest.raises(FileError, match="older-5-seed1: no variant is called 'older' any more"):
         compared([make_record("older")])
+
+
+def test_regimes_have_a_reference_each_and_their_gaps_are_compared() -> None:
+    """VPP is 10 goals of 20 behind in one regime and 2 in the other; what was named primary is not corrected."""
+    wins = {("svam", "a"): 20, ("vpp", "a"): 10, ("vpp_frame", "a"): 18, ("svam", "b"): 12, ("vpp", "b"): 10}
+    records = [
+        make_record(variant, seed=seed, wins="1" * n + "0" * (20 - n), regime=regime, primary=(variant, regime) == ("vpp", "a"),
+                    name=f"{variant}-{seed}-{regime}")
+        for (variant, regime), n in wins.items()
+        for seed in (1, 2)
+    ]  # fmt: skip
+    rows, means, regimes = compared(records)
+    assert [row["label"] for row in rows[:5]] == [
+        "S-VAM, a", "VPP, a", "VPP + current frame's teacher tokens, a", "S-VAM, b", "VPP, b",
+    ]  # fmt: skip
+    by_label = {mean["label"]: mean for mean in means}
+    assert {label: round(mean["difference"], 6) for label, mean in by_label.items()} == {
+        "VPP, a": -0.5, "VPP + current frame's teacher tokens, a": -0.1, "VPP, b": -0.1,
+    }  # fmt: skip
+    # Two goals of 20: none of them is drawn in .9 ** 20 of all resamples, which is half of p.
+    assert [by_label[label]["p"] for label in by_label if label != "VPP, a"] == pytest.approx([4 * 0.9**20] * 2, abs=0.05)
+    assert by_label["VPP, a"]["primary"] and by_label["VPP, a"]["p"] == pytest.approx(2 / 10_001)
+    (change,) = regimes
+    assert (change["label"], change["other"], round(change["difference"], 6)) == ("VPP, a", "b", -0.4)
+    assert change["difference_high"] < 0.0 and change["p"] < 0.01
+    page = markdown(rows, means, regimes, None, ["2 x processor"])
+    assert "| VPP, a | 5 | 1, 2 | -50.0 [" in page and "| 0.0002 (primary) |" in page and "number (2)" in page
+    assert "| VPP, a | 5 | b | -40.0 [" in page
 
 
 def test_records_come_back_and_become_four_files(tmp_path: Path) -> None:
