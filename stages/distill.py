@@ -44,7 +44,7 @@ def app(
         if features is None:
             features = OneStepFeatures(windows, load_for_windows(windows, part_folders(backbones, video)).to(device))
         data = DistillationData(windows, cache, features)
-        decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume)
+        decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume, params.machine)
         with whole_directory(out) as partial:
             decoupler.save(partial)
             write_json(partial / "metrics.json", metrics)

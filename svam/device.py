@@ -62,6 +62,18 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     return chosen
 
 
+def computes_beside(device: torch.device) -> bool:
+    """Whether the device computes beside the host, which then waits wherever it looks at a number."""
+    return device.type != "cpu"
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on the device. To a GPU by way of pinned memory, so that the host waits for no copy."""
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def processor() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -22,16 +22,20 @@ Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin"]
 LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+Moments = Literal["float32", "int8"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation", "recorded"]
 
 
 class Machine(Section):
-    """What the computer offers. No stage lists this section, so changing it re-runs nothing."""
+    """What the computer offers, and what training does to fit it. No stage lists this section, so changing it re-runs nothing,
+    and an unfinished run goes on with what it says now."""
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Count
     cache_gb: Positive
     checkpoint_seconds: NotNegative
+    checkpointing: bool
+    average: Literal["device", "host"]
 
 
 class Optimiser(Section):
@@ -261,9 +265,20 @@ class FinetuneVideo(NoiseLevels):
     guidance_dropout: Share
     added_time_ids: Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
     noise: Literal["fixed", "fresh"]
+    lora_rank: Count | None
+    moments: Moments
     training: Optimiser
     evaluation_clips: Count
     evaluation_steps: Count
+
+    @model_validator(mode="after")
+    def _adapters_have_something_to_adapt(self) -> Self:
+        if self.lora_rank is not None and not self.unet.pretrained:
+            raise ValueError(
+                f"lora_rank is {self.lora_rank}, but unet.pretrained is null, and adapters of random weights learn nothing: "
+                "name a published U-Net, or set lora_rank to null"
+            )
+        return self
 
 
 class Generate(Section):

@@ -65,6 +65,7 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     ("prepare_backbones.autoencoder.layers", [0, 1], ["layers [0, 1]", "same length"]),
     ("finetune_video.unet.channels", [64, 100], ["finetune_video.unet.channels.1 is 100", "32"]),
     ("finetune_video.unet.heads", [2, 3], ["channels [64, 128]", "heads [2, 3]"]),
+    ("finetune_video.lora_rank", 8, ["lora_rank is 8", "unet.pretrained is null", "set lora_rank to null"]),
     ("finetune_video.sigma_min", 90.0, ["sigma_min (90.0)", "sigma_max (80.0)"]),
     ("finetune_video.training.warmup", 10**6, ["warmup (1000000)", "steps ("]),
     ("finetune_video.training.learning_rate", float("nan"), ["finetune_video.training.learning_rate", "nan"]),

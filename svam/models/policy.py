@@ -17,6 +17,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from torch.nn import functional
 
+from svam.device import sent
 from svam.models.attention import Attention, Block, mlp
 from svam.models.diffusion import EDM, ddim_step, expand_like, exponential_sigmas, log_logistic_sigmas
 from svam.params import ActionTransformer
@@ -29,15 +30,8 @@ TRAIN_TIMESTEPS = 100
 
 
 def masked_mean_square(error_BKA: Tensor, mask_BK: Tensor) -> Tensor:
-    """Mean of the squared error over the actions whose mask is true; padded actions count nothing.
-
-    Raises:
-        ValueError: no action of the batch is real.
-    """
-    real = mask_BK.sum()
-    if real == 0:
-        raise ValueError("action mask: every action of the batch is padding")
-    return (error_BKA.square() * mask_BK[..., None]).sum() / (real * error_BKA.shape[-1])
+    """Mean of the squared error over the actions whose mask is true; padded actions count nothing. NaN where none is real."""
+    return (error_BKA.square() * mask_BK[..., None]).sum() / (mask_BK.sum() * error_BKA.shape[-1])
 
 
 class LevelEmbedding(nn.Module):
@@ -123,6 +117,7 @@ class ActionDiffusion(nn.Module):
             "num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",
             "clip_sample": True, "clip_sample_range": action_limit,
         }  # fmt: skip
+        self._noising = DDPMScheduler(**self._chain)  # keeps its levels on the device where it was called last
 
     def encode_context(self, tokens_BMD: Tensor, text_BLE: Tensor, proprioception_BP: Tensor | None) -> Tensor:
         """Everything the decoder attends to: (B, M + L [+ 1], width).
@@ -164,14 +159,14 @@ class ActionDiffusion(nn.Module):
         not depend on the device. EDM: squared error of the raw output, which is EDM's weighting; epsilon: of the noise."""
         device = actions_BKA.device
         clean, mask = (x.repeat_interleave(draws, dim=0) for x in (actions_BKA, mask_BK))
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        noise = sent(torch.randn(clean.shape, generator=generator), device)
         if self.objective == "epsilon":
-            timestep = torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator).to(device)
-            noisy = DDPMScheduler(**self._chain).add_noise(clean, noise, timestep)
+            timestep = sent(torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator), device)
+            noisy = self._noising.add_noise(clean, noise, timestep)
             return masked_mean_square(self.epsilon(noisy, timestep, context_BSD).float() - noise, mask)
         c, location = self.config, math.log(self.config.sigma_data)
         sigma = log_logistic_sigmas(len(clean), location, LOG_LOGISTIC_SCALE, c.sigma_min, c.sigma_max, generator)
-        sigma = sigma.to(device)
+        sigma = sent(sigma, device)
         noisy = clean + noise * expand_like(sigma, clean)
         scaled = noisy * self.edm.c_in(expand_like(sigma, noisy))
         output = self.raw(scaled, self.edm.c_noise(sigma), context_BSD).float()

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from svam.console import console, track
 from svam.contract import ContractError
+from svam.device import sent
 from svam.models.decoupler import Decoupler, DecouplerConfig
-from svam.params import Distill
+from svam.params import Distill, Machine
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
@@ -49,7 +50,7 @@ class DistillationData:
     def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(F, reference, targets) float16 of the windows `numbers`."""
         arrays = (self.features[numbers], self.reference[numbers], self.targets[numbers])
-        features, reference, targets = (torch.from_numpy(a).to(device) for a in arrays)
+        features, reference, targets = (sent(torch.from_numpy(a), device) for a in arrays)
         return features, reference, targets
 
 
@@ -121,8 +122,10 @@ def distill(
     name: str = "decoupler",
     live: Path | None = None,
     resume: Resume = NO_RESUME,
+    machine: Machine | None = None,
 ) -> tuple[Decoupler, dict[str, Any]]:
-    """Train one branch's decoupler; returns it and the metrics of `evaluate`. `live`: folder of DVCLive's curves."""
+    """Train one branch's decoupler; returns it and the metrics of `evaluate`. `live`: folder of DVCLive's curves. `machine`: as
+    for `fit`."""
     torch.manual_seed(seed)
     statistics = TrainingStatistics(data)
     decoupler = build(data, statistics, params).to(device)
@@ -138,7 +141,7 @@ def distill(
     every = max(1, params.training.steps // EVALUATIONS)
     fit(
         decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)], device),
-        params.training, device, name, live, curves, every, resume=resume,
+        params.training, device, name, live, curves, every, resume=resume, machine=machine,
     )  # fmt: skip
     return decoupler, evaluate(data, statistics, decoupler, device, bf16)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from svam.console import track
 from svam.contract import ContractError
+from svam.device import sent
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import stride_of
 from svam.models.autoencoder import Autoencoder
@@ -20,13 +22,14 @@ from svam.models.diffusion import expand_like, log_normal_sigmas
 from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
-from svam.params import FinetuneVideo
+from svam.params import FinetuneVideo, Machine
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.batch_order import EndlessOrder
 from svam.training.latents import LatentClips
 from svam.training.loop import fit
+from svam.training.small_cards import adapted, checkpointed, rounded_by
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
 """Noise levels between which the held-out denoising loss is reported, beside the first inference sigma."""
@@ -109,27 +112,38 @@ def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Ten
 
 def train_video(
     model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
-    device: torch.device, live: Path | None, resume: Resume = NO_RESUME,
+    device: torch.device, live: Path | None, resume: Resume = NO_RESUME, machine: Machine | None = None,
 ) -> None:  # fmt: skip
-    """Fine-tune in place; the averaged weights are in `model` afterwards."""
+    """Fine-tune in place; the averaged weights are in `model` afterwards. `machine`: as for `fit`; it also says whether layers
+    are computed twice, see `checkpointed`.
+
+    Raises:
+        DivergedError: the loss is not finite.
+        MachineError: what `params.lora_rank` or `params.moments` needs is not installed.
+    """
     order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")
 
     def batch_of(number: int) -> tuple[Tensor, ...]:
         random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
         places = order.batch(number)
-        clean = clips.clips(places).to(device)
+        clean = sent(clips.clips(places), device)
         text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number)).to(device)
         condition = autoencoder.condition_of(clean[:, 0])
         # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
-        shown = (torch.rand(len(places), generator=random) >= params.guidance_dropout).float().to(device)
-        sigma = draw_sigmas(params, len(places), random).to(device)
-        noise = torch.randn(clean.shape, generator=random).to(device)
+        shown = sent((torch.rand(len(places), generator=random) >= params.guidance_dropout).float(), device)
+        sigma = sent(draw_sigmas(params, len(places), random), device)
+        noise = sent(torch.randn(clean.shape, generator=random), device)
         return clean, sigma, noise, condition * expand_like(shown, condition), text * expand_like(shown, text)
 
-    fit(
-        model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
-        resume=resume,
-    )  # fmt: skip
+    with ExitStack() as stack:
+        if params.lora_rank is not None:
+            stack.enter_context(adapted(model.unet, params.lora_rank, seed, rounded_by(device, params.training.bf16)))
+        if machine is not None and machine.checkpointing:
+            stack.enter_context(checkpointed(model.unet, device, params.training.bf16))
+        fit(
+            model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
+            resume=resume, machine=machine, moments=params.moments,
+        )  # fmt: skip
 
 
 @torch.no_grad()

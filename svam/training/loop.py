@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from svam.console import progress_bar, timed
-from svam.errors import SvamError
-from svam.params import Optimiser
+from svam.device import computes_beside
+from svam.errors import MachineError, SvamError
+from svam.params import Machine, Moments, Optimiser
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.training.state import AveragedWeights, Curves, TrainingState
@@ -49,6 +50,27 @@ def decayed_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[
     ]
 
 
+def adamw(parameters: list[nn.Parameter], optimiser: Optimiser, moments: Moments) -> torch.optim.Optimizer:
+    """AdamW, fused; with moments of 8 bits bitsandbytes' (Dettmers et al. 2022), where blocks of 256 values share a scale and
+    tensors of less than 4096 values keep float32 moments.
+
+    Raises:
+        MachineError: 8-bit moments without bitsandbytes.
+    """
+    groups, betas = decayed_groups(parameters, optimiser.weight_decay), (optimiser.betas[0], optimiser.betas[1])
+    if moments == "float32":
+        return torch.optim.AdamW(groups, lr=optimiser.learning_rate, betas=betas, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise MachineError(
+            "finetune_video.moments is 'int8', but bitsandbytes is not installed: pip install -c constraints.txt -e '.[cards]' "
+            "brings it, or set moments to float32"
+        ) from None
+    eight_bit: torch.optim.Optimizer = AdamW8bit(groups, lr=optimiser.learning_rate, betas=betas)
+    return eight_bit
+
+
 def made_ahead(batch_of: Callable[[int], Any], numbers: range) -> Generator[Any, None, None]:
     """`batch_of` of each number, made by one thread beside what is done with the batches before; it raises what that raises."""
     pool = ThreadPoolExecutor(1, "batches")
@@ -75,8 +97,13 @@ def fit(
     evaluate_every: int | None = None,
     select: str | None = None,
     resume: Resume = NO_RESUME,
+    machine: Machine | None = None,
+    moments: Moments = "float32",
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it.
+
+    On a GPU the loss is looked at a hundred times in a run, where a point of its curve is due, and to evaluate and to save.
+    Other steps wait for no number: the next one is queued while the card computes. On a CPU it is looked at in every step.
 
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
@@ -87,6 +114,8 @@ def fit(
         evaluate: called every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
         resume: where a killed run's state is found, and this run's is kept. Both runs end with the same bits as one.
+        machine: says where the averaged weights lie on a GPU; None: there.
+        moments: how AdamW's two moments are kept.
 
     Returns:
         The values of the chosen evaluation (empty without `evaluate`).
@@ -94,13 +123,16 @@ def fit(
     Raises:
         DivergedError: the loss is not finite.
         FileError: the state cannot be saved.
+        MachineError: 8-bit moments without the library that computes them.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    groups, betas = decayed_groups(parameters, optimiser.weight_decay), (optimiser.betas[0], optimiser.betas[1])
-    adam = torch.optim.AdamW(groups, lr=optimiser.learning_rate, betas=betas, fused=True)
-    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema), Curves(live_dir), device)
+    adam = adamw(parameters, optimiser, moments)
+    host = machine is not None and machine.average == "host" and device.type == "cuda"
+    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), Curves(live_dir), device)
     state.restore(resume)
     log_every = max(1, optimiser.steps // 100)
+    look_every = log_every if computes_beside(device) else 1
+    looked, recent = state.step, torch.tensor(state.recent, dtype=torch.float64, device=device)
 
     numbers = range(state.step * optimiser.accumulate, optimiser.steps * optimiser.accumulate)
     with progress_bar() as bar, closing(made_ahead(batch_of, numbers)) as batches:
@@ -109,17 +141,26 @@ def fit(
             module.train()
             for group in adam.param_groups:
                 group["lr"] = optimiser.learning_rate * learning_rate_factor(step - 1, optimiser)
-            value = _train_step(loss, batches, optimiser, device, adam, parameters, f"{name} step {step}")
+            value = _train_step(loss, batches, optimiser, device, adam, parameters)
             state.average.update()
-            state.recent = value if step == 1 else 0.95 * state.recent + 0.05 * value
+            recent = value if step == 1 else 0.95 * recent + 0.05 * value
             state.step = step
-            bar.update(task, note=f"loss {state.recent:.4f}")
-            bar.advance(task)
             last = step == optimiser.steps
+            judged = evaluate is not None and (last or (evaluate_every is not None and step % evaluate_every == 0))
+            saved = resume.due() or (last and resume.folder is not None)
+            if step % look_every == 0 or last or judged or saved:
+                with timed("waiting for the device"):
+                    state.recent = recent.item()
+                if not math.isfinite(state.recent):
+                    at = f"step {step}" if step == looked + 1 else f"steps {looked + 1} to {step}"
+                    raise DivergedError(f"{name} {at}: the loss is {state.recent}; lower the learning rate or look at the data")
+                looked = step
+                bar.update(task, note=f"loss {state.recent:.4f}")
+            bar.advance(task)
             if step % log_every == 0 or last:
                 rate = optimiser.learning_rate * learning_rate_factor(step, optimiser)
                 state.curves.log(step, {"train/loss": state.recent, "train/learning_rate": rate})
-            if evaluate and (last or (evaluate_every and step % evaluate_every == 0)):
+            if evaluate is not None and judged:
                 module.eval()
                 with timed("held-out evaluation"), state.average.applied():
                     values = evaluate()
@@ -127,9 +168,7 @@ def fit(
                     state.chosen = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None
                 state.curves.log(step, {f"held_out/{key}": number for key, number in values.items()})
-            if resume.due() or (
-                last and resume.folder is not None
-            ):  # at the end too: what follows, such as measuring, may take long
+            if saved:  # at the end too: what follows, such as measuring, may take long
                 with timed("saving"):
                     state.save(resume)
     state.average.copy_to_module(state.best if state.best is not None else state.average.average)
@@ -145,21 +184,18 @@ def _train_step(
     device: torch.device,
     adam: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
-    where: str,
-) -> float:
-    """One optimiser step over `accumulate` batches; returns the mean loss."""
+) -> Tensor:
+    """One optimiser step over `accumulate` batches; returns the mean loss, a float64 scalar on the device."""
     adam.zero_grad(set_to_none=True)
-    total = 0.0
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for _ in range(optimiser.accumulate):
         with timed("data"):
             batch = next(batches)
         with timed("forward"), mixed_precision(device, optimiser.bf16):
             value = loss(batch)
-            if not torch.isfinite(value):
-                raise DivergedError(f"{where}: the loss is {value.item()}; lower the learning rate or look at the data")
         with timed("backward"):
             (value / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]
-        total += value.item() / optimiser.accumulate
+        total += value.detach().double() / optimiser.accumulate
     with timed("optimiser"):
         nn.utils.clip_grad_norm_(parameters, optimiser.clip)
         adam.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,25 +23,54 @@ RECORD = "training"
 
 
 class AveragedWeights:
-    """Exponential moving average of a module's trained parameters, with the usual slow start min(decay, (1+n)/(10+n))."""
+    """Exponential moving average of a module's trained parameters, with the usual slow start min(decay, (1+n)/(10+n)).
 
-    def __init__(self, parameters: list[nn.Parameter], decay: float) -> None:
+    With decay 0 it is the parameters themselves and takes no memory. In the host's memory a thread updates it beside the next
+    step: a step waits for the copy of the weights alone.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], decay: float, host: bool = False) -> None:
+        """`host`: the average of a GPU's parameters lies in the host's memory."""
         self.parameters: list[Tensor] = list(parameters)
         self.decay = decay
         self.updates = 0
-        self.average = [p.detach().clone() for p in parameters]
+        self.host = host
+        self._average = self.copies() if decay else []
+        self._thread = ThreadPoolExecutor(1, "average") if host else None
+        self._pending: Future[None] | None = None
+
+    def copies(self) -> list[Tensor]:
+        """The current parameters, copied to where the average lies."""
+        if not self.host:
+            return [p.detach().clone() for p in self.parameters]
+        copies = [p.detach().to("cpu", non_blocking=True, copy=True) for p in self.parameters]  # pinned, all under way at once
+        torch.cuda.synchronize()
+        return copies
+
+    @property
+    def average(self) -> list[Tensor]:
+        """The averaged parameters."""
+        if self._pending is not None:
+            self._pending.result()
+        return self._average if self.decay else [p.detach() for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Move the average towards the current parameters."""
         self.updates += 1
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1.0 - decay)
+        if not self.decay:
+            return
+        share = 1.0 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        if self._thread is None:
+            torch._foreach_lerp_(self._average, [p.detach() for p in self.parameters], share)
+        else:
+            average, copies = self.average, self.copies()
+            self._pending = self._thread.submit(torch._foreach_lerp_, average, copies, share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within the block the module holds the average; afterwards the training weights again."""
-        training = [p.detach().clone() for p in self.parameters]
+        training = self.copies()
         self.copy_to_module(self.average)
         try:
             yield
@@ -51,6 +81,11 @@ class AveragedWeights:
     def copy_to_module(self, values: list[Tensor]) -> None:
         """Overwrite the module's parameters with `values`."""
         torch._foreach_copy_(self.parameters, values)
+
+    @torch.no_grad()
+    def restore(self, values: list[Tensor]) -> None:
+        """Overwrite the average with `values`."""
+        torch._foreach_copy_(self.average, values)
 
 
 class Curves:
@@ -82,7 +117,8 @@ class Curves:
 
 @dataclass
 class TrainingState:
-    """The module and its optimiser after `step` steps, with what the loop remembers.
+    """The module and its optimiser after `step` steps, with what the loop remembers. Of the module it saves what training
+    changes, parameters and buffers; frozen parameters are what they were.
 
     recent: smoothed loss. chosen: values of the chosen evaluation, and best: its averaged weights, where one is selected.
     """
@@ -114,14 +150,16 @@ class TrainingState:
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
         self.step, self.recent, self.chosen = record.value["step"], record.value["recent"], record.value["chosen"]
-        restore(self.module, groups["module"], record.file)
-        moments: dict[int, dict[str, Tensor]] = {}
+        restore(self.module, self.module.state_dict() | groups["module"], record.file)
+        moments: dict[int, dict[str, Any]] = {}
         for name, tensor in groups.get("adam", {}).items():
             number, _, kind = name.partition("/")
-            moments.setdefault(int(number), {})[kind] = tensor
+            # 8-bit AdamW counts its steps in Python.
+            moments.setdefault(int(number), {})[kind] = int(tensor) if tensor.dtype == torch.int64 else tensor
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
         self.average.updates = record.value["updates"]
-        self.average.average = self._listed(groups["average"])
+        if "average" in groups:
+            self.average.restore(self._listed(groups["average"]))
         self.best = self._listed(groups["best"]) if "best" in groups else None
         torch.set_rng_state(groups["random"]["cpu"])
         if self.device.type == "cuda":
@@ -130,13 +168,17 @@ class TrainingState:
             self.curves.log(step, values)
 
     def _listed(self, group: dict[str, Tensor]) -> list[Tensor]:
-        return [group[str(number)].to(self.device) for number in range(len(group))]
+        place = torch.device("cpu") if self.average.host else self.device
+        return [group[str(number)].to(place) for number in range(len(group))]
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"module/{name}": tensor for name, tensor in self.module.state_dict().items()}
-        moments: dict[int, dict[str, Any]] = self.adam.state_dict()["state"]
-        tensors |= {f"adam/{number}/{kind}": tensor for number, state in moments.items() for kind, tensor in state.items()}
-        for name, weights in (("average", self.average.average), ("best", self.best or [])):
+        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        tensors = {f"module/{name}": t for name, t in self.module.state_dict().items() if name not in frozen}
+        for number, parameter in enumerate(p for group in self.adam.param_groups for p in group["params"]):
+            for kind, value in self.adam.state.get(parameter, {}).items():
+                tensors[f"adam/{number}/{kind}"] = torch.as_tensor(value)
+        average = self.average.average if self.average.decay else []
+        for name, weights in (("average", average), ("best", self.best or [])):
             tensors |= {f"{name}/{number}": tensor for number, tensor in enumerate(weights)}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from svam.params import Optimiser
+from svam.checkpoint import load_tensors
+from svam.errors import MachineError
+from svam.params import Moments, Optimiser
+from svam.resume import Resume
+from svam.training import loop
 from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor, made_ahead
 from tests.sources.common import refused
 from tests.toy import optimiser
@@ -68,6 +75,31 @@ def test_average_is_the_hand_computed_one() -> None:
     with average.applied():
         assert weight.item() == pytest.approx(1 - 2 / 11)
     assert weight.item() == 1.0
+
+
+def test_without_decay_the_average_is_the_weights_and_takes_no_memory() -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    average = AveragedWeights([weight], decay=0.0)
+    with torch.no_grad():
+        weight.fill_(1.0)
+    average.update()
+    assert average.average[0].item() == 1.0 and average.average[0].data_ptr() == weight.data_ptr()
+
+
+def test_on_the_host_the_average_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Updated by a thread from copies, so the weights may change at once."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    weights = [nn.Parameter(torch.zeros(50, 50)) for _ in range(2)]
+    averages = [AveragedWeights([weight], 0.9, host) for weight, host in zip(weights, (False, True), strict=True)]
+    for number in range(20):
+        for weight, average in zip(weights, averages, strict=True):
+            with torch.no_grad():
+                weight.normal_(generator=torch.Generator().manual_seed(number))
+            average.update()
+    assert torch.equal(averages[0].average[0], averages[1].average[0])
+    with averages[1].applied():
+        assert torch.equal(weights[1], averages[0].average[0])
+    assert torch.equal(weights[0], weights[1])
 
 
 def test_fit_learns_and_streams_its_curve(tmp_path: Path) -> None:
@@ -136,3 +168,108 @@ def test_a_loss_that_is_not_finite_stops_with_the_part_and_step() -> None:
     module = nn.Linear(3, 1)
     with pytest.raises(DivergedError, match=r"line step 1: the loss is nan"):
         fit(module, lambda b: linear_loss(module, b) * float("nan"), batch_of, settings(), CPU, "line")
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the numbers that Python reads out of tensors: on a GPU each waits for all that is queued."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_on_a_gpu_a_step_waits_for_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 steps have 100 points of the curve; weights and curve are those of a device whose every loss is looked at."""
+    weights, curves, reads = [], [], []
+    for beside in (False, True):
+        monkeypatch.setattr(loop, "computes_beside", lambda _, beside=beside: beside)
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        with HostReads() as read:
+            short = settings(steps=300, accumulate=2)
+            fit(module, lambda b: linear_loss(module, b), batch_of, short, CPU, "line", tmp_path / str(beside))  # noqa: B023
+        weights.append(module.weight.detach().clone())
+        curves.append((tmp_path / str(beside) / "plots/metrics/train/loss.tsv").read_text())
+        reads.append(read.count)
+    assert torch.equal(*weights) and curves[0] == curves[1]
+    assert reads == [300, 100]
+
+
+def test_on_a_gpu_divergence_is_found_at_the_next_point_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "computes_beside", lambda _: True)
+    module = nn.Linear(3, 1)
+    losses = []
+
+    def loss(batch: Tensor) -> Tensor:
+        losses.append(linear_loss(module, batch))
+        return losses[-1] * (float("nan") if len(losses) == 37 else 1.0)
+
+    with pytest.raises(DivergedError, match=r"line steps 37 to 39: the loss is nan"):
+        fit(module, loss, batch_of, settings(steps=300), CPU, "line")
+    assert len(losses) == 39
+
+
+def test_only_what_is_trained_is_saved(tmp_path: Path) -> None:
+    """And a run that goes on from it ends with the same bits."""
+
+    def train(resume: Resume, steps: int) -> nn.Sequential:
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+        module[0].requires_grad_(False)
+        fit(
+            module, lambda b: linear_loss(module, b), batch_of,  # type: ignore[arg-type]
+            settings(steps=steps, schedule="constant"), CPU, "half", resume=resume,
+        )  # fmt: skip
+        return module
+
+    whole = train(Resume(None), 20)
+    resume = Resume(tmp_path, 0.0)
+    train(resume, 12)
+    record = resume.load_record("training")
+    assert record is not None and record.file is not None
+    saved = {name for name in load_tensors(record.file) if name.startswith("module/")}
+    assert saved == {"module/1.weight", "module/1.bias"}
+    assert torch.equal(train(resume, 20)[1].weight, whole[1].weight)
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_moments_of_eight_bits_learn_alike_and_resume_to_the_same_bits(tmp_path: Path, ema: float) -> None:
+    pytest.importorskip("bitsandbytes")
+
+    def train(moments: Moments, steps: int, resume: Resume) -> tuple[nn.Linear, float]:
+        torch.manual_seed(0)
+        module = nn.Linear(64, 64)  # of less than 4096 weights the moments stay float32
+        losses = []
+
+        def loss(batch: Tensor) -> Tensor:
+            value = (module(batch) - batch.flip(1)).square().mean()
+            losses.append(value.item())
+            return value
+
+        def batch(number: int) -> Tensor:
+            return torch.randn(32, 64, generator=torch.Generator().manual_seed(number))
+
+        short = settings(steps=steps, learning_rate=0.01, schedule="constant", ema=ema)
+        fit(module, loss, batch, short, CPU, "flip", resume=resume, moments=moments)
+        return module, losses[-1] / losses[0]
+
+    (exact, share), (whole, share_of_eight) = (train(moments, 60, Resume(None)) for moments in ("float32", "int8"))
+    assert share < 0.3 and share_of_eight == pytest.approx(share, rel=0.05)
+    assert not torch.equal(exact.weight, whole.weight)
+    resume = Resume(tmp_path, 0.0)
+    train("int8", 35, resume)
+    record = resume.load_record("training")
+    assert record is not None and record.file is not None
+    assert load_tensors(record.file)["adam/0/state1"].dtype == torch.uint8
+    assert torch.equal(train("int8", 60, resume)[0].weight, whole.weight)
+
+
+def test_moments_of_eight_bits_without_their_library_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    module = nn.Linear(3, 1)
+    with pytest.raises(MachineError, match=r"moments is 'int8', but bitsandbytes is not installed: pip install .*\[cards\]"):
+        fit(module, lambda b: linear_loss(module, b), batch_of, settings(), CPU, "line", moments="int8")
