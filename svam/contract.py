@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from svam.conversion import Difference, Interval
 from svam.errors import SvamError
 
 if TYPE_CHECKING:
@@ -61,12 +62,24 @@ class VectorStatistics(Frozen):
         return self
 
 
+def _nothing(value: Any) -> bool:
+    return not value
+
+
 class ActionConvention(Frozen):
-    """What the numbers of an action mean, and how they are normalised for learning."""
+    """What the numbers of an action mean, and how they are normalised for learning.
+
+    binary_values: of the binary dimensions in the data set; here they are -1 and 1. The others are what the conversion made of
+    the data set's actions, and `SVAM.act` undoes, see `svam.actions`. They are written only where there are such.
+    """
 
     dimensions: Annotated[int, Field(ge=1)]
     binary_dimensions: list[int] = Field(default=[])
     normalisation: Literal["minmax", "quantile", "meanstd"]
+    binary_values: list[float] | None = Field(default=None, exclude_if=_nothing)
+    unwrap: list[Interval] = Field(default=[], exclude_if=_nothing)
+    differences: list[Difference] = Field(default=[], exclude_if=_nothing)
+    limits: list[Interval] = Field(default=[], exclude_if=_nothing)
 
     @model_validator(mode="after")
     def _binary_dimensions_exist(self) -> ActionConvention:
@@ -74,6 +87,11 @@ class ActionConvention(Frozen):
         if outside:
             raise ValueError(f"binary_dimensions {outside} are outside 0..{self.dimensions - 1}")
         return self
+
+    @property
+    def changed(self) -> bool:
+        """Whether actions here have other numbers than in the data set, to which `svam.actions.undone` leads back."""
+        return bool(self.binary_values or self.unwrap or self.differences)
 
 
 class Statistics(Frozen):
@@ -229,23 +247,34 @@ class Episode:
 class Choice(Frozen):
     """What `convert` chooses of a data set, in the same words for every source.
 
-    episodes, drop, tasks, success are applied by `svam.episodes.options.open_named_source`, through `EpisodeSource.shape`. A
-    source applies the others: it never looks for a camera that is left out.
+    episodes, drop, tasks, success and all that changes rows or vectors are applied by `svam.episodes.options`, through
+    `EpisodeSource.shape`. A source applies the others: it never looks for a camera that is left out.
 
     cameras: names to read, the first is the foresight camera; empty: all. Both forms of a name are accepted (with and without
         the format's prefix; see `svam.sources._choice.chosen_cameras`).
     rate_hz: steps a second in place of what the data set says. instruction: the sentence of all episodes, in place of theirs.
-    missing_instruction: the sentence of episodes that have none.
+    missing_instruction: the sentence of episodes that have none. segments: `EpisodeShape.segments` may be stated, where a
+        source would else refuse an episode whose sentence changes.
     """
 
     cameras: list[str] = []
     rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     instruction: Annotated[str, Field(pattern=r"\S")] | None = None
     missing_instruction: Annotated[str, Field(pattern=r"\S")] | None = None
+    segments: bool = False
 
 
 EVERYTHING = Choice()
 """All cameras, and what the data set says."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows first..end - 1 of an episode, and what they show, in one or more sentences; the first is the task's name too."""
+
+    first: int
+    end: int
+    sentences: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -257,7 +286,7 @@ class EpisodeShape:
     name: by which `convert.episodes` and `convert.drop` may name it, beside its number: its file's, without the ending, or the
     format's own number for it; "" where there is none. task: as in `Episode`. success: whether the demonstration reached its
     goal, None where the format does not say. group: the same for episodes that share frames, which must be on one side of the
-    split; "" where none do.
+    split; "" where none do. segments: of an episode whose sentence changes, which becomes one episode for each.
     """
 
     steps: int
@@ -268,6 +297,7 @@ class EpisodeShape:
     task: str = ""
     success: bool | None = None
     group: str = ""
+    segments: tuple[Segment, ...] = ()
 
 
 class EpisodeSource(Protocol):

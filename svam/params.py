@@ -15,6 +15,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from svam.conversion import Convert as Convert
 from svam.errors import ParamsError, describe
 from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share
 
@@ -92,38 +93,6 @@ class Collect(Section):
 
     def episodes_for(self, task: str) -> int:
         return self.episodes_of.get(task, self.episodes)
-
-
-class Convert(Section):
-    """Any supported dataset to one Zarr store."""
-
-    source: str
-    path: str
-    depends_on: str
-    options: dict[str, Any]
-    cameras: list[str]
-    episodes: list[int | str]
-    drop: list[int | str]
-    tasks: list[str]
-    success: bool | None
-    rate_hz: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None
-    instruction: Annotated[str, Field(pattern=r"\S")] | None
-    missing_instruction: Annotated[str, Field(pattern=r"\S")] | None
-    image_size: Annotated[list[Count], Field(min_length=2, max_length=2)] | None
-    crop: Literal["none", "centre"]
-    held_out: Annotated[float, Field(gt=0.0, lt=1.0)]
-    binary_dimensions: list[Annotated[int, Field(ge=0)]]
-    normalisation: Literal["minmax", "quantile", "meanstd"]
-    vector_dtype: Literal["float32", "float16"]
-    compression: Literal["zstd", "lz4", "blosc", "jpegxl", "webp"]
-    quality: Annotated[int, Field(ge=1, le=100)]
-    chunk_frames: Annotated[int, Field(ge=1, le=65534)]
-    shard_megabytes: Positive
-
-    @field_validator("image_size", mode="before")
-    @classmethod
-    def _square(cls, value: Any) -> Any:
-        return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 class Backbone(Section):

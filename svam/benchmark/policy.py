@@ -158,7 +158,7 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     drawn = [order.batch(number) for number in range(steps)]
     places = np.unique(np.concatenate(drawn))
     batches, rows = [np.searchsorted(places, batch) for batch in drawn], available[places]
-    observed = observe(store, rows, svam.chunk, svam.needs_proprioception, seed)
+    observed = observe(store, rows, svam.chunk, svam.config.proprioception is not None, seed)
     wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
     kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
     folders = {name: inputs.model / name for name in svam.config.frozen_parts.names}

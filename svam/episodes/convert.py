@@ -129,8 +129,11 @@ class Plan:
 
     def key(self, shapes: Sequence[EpisodeShape]) -> str:
         """Changes with anything that the units depend on: params, description, lengths, the inputs' stamps, this code."""
-        inner = getattr(self.source, "source", self.source)  # of `svam.episodes.options.ChosenEpisodes`
-        files = [module_file(name) for name in ("svam.episodes.convert", type(inner).__module__)]
+        inner: Any = self.source
+        while hasattr(inner, "source"):  # of `svam.episodes.options.ChosenEpisodes` and its kin
+            inner = inner.source
+        names = ("svam.episodes.convert", "svam.episodes.changes", "svam.episodes.captions", type(inner).__module__)
+        files = [module_file(name) for name in names]
         code = code_of(file.relative_to(ROOT).as_posix() for file in files if file is not None)
         layouts = {name: str(layout) for name, layout in self.layouts.items()}
         known = [
@@ -452,8 +455,9 @@ def _statistics(work: _Work, ends: NDArray[np.int64], split: NDArray[np.uint8]) 
 
     actions, params = of("actions"), plan.params
     convention = ActionConvention(
-        dimensions=len(actions.mean), binary_dimensions=params.binary_dimensions,
-        normalisation=params.normalisation,
+        dimensions=len(actions.mean), binary_dimensions=params.binary_dimensions, normalisation=params.normalisation,
+        binary_values=None if params.binary_values == [-1.0, 1.0] else params.binary_values, unwrap=params.unwrap,
+        differences=params.differences, limits=params.limits,
     )  # fmt: skip
     proprioception = of("proprioception") if "proprioception" in plan.layouts else None
     return Statistics(convention=convention, actions=actions, proprioception=proprioception)

@@ -1,4 +1,5 @@
-"""Which source `convert.source` names, whether `convert.options` is what it understands, and which episodes are chosen."""
+"""Which source `convert.source` names, whether `convert.options` is what it understands, which episodes are chosen, and with
+what sentences and changes."""
 
 from __future__ import annotations
 
@@ -14,9 +15,12 @@ from pydantic import ValidationError
 
 from svam import sources
 from svam.contract import Choice, ContractError, Episode, EpisodeShape, EpisodeSource, SourceDescription
+from svam.episodes.captions import CaptionedEpisodes
+from svam.episodes.changes import changed
 from svam.errors import ParamsError, describe, did_you_mean
 from svam.files import FileError
 from svam.params import Convert, Params
+from svam.sources._hub import fetched
 from svam.sources._layouts import recognised
 
 LISTED = 5
@@ -57,30 +61,36 @@ def source_options(params: Params) -> tuple[Any, Any]:
 
 
 def open_recording(path: Path, params: Params) -> EpisodeSource:
-    """The reader that `convert.source` names, of all episodes at `path`.
+    """The reader that `convert.source` names, of all episodes at `path`, or of the hub's data set of that id; with their
+    captions.
 
     Raises:
         ParamsError: see `source_options`.
-        FileError: the data is not as the source expects.
+        FileError: the data is not as the source expects, or cannot be fetched.
     """
     module, options = source_options(params)
-    choice = Choice(**{name: getattr(params.convert, name) for name in Choice.model_fields})
+    convert = params.convert
+    choice = Choice(**{name: getattr(convert, name) for name in Choice.model_fields})
+    if convert.captions is not None:  # which stand for all sentences of the set: it need not have any
+        choice = choice.model_copy(update={"instruction": convert.captions, "segments": False})
+    if convert.revision is not None:
+        path = fetched(path.as_posix(), convert.revision)
     try:
         source: EpisodeSource = module.open_source(path, options, choice)
     except FileError as error:
-        hint = recognised(path, params.convert.source)
+        hint = recognised(path, convert.source)
         raise FileError(f"{error}; {hint}" if hint else str(error)) from None
-    return source
+    return source if convert.captions is None else CaptionedEpisodes(source, path, convert.captions)
 
 
 def open_named_source(path: Path, params: Params) -> EpisodeSource:
-    """The same of the chosen episodes.
+    """The same of the chosen episodes, changed as `convert` says.
 
     Raises:
-        ParamsError: see `source_options`, and `ChosenEpisodes`.
+        ParamsError: see `source_options`, `ChosenEpisodes` and `changed`.
         FileError: the data is not as the source expects; every episode that cannot be read is listed.
     """
-    return ChosenEpisodes(open_recording(path, params), params.convert)
+    return changed(ChosenEpisodes(open_recording(path, params), params.convert), params.convert)
 
 
 class ChosenEpisodes:
@@ -116,11 +126,11 @@ class ChosenEpisodes:
             raise FileError(_refusal(unreadable, len(numbers)))
         self._shapes = {number: shapes[number] for number in sorted(numbers)}
         if chosen.tasks:
-            known = {shape.task for shape in self._shapes.values()}
+            known = {task for shape in self._shapes.values() for task in _tasks(shape)}
             if unknown := [task for task in chosen.tasks if task not in known]:
                 tasks = ", ".join(map(repr, sorted(known)))
                 raise ParamsError(f"convert.tasks names {unknown[0]!r}; tasks are {tasks}{did_you_mean(unknown[0], known)}")
-            self._shapes = {number: shape for number, shape in self._shapes.items() if shape.task in chosen.tasks}
+            self._shapes = {n: shape for n, shape in self._shapes.items() if not _tasks(shape).isdisjoint(chosen.tasks)}
         if chosen.success is not None:
             if unsaid := [number for number, shape in self._shapes.items() if shape.success is None]:
                 raise ParamsError(
@@ -140,7 +150,7 @@ class ChosenEpisodes:
     def describe(self) -> SourceDescription:
         """The source's, with the chosen tasks' sentences only."""
         description = self.source.describe()
-        tasks = {shape.task for shape in self._shapes.values()}
+        tasks = {task for shape in self._shapes.values() for task in _tasks(shape)}
         sentences = {task: said for task, said in description.instructions.items() if task in tasks}
         return description.model_copy(update={"instructions": sentences or description.instructions})
 
@@ -154,6 +164,10 @@ class ChosenEpisodes:
     def read(self, index: int) -> Episode:
         """The source's."""
         return self.source.read(self.numbers[index])
+
+
+def _tasks(shape: EpisodeShape) -> set[str]:
+    return {segment.sentences[0] for segment in shape.segments} or {shape.task}
 
 
 _RANGE = re.compile(r"(\d*):(\d*)")

@@ -60,7 +60,7 @@ def chosen_tasks(params: EvaluateLibero) -> list[Task]:
 
 def check_policy(model: SVAM, store: EpisodeStore, sentences: Iterable[str]) -> None:
     """Raise `ContractError` unless the policy was trained on what LIBERO shows and executes, and can read all `sentences`."""
-    proprioception = model.config.proprioception if model.needs_proprioception else PROPRIOCEPTION
+    proprioception = model.proprioception if model.needs_proprioception else PROPRIOCEPTION
     facts = (
         ("rate", f"{store.rate_hz:g} Hz", f"{RATE_HZ:g} Hz"),
         ("action dimensions", str(store.action_dimensions), str(ACTION_DIMENSIONS)),

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from svam.actions import undone
 from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Foresight, Frozen, Observation, Statistics
 from svam.files import FileError, stated, whole_directory
@@ -218,9 +219,17 @@ class SVAM:
         return self.config.camera
 
     @property
+    def proprioception(self) -> int | None:
+        """P of the proprioception that an observation must hold, for the network or since actions are differences from it (see
+        `svam.actions`); None where it needs none."""
+        if self.statistics.convention.differences and self.statistics.proprioception is not None:
+            return len(self.statistics.proprioception.mean)
+        return self.config.proprioception
+
+    @property
     def needs_proprioception(self) -> bool:
         """Whether an observation must hold proprioception."""
-        return self.config.proprioception is not None
+        return self.proprioception is not None
 
     @property
     def device(self) -> torch.device:
@@ -234,7 +243,7 @@ class SVAM:
     def example(self, number: int = 0) -> Observation:
         """An observation of noise that fits the policy, another for each number: to warm up and to time."""
         frame = np.random.default_rng(number).integers(0, 256, (*self.config.image_size, 3), dtype=np.uint8)
-        state = np.zeros(self.config.proprioception or 0, np.float32) if self.needs_proprioception else None
+        state = np.zeros(self.proprioception, np.float32) if self.proprioception is not None else None
         return Observation({self.camera: frame}, "go", state)
 
     def check(self, observation: Observation) -> None:
@@ -249,11 +258,11 @@ class SVAM:
             raise ContractError(
                 f"observation: camera '{c.camera}' gives {frame.dtype} {frame.shape}, expected uint8 {(*c.image_size, 3)}"
             )
-        if c.proprioception is None:
+        if self.proprioception is None:
             return
         shape = None if observation.proprioception is None else observation.proprioception.shape
-        if shape != (c.proprioception,):
-            raise ContractError(f"observation: proprioception has shape {shape}, expected {(c.proprioception,)}")
+        if shape != (self.proprioception,):
+            raise ContractError(f"observation: proprioception has shape {shape}, expected {(self.proprioception,)}")
         if not np.isfinite(observation.proprioception).all():  # type: ignore[arg-type]
             raise ContractError("observation: proprioception holds NaN or infinity")
 
@@ -306,7 +315,7 @@ class SVAM:
         sentences = [o.instruction for o in observations]
         foresight = self.encode_frames(frames, sentences, self.config.frozen_entries, seeds, recorded)
         proprioception = None
-        if self.needs_proprioception:
+        if self.config.proprioception is not None:
             stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])
             proprioception = torch.from_numpy(normalise_proprioception(self.statistics, stacked)).to(self.device)
         trained = self.network.observation is not None
@@ -320,7 +329,7 @@ class SVAM:
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:
-        """Actions (B, K, A) float32 in physical units, one noise seed per row.
+        """Actions (B, K, A) float32 in physical units, as the store has them, one noise seed per row.
 
         Raises:
             ContractError: the network returned NaN or infinity.
@@ -333,8 +342,15 @@ class SVAM:
             raise ContractError(f"the policy returned NaN or infinity for observation {bad[0]} of {len(normalised)}")
         return denormalise_actions(self.statistics, normalised)
 
+    def executable(self, actions: NDArray[np.float32], observations: Sequence[Observation]) -> NDArray[np.float32]:
+        """What `sample` gave for observations, (B, K, A), in the numbers of the data set, which its robot takes: what the
+        conversion made of them is undone (`svam.actions`)."""
+        pairs = zip(actions, observations, strict=True)
+        convention = self.statistics.convention
+        return np.stack([undone(convention, chunk, observation.proprioception) for chunk, observation in pairs])
+
     def act(self, observations: Sequence[Observation], noise_seeds: Sequence[int] | None = None) -> NDArray[np.float32]:
-        """The next action chunk of each observation: (B, K, A) float32, physical units, B may be 0.
+        """The next action chunk of each observation: (B, K, A) float32, in the data set's own numbers, B may be 0.
 
         `noise_seeds`: one per observation; they decide the sampler's initial noise (and the video model's, where that is
         fresh). None means 0, 1, ...
@@ -349,7 +365,8 @@ class SVAM:
             part, part_seeds = list(observations[start : start + size]), seeds[start : start + size]
             missing = (self.pad_to or len(part)) - len(part)
             filled, filled_seeds = part + [part[-1]] * missing, part_seeds + [part_seeds[-1]] * missing
-            chunks.append(self.sample(self.encode(filled, filled_seeds), filled_seeds)[: len(part)])
+            actions = self.sample(self.encode(filled, filled_seeds), filled_seeds)[: len(part)]
+            chunks.append(self.executable(actions, part))
         return np.concatenate(chunks)
 
     def save(self, directory: Path) -> None:

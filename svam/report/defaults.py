@@ -30,7 +30,7 @@ def flat_values(section: BaseModel, prefix: str = "") -> dict[str, Any]:
         if isinstance(value, BaseModel):
             values |= flat_values(value, f"{prefix}{name}.") if prefix or name not in ELSEWHERE else {}
         else:
-            values[prefix + name] = value
+            values[prefix + name] = section.model_dump()[name]
     return values
 
 

@@ -20,8 +20,8 @@ log = logging.getLogger("svam.serving")
 
 @dataclass(frozen=True)
 class Answer:
-    """actions: (K, A) float32 in physical units. timing: milliseconds by component, of the whole batch; `batch`, how many
-    requests were in it."""
+    """actions: (K, A) float32, as `SVAM.act` gives them. timing: milliseconds by component, of the whole batch; `batch`, how
+    many requests were in it."""
 
     actions: NDArray[np.float32]
     timing: dict[str, float]
@@ -87,4 +87,5 @@ class Inference:
             with timed(spent, "policy"):
                 actions = self.svam.sample(inputs, seeds)
         timing = {f"{name}_ms": round(1000.0 * seconds, 3) for name, seconds in spent.items()} | {"batch": len(requests)}
-        return [Answer(row, timing) for row in actions[: len(requests)]]
+        executable = self.svam.executable(actions[: len(requests)], [request.observation for request in requests])
+        return [Answer(row, timing) for row in executable]

@@ -39,13 +39,15 @@ _library_log.setLevel(logging.CRITICAL)  # whatever a stranger sends would be a 
 def describe(svam: SVAM, sha256: str, batch: int) -> dict[str, Any]:
     """The metadata that every client gets on connecting: what an observation must hold, and what a reply will.
 
-    weights_sha256: of the model's manifest, which lists every file's. actions: range of the training demonstrations.
+    weights_sha256: of the model's manifest, which lists every file's. actions: range of the training demonstrations; None where
+    the conversion changed their numbers, since a reply has the data set's own.
     """
-    config, actions = svam.config, svam.statistics.actions
+    config, actions, convention = svam.config, svam.statistics.actions, svam.statistics.convention
     return {
         "policy": "svam", "weights_sha256": sha256, "cameras": {config.camera: list(config.image_size)},
-        "proprioception": config.proprioception, "chunk": config.chunk, "rate_hz": config.rate_hz, "batch": batch,
-        "action_dimensions": svam.statistics.convention.dimensions, "actions": {"min": actions.min, "max": actions.max},
+        "proprioception": svam.proprioception, "chunk": config.chunk, "rate_hz": config.rate_hz, "batch": batch,
+        "action_dimensions": convention.dimensions,
+        "actions": None if convention.changed else {"min": actions.min, "max": actions.max},
         "takes_seed": True,
     }  # fmt: skip
 

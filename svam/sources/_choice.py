@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
-from svam.contract import Choice, ContractError, Episode
+from svam.contract import Choice, ContractError, Episode, Segment
 from svam.errors import ParamsError
 from svam.files import FileError
 
@@ -56,6 +57,15 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
             "convert.instruction to one for all"
         )
     return sentence
+
+
+def segments_of(sentences: Sequence[str]) -> tuple[Segment, ...]:
+    """The parts of an episode whose rows say `sentences`; none where all say the same. An empty one goes on with the one before
+    (at the start, with the first that is not empty)."""
+    told = next((sentence.strip() for sentence in sentences if sentence.strip()), "")
+    lines = [told := sentence.strip() or told for sentence in sentences]
+    edges = [0, *(row for row in range(1, len(lines)) if lines[row] != lines[row - 1]), len(lines)]
+    return tuple(Segment(first, end, (lines[first],)) for first, end in pairwise(edges)) if len(edges) > 2 else ()
 
 
 def checked(episode: Episode, file: Path | str) -> Episode:

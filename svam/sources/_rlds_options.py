@@ -35,7 +35,9 @@ class Options(Frozen):
     instruction_key: the feature with the instruction; empty chooses the first known name that is there.
     without_instruction: "leave_out" leaves out episodes without an instruction.
     changing_instruction: "first" takes an episode's first non-empty instruction where its steps have several; empty ones do
-        not count.
+        not count. convert.segments: true cuts the episode instead.
+    paraphrases: the sentences of `<instruction>_2` and `_3`, which DROID has, are further ones of the episode; else they only
+        replace an empty one.
     last_step: "keep" keeps the step that `is_last` marks, for data sets that record a valid action there.
     """
 
@@ -49,6 +51,7 @@ class Options(Frozen):
     instruction_key: str = ""
     without_instruction: Literal["refuse", "leave_out"] = "refuse"
     changing_instruction: Literal["refuse", "first"] = "refuse"
+    paraphrases: bool = False
     last_step: Literal["drop", "keep"] = "drop"
 
 

@@ -26,12 +26,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import EVERYTHING, VECTORS, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
+from svam.contract import EVERYTHING, VECTORS, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, Segment, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
 from svam.sources._pictures import NoColourError, in_blocks
 from svam.sources._video import frames_at, probe
@@ -78,6 +78,7 @@ class _Rows:
     times: NDArray[np.float64] | None
     fps: float
     instruction: str
+    segments: tuple[Segment, ...]
     success: bool | None
 
     def __len__(self) -> int:
@@ -285,8 +286,8 @@ class LerobotSource:
         success = entry.success
         if success is None and "next.success" in columns:
             success = bool(files.numbers(columns["next.success"], f"{file}: next.success").any())
-        instruction = self._instruction(index, file, columns.get(spoken))
-        return _Rows(file, videos, start, start + len(table), times, fps, instruction, success)
+        instruction, segments = self._instruction(index, file, columns.get(spoken))
+        return _Rows(file, videos, start, start + len(table), times, fps, instruction, segments, success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
@@ -314,28 +315,33 @@ class LerobotSource:
             self._note(what, entry.number, f"{file}: timestamps begin at {times[0]:g} s")
         return None if order else times, 1 / step if stated and step > 0 else fps
 
-    def _instruction(self, index: int, file: Path, column: Any) -> str:
-        """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows."""
+    def _instruction(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
+        """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows. And the
+        parts that its rows have, where the choice asks for them."""
         entry, asked = self._entries[index], self.options.instruction_column
+        segments: tuple[Segment, ...] = ()
         if self.choice.instruction:
-            return self.choice.instruction
+            return self.choice.instruction, ()
         if asked == "tasks" and len(entry.tasks) > 1:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
         own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
         rows_say = asked != "tasks" and column is not None
         if said := files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}") if rows_say else None:
-            if other := next((row for row, sentence in enumerate(said) if sentence != said[0]), 0):
+            segments = segments_of(said) if self.choice.segments else ()
+            other = next((row for row, sentence in enumerate(said) if sentence != said[0]), 0)
+            if other and not self.choice.segments:
                 raise FileError(
                     f"{file}: episode {entry.number} changes its task at row {other} from {said[0]!r} to {said[other]!r}, "
-                    f"expected one; set convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
+                    "expected one; set convert.segments to true to cut it there, convert.instruction to one for all, or leave "
+                    f"it out: convert.drop: [{index}]"
                 )
             if own not in (None, said[0]):
                 raise FileError(
                     f"{file}: task_index says {said[0]!r} for episode {entry.number}, but the metadata says {own!r}; set "
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
-            own = said[0]
-        return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip()
+            own = segments[0].sentences[0] if segments else said[0]
+        return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
 
     # Where the frames lie
 
@@ -414,6 +420,7 @@ class LerobotSource:
         return EpisodeShape(
             len(rows), held_out=self._held_out.get(entry.number), name=str(entry.number), task=rows.instruction,
             stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
+            segments=rows.segments,
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:

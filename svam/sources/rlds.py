@@ -34,10 +34,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.console import track
-from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frames, SourceDescription
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frames, Segment, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
-from svam.sources._choice import checked, chosen_instruction
+from svam.sources._choice import checked, chosen_instruction, segments_of
 from svam.sources._pictures import array_rgb, picture_blocks
 from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
@@ -46,7 +46,7 @@ from svam.sources._tfrecord import mapped, read_record, record_spans
 
 class _Entry(NamedTuple):
     """An episode's place and facts: shard, record number in it, payload's offset and length; steps, steps kept, bytes under
-    `steps/`; why it cannot be read."""
+    `steps/`; its sentence, others for the same, and those of its parts; why it cannot be read."""
 
     shard: Shard
     record: int
@@ -56,6 +56,8 @@ class _Entry(NamedTuple):
     kept: int = 0
     size: int = 0
     instruction: str = ""
+    paraphrases: tuple[str, ...] = ()
+    segments: tuple[Segment, ...] = ()
     success: bool | None = None
     refusal: str = ""
 
@@ -187,17 +189,27 @@ class RldsSource:
                 )
             kept -= len(marked)
         success = bool(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
-        sentences = (self._sentence(record, name, kept) for name in self._chosen.instructions if kept)
-        instruction = self._choice.instruction or next(filter(None, sentences), "")
-        return place._replace(recorded=recorded, kept=kept, size=record.size, instruction=instruction, success=success)
+        told = filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
+        instruction = self._choice.instruction or next(told, "")
+        others = tuple(said for said in dict.fromkeys(told) if said != instruction) if self._options.paraphrases else ()
+        return place._replace(
+            recorded=recorded, kept=kept, size=record.size, instruction=instruction, success=success, paraphrases=others,
+            segments=self._segments(record, kept),
+        )  # fmt: skip
+
+    def _segments(self, record: Record, kept: int) -> tuple[Segment, ...]:
+        """The parts of an episode by the first instruction that its steps have, where the choice asks for them."""
+        told = (record.texts(name)[:kept] for name in self._chosen.instructions if self._choice.segments)
+        lines = next((lines for lines in told if any(line.strip() for line in lines)), [])
+        return segments_of(lines) if len(lines) == kept else ()
 
     def _sentence(self, record: Record, name: str, kept: int) -> str:
         """The one that is not empty, of a feature's first `kept` steps."""
         different = list(dict.fromkeys(line for line in record.texts(name)[:kept] if line.strip()))
-        if len(different) > 1 and self._options.changing_instruction == "refuse":
+        if len(different) > 1 and self._options.changing_instruction == "refuse" and not self._choice.segments:
             raise ContractError(
                 f"{record.where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
-                "convert.options.changing_instruction: first takes the first"
+                "convert.segments: true cuts it there, convert.options.changing_instruction: first takes the first"
             )
         return different[0].strip() if different else ""
 
@@ -232,11 +244,13 @@ class RldsSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, one task per different instruction, and the data set's name and version."""
-        own = [entry.instruction or self._choice.missing_instruction for entry in self._index[0]]
-        sentences = dict.fromkeys(filter(None, own))
+        sentences: dict[str, dict[str, None]] = {}
+        for entry in self._index[0]:
+            if own := entry.instruction or self._choice.missing_instruction:
+                sentences.setdefault(own, {own: None}).update(dict.fromkeys(entry.paraphrases))
         return SourceDescription(
             rate_hz=self._rate_hz, cameras=list(self._chosen.cameras),
-            instructions={sentence: {"train": [sentence], "held_out": []} for sentence in sentences},
+            instructions={task: {"train": list(said), "held_out": []} for task, said in sentences.items()},
             provenance={
                 "source": "rlds", "name": self._info.name, "version": self._info.version or self.folder.name,
                 "splits": list(dict.fromkeys(shard.split for shard in self._shards)),
@@ -255,7 +269,7 @@ class RldsSource:
         file, held_out = entry.shard.file, self._options.held_out_splits
         return EpisodeShape(
             entry.kept, held_out=entry.shard.split in held_out if held_out else None, stamp=f"{stamp(file)}:{entry.offset}",
-            name=f"{file.name}#{entry.record}", success=entry.success,
+            name=f"{file.name}#{entry.record}", success=entry.success, segments=entry.segments,
             task=chosen_instruction(self._choice, entry.instruction, entry.where),
         )  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from svam.contract import CHECKPOINT_SCHEMA, ContractError, Observation
+from svam.conversion import Difference
 from svam.episodes.store import EpisodeStore
 from svam.evaluation.offline import encode_rows, true_features
 from svam.files import sha256_tree
@@ -111,6 +112,30 @@ def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -
         })  # fmt: skip
         sizes[context[-1], len(context)] = sum(p.numel() for p in PolicyNetwork(config, store.statistics).parameters())
     assert max(sizes.values()) < 1.1 * sizes["one_step", 3] and min(sizes.values()) > 0.9 * sizes["one_step", 3], sizes
+
+
+def test_what_a_conversion_did_is_undone(svam: SVAM, store: EpisodeStore, tmp_path: Path) -> None:
+    """The network answers as the store has actions; `act` as the data set has them, from where the robot is."""
+    changes = {
+        "differences": [Difference(columns=[0, 2], proprioception=[0, 2], kind="linear", frame="fixed")],
+        "binary_dimensions": [2], "binary_values": [0.0, 1.0],
+    }  # fmt: skip
+    convention = store.statistics.convention.model_copy(update=changes)
+    statistics = store.statistics.model_copy(update={"convention": convention})
+    model = SVAM(svam.config, statistics, svam.foresight, svam.network)
+    seen = observations(store, 2, proprioception=True)
+    actions, stored = model.act(seen), model.sample(model.encode(seen), [0, 1])
+    for action, way, observation in zip(actions, stored, seen, strict=True):
+        assert observation.proprioception is not None and set(np.unique(way[:, 2])) <= {-1, 1}
+        np.testing.assert_allclose(action[:, :2], observation.proprioception + np.cumsum(way[:, :2], axis=0), rtol=1e-5)
+        assert (action[:, 2] == (way[:, 2] + 1) / 2).all()
+    assert model.needs_proprioception and not svam.needs_proprioception
+    with refused(r"proprioception has shape None, expected \(2,\)"):
+        model.act(observations(store, 1))
+    model.save(tmp_path / "svam")
+    loaded = SVAM.load(tmp_path / "svam")
+    assert loaded.statistics == statistics and (loaded.act(seen) == actions).all()
+    assert loaded.act([loaded.example()]).shape == (1, 4, 3)
 
 
 def test_inputs_are_normalised_per_channel(svam: SVAM, store: EpisodeStore) -> None:

@@ -3,17 +3,23 @@ that it deserves."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from typer.testing import Result
 
 from stages.convert import app
 from svam.console import console
+from svam.contract import Episode, EpisodeSource
 from svam.episodes.__main__ import app as episodes
+from svam.episodes.options import open_named_source
 from svam.episodes.store import EpisodeStore
 from tests import ROOT
+from tests.episodes.test_options import raw_params
+from tests.sources.common import frames_of
 from tests.toy import invoke, write_toy_params
 
 REAL = ROOT.parent / "shared/realdata"
@@ -77,6 +83,85 @@ def test_it_says_why_not(folder: str, tmp_path: Path, monkeypatch: pytest.Monkey
     lines = [line for line in result.output.splitlines() if line.startswith("error")]
     assert result.exit_code == 1 and len(lines) == 1 and sentence in lines[0], result.output
     assert not (tmp_path / "episodes.zarr").exists()
+
+
+def opened(folder: Path, **choice: Any) -> EpisodeSource:
+    """What `convert` would read; `columns` of some vectors."""
+    columns = {name: [] for name in ("actions", "expert_actions", "state", "proprioception")} | choice.pop("columns", {})
+    return open_named_source(folder, raw_params(columns=columns, **choice))
+
+
+def vectors(episode: Episode) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Actions and proprioception."""
+    assert episode.actions is not None and episode.proprioception is not None
+    return episode.actions, episode.proprioception
+
+
+@pytest.mark.parametrize("folder", ["bridge", "rt1"])
+def test_differences_of_recorded_poses_are_the_actions_that_others_made_of_them(folder: str) -> None:
+    """IRASim computed the actions of these sets from the states: the way to the next pose, in the tool's frame."""
+    path = REAL / "video_text_folders" / folder
+    way = {"columns": [0, 6], "proprioception": [0, 6], "kind": "euler_xyz", "frame": "tool"}
+    recorded, _ = vectors(opened(path, source="video_folder").read(0))
+    poses = {"source": "video_folder", "columns": {"actions": ["proprioception"]}, "shift": 1}
+    made, _ = vectors(opened(path, **poses, differences=[way]).read(0))
+    assert len(made) == len(recorded) - 1 and np.abs(recorded[:, :3]).max() > 0.01
+    np.testing.assert_allclose(made[:, :6], recorded[:-1, :6], atol=2e-6)
+
+
+PUSHT: dict[str, Any] = {
+    "source": "replay_zarr", "instruction": "push the T", "rate_hz": 10, "episodes": ["0:2"],
+    "options": {"proprioception": ["state"]},
+}  # fmt: skip
+
+
+def test_rates_columns_and_limits_of_a_recording() -> None:
+    path = REAL / "diffusion_policy_zarr/pusht_keypoint_x356_y356"
+    whole = opened(path, **PUSHT).read(1)
+    actions, state = vectors(whole)
+    source = opened(
+        path, **PUSHT, resample_hz=5, shift=1, columns={"proprioception": ["proprioception[4]", "actions"]},
+        limits=[{"columns": [0, 2], "low": 100, "high": 300}],
+    )  # fmt: skip
+    half = source.read(1)
+    n = (len(actions) + 1) // 2 - 1
+    made, proprioception = vectors(half)
+    assert half.steps == source.shape(1).steps == n and (made == np.clip(actions[2::2], 100, 300)[:n]).all()
+    assert (proprioception == np.concatenate([state[:, 4:], actions], axis=1)[::2][:n]).all()
+    camera = next(iter(half.frames))
+    assert (frames_of(half, camera) == frames_of(whole, camera)[::2][:n]).all()
+    third, _ = vectors(opened(path, **PUSHT, resample_hz=15).read(1))
+    np.testing.assert_allclose(third[1], actions[0] + (actions[1] - actions[0]) * 2 / 3, rtol=1e-6)
+
+
+def test_angles_of_a_recording() -> None:
+    path, angles = REAL / "video_text_folders/rt1", [{"columns": [0, 3], "low": -np.pi, "high": np.pi}]
+    _, state = vectors(opened(path, source="video_folder").read(0))
+    choice = {"source": "video_folder", "columns": {"actions": ["proprioception[3:6]"]}}
+    turned, _ = vectors(opened(path, **choice, unwrap=angles).read(0))
+    np.testing.assert_allclose(turned, np.unwrap(state[:, 3:6].astype(np.float64), axis=0), rtol=1e-6)
+
+
+def test_a_gripper_of_zeros_and_ones() -> None:
+    path, choice = REAL / "rlds_tfds/octo_debug_bridge_dataset", {"source": "rlds", "rate_hz": 5}
+    actions, _ = vectors(opened(path, **choice).read(0))
+    made, _ = vectors(opened(path, **choice, binary_dimensions=[6], binary_values=[0, 1]).read(0))
+    assert (made[:, 6] == actions[:, 6] * 2 - 1).all() and (made[:, :6] == actions[:, :6]).all()
+
+
+def test_parts_that_a_file_describes(tmp_path: Path) -> None:
+    """Real lerobot episodes, with sentences from a csv beside them."""
+    path, choice = tmp_path / "cr5", {"source": "lerobot", "episodes": [3]}
+    shutil.copytree(REAL / "lerobot_v2.1/cr5_grasp_cube", path)
+    whole = opened(path, **choice).read(0)
+    lines = ["episode,text,start,end", "3,reach it,0,40", "3,lift it,40,70", "3,raise it,40,70", ""]
+    (path / "said.csv").write_text("\n".join(lines))
+    source = opened(path, **choice, captions="said.csv")
+    assert [source.shape(n).task for n in range(len(source))] == ["reach it", "lift it"]
+    assert source.describe().instructions["lift it"]["train"] == ["lift it", "raise it"]
+    part, camera = source.read(1), next(iter(whole.frames))
+    assert all((one == other[40:70]).all() for one, other in zip(vectors(part), vectors(whole), strict=True))
+    assert part.instruction == "lift it" and (frames_of(part, camera) == frames_of(whole, camera)[40:70]).all()
 
 
 def test_no_folder_is_forgotten() -> None:

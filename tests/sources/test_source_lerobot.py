@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from svam.contract import Segment
 from tests.sources.common import decoded, film, frames_of, real, refused
 from tests.sources.lerobot_sets import (
     CAMERA,
@@ -231,10 +232,12 @@ def test_tasks(tmp_path: Path) -> None:
     assert [filled.shape(e).task for e in range(2)] == ["b", "go"] and list(filled.describe().instructions) == ["b", "go"]
 
 
-def test_an_episode_with_two_tasks_is_refused(tmp_path: Path) -> None:
+def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
     root = write_v2(tmp_path, (5, 7), lambda e, n: {"said": pa.array((["left"] * (5 - 3 * e) + ["right"] * 5)[:n])})
     with refused("changes its task at row 2 from 'left' to 'right'.*convert.instruction.*convert.drop: .1."):
         source(root, instruction_column="said").shape(1)
+    parts = [source(root, instruction_column="said", segments=True).shape(e).segments for e in range(2)]
+    assert parts == [(), (Segment(0, 2, ("left",)), Segment(2, 7, ("right",)))]
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from svam.contract import Choice
+from svam.contract import Choice, Segment
 from svam.sources.rlds import Options, RldsSource, open_source
 from tests.sources import tfds_writer as tfds
 from tests.sources.common import frames_of, real, refused
@@ -197,6 +197,9 @@ def test_instructions(tmp_path: Path) -> None:
     with refused("the instruction changes from 'a' to 'b'"):
         look(changing)
     assert opened(tmp_path / "b", changing_instruction="first").read(0).instruction == "a"
+    parts = opened(tmp_path / "b", segments=True).shape(0).segments
+    assert parts == (Segment(0, 2, ("a",)), Segment(2, 4, ("b",)))
+    assert opened(tmp_path / "a", segments=True, missing_instruction="do it").shape(0).segments == ()
     with refused("step 2 is not UTF-8"):
         look(toy(tmp_path / "c", episode(0, language_instruction=[b"a", b"a", b"\xff", b"a"])))
     with refused("instruction_key is 'words', which is no text.*one of: language_instruction"):
@@ -204,7 +207,7 @@ def test_instructions(tmp_path: Path) -> None:
 
 
 def test_other_sentences_and_success(tmp_path: Path) -> None:
-    """DROID's second and third sentence stand for an empty first one."""
+    """DROID's second and third sentence stand for an empty first one, or are further sentences of the episode."""
     others = {f"steps/language_instruction_{n}": TEXT for n in (2, 3)}
     metadata = {"episode_metadata/success": tensor(dtype="bool")}
     episodes = [
@@ -215,6 +218,9 @@ def test_other_sentences_and_success(tmp_path: Path) -> None:
     source = toy(tmp_path, *episodes, features={**FEATURES, **others, **metadata})
     assert [(source.read(n).instruction, source.shape(n).success) for n in (0, 1)] == [("third", False), ("first", True)]
     assert source.shape(1).name == "toy-train.tfrecord-00000-of-00001#1"
+    assert source.describe().instructions["first"]["train"] == ["first"]
+    instructions = opened(tmp_path, paraphrases=True).describe().instructions
+    assert [instructions[task]["train"] for task in ("third", "first")] == [["third"], ["first", "third"]]
 
 
 def test_a_camera_that_is_left_out_is_never_looked_for(tmp_path: Path) -> None:
