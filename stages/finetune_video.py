@@ -46,7 +46,7 @@ def app(
         model = new_video_model(section, store, autoencoder, text, seed).to(device)
         table = TextTable.build(store, text)
         train, held_out = (LatentClips(store, s, encoded, section.frames, model.config.stride) for s in SPLITS)
-        train_video(model, section, train, autoencoder, table, seed, device, live, resume, params.machine)
+        train_video(model, section, train, held_out, autoencoder, table, seed, device, live, resume, params.machine)
         metrics, pictures = evaluate_video(model, section, held_out, autoencoder, table, seed, device)
         with whole_directory(out) as partial:
             model.save(partial)

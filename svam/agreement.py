@@ -60,6 +60,12 @@ def _of_models(params: Params) -> Iterator[str]:
             f"generate.up_blocks is {params.generate.up_blocks}, but the U-Net has {len(unet.channels)} up blocks, one for "
             f"each of finetune_video.unet.channels {unet.channels}"
         )
+    draws = params.train_policy.feature_draws
+    if draws > 1 and params.finetune_video.noise == "fixed":
+        yield (
+            f"train_policy.feature_draws is {draws}, but finetune_video.noise is fixed, so that all draws would be equal: set "
+            "noise to fresh, or feature_draws to 1"
+        )
     if params.evaluate.policy == "svam" and params.evaluate.execute > params.train_policy.chunk:
         yield f"evaluate.execute ({params.evaluate.execute}) must not exceed train_policy.chunk ({params.train_policy.chunk})"
     section = params.evaluate.metaworld

@@ -32,6 +32,7 @@ UNTRACKED = {
     "svam/errors.py": "names errors",
     "svam/files.py": "renames finished files into place",
     "svam/params.py": "checks params, whose values are tracked by themselves",
+    "svam/protocols.py": "checks the params of evaluate, which are tracked by themselves",
     "svam/sections.py": "bases of params, which are tracked by themselves",
     "svam/resume.py": "saves the state of an unfinished run; a resumed run ends with the same bytes",
 }

@@ -17,12 +17,14 @@ from ruamel.yaml.error import YAMLError
 
 from svam.conversion import Convert as Convert
 from svam.errors import ParamsError, describe
+from svam.protocols import Evaluate
 from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin"]
-LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_10", "libero_90"]
+Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
+TimeIds = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Moments = Literal["float32", "int8"]
 Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame", "observation", "recorded"]
 
@@ -56,9 +58,15 @@ class Optimiser(Section):
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
-        if self.warmup >= self.steps:
+        if self.warmup >= self.steps > 0:
             raise ValueError(f"warmup ({self.warmup}) must be smaller than steps ({self.steps})")
         return self
+
+
+class FineTuning(Optimiser):
+    """A training of weights that may already be what is wanted: 0 steps take them as they are."""
+
+    steps: Annotated[int, Field(ge=0)]
 
 
 class Collect(Section):
@@ -160,7 +168,7 @@ class Text(Backbone, Attention):
     tokens: Annotated[int, Field(ge=4, le=77)]
     layers: Count
     vocabulary: Annotated[int, Field(ge=514)]
-    word_dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    word_dropout: Dropout
 
 
 class TeacherModel(Backbone, Attention):
@@ -232,16 +240,22 @@ class FinetuneVideo(NoiseLevels):
     log_sigma_std: Positive
     first_sigma_share: Share
     guidance_dropout: Share
-    added_time_ids: Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
+    dropped: Literal["frame_and_text", "text"]
+    added_time_ids: TimeIds
     noise: Literal["fixed", "fresh"]
     lora_rank: Count | None
     moments: Moments
-    training: Optimiser
+    training: FineTuning
+    show_every: Count | None
     evaluation_clips: Count
     evaluation_steps: Count
 
     @model_validator(mode="after")
-    def _adapters_have_something_to_adapt(self) -> Self:
+    def _there_are_weights(self) -> Self:
+        if not self.training.steps and not self.unet.pretrained:
+            raise ValueError(
+                "training.steps is 0, but unet.pretrained is null: name weights to take as they are, or train for some steps"
+            )
         if self.lora_rank is not None and not self.unet.pretrained:
             raise ValueError(
                 f"lora_rank is {self.lora_rank}, but unet.pretrained is null, and adapters of random weights learn nothing: "
@@ -259,6 +273,9 @@ class Generate(Section):
     grid: Annotated[int, Field(ge=2)]
     steps: Count
     guidance: Annotated[float, Field(ge=1.0)]
+    guidance_last: Annotated[float, Field(ge=1.0)] | None
+    resize: Literal["antialiased", "nearest"]
+    feature_time_ids: TimeIds | None
     batch: Count
     bf16: bool
     keep_features: bool
@@ -277,8 +294,10 @@ class Distill(Attention):
     branches: Annotated[list[Branch], Distinct]
     target: Literal["generated", "ground_truth"]
     anchor: Literal["concat", "add"]
+    input_norm: Literal["statistics", "layer"]
+    positions: bool
     blocks: Count
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+    dropout: Dropout
     training: Optimiser
 
 
@@ -286,7 +305,10 @@ class Perceiver(Attention):
     """The Uni-Perceiver: `queries` per frame, then attention along time."""
 
     queries: Count
+    free_queries: bool
     depth: Count
+    head_width: Count | None
+    embedding: Count | None
 
 
 class ActionTransformer(Attention, NoiseLevels):
@@ -294,6 +316,9 @@ class ActionTransformer(Attention, NoiseLevels):
 
     encoder_layers: Count
     decoder_layers: Count
+    attention_dropout: Dropout
+    residual_dropout: Dropout
+    mlp_dropout: Dropout
     sigma_data: Positive
     steps: Count
 
@@ -303,6 +328,7 @@ class TrainPolicy(Section):
 
     seed: Seed | None
     context: Annotated[list[Context], Field(min_length=1), Distinct]
+    sentence: Literal["tokens", "pooled"]
     aggregator: Literal["uni_perceiver", "mean_pool"]
     objective: Literal["edm", "epsilon"]
     chunk: Count
@@ -310,6 +336,7 @@ class TrainPolicy(Section):
     observation_encoder: Literal["trained", "frozen"]
     episodes_per_task: Count | None
     observation_stride: Count
+    feature_draws: Count
     encode_batch: Count
     encode_bf16: bool
     perceiver: Perceiver
@@ -318,87 +345,6 @@ class TrainPolicy(Section):
     training: Optimiser
     evaluate_every: Count
     evaluation_observations: Count
-
-
-class EvaluateMetaworld(Section):
-    """The protocol `metaworld`: `episodes` of each task."""
-
-    tasks: Annotated[list[Name], Distinct]
-    episodes: Count
-    held_out_instruction_episodes: Annotated[int, Field(ge=0)]
-    max_steps: Annotated[int, Field(ge=10, le=500)]
-
-
-class EvaluateOffline(Section):
-    """The protocol `offline`: `samples` action chunks for each of `windows` held-out observations."""
-
-    windows: Count
-    samples: Count
-
-
-class EvaluateCalvin(Section):
-    """The protocol `calvin`: chains of subtasks in the user's checkout of the simulator.
-
-    path, commit: of a git checkout of calvin_env. chains: of the official ones, the first that begin with as many `subtasks` of
-    `tasks` (empty: any). max_steps: of a subtask.
-    """
-
-    path: str | None
-    commit: Annotated[str, Field(pattern=r"^[0-9a-f]{7,40}$")]
-    renderer: Literal["cpu", "egl"]
-    chains: Annotated[int, Field(ge=1, le=1000)]
-    subtasks: Annotated[int, Field(ge=1, le=5)]
-    tasks: Annotated[list[Name], Distinct]
-    max_steps: Count
-
-
-class EvaluateLibero(Section):
-    """The protocol `libero`: `episodes` official initial states of each task; pictures `drawn` pixels wide, then resized."""
-
-    suites: Annotated[list[LiberoSuite], Field(min_length=1), Distinct]
-    tasks: Annotated[list[str], Distinct]
-    episodes: Annotated[int, Field(ge=1, le=50)]
-    max_steps: Count | None
-    drawn: Annotated[int, Field(ge=32, le=1024)]
-    render: Literal["fast", "full"]
-    flip: Literal["none", "vertical", "rotate_180"]
-
-
-class RemotePolicy(Section):
-    """A policy server that speaks openpi's websocket protocol: `svam.evaluation.remote`."""
-
-    url: Annotated[str, Field(pattern=r"^wss?://\S+$")] | None
-    key_env: str | None
-    weights: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None
-    image_size: Annotated[int, Field(ge=16, le=1024)] | None
-    cameras: Annotated[list[str], Field(min_length=1), Distinct]
-    reply_seconds: Positive
-    connections: Count
-
-
-class Evaluate(Section):
-    """What is measured of which policy: a section for each protocol, and one for a policy that another program serves."""
-
-    protocols: Annotated[list[Literal["metaworld", "calvin", "libero", "offline"]], Field(min_length=1), Distinct]
-    policy: Literal["svam", "remote", "expert", "random"]
-    execute: Count
-    batch: Count
-    videos: Annotated[int, Field(ge=0)]
-    metaworld: EvaluateMetaworld
-    calvin: EvaluateCalvin
-    libero: EvaluateLibero
-    offline: EvaluateOffline
-    remote: RemotePolicy
-
-    @model_validator(mode="after")
-    def _policy_can_be_asked(self) -> Self:
-        if self.policy == "remote" and self.remote.url is None:
-            raise ValueError("policy is 'remote' but remote.url is null: name a server, such as ws://127.0.0.1:8000")
-        if self.policy != "svam" and "offline" in self.protocols:
-            raise ValueError(
-                f"policy is {self.policy!r}, but the protocol 'offline' compares what S-VAM foresees: leave it out of protocols"
-            )
-        return self
 
 
 class Foresight(Section):

@@ -15,9 +15,9 @@ from tests import ROOT
 # Each layer may import itself and those before it; what stands in one set must not import one another.
 LAYERS: list[set[str]] = [
     {
-        "svam.sections", "svam.params", "svam.conversion", "svam.contract", "svam.actions", "svam.normalisation", "svam.files",
-        "svam.films", "svam.npy", "svam.errors", "svam.console", "svam.seeds", "svam.device", "svam.precision",
-        "svam.checkpoint", "svam.resume", "svam.code",
+        "svam.sections", "svam.protocols", "svam.conversion", "svam.params", "svam.contract", "svam.actions",
+        "svam.normalisation", "svam.files", "svam.films", "svam.npy", "svam.errors", "svam.console", "svam.seeds",
+        "svam.device", "svam.precision", "svam.checkpoint", "svam.resume", "svam.code",
     },
     {"svam.sources"}, {"svam.episodes"}, {"svam.models"}, {"svam.training"}, {"svam.simulation"}, {"svam.serving"},
     {"svam.evaluation"}, {"svam.agreement"},

@@ -57,7 +57,7 @@ def train(out: Path, resume: Resume, steps_seen: list[int] | None = None, **chan
             steps_seen.append(number)
         return data[torch.from_numpy(order.batch(number))]
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(_: int) -> dict[str, float]:
         return {"error": (module(data) - data.sum(1)).abs().mean().item() + torch.rand(1).item(), "other": 1 / 3}
 
     values = {"steps": 30, "batch": 8, "learning_rate": 0.05, "warmup": 3, "ema": 0.9, "accumulate": 2} | changes

@@ -14,6 +14,7 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.models.foresight import part_folders
+from svam.models.svam import OLDER as UNCHOSEN
 from svam.models.svam import SVAM, SVAMConfig, frozen_entries
 from svam.params import Generate, TrainPolicy
 from svam.simulation.metaworld import TaskEnvironment
@@ -23,7 +24,8 @@ from tests.tiny_foresight import FRAMES, GRID, SIZE, make_store, make_teacher, s
 from tests.toy import ADAM
 
 GENERATE = Generate(
-    windows=4, held_out_windows=2, up_blocks=1, grid=GRID, steps=2, guidance=1.0, batch=4, bf16=False, keep_features=True,
+    windows=4, held_out_windows=2, up_blocks=1, grid=GRID, steps=2, guidance=1.0, guidance_last=None, resize="antialiased",
+    feature_time_ids=None, batch=4, bf16=False, keep_features=True,
 )  # fmt: skip
 FEATURE_CHANNELS, TEACHER_CHANNELS = 64, 12
 
@@ -31,12 +33,13 @@ FEATURE_CHANNELS, TEACHER_CHANNELS = 64, 12
 def policy_params(**changes: Any) -> TrainPolicy:
     """A `train_policy` section of a few thousand parameters; `training` and others may be replaced."""
     values: dict[str, Any] = {
-        "context": ["geometric", "semantic", "one_step"], "aggregator": "uni_perceiver", "objective": "edm", "chunk": 4,
-        "proprioception": False, "observation_encoder": "trained", "observation_stride": 3, "encode_batch": 4,
-        "encode_bf16": False, "perceiver": {"queries": 2, "width": 16, "depth": 2, "heads": 2},
+        "context": ["geometric", "semantic", "one_step"], "sentence": "tokens", "aggregator": "uni_perceiver",
+        "objective": "edm", "chunk": 4, "proprioception": False, "observation_encoder": "trained", "observation_stride": 3,
+        "feature_draws": 1, "encode_batch": 4, "encode_bf16": False,
+        "perceiver": {"width": 16, "depth": 2, "heads": 2, "queries": 2, **UNCHOSEN["perceiver"]},
         "transformer": {
             "width": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "sigma_min": 0.001, "sigma_max": 80.0,
-            "sigma_data": 0.5, "steps": 3,
+            "sigma_data": 0.5, "steps": 3, **UNCHOSEN["transformer"],
         },
         "training": {**ADAM, "steps": 4, "batch": 4, "learning_rate": 0.001}, "evaluate_every": 2,
         "evaluation_observations": 256, "noise_draws": 4, "seed": None, "episodes_per_task": None,

@@ -24,7 +24,8 @@ from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
-from svam.params import Evaluate, EvaluateCalvin, Params
+from svam.params import Params
+from svam.protocols import Evaluate, EvaluateCalvin
 from svam.resume import NO_RESUME, Resume
 from svam.simulation.calvin import ACTION_DIMENSIONS, CAMERAS, RATE_HZ, CalvinEnvironment, Checkout, open_checkout
 from svam.simulation.calvin_chains import OFFICIAL_CHAINS, Chain, official_chains

@@ -23,7 +23,8 @@ from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
-from svam.params import Evaluate, EvaluateLibero, Params
+from svam.params import Params
+from svam.protocols import Evaluate, EvaluateLibero
 from svam.resume import NO_RESUME, Resume
 from svam.simulation.libero import (
     ACTION_DIMENSIONS,

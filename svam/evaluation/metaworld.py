@@ -38,7 +38,8 @@ from svam.evaluation.rollout import (
 from svam.evaluation.scores import summary, tier_of
 from svam.models.svam import SVAM
 from svam.npy import write_arrays
-from svam.params import Evaluate, Params
+from svam.params import Params
+from svam.protocols import Evaluate
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.simulation.metaworld import ACTION_DIMENSIONS, RATE_HZ, TaskEnvironment, check_task

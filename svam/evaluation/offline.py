@@ -20,7 +20,8 @@ from svam.evaluation.policies import Evaluated
 from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
-from svam.params import Evaluate, Params
+from svam.params import Params
+from svam.protocols import Evaluate
 from svam.resume import Resume
 from svam.seeds import generator, seed_of
 

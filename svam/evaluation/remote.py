@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svam.contract import Observation
 from svam.errors import ParamsError
-from svam.params import RemotePolicy
+from svam.protocols import RemotePolicy
 from svam.serving.client import PolicyClient
 from svam.serving.protocol import ServingError
 

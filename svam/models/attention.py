@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,17 @@ def attention_weights(q: Tensor, k: Tensor, scale: float | None = None) -> Tenso
     return torch.matmul(q * scale, k.transpose(-1, -2)).softmax(dim=-1)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T) v, (N, heads, L, d), of queries (N, heads, L, d), keys and values (N, heads, S, d)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+    """softmax(scale q k^T) v, (N, heads, L, d), of queries (N, heads, L, d), keys and values (N, heads, S, d); `dropout`: the
+    share of the weights that is dropped."""
     if fused(q.device):
-        return functional.scaled_dot_product_attention(q, k, v, scale=scale)
-    return torch.matmul(attention_weights(q, k, scale), v)
+        return functional.scaled_dot_product_attention(q, k, v, scale=scale, dropout_p=dropout)
+    weights = attention_weights(q, k, scale)
+    return torch.matmul(functional.dropout(weights, dropout) if dropout else weights, v)
 
 
 def split_heads(x_NLD: Tensor, heads: int) -> Tensor:
-    """(N, L, D) to (N, heads, L, D / heads)."""
+    """(N, L, heads * d) to (N, heads, L, d)."""
     n, length, width = x_NLD.shape
     return x_NLD.view(n, length, heads, width // heads).transpose(1, 2)
 
@@ -47,25 +49,27 @@ def join_heads(x_NHLd: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Multi-head attention of a sequence to itself or to another one."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        """Raises `ParamsError` if the heads do not divide the width."""
+    def __init__(self, width: int, heads: int, head_width: int | None = None, dropout: float = 0.0) -> None:
+        """Args: channels of the tokens; heads, and the channels of each (None: their share of `width`); the share of attention
+        weights that is dropped in training. Raises `ParamsError` if the heads do not divide the width that they share."""
         super().__init__()
-        if width % heads:
+        if head_width is None and width % heads:
             raise ParamsError(f"attention: width ({width}) must be a multiple of heads ({heads})")
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
+        self.heads, self.dropout = heads, dropout
+        inner = heads * (head_width or width // heads)
+        self.qkv = nn.Linear(width, 3 * inner)
+        self.out = nn.Linear(inner, width)
 
     def forward(self, x_NLD: Tensor, context_NSD: Tensor | None = None) -> Tensor:
         """What (N, L, D) tokens read from the context's (N, S, D), or from one another where there is none: (N, L, D)."""
         if context_NSD is None:
             q, k, v = self.qkv(x_NLD).chunk(3, dim=-1)
         else:
-            weight, bias, width = self.qkv.weight, self.qkv.bias, self.out.in_features
-            q = functional.linear(x_NLD, weight[:width], bias[:width])
-            k, v = functional.linear(context_NSD, weight[width:], bias[width:]).chunk(2, dim=-1)
+            weight, bias, inner = self.qkv.weight, self.qkv.bias, self.out.in_features
+            q = functional.linear(x_NLD, weight[:inner], bias[:inner])
+            k, v = functional.linear(context_NSD, weight[inner:], bias[inner:]).chunk(2, dim=-1)
         q, k, v = (split_heads(x, self.heads) for x in (q, k, v))
-        read: Tensor = self.out(join_heads(attend(q, k, v)))
+        read: Tensor = self.out(join_heads(attend(q, k, v, dropout=self.dropout if self.training else 0.0)))
         return read
 
 
@@ -74,21 +78,29 @@ def mlp(width: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
 
+class Dropouts(NamedTuple):
+    """What a transformer layer drops in training: shares of attention weights, of what attention adds, of what the MLP adds."""
+
+    attention: float = 0.0
+    residual: float = 0.0
+    mlp: float = 0.0
+
+
 class Block(nn.Module):
     """A pre-norm transformer layer over (N, L, D): self-attention, then the MLP, each added to its input after dropout."""
 
-    def __init__(self, width: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, heads: int, dropouts: Dropouts = Dropouts(), head_width: int | None = None) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, head_width, dropouts.attention)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = mlp(width)
-        self.dropout = nn.Dropout(dropout)
+        self.residual_dropout, self.mlp_dropout = nn.Dropout(dropouts.residual), nn.Dropout(dropouts.mlp)
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         """The tokens after this layer, (N, L, D)."""
-        x_NLD = x_NLD + self.dropout(self.attention(self.attention_norm(x_NLD)))
-        mixed: Tensor = x_NLD + self.dropout(self.mlp(self.mlp_norm(x_NLD)))
+        x_NLD = x_NLD + self.residual_dropout(self.attention(self.attention_norm(x_NLD)))
+        mixed: Tensor = x_NLD + self.mlp_dropout(self.mlp(self.mlp_norm(x_NLD)))
         return mixed
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional
 from svam.checkpoint import load_state, restore, save_module
 from svam.contract import ContractError, Frozen
 from svam.files import stated
-from svam.models.attention import Block
+from svam.models.attention import Block, Dropouts
 from svam.sections import Count
 
 
@@ -26,7 +26,9 @@ class DecouplerConfig(Frozen):
 
     anchor: how the reference joins F: `concat` on channels (paper), or `add` of its 1x1 convolution (released code).
     reference: what the teacher saw for the reference in training, and must see in use: the current `frame` itself, or its
-    `reconstruction` by the autoencoder.
+    `reconstruction` by the autoencoder. input_norm: what makes numbers of about 1 of F: the `statistics` of each channel, or a
+    `layer` norm, behind a reference that is added (released code). positions: whether tokens know where and when they are
+    (released code: not).
     """
 
     feature_channels: Count
@@ -39,6 +41,8 @@ class DecouplerConfig(Frozen):
     blocks: Count
     heads: Count
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    input_norm: Literal["statistics", "layer"] = "statistics"
+    positions: bool = True
 
 
 class FactorisedBlock(nn.Module):
@@ -46,8 +50,9 @@ class FactorisedBlock(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.spatial = Block(width, heads, dropout)
-        self.temporal = Block(width, heads, dropout)
+        dropouts = Dropouts(residual=dropout, mlp=dropout)
+        self.spatial = Block(width, heads, dropouts)
+        self.temporal = Block(width, heads, dropouts)
 
     def forward(self, x_BTSD: Tensor) -> Tensor:
         """The tokens after this block, (B, T, S, D)."""
@@ -62,8 +67,8 @@ class Decoupler(nn.Module):
     (S-VAM section 3.3).
 
     Per-channel means and deviations of F and of the teacher's features are buffers: inputs and outputs are in the units of
-    the video model and of the teacher, and only the inside is normalised. Reference and targets live in the teacher's one
-    feature space, so they share its statistics.
+    the video model and of the teacher, and only the inside is normalised (F by a layer norm, if so configured). Reference and
+    targets live in the teacher's one feature space, so they share its statistics.
 
     The output projection reads the last block's tokens beside the normalised reference (`project` and `repeat`). It starts
     at (0 | identity), so that training starts from "repeat the reference" instead of having to learn it; nothing holds the
@@ -81,11 +86,13 @@ class Decoupler(nn.Module):
         for name, channels in (("feature", c.feature_channels), ("teacher", c.teacher_channels)):
             self.register_buffer(f"{name}_mean", torch.zeros(channels))
             self.register_buffer(f"{name}_std", torch.ones(channels))
+        self.input_norm = nn.LayerNorm(c.feature_channels) if c.input_norm == "layer" else nn.Identity()
         # A linear map of a concatenation is the sum of two linear maps; the reference's is then computed once, not T times.
         self.embed = nn.Linear(c.feature_channels, c.width)
         self.anchor = nn.Linear(c.teacher_channels, c.width if c.anchor == "concat" else c.feature_channels)
-        self.spatial_position = nn.Parameter(0.02 * torch.randn(c.grid[0] * c.grid[1], c.width))
-        self.temporal_position = nn.Parameter(0.02 * torch.randn(c.frames, 1, c.width))
+        if c.positions:
+            self.spatial_position = nn.Parameter(0.02 * torch.randn(c.grid[0] * c.grid[1], c.width))
+            self.temporal_position = nn.Parameter(0.02 * torch.randn(c.frames, 1, c.width))
         self.blocks = nn.ModuleList(FactorisedBlock(c.width, c.heads, c.dropout) for _ in range(c.blocks))
         self.norm = nn.LayerNorm(c.width)
         self.project = nn.Linear(c.width, c.teacher_channels)
@@ -122,10 +129,15 @@ class Decoupler(nn.Module):
             raise ContractError(
                 f"reference has shape {tuple(reference.shape)}, the decoupler expects ({b}, {h}, {w}, {c.teacher_channels})"
             )
-        f = (features.float() - self.feature_mean) / self.feature_std
+        f = features.float()
+        if c.input_norm == "statistics":
+            f = (f - self.feature_mean) / self.feature_std
         y = self.normalise(reference).unsqueeze(1)
-        x = self.embed(f) + self.anchor(y) if c.anchor == "concat" else self.embed(f + self.anchor(y))
-        x = x.view(b, c.frames, h * w, c.width) + self.spatial_position + self.temporal_position
+        added = c.anchor == "add"
+        x = self.embed(self.input_norm(f + self.anchor(y) if added else f))
+        x = (x if added else x + self.anchor(y)).view(b, c.frames, h * w, c.width)
+        if c.positions:
+            x = x + self.spatial_position + self.temporal_position
         for block in self.blocks:
             x = block(x)
         prediction = self.project(self.norm(x)).view(b, c.frames, h, w, c.teacher_channels)

@@ -36,7 +36,7 @@ class VideoGenerator(nn.Module):
         self.sampler = sampler
         self.autoencoder = autoencoder
         self.video = video
-        self._embedded: OrderedDict[tuple[str, torch.device], Tensor] = OrderedDict()
+        self._embedded: OrderedDict[tuple[str, torch.device, bool], Tensor] = OrderedDict()
         self.requires_grad_(False)
         self.eval()
 
@@ -68,14 +68,14 @@ class VideoGenerator(nn.Module):
             raise ValueError("the foresight model was assembled without its autoencoder")
         return self.autoencoder
 
-    def embed_text(self, instructions: Sequence[str]) -> Tensor:
-        """(B, L, D) float32 tokens. Each instruction is embedded alone, so that its bits do not depend on those beside it, and
-        once: the last `SENTENCES` embeddings are remembered."""
+    def embed_text(self, instructions: Sequence[str], pooled: bool = False) -> Tensor:
+        """(B, L, D) float32 tokens, or `pooled` ones, (B, 1, D). Each instruction is embedded alone, so that its bits do not
+        depend on those beside it, and once: the last `SENTENCES` embeddings are remembered."""
         device, tokens = self.device, {}
         for instruction in sorted(set(instructions)):
-            key = (instruction, device)
+            key = (instruction, device, pooled)
             if key not in self._embedded:
-                self._embedded[key] = self.text.embed([instruction])
+                self._embedded[key] = self.text.pool([instruction]) if pooled else self.text.embed([instruction])
                 if len(self._embedded) > SENTENCES:
                     self._embedded.popitem(last=False)
             self._embedded.move_to_end(key)

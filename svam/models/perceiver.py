@@ -6,6 +6,8 @@ copies in the other frames (self-attention along time), then an FFN: FFN(SelfAtt
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,14 +28,16 @@ class FrameCrossAttention(nn.Module):
     weighted mean, than to compute keys and values of every token.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, head_width: int | None = None) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
+        head_width = head_width or width // heads
+        inner = heads * head_width
+        self.heads, self.scale = heads, head_width**-0.5
         self.norm = nn.LayerNorm(width)
-        self.to_query = nn.Linear(width, width, bias=False)
-        self.to_key = nn.Linear(width, width, bias=False)
-        self.to_value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(width, width)
+        self.to_query = nn.Linear(width, inner, bias=False)
+        self.to_key = nn.Linear(width, inner, bias=False)
+        self.to_value = nn.Linear(width, inner, bias=False)
+        self.out = nn.Linear(inner, width)
 
     def _carried(self, queries_MND: Tensor) -> Tensor:
         """Each head's query in the space of the tokens, (M, 1, N * heads, D)."""
@@ -48,7 +52,7 @@ class FrameCrossAttention(nn.Module):
         tokens = tokens_MSD[:, None]
         mean = attend(self._carried(queries_MND), tokens, tokens, self.scale).reshape(frames, count, self.heads, width)
         value_weight = self.to_value.weight.view(self.heads, -1, width)
-        read: Tensor = self.out(torch.einsum("mnhc,hdc->mnhd", mean, value_weight).reshape(frames, count, width))
+        read: Tensor = self.out(torch.einsum("mnhc,hdc->mnhd", mean, value_weight).flatten(2))
         return read
 
     def weights(self, queries_MND: Tensor, tokens_MSD: Tensor) -> Tensor:
@@ -64,11 +68,13 @@ class TokenEmbedding(nn.Module):
     The positions matter: where a token is, is half of what the policy wants to know, and attention alone forgets it.
     """
 
-    def __init__(self, shape: Shape, width: int) -> None:
+    def __init__(self, shape: Shape, width: int, hidden: int | None = None) -> None:
+        """`hidden`: channels between two layers; None: one linear layer."""
         super().__init__()
         self.shape = shape
         frames, rows, columns, channels = shape
-        self.project = nn.Linear(channels, width)
+        layers = [nn.Linear(a, b) for a, b in pairwise([channels, *([hidden] if hidden else []), width])]
+        self.project = layers[0] if hidden is None else nn.Sequential(layers[0], nn.GELU(), layers[1])
         self.position = nn.Parameter(torch.randn(rows * columns, width) * 0.5)
         self.time = nn.Parameter(torch.randn(frames, 1, width) * 0.02)
         self.norm = nn.LayerNorm(width)
@@ -90,16 +96,21 @@ class TokenEmbedding(nn.Module):
 
 
 class UniPerceiver(nn.Module):
-    """The Uni-Perceiver, N queries per frame (S-VAM section 3.4); released sizes: 14 queries, width 384, depth 6, 8 heads."""
+    """The Uni-Perceiver, N queries per frame (S-VAM section 3.4), the same in each plus a vector of its time, or free ones.
+
+    Released sizes: 14 free queries a frame, width 384, depth 6, 8 heads of 64, 768 channels in the embedding.
+    """
 
     def __init__(self, sizes: Perceiver, shape: Shape) -> None:
         super().__init__()
-        self.embed = TokenEmbedding(shape, sizes.width)
-        self.queries = nn.Parameter(torch.randn(sizes.queries, sizes.width) * 0.5)
-        self.query_time = nn.Parameter(torch.randn(shape[0], 1, sizes.width) * 0.5)
-        self.cross = nn.ModuleList(FrameCrossAttention(sizes.width, sizes.heads) for _ in range(sizes.depth))
-        self.along_time = nn.ModuleList(Block(sizes.width, sizes.heads) for _ in range(sizes.depth))
-        self.norm = nn.LayerNorm(sizes.width)
+        width, heads = sizes.width, sizes.heads
+        self.embed = TokenEmbedding(shape, width, sizes.embedding)
+        free = (shape[0],) if sizes.free_queries else ()
+        self.queries = nn.Parameter(torch.randn(*free, sizes.queries, width) * 0.5)
+        self.query_time = None if free else nn.Parameter(torch.randn(shape[0], 1, width) * 0.5)
+        self.cross = nn.ModuleList(FrameCrossAttention(width, heads, sizes.head_width) for _ in range(sizes.depth))
+        self.along_time = nn.ModuleList(Block(width, heads, head_width=sizes.head_width) for _ in range(sizes.depth))
+        self.norm = nn.LayerNorm(width)
 
     def forward(self, context_BTHWC: Tensor) -> Tensor:
         """(B, T, h, w, C) to (B, T*N, width)."""
@@ -116,9 +127,12 @@ class UniPerceiver(nn.Module):
 
     def _run(self, context_BTHWC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The last layer's output (B, T, N, D), and what its cross-attention saw: queries (M, N, D) and tokens (M, S, D)."""
-        batch, frames, (count, width) = *context_BTHWC.shape[:2], self.queries.shape
+        batch, frames, (count, width) = *context_BTHWC.shape[:2], self.queries.shape[-2:]
         tokens_MSD = self.embed(context_BTHWC).flatten(0, 1)
-        x = (self.queries + self.query_time).expand(batch, -1, -1, -1)
+        if self.query_time is None:
+            x = self.queries.repeat(batch, 1, 1, 1)  # torch's counter of FLOPs does not take a view of a parameter
+        else:
+            x = (self.queries + self.query_time).expand(batch, -1, -1, -1)
         for cross, along_time in zip(self.cross, self.along_time, strict=True):
             queries_MND = x.flatten(0, 1)
             x = x + cross(queries_MND, tokens_MSD).view_as(x)
@@ -131,7 +145,7 @@ class MeanPool(nn.Module):
 
     def __init__(self, sizes: Perceiver, shape: Shape) -> None:
         super().__init__()
-        self.embed = TokenEmbedding(shape, sizes.width)
+        self.embed = TokenEmbedding(shape, sizes.width, sizes.embedding)
 
     def forward(self, context_BTHWC: Tensor) -> Tensor:
         """(B, T, h, w, C) to (B, T, width)."""

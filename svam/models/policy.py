@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from svam.device import sent
-from svam.models.attention import Attention, Block, mlp
+from svam.models.attention import Attention, Block, Dropouts, mlp
 from svam.models.diffusion import EDM, ddim_step, expand_like, exponential_sigmas, log_logistic_sigmas
 from svam.params import ActionTransformer
 
@@ -55,15 +55,16 @@ class DecoderLayer(nn.Module):
     """Self-attention over the chunk, cross-attention to the context, MLP; the noise level scales, shifts and gates each
     (adaLN-Zero, Peebles & Xie 2023: a layer starts as the identity)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, dropouts: Dropouts = Dropouts()) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, 9 * width)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
         self.norms = nn.ModuleList(nn.LayerNorm(width, elementwise_affine=False) for _ in range(3))
-        self.self_attention = Attention(width, heads)
-        self.cross_attention = Attention(width, heads)
+        self.self_attention = Attention(width, heads, dropout=dropouts.attention)
+        self.cross_attention = Attention(width, heads, dropout=dropouts.attention)
         self.mlp = mlp(width)
+        self.residual_dropout, self.mlp_dropout = nn.Dropout(dropouts.residual), nn.Dropout(dropouts.mlp)
 
     def forward(self, x_BKD: Tensor, context_BSD: Tensor, level_BD: Tensor) -> Tensor:
         """The chunks' tokens (B*R, K, D) after this layer; R chunks in a row share one context of (B, S, D)."""
@@ -73,11 +74,12 @@ class DecoderLayer(nn.Module):
             h: Tensor = self.norms[index](x_BKD) * (1 + part[3 * index]) + part[3 * index + 1]
             return h
 
-        x_BKD = x_BKD + part[2] * self.self_attention(modulated(0))
+        x_BKD = x_BKD + part[2] * self.residual_dropout(self.self_attention(modulated(0)))
         # The keys of a context are computed once for all of its chunks.
         queries_BLD = modulated(1).reshape(len(context_BSD), -1, x_BKD.shape[-1])
-        x_BKD = x_BKD + part[5] * self.cross_attention(queries_BLD, context_BSD).view_as(x_BKD)
-        x_BKD = x_BKD + part[8] * self.mlp(modulated(2))
+        read = self.cross_attention(queries_BLD, context_BSD).view_as(x_BKD)
+        x_BKD = x_BKD + part[5] * self.residual_dropout(read)
+        x_BKD = x_BKD + part[8] * self.mlp_dropout(self.mlp(modulated(2)))
         return x_BKD
 
 
@@ -85,7 +87,8 @@ class ActionDiffusion(nn.Module):
     """Encoder over the context (aggregated tokens, text, proprioception) and denoising decoder over the chunk (S-VAM
     section 3.4).
 
-    Released sizes: width 384, 4 encoder and 4 decoder layers, sigma 0.001..80, sigma_data 0.5, 10 steps.
+    Released sizes: width 384, 4 encoder and 4 decoder layers, dropout .3 of attention weights, .1 after attention and .05 after
+    the MLP, sigma 0.001..80, sigma_data 0.5, 10 steps.
     """
 
     def __init__(
@@ -103,15 +106,17 @@ class ActionDiffusion(nn.Module):
         super().__init__()
         self.config, self.objective, self.edm = config, objective, EDM(config.sigma_data)
         width, heads = config.width, config.heads
+        dropouts = Dropouts(config.attention_dropout, config.residual_dropout, config.mlp_dropout)
         self.from_context = nn.Sequential(nn.LayerNorm(context_width), nn.Linear(context_width, width))
         self.from_text = nn.Sequential(nn.LayerNorm(text_width), nn.Linear(text_width, width))
         self.from_proprioception = nn.Linear(proprioception, width) if proprioception else None
         self.kind = nn.Parameter(torch.randn(3, width) * 0.02)
-        self.encoder = nn.Sequential(*(Block(width, heads) for _ in range(config.encoder_layers)), nn.LayerNorm(width))
+        blocks = (Block(width, heads, dropouts) for _ in range(config.encoder_layers))
+        self.encoder = nn.Sequential(*blocks, nn.LayerNorm(width))
         self.level = LevelEmbedding(width)
         self.from_actions = nn.Linear(chunk[1], width)
         self.position = nn.Parameter(torch.randn(chunk[0], width) * 0.02)
-        self.decoder = nn.ModuleList(DecoderLayer(width, heads) for _ in range(config.decoder_layers))
+        self.decoder = nn.ModuleList(DecoderLayer(width, heads, dropouts) for _ in range(config.decoder_layers))
         self.to_actions = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, chunk[1]))
         self._chain = {
             "num_train_timesteps": TRAIN_TIMESTEPS, "beta_schedule": "squaredcos_cap_v2", "prediction_type": "epsilon",

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from svam.actions import undone
@@ -34,11 +35,19 @@ Shape = tuple[int, int, int, int]
 """(T, h, w, C) of a context entry."""
 
 
+OLDER: dict[str, dict[str, Any]] = {
+    "perceiver": {"free_queries": False, "head_width": None, "embedding": None},
+    "transformer": {"attention_dropout": 0.0, "residual_dropout": 0.0, "mlp_dropout": 0.0},
+}
+"""What saved policies had before these were params."""
+
+
 class SVAMConfig(Frozen):
     """Everything that decides shapes and inputs; the checkpoint carries it, so that nothing is typed twice.
 
-    shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens. camera, image_size: the frame
-    that the policy looks at, (H, W) pixels. rate_hz: actions per second. proprioception: its dimensions P, or None.
+    shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens, or of its one pooled token. camera,
+    image_size: the frame that the policy looks at, (H, W) pixels. rate_hz: actions per second. proprioception: its dimensions
+    P, or None.
     """
 
     context: list[Context]
@@ -49,12 +58,21 @@ class SVAMConfig(Frozen):
     perceiver: Perceiver
     transformer: ActionTransformer
     proprioception: int | None
+    sentence: Literal["tokens", "pooled"] = "tokens"
     shapes: dict[str, Shape]
     text: tuple[int, int]
     camera: str
     image_size: tuple[int, int]
     rate_hz: float
     sampler: SamplerConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_folders(cls, raw: Any) -> Any:
+        """Complete what a folder of before these were params says."""
+        if not isinstance(raw, dict):
+            return raw
+        return raw | {name: {**OLDER[name], **raw[name]} for name in OLDER if isinstance(raw.get(name), dict)}
 
     @classmethod
     def of(
@@ -66,14 +84,14 @@ class SVAMConfig(Frozen):
         Raises:
             ContractError: proprioception is asked for and the data has none.
         """
-        dimensions = len(statistics.proprioception.mean) if statistics.proprioception else None
+        text, dimensions = foresight.text, len(statistics.proprioception.mean) if statistics.proprioception else None
         if section.proprioception and dimensions is None:
             raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
         return cls(
             **section.model_dump(include=set(cls.model_fields) - {"proprioception"}),
             proprioception=dimensions if section.proprioception else None,
             shapes=dict(shapes),
-            text=(foresight.text.tokens, foresight.text.width),
+            text=(1, text.pooled_width) if section.sentence == "pooled" else (text.tokens, text.width),
             camera=camera,
             image_size=image_size,
             rate_hz=rate_hz,
@@ -294,7 +312,12 @@ class SVAM:
         frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
         foresight = self.foresight.encode(frames, instructions, [e for e in entries if e != "recorded"], seeds)
         values |= foresight.entries
-        return Foresight(entries={e: v.half() for e, v in values.items()}, text=foresight.text)
+        text = foresight.text if self.config.sentence == "tokens" else self.embed_text(instructions)
+        return Foresight(entries={e: v.half() for e, v in values.items()}, text=text)
+
+    def embed_text(self, instructions: Sequence[str]) -> Tensor:
+        """(B, L, D) float32, what the policy sees of each instruction."""
+        return self.foresight.embed_text(instructions, pooled=self.config.sentence == "pooled")
 
     def encode(
         self,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from svam.checkpoint import save_tensors
 from svam.contract import ContractError
 from svam.files import FileError
 from svam.models.published import freeze, load_strict, quiet, read_adapter, save_published, write_adapter
 
 VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
 """Weights of a published CLIP that its text model does not use."""
+PROJECTION = "text_projection.weight"
 SENTENCES = 4096
 """Sentences whose token ids are remembered: a robot is told the same one for a whole episode, a data set repeats a few."""
 
@@ -27,12 +31,15 @@ def attention_mask(ids: Tensor, end: int) -> Tensor:
 class TextEncoder(nn.Module):
     """A sentence -> the last hidden state of all `tokens` positions, as Stable Diffusion's U-Nets take it. Frozen.
 
-    Sentences are padded with CLIP's own padding token, which no position attends to, as in the released code. Published
-    setting (S-VAM's code): ViT-B/32, 20 tokens of 512.
+    Or -> one vector, the state at the end token, through CLIP's projection where the weights have one. Sentences are padded
+    with CLIP's own padding token, which no position attends to, as in the released code. Published setting (S-VAM's code):
+    ViT-B/32, 20 tokens of 512 for the U-Net, one projected vector of 512 for the policy.
     """
 
-    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: int) -> None:
-        """Raises `ContractError` if the model has fewer positions than `tokens`."""
+    projection: Tensor | None
+
+    def __init__(self, model: CLIPTextModel, tokenizer: CLIPTokenizer, tokens: int, projection: Tensor | None = None) -> None:
+        """`projection`: CLIP's (outputs, width), if any. Raises `ContractError` if `tokens` exceeds the model's positions."""
         super().__init__()
         positions = int(model.config.max_position_embeddings)
         if tokens > positions:
@@ -40,11 +47,17 @@ class TextEncoder(nn.Module):
         self.model = model
         self.tokenizer = tokenizer
         self.tokens = tokens
+        self.register_buffer("projection", projection)
         self._ids: dict[str, list[int]] = {}
 
     @property
     def width(self) -> int:
         return int(self.model.config.hidden_size)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of `pool`."""
+        return self.width if self.projection is None else len(self.projection)
 
     @classmethod
     def load(cls, folder: Path) -> TextEncoder:
@@ -63,13 +76,16 @@ class TextEncoder(nn.Module):
             raise FileError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-        return freeze(cls(load_strict(CLIPTextModel, folder, ignored), tokenizer, tokens))
+        return freeze(cls(load_strict(CLIPTextModel, folder, ignored), tokenizer, tokens, _projection_in(folder)))
 
     def save(self, folder: Path) -> None:
-        """Write model, tokenizer (vocab.json and merges.txt too) and `svam.json` into an existing folder."""
+        """Write model, tokenizer (vocab.json and merges.txt too), `projection.safetensors` where there is a projection, and
+        `svam.json` into an existing folder."""
         save_published(self.model, Path(folder))
         self.tokenizer.save_pretrained(str(folder))
         self.tokenizer.backend_tokenizer.model.save(str(folder))
+        if self.projection is not None:
+            save_tensors(Path(folder) / "projection.safetensors", {PROJECTION: self.projection})
         write_adapter(Path(folder), "text", tokens=self.tokens)
 
     def ids(self, instructions: list[str]) -> Tensor:
@@ -91,8 +107,30 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def embed(self, instructions: list[str]) -> Tensor:
         """Last hidden states (B, tokens, width) float32, on the model's device. Raises `ContractError` as `ids`."""
+        hidden: Tensor = self._run(instructions).last_hidden_state
+        return hidden.float()
+
+    @torch.no_grad()
+    def pool(self, instructions: list[str]) -> Tensor:
+        """Each sentence as one token (B, 1, pooled_width) float32, on the model's device. Raises `ContractError` as `ids`."""
+        pooled: Tensor = self._run(instructions).pooler_output.float()
+        return (pooled if self.projection is None else pooled @ self.projection.T)[:, None]
+
+    def _run(self, instructions: list[str]) -> Any:
         device = next(self.model.parameters()).device
         ids = self.ids(instructions).to(device)
         with torch.autocast(device.type, enabled=False):
-            hidden: Tensor = self.model(ids, attention_mask(ids, int(self.tokenizer.eos_token_id))).last_hidden_state
-        return hidden.float()
+            return self.model(ids, attention_mask(ids, int(self.tokenizer.eos_token_id)))
+
+
+def _projection_in(folder: Path) -> Tensor | None:
+    """The projection (outputs, width) among the weights of a CLIP, float32; a file without a variant's suffix is preferred."""
+    for file in sorted(folder.glob("*.safetensors"), reverse=True):
+        try:
+            with safe_open(file, "pt") as weights:
+                if PROJECTION in weights.keys():  # noqa: SIM118  (no mapping)
+                    projection: Tensor = weights.get_tensor(PROJECTION).float()
+                    return projection
+        except SafetensorError as error:
+            raise FileError(f"{file}: not a whole safetensors file ({error})") from None
+    return None

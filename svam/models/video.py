@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,8 @@ class VideoConfig(Frozen):
     image_size: tuple[int, int]
     added_time_ids: tuple[float, float, float] = (6.0, 127.0, 0.02)
     """SVD's frame rate - 1, motion bucket and noise augmentation; constants, since clips of one store share them."""
+    dropped: Literal["frame_and_text", "text"] = "frame_and_text"
+    """What training left out of some clips, and guidance leaves out of its unconditional estimate."""
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
@@ -51,13 +53,31 @@ class VideoConfig(Frozen):
 
 class SamplerConfig(Frozen):
     """How the video model is read: features of the first `up_blocks` up blocks on a `grid` x `grid` grid, and `steps` and
-    `guidance` of the multi-step generation. bf16: whether both run under autocast."""
+    `guidance` of the multi-step generation. bf16: whether both run under autocast.
+
+    guidance_last: strength at the last frame, to which it rises linearly from `guidance` at the first; None: the same for all.
+    resize: how features of another size come to the grid. feature_time_ids: added time ids of the pass that features are read
+    from; None: those of training.
+    """
 
     up_blocks: int
     grid: int
     steps: int
     guidance: float
     bf16: bool
+    guidance_last: float | None = None
+    resize: Literal["antialiased", "nearest"] = "antialiased"
+    feature_time_ids: tuple[float, float, float] | None = None
+
+    @property
+    def guided(self) -> bool:
+        """Whether generation needs an unconditional estimate beside the conditional one."""
+        return (self.guidance, self.guidance_last or self.guidance) != (1.0, 1.0)
+
+    def strengths(self, frames: int) -> Tensor:
+        """Guidance (T, 1, 1, 1) float32 of each frame of a clip."""
+        last = self.guidance if self.guidance_last is None else self.guidance_last
+        return torch.linspace(self.guidance, last, frames).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -119,14 +139,16 @@ class VideoModel(nn.Module):
         return torch.stack(draws).to(self.fixed_noise.device)
 
     def raw(
-        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, up_blocks: int | None = None
-    ) -> tuple[list[Tensor], Tensor | None]:
+        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, up_blocks: int | None = None,
+        time_ids: tuple[float, float, float] | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
         """One U-Net evaluation.
 
         Args:
             noisy: (B, T, c, h', w'). sigma_B: (B,). condition: (B, c, h', w') latents of the observed frame, not noised.
             text: (B, L, D) tokens, repeated on channels to the width that the U-Net expects (doubled for SVD).
             up_blocks: stop after this many up blocks and return their outputs; None runs everything.
+            time_ids: in place of the configuration's.
 
         Returns:
             The outputs of the up blocks that ran, (B*T, C, h_l, w_l) each, and the raw output (B, T, c, h', w') or None.
@@ -135,9 +157,9 @@ class VideoModel(nn.Module):
         batch, frames = noisy.shape[:2]
         scaled = noisy * self.edm.c_in(expand_like(sigma_B, noisy))
         sample = torch.cat([scaled, condition[:, None].expand(-1, frames, -1, -1, -1)], dim=2).flatten(0, 1)
-        time_ids = noisy.new_tensor(self.config.added_time_ids).expand(batch, 3)
+        ids = noisy.new_tensor(time_ids or self.config.added_time_ids).expand(batch, 3)
         embedding = unet.time_embedding(unet.time_proj(self.edm.c_noise(sigma_B)).to(noisy.dtype))
-        embedding = embedding + unet.add_embedding(unet.add_time_proj(time_ids.flatten()).reshape(batch, -1).to(noisy.dtype))
+        embedding = embedding + unet.add_embedding(unet.add_time_proj(ids.flatten()).reshape(batch, -1).to(noisy.dtype))
         embedding = embedding.repeat_interleave(frames, dim=0)
         # Of one clip, a view of stride 0, which `UNetAttention` reads once for all frames and positions.
         tokens = text.repeat(1, 1, self.text_repeats)[:, None].expand(-1, frames, -1, -1).flatten(0, 1)
@@ -161,12 +183,11 @@ class VideoModel(nn.Module):
         output = unet.conv_out(unet.conv_act(unet.conv_norm_out(sample)))
         return maps, output.reshape(batch, frames, *output.shape[1:])
 
-    def _features(self, maps: list[Tensor], grid: int, batch: int) -> Tensor:
+    def _features(self, maps: list[Tensor], sampler: SamplerConfig, batch: int) -> Tensor:
         """Resize the maps to (h, w) and join them on channels: (B, T, h, w, C)."""
-        resized = [
-            m if m.shape[-2:] == (grid, grid) else F.interpolate(m.float(), (grid, grid), mode="bilinear", antialias=True)
-            for m in maps
-        ]
+        size = (sampler.grid, sampler.grid)
+        way: Any = {"mode": "nearest"} if sampler.resize == "nearest" else {"mode": "bilinear", "antialias": True}
+        resized = [m if m.shape[-2:] == size else F.interpolate(m.float(), size, **way) for m in maps]
         joined = torch.cat([r.float() for r in resized], dim=1)
         return joined.reshape(batch, -1, *joined.shape[1:]).permute(0, 1, 3, 4, 2)
 
@@ -178,23 +199,25 @@ class VideoModel(nn.Module):
         """
         self.feature_channels(sampler.up_blocks)
         sigma = noise.new_full((len(noise),), self.config.sigma_max)
-        maps, _ = self.raw(self._start(noise), sigma, condition, text, sampler.up_blocks)
-        return self._features(maps, sampler.grid, len(noise))
+        maps, _ = self.raw(self._start(noise), sigma, condition, text, sampler.up_blocks, sampler.feature_time_ids)
+        return self._features(maps, sampler, len(noise))
 
     def _start(self, noise: Tensor) -> Tensor:
         """Pure noise with the variance that a latent of unit variance has at the first sigma."""
         return noise * float((self.config.sigma_max**2 + 1.0) ** 0.5)
 
     def denoise(
-        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, guidance: float = 1.0
+        self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, guidance: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """(up-block maps, clean estimate (B, T, c, h', w')). Guidance above 1 extrapolates from the unconditional estimate."""
+        """(up-block maps, clean estimate (B, T, c, h', w')). `guidance` (T, 1, 1, 1) extrapolates from the unconditional
+        estimate, which sees no text, and no frame unless training kept it."""
         maps, output = self.raw(noisy, sigma_B, condition, text)
         assert output is not None
         clean = self.edm.denoised(noisy, output.float(), sigma_B)
-        if guidance == 1.0:
+        if guidance is None:
             return maps, clean
-        _, output = self.raw(noisy, sigma_B, torch.zeros_like(condition), torch.zeros_like(text))
+        kept = condition if self.config.dropped == "text" else torch.zeros_like(condition)
+        _, output = self.raw(noisy, sigma_B, kept, torch.zeros_like(text))
         assert output is not None
         unconditional = self.edm.denoised(noisy, output.float(), sigma_B)
         return maps, unconditional + guidance * (clean - unconditional)
@@ -202,17 +225,21 @@ class VideoModel(nn.Module):
     def generate(self, condition: Tensor, text: Tensor, noise: Tensor, sampler: SamplerConfig) -> Generation:
         """The multi-step generation V^ by the deterministic sampler, and F from its first evaluation: the same noise.
 
-        Shapes as in `one_step`; `steps` evaluations on Karras noise levels from sigma_max to sigma_min, then 0.
+        Shapes as in `one_step`; `steps` evaluations on Karras noise levels from sigma_max to sigma_min, then 0. Where features
+        have time ids of their own, F is read in a pass beside the first evaluation.
         """
         self.feature_channels(sampler.up_blocks)
         levels = karras_sigmas(sampler.steps, self.config.sigma_min, self.config.sigma_max).tolist()
+        guidance = sampler.strengths(self.config.frames).to(noise.device) if sampler.guided else None
         noisy = self._start(noise)
         features = first = noisy
         for i, sigma in enumerate(levels[:-1]):
-            maps, clean = self.denoise(noisy, noisy.new_full((len(noisy),), sigma), condition, text, sampler.guidance)
+            maps, clean = self.denoise(noisy, noisy.new_full((len(noisy),), sigma), condition, text, guidance)
             if i == 0:
-                features, first = self._features(maps[: sampler.up_blocks], sampler.grid, len(noisy)), clean
+                features, first = self._features(maps[: sampler.up_blocks], sampler, len(noisy)), clean
             noisy = ddim_step(noisy, clean, sigma, levels[i + 1])
+        if sampler.feature_time_ids is not None:
+            features = self.one_step(condition, text, noise, sampler)
         return Generation(features=features, latents=noisy, one_step=first)
 
     def save(self, directory: Path) -> None:

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPTextConfig,
-    CLIPTextModel,
+    CLIPTextModelWithProjection,
     DepthAnythingConfig,
     DepthAnythingForDepthEstimation,
     Dinov2Config,
@@ -60,7 +60,7 @@ PUBLISHED: dict[tuple[str, str], Callable[[], Any]] = {
         down_block_types=("DownEncoderBlock2D",) * 4, block_out_channels=(128, 256, 512, 512), layers_per_block=2
     ),
     ("unet", "stable-video-diffusion-img2vid"): lambda: UNetSpatioTemporalConditionModel(in_channels=8),
-    ("text", "clip-vit-base-patch32"): lambda: CLIPTextModel(CLIPTextConfig()),
+    ("text", "clip-vit-base-patch32"): lambda: CLIPTextModelWithProjection(CLIPTextConfig()),
     ("teacher", "dinov2-with-registers-base"): lambda: Dinov2WithRegistersModel(
         Dinov2WithRegistersConfig(image_size=518, patch_size=14)
     ),
@@ -171,7 +171,8 @@ class Models:
         convention = ActionConvention(dimensions=data.actions, normalisation=self.params.convert.normalisation)
         numbers: Any = {"actions": _numbers(data.actions), "proprioception": _numbers(data.proprioception)}
         statistics = Statistics(convention=convention, **numbers)
-        text = SimpleNamespace(tokens=config.text_tokens, width=config.text_width)
+        pooled = self.text.config.projection_dim if hasattr(self.text, "text_projection") else config.text_width
+        text = SimpleNamespace(tokens=config.text_tokens, width=config.text_width, pooled_width=pooled)
         foresight: Any = SimpleNamespace(text=text, sampler=self.sampler)
         built = SVAMConfig.of(section, foresight, self.shapes, statistics, "", data.size, config.rate_hz)
         return PolicyNetwork(built, statistics)
@@ -217,11 +218,11 @@ class Models:
             return count | self._policy_flops()
 
     def _policy_flops(self) -> dict[str, int]:
-        policy, section, config = self._policy(), self.params.train_policy, self.video.config
+        policy, section = self._policy(), self.params.train_policy
         state = policy.config.proprioception
         inputs = Inputs(
             {entry: torch.empty(1, *shape) for entry, shape in self.shapes.items()},
-            torch.empty(1, config.text_tokens, config.text_width), torch.empty(1, *self.data.size, 3, dtype=torch.uint8),
+            torch.empty(1, *policy.config.text), torch.empty(1, *self.data.size, 3, dtype=torch.uint8),
             torch.empty(1, state) if state else None,
         )  # fmt: skip
 

@@ -106,7 +106,8 @@ def disk(params: Params, data: Data, models: Models) -> list[Out]:
     outs += [Out(f"data/models/decouplers/{branch}", saved(d)) for branch, d in models.decouplers.items()]
     used = [parts[name] for name in FrozenParts.of_entries(models.entries).names]
     outs.append(Out("data/svam", sum(map(saved, [*used, models.policy]))))
-    entries = sum(2 * math.prod(shape) for shape in models.shapes.values())
+    draws = {entry: params.train_policy.feature_draws if entry != "observation" else 1 for entry in models.entries}
+    entries = sum(2 * math.prod(shape) * draws[entry] for entry, shape in models.shapes.items())
     outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
     return [*outs, Out(".ckpt", STATE * max(map(parameters, (models.video, models.policy))))]
 
@@ -131,9 +132,11 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     rows, seen = data.rows(False) + data.rows(True), [models.autoencoder, models.text]
     yield Stage("encode", [], [models.autoencoder], rows * one["encode"])
     total = _samples(video.training) * one["train_unet"] + video.evaluation_clips * video.evaluation_steps * one["unet"]
-    yield Stage("finetune_video", [models.video], seen, total)
+    trained: list[nn.Module] = [models.video] if video.training.steps else []
+    yield Stage("finetune_video", trained, seen if trained else [*seen, models.video], total)
     train, held = min(sampling.windows, data.rows(False)), min(sampling.held_out_windows, data.rows(True))
-    sampled = sampling.steps * (1 if sampling.guidance == 1.0 else 2) * one["unet"]
+    sampled = sampling.steps * (2 if models.sampler.guided else 1) * one["unet"]
+    sampled += one["one_step"] if sampling.feature_time_ids else 0
     total = (train + 2 * held) * sampled + (train + 3 * held) * one["decode"]
     yield Stage("generate", [], [*seen, models.video], total)
     for branch in params.distill.branches:
@@ -151,7 +154,8 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
         encoded += one["one_step"] + one["encode"]
     encoded += sum(one[f"teacher_{b}"] for b in needs.teachers)
     used, policy = [parts[name] for name in needs.names], params.train_policy
-    total = sum(observations_of(params, data)) * encoded + _samples(policy.training) * one["train_policy"]
+    seen_features = sum(observations_of(params, data)) * policy.feature_draws
+    total = seen_features * encoded + _samples(policy.training) * one["train_policy"]
     yield Stage("train_policy", [models.policy], used, total)
     act, judged, chunks = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate, 0
     if "metaworld" in judged.protocols:

@@ -106,8 +106,8 @@ def build(data: DistillationData, statistics: TrainingStatistics, params: Distil
     frames, height, width, channels = data.feature_shape
     config = DecouplerConfig(
         feature_channels=channels, teacher_channels=data.teacher.channels, frames=frames, grid=(height, width),
-        reference=data.teacher.attributes["reference"], anchor=params.anchor, width=params.width, blocks=params.blocks,
-        heads=params.heads, dropout=params.dropout,
+        reference=data.teacher.attributes["reference"], anchor=params.anchor, input_norm=params.input_norm,
+        positions=params.positions, width=params.width, blocks=params.blocks, heads=params.heads, dropout=params.dropout,
     )  # fmt: skip
     decoupler = Decoupler(config)
     decoupler.set_statistics(statistics.tensors("feature"), statistics.tensors("teacher"))
@@ -132,7 +132,7 @@ def distill(
     bf16 = params.training.bf16
     few = data.windows.test[np.unique(np.linspace(0, len(data.windows.test) - 1, 48).astype(np.int64))]
 
-    def curves() -> dict[str, float]:
+    def curves(_: int) -> dict[str, float]:
         scores = score(data, statistics, predictors(data, statistics, decoupler, device, bf16, only=("decoupler",)), few)
         return {key: scores["decoupler"][key] for key in ("mse", "explained", "cosine_moved")}
 

@@ -38,6 +38,11 @@ FLUSH_ROWS = 512
 """Rows between two writes of the index: what a killed run may lose."""
 
 
+def drawn(entry: str, draw: int) -> str:
+    """Name of an entry's features from the `draw`-th noise; the first has the entry's own."""
+    return f"{entry}@{draw}" if draw else entry
+
+
 def observation_address(frame: NDArray[np.uint8], instruction: str) -> str:
     """SHA-256 of a frame (H, W, 3), or a clip, with its shape, and of the sentence that it is encoded with."""
     digest = hashlib.sha256(f"{frame.shape}\0{instruction}\0".encode())
@@ -153,21 +158,25 @@ class Features:
     """Cached features of a list of observations: entry -> rows, read by the observation's position in that list."""
 
     def __init__(self, spaces: Mapping[str, FeatureRows], numbers: Mapping[str, NDArray[np.int64]]) -> None:
-        """`numbers`: entry -> row of each observation, (n,)."""
+        """`spaces`: by the names of `drawn`. `numbers`: name -> row of each observation, (n,)."""
         self.spaces, self.numbers = dict(spaces), dict(numbers)
+        self.draws: dict[str, list[str]] = {}
+        for name in sorted(self.spaces):
+            self.draws.setdefault(name.partition("@")[0], []).append(name)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Entry -> (T, h, w, C)."""
-        return {entry: space.shape or () for entry, space in self.spaces.items()}
+        return {entry: self.spaces[entry].shape or () for entry in self.draws}
 
     def part(self, start: int, end: int) -> Features:
         """The observations `start`..`end - 1`, over the same open files."""
         return Features(self.spaces, {entry: numbers[start:end] for entry, numbers in self.numbers.items()})
 
-    def read(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        """Entry -> (k, T, h, w, C) float16."""
-        return {entry: space.read(self.numbers[entry][positions]) for entry, space in self.spaces.items()}
+    def read(self, positions: NDArray[np.int64], draw: int | None = None) -> dict[str, NDArray[Any]]:
+        """Entry -> (k, T, h, w, C) float16; of entries that have several draws the `draw`-th, over and over, else the first."""
+        chosen = {entry: names[(draw or 0) % len(names)] for entry, names in self.draws.items()}
+        return {entry: self.spaces[name].read(self.numbers[name][positions]) for entry, name in chosen.items()}
 
     def close(self) -> None:
         for space in self.spaces.values():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from svam.console import track
@@ -17,6 +19,7 @@ from svam.contract import ContractError
 from svam.device import sent
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import stride_of
+from svam.files import named_refusals, whole_file
 from svam.models.autoencoder import Autoencoder
 from svam.models.diffusion import expand_like, log_normal_sigmas
 from svam.models.published import load_strict, resolve_weights
@@ -30,12 +33,15 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.latents import LatentClips
 from svam.training.loop import fit
 from svam.training.small_cards import adapted, checkpointed, rounded_by
+from svam.training.state import Curves
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
 """Noise levels between which the held-out denoising loss is reported, beside the first inference sigma."""
 EXACT_PSNR = 100.0
 """Decibels that an exactly equal picture counts for, as in the autoencoder's metrics; JSON has no infinity. A GPU decodes equal
 latents to equal pixels, so a clip that stands still has such pictures where its first frame is repeated."""
+SHOWN_CLIPS = 4
+"""Held-out clips in a picture of `show_every`."""
 EMBEDDED_TOGETHER = 256
 """Sentences that the text encoder embeds at a time; a data set may have one for each episode."""
 
@@ -83,6 +89,7 @@ def new_video_model(
         latent_channels=autoencoder.latent_channels, latent_size=(height // autoencoder.factor, width // autoencoder.factor),
         text_tokens=text.tokens, text_width=text.width, sigma_min=params.sigma_min, sigma_max=params.sigma_max,
         noise=params.noise, camera=store.cameras[0], image_size=(height, width), added_time_ids=(first, second, third),
+        dropped=params.dropped,
     )  # fmt: skip
     if params.unet.pretrained:
         folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet")
@@ -111,16 +118,23 @@ def denoising_loss(model: VideoModel, clean: Tensor, sigma_B: Tensor, noise: Ten
 
 
 def train_video(
-    model: VideoModel, params: FinetuneVideo, clips: LatentClips, autoencoder: Autoencoder, table: TextTable, seed: int,
-    device: torch.device, live: Path | None, resume: Resume = NO_RESUME, machine: Machine | None = None,
+    model: VideoModel, params: FinetuneVideo, clips: LatentClips, held_out: LatentClips, autoencoder: Autoencoder,
+    table: TextTable, seed: int, device: torch.device, live: Path | None, resume: Resume = NO_RESUME,
+    machine: Machine | None = None,
 ) -> None:  # fmt: skip
-    """Fine-tune in place; the averaged weights are in `model` afterwards. `machine`: as for `fit`; it also says whether layers
-    are computed twice, see `checkpointed`.
+    """Fine-tune in place on `clips`; the averaged weights are in `model` afterwards. Zero steps leave it as it is.
+    `machine`: as for `fit`; it also says whether layers are computed twice, see `checkpointed`.
+
+    Every `show_every` steps generations of a few clips of `held_out` go to `live`, as `clips/<step>.png`, and their errors to
+    its curves.
 
     Raises:
         DivergedError: the loss is not finite.
         MachineError: what `params.lora_rank` or `params.moments` needs is not installed.
     """
+    if not params.training.steps:
+        Curves(live).end()
+        return
     order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")
 
     def batch_of(number: int) -> tuple[Tensor, ...]:
@@ -129,11 +143,21 @@ def train_video(
         clean = sent(clips.clips(places), device)
         text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number)).to(device)
         condition = autoencoder.condition_of(clean[:, 0])
-        # Guidance dropout: frame and text are dropped together, which is what guidance extrapolates from.
+        # Guidance dropout: what guidance extrapolates from.
         shown = sent((torch.rand(len(places), generator=random) >= params.guidance_dropout).float(), device)
         sigma = sent(draw_sigmas(params, len(places), random), device)
         noise = sent(torch.randn(clean.shape, generator=random), device)
-        return clean, sigma, noise, condition * expand_like(shown, condition), text * expand_like(shown, text)
+        if params.dropped == "frame_and_text":
+            condition = condition * expand_like(shown, condition)
+        return clean, sigma, noise, condition, text * expand_like(shown, text)
+
+    few = params.model_copy(update={"evaluation_clips": SHOWN_CLIPS})
+
+    def show(step: int) -> dict[str, float]:
+        metrics, pictures = evaluate_video(model, few, held_out, autoencoder, table, seed, device)
+        if live is not None:
+            write_picture(live / "clips", f"{step:07d}.png", pictures, resume)
+        return {key: metrics[key] for key in ("loss_sigma_first", "error_share_of_repeat", "latent_error_share_of_repeat")}
 
     with ExitStack() as stack:
         if params.lora_rank is not None:
@@ -142,8 +166,22 @@ def train_video(
             stack.enter_context(checkpointed(model.unet, device, params.training.bf16))
         fit(
             model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
-            resume=resume, machine=machine, moments=params.moments,
+            show if params.show_every else None, params.show_every, resume=resume, machine=machine, moments=params.moments,
         )  # fmt: skip
+
+
+def write_picture(folder: Path, name: str, pictures: NDArray[np.uint8], resume: Resume) -> None:
+    """Write (clips, 2, T, H, W, 3) pictures as one PNG, a row for each clip's truth and one for its generation; and, of a run
+    that was killed, the PNGs that it had written. Raises `FileError` if the file system refuses."""
+    clips, rows, frames, height, width, _ = pictures.shape
+    joined = pictures.transpose(0, 1, 3, 2, 4, 5).reshape(clips * rows * height, frames * width, 3)
+    kept = resume.folder / folder.name if resume.folder else folder
+    with named_refusals(kept):
+        kept.mkdir(parents=True, exist_ok=True)
+        with whole_file(kept / name) as temporary:
+            Image.fromarray(joined).save(temporary, format="PNG")
+        if kept != folder:
+            shutil.copytree(kept, folder, ignore=shutil.ignore_patterns(".*"), dirs_exist_ok=True)
 
 
 @torch.no_grad()

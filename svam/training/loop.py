@@ -93,7 +93,7 @@ def fit(
     device: torch.device,
     name: str,
     live_dir: Path | None = None,
-    evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_every: int | None = None,
     select: str | None = None,
     resume: Resume = NO_RESUME,
@@ -111,7 +111,7 @@ def fit(
             seen; `optimiser.accumulate` batches make one step. Another thread calls it, ahead of the step, so it must not draw
             from torch's global random state.
         live_dir: where DVCLive streams `metrics.json` and curves (a DVC out of the stage).
-        evaluate: called every `evaluate_every` steps and at the end, with the averaged weights in place.
+        evaluate: called with the step every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
         resume: where a killed run's state is found, and this run's is kept. Both runs end with the same bits as one.
         machine: says where the averaged weights lie on a GPU; None: there.
@@ -163,7 +163,7 @@ def fit(
             if evaluate is not None and judged:
                 module.eval()
                 with timed("held-out evaluation"), state.average.applied():
-                    values = evaluate()
+                    values = evaluate(step)
                 if select is None or not state.chosen or values[select] < state.chosen[select]:
                     state.chosen = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None

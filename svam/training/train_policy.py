@@ -31,7 +31,15 @@ from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import recorded
-from svam.training.feature_cache import Encode, FeatureCache, FeatureRows, Features, ObservationSet, observation_address
+from svam.training.feature_cache import (
+    Encode,
+    FeatureCache,
+    FeatureRows,
+    Features,
+    ObservationSet,
+    drawn,
+    observation_address,
+)
 from svam.training.foresight_metrics import ChannelMoments
 from svam.training.loop import fit
 from svam.training.prepare_backbones.frames import evenly
@@ -91,9 +99,10 @@ def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, propriocep
 
 
 def sources_of(
-    entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], camera: str
+    entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], camera: str, draws: int = 1
 ) -> dict[str, dict[str, Any]]:
-    """Entry -> everything that decides its cached numbers: the parts' bytes, the code, the sampler, device and threads."""
+    """Entry -> everything that decides its cached numbers: the parts' bytes, the code, the sampler, device and threads. With
+    several `draws`, entries that depend on the video model's noise have further ones, see `drawn`."""
     code = code_of(["svam/models/foresight.py"])
     parts: dict[str, str] = {}
     sources: dict[str, dict[str, Any]] = {}
@@ -109,22 +118,30 @@ def sources_of(
             "code": code, "sampler": foresight.sampler.model_dump(),
             "device": foresight.device.type, "threads": torch.get_num_threads(), "libraries": library_versions(),
         }  # fmt: skip
+        if "video" in needs and entry != "recorded":
+            sources |= {drawn(entry, draw): {**sources[entry], "draw": draw} for draw in range(1, draws)}
     return sources
 
 
 def encoder_of(foresight: ForesightModel) -> Encode:
     """What fills the cache. A video model with fresh noise gets a seed from the observation itself, since rows are
-    addressed by content. Clips (B, T, H, W, 3) in place of frames are those of the entry `recorded`."""
+    addressed by content, and from the number of the draw. Clips (B, T, H, W, 3) in place of frames are those of the entry
+    `recorded`."""
 
     def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
         if frames.ndim == 5:
             return {"recorded": foresight.teacher_tokens(torch.from_numpy(frames)).half().cpu().numpy()}
         values: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
-        frozen = [e for e in entries if e != FRAMES]
-        if frozen:
+        draws: dict[int, list[str]] = {}
+        for name in entries:
+            entry, _, draw = name.partition("@")
+            if entry != FRAMES:
+                draws.setdefault(int(draw or 0), []).append(entry)
+        for draw, frozen in draws.items():
             seeds = [int(observation_address(f, i)[:15], 16) for f, i in zip(frames, instructions, strict=True)]
+            seeds = [seed_of(seed, "draw", draw) for seed in seeds] if draw else seeds
             encoded = foresight.encode(torch.from_numpy(frames), instructions, frozen, seeds).entries
-            values |= {e: v.half().cpu().numpy() for e, v in encoded.items()}
+            values |= {drawn(e, draw): v.half().cpu().numpy() for e, v in encoded.items()}
         return values
 
     return encode
@@ -157,7 +174,7 @@ def cached_features(
     for names, seen, block in ((others, frames, 1024), ([e for e in entries if e not in others], clips, 64)):
         if names:
             observations = ObservationSet.of(instructions, seen, block)
-            sources = sources_of(names, foresight, folders, store.cameras[0])
+            sources = sources_of(names, foresight, folders, store.cameras[0], section.feature_draws)
             part = cache.fill(observations, sources, encoder_of(foresight), section.encode_batch)
             spaces |= part.spaces
             numbers |= part.numbers
@@ -172,14 +189,14 @@ class TrainingData:
     ) -> None:
         self.observations, self.features, self.device = observations, features, device
         sentences = sorted(set(observations.instructions))
-        self.text = foresight.embed_text(sentences).to(device)
+        self.text = svam.embed_text(sentences).to(device)
         place = {sentence: i for i, sentence in enumerate(sentences)}
         self.sentence = np.asarray([place[i] for i in observations.instructions])
         self.actions = normalise_actions(svam.statistics, observations.actions)
 
-    def inputs(self, positions: NDArray[np.int64]) -> Inputs:
-        """What the policy sees of the observations at `positions`."""
-        values = {entry: torch.from_numpy(v).to(self.device) for entry, v in self.features.read(positions).items()}
+    def inputs(self, positions: NDArray[np.int64], draw: int | None = None) -> Inputs:
+        """What the policy sees of the observations at `positions`; `draw` as for `Features.read`."""
+        values = {entry: torch.from_numpy(v).to(self.device) for entry, v in self.features.read(positions, draw).items()}
         state = self.observations.proprioception
         return Inputs(
             entries={entry: v for entry, v in values.items() if entry != FRAMES},
@@ -188,9 +205,9 @@ class TrainingData:
             proprioception=None if state is None else torch.from_numpy(state[positions]).to(self.device),
         )
 
-    def batch(self, positions: NDArray[np.int64]) -> Batch:
+    def batch(self, positions: NDArray[np.int64], draw: int | None = None) -> Batch:
         return Batch(
-            inputs=self.inputs(positions),
+            inputs=self.inputs(positions, draw),
             actions=torch.from_numpy(self.actions[positions]).to(self.device),
             mask=torch.from_numpy(self.observations.mask[positions]).to(self.device),
         )
@@ -303,11 +320,11 @@ def train(
 
         def batch_of(number: int) -> tuple[Batch, torch.Generator]:
             noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise", number))
-            return learning.batch(order.batch(number)), noise
+            return learning.batch(order.batch(number), number), noise
 
         svam.selected = fit(
             svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws), batch_of, optimiser, device,
-            "train_policy", live, lambda: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
+            "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
             "action_error", resume,
         )  # fmt: skip
     finally:

@@ -19,7 +19,7 @@ from svam.evaluation.libero import check_policy, chosen_tasks, run, suite_scores
 from svam.evaluation.rollout import Outcome, PlannedEpisode
 from svam.files import read_json
 from svam.models.svam import SVAM
-from svam.params import Evaluate
+from svam.protocols import Evaluate
 from tests.libero import INSTALLED, needs_libero
 from tests.toy import invoke, write_toy_params
 

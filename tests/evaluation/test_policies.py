@@ -20,7 +20,7 @@ from svam.evaluation.rollout import Outcome, PolicyRollouts, Workers, run_script
 from svam.files import read_json, sha256
 from svam.models.svam import SVAM
 from svam.npy import read_arrays
-from svam.params import RemotePolicy
+from svam.protocols import RemotePolicy
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator
 from tests.evaluation.test_evaluate import write_params

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ from svam.models.decoupler import Decoupler, DecouplerConfig, FactorisedBlock
 from tests.tiny_foresight import reloaded
 
 
-def config(anchor: Literal["concat", "add"] = "concat") -> DecouplerConfig:
+def config(anchor: Literal["concat", "add"] = "concat", **changes: Any) -> DecouplerConfig:
     return DecouplerConfig(
         feature_channels=5, teacher_channels=6, frames=3, grid=(2, 4), reference="frame", anchor=anchor, width=8, blocks=2,
-        heads=2,
+        heads=2, **changes,
     )  # fmt: skip
 
 
-def fresh(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
+def fresh(anchor: Literal["concat", "add"] = "concat", **changes: Any) -> Decoupler:
     torch.manual_seed(0)
-    decoupler = Decoupler(config(anchor))
+    decoupler = Decoupler(config(anchor, **changes))
     decoupler.set_statistics((torch.full((5,), 2.0), torch.full((5,), 3.0)), (torch.full((6,), -1.0), torch.full((6,), 4.0)))
     return decoupler
 
@@ -38,9 +38,9 @@ def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def awake(anchor: Literal["concat", "add"] = "concat") -> Decoupler:
+def awake(anchor: Literal["concat", "add"] = "concat", **changes: Any) -> Decoupler:
     """A decoupler whose output depends on everything, as after training."""
-    decoupler = fresh(anchor).eval()
+    decoupler = fresh(anchor, **changes).eval()
     torch.nn.init.normal_(decoupler.project.weight)
     return decoupler
 
@@ -72,6 +72,24 @@ def test_the_anchors_are_the_papers_and_the_released_codes() -> None:
     kernel = add.anchor.weight[:, :, None, None]
     convolved = functional.conv2d(y.flatten(0, 1).permute(0, 3, 1, 2), kernel, add.anchor.bias).permute(0, 2, 3, 1)
     torch.testing.assert_close(seen[1] - positions[1], add.embed(f + convolved.view(2, 3, 2, 4, 5)).flatten(2, 3))
+
+
+@torch.no_grad()
+def test_inside_as_in_the_released_code() -> None:
+    """A layer norm of F and the added reference, whatever the statistics of F, and tokens that do not know where they are."""
+    features, reference, _ = inputs()
+    decoupler = awake("add", input_norm="layer", positions=False)
+    torch.nn.init.normal_(decoupler.input_norm.weight)
+    seen: list[Tensor] = []
+    decoupler.blocks[0].register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    prediction = decoupler(features, reference)
+    y = decoupler.anchor((reference + 1.0) / 4.0)[:, None]
+    by_hand = functional.layer_norm(features + y, (5,), decoupler.input_norm.weight, decoupler.input_norm.bias)
+    torch.testing.assert_close(seen[0], decoupler.embed(by_hand).flatten(2, 3))
+    torch.testing.assert_close(decoupler(features.flip(1), reference).flip(1), prediction)
+    torch.testing.assert_close(decoupler(features.flip(3), reference.flip(2)).flip(3), prediction)
+    alone = awake("concat", input_norm="layer")
+    assert not torch.allclose(alone(features * 2.0, reference), awake("concat")(features * 2.0, reference))
 
 
 @torch.no_grad()

@@ -9,17 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from svam.models.attention import Dropouts
 from svam.models.policy import TRAIN_TIMESTEPS, ActionDiffusion, Objective, masked_mean_square
 from svam.params import ActionTransformer
 
 OBJECTIVES: list[Objective] = ["edm", "epsilon"]
 
 
-def build(objective: Objective = "edm", **changes: Any) -> ActionDiffusion:
+def build(objective: Objective = "edm", dropouts: Dropouts = Dropouts(), **changes: Any) -> ActionDiffusion:
     torch.manual_seed(0)
     sizes = ActionTransformer(
-        width=32, encoder_layers=1, decoder_layers=1, heads=2, sigma_min=0.001, sigma_max=80.0, sigma_data=0.5, steps=10
-    )
+        width=32, encoder_layers=1, decoder_layers=1, heads=2, attention_dropout=dropouts.attention,
+        residual_dropout=dropouts.residual, mlp_dropout=dropouts.mlp, sigma_min=0.001, sigma_max=80.0, sigma_data=0.5, steps=10,
+    )  # fmt: skip
     shapes: dict[str, Any] = {"chunk": (3, 2), "context_width": 8, "text_width": 6, "proprioception": None, "action_limit": 1.0}
     return ActionDiffusion(sizes, objective, **(shapes | changes)).eval()
 
@@ -112,6 +114,26 @@ def test_chunks_of_one_observation_share_its_keys(objective: Objective) -> None:
     alone = torch.cat([model.raw(noisy[i : i + 1], level[i : i + 1], context[i // 3 : i // 3 + 1]) for i in range(6)])
     torch.testing.assert_close(shared, alone, rtol=1e-4, atol=1e-5)
     assert (model.raw(noisy, level, context.flip(0)) - shared).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", Dropouts._fields)
+def test_each_dropout_acts_in_training_alone(kind: str) -> None:
+    """In the encoder as in the decoder, and another time differently; what is dropped is no business of evaluation."""
+    model, plain = build(dropouts=Dropouts(**{kind: 0.5})), build()
+    for part in (model, plain):
+        torch.manual_seed(2)
+        torch.nn.init.normal_(part.decoder[0].modulation.weight, std=0.5)  # a fresh layer's gates are zero
+    context, noisy, level = plain.encode_context(*conditions(2), None), torch.randn(2, 3, 2), torch.rand(2)
+    assert torch.equal(model.encode_context(*conditions(2), None), context)
+    assert torch.equal(model.raw(noisy, level, context), plain.raw(noisy, level, context))
+    model.train()
+    assert (model.encode_context(*conditions(2), None) - context).abs().max() > 1e-3
+    assert (model.raw(noisy, level, context) - model.raw(noisy, level, context)).abs().max() > 1e-3
+    plain.train()
+    state = torch.get_rng_state()
+    assert torch.equal(plain.raw(noisy, level, context), plain.raw(noisy, level, context))
+    assert torch.equal(torch.get_rng_state(), state), "a policy without dropout draws nothing"
 
 
 def test_proprioception_is_one_more_token_and_never_silently_absent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,7 @@ from svam.episodes.store import EpisodeStore
 from svam.evaluation.offline import encode_rows, true_features
 from svam.files import sha256_tree
 from svam.models.manifest import write_manifest
-from svam.models.svam import SVAM, Batch, PolicyNetwork
+from svam.models.svam import OLDER, SVAM, Batch, PolicyNetwork
 from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
@@ -44,6 +45,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], set[str], int]] = {
     "w/o original diffusion feature": ({"context": ["geometric", "semantic"]}, VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES),
     "epsilon": ({"objective": "epsilon"}, VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES),
     "proprioception": ({"context": ["one_step"], "proprioception": True}, VIDEO, 2 * FRAMES),
+    "pooled sentence": ({"context": ["one_step"], "sentence": "pooled"}, VIDEO, 2 * FRAMES),
     "all entries": (
         {"context": ["geometric", "semantic", "one_step", "generated", "goal_frame", "observation"]},
         VIDEO | TEACHERS | DECOUPLERS, 2 * FRAMES + 2,  # the two single frames have one grid, and so one group
@@ -98,6 +100,24 @@ def test_the_recorded_future_is_what_the_teachers_see_and_nobody_acts_on_it(
     assert model.sample(inputs, [0, 1]).shape == (2, 4, 3)
     with pytest.raises(ContractError, match="'recorded', what the teachers see in the recorded future, which nobody has"):
         model.act(observations(store, 1))
+
+
+def test_a_folder_of_before_some_params_still_loads(svam: SVAM, saved: Path, store: EpisodeStore) -> None:
+    """Of before a policy could have dropout, free queries, or one token for the sentence."""
+    file = saved / "policy/config.json"
+    record = json.loads(file.read_text())
+    for section, keys in OLDER.items():
+        for key in keys:
+            del record["svam"][section][key]
+    for key in ("guidance_last", "resize", "feature_time_ids"):
+        del record["svam"]["sampler"][key]
+    del record["svam"]["sentence"]
+    file.write_text(json.dumps(record))
+    (saved / "manifest.json").unlink()
+    write_manifest(saved)
+    loaded = SVAM.load(saved)
+    assert loaded.config == svam.config
+    np.testing.assert_array_equal(loaded.act(observations(store, 2)), svam.act(observations(store, 2)))
 
 
 def test_the_default_variants_are_of_one_size(store: EpisodeStore, svam: SVAM) -> None:

@@ -63,6 +63,21 @@ def test_the_published_text_model_gives_the_same_features(published: tuple[Path,
     assert torch.equal(expected[~padding], unmasked[~padding]) and (expected - unmasked)[padding].abs().max() > 1e-3
 
 
+def test_a_pooled_sentence_is_clips_text_embedding(published: tuple[Path, CLIPModel, CLIPTokenizer], tmp_path: Path) -> None:
+    """Projected where the weights have a projection, also once saved; a text model alone has none."""
+    folder, clip, tokenizer = published
+    encoder = TextEncoder.load_published(folder, 10)
+    with torch.no_grad():
+        batch = tokenizer(SENTENCES, padding="max_length", max_length=10, return_tensors="pt")
+        state = clip.text_model(**batch).pooler_output
+        expected = clip.text_projection(state)
+    assert encoder.pooled_width == 8 and encoder.pool(SENTENCES).shape == (4, 1, 8)
+    torch.testing.assert_close(encoder.pool(SENTENCES)[:, 0], expected)
+    assert torch.equal(reloaded(encoder, tmp_path).pool(SENTENCES), encoder.pool(SENTENCES))
+    alone = TextEncoder(encoder.model, tokenizer, 10)
+    assert torch.equal(alone.pool(SENTENCES)[:, 0], state) and alone.pooled_width == 16
+
+
 def test_vocab_and_merges_alone_are_enough(published: tuple[Path, CLIPModel, CLIPTokenizer]) -> None:
     folder, _, tokenizer = published
     tokenizer.backend_tokenizer.model.save(str(folder))

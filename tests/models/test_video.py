@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,15 +26,15 @@ UNET = UNet(pretrained=None, revision=None, channels=[32, 64], layers=1, heads=[
 SAMPLER = SamplerConfig(up_blocks=2, grid=4, steps=3, guidance=1.0, bf16=False)
 
 
-def sampler(**changes: float) -> SamplerConfig:
+def sampler(**changes: Any) -> SamplerConfig:
     return SAMPLER.model_copy(update=changes)
 
 
-def tiny(noise: str = "fixed") -> VideoModel:
+def tiny(**changes: str) -> VideoModel:
     torch.manual_seed(0)
     unet = build_unet(UNET, CONFIG.model_copy(update={"text_width": 32}))  # twice the text's width, as SVD
     fixed = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    return VideoModel(unet, CONFIG.model_copy(update={"noise": noise}), fixed).eval()
+    return VideoModel(unet, CONFIG.model_copy(update=changes), fixed).eval()
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,6 +101,48 @@ def test_one_step_sampling_is_the_denoised_estimate() -> None:
     guided = model.generate(condition, text, noise, sampler(steps=1, guidance=3.0))
     free = model.generate(condition * 0, text * 0, noise, sampler(steps=1))
     torch.testing.assert_close(guided.latents, free.latents + 3 * (generation.latents - free.latents), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dropped", ["frame_and_text", "text"])
+def test_guidance_rises_over_frames_from_what_training_dropped(dropped: str) -> None:
+    """One to three over three frames: the first is the conditional estimate itself."""
+    model = tiny(dropped=dropped)
+    condition, text, noise = inputs()
+    one = model.generate(condition, text, noise, sampler(steps=1)).latents
+    free = model.generate(condition * (dropped == "text"), text * 0, noise, sampler(steps=1)).latents
+    guided = model.generate(condition, text, noise, sampler(steps=1, guidance_last=3.0)).latents
+    by_hand = torch.stack([free[:, t] + strength * (one - free)[:, t] for t, strength in enumerate((1.0, 2.0, 3.0))], dim=1)
+    torch.testing.assert_close(guided, by_hand, rtol=1e-4, atol=1e-4)
+    assert (guided - one)[:, 1:].abs().max() > 1e-3
+    assert not sampler(guidance_last=1.0).guided and sampler(guidance=2.0).guided
+
+
+@torch.no_grad()
+def test_features_may_have_time_ids_of_their_own() -> None:
+    """They are what a model with those ids computes; the clip is that of the ids of training."""
+    model, other = tiny(), tiny(added_time_ids=(4.0, 127.0, 0.0))
+    condition, text, noise = inputs()
+    own = sampler(feature_time_ids=(4.0, 127.0, 0.0))
+    generation, plain = model.generate(condition, text, noise, own), model.generate(condition, text, noise, SAMPLER)
+    assert torch.equal(generation.features, model.one_step(condition, text, noise, own))
+    torch.testing.assert_close(generation.features, other.one_step(condition, text, noise, SAMPLER))
+    assert torch.equal(generation.latents, plain.latents) and (generation.features - plain.features).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_features_are_resized_as_the_sampler_says() -> None:
+    """The first map, 4 x 4 here, on a grid of 8 x 8: nearest repeats each value, and the other way does not."""
+    model = tiny()
+    condition, text, noise = inputs()
+    first = model.raw(model._start(noise), torch.full((2,), 80.0), condition, text, up_blocks=1)[0][0]
+    assert first.shape[-2:] == (4, 4)
+    nearest, smooth = (
+        model.one_step(condition, text, noise, sampler(up_blocks=1, grid=8, resize=way)) for way in ("nearest", "antialiased")
+    )
+    repeated = first.repeat_interleave(2, -1).repeat_interleave(2, -2).unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2)
+    torch.testing.assert_close(nearest, repeated)
+    assert (nearest - smooth).abs().max() > 1e-3
 
 
 @torch.no_grad()

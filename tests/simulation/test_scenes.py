@@ -16,7 +16,8 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import metaworld
 from svam.files import read_json
-from svam.params import Collect, Evaluate
+from svam.params import Collect
+from svam.protocols import Evaluate
 from svam.simulation.collect import collect
 from svam.simulation.experts import first_success
 from svam.simulation.metaworld import TaskEnvironment

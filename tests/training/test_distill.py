@@ -34,7 +34,8 @@ CPU = torch.device("cpu")
 TRAIN, TEST, C_F, C_I = 40, 8, 5, 4
 HELD_OUT = [False] * TRAIN + [True] * TEST
 SECTION = Distill(
-    branches=["geometric"], target="generated", anchor="concat", width=16, blocks=1, heads=2, dropout=0.0,
+    branches=["geometric"], target="generated", anchor="concat", input_norm="statistics", positions=True, width=16, blocks=1,
+    heads=2, dropout=0.0,
     training=optimiser(steps=100, batch=8, learning_rate=0.01, warmup=5, ema=0.9),
 )  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_an_absent_part_is_named(model: ForesightModel) -> None:
 
 
 def test_held_out_video_metrics_exclude_the_observed_frame(store: EpisodeStore, model: ForesightModel) -> None:
-    changes = {"training": OPTIMISER, "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}
+    changes = {"training": OPTIMISER.model_dump(), "evaluation_clips": 4, "evaluation_steps": 2, "frames": 3}
     section = FinetuneVideo.model_validate(committed("finetune_video") | changes)
     autoencoder, video, cpu = model.frame_autoencoder, model.video_model, torch.device("cpu")
     table = TextTable.build(store, model.text)

@@ -107,7 +107,7 @@ def test_fit_learns_and_streams_its_curve(tmp_path: Path) -> None:
     module = nn.Linear(3, 1)
     kept = fit(
         module, lambda b: linear_loss(module, b), batch_of, settings(steps=200), CPU, "line", tmp_path / "live",
-        evaluate=lambda: {"error": (module.weight - 1).abs().max().item()}, evaluate_every=50,
+        evaluate=lambda _: {"error": (module.weight - 1).abs().max().item()}, evaluate_every=50,
     )  # fmt: skip
     assert kept["error"] < 0.05 and not module.training
     assert json.loads((tmp_path / "live" / "metrics.json").read_text())["step"] == 200
@@ -130,7 +130,7 @@ def test_selection_keeps_the_lowest_evaluation() -> None:
     module = nn.Linear(3, 1)
     scores, seen = iter([3.0, 1.0, 2.0]), []
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(_: int) -> dict[str, float]:
         seen.append(module.weight.detach().clone())
         return {"error": next(scores)}
 

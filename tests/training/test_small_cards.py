@@ -118,12 +118,12 @@ def fine(store: EpisodeStore, folders: dict[str, Path]) -> Fine:
         model = VideoModel.load(folders["video"])
         model.unet.requires_grad_(True)
         optimiser = OPTIMISER.model_copy(update={"steps": steps, "warmup": 0, "schedule": "constant"})
-        changes = {"frames": 3, "training": optimiser}
+        changes = {"frames": 3, "training": optimiser.model_dump()}
         section = FinetuneVideo.model_validate(committed("finetune_video") | changes)
         section = section.model_copy(update={"lora_rank": lora_rank})  # of random weights, which params would refuse
         clips = LatentClips(store, "train", latents, 3, model.config.stride)
         train_video(
-            model, section, clips, autoencoder, table, 0, CPU, None, resume, MACHINE.model_copy(update=machine),
+            model, section, clips, clips, autoencoder, table, 0, CPU, None, resume, MACHINE.model_copy(update=machine),
         )  # fmt: skip
         return model
 

@@ -22,7 +22,7 @@ from svam.normalisation import normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, cached_features, choose_rows, load_foresight, observe, train
-from tests.tiny import GENERATE, SIZE, make_store, observations, policy_params
+from tests.tiny import GENERATE, SIZE, make_store, observations, policy_params, save_all_parts
 from tests.toy import ADAM
 
 CPU = torch.device("cpu")
@@ -249,3 +249,26 @@ def test_a_camera_that_the_video_model_does_not_know_is_one_sentence(
 def test_a_missing_part_is_named(store: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(FileError, match="nowhere"):
         run(store, folders | {"decoupler_semantic": tmp_path / "nowhere"}, tmp_path / "cache")
+
+
+def test_a_step_takes_one_of_several_draws(store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fresh noise: each draw is what the video model computes from its own seed, and the first is the one of a single."""
+    folders = save_all_parts(tmp_path / "fresh", store, noise="fresh")
+    taken: list[torch.Tensor] = []
+
+    def watched(svam: SVAM, batch: Any, *arguments: Any) -> torch.Tensor:
+        taken.extend(batch.inputs.entries["one_step"])
+        return loss(svam, batch, *arguments)
+
+    loss = SVAM.loss
+    monkeypatch.setattr(SVAM, "loss", watched)
+    changes: dict[str, Any] = {"context": ["one_step", "observation"], "episodes_per_task": 1, "observation_stride": 12}
+    changes |= {"observation_encoder": "frozen", "training": {**steps(6), "batch": 2}}
+    for draws in (1, 3):
+        taken.clear()
+        run(store, folders, tmp_path / "cache", feature_draws=draws, **changes)
+        assert len(taken) == 12 and len({tuple(features.flatten().tolist()) for features in taken}) == 2 * draws
+    names = sorted(file.name.split("-")[0] for file in (tmp_path / "cache").iterdir() if file.is_dir())
+    assert names == ["observation", "one_step", "one_step@1", "one_step@2"], "the frame's own tokens have no noise"
+    rows = [file.read_bytes() for file in sorted((tmp_path / "cache").glob("one_step*/rows.bin"))]
+    assert len(set(rows)) == 3 and len({len(row) for row in rows}) == 1

@@ -1,0 +1,65 @@
+"""The published recipe runs: every stage that it touches, two steps each, with its choices at a reduced width."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from svam.episodes.store import EpisodeStore
+from svam.models.svam import SVAM
+from svam.params import load_params
+from svam.presets.overlay import overlay_of, with_overlay
+from tests.tiny import observations
+from tests.toy import invoke, write_toy_params
+
+ELSEWHERE = ("machine.", "collect.", "convert.", "prepare_backbones.", "encode.", "evaluate.", "foresight.")
+"""Keys of data, frozen parts and evaluation, which tests have their own of."""
+TWO = {"steps": 2, "warmup": 1, "batch": 2, "accumulate": 1}
+REDUCED: dict[str, Any] = {
+    "finetune_video.frames": 3, "finetune_video.stride_seconds": 0.1, "finetune_video.show_every": 1,
+    "finetune_video.evaluation_clips": 2, "finetune_video.evaluation_steps": 2,
+    "generate.windows": 4, "generate.held_out_windows": 2, "generate.grid": 2, "generate.steps": 2, "generate.batch": 2,
+    "cache_teacher.batch": 4, "distill.width": 16, "distill.blocks": 1, "distill.heads": 2,
+    "train_policy.encode_batch": 2, "train_policy.observation_stride": 6, "train_policy.evaluate_every": 2,
+    "train_policy.evaluation_observations": 4, "train_policy.perceiver.queries": 2, "train_policy.perceiver.width": 16,
+    "train_policy.perceiver.depth": 1, "train_policy.perceiver.heads": 2, "train_policy.perceiver.head_width": 12,
+    "train_policy.perceiver.embedding": 20, "train_policy.transformer.width": 16,
+    "train_policy.transformer.encoder_layers": 1, "train_policy.transformer.decoder_layers": 1,
+    "train_policy.transformer.heads": 2, "train_policy.transformer.steps": 2,
+    **{f"{stage}.training.{k}": value for stage in ("finetune_video", "distill", "train_policy") for k, value in TWO.items()},
+}  # fmt: skip
+
+
+def test_the_papers_recipe_runs(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From latents to a policy that acts."""
+    monkeypatch.chdir(tmp_path)
+    write_toy_params(Path("params.yaml"))
+    recipe = {key: value for key, value in overlay_of("paper-calvin").items() if not key.startswith(ELSEWHERE)}
+    reduced = recipe | REDUCED | {"finetune_video.unet.pretrained": str(parts / "video")}
+    _, text = with_overlay(reduced, Path("params.yaml"), "paper-calvin")
+    Path("params.yaml").write_text(text, encoding="utf-8")
+
+    episodes, backbones, video = ("--episodes", parts / "episodes.zarr"), ("--backbones", parts / "backbones"), "video"
+    latents, generated = ("--latents", "latents"), ("--generated", "generated")
+
+    def run(stage: str, *arguments: object) -> None:
+        done = invoke(import_module(f"stages.{stage}").app, *arguments)
+        assert done.exit_code == 0, f"{stage}: {done.output}"
+
+    run("encode", "latents", *episodes, "--autoencoder", parts / "backbones/autoencoder")
+    run("finetune_video", video, *episodes, *latents, *backbones, "--live", "live/video")
+    assert sorted(file.name for file in Path("live/video/clips").iterdir()) == ["0000001.png", "0000002.png"]
+    run("generate", "generated", *episodes, *latents, *backbones, "--video", video)
+    for branch in ("geometric", "semantic"):
+        run("cache_teacher", branch, f"teachers/{branch}", *generated, *episodes, *backbones)
+        teacher = ("--teacher", f"teachers/{branch}")
+        run("distill", branch, f"decouplers/{branch}", *generated, *teacher, *backbones, "--video", video)
+    run("train_policy", "svam", *episodes, *backbones, "--video", video, "--decouplers", "decouplers", "--cache", "cache")
+
+    svam, params = SVAM.load(Path("svam")), load_params(Path("params.yaml"))
+    assert svam.config.text == (1, 16) and svam.config.sampler.guidance_last == 3.0
+    assert svam.foresight.video_model.config.dropped == "text" and params.finetune_video.first_sigma_share == 0.0
+    assert svam.act(observations(EpisodeStore.open(parts / "episodes.zarr"), 2)).shape == (2, 10, 3)
