@@ -172,9 +172,12 @@ class Text(Backbone, Attention):
 
 
 class TeacherModel(Backbone, Attention):
-    """A vision foundation model. In-domain: a small DINOv2-family ViT with a dense head."""
+    """A vision foundation model, see `svam.models.families`. In-domain: a small DINOv2-family ViT with a dense head."""
 
-    family: Literal["dinov2", "dinov2_registers", "depth_anything_v2"]
+    family: Literal[
+        "dinov2", "dinov2_registers", "dinov3", "clip", "siglip2", "depth_anything_v2", "depth_anything_3", "videomae", "vjepa2"
+    ]
+    stage: Literal["first", "second", "third", "last"]
     objective: Literal["depth", "segmentation", "self_supervised"]
     image_size: Annotated[int, Field(ge=16)]
     patch: Count
@@ -189,6 +192,13 @@ class TeacherModel(Backbone, Attention):
     def _patches_tile_the_image(self) -> Self:
         if self.image_size % self.patch:
             raise ValueError(f"image_size ({self.image_size}) must be a multiple of patch ({self.patch})")
+        if self.source == "in_domain" and self.family not in ("dinov2", "dinov2_registers", "depth_anything_v2"):
+            raise ValueError(
+                f"family {self.family!r} is not trained in-domain: set source to 'pretrained' with a path, or family to "
+                "dinov2, dinov2_registers or depth_anything_v2"
+            )
+        if self.stage != "last" and self.family != "depth_anything_3":
+            raise ValueError(f"stage is {self.stage!r}, but family {self.family!r} has the last only: set stage to 'last'")
         if self.source == "in_domain" and self.family == "depth_anything_v2" and self.objective != "depth":
             raise ValueError(
                 f"objective is {self.objective!r}, but family 'depth_anything_v2' trains in-domain on 'depth' only: "

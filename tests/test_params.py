@@ -62,6 +62,8 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     ("convert.options", "x", ["convert.options is 'x'; expected keys and values, such as {a: 1}"]),
     ("prepare_backbones.geometric.source", "pretrained", ["prepare_backbones.geometric", "path"]),
     ("prepare_backbones.semantic.patch", 7, ["image_size (64)", "patch (7)"]),
+    ("prepare_backbones.semantic.family", "clip", ["family 'clip' is not trained in-domain", "source to 'pretrained'"]),
+    ("prepare_backbones.semantic.stage", "first", ["stage is 'first'", "family 'dinov2_registers'", "set stage to 'last'"]),
     ("prepare_backbones.autoencoder.layers", [0, 1], ["layers [0, 1]", "same length"]),
     ("finetune_video.unet.channels", [64, 100], ["finetune_video.unet.channels.1 is 100", "32"]),
     ("finetune_video.unet.heads", [2, 3], ["channels [64, 128]", "heads [2, 3]"]),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model
+from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Model, VJEPA2Config, VJEPA2Model
 
 from svam import params
 from svam.episodes.convert import convert
@@ -44,6 +44,16 @@ def make_teacher(objective: Objective | None = None) -> Teacher:
     outputs = {None: 0, "depth": 1, "segmentation": 7}[objective]  # type: ignore[index]
     record = TeacherConfig("dinov2", SIZE, objective, outputs, depth_std=0.5)
     return Teacher(Dinov2Model(config), record).eval().requires_grad_(False)
+
+
+def make_video_teacher() -> Teacher:
+    """A V-JEPA 2 of 12 channels on 2 x 2 patches, whose tokens span two frames and depend on the whole clip."""
+    torch.manual_seed(3)
+    config = VJEPA2Config(
+        hidden_size=12, num_hidden_layers=1, num_attention_heads=2, crop_size=SIZE, patch_size=8, initializer_range=0.2,
+        pred_hidden_size=12, pred_num_hidden_layers=1, pred_num_attention_heads=2,
+    )  # fmt: skip
+    return Teacher(VJEPA2Model(config), TeacherConfig("vjepa2", SIZE)).eval().requires_grad_(False)
 
 
 def reloaded(part: Any, folder: Path) -> Any:

@@ -43,7 +43,9 @@ def resolve_weights(path: str, revision: str | None, subfolder: str | None, key:
     if not (folder / "config.json").is_file():
         raise FileError(f"{key}.path: {folder} holds no config.json; expected the layout that save_pretrained writes")
     if not any(folder.glob("*.safetensors")):
-        raise FileError(f"{key}.path: {folder} holds no .safetensors file, and no other format is read")
+        other = next((file.name for kind in ("bin", "pt", "pth", "ckpt") for file in sorted(folder.glob(f"*.{kind}"))), None)
+        found = f"; {other} is of a format that runs code when it is read: convert it" if other else ""
+        raise FileError(f"{key}.path: {folder} holds no .safetensors file, and no other format is read{found}")
     return folder
 
 
@@ -62,7 +64,7 @@ def _download(path: str, revision: str | None, subfolder: str | None, key: str) 
     except Exception as error:  # the hub's own errors, and those of whichever HTTP client its version uses
         raise FileError(
             f"{key}.path: {path} at {revision[:12]} cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
-            "name a local folder, or check the id and the network"
+            "name a local folder, or check the id, the commit and the network"
         ) from None
     return Path(root) / subfolder if subfolder else Path(root)
 
@@ -81,6 +83,11 @@ def load_strict(cls: type[Model], folder: Path, ignored: tuple[str, ...] = ()) -
 
     if not (folder / "config.json").is_file():
         raise FileError(f"{folder}/config.json: no such file")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        record = read_json(index)
+        shards = sorted(set(record.get("weight_map", {}).values())) if isinstance(record, dict) else []
+        if missing := [name for name in shards if not (folder / name).is_file()]:
+            raise FileError(f"{folder}: {len(missing)} of {len(shards)} shards in {index.name} are missing, first {missing[0]}")
     dtype = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
     loader: Any = cls
     try:

@@ -1,7 +1,7 @@
 """Vision foundation models as teachers: patch tokens for distillation, and a dense prediction to judge them by.
 
-Families: `dinov2`, `dinov2_registers` (Oquab et al. 2023; Darcet et al. 2024) and `depth_anything_v2` (Yang et al. 2024,
-whose backbone is a DINOv2). Published or small and in-domain, they are the same classes.
+Published or small and in-domain, they are the same classes; what differs between families is in `svam.models.families`. Every
+teacher sees clips, (B, T, 3, H, W) -> (B, T, g, g, C), and single frames; most see a clip frame by frame.
 """
 
 from __future__ import annotations
@@ -14,23 +14,17 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DepthAnythingForDepthEstimation, Dinov2Model, Dinov2WithRegistersModel
+from transformers import DepthAnythingForDepthEstimation, PreTrainedModel
 
 from svam.checkpoint import load_tensors, restore, save_tensors
 from svam.contract import ContractError
 from svam.files import FileError
-from svam.models.published import freeze, load_strict, read_adapter, save_published, write_adapter
+from svam.models.depth_anything_3 import DepthAnything3, Stage
+from svam.models.families import FAMILIES, Family
+from svam.models.published import freeze, read_adapter, write_adapter
 
-Family = Literal["dinov2", "dinov2_registers", "depth_anything_v2"]
 Objective = Literal["depth", "segmentation", "self_supervised"]
-Backbone: TypeAlias = Dinov2Model | Dinov2WithRegistersModel | DepthAnythingForDepthEstimation
-CLASSES: dict[str, type[Backbone]] = {
-    "dinov2": Dinov2Model,
-    "dinov2_registers": Dinov2WithRegistersModel,
-    "depth_anything_v2": DepthAnythingForDepthEstimation,
-}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""ImageNet's channel statistics, with which every family here was published."""
+Backbone: TypeAlias = PreTrainedModel | DepthAnything3
 FARTHEST = 10.0
 """Metres beyond which a depth is sky rather than scene: nothing a robot reaches for is that far."""
 
@@ -58,56 +52,77 @@ class Teacher(nn.Module):
     """One frozen vision model (S-VAM section 3.3); owns resizing and normalisation, so that every stage and serving prepare
     frames alike."""
 
+    model: Any
     mean: Tensor
     std: Tensor
 
     def __init__(self, model: Backbone, config: TeacherConfig) -> None:
-        """Raises `ContractError` if the image size is no multiple of the model's patch."""
+        """Raises `ContractError` if the model does not take images of this size."""
         super().__init__()
         self.model = model
         self.config = config
-        vit = model.config.backbone_config if config.family == "depth_anything_v2" else model.config
+        self.family = FAMILIES[config.family]
+        vit: Any = model.config
+        vit = vit.backbone_config if config.family == "depth_anything_v2" else vit
         patch = vit.patch_size
         self.patch = int(patch if isinstance(patch, int) else patch[0])
         self.channels = int(vit.hidden_size)
-        self.special = 1 + int(getattr(vit, "num_register_tokens", 0))
+        self.special = self.family.special + int(getattr(vit, "num_register_tokens", 0))
+        self.tubelet = int(getattr(vit, "tubelet_size", 1))
+        self.frames: int | None = getattr(vit, "num_frames", None)
+        fixed = getattr(vit, self.family.fixed) if self.family.fixed else config.image_size
+        if config.image_size != fixed:
+            raise ContractError(f"teacher: image_size {config.image_size}, but this {config.family} takes {fixed} pixels only")
         if config.image_size % self.patch:
             raise ContractError(
                 f"teacher: image_size {config.image_size} is no multiple of the model's patch of {self.patch} pixels"
             )
-        if config.family == "depth_anything_v2" and model.config.backbone_config.out_indices[-1] != vit.num_hidden_layers:
+        if config.family == "depth_anything_v2" and vit.out_indices[-1] != vit.num_hidden_layers:
             raise ContractError(
-                f"teacher: the depth model reads layers {model.config.backbone_config.out_indices}, expected the last of them "
-                f"to be the final layer, {vit.num_hidden_layers}"
+                f"teacher: the depth model reads layers {vit.out_indices}, expected the last of them to be the final layer, "
+                f"{vit.num_hidden_layers}"
             )
         self.head = nn.Linear(self.channels, config.outputs * self.patch**2) if config.outputs else None
-        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1), persistent=False)
+        for name, values in zip(("mean", "std"), self.family.statistics, strict=True):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     @property
     def grid(self) -> int:
         return self.config.image_size // self.patch
+
+    @property
+    def sees_clips(self) -> bool:
+        """Whether tokens of a frame depend on the clip around it."""
+        return self.family.sees != "frames"
 
     @classmethod
     def load(cls, folder: Path) -> Teacher:
         """Read what `save` wrote. Raises `FileError` for missing, broken or unfitting files."""
         folder = Path(folder)
         record = read_adapter(folder, "teacher")
-        if record.get("family") not in CLASSES:
-            raise FileError(f"{folder}/svam.json: family is {record.get('family')!r}, expected one of {sorted(CLASSES)}")
-        teacher = cls(load_strict(CLASSES[record["family"]], folder), TeacherConfig(**record))
+        if record.get("family") not in FAMILIES:
+            raise FileError(f"{folder}/svam.json: family is {record.get('family')!r}, expected one of {sorted(FAMILIES)}")
+        teacher = cls(FAMILIES[record["family"]].load(folder), TeacherConfig(**record))
         if teacher.head is not None:
             restore(teacher.head, load_tensors(folder / "head.safetensors"), folder / "head.safetensors")
         return freeze(teacher)
 
     @classmethod
-    def load_published(cls, folder: Path, family: Family, image_size: int) -> Teacher:
-        """Read published weights in the transformers layout, to be fed frames of `image_size` pixels."""
-        return freeze(cls(load_strict(CLASSES[family], Path(folder)), TeacherConfig(family, image_size)))
+    def load_published(cls, folder: Path, family: Family, image_size: int, stage: Stage = "last") -> Teacher:
+        """Read published weights, to be fed frames of `image_size` pixels.
+
+        Args:
+            stage: of Depth Anything 3, which of the four depths that its dense head reads.
+
+        Raises:
+            FileError: another family's layout, or files that are missing, broken or do not fit.
+            ContractError: the model does not take images of this size.
+        """
+        return freeze(cls(FAMILIES[family].load_published(Path(folder), stage), TeacherConfig(family, image_size)))
 
     def save(self, folder: Path) -> None:
         """Write the published layout, the dense head where there is one, and `svam.json` into an existing folder."""
-        save_published(self.model, Path(folder))
+        self.family.save(self.model, Path(folder))
         if self.head is not None:
             save_tensors(Path(folder) / "head.safetensors", self.head.state_dict())
         write_adapter(Path(folder), "teacher", **asdict(self.config))
@@ -124,10 +139,45 @@ class Teacher(nn.Module):
         return (frames - self.mean) / self.std
 
     @torch.no_grad()
-    def features(self, frames: Tensor) -> Tensor:
-        """(B, 3, H, W) float in [0, 1] -> patch tokens (B, g, g, channels) float32 of the last layer, after its layer norm."""
+    def features(self, frames: Tensor, length: int = 1) -> Tensor:
+        """(B, 3, H, W) float in [0, 1] -> patch tokens (B, g, g, channels) float32 of the last layer, after its layer norm.
+
+        Args:
+            length: frames of the clips beside whose tokens these are put. A model of video sees the frame so many times over, a
+                clip in which nothing moves, and the tokens are the mean over it; the others see it once, Depth Anything 3 as
+                the only view of its scene, as in S-VAM's released code.
+        """
         with torch.autocast(frames.device.type, enabled=False):
-            return self.tokens(self.prepare(frames.float()))
+            pixels = self.prepare(frames.float())
+            if not self.sees_clips:
+                return self.tokens(pixels)
+            still = pixels[:, None].expand(-1, length if self.family.sees == "video" else 1, -1, -1, -1)
+            return self._clip_tokens(still).mean(dim=1)
+
+    @torch.no_grad()
+    def clip_features(self, clips: Tensor) -> Tensor:
+        """(B, T, 3, H, W) float in [0, 1] -> patch tokens (B, T, g, g, channels) float32, each frame's as the model sees it in
+        its clip. Where one token spans several frames, each of these has it (nothing is interpolated).
+
+        Raises:
+            ContractError: the model takes fewer frames than T.
+        """
+        if not self.sees_clips:
+            return self.features(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+        with torch.autocast(clips.device.type, enabled=False):
+            return self._clip_tokens(self.prepare(clips.flatten(0, 1).float()).unflatten(0, clips.shape[:2]))
+
+    def _clip_tokens(self, pixels: Tensor) -> Tensor:
+        """Prepared (B, T, 3, S, S) -> (B, T, g, g, channels) of a model that sees clips."""
+        length = pixels.shape[1]
+        if self.frames is not None and length > self.frames:
+            raise ContractError(
+                f"teacher: clips have {length} frames, but this {self.config.family} takes {self.frames}; set "
+                f"finetune_video.frames to {self.frames} or less"
+            )
+        shown, taken = spread(length, self.frames or -(-length // self.tubelet) * self.tubelet, self.tubelet)
+        sequence = self.family.sequence(self.model, pixels[:, shown])
+        return sequence.unflatten(1, (-1, self.grid, self.grid))[:, taken]
 
     @torch.no_grad()
     def predict(self, frames: Tensor) -> Tensor:
@@ -153,15 +203,17 @@ class Teacher(nn.Module):
         return dense.argmax(dim=1) if self.config.objective == "segmentation" else dense
 
     def on_frames(self, frames_BHWC: Tensor, batch: int, look: Callable[[Tensor], Tensor]) -> Tensor:
-        """`look`, for example `features`, on uint8 frames, `batch` at a time: (B, ...) on the CPU."""
+        """`look`, for example `features`, on uint8 frames, or clips of frames, `batch` at a time: (B, ...) on the CPU."""
         parts = torch.split(frames_BHWC, batch)
         return torch.cat([look(as_unit(part.to(self.mean.device))).cpu() for part in parts])
 
     def tokens(self, pixels: Tensor, masked: Tensor | None = None) -> Tensor:
-        """Prepared pixels -> (B, g, g, channels), with gradients; `masked` (B, g * g) bool hides patches (DINOv2 only)."""
-        if isinstance(self.model, DepthAnythingForDepthEstimation):
-            return self._to_grid(self.model.backbone(pixels).feature_maps[-1])
-        return self._to_grid(self.model(pixels, bool_masked_pos=masked).last_hidden_state)
+        """Prepared pixels (B, 3, S, S) -> (B, g, g, channels), with gradients; `masked` (B, g * g) bool hides patches (DINOv2
+        only). To a model that sees clips each is one of a single frame."""
+        if self.sees_clips:
+            return self._clip_tokens(pixels[:, None])[:, 0]
+        hidden = {} if masked is None else {"bool_masked_pos": masked}
+        return self._to_grid(self.family.sequence(self.model, pixels, **hidden))
 
     def dense(self, pixels: Tensor, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prepared pixels -> (dense (B, K, S, S), patch tokens (B, g, g, channels)), with gradients, from one backbone pass.
@@ -186,9 +238,17 @@ class Teacher(nn.Module):
         return grid
 
 
+def spread(length: int, frames: int, tubelet: int) -> tuple[list[int], list[int]]:
+    """How a clip of `length` frames is shown to a model of `frames` >= `length`: (which frame of the clip each of the model's
+    frames shows, which token in time each frame of the clip has). Missing frames are made up for by showing some again, evenly;
+    tokens span `tubelet` frames, and a frame's is the one at the middle of where it is shown."""
+    shown = [place * length // frames for place in range(frames)]
+    return shown, [(2 * t + 1) * frames // (2 * length) // tubelet for t in range(length)]
+
+
 def as_unit(frames_BHWC: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [0, 1]."""
-    return frames_BHWC.permute(0, 3, 1, 2).float() / 255.0
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) float32 in [0, 1]."""
+    return frames_BHWC.movedim(-1, -3).float() / 255.0
 
 
 def unpatchify(values: Tensor, patch: int) -> Tensor:
@@ -197,7 +257,9 @@ def unpatchify(values: Tensor, patch: int) -> Tensor:
 
 
 def to_grid(tokens: Tensor, grid: int) -> Tensor:
-    """(B, g, g', C) float tokens resized bilinearly (antialiased) to (B, grid, grid, C); untouched where that is its grid."""
-    if tokens.shape[1:3] == (grid, grid):
+    """(..., g, g', C) float tokens resized bilinearly (antialiased) to (..., grid, grid, C), untouched where they are on it."""
+    if tokens.shape[-3:-1] == (grid, grid):
         return tokens
-    return F.interpolate(tokens.permute(0, 3, 1, 2), (grid, grid), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    flat = tokens.reshape(-1, *tokens.shape[-3:]).permute(0, 3, 1, 2)
+    resized = F.interpolate(flat, (grid, grid), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
+    return resized.reshape(*tokens.shape[:-3], *resized.shape[1:])

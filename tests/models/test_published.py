@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Dinov2Config, Dinov2Model
 
+from svam.files import write_json
 from svam.models.published import load_strict, read_adapter, resolve_weights, save_published, write_adapter
 from tests.sources.common import refused
 
@@ -60,7 +61,7 @@ def test_what_cannot_be_resolved_is_one_line(path: str, revision: str | None, me
 def test_only_safetensors_count(tmp_path: Path) -> None:
     folder = make(tmp_path / "model")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with refused(r"no \.safetensors file"):
+    with refused(r"no \.safetensors file, .*; pytorch_model.bin is of a format that runs code when it is read: convert it"):
         resolve_weights(str(folder), None, None, KEY)
     with refused("cannot be read as Dinov2Model"):
         load_strict(Dinov2Model, folder)
@@ -84,6 +85,29 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, fault: str) -> None
         load_strict(Dinov2Model, file.parent)
     if fault == "left over":
         load_strict(Dinov2Model, file.parent, ignored=("something.",))
+
+
+def test_missing_shards_and_what_only_looks_like_safetensors(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model")
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": names})
+    with refused("1 of 2 shards in model.safetensors.index.json are missing, first model-00002-of-00002.safetensors"):
+        load_strict(Dinov2Model, folder)
+    (folder / "model.safetensors.index.json").unlink()
+    weights.write_bytes(b"\x80\x02}q\x00." * 100)  # as a pickle begins
+    with refused("cannot be read as Dinov2Model"):
+        load_strict(Dinov2Model, folder)
+
+
+def test_a_commit_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise ValueError(f"404 Client Error.\n\nRevision {COMMIT} not found")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", missing)
+    with refused(f"owner/name at {COMMIT[:12]} cannot be fetched .*404 Client Error.*check the id, the commit", KEY):
+        resolve_weights("owner/name", COMMIT, None, KEY)
 
 
 def test_the_adapter_record_is_checked(tmp_path: Path) -> None:

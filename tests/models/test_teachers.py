@@ -11,8 +11,9 @@ from transformers import DepthAnythingForDepthEstimation, Dinov2WithRegistersCon
 
 from svam import params
 from svam.contract import ContractError
+from svam.models.families import Family
 from svam.models.published import save_published
-from svam.models.teachers import FARTHEST, Backbone, Family, Teacher, TeacherConfig, to_grid, unpatchify
+from svam.models.teachers import FARTHEST, Backbone, Teacher, TeacherConfig, to_grid, unpatchify
 from svam.training.prepare_backbones.teacher import Views, as_unit, blur, build, inverse_depth, objective_of
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
 from tests.toy import committed
@@ -205,6 +206,7 @@ def test_intersection_over_union_by_hand() -> None:
 def test_tokens_go_to_another_grid() -> None:
     tokens = torch.arange(16.0).view(1, 4, 4, 1)
     assert to_grid(tokens, 4) is tokens
+    assert torch.equal(to_grid(tokens[None], 2)[0], to_grid(tokens, 2))
     small = to_grid(tokens, 2)
     assert small.shape == (1, 2, 2, 1) and abs(float(small.mean()) - 7.5) < 1e-5
     assert small[0, 0, 0, 0] < small[0, 0, 1, 0] < small[0, 1, 0, 0] < small[0, 1, 1, 0]
