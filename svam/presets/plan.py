@@ -106,8 +106,10 @@ def disk(params: Params, data: Data, models: Models) -> list[Out]:
     outs += [Out(f"data/models/decouplers/{branch}", saved(d)) for branch, d in models.decouplers.items()]
     used = [parts[name] for name in FrozenParts.of_entries(models.entries).names]
     outs.append(Out("data/svam", sum(map(saved, [*used, models.policy]))))
-    draws = {entry: params.train_policy.feature_draws if entry != "observation" else 1 for entry in models.entries}
-    entries = sum(2 * math.prod(shape) * draws[entry] for entry, shape in models.shapes.items())
+    draws = {"observation": 1, "recorded": 1}  # which hang on no noise
+    entries = sum(
+        2 * math.prod(shape) * draws.get(entry, params.train_policy.feature_draws) for entry, shape in models.shapes.items()
+    )
     outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
     return [*outs, Out(".ckpt", STATE * max(map(parameters, (models.video, models.policy))))]
 

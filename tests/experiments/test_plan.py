@@ -67,8 +67,9 @@ def test_the_registered_comparison_is_what_its_page_says() -> None:
     params = {run.regime: run.params for run in svam}
     assert list(params) == ["published", "published_levels", "published_noise", "ours"] == regimes
     made = {regime: values["finetune_video"] for regime, values in params.items()}
-    assert [(m["first_sigma_share"], m["noise"]) for m in made.values()] == [
-        (0.0, "fresh"), (0.0, "fixed"), (0.3, "fresh"), (0.3, "fixed"),
+    draws = [values["train_policy"].pop("feature_draws") for values in params.values()]
+    assert [(m["first_sigma_share"], m["noise"], n) for m, n in zip(made.values(), draws, strict=True)] == [
+        (0.0, "fresh", 4), (0.0, "fixed", 1), (0.3, "fresh", 4), (0.3, "fixed", 1),
     ]  # fmt: skip
     assert made["published"] | {"noise": "fixed"} == made["published_levels"]
     assert made["ours"] | {"noise": "fresh"} == made["published_noise"]
