@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -72,6 +74,22 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if device.type != "cuda" or tensor.device.type == "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def branch_of_graph(device: torch.device) -> Iterator[Callable[[], None]]:
+    """While a CUDA graph is captured, what is done inside becomes a branch of it, beside what follows; at any other time it is
+    done in turn. The function that is given must be called before its results are used."""
+    import torch
+
+    if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+        yield lambda: None
+        return
+    trunk = torch.cuda.current_stream()
+    branch = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    branch.wait_stream(trunk)
+    with torch.cuda.stream(branch):
+        yield lambda: trunk.wait_stream(branch)
 
 
 def processor() -> str:

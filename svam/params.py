@@ -22,7 +22,9 @@ from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNega
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
-BenchmarkPart = Literal["store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin"]
+BenchmarkPart = Literal[
+    "store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin", "gpu"
+]
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 TimeIds = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]
 Moments = Literal["float32", "int8"]
@@ -411,7 +413,8 @@ class Params(Section):
     @property
     def modules(self) -> dict[str, list[str]]:
         """What the params choose by name: package -> modules of it, as `svam.code` takes them."""
-        return {"svam.sources.": [self.convert.source], "svam.evaluation.": [*self.evaluate.protocols]}
+        evaluate = self.evaluate  # of its policies only `remote` is a module there
+        return {"svam.sources.": [self.convert.source], "svam.evaluation.": [*evaluate.protocols, evaluate.policy]}
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -142,6 +142,13 @@ def test_a_stages_code_is_the_closure_of_its_imports(tmp_path: Path) -> None:
         code_of(["stages/run.py"], root=tmp_path)
 
 
+def test_the_client_counts_where_a_server_is_evaluated() -> None:
+    params = load_params(ROOT / "params.yaml")
+    remote = params.model_copy(update={"evaluate": params.evaluate.model_copy(update={"policy": "remote"})})
+    client = {"svam/evaluation/remote.py", "svam/serving/client.py", "svam/serving/protocol.py"}
+    assert client <= set(stage_code("evaluate", remote.modules)) and not client & set(stage_code("evaluate", params.modules))
+
+
 def test_data_counts_by_what_it_says() -> None:
     """The digest is that of the values as JSON, which is the same everywhere."""
     text = "# Words.\na: [1, 2.5]\nb: text\n"

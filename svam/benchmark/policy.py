@@ -65,7 +65,7 @@ def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, flo
     foresight, parts = svam.foresight, dict[str, float]()
     frame = torch.from_numpy(observation.frames[svam.camera][None])
     with timed_components(foresight, parts):
-        condition, text = foresight.prepare(frame, [observation.instruction])
+        condition, text = foresight.condition(frame), foresight.embed_text([observation.instruction])
         latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
     with timed(parts, "decoding"):
         clip = foresight.decode(latents)

@@ -20,7 +20,6 @@ from svam.console import console
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
-from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
@@ -152,7 +151,7 @@ def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
     section = params.evaluate.calvin
     checkout = open_checkout(section.path, section.commit)
     cameras, side = cameras_of(policy, tuple(CAMERAS)), params.evaluate.remote.image_size
-    image_size = (side, side) if side is not None and isinstance(policy, Remote) else None
+    image_size = None if side is None or policy is None else (side, side)
     if isinstance(policy, SVAM):
         check_model(policy, store, checkout.sentences.values())
         image_size = policy.config.image_size
@@ -178,4 +177,4 @@ def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
         "cameras": list(cameras), "renderer": section.renderer, "commit": checkout.commit, "max_steps": section.max_steps,
         "execute": params.evaluate.execute, "intervals": "95 % Wilson, over chains",
     }  # fmt: skip
-    return metrics | ({"weights_sha256": policy.weights} if isinstance(policy, Remote) else {})
+    return metrics if policy is None or isinstance(policy, SVAM) else metrics | {"weights_sha256": policy.weights}

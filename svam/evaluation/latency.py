@@ -11,7 +11,7 @@ from svam.models.timing import timed, timed_components
 
 def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, float]:
     """Median milliseconds of one call of `act` on `batch` observations: component -> ms, `total`, and what is in no
-    component (the decoding of generated frames, copies) as `other`."""
+    component (the decoding of generated frames, copies; on a GPU all foresight, see `svam.models.control`) as `other`."""
     observations = [model.example()] * batch
     runs: list[dict[str, float]] = []
     for _ in range(repeats + 1):
@@ -27,7 +27,7 @@ def measure_latency(model: SVAM, batch: int, repeats: int = 5) -> dict[str, floa
 
 
 def print_latencies(model: SVAM, batch: int) -> None:
-    """Print `measure_latency` of one observation, as on a robot, and of `batch`."""
-    for size in sorted({1, batch}):
+    """Print `measure_latency` of `batch` observations, and on a CPU of one, as on a robot; a GPU is ready for `batch` alone."""
+    for size in sorted({batch} if model.device.type == "cuda" else {1, batch}):
         times = ", ".join(f"{name} {value:.1f}" for name, value in measure_latency(model, size).items())
         console.print(f"latency in ms, batch {size}: {times}", highlight=False)

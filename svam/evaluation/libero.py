@@ -19,7 +19,6 @@ from svam.console import console
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError, did_you_mean
 from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
-from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
@@ -142,7 +141,7 @@ def write_libero(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
     if isinstance(policy, SVAM):
         check_policy(policy, store, {task.sentence for task in tasks})
         image_size = policy.config.image_size
-    if isinstance(policy, Remote) and evaluate.remote.image_size:
+    elif policy is not None and evaluate.remote.image_size:
         image_size = (evaluate.remote.image_size, evaluate.remote.image_size)
     outcomes = run(
         tasks, policy, evaluate, cameras=cameras, image_size=image_size,

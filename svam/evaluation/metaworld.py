@@ -24,7 +24,6 @@ from svam.episodes.instructions import instructions_of
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation.policies import Evaluated, cameras_of
-from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import (
     Controller,
     Outcome,
@@ -136,8 +135,6 @@ def setting_of(store: EpisodeStore, policy: Evaluated, params: Evaluate) -> dict
         setting |= {
             "cameras": list(cameras), "image_size": drawn["image_size"], "render": drawn["render"], "gl": choose_backend(),
         }  # fmt: skip
-    if isinstance(policy, Remote):
-        setting["weights_sha256"] = policy.weights
     if isinstance(policy, SVAM):
         tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
         recorded = [store.provenance["tasks"][task] for task in params.metaworld.tasks]
@@ -145,6 +142,8 @@ def setting_of(store: EpisodeStore, policy: Evaluated, params: Evaluate) -> dict
             "episodes": {task: tasks.count(task) for task in params.metaworld.tasks},
             "recorded": [entry for number, entry in enumerate(recorded) if entry not in recorded[:number]],
         }
+    elif policy is not None:
+        setting["weights_sha256"] = policy.weights
     return setting
 
 

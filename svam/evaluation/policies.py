@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from svam.contract import ContractError
 from svam.device import prepare_torch
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
-from svam.evaluation.remote import Remote
+from svam.models.control import for_control
 from svam.models.svam import SVAM
 from svam.params import Params
 
-Evaluated = SVAM | Remote | None
+if TYPE_CHECKING:
+    from svam.evaluation.remote import Remote
+
+Evaluated: TypeAlias = "SVAM | Remote | None"
 """None: `evaluate.policy` is scripted, so that nothing is loaded and nothing drawn."""
 
 
@@ -30,9 +35,12 @@ def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evalu
     if section.policy == "svam":
         if model is None:
             raise ParamsError("evaluate.policy is 'svam': name its folder with --model")
-        yield SVAM.load(model, device), str(device)
+        # A graph gives most of the speed; compiling would take as long as a small evaluation.
+        yield for_control(SVAM.load(model), device, section.batch, compiled=False), str(device)
     elif section.policy == "remote":
-        with Remote(section.remote, section.execute) as remote:
+        # By name, as `Params.modules` has it, so that an edit of the client re-runs no row of S-VAM.
+        remote: Remote
+        with import_module(f"svam.evaluation.{section.policy}").Remote(section.remote, section.execute) as remote:
             yield remote, f"weights {remote.weights}"
     else:
         yield None, "scripted"
@@ -40,9 +48,9 @@ def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evalu
 
 def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:
     """Those of `cameras` that the policy sees: a server as many as there are keys for their pictures."""
-    if isinstance(policy, Remote):
-        return tuple(cameras[: len(policy.keys)])
-    return () if policy is None else (policy.camera,)
+    if policy is None:
+        return ()
+    return (policy.camera,) if isinstance(policy, SVAM) else tuple(cameras[: len(policy.keys)])
 
 
 def check_trained_for(benchmark: str, store: EpisodeStore, facts: Iterable[tuple[str, str, str]]) -> None:

@@ -1,1 +1,4 @@
-"""Networks. Only `foresight` and `svam` assemble siblings. "S-VAM section ..." cites Yan et al., arXiv 2603.16195."""
+"""Networks. Only `generator`, `foresight`, `svam` and `control` assemble siblings.
+
+"S-VAM section ..." cites Yan et al., arXiv 2603.16195.
+"""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.contract import ContractError, Foresight
+from svam.device import branch_of_graph
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler
@@ -154,26 +155,39 @@ class ForesightModel(VideoGenerator):
                 frozen teachers' tokens.
             noise_seeds: one per observation, used where the video model draws fresh noise.
         """
-        frames = frames_BHWC.to(self.device)
+        text = self.embed_text(instructions)
+        noise = self.video_model.initial_noise(noise_seeds) if FrozenParts.of_entries(entries).video else None
+        return Foresight(entries=self.foresee(frames_BHWC.to(self.device), text, noise, entries), text=text)
+
+    @torch.no_grad()
+    def foresee(self, frames_BHWC: Tensor, text: Tensor, noise: Tensor | None, entries: Sequence[str]) -> dict[str, Tensor]:
+        """What `encode` computes, from tensors on the device alone: frames, sentences as `embed_text` gives them, and the video
+        model's initial noise (B, T, c, h', w'), None where the entries need no video model.
+
+        While a CUDA graph is captured (`svam.models.control`), what teachers see of the frames becomes a branch of the graph,
+        which runs beside the video model.
+        """
         parts = FrozenParts.of_entries(entries)
-        encoded: dict[str, Tensor] = {}
-        if "observation" in entries:
-            encoded["observation"] = self.teacher_tokens(frames[:, None])
-        if not parts.video:
-            return Foresight(entries=encoded, text=self.embed_text(instructions))
-        condition, text = self.prepare(frames, instructions)
-        noise = self.video_model.initial_noise(noise_seeds)
-        if "generated" in entries or "goal_frame" in entries:
-            generation = self.generate(condition, text, noise)
-            features = generation.features
-            encoded |= self._generated(generation.latents, entries)
-        else:
-            features = self.one_step(condition, text, noise)
-        if "one_step" in entries:
-            encoded["one_step"] = features
-        for branch in parts.decouplers:
-            encoded[branch] = self.decouple(branch, features, self.reference_features(branch, frames))
-        return Foresight(entries={e: encoded[e] for e in entries if e in encoded}, text=text)
+        encoded, references = dict[str, Tensor](), dict[str, Tensor]()
+        with branch_of_graph(self.device) as joined:
+            if "observation" in entries:
+                encoded["observation"] = self.teacher_tokens(frames_BHWC[:, None])
+            for branch in parts.decouplers:
+                references[branch] = self.reference_features(branch, frames_BHWC)
+        if noise is not None:
+            condition = self.condition(frames_BHWC)
+            if "generated" in entries or "goal_frame" in entries:
+                generation = self.generate(condition, text, noise)
+                features = generation.features
+                encoded |= self._generated(generation.latents, entries)
+            else:
+                features = self.one_step(condition, text, noise)
+            if "one_step" in entries:
+                encoded["one_step"] = features
+        joined()
+        for branch, reference in references.items():
+            encoded[branch] = self.decouple(branch, features, reference)
+        return {e: encoded[e] for e in entries if e in encoded}
 
     def _generated(self, latents: Tensor, entries: Sequence[str]) -> dict[str, Tensor]:
         """Teacher features of the generated clip (multi-step VAM) and of its last frame (SuSIE-like)."""

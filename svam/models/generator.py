@@ -83,10 +83,10 @@ class VideoGenerator(nn.Module):
         return torch.cat([tokens[instruction] for instruction in instructions])
 
     @torch.no_grad()
-    def prepare(self, frames_BHWC: Tensor, instructions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """(condition latents (B, c, h', w'), text (B, L, D)) of observed uint8 frames."""
+    def condition(self, frames_BHWC: Tensor) -> Tensor:
+        """Latents (B, c, h', w') of observed uint8 frames, as the video model is conditioned on them."""
         autoencoder = self.frame_autoencoder
-        return autoencoder.condition_of(autoencoder.encode(frames_BHWC.to(self.device))), self.embed_text(instructions)
+        return autoencoder.condition_of(autoencoder.encode(frames_BHWC.to(self.device)))
 
     @torch.no_grad()
     def one_step(self, condition: Tensor, text: Tensor, noise: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from svam.models.policy import ActionDiffusion
 from svam.models.video import SamplerConfig
 from svam.normalisation import denormalise_actions, normalise_proprioception
 from svam.params import ActionTransformer, Context, Perceiver, TrainPolicy
+from svam.precision import mixed_precision
 from svam.seeds import seed_of
 
 Shape = tuple[int, int, int, int]
@@ -152,6 +153,7 @@ class PolicyNetwork(nn.Module):
     def __init__(self, config: SVAMConfig, statistics: Statistics) -> None:
         super().__init__()
         self.config = config
+        self.bf16 = False
         sizes, shapes = config.perceiver, dict(config.shapes)
         trained = "observation" in config.context and config.observation_encoder == "trained"
         self.observation = ObservationEncoder(config.image_size, sizes.width) if trained else None
@@ -199,6 +201,13 @@ class PolicyNetwork(nn.Module):
         groups = zip(self.aggregators, self.groups.values(), strict=True)
         tokens = torch.cat([aggregator(self._group(entries, inputs)) for aggregator, entries in groups], dim=1)
         return self.diffusion.encode_context(tokens, inputs.text, inputs.proprioception)
+
+    @torch.no_grad()
+    def denoise(self, inputs: Inputs, noise_BKA: Tensor) -> Tensor:
+        """Normalised actions (B, K, A), sampled from unit noise. Where `bf16` is set, the context is encoded in bfloat16."""
+        with mixed_precision(noise_BKA.device, self.bf16):
+            context = self.context(inputs)
+        return self.diffusion.sample(context.float(), noise_BKA)
 
     def attention(self, inputs: Inputs) -> dict[str, Tensor]:
         """Group of entries ("geometric+semantic+one_step") -> head-averaged weights of the Uni-Perceiver's last
@@ -359,7 +368,7 @@ class SVAM:
         """
         shape = (self.config.chunk, self.statistics.convention.dimensions)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds])
-        normalised = self.network.diffusion.sample(self.network.context(inputs), noise.to(self.device)).float().cpu().numpy()
+        normalised = self.network.denoise(inputs, noise.to(self.device)).float().cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(normalised).all(axis=(1, 2)))
         if len(bad):
             raise ContractError(f"the policy returned NaN or infinity for observation {bad[0]} of {len(normalised)}")

@@ -50,7 +50,7 @@ class TeacherConfig:
 
 class Teacher(nn.Module):
     """One frozen vision model (S-VAM section 3.3); owns resizing and normalisation, so that every stage and serving prepare
-    frames alike."""
+    frames alike. Whatever the caller's autocast, it computes in float32, or with `bf16` under an autocast of its own."""
 
     model: Any
     mean: Tensor
@@ -82,6 +82,7 @@ class Teacher(nn.Module):
                 f"teacher: the depth model reads layers {vit.out_indices}, expected the last of them to be the final layer, "
                 f"{vit.num_hidden_layers}"
             )
+        self.bf16 = False
         self.head = nn.Linear(self.channels, config.outputs * self.patch**2) if config.outputs else None
         for name, values in zip(("mean", "std"), self.family.statistics, strict=True):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
@@ -147,12 +148,12 @@ class Teacher(nn.Module):
                 clip in which nothing moves, and the tokens are the mean over it; the others see it once, Depth Anything 3 as
                 the only view of its scene, as in S-VAM's released code.
         """
-        with torch.autocast(frames.device.type, enabled=False):
+        with torch.autocast(frames.device.type, torch.bfloat16, self.bf16):
             pixels = self.prepare(frames.float())
             if not self.sees_clips:
-                return self.tokens(pixels)
+                return self.tokens(pixels).float()
             still = pixels[:, None].expand(-1, length if self.family.sees == "video" else 1, -1, -1, -1)
-            return self._clip_tokens(still).mean(dim=1)
+            return self._clip_tokens(still).float().mean(dim=1)
 
     @torch.no_grad()
     def clip_features(self, clips: Tensor) -> Tensor:
@@ -164,8 +165,8 @@ class Teacher(nn.Module):
         """
         if not self.sees_clips:
             return self.features(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
-        with torch.autocast(clips.device.type, enabled=False):
-            return self._clip_tokens(self.prepare(clips.flatten(0, 1).float()).unflatten(0, clips.shape[:2]))
+        with torch.autocast(clips.device.type, torch.bfloat16, self.bf16):
+            return self._clip_tokens(self.prepare(clips.flatten(0, 1).float()).unflatten(0, clips.shape[:2])).float()
 
     def _clip_tokens(self, pixels: Tensor) -> Tensor:
         """Prepared (B, T, 3, S, S) -> (B, T, g, g, channels) of a model that sees clips."""
@@ -189,7 +190,7 @@ class Teacher(nn.Module):
         Raises:
             ContractError: published DINOv2 has no dense head.
         """
-        with torch.autocast(frames.device.type, enabled=False):
+        with torch.autocast(frames.device.type, torch.bfloat16, self.bf16):
             dense = self.dense(self.prepare(frames.float()))[0].float()
         if dense.shape[-2:] != frames.shape[-2:]:
             dense = F.interpolate(dense, frames.shape[-2:], mode="bilinear", align_corners=False)

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 COMPONENTS = {
-    "prepare": "autoencoder_and_text", "one_step": "video_model", "generate": "video_model", "reference_features": "teachers",
-    "decouple": "decouplers",
+    "embed_text": "autoencoder_and_text", "condition": "autoencoder_and_text", "one_step": "video_model",
+    "generate": "video_model", "reference_features": "teachers", "decouple": "decouplers",
 }  # fmt: skip
 """Methods of the foresight model, and the component each is counted under."""
 

@@ -74,10 +74,10 @@ class SamplerConfig(Frozen):
         """Whether generation needs an unconditional estimate beside the conditional one."""
         return (self.guidance, self.guidance_last or self.guidance) != (1.0, 1.0)
 
-    def strengths(self, frames: int) -> Tensor:
+    def strengths(self, frames: int, device: torch.device) -> Tensor:
         """Guidance (T, 1, 1, 1) float32 of each frame of a clip."""
         last = self.guidance if self.guidance_last is None else self.guidance_last
-        return torch.linspace(self.guidance, last, frames).view(-1, 1, 1, 1)
+        return torch.linspace(self.guidance, last, frames, device=device).view(-1, 1, 1, 1)
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ class VideoModel(nn.Module):
         batch, frames = noisy.shape[:2]
         scaled = noisy * self.edm.c_in(expand_like(sigma_B, noisy))
         sample = torch.cat([scaled, condition[:, None].expand(-1, frames, -1, -1, -1)], dim=2).flatten(0, 1)
-        ids = noisy.new_tensor(time_ids or self.config.added_time_ids).expand(batch, 3)
+        # Filled where they are used: a copy from the host would make it wait, and cannot be part of a CUDA graph.
+        ids = torch.cat([noisy.new_full((batch, 1), number) for number in time_ids or self.config.added_time_ids], dim=1)
         embedding = unet.time_embedding(unet.time_proj(self.edm.c_noise(sigma_B)).to(noisy.dtype))
         embedding = embedding + unet.add_embedding(unet.add_time_proj(ids.flatten()).reshape(batch, -1).to(noisy.dtype))
         embedding = embedding.repeat_interleave(frames, dim=0)
@@ -230,7 +231,7 @@ class VideoModel(nn.Module):
         """
         self.feature_channels(sampler.up_blocks)
         levels = karras_sigmas(sampler.steps, self.config.sigma_min, self.config.sigma_max).tolist()
-        guidance = sampler.strengths(self.config.frames).to(noise.device) if sampler.guided else None
+        guidance = sampler.strengths(self.config.frames, noise.device) if sampler.guided else None
         noisy = self._start(noise)
         features = first = noisy
         for i, sigma in enumerate(levels[:-1]):

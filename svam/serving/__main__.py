@@ -31,11 +31,15 @@ def serve(
     gather_ms: Annotated[float, typer.Option(min=0.0, help="How long a batch waits for clients to fill it.")] = 5.0,
     ping_seconds: Annotated[float, typer.Option(min=0.1, help="A client that is silent for twice as long is dropped.")] = 20.0,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What computes.")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="On a GPU: compile first, for a minute or two; needs a C compiler.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of a CPU; without it: all cores.")] = None,
 ) -> None:
     """Serve the policy MODEL on openpi's websocket protocol until SIGTERM or Ctrl-C."""
     from svam.device import prepare_torch
     from svam.files import sha256
+    from svam.models.control import for_control
     from svam.models.manifest import MANIFEST
     from svam.models.svam import SVAM
     from svam.serving.inference import Inference
@@ -45,7 +49,8 @@ def serve(
         host, port, _key(key_env), max_clients, queue, int(max_message_mb * 2**20), gather_ms / 1000.0, ping_seconds
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    inference = Inference(SVAM.load(model, prepare_torch(device, threads or os.cpu_count() or 1, seed=0)), batch)
+    chosen = prepare_torch(device, threads or os.cpu_count() or 1, seed=0)
+    inference = Inference(for_control(SVAM.load(model), chosen, batch, compiled), batch)
     inference.warm_up()
     server = PolicyServer(inference, sha256(model / MANIFEST), settings)
 
