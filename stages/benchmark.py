@@ -24,13 +24,13 @@ def app(
     scratch: Annotated[Path, typer.Option(help="Folder, on the disk to be measured.")] = Path(".cache/benchmark"),
 ) -> None:
     """Measure PART and write OUT. Timings differ from run to run; ratios, of pairs that take turns, much less."""
-    from svam.benchmark import calvin, pipeline, policy, serving, store
+    from svam.benchmark import calvin, gpu, pipeline, policy, serving, store
     from svam.benchmark.timing import Inputs, machine
 
     parts = {
         "store": store.clips, "conversion": store.conversion, "loader": pipeline.loader, "times": pipeline.times,
         "encode": policy.encode, "features": policy.features, "evaluation": policy.evaluation,
-        "serving": serving.serving, "calvin": calvin.calvin,
+        "serving": serving.serving, "calvin": calvin.calvin, "gpu": gpu.gpu,
     }  # fmt: skip
     computer = machine()
     scratch.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, ValidationError
 from ruamel.yaml import YAML
 
-from svam.benchmark.timing import Inputs, ratio_of
+from svam.benchmark.timing import Inputs, Measured, ratio_of
 from svam.console import console
 from svam.errors import MachineError
 from svam.files import FileError, read_json, read_yaml, scratch_folder
@@ -109,10 +109,6 @@ def times(inputs: Inputs, params: Params) -> dict[str, Any]:
     return found
 
 
-class _Measured(BaseException):
-    """Ends a training that was watched for long enough; no stage takes it for an error."""
-
-
 def trainings(lock: Path, scratch: Path) -> dict[str, list[str]]:
     """Stage -> its module and arguments, with its outs below `scratch`, for each stage in `dvc.lock` that writes curves.
 
@@ -143,12 +139,12 @@ def steps_of(command: list[str], pairs: int) -> dict[str, list[float]]:
                         start = time.perf_counter()
                     yield next(drawn) if kind == "drawn" else first
                 seconds[kind].append(time.perf_counter() - start)
-        raise _Measured
+        raise Measured
 
     made_ahead, argv = loop.made_ahead, sys.argv
     loop.made_ahead, sys.argv = in_turn, command
     try:
-        with suppress(_Measured):
+        with suppress(Measured):
             runpy.run_module(command[0], run_name="__main__", alter_sys=True)
     finally:
         loop.made_ahead, sys.argv = made_ahead, argv

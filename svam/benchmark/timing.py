@@ -25,6 +25,10 @@ class Inputs:
     model: Path
 
 
+class Measured(BaseException):
+    """Ends a training that was watched for long enough; no stage takes it for an error."""
+
+
 def in_turn(works: Mapping[str, Callable[[int], float]], repeats: int, warm: bool = True) -> dict[str, list[float]]:
     """Seconds of each work in each repeat, as the work itself says; every other repeat takes the works in reversed order.
 

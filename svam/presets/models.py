@@ -1,4 +1,4 @@
-"""All models of some params on torch's meta device, where tensors have shapes and no values, and their FLOPs.
+"""All models of some params, by default on torch's meta device, where tensors have shapes and no values; and their FLOPs.
 
 They are the pipeline's own classes; torch's counter reads the FLOPs of matrix products and convolutions off the pipeline's own
 forward and backward passes. T frames, h w grid, C channels.
@@ -95,8 +95,9 @@ def _training_flops(loss: Callable[..., Tensor], *arguments: Any) -> int:
 
 
 def _numbers(dimensions: int | None) -> VectorStatistics | None:
-    zeros = [0.0] * (dimensions or 0)
-    return VectorStatistics(mean=zeros, std=zeros, min=zeros, max=zeros, q01=zeros, q99=zeros, count=1) if zeros else None
+    """Statistics of numbers between -1 and 1."""
+    low, zero, high = ([value] * (dimensions or 0) for value in (-1.0, 0.0, 1.0))
+    return VectorStatistics(mean=zero, std=high, min=low, max=high, q01=low, q99=high, count=1) if dimensions else None
 
 
 def _teacher(section: TeacherModel, key: str) -> Teacher:
@@ -107,27 +108,27 @@ def _teacher(section: TeacherModel, key: str) -> Teacher:
         model, objective = own_teacher.build(section), section.objective
         outputs = {"depth": 1, "segmentation": len(SEGMENTATION_CLASSES), "self_supervised": 3}[section.objective]
     outputs = 0 if section.family == "depth_anything_v2" else outputs
-    return Teacher(model, TeacherConfig(section.family, section.image_size, objective, outputs)).to("meta")
+    return Teacher(model, TeacherConfig(section.family, section.image_size, objective, outputs))
 
 
 class Models:
     """text, autoencoder, video, teachers, decouplers and policy, untrained. contrast: the CLIP whose text half is trained
     in-domain, or None. entries: frozen entries of the policy's context, and their shapes (T, h, w, C)."""
 
-    def __init__(self, params: Params, data: Data) -> None:
+    def __init__(self, params: Params, data: Data, device: str = "meta") -> None:
         """Raises `ParamsError` for published weights of unknown size, or an in-domain text encoder of unknown sentences."""
-        self.params, self.data = params, data
+        self.params, self.data, self.device = params, data, device
         backbones, video, grid = params.prepare_backbones, params.finetune_video, params.generate.grid
         self.sampler = SamplerConfig.model_validate(params.generate.model_dump(include=set(SamplerConfig.model_fields)))
-        with torch.device("meta"):
+        with torch.device(device):
             own, text = backbones.autoencoder, backbones.text
             vae: Any = (
                 _published("autoencoder", own.path, "prepare_backbones.autoencoder") if own.source == "pretrained" else None
             )
-            self.autoencoder = Autoencoder(vae or own_autoencoder.build(own, data.size)).to("meta")
+            self.autoencoder = Autoencoder(vae or own_autoencoder.build(own, data.size)).to(device)
             self.contrast: Any = self._contrast() if text.source == "in_domain" else None
             clip = self.contrast.clip.text_model if self.contrast else _published("text", text.path, "prepare_backbones.text")
-            self.text: Any = clip.to("meta")
+            self.text: Any = clip.to(device)
             height, width = (side // self.autoencoder.factor for side in data.size)
             config = VideoConfig(
                 frames=video.frames, latent_channels=self.autoencoder.latent_channels, latent_size=(height, width),
@@ -136,14 +137,14 @@ class Models:
             )  # fmt: skip
             path = video.unet.pretrained
             unet = _published("unet", path, "finetune_video.unet") if path else build_unet(video.unet, config)
-            self.video = VideoModel(unet, config, _meta(*config.clip_shape)).to("meta")
-            self.teachers = {b: _teacher(getattr(backbones, b), f"prepare_backbones.{b}") for b in BRANCHES}
+            self.video = VideoModel(unet, config, torch.randn(config.clip_shape)).to(device)
+            self.teachers = {b: _teacher(getattr(backbones, b), f"prepare_backbones.{b}").to(device) for b in BRANCHES}
             channels = {branch: teacher.channels for branch, teacher in self.teachers.items()}
             shared: dict[str, Any] = params.distill.model_dump(include=set(DecouplerConfig.model_fields)) | {
                 "feature_channels": self.video.feature_channels(self.sampler.up_blocks), "frames": video.frames,
                 "grid": (grid, grid), "reference": params.cache_teacher.reference,
             }  # fmt: skip
-            self.decouplers = {
+            self.decouplers: dict[str, Decoupler] = {
                 branch: Decoupler(DecouplerConfig(teacher_channels=channels[branch], **shared))
                 for branch in params.distill.branches
             }
@@ -164,13 +165,13 @@ class Models:
                 "prepare_backbones.text is trained on the data's sentences, which only a store has: run dvc repro convert first"
             )
         tokenizer = own_text.train_tokenizer(self.data.sentences, section.vocabulary)
-        return own_text.Contrast(own_text.build(section, tokenizer, self.data.size)).to("meta")
+        return own_text.Contrast(own_text.build(section, tokenizer, self.data.size)).to(self.device)
 
     def _policy(self) -> PolicyNetwork:
         data, config, section = self.data, self.video.config, self.params.train_policy
         convention = ActionConvention(dimensions=data.actions, normalisation=self.params.convert.normalisation)
         numbers: Any = {"actions": _numbers(data.actions), "proprioception": _numbers(data.proprioception)}
-        statistics = Statistics(convention=convention, **numbers)
+        statistics = self.statistics = Statistics(convention=convention, **numbers)
         pooled = self.text.config.projection_dim if hasattr(self.text, "text_projection") else config.text_width
         text = SimpleNamespace(tokens=config.text_tokens, width=config.text_width, pooled_width=pooled)
         foresight: Any = SimpleNamespace(text=text, sampler=self.sampler)

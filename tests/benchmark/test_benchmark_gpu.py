@@ -1,0 +1,84 @@
+"""The part that needs a GPU, at toy size on a CPU: every row is measured, and the page says what was."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from svam.benchmark import gpu, training
+from svam.benchmark.__main__ import BEGIN, END, main
+from svam.errors import MachineError
+from svam.files import read_json, write_json
+from tests import ROOT
+from tests.benchmark.common import refused
+from tests.toy import write_toy_params
+
+PAGE = ROOT / "svam/benchmark/README.md"
+FEW = {"collect.tasks": ["reach"], "collect.episodes": 2, "collect.episodes_of": None}
+
+
+def measured(folder: Path) -> dict[str, Any]:
+    write_toy_params(folder / "params.yaml")
+    (folder / "scratch").mkdir()
+    return gpu.measure(folder / "params.yaml", {}, FEW, torch.device("cpu"), folder / "scratch")
+
+
+def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two stages start, which takes its seconds."""
+    monkeypatch.setattr(gpu, "CALLS", 1)
+    monkeypatch.setattr(training, "WARM_UP", 1)
+    monkeypatch.setattr(training, "STEPS", 2)
+    found = measured(tmp_path)
+    missing = set() if find_spec("peft") else {"adapters"}
+    assert set(found["failed"]) == missing and {row.part for row in gpu.ROWS.values()} == set(found["parts"]) | missing
+    control, rows = found["parts"]["control"], found["rows"]
+    assert rows["rate"] == pytest.approx(8e3 / rows["act"])
+    assert rows["generations"] == pytest.approx(control["before_ms"]["generation"] / rows["act"])
+    assert control["flops"]["act"] > control["flops"]["one_step"] > 0
+    for name, share in control["share_of_matrix_rate"].items():
+        assert share == pytest.approx(1e3 * control["flops"][name] / rows[name] / found["matrix_flops"])
+    assert set(control["cosines"]) == {"geometric", "semantic", "one_step"}
+    assert all(cosine == pytest.approx(1.0, abs=1e-5) for cosine in control["cosines"].values())  # a CPU keeps its bits
+    assert control["difference_of_range"] == 0.0
+    assert rows["policy"] == pytest.approx(found["parts"]["policy"]["fast"] / found["parts"]["policy"]["eager"])
+    assert rows["finetuning"] > 0 and rows["small_finetuning"] > 0
+    assert rows["demonstrations"] == pytest.approx(sum(found["parts"]["demonstrations"]["by_stage"].values()))
+    assert (tmp_path / "scratch/episodes.zarr").is_dir()
+    page = gpu.table(found)
+    assert "measured, none" in page and page.count("not run yet") == len(missing)
+
+
+def test_a_row_that_fails_does_not_take_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> dict[str, Any]:
+        raise MachineError("no\nway")
+
+    for name in ("control", "finetuning", "policy"):
+        monkeypatch.setattr(gpu, name, fails)
+    monkeypatch.setattr(gpu, "demonstrations", lambda *_: {"seconds": 140.2})
+    found = measured(tmp_path)
+    assert set(found["failed"].values()) == {"no way"} and found["rows"] == {"demonstrations": 140.2}
+    page = gpu.table(found)
+    assert page.count("not run yet") == len(gpu.ROWS) - 1 and "| 140 s |" in page
+
+
+def test_the_page_holds_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kept, page = ROOT / "data/benchmark/gpu.json", PAGE.read_text(encoding="utf-8")
+    assert page.partition(BEGIN)[2].partition(END)[0].strip() == gpu.table(read_json(kept) if kept.is_file() else {})
+    (tmp_path / "page.md").write_text(f"Words.\n{BEGIN}\n{END}\nMore.\n")
+    write_json(tmp_path / "gpu.json", {"part": "gpu", "card": "a card", "rows": {"act": 24.04}})
+    main(tmp_path / "gpu.json", tmp_path / "page.md")
+    written = (tmp_path / "page.md").read_text()
+    assert "measured, a card" in written and "| 24 ms |" in written and written.endswith("More.\n")
+    write_json(tmp_path / "gpu.json", {"part": "store"})
+    with pytest.raises(SystemExit):
+        main(tmp_path / "gpu.json", tmp_path / "page.md")
+    assert "expected what `python -m stages.benchmark gpu" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_is_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "the part gpu needs a CUDA GPU, and torch" in refused("gpu", tmp_path, {}, capfd)
