@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,18 +50,24 @@ def serve(
         host, port, _key(key_env), max_clients, queue, int(max_message_mb * 2**20), gather_ms / 1000.0, ping_seconds
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    chosen = prepare_torch(device, threads or os.cpu_count() or 1, seed=0)
-    inference = Inference(for_control(SVAM.load(model), chosen, batch, compiled), batch)
-    inference.warm_up()
-    server = PolicyServer(inference, sha256(model / MANIFEST), settings)
 
-    async def run() -> None:
+    def ready() -> Inference:
+        chosen = prepare_torch(device, threads or os.cpu_count() or 1, seed=0)
+        inference = Inference(for_control(SVAM.load(model), chosen, batch, compiled), batch)
+        inference.warm_up()
+        return inference
+
+    async def run(server: PolicyServer) -> None:
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await server.run(stop, lambda port: typer.echo(f"serving {model} on ws://{host}:{port}"))
 
-    asyncio.run(run())
+    # Torch is used in one thread only, from the beginning. Each that uses it keeps a team of OpenMP's threads, and where teams
+    # have more threads than there are cores, OpenMP's sleep wherever they wait, which slows each of thousands of operations.
+    with ThreadPoolExecutor(1, "policy") as thread:
+        inference = thread.submit(ready).result()
+        asyncio.run(run(PolicyServer(inference, thread, sha256(model / MANIFEST), settings)))
 
 
 def _key(variable: str | None) -> str | None:

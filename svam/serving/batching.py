@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
@@ -34,12 +34,15 @@ class Batcher:
     `gather` seconds after the first: clients that ask in step share each batch instead of falling into two halves that wait
     for one another. A client alone never waits, and with `size` 1 nobody does.
 
-    compute: the policy, called in a thread of its own with at most `size` requests. queue: most requests that may wait.
+    compute: the policy, called with at most `size` requests, in `thread`, which has one. queue: most requests that may wait.
     clients: how many are connected.
     """
 
-    def __init__(self, compute: Compute, size: int, queue: int, gather: float, clients: Callable[[], int]) -> None:
-        self._compute, self._size, self._queue, self._gather, self._clients = compute, size, queue, gather, clients
+    def __init__(
+        self, compute: Compute, thread: Executor, size: int, queue: int, gather: float, clients: Callable[[], int]
+    ) -> None:  # fmt: skip
+        self._compute, self._thread, self._clients = compute, thread, clients
+        self._size, self._queue, self._gather = size, queue, gather
         self._waiting: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
 
@@ -63,22 +66,21 @@ class Batcher:
         return answer, perf_counter() - waiting.asked
 
     async def run(self) -> None:
-        """Compute what is asked, until this is cancelled; then a batch that is being computed is still finished."""
+        """Compute what is asked, until this is cancelled; a batch that is being computed goes on in its thread."""
         loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(1, "policy") as thread:
-            while True:
-                await self._gathered()
-                part = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
-                if not part:  # who asked has gone
+        while True:
+            await self._gathered()
+            part = [self._waiting.popleft() for _ in range(min(self._size, len(self._waiting)))]
+            if not part:  # who asked has gone
+                continue
+            answers = await loop.run_in_executor(self._thread, self._compute, [waiting.request for waiting in part])
+            for waiting, answer in zip(part, answers, strict=True):
+                if waiting.answer.done():
                     continue
-                answers = await loop.run_in_executor(thread, self._compute, [waiting.request for waiting in part])
-                for waiting, answer in zip(part, answers, strict=True):
-                    if waiting.answer.done():
-                        continue
-                    if isinstance(answer, Answer):
-                        waiting.answer.set_result(answer)
-                    else:
-                        waiting.answer.set_exception(answer)
+                if isinstance(answer, Answer):
+                    waiting.answer.set_result(answer)
+                else:
+                    waiting.answer.set_exception(answer)
 
     async def _gathered(self) -> None:
         """Wait for the first request, and then a little for those of the other clients."""

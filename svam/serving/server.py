@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import logging
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -84,14 +85,14 @@ class Settings:
 class PolicyServer:
     """Serves one policy until it is told to stop."""
 
-    def __init__(self, inference: Inference, sha256: str, settings: Settings) -> None:
-        """`inference` has been warmed up."""
+    def __init__(self, inference: Inference, thread: Executor, sha256: str, settings: Settings) -> None:
+        """`inference` has been warmed up; `thread`, an executor of one, is where it computes."""
         self._svam, self._settings = inference.svam, settings
         self._metadata = pack(describe(inference.svam, sha256, inference.batch))
         self._clients = 0
         self._replying = 0
         self._stopping = False
-        self._batcher = Batcher(inference, inference.batch, settings.queue, settings.gather, lambda: self._clients)
+        self._batcher = Batcher(inference, thread, inference.batch, settings.queue, settings.gather, lambda: self._clients)
 
     async def run(self, stop: asyncio.Event, listening: Callable[[int], None]) -> None:
         """Serve until `stop` is set; then finish the replies that are on their way and close every connection.

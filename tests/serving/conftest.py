@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,7 +70,8 @@ def make_server(model: Path, svam: SVAM) -> MakeServer:
     def running(batch: int = 1, **settings: Any) -> Iterator[Running]:
         inference = Inference(svam, batch)
         inference.warm_up()
-        server = PolicyServer(inference, sha256(model / "manifest.json"), Settings(port=0, **settings))
+        policy = ThreadPoolExecutor(1)
+        server = PolicyServer(inference, policy, sha256(model / "manifest.json"), Settings(port=0, **settings))
         ports: list[int] = []
         listening, stop, loop = threading.Event(), asyncio.Event(), asyncio.new_event_loop()
 
@@ -86,6 +88,7 @@ def make_server(model: Path, svam: SVAM) -> MakeServer:
             loop.call_soon_threadsafe(stop.set)
             thread.join()
             loop.close()
+            policy.shutdown()
 
     return running
 

@@ -234,8 +234,8 @@ def test_it_listens_elsewhere_only_with_a_key(svam: SVAM) -> None:
             Settings(host=host)
     for host, key in {"0.0.0.0": "0123456789", "localhost": None, "::1": None, "127.0.0.2": None}.items():
         Settings(host, key=key)
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        server = PolicyServer(Inference(svam, 1), "", Settings(port=taken.getsockname()[1]))
+    with socket.create_server(("127.0.0.1", 0)) as taken, ThreadPoolExecutor(1) as thread:
+        server = PolicyServer(Inference(svam, 1), thread, "", Settings(port=taken.getsockname()[1]))
         with pytest.raises(ServingError, match="cannot listen on 127.0.0.1:.* choose another"):
             asyncio.run(server.run(asyncio.Event(), print))
 
