@@ -141,8 +141,9 @@ def rates(device: torch.device) -> dict[str, float]:
 
 def untrained(models: Models) -> SVAM:
     """The S-VAM that the models make, its gates open as training opens them, so that every part shows in the actions."""
-    tokens = models.params.prepare_backbones.text.tokens
-    text = TextEncoder(models.text, train_tokenizer(["go"], 1024), tokens)
+    tokens, projection = models.params.prepare_backbones.text.tokens, getattr(models.text, "text_projection", None)
+    clip, weight = (models.text, None) if projection is None else (models.text.text_model, projection.weight.detach())
+    text = TextEncoder(clip, train_tokenizer(["go"], 1024), tokens, weight)
     foresight = ForesightModel(text, models.sampler, models.autoencoder, models.video, models.teachers, models.decouplers)
     for module in models.policy.diffusion.decoder:
         nn.init.normal_(module.modulation.weight, std=0.02)  # type: ignore[union-attr, arg-type]

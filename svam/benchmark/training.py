@@ -46,7 +46,7 @@ def seconds_of_steps(module: nn.Module, train: Callable[[], object], device: tor
 
     def mark(*_: object) -> None:
         if device.type == "cuda":
-            marks.append(torch.cuda.Event(enable_timing=True))
+            marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
             marks[-1].record()
         else:
             marks.append(time.perf_counter())
@@ -107,16 +107,16 @@ def policy(params: Params, device: torch.device, machine: Machine) -> dict[str, 
 
 def _policy(params: Params, device: torch.device, machine: Machine | None) -> float:
     models = Models(params, estimated(params, None, None), device.type)
-    network, section, shapes, text = models.policy, params.train_policy, models.shapes, models.video.config
-    statistics = models.statistics
+    network, section, shapes = models.policy, params.train_policy, models.shapes
+    dimensions = models.statistics.convention.dimensions
     del models
     forget(device)
     training = section.training.model_copy(update={"steps": ENDLESS, "accumulate": 1})
-    size, dimensions = training.batch, statistics.convention.dimensions
+    size = training.batch
     batch = Batch(
         Inputs(
             {entry: torch.randn(size, *shape, device=device, dtype=torch.float16) for entry, shape in shapes.items()},
-            torch.randn(size, text.text_tokens, text.text_width, device=device),
+            torch.randn(size, *network.config.text, device=device),
         ),
         torch.randn(size, section.chunk, dimensions, device=device).clamp(-1, 1),
         torch.ones(size, section.chunk, dtype=torch.bool, device=device),

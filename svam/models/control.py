@@ -138,7 +138,8 @@ def _record_foresee(svam: SVAM, batch: int) -> Inputs:
     eager = foresight.foresee
     noise = foresight.video_model.initial_noise([0] * batch) if foresight.video is not None else None
     frames = torch.zeros(batch, *svam.config.image_size, 3, dtype=torch.uint8, device=svam.device)
-    tensors = [frames, inputs.text, *([] if noise is None else [noise])]
+    text = foresight.embed_text([svam.example().instruction] * batch)  # the policy's own may be pooled
+    tensors = [frames, text, *([] if noise is None else [noise])]
     graph = Graph(lambda frames, text, noise=None: list(eager(frames, text, noise, own).values()), tensors)
 
     def foresee(frames_BHWC: Tensor, text: Tensor, noise: Tensor | None, entries: Sequence[str]) -> dict[str, Tensor]:

@@ -23,7 +23,8 @@ SEEDS = [3, 4]
 
 @pytest.fixture
 def svam(store: EpisodeStore, folders: dict[str, Path]) -> SVAM:
-    return make_svam(store, folders, proprioception=True, encode_bf16=True, context=["one_step", "geometric", "observation"])
+    context = ["one_step", "geometric", "observation"]
+    return make_svam(store, folders, proprioception=True, encode_bf16=True, context=context, sentence="pooled")
 
 
 class Played:
@@ -62,7 +63,7 @@ def test_bfloat16_weights_stay_within_the_stated_tolerance(
     """Also on a processor that only emulates it."""
     monkeypatch.setattr("svam.precision.computes_bfloat16", lambda device: True)
     seen = observations(store, 4, proprioception=True)
-    exact = make_svam(store, folders, proprioception=True, context=svam.config.context)
+    exact = make_svam(store, folders, proprioception=True, context=svam.config.context, sentence="pooled")
     actions = exact.act(seen)
     control.to_bfloat16(svam)
     assert {p.dtype for p in svam.foresight.parameters()} == {torch.float32, torch.bfloat16}
