@@ -177,8 +177,10 @@ class Teacher(nn.Module):
                 f"finetune_video.frames to {self.frames} or less"
             )
         shown, taken = spread(length, self.frames or -(-length // self.tubelet) * self.tubelet, self.tubelet)
-        sequence = self.family.sequence(self.model, pixels[:, shown])
-        return sequence.unflatten(1, (-1, self.grid, self.grid))[:, taken]
+        # Frame by frame: a list of numbers as an index would be a copy from the host, for which it waits.
+        sequence = self.family.sequence(self.model, torch.stack([pixels[:, place] for place in shown], dim=1))
+        tokens: Tensor = sequence.unflatten(1, (-1, self.grid, self.grid))
+        return torch.stack([tokens[:, place] for place in taken], dim=1)
 
     @torch.no_grad()
     def predict(self, frames: Tensor) -> Tensor:
