@@ -75,6 +75,7 @@ class Evaluate(Section):
     execute: Count
     batch: Count
     videos: Annotated[int, Field(ge=0)]
+    record_actions: bool
     metaworld: EvaluateMetaworld
     calvin: EvaluateCalvin
     libero: EvaluateLibero

@@ -281,7 +281,8 @@ def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params
 
     `episodes.jsonl` has a line for each episode. `rollouts/<task>_<index>/*.npy` is a recorded one: frames (steps + 1, H, W, 3)
     uint8, calls (C,) int64, the steps at which the policy was called, and for each context entry what it foresaw then,
-    foresight_<entry> (C, T, h, w, channels) float16.
+    foresight_<entry> (C, T, h, w, channels) float16; with `evaluate.record_actions` also what was executed, actions (steps, 4)
+    float32, and proprioception (steps + 1, 4) float32.
     """
     outcomes = run(
         store, policy, params.evaluate, cameras=cameras_of(policy, store.cameras),
@@ -293,8 +294,11 @@ def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params
     lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
     (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for played in outcomes.get("policy", []):
-        if played.frames is not None:
-            arrays: dict[str, NDArray[Any]] = {"frames": played.frames, "calls": np.asarray(played.calls, dtype=np.int64)}
+        if (recorded := played.recorded) is not None:
+            arrays: dict[str, NDArray[Any]] = {"frames": recorded.frames, "calls": np.asarray(played.calls, dtype=np.int64)}
+            if params.evaluate.record_actions:
+                executed = np.clip(recorded.actions, -1.0, 1.0)  # as the simulator does
+                arrays |= {"actions": executed, "proprioception": recorded.proprioception}
             foresight = {}
             if isinstance(policy, SVAM):
                 foresight = foresight_at_calls(policy, played, params.seed, params.evaluate.batch)
@@ -308,7 +312,7 @@ def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params
 def foresight_at_calls(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
     """What the policy foresaw in a recorded episode, encoded again: context entry -> (calls, T, h, w, C), from the same
     frames, sentence and noise. The policy's proprioception was not recorded and is no part of the foresight."""
-    if outcome.frames is None or not model.config.frozen_entries:
+    if outcome.recorded is None or not model.config.frozen_entries:
         return {}
     parts: dict[str, list[NDArray[np.float16]]] = {}
     for start in range(0, len(outcome.calls), batch):
@@ -316,7 +320,7 @@ def foresight_at_calls(model: SVAM, outcome: Outcome, seed: int, batch: int) -> 
         padded = [*calls, *[calls[-1]] * (batch - len(calls))]
         seeds = [noise_seed(seed, outcome.plan, call) for call in padded]
         sentences = [outcome.plan.instruction] * batch
-        encoded = model.encode_frames(outcome.frames[padded], sentences, model.config.frozen_entries, seeds)
+        encoded = model.encode_frames(outcome.recorded.frames[padded], sentences, model.config.frozen_entries, seeds)
         for entry, values in encoded.entries.items():
             parts.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
     return {entry: np.concatenate(arrays) for entry, arrays in parts.items()}

@@ -34,6 +34,8 @@ from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 
 Controller = Literal["expert", "random"]
+Moment = tuple[NDArray[np.uint8], NDArray[np.float32]]
+"""Picture and proprioception."""
 P = ParamSpec("P")
 Result = TypeVar("Result")
 
@@ -94,31 +96,41 @@ class PlannedEpisode:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A whole episode: frames (steps + 1, H, W, 3) uint8 of the first camera, proprioception (steps + 1, P) and actions
+    (steps, A) float32, as the policy gave them; row t of the first two is what was there when action t began."""
+
+    frames: NDArray[np.uint8]
+    proprioception: NDArray[np.float32]
+    actions: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What happened. `draw`: the environment's. `success`: all goals were reached. `steps`: executed until then or until a
-    goal's limit. `calls`: the steps at which the policy was called. `frames`: a recorded episode's (steps + 1, H, W, 3) uint8
-    of the first camera, else None. `reached`: after how many steps each goal was, as far as the episode came."""
+    goal's limit. `calls`: the steps at which the policy was called. `recorded`: of a recorded episode, else None. `reached`:
+    after how many steps each goal was, as far as the episode came."""
 
     plan: PlannedEpisode
     draw: tuple[float, ...]
     success: bool
     steps: int
     calls: tuple[int, ...] = ()
-    frames: NDArray[np.uint8] | None = field(default=None, repr=False)
+    recorded: Recorded | None = field(default=None, repr=False)
     reached: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class _Reply:
     """A worker's reply: whether the goal was reached, what the policy sees next (absent once the episode is over) and what has
-    been recorded since."""
+    been recorded since: the first camera's pictures, and proprioception."""
 
     draw: tuple[float, ...]
     success: bool
     steps: int
     frames: dict[str, NDArray[np.uint8]] | None
     proprioception: NDArray[np.float32] | None
-    recorded: list[NDArray[np.uint8]]
+    recorded: list[Moment]
 
 
 def _save_outcome(outcome: Outcome, resume: Resume) -> None:
@@ -127,8 +139,8 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
         "draw": outcome.draw, "success": outcome.success, "steps": outcome.steps, "calls": outcome.calls,
         "reached": outcome.reached, "plan": astuple(outcome.plan),
     }  # fmt: skip
-    frames = outcome.frames
-    write = None if frames is None else lambda file: save_file({"frames": frames}, file)
+    recorded = outcome.recorded
+    write = None if recorded is None else lambda file: save_file(vars(recorded), file)
     resume.save_record(_record_name(outcome.plan), value, write)
 
 
@@ -137,10 +149,10 @@ def _load_outcome(plan: PlannedEpisode, resume: Resume) -> Outcome | None:
     record = resume.load_record(_record_name(plan))
     if record is None or record.value["plan"] != json.loads(json.dumps(astuple(plan))):
         return None
-    frames = load_file(record.file)["frames"] if record.file else None
+    recorded = Recorded(**load_file(record.file)) if record.file else None
     value = record.value
     calls, reached = tuple(value["calls"]), tuple(value["reached"])
-    return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], calls, frames, reached)
+    return Outcome(plan, tuple(value["draw"]), value["success"], value["steps"], calls, recorded, reached)
 
 
 def _record_name(plan: PlannedEpisode) -> str:
@@ -175,21 +187,25 @@ def _begin(slot: int, plan: PlannedEpisode) -> _Reply:
     environment.reset(plan.seed)
     _begin_goal(environment, plan, 0)
     frames = dict(environment.observe())
-    recorded = [next(iter(frames.values()))] if plan.record else []
+    recorded = [_moment(environment, frames)] if plan.record else []
     return _Reply(_draw(environment), False, 0, frames, environment.proprioception(), recorded)
+
+
+def _moment(environment: Environment, frames: Mapping[str, NDArray[np.uint8]]) -> Moment:
+    return next(iter(frames.values())), environment.proprioception()
 
 
 def _advance(slot: int, plan: PlannedEpisode, goal: int, actions: NDArray[np.float32], last: bool) -> _Reply:
     """Execute `actions` (k, A) until the first success; look once more unless that of the last goal, or `last`, ends the
     episode."""
     environment = _environments[slot][1]
-    recorded: list[NDArray[np.uint8]] = []
+    recorded: list[Moment] = []
     success, steps = False, 0
     for action in actions:
         success = bool(environment.step(action))
         steps += 1
         if plan.record:
-            recorded.append(next(iter(environment.observe().values())))
+            recorded.append(_moment(environment, environment.observe()))
         if success:
             break
     over = goal + 1 == len(plan.goals) if success else last
@@ -312,7 +328,8 @@ class _Slot:
     reply: _Reply
     steps: int = 0
     calls: list[int] = field(default_factory=list)
-    recorded: list[NDArray[np.uint8]] = field(default_factory=list)
+    recorded: list[Moment] = field(default_factory=list)
+    actions: list[NDArray[np.float32]] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
 
     def observation(self, proprioception: bool) -> Observation:
@@ -322,8 +339,11 @@ class _Slot:
         return Observation(self.reply.frames, sentence, self.reply.proprioception if proprioception else None)
 
     def outcome(self) -> Outcome:
-        frames, calls, reached = np.stack(self.recorded) if self.plan.record else None, tuple(self.calls), tuple(self.reached)
-        return Outcome(self.plan, self.reply.draw, self.reply.success, self.steps, calls, frames, reached)
+        calls, reached, recorded = tuple(self.calls), tuple(self.reached), None
+        if self.plan.record:
+            frames, states = zip(*self.recorded, strict=True)
+            recorded = Recorded(np.stack(frames), np.stack(states), np.concatenate(self.actions))
+        return Outcome(self.plan, self.reply.draw, self.reply.success, self.steps, calls, recorded, reached)
 
 
 def take_next(waiting: list[tuple[int, PlannedEpisode]], task: str | None) -> tuple[int, PlannedEpisode] | None:
@@ -460,6 +480,7 @@ class PolicyRollouts:
             slot.reply = _wait(future)
             slot.steps += slot.reply.steps
             slot.recorded.extend(slot.reply.recorded)
+            slot.actions.append(actions[row, : slot.reply.steps])
             if slot.reply.success:
                 slot.reached.append(slot.steps)
             if slot.reply.frames is None:

@@ -139,10 +139,13 @@ def test_batches_are_padded_and_noise_is_keyed_by_seed_episode_and_step() -> Non
 
 def test_recorded_episodes_have_a_frame_for_every_step() -> None:
     first, second = roll(plans(2), workers=1)
-    assert first.frames is not None and second.frames is None
-    assert len(first.frames) == first.steps + 1
-    assert first.frames[0, 0, 0, 0] == 0
-    assert first.frames[-1, 0, 0, 0] == pytest.approx(100 * first.draw[0], abs=5.5) or not first.success
+    recorded = first.recorded
+    assert recorded is not None and second.recorded is None
+    assert len(recorded.frames) == len(recorded.proprioception) == len(recorded.actions) + 1 == first.steps + 1
+    assert recorded.frames[0, 0, 0, 0] == 0
+    assert recorded.frames[-1, 0, 0, 0] == pytest.approx(100 * first.draw[0], abs=5.5) or not first.success
+    moved = np.diff(recorded.proprioception, axis=0)
+    assert moved == pytest.approx(np.clip(recorded.actions, -1, 1) / 10, abs=1e-6)
 
 
 def test_limit_ends_an_episode_within_a_chunk() -> None:
