@@ -1,4 +1,4 @@
-"""`python -m svam.episodes`: look into an episode store, check it, see its episodes; list a data set's files."""
+"""`python -m svam.episodes`: look into an episode store, check it, see its episodes, export it; list a data set's files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -104,6 +104,30 @@ def show(
 
     for file in show_episode(path, episode, out):
         console.print(str(file), highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+@one_line_errors
+def export(
+    path: Annotated[Path, typer.Argument(help="Episode store, or the folder of results that evaluate wrote.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, which must not be there.")],
+    layout: Annotated[Literal["lerobot"], typer.Option("--format", help="LeRobotDataset v3.0.")] = "lerobot",
+    crf: Annotated[int, typer.Option(min=0, max=51, help="Loss of the films' pictures: 0 the least, 51 the most.")] = 10,
+    pixel_format: Annotated[
+        Literal["yuv420p", "yuv444p"],
+        typer.Option(help="yuv420p halves the resolution of colour, which every player shows; yuv444p keeps it."),
+    ] = "yuv420p",
+) -> None:
+    """Write all episodes of PATH to OUT for other software: vectors as they are, pictures as films with a loss that is stated.
+
+    Of results, the rollouts that were recorded (evaluate.videos, evaluate.record_actions). Training episodes come before
+    held-out ones. An export that was killed starts over.
+    """
+    from svam.episodes.export import open_recording
+    from svam.episodes.lerobot import write_lerobot
+
+    for line in write_lerobot(open_recording(path), out, crf, pixel_format):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -64,8 +64,11 @@ class PictureError:
 
     def measure(self, codec: Any, picture: NDArray[np.uint8]) -> None:
         """Add the error that a codec of `picture_codec` makes in a picture (H, W, 3)."""
-        kept = codec._codec.decode(codec._codec.encode(picture)).astype(np.int64)
-        difference = np.abs(kept - picture)
+        self.add(codec._codec.decode(codec._codec.encode(picture)), picture)
+
+    def add(self, kept: NDArray[np.uint8], picture: NDArray[np.uint8]) -> None:
+        """Add the difference of a picture (H, W, 3) as it is kept to what it was."""
+        difference = np.abs(kept.astype(np.int64) - picture)
         self.pictures, self.values = self.pictures + 1, self.values + picture.size
         self.absolute, self.squared = self.absolute + int(difference.sum()), self.squared + int(np.square(difference).sum())
 

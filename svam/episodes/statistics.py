@@ -6,7 +6,8 @@ the result depends on the given episodes only, never on how they lie on disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,10 +53,22 @@ def _order_statistics(blocks: Blocks, high: NDArray[np.int64], ranks: list[int])
     return found
 
 
-def vector_statistics(blocks: Blocks) -> VectorStatistics:
+@dataclass(frozen=True)
+class Summary:
+    """Of `count` rows of D dimensions: mean, std, min, max (D,) float64, and `quantiles` (q, D) in the order asked for."""
+
+    count: int
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+    min: NDArray[np.float64]
+    max: NDArray[np.float64]
+    quantiles: NDArray[np.float64]
+
+
+def summary(blocks: Blocks, quantiles: Sequence[float]) -> Summary:
     """Statistics of all rows of all blocks; `std` is the population's, quantiles interpolate linearly as `numpy.quantile`.
 
-    `blocks` is called twice. Memory: a few hundred kilobytes per dimension, whatever the number of rows.
+    `blocks` is called twice. Memory: about a megabyte for each dimension and quantile, whatever the number of rows.
 
     Raises:
         ContractError: there are no rows, or a value is not finite.
@@ -80,16 +93,24 @@ def vector_statistics(blocks: Blocks) -> VectorStatistics:
         np.add.at(histogram, (np.arange(len(histogram)), _sortable(block) >> 16), 1)
     if count == 0:
         raise ContractError("statistics: no training episode has a single row")
-    positions = [q * (count - 1) for q in QUANTILES]
+    positions = [q * (count - 1) for q in quantiles]
     ranks = [rank for p in positions for rank in (int(np.floor(p)), int(np.ceil(p)))]
     ordered = _order_statistics(blocks, histogram, ranks)
-    q01, q99 = (
+    between = [
         below + (above - below) * (p - np.floor(p))
         for below, above, p in zip(ordered[::2], ordered[1::2], positions, strict=True)
-    )
+    ]
     # The merged mean of a constant dimension may miss it by a rounding; state it exactly.
     constant = low == high
+    mean, std = np.where(constant, low, mean), np.where(constant, 0.0, np.sqrt(squares / count))
+    return Summary(count, mean, std, low, high, np.stack(between))
+
+
+def vector_statistics(blocks: Blocks) -> VectorStatistics:
+    """`summary` as the store keeps it."""
+    found = summary(blocks, QUANTILES)
+    q01, q99 = found.quantiles
     return VectorStatistics(
-        mean=np.where(constant, low, mean).tolist(), std=np.where(constant, 0.0, np.sqrt(squares / count)).tolist(),
-        min=low.tolist(), max=high.tolist(), q01=q01.tolist(), q99=q99.tolist(), count=count,
+        mean=found.mean.tolist(), std=found.std.tolist(), min=found.min.tolist(), max=found.max.tolist(), q01=q01.tolist(),
+        q99=q99.tolist(), count=found.count,
     )  # fmt: skip

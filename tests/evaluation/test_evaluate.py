@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from stages.evaluate import app
 from svam.contract import ContractError
+from svam.episodes.export import open_recording
 from svam.episodes.instructions import described_tasks
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import metaworld, offline
@@ -84,13 +85,13 @@ def run_stage(evaluated: Path, out: Path, **changes: Any) -> Any:
 def test_the_stage_writes_both_protocols(evaluated: Path, tmp_path: Path) -> None:
     """That other workers, another folder and a kill change no byte is seen in `test_dag_killed.py`."""
     out = tmp_path / "results"
-    result = run_stage(evaluated, out)
+    result = run_stage(evaluated, out, record_actions=True)
     assert result.exit_code == 0, result.output
     assert re.search(r"latency in ms, batch 3: .*video_model .*policy .*total ", result.output.replace("\n", " "))
     names = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
     entries = {"geometric", "semantic", "one_step"}
     pictured = {"frames", *(f"foresight_{entry}" for entry in entries), "truth_geometric", "truth_semantic"}
-    recorded = {"frames", "calls", *(f"foresight_{entry}" for entry in entries)}
+    recorded = {"frames", "calls", "actions", "proprioception", *(f"foresight_{entry}" for entry in entries)}
     assert names == {"metrics.json", "episodes.jsonl"} | {f"foresight/{name}.npy" for name in pictured} | {
         f"rollouts/{task}_0/{name}.npy" for task in TASKS for name in recorded
     }
@@ -111,6 +112,17 @@ def test_the_stage_writes_both_protocols(evaluated: Path, tmp_path: Path) -> Non
     assert {line["instruction"] for line in by_row["held_out_instruction"]} == {f"{task} c" for task in TASKS}
     assert all(line["instruction"][-1] in "ab" for line in by_row["policy"])
     assert "not success" in metrics["offline"]["notice"]
+
+    exported = open_recording(out)
+    episode, goal = exported.read(0), by_row["policy"][0]
+    assert (exported.count, exported.rate_hz, episode.task, episode.instruction) == (2, 80, "reach", goal["instruction"])
+    environment = TaskEnvironment("reach", SIZE)  # what was recorded happens again
+    environment.reset(goal["seed"])
+    assert episode.proprioception is not None and episode.actions is not None and len(episode.actions) == goal["steps"]
+    for frame, state, action in zip(episode.frames["corner2"], episode.proprioception, episode.actions, strict=True):
+        assert (environment.observe()["corner2"] == frame).all() and (environment.proprioception() == state).all()
+        environment.step(action)
+    environment.close()
 
 
 def test_rows_that_are_compared_have_the_same_goals(store: EpisodeStore, tmp_path: Path) -> None:
