@@ -96,10 +96,10 @@ def hierarchical(seeds: Sequence[Pairs]) -> tuple[float, NDArray[np.float64]]:
     of_goals, of_seeds = generator("hierarchical bootstrap", "goals"), generator("hierarchical bootstrap", "seeds")
     by_seed = np.zeros((len(seeds), RESAMPLES))
     for _ in tasks:
-        task = of_goals.integers(len(tasks), size=RESAMPLES)
-        goal = (of_goals.random((RESAMPLES, counts.max())) * counts[task, None]).astype(np.int64)
-        real = np.arange(counts.max()) < counts[task, None]
-        by_seed += (won[:, task[:, None], goal] * real).sum(axis=2) / counts[task] / len(tasks)
+        chosen = of_goals.integers(len(tasks), size=RESAMPLES)
+        goal = (of_goals.random((RESAMPLES, counts.max())) * counts[chosen, None]).astype(np.int64)
+        real = np.arange(counts.max()) < counts[chosen, None]
+        by_seed += (won[:, chosen[:, None], goal] * real).sum(axis=2) / counts[chosen] / len(tasks)
     drawn = of_seeds.integers(len(seeds), size=(RESAMPLES, len(seeds)))
     value = float((won.sum(axis=2) / counts).mean())
     return value, by_seed[drawn, np.arange(RESAMPLES)[:, None]].mean(axis=1)
