@@ -1,4 +1,4 @@
-"""Train the Uni-Perceiver and the action diffusion transformer on cached foresight; write the whole S-VAM as one folder."""
+"""Train the Uni-Perceiver and the action diffusion transformer on foresight; write the whole S-VAM as one folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def app(
     cache: Annotated[Path, typer.Option(help="Feature cache; relative to the project's root, also in temporary experiments.")],
     live: Annotated[Path | None, typer.Option(help="Folder for DVCLive's curves.")] = None,
 ) -> None:
-    """Load just the frozen parts that `train_policy.context` needs, cache their features, train, write the S-VAM."""
+    """Load just the frozen parts that `train_policy.context` needs, cache or compute their features, train, write the S-VAM."""
     section = params.train_policy
 
     from svam.episodes.store import EpisodeStore
@@ -41,7 +41,7 @@ def app(
     features = FeatureCache(root / cache, params.machine.cache_gb)
     sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]
     with resumable_run("train_policy", params, sections, inputs, device) as resume:
-        train(store, foresight, folders, section, features, params.seed, device, live, resume).save(out)
+        train(store, foresight, folders, section, features, params.seed, device, live, resume, params.machine).save(out)
 
 
 if __name__ == "__main__":

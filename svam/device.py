@@ -7,14 +7,14 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from svam import processes
 from svam.console import console
 from svam.errors import MachineError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
 
 def become_worker() -> None:
@@ -37,10 +37,8 @@ def become_worker() -> None:
 def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     """Set threads and seeds, choose the device, print it, and return it.
 
-    Where several processes compute a stage, they meet here, and each has a device of its own.
-
     Raises:
-        MachineError: `device` is "cuda" and torch sees no CUDA GPU, or this node has more processes than GPUs.
+        MachineError: `device` is "cuda" and torch sees no CUDA GPU.
     """
     import torch
 
@@ -52,8 +50,6 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
             "or install a CUDA build of torch"
         )
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if processes.count() > 1:
-        chosen = processes.join(chosen.type == "cuda")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if chosen.type == "cuda":
@@ -65,8 +61,7 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     torch.backends.cuda.enable_mem_efficient_sdp(chosen.type == "cuda")
     name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{threads} threads"
     precision = "" if computes_bfloat16(chosen) else ", no bfloat16: float32 instead"
-    together = f", {processes.count()} processes" if processes.count() > 1 else ""
-    console.print(f"device: {chosen.type} ({name}{precision}{together})")
+    console.print(f"device: {chosen.type} ({name}{precision})")
     return chosen
 
 
@@ -96,6 +91,24 @@ def branch_of_graph(device: torch.device) -> Iterator[Callable[[], None]]:
     branch.wait_stream(trunk)
     with torch.cuda.stream(branch):
         yield lambda: trunk.wait_stream(branch)
+
+
+def compile_layers(module: nn.Module, **options: Any) -> None:
+    """Compile, at their first call, the outermost layers of the module's lists and sequences: a kernel of several operations in
+    place of one for each. By layers, since a whole network takes many minutes; equal layers share one result. Of torch's own
+    layers only those within others are compiled, with these.
+
+    options: of `torch.compile`.
+    """
+    import torch
+    from torch import nn
+
+    torch._dynamo.config.recompile_limit = 64  # of one class of layers: those of a U-Net's levels differ in shapes
+    for child in module.children():
+        if isinstance(module, nn.ModuleList | nn.Sequential) and not type(child).__module__.startswith("torch.nn"):
+            child.compile(**options)
+        else:
+            compile_layers(child, **options)
 
 
 def processor() -> str:

@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 from svam.conversion import Convert as Convert
 from svam.errors import ParamsError, describe
 from svam.protocols import Evaluate
-from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share, Words
+from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
@@ -33,10 +33,7 @@ Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame"
 
 class Machine(Section):
     """What the computer offers, and what training does to fit it. No stage lists this section, so changing it re-runs nothing,
-    and an unfinished run goes on with what it says now, but for the number of processes.
-
-    launch: how the processes of a stage start, see `svam.launch`; processes: how many, where it is torchrun.
-    """
+    and an unfinished run goes on with what it says now."""
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Count
@@ -44,8 +41,7 @@ class Machine(Section):
     checkpoint_seconds: NotNegative
     checkpointing: bool
     average: Literal["device", "host"]
-    launch: Words
-    processes: Count
+    compile: bool
 
 
 class Optimiser(Section):
@@ -341,9 +337,10 @@ class ActionTransformer(Attention, NoiseLevels):
 
 
 class TrainPolicy(Section):
-    """Uni-Perceiver and action diffusion transformer on cached foresight."""
+    """Uni-Perceiver and action diffusion transformer on foresight."""
 
     seed: Seed | None
+    features: Literal["cached", "computed"]
     context: Annotated[list[Context], Field(min_length=1), Distinct]
     sentence: Literal["tokens", "pooled"]
     aggregator: Literal["uni_perceiver", "mean_pool"]
@@ -362,6 +359,18 @@ class TrainPolicy(Section):
     training: Optimiser
     evaluate_every: Count
     evaluation_observations: Count
+
+    @model_validator(mode="after")
+    def _what_is_computed_is_seen(self) -> Self:
+        if self.features == "computed" and "recorded" in self.context:
+            raise ValueError(
+                "features is 'computed', but context has recorded, which is read from the cache alone: set features to cached"
+            )
+        if self.features == "computed" and self.feature_draws != 1:
+            raise ValueError(
+                f"features is 'computed', which draws anew at each step, but feature_draws is {self.feature_draws}: set it to 1"
+            )
+        return self
 
 
 class Foresight(Section):

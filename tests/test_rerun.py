@@ -74,9 +74,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("seed", 7, CHECK | COLLECT),
 ]
 # Whatever they are, not even the check runs.
-MACHINE = {
-    "device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0, "launch": "torchrun", "processes": 2,
-}  # fmt: skip
+MACHINE = {"device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0}
 
 # What is added to a module that a stage runs, at its end, and every stage that must run then besides `code`.
 LIMIT = "\nLIMIT = 3\n"

@@ -42,7 +42,7 @@ def policy_params(**changes: Any) -> TrainPolicy:
             "sigma_data": 0.5, "steps": 3, **UNCHOSEN["transformer"],
         },
         "training": {**ADAM, "steps": 4, "batch": 4, "learning_rate": 0.001}, "evaluate_every": 2,
-        "evaluation_observations": 256, "noise_draws": 4, "seed": None, "episodes_per_task": None,
+        "evaluation_observations": 256, "noise_draws": 4, "seed": None, "episodes_per_task": None, "features": "cached",
     }  # fmt: skip
     return TrainPolicy.model_validate(values | changes)
 

@@ -29,9 +29,18 @@ from svam.params import Params
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.training.batch_order import EndlessOrder
-from svam.training.feature_cache import Encode, FeatureCache, Features, ObservationSet
+from svam.training.feature_cache import FeatureCache, Features, ObservationSet
 from svam.training.loop import fit
-from svam.training.train_policy import FRAMES, TrainingData, check_camera, choose_rows, encoder_of, observe, sources_of
+from svam.training.train_policy import (
+    FRAMES,
+    ComputedFeatures,
+    TrainingData,
+    check_camera,
+    choose_rows,
+    encoder_of,
+    observe,
+    sources_of,
+)
 
 
 def _load(inputs: Inputs, params: Params) -> tuple[SVAM, dict[str, Any]]:
@@ -124,18 +133,6 @@ def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class _Recomputed(Features):
-    """Features that the frozen parts compute whenever they are read, in the way in which the cache is filled."""
-
-    def __init__(self, observations: ObservationSet, entries: list[str], compute: Encode) -> None:
-        super().__init__({}, {})
-        self.observations, self.entries, self.compute = observations, entries, compute
-
-    def read(self, positions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
-        sentences = [self.observations.instructions[position] for position in positions]
-        return dict(self.compute(self.observations.frames(positions), sentences, self.entries))
-
-
 def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Policy training on cached features against the same steps on the same batches with the frozen parts computed for every
     batch: `policy_steps` steps of the trained network a repeat. Filling the cache is timed once; `ratio_with_filling` is what
@@ -168,7 +165,10 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     filled = cache.fill(wanted, sources, compute, section.encode_batch)
     filling = (time.perf_counter() - start) / len(rows)
     with closing(filled):
-        ways = {"cached": filled, "recomputed": _Recomputed(wanted, kept, compute)}
+        ways: dict[str, Features | ComputedFeatures] = {
+            "cached": filled,
+            "recomputed": ComputedFeatures(svam.foresight, wanted, kept, len(batches[0])),
+        }
         sides = {name: TrainingData(observed, found, svam.foresight, svam, svam.device) for name, found in ways.items()}
         first = {name: side.inputs(batches[0]).entries for name, side in sides.items()}
         difference = {

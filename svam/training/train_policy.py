@@ -1,4 +1,5 @@
-"""Training of the policy: demonstrations -> cached foresight -> Uni-Perceiver and action diffusion (S-VAM section 3.4).
+"""Training of the policy: demonstrations -> foresight, cached or computed -> Uni-Perceiver and action diffusion (S-VAM
+section 3.4).
 
 An observation is every n-th step of a demonstration. Its target is the chunk of K actions from that step on: the expert's,
 where the data records what the expert wanted beside what was executed. Past the end of the demonstration the chunk is
@@ -7,19 +8,22 @@ padded, and the padding is masked out of the loss.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from svam import processes
 from svam.code import code_of, library_versions
 from svam.console import console
 from svam.contract import ContractError
+from svam.device import sent
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, clip_rows, window_starts
 from svam.files import sha256_tree
@@ -27,10 +31,9 @@ from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
 from svam.models.video import SamplerConfig
 from svam.normalisation import normalise_actions, normalise_proprioception
-from svam.params import Generate, TrainPolicy
+from svam.params import Generate, Machine, TrainPolicy
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
-from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import recorded
 from svam.training.feature_cache import (
@@ -125,6 +128,24 @@ def sources_of(
     return sources
 
 
+def encoded(
+    foresight: ForesightModel, frames: NDArray[np.uint8], instructions: list[str], entries: list[str], draw: int | None = None
+) -> dict[str, Tensor]:
+    """Entries of observations: features (B, T, h, w, C) float16 on the device, and frames as they are.
+
+    A video model with fresh noise gets a seed from the observation itself, since cached rows are addressed by content; with
+    `draw`, another one for each of its values.
+    """
+    values = {FRAMES: torch.from_numpy(frames)} if FRAMES in entries else {}
+    frozen = [e for e in entries if e != FRAMES]
+    if frozen:
+        seeds = [int(observation_address(f, i)[:15], 16) for f, i in zip(frames, instructions, strict=True)]
+        seeds = seeds if draw is None else [seed_of(seed, "draw", draw) for seed in seeds]
+        made = foresight.encode(torch.from_numpy(frames), instructions, frozen, seeds).entries
+        values |= {entry: features.half() for entry, features in made.items()}
+    return values
+
+
 def encoder_of(foresight: ForesightModel) -> Encode:
     """What fills the cache. A video model with fresh noise gets a seed from the observation itself, since rows are
     addressed by content, and from the number of the draw. Clips (B, T, H, W, 3) in place of frames are those of the entry
@@ -133,20 +154,23 @@ def encoder_of(foresight: ForesightModel) -> Encode:
     def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
         if frames.ndim == 5:
             return {"recorded": foresight.teacher_tokens(torch.from_numpy(frames)).half().cpu().numpy()}
-        values: dict[str, NDArray[Any]] = {FRAMES: frames} if FRAMES in entries else {}
         draws: dict[int, list[str]] = {}
         for name in entries:
             entry, _, draw = name.partition("@")
-            if entry != FRAMES:
-                draws.setdefault(int(draw or 0), []).append(entry)
-        for draw, frozen in draws.items():
-            seeds = [int(observation_address(f, i)[:15], 16) for f, i in zip(frames, instructions, strict=True)]
-            seeds = [seed_of(seed, "draw", draw) for seed in seeds] if draw else seeds
-            encoded = foresight.encode(torch.from_numpy(frames), instructions, frozen, seeds).entries
-            values |= {drawn(e, draw): v.half().cpu().numpy() for e, v in encoded.items()}
+            draws.setdefault(int(draw or 0), []).append(entry)
+        values: dict[str, NDArray[Any]] = {}
+        for draw, names in draws.items():
+            made = encoded(foresight, frames, instructions, names, draw or None)
+            values |= {drawn(entry, draw): v.cpu().numpy() for entry, v in made.items()}
         return values
 
     return encode
+
+
+def read_entries(section: TrainPolicy) -> list[str]:
+    """What is read of each observation: the frozen entries of the context, and `FRAMES` for an encoder that is trained."""
+    frozen: list[str] = [*frozen_entries(section.context, section.observation_encoder)]
+    return [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
 
 
 def cached_features(
@@ -160,8 +184,7 @@ def cached_features(
     Raises:
         MachineError: the features do not fit `machine.cache_gb`.
     """
-    frozen = frozen_entries(section.context, section.observation_encoder)
-    entries = [*frozen, *([FRAMES] if "observation" in section.context and "observation" not in frozen else [])]
+    entries = read_entries(section)
 
     def frames(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         return store.frames(rows[positions])
@@ -183,12 +206,61 @@ def cached_features(
     return Features(spaces, numbers)
 
 
+class ComputedFeatures:
+    """Features that the frozen parts compute whenever they are read, `batch` observations at a time as for the cache, so that
+    without fresh noise they are the cached numbers. A training and its evaluation may read at once."""
+
+    def __init__(self, foresight: ForesightModel, observations: ObservationSet, entries: list[str], batch: int) -> None:
+        """`entries`: of the context, and perhaps `FRAMES`."""
+        self.foresight, self.observations, self.entries, self.batch = foresight, observations, entries, batch
+        self._lock = Lock()
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Entry -> (T, h, w, C)."""
+        return {entry: tuple(values.shape[1:]) for entry, values in self.read(np.zeros(1, dtype=np.int64)).items()}
+
+    def part(self, start: int, end: int) -> ComputedFeatures:
+        """The observations `start`..`end - 1`."""
+        every = self.observations
+        chosen = ObservationSet(every.instructions[start:end], lambda p: every.frames(p + start), every.addresses[start:end])
+        part = ComputedFeatures(self.foresight, chosen, self.entries, self.batch)
+        part._lock = self._lock
+        return part
+
+    def read(self, positions: NDArray[np.int64], draw: int | None = None) -> dict[str, Tensor]:
+        """Entry -> (k, T, h, w, C) float16; `draw` as for `encoded`."""
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(positions), self.batch):
+            some = positions[start : start + self.batch]
+            padded = np.resize(some, self.batch)
+            sentences = [self.observations.instructions[p] for p in padded]
+            frames = self.observations.frames(padded)
+            with self._lock:
+                made = encoded(self.foresight, frames, sentences, self.entries, draw)
+            parts.append({entry: values[: len(some)] for entry, values in made.items()})
+        return {entry: torch.cat([part[entry] for part in parts]) for entry in self.entries}
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def announce(self, observations: int) -> None:
+        """Print what computing so many will take, by what one batch takes."""
+        start = time.perf_counter()
+        values = self.read(np.arange(min(self.batch, len(self.observations.instructions)), dtype=np.int64))
+        for features in values.values():
+            features[0].cpu()  # a GPU has computed it by then
+        hours = (time.perf_counter() - start) * observations / self.batch / 3600
+        console.print(f"train_policy: computes the features of {observations} observations, in about {hours:.2f} hours")
+
+
 class TrainingData:
-    """Observations with their cached features and text, as batches on a device."""
+    """Observations with their features and text, as batches on a device."""
 
     def __init__(
-        self, observations: Observations, features: Features, foresight: ForesightModel, svam: SVAM, device: torch.device
-    ) -> None:
+        self, observations: Observations, features: Features | ComputedFeatures, foresight: ForesightModel, svam: SVAM,
+        device: torch.device,
+    ) -> None:  # fmt: skip
         self.observations, self.features, self.device = observations, features, device
         sentences = sorted(set(observations.instructions))
         self.text = svam.embed_text(sentences).to(device)
@@ -197,32 +269,34 @@ class TrainingData:
         self.actions = normalise_actions(svam.statistics, observations.actions)
 
     def inputs(self, positions: NDArray[np.int64], draw: int | None = None) -> Inputs:
-        """What the policy sees of the observations at `positions`; `draw` as for `Features.read`."""
-        values = {entry: torch.from_numpy(v).to(self.device) for entry, v in self.features.read(positions, draw).items()}
+        """What the policy sees of the observations at `positions`; `draw` as for `encoded`."""
+        found = self.features.read(positions, draw)
+        values = {entry: sent(torch.as_tensor(v), self.device) for entry, v in found.items()}
         state = self.observations.proprioception
         return Inputs(
             entries={entry: v for entry, v in values.items() if entry != FRAMES},
             text=self.text[self.sentence[positions]],
             frames=values.get(FRAMES),
-            proprioception=None if state is None else torch.from_numpy(state[positions]).to(self.device),
+            proprioception=None if state is None else sent(torch.from_numpy(state[positions]), self.device),
         )
 
     def batch(self, positions: NDArray[np.int64], draw: int | None = None) -> Batch:
         return Batch(
             inputs=self.inputs(positions, draw),
-            actions=torch.from_numpy(self.actions[positions]).to(self.device),
-            mask=torch.from_numpy(self.observations.mask[positions]).to(self.device),
+            actions=sent(torch.from_numpy(self.actions[positions]), self.device),
+            mask=sent(torch.from_numpy(self.observations.mask[positions]), self.device),
         )
 
 
 def set_input_statistics(svam: SVAM, data: TrainingData) -> None:
     """Means and deviations per channel of every frozen entry over training observations, into the policy's buffers."""
     positions = evenly(np.arange(len(data.observations)), STATISTICS_ROWS)
-    for entry in svam.config.frozen_entries:
-        space, numbers = data.features.spaces[entry], data.features.numbers[entry]
-        moments = ChannelMoments(svam.config.shapes[entry][3])
-        for part in np.array_split(positions, max(1, len(positions) // 32)):
-            moments.add(space.read(numbers[part]))
+    every = {entry: ChannelMoments(svam.config.shapes[entry][3]) for entry in svam.config.frozen_entries}
+    for part in np.array_split(positions, max(1, len(positions) // 32)):
+        values = data.features.read(part)
+        for entry, moments in every.items():
+            moments.add(torch.as_tensor(values[entry]).cpu().numpy())
+    for entry, moments in every.items():
         mean, std = moments.result()
         svam.network.set_input_statistics(entry, torch.from_numpy(mean), torch.from_numpy(std))
 
@@ -284,6 +358,7 @@ def train(
     device: torch.device,
     live: Path | None = None,
     resume: Resume = NO_RESUME,
+    machine: Machine | None = None,
 ) -> SVAM:
     """Train everything that `train_policy` describes and return the assembled S-VAM with the best averaged weights.
 
@@ -291,10 +366,11 @@ def train(
         foresight: the frozen parts that the context needs, loaded from `folders` (part name -> directory), on `device`.
         seed: the global one, which draws each observation's sentence, so that all policies share the cached features;
             weights, order and noise follow `section.seed` where that is set.
+        machine: as for `fit`.
 
     Raises:
         ContractError: the data, the frozen parts and the section do not fit one another.
-        MachineError: the features do not fit `machine.cache_gb`.
+        MachineError: the features are to be cached, and do not fit `machine.cache_gb`.
     """
     frozen = frozen_entries(section.context, section.observation_encoder)
     check_camera(foresight, store, FrozenParts.of_entries(frozen).video)
@@ -307,7 +383,12 @@ def train(
 
     rows = np.concatenate([train_rows, held_rows])
     sentences = sides[0].instructions + sides[1].instructions
-    features = cached_features(store, foresight, folders, cache, section, rows, sentences)
+    features: Features | ComputedFeatures
+    if section.features == "cached":
+        features = cached_features(store, foresight, folders, cache, section, rows, sentences)
+    else:
+        observations = ObservationSet(sentences, lambda positions: store.frames(rows[positions]), [])
+        features = ComputedFeatures(foresight, observations, read_entries(section), section.encode_batch)
     seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
@@ -318,23 +399,19 @@ def train(
         judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
         set_input_statistics(svam, learning)
         optimiser = section.training
+        if isinstance(features, ComputedFeatures):
+            features.announce(optimiser.steps * optimiser.accumulate * optimiser.batch)
         order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
-        own = own_rows(order.size)
 
-        def batch_of(number: int) -> tuple[Batch, torch.Generator, float]:
-            """This process's part of a batch, the seeded source of its noise, and the weight of its loss: that is a mean over
-            real actions, of which the parts of a batch have different numbers."""
+        def batch_of(number: int) -> tuple[Batch, torch.Generator]:
             noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise", number))
-            places, real = order.batch(number), learning.observations.mask
-            weight = processes.count() * int(real[places[own]].sum()) / int(real[places].sum())
-            return learning.batch(places[own], number), noise, weight
+            return learning.batch(order.batch(number), number), noise
 
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws) * batch[2], batch_of, optimiser,
-            device, "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
-            "action_error", resume,
+            svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws), batch_of, optimiser, device,
+            "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
+            "action_error", resume, machine,
         )  # fmt: skip
     finally:
         features.close()
-    processes.only_first_goes_on()
     return svam

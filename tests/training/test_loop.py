@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from svam.checkpoint import load_tensors
+from svam.device import compile_layers
 from svam.errors import MachineError
+from svam.models.attention import Block
 from svam.params import Moments, Optimiser
 from svam.resume import Resume
 from svam.training import loop
@@ -273,3 +275,27 @@ def test_moments_of_eight_bits_without_their_library_are_one_sentence(monkeypatc
     module = nn.Linear(3, 1)
     with pytest.raises(MachineError, match=r"moments is 'int8', but bitsandbytes is not installed: pip install .*\[cards\]"):
         fit(module, lambda b: linear_loss(module, b), batch_of, settings(), CPU, "line", moments="int8")
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
+    """Captured as graphs, which here run as they are: what the compiler makes of them is its own."""
+
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 8), *(Block(8, 2) for _ in range(3)), nn.Linear(8, 1)]
+    module, graphs = nn.Sequential(*layers), []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    values = []
+    for compiled in (False, True):
+        if compiled:
+            compile_layers(module, backend=backend)
+        module.zero_grad()
+        value = module(batch_of(0)[None]).sum()
+        value.backward()
+        values.append([value.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    for eager, graph in zip(*values, strict=True):
+        torch.testing.assert_close(eager, graph)
+    assert graphs

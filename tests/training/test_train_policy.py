@@ -166,6 +166,34 @@ def test_equal_frames_of_unequal_futures_are_two_observations(folders: dict[str,
     assert run(store, folders, tmp_path / "cache", context=["recorded"]).selected["action_error"] > 0
 
 
+def test_computed_features_are_the_cached_ones(
+    store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same policy to the byte where noise is fixed, and nothing on the disk."""
+    context = ["geometric", "one_step", "observation"]  # with frames for a trained encoder
+    run(store, folders, tmp_path / "cache", context=context).save(tmp_path / "cached")
+    run(store, folders, tmp_path / "none", context=context, features="computed").save(tmp_path / "computed")
+    assert sha256_tree(tmp_path / "cached") == sha256_tree(tmp_path / "computed")
+    assert not (tmp_path / "none").exists()
+    assert "computes the features of 16 observations, in about 0.0" in capsys.readouterr().err
+
+
+def test_computed_features_are_drawn_anew_where_noise_is_fresh(store: EpisodeStore, tmp_path: Path) -> None:
+    folders = save_all_parts(tmp_path, store, noise="fresh")
+    foresight = load_foresight(policy_params(), GENERATE, folders)
+    sentences = [store.instruction_of(0, i) for i in range(6)]
+    observations = training.ObservationSet(sentences, store.frames, [])
+    computed = training.ComputedFeatures(foresight, observations, ["one_step"], 4)
+    first, other, seen = (computed.read(np.array([2, 4]), draw)["one_step"] for draw in (0, 1, None))
+    assert first.shape == other.shape == (2, *computed.shapes["one_step"])
+    assert not torch.equal(first, other) and torch.equal(first, computed.read(np.array([2, 4]), 0)["one_step"])
+    part = computed.part(2, 6).read(np.array([0, 2]))["one_step"]
+    assert torch.equal(part, seen)  # of the observation itself, as it would be cached, and of the same ones
+    frames = store.frames(np.array([2, 4, 2, 4]))
+    cached = training.encoder_of(foresight)(frames, [sentences[i] for i in (2, 4, 2, 4)], ["one_step"])["one_step"]
+    np.testing.assert_array_equal(seen.numpy(), cached[:2])
+
+
 def test_what_is_not_used_does_not_run(
     store: EpisodeStore, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
