@@ -14,6 +14,7 @@ import typer
 from svam.code import first_difference, stage_code
 from svam.console import one_line_errors
 from svam.errors import SvamError
+from svam.launch import launch
 from svam.params import Params, load_params
 
 ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file.")]
@@ -28,6 +29,7 @@ def stage_command(function: Callable[..., None]) -> typer.Typer:
     def command(**arguments: Any) -> None:
         params = load_params(arguments["params"])
         _check_code(params)
+        launch(params, Path(inspect.getfile(function)).stem)
         function(**{**arguments, "params": params})
 
     own = [parameter for name, parameter in signature.parameters.items() if name != "params"]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.episodes.windows import stride_of
 from svam.errors import ParamsError, SvamError, did_you_mean
-from svam.params import Params
+from svam.params import Machine, Params
 from svam.simulation.calvin import open_checkout
 from svam.simulation.libero import libero_version
 from svam.simulation.metaworld import RATE_HZ
@@ -24,7 +24,7 @@ SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
-    problems = [*_of_models(params), *_of_sizes(params)]
+    problems = [*_of_machine(params.machine), *_of_models(params), *_of_sizes(params)]
     if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -40,6 +40,14 @@ def frame_size(params: Params) -> tuple[int, int] | None:
     if params.convert.image_size is not None:
         return params.convert.image_size[0], params.convert.image_size[1]
     return (params.collect.image_size,) * 2 if params.convert.source == "metaworld" else None
+
+
+def _of_machine(machine: Machine) -> Iterator[str]:
+    if machine.processes > 1 and machine.launch != "torchrun":
+        yield (
+            f"machine.processes is {machine.processes}, which says how many torchrun starts, but machine.launch is "
+            f"{machine.launch!r}: set it to torchrun, or processes to 1"
+        )
 
 
 def _of_models(params: Params) -> Iterator[str]:

@@ -31,6 +31,8 @@ UNTRACKED = {
     "svam/console.py": "prints, and measures time",
     "svam/errors.py": "names errors",
     "svam/files.py": "renames finished files into place",
+    "svam/processes.py": "lets processes wait for one another; what they compute of a batch is tracked, `svam/shares.py`",
+    "svam/launch.py": "starts the processes of a stage",
     "svam/params.py": "checks params, whose values are tracked by themselves",
     "svam/protocols.py": "checks the params of evaluate, which are tracked by themselves",
     "svam/sections.py": "bases of params, which are tracked by themselves",

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from svam import processes
 from svam.errors import SvamError
 from svam.files import scratch_folder
 
@@ -126,15 +127,20 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         start = time.monotonic()
         try:
             command(*args, **kwargs)
-            _print_account(max(time.monotonic() - start, 1e-6))
+            if processes.first():
+                _print_account(max(time.monotonic() - start, 1e-6))
         except KeyboardInterrupt as stop:
             # `svam.resume` has noted how to go on.
             note = getattr(stop, "__notes__", ["interrupted; run the same command again to start over"])[0]
             console.print(note, style="red", soft_wrap=True)
             sys.exit(130)
-        except (SvamError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in REFUSALS:
+        except Exception as error:
+            mendable = isinstance(error, SvamError) or (isinstance(error, OSError) and error.errno in REFUSALS)
+            if not (mendable and processes.first()):
+                processes.give_way()
+            if not mendable:
                 raise
+            console.quiet = False  # as it is in processes other than the first
             console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
             if os.environ.get("SVAM_TRACEBACK"):
                 raise

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from svam import processes
 from svam.console import console
 from svam.errors import MachineError
 
@@ -37,8 +38,10 @@ def become_worker() -> None:
 def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     """Set threads and seeds, choose the device, print it, and return it.
 
+    Where several processes compute a stage, they meet here, and each has a device of its own.
+
     Raises:
-        MachineError: `device` is "cuda" and torch sees no CUDA GPU.
+        MachineError: `device` is "cuda" and torch sees no CUDA GPU, or this node has more processes than GPUs.
     """
     import torch
 
@@ -50,6 +53,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
             "or install a CUDA build of torch"
         )
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if processes.count() > 1:
+        chosen = processes.join(chosen.type == "cuda")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if chosen.type == "cuda":
@@ -61,7 +66,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     torch.backends.cuda.enable_mem_efficient_sdp(chosen.type == "cuda")
     name = torch.cuda.get_device_name() if chosen.type == "cuda" else f"{threads} threads"
     precision = "" if computes_bfloat16(chosen) else ", no bfloat16: float32 instead"
-    console.print(f"device: {chosen.type} ({name}{precision})")
+    together = f", {processes.count()} processes" if processes.count() > 1 else ""
+    console.print(f"device: {chosen.type} ({name}{precision}{together})")
     return chosen
 
 

@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 from svam.conversion import Convert as Convert
 from svam.errors import ParamsError, describe
 from svam.protocols import Evaluate
-from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share
+from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNegative, Positive, Section, Seed, Share, Words
 
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
@@ -33,7 +33,10 @@ Context = Literal["geometric", "semantic", "one_step", "generated", "goal_frame"
 
 class Machine(Section):
     """What the computer offers, and what training does to fit it. No stage lists this section, so changing it re-runs nothing,
-    and an unfinished run goes on with what it says now."""
+    and an unfinished run goes on with what it says now, but for the number of processes.
+
+    launch: how the processes of a stage start, see `svam.launch`; processes: how many, where it is torchrun.
+    """
 
     device: Literal["auto", "cpu", "cuda"]
     workers: Count
@@ -42,6 +45,8 @@ class Machine(Section):
     checkpointing: bool
     average: Literal["device", "host"]
     compile: bool
+    launch: Words
+    processes: Count
 
 
 class Optimiser(Section):

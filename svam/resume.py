@@ -1,9 +1,9 @@
 """What an unfinished run leaves for the next one: kill a stage at any moment, and the same command goes on where it was.
 
 The state lies outside all outputs, in `$DVC_ROOT/.ckpt/<stage>/<key>/` (without DVC: `.ckpt` here). The key is a hash of the
-params, the code, the libraries, the inputs and the device, so that changed work never meets stale state. A folder holds
-records, each a JSON file and perhaps one data file (safetensors); the JSON file is renamed into place last and states the
-checksum of both, so that a record is whole or is not there. The folder goes when the run succeeds.
+params, the code, the libraries, the inputs, the device and the number of processes, so that changed work never meets stale
+state. A folder holds records, each a JSON file and perhaps one data file (safetensors); the JSON file is renamed into place
+last and states the checksum of both, so that a record is whole or is not there. The folder goes when the run succeeds.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import google_crc32c
 from pydantic import BaseModel
 from safetensors import SafetensorError
 
+from svam import processes
 from svam.code import library_versions, stage_code
 from svam.console import console
 from svam.files import (
@@ -154,7 +155,8 @@ def _check(record: Mapping[str, Any]) -> int:
 def resumable_run(
     stage: str, params: Params, sections: Iterable[str], inputs: Iterable[Path], device: object = "any"
 ) -> Iterator[Resume]:
-    """Open the state of this run, an earlier one's or new; delete it when the block ends without an error.
+    """Open the state of this run, an earlier one's or new; delete it when the block ends without an error. Of several processes
+    the first does both, and how many there are is part of what tells this run from others.
 
     Args:
         stage: as DVC calls it, with the part after "@" where `dvc.yaml` has a matrix.
@@ -165,18 +167,28 @@ def resumable_run(
     Raises:
         FileError: another process is doing the same work.
     """
-    deciding = {
-        "params": {key: _param(params, key) for key in ("seed", "threads", *sections)},
-        "code": stage_code(stage.partition("@")[0], params.modules),
-        "libraries": library_versions(),
-        "inputs": [identity(Path(path)) for path in inputs],
-        "device": str(device),
-    }
+
+    def key() -> str:
+        deciding = {
+            "params": {key: _param(params, key) for key in ("seed", "threads", *sections)},
+            "code": stage_code(stage.partition("@")[0], params.modules),
+            "libraries": library_versions(),
+            "inputs": [identity(Path(path)) for path in inputs],
+            "device": str(device),
+            "processes": processes.count(),
+        }
+        return sha256_of_json(deciding)[:32]
+
     states = Path(os.environ.get("DVC_ROOT", ".")) / ".ckpt" / stage
-    folder = states / sha256_of_json(deciding)[:32]
+    folder = states / processes.from_first(key)
     resume = Resume(folder, params.machine.checkpoint_seconds)
+    if not processes.first():
+        processes.wait()
+        yield resume
+        return
     try:
         with held(folder):
+            processes.wait()
             if any(folder.glob("*.json")):
                 console.print(f"{stage}: goes on from what an earlier run saved in {folder}", soft_wrap=True)
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -22,6 +23,19 @@ def _distinct(values: list[Any]) -> list[Any]:
 
 
 Distinct = AfterValidator(_distinct)
+
+
+def _words(value: str) -> str:
+    try:
+        if shlex.split(value):
+            return value
+        raise ValueError("it is empty")
+    except ValueError as error:
+        raise ValueError(f"is {value!r}, which is no beginning of a command line: {error}") from None
+
+
+Words = Annotated[str, AfterValidator(_words)]
+"""The beginning of a command line, as a shell splits it."""
 
 
 class Section(BaseModel):

@@ -16,7 +16,8 @@ from tests import ROOT
 LAYERS: list[set[str]] = [
     {
         "svam.sections", "svam.protocols", "svam.conversion", "svam.params", "svam.contract", "svam.actions",
-        "svam.normalisation", "svam.files", "svam.films", "svam.npy", "svam.errors", "svam.console", "svam.seeds",
+        "svam.normalisation", "svam.files", "svam.films", "svam.npy", "svam.errors", "svam.console", "svam.processes",
+        "svam.launch", "svam.shares", "svam.seeds",
         "svam.device", "svam.precision", "svam.checkpoint", "svam.resume", "svam.code",
     },
     {"svam.sources"}, {"svam.episodes"}, {"svam.models"}, {"svam.training"}, {"svam.simulation"}, {"svam.serving"},

@@ -44,6 +44,8 @@ def test_the_committed_params_are_valid_and_complete() -> None:
 @pytest.mark.parametrize("key, value, said", [
     ("seed", -1, ["seed is -1", "at least 0"]),
     ("seed", "zero", ["seed is 'zero'; expected a whole number"]),
+    ("machine.launch", "srun 'all", ["machine.launch: is \"srun 'all\"", "of a command line: No closing quotation"]),
+    ("machine.launch", " ", ["machine.launch: is ' '", "of a command line: it is empty"]),
     ("machine.device", "CUDA", ["machine.device is 'CUDA'; expected 'auto', 'cpu' or 'cuda'; did you mean 'cuda'?"]),
     ("collect.episodes", True, ["collect.episodes is true; expected a whole number"]),
     ("generate.bf16", 1, ["generate.bf16 is 1; expected true or false"]),
@@ -111,6 +113,8 @@ AGREEMENT: list[tuple[dict[str, Any], list[str]]] = [
     ({"distill.branches": ["geometric"]}, ["train_policy.context asks for ['semantic']", "distill.branches ['geometric']"]),
     ({"train_policy.context": ["recorded"]}, ["context has 'recorded'", "evaluate.protocols is ['metaworld', 'offline']"]),
     ({"train_policy.context": ["recorded"], **OFFLINE}, []),
+    ({"machine.processes": 8}, ["machine.processes is 8", "machine.launch is 'local'"]),
+    ({"machine.processes": 8, "machine.launch": "torchrun"}, []),
     ({"evaluate.execute": 9}, ["evaluate.execute (9)", "train_policy.chunk (8)"]),
     ({"generate.up_blocks": 3}, ["generate.up_blocks is 3", "finetune_video.unet.channels [64, 128]"]),
     ({"generate.up_blocks": 3, "finetune_video.unet.pretrained": "folder"}, []),

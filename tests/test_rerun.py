@@ -74,7 +74,9 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("seed", 7, CHECK | COLLECT),
 ]
 # Whatever they are, not even the check runs.
-MACHINE = {"device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0}
+MACHINE = {
+    "device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0, "launch": "torchrun", "processes": 2,
+}  # fmt: skip
 
 # What is added to a module that a stage runs, at its end, and every stage that must run then besides `code`.
 LIMIT = "\nLIMIT = 3\n"

@@ -21,6 +21,7 @@ from svam.device import sent
 from svam.models.attention import Attention, Block, Dropouts, mlp
 from svam.models.diffusion import EDM, ddim_step, expand_like, exponential_sigmas, log_logistic_sigmas
 from svam.params import ActionTransformer
+from svam.shares import share
 
 Objective = Literal["edm", "epsilon"]
 LOG_LOGISTIC_SCALE = 0.5
@@ -161,16 +162,21 @@ class ActionDiffusion(nn.Module):
         self, context_BSD: Tensor, actions_BKA: Tensor, mask_BK: Tensor, generator: torch.Generator, draws: int = 1
     ) -> Tensor:
         """Scalar training loss over `draws` noise levels per chunk; `generator` lives on the CPU, so that a run's noise does
-        not depend on the device. EDM: squared error of the raw output, which is EDM's weighting; epsilon: of the noise."""
+        not depend on the device; of several processes each takes its rows of what is drawn for the whole batch. EDM: squared
+        error of the raw output, which is EDM's weighting; epsilon: of the noise."""
         device = actions_BKA.device
         clean, mask = (x.repeat_interleave(draws, dim=0) for x in (actions_BKA, mask_BK))
-        noise = sent(torch.randn(clean.shape, generator=generator), device)
+        noise = sent(share(lambda rows: torch.randn((rows, *clean.shape[1:]), generator=generator), len(clean)), device)
         if self.objective == "epsilon":
-            timestep = sent(torch.randint(0, TRAIN_TIMESTEPS, (len(clean),), generator=generator), device)
+            timestep = share(lambda rows: torch.randint(0, TRAIN_TIMESTEPS, (rows,), generator=generator), len(clean))
+            timestep = sent(timestep, device)
             noisy = self._noising.add_noise(clean, noise, timestep)
             return masked_mean_square(self.epsilon(noisy, timestep, context_BSD).float() - noise, mask)
         c, location = self.config, math.log(self.config.sigma_data)
-        sigma = log_logistic_sigmas(len(clean), location, LOG_LOGISTIC_SCALE, c.sigma_min, c.sigma_max, generator)
+        sigma = share(
+            lambda rows: log_logistic_sigmas(rows, location, LOG_LOGISTIC_SCALE, c.sigma_min, c.sigma_max, generator),
+            len(clean),
+        )
         sigma = sent(sigma, device)
         noisy = clean + noise * expand_like(sigma, clean)
         scaled = noisy * self.edm.c_in(expand_like(sigma, noisy))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svam import processes
 from svam.console import console, track
 from svam.contract import ContractError
 from svam.files import FileError, named_refusals, read_json, write_json
@@ -36,7 +37,8 @@ def write_blocks(
 ) -> dict[str, NDArray[Any]]:
     """Compute `arrays` into `folder`, which `Resume.directory` gives; returns them mapped to memory.
 
-    The room is reserved first and written by plain writes, so that a full disk is an error with a name, and soon.
+    The room is reserved first and written by plain writes, so that a full disk is an error with a name, and soon. Several
+    processes (`svam.processes`) take the blocks in turn, and each writes those that it computed.
 
     Args:
         blocks: what is computed together, see `in_batches`: rows of the longest arrays. Shorter arrays have the last of them.
@@ -50,28 +52,38 @@ def write_blocks(
     sizes = {name: np.empty(0, dtype).itemsize * int(np.prod(shape, dtype=np.int64)) for name, (shape, dtype) in arrays.items()}
     parts = ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items())
     console.print(f"{stage}: writes {sum(sizes.values()) / 1e9:.3f} GB ({parts})", soft_wrap=True)
-    record = resume.load_record(RECORD)
-    done = int(record.value) if record is not None and _reserved(folder, arrays) else 0
-    if not done:
+
+    def begin() -> int:
+        record = resume.load_record(RECORD)
+        if record is not None and _reserved(folder, arrays):
+            return int(record.value)
         for name, (shape, dtype) in arrays.items():
             _reserve(files[name], shape, dtype)
+        return 0
+
+    done = processes.from_first(begin)
     rows = max(shape[0] for shape, _ in arrays.values())
     with ExitStack() as stack:
         opened = {name: stack.enter_context(file.open("r+b")) for name, file in files.items()}
-        for number in track(range(done, len(blocks)), stage, len(blocks) - done):
-            for name, values in compute(blocks[number]).items():
-                whole, dtype = arrays[name]
-                first = blocks[number].start - (rows - whole[0])
-                _check_rows(name, values, first, (blocks[number].stop - blocks[number].start, *whole[1:]), np.dtype(dtype))
-                with named_refusals(files[name]):  # from the end, whatever the length of the header
-                    opened[name].seek(first * values[:1].nbytes - sizes[name], os.SEEK_END)
-                    opened[name].write(np.ascontiguousarray(values).data)
-            if resume.due():
+        rounds = range(done, len(blocks), processes.count())
+        for start in track(rounds, stage, len(rounds)):
+            ending = min(start + processes.count(), len(blocks))
+            for block in blocks[start:ending][processes.number() :][:1]:
+                for name, values in compute(block).items():
+                    whole, dtype = arrays[name]
+                    first = block.start - (rows - whole[0])
+                    _check_rows(name, values, first, (block.stop - block.start, *whole[1:]), np.dtype(dtype))
+                    with named_refusals(files[name]):  # from the end, whatever the length of the header
+                        opened[name].seek(first * values[:1].nbytes - sizes[name], os.SEEK_END)
+                        opened[name].write(np.ascontiguousarray(values).data)
+            if processes.from_first(resume.due):
                 for name, file in opened.items():
                     with named_refusals(files[name]):
                         file.flush()
                         os.fsync(file.fileno())
-                resume.save_record(RECORD, number + 1)
+                processes.wait()
+                if processes.first():
+                    resume.save_record(RECORD, ending)
     return dict(read_arrays(folder))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svam import processes
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.models.teachers import Teacher, to_grid
@@ -90,6 +91,7 @@ def cache_windows(
 
     block = max(1, params.batch // windows.frames_per_clip)
     made = write_blocks(folder, arrays, in_batches(block, train, every), compute, resume, f"cache_teacher {branch}")
+    processes.only_first_goes_on()
     write_arrays(folder, {"rows": windows.rows, "held_out": windows.held_out})
     centre = np.zeros(token)
     for part in in_batches(block, train):

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svam import processes
 from svam.console import console, track
 from svam.contract import ContractError
 from svam.device import sent
@@ -22,6 +23,7 @@ from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.params import Distill, Machine
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
+from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows
 from svam.training.foresight_metrics import ChannelMoments, ForesightScore
@@ -138,11 +140,13 @@ def distill(
 
     train = data.windows.train
     order = EndlessOrder(len(train), params.training.batch, seed, "batches")
+    own = own_rows(params.training.batch)
     every = max(1, params.training.steps // EVALUATIONS)
     fit(
-        decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)], device),
+        decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)[own]], device),
         params.training, device, name, live, curves, every, resume=resume, machine=machine,
     )  # fmt: skip
+    processes.only_first_goes_on()
     return decoupler, evaluate(data, statistics, decoupler, device, bf16)
 
 

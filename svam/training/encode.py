@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svam import processes
 from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder
 from svam.resume import NO_RESUME, Resume
@@ -31,4 +32,5 @@ def encode_frames(
     factor = autoencoder.factor
     shape = (len(store), autoencoder.latent_channels, height // factor, width // factor)
     write_blocks(folder, {name: (shape, np.float16)}, in_batches(batch, len(store)), compute, resume, "encode")
+    processes.only_first_goes_on()
     write_attributes(folder, autoencoder_sha256=autoencoder_sha256)

@@ -8,7 +8,8 @@ SHA-256 of its frame and instruction. So variants share entries, and more demons
     index.json   shape, dtype, the source in words, and the observations' addresses in row order
 
 Rows are flushed before the index that lists them is renamed into place: a killed writer leaves rows that no index lists,
-and the next writer overwrites them. One process at a time writes; others wait. A folder that is deleted to make room stays
+and the next writer overwrites them. One run at a time writes; others wait. Its processes, where there are several, take the
+batches in turn, each writes rows in their places, and the first lists them. A folder that is deleted to make room stays
 readable for those who have it open. Reading is `pread`, row by row: the page cache holds what fits, the process little.
 """
 
@@ -17,7 +18,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from svam import processes
 from svam.console import console, progress_bar, timed
 from svam.contract import ContractError
 from svam.errors import MachineError
@@ -51,7 +54,7 @@ def observation_address(frame: NDArray[np.uint8], instruction: str) -> str:
 
 
 class FeatureRows:
-    """The rows of one entry and source, open for reading; appended to only within `FeatureCache.fill`.
+    """The rows of one entry and source, open for reading; written to only within `FeatureCache.fill`.
 
     rows: address of an observation -> number of its row. shape, dtype: of a row; shape is None as long as there is none.
     """
@@ -85,8 +88,13 @@ class FeatureRows:
         """Bytes of one row; 0 as long as no row has been written."""
         return self.dtype.itemsize * int(np.prod(self.shape)) if self.shape else 0
 
-    def append(self, keys: Sequence[str], values: NDArray[Any]) -> None:
-        """Write rows (B, ...) that are not there; they count only once `flush` has listed them.
+    def add(self, keys: Iterable[str]) -> None:
+        """Give the next rows to these observations, which have none."""
+        for key in keys:
+            self.rows[key] = len(self.rows)
+
+    def write(self, keys: Sequence[str], values: NDArray[Any]) -> None:
+        """Write the rows (B, ...) of observations; they count only once they are listed.
 
         Raises:
             ContractError: NaN or infinity among the features, or rows of another shape or dtype than those present.
@@ -103,16 +111,19 @@ class FeatureRows:
         for key, row in zip(keys, np.ascontiguousarray(values), strict=True):
             data = memoryview(row).cast("B")
             with named_refusals(path):
-                written = os.pwrite(self._file.fileno(), data, len(self.rows) * self.row_bytes)
+                written = os.pwrite(self._file.fileno(), data, self.rows[key] * self.row_bytes)
             if written != len(data):
                 raise FileError(f"{path}: the disk took {written} of {len(data)} bytes; is it full?")
-            self.rows[key] = len(self.rows)
 
     def flush(self) -> None:
-        """Make every row written so far durable, then list it."""
+        """Make what this process wrote durable."""
+        os.fsync(self._file.fileno())
+
+    def list_rows(self, count: int) -> None:
+        """State that the first `count` rows are there, and durable."""
         if self.shape is not None:
-            os.fsync(self._file.fileno())
-            index = {"shape": list(self.shape), "dtype": self.dtype.str, "source": self.source, "rows": list(self.rows)}
+            rows = list(self.rows)[:count]
+            index = {"shape": list(self.shape), "dtype": self.dtype.str, "source": self.source, "rows": rows}
             write_json(self.directory / "index.json", index)
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -203,8 +214,9 @@ class FeatureCache:
         Raises:
             MachineError: the features of these observations alone exceed the budget.
         """
-        with locked(self.root / "writer.lock", wait=True):
-            spaces = {e: FeatureRows(self.root / f"{e}-{sha256_of_json(s)[:16]}", s) for e, s in sorted(sources.items())}
+        with locked(self.root / "writer.lock", wait=True) if processes.first() else nullcontext():
+            with processes.first_before_others():  # it begins damaged ones anew
+                spaces = {e: FeatureRows(self.root / f"{e}-{sha256_of_json(s)[:16]}", s) for e, s in sorted(sources.items())}
             self._compute(observations, spaces, encode, batch)
         numbers = {e: np.asarray([s.rows[a] for a in observations.addresses], dtype=np.int64) for e, s in spaces.items()}
         return Features(spaces, numbers)
@@ -222,21 +234,37 @@ class FeatureCache:
             if lacking
             for start in range(0, len(positions), batch)
         ]
+        listed = {entry: len(space.rows) for entry, space in spaces.items()}
+        for lacking, positions in todo:
+            for entry in lacking:
+                spaces[entry].add(observations.addresses[p] for p in positions)
+        count, rounds = processes.count(), range(0, len(todo), processes.count())
         with progress_bar() as bar:
             task = bar.add_task("foresight features", total=sum(len(positions) for _, positions in todo), note="")
-            for number, (lacking, positions) in enumerate(todo):
-                padded = np.resize(positions, batch)  # repeats the batch's own observations
-                with timed("encoding features"):
-                    sentences = [observations.instructions[p] for p in padded]
-                    values = encode(observations.frames(padded), sentences, list(lacking))
-                for entry in lacking:
-                    spaces[entry].append([observations.addresses[p] for p in positions], values[entry][: len(positions)])
-                if number == 0:
+            for start in rounds:
+                together = todo[start : start + count]
+                for lacking, positions in together[processes.number() :][:1]:
+                    padded = np.resize(positions, batch)  # repeats the batch's own observations
+                    with timed("encoding features"):
+                        sentences = [observations.instructions[p] for p in padded]
+                        values = encode(observations.frames(padded), sentences, list(lacking))
+                    for entry in lacking:
+                        spaces[entry].write([observations.addresses[p] for p in positions], values[entry][: len(positions)])
+                if start == 0 and processes.first():
                     self._make_room(spaces, observations.addresses)
-                if number % max(1, FLUSH_ROWS // batch) == 0 or number == len(todo) - 1:
+                for lacking, positions in together:
+                    for entry in lacking:
+                        listed[entry] += len(positions)
+                if (start // count) % max(1, FLUSH_ROWS // (batch * count)) == 0 or start == rounds[-1]:
                     for space in spaces.values():
                         space.flush()
-                bar.advance(task, len(positions))
+                    processes.wait()
+                    if processes.first():
+                        for entry, space in spaces.items():
+                            space.list_rows(listed[entry])
+                bar.advance(task, sum(len(positions) for _, positions in together))
+        for space in spaces.values():  # one that wrote no row has not seen any
+            space.shape, space.dtype = processes.from_first(lambda: (space.shape, space.dtype))  # noqa: B023
 
     def _make_room(self, spaces: Mapping[str, FeatureRows], addresses: Sequence[str]) -> None:
         """Print what this run needs, and delete the least recently used folders of others until it fits."""

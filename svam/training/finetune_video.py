@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from svam import processes
 from svam.console import track
 from svam.contract import ContractError
 from svam.device import sent
@@ -29,6 +30,7 @@ from svam.params import FinetuneVideo, Machine
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
+from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
 from svam.training.latents import LatentClips
 from svam.training.loop import fit
@@ -133,20 +135,23 @@ def train_video(
         MachineError: what `params.lora_rank` or `params.moments` needs is not installed.
     """
     if not params.training.steps:
+        processes.only_first_goes_on()
         Curves(live).end()
         return
     order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")
+    own = own_rows(params.training.batch)
 
     def batch_of(number: int) -> tuple[Tensor, ...]:
+        """What is random is drawn for the whole batch; of the data, this process reads its own."""
         random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
         places = order.batch(number)
-        clean = sent(clips.clips(places), device)
-        text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number)).to(device)
+        clean = sent(clips.clips(places[own]), device)
+        text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number))[own].to(device)
         condition = autoencoder.condition_of(clean[:, 0])
         # Guidance dropout: what guidance extrapolates from.
-        shown = sent((torch.rand(len(places), generator=random) >= params.guidance_dropout).float(), device)
-        sigma = sent(draw_sigmas(params, len(places), random), device)
-        noise = sent(torch.randn(clean.shape, generator=random), device)
+        shown = sent((torch.rand(len(places), generator=random) >= params.guidance_dropout)[own].float(), device)
+        sigma = sent(draw_sigmas(params, len(places), random)[own], device)
+        noise = sent(torch.randn((len(places), *clean.shape[1:]), generator=random)[own], device)
         if params.dropped == "frame_and_text":
             condition = condition * expand_like(shown, condition)
         return clean, sigma, noise, condition, text * expand_like(shown, text)
@@ -168,6 +173,7 @@ def train_video(
             model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
             show if params.show_every else None, params.show_every, resume=resume, machine=machine, moments=params.moments,
         )  # fmt: skip
+    processes.only_first_goes_on()
 
 
 def write_picture(folder: Path, name: str, pictures: NDArray[np.uint8], resume: Resume) -> None:

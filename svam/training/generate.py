@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from svam import processes
 from svam.console import console
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import clip_rows
@@ -88,6 +89,7 @@ def generate_windows(
         return _generated(latents, model, windows, block, params.keep_features)
 
     write_blocks(folder, arrays, in_batches(params.batch, train, every), compute, resume, "generate")
+    processes.only_first_goes_on()
     write_arrays(folder, {"rows": windows.rows, "held_out": windows.held_out})
     write_attributes(
         folder, instructions=windows.instructions, noise_seeds=windows.seeds, sampler=model.sampler.model_dump(),

@@ -9,23 +9,37 @@ import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from svam import processes, shares
 from svam.console import progress_bar, timed
 from svam.device import compile_layers, computes_beside
 from svam.errors import MachineError, SvamError
 from svam.params import Machine, Moments, Optimiser
 from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
+from svam.seeds import seed_of
 from svam.training.state import AveragedWeights, Curves, TrainingState
 
 AHEAD = 2
 """Batches that are made while one is being used."""
+
+
+class SharedLoss(nn.Module):
+    """The loss as the forward pass of a module that holds what is trained, which is what several processes share."""
+
+    def __init__(self, module: nn.Module, loss: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self.loss = module, loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self.loss(batch)
 
 
 class DivergedError(SvamError, ValueError):
@@ -105,11 +119,14 @@ def fit(
     On a GPU the loss is looked at a hundred times in a run, where a point of its curve is due, and to evaluate and to save.
     Other steps wait for no number: the next one is queued while the card computes. On a CPU it is looked at in every step.
 
+    Several processes (`svam.shares`) take equal parts of every batch; the means of their losses and gradients are those of
+    the batch. Each holds all weights, and dropout draws from another seed in each.
+
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
-        batch_of: the n-th batch, from 0 on, a function of n alone, so that a resumed run sees the data that it would have
-            seen; `optimiser.accumulate` batches make one step. Another thread calls it, ahead of the step, so it must not draw
-            from torch's global random state.
+        batch_of: the n-th batch, from 0 on, or this process's part of it (`own_rows`), a function of n alone, so that
+            a resumed run sees the data that it would have seen; `optimiser.accumulate` batches make one step. Another thread
+            calls it, ahead of the step, so it must not draw from torch's global random state.
         live_dir: where DVCLive streams `metrics.json` and curves (a DVC out of the stage).
         evaluate: called with the step every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
@@ -128,10 +145,13 @@ def fit(
     parameters = [p for p in module.parameters() if p.requires_grad]
     adam = adamw(parameters, optimiser, moments)
     host = machine is not None and machine.average == "host" and device.type == "cuda"
-    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), Curves(live_dir), device)
+    curves = Curves(live_dir if processes.first() else None)
+    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), curves, device)
+    seed = torch.initial_seed()
     state.restore(resume)
     if machine is not None and machine.compile and device.type == "cuda":
         compile_layers(module)
+    shared = shares.synchronised(SharedLoss(module, loss), device)
     log_every = max(1, optimiser.steps // 100)
     look_every = log_every if computes_beside(device) else 1
     looked, recent = state.step, torch.tensor(state.recent, dtype=torch.float64, device=device)
@@ -143,13 +163,15 @@ def fit(
             module.train()
             for group in adam.param_groups:
                 group["lr"] = optimiser.learning_rate * learning_rate_factor(step - 1, optimiser)
-            value = _train_step(loss, batches, optimiser, device, adam, parameters)
+            if processes.count() > 1:
+                torch.manual_seed(seed_of(seed, "step", step, processes.number()))
+            value = _train_step(shared, batches, optimiser, device, adam, parameters)
             state.average.update()
             recent = value if step == 1 else 0.95 * recent + 0.05 * value
             state.step = step
             last = step == optimiser.steps
             judged = evaluate is not None and (last or (evaluate_every is not None and step % evaluate_every == 0))
-            saved = resume.due() or (last and resume.folder is not None)
+            saved = processes.first() and (resume.due() or (last and resume.folder is not None))
             if step % look_every == 0 or last or judged or saved:
                 with timed("waiting for the device"):
                     state.recent = recent.item()
@@ -165,7 +187,7 @@ def fit(
             if evaluate is not None and judged:
                 module.eval()
                 with timed("held-out evaluation"), state.average.applied():
-                    values = evaluate(step)
+                    values = processes.from_first(partial(evaluate, step))
                 if select is None or not state.chosen or values[select] < state.chosen[select]:
                     state.chosen = {**values, "step": float(step)}
                     state.best = [a.clone() for a in state.average.average] if select else None
@@ -180,7 +202,7 @@ def fit(
 
 
 def _train_step(
-    loss: Callable[[Any], Tensor],
+    shared: nn.Module,
     batches: Iterator[Any],
     optimiser: Optimiser,
     device: torch.device,
@@ -190,15 +212,16 @@ def _train_step(
     """One optimiser step over `accumulate` batches; returns the mean loss, a float64 scalar on the device."""
     adam.zero_grad(set_to_none=True)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for _ in range(optimiser.accumulate):
+    for number in range(optimiser.accumulate):
         with timed("data"):
             batch = next(batches)
-        with timed("forward"), mixed_precision(device, optimiser.bf16):
-            value = loss(batch)
-        with timed("backward"):
-            (value / optimiser.accumulate).backward()  # type: ignore[no-untyped-call]
+        with nullcontext() if number == optimiser.accumulate - 1 else shares.unsynchronised(shared):
+            with timed("forward"), mixed_precision(device, optimiser.bf16):
+                value = shared(batch)
+            with timed("backward"):
+                (value / optimiser.accumulate).backward()
         total += value.detach().double() / optimiser.accumulate
     with timed("optimiser"):
         nn.utils.clip_grad_norm_(parameters, optimiser.clip)
         adam.step()
-    return total
+    return shares.mean(total)

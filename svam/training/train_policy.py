@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from svam import processes
 from svam.code import code_of, library_versions
 from svam.console import console
 from svam.contract import ContractError
@@ -34,6 +35,7 @@ from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.params import Generate, Machine, TrainPolicy
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
+from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import recorded
 from svam.training.feature_cache import (
@@ -402,16 +404,22 @@ def train(
         if isinstance(features, ComputedFeatures):
             features.announce(optimiser.steps * optimiser.accumulate * optimiser.batch)
         order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
+        own = own_rows(order.size)
 
-        def batch_of(number: int) -> tuple[Batch, torch.Generator]:
+        def batch_of(number: int) -> tuple[Batch, torch.Generator, float]:
+            """This process's part of a batch, the seeded source of its noise, and the weight of its loss: that is a mean over
+            real actions, of which the parts of a batch have different numbers."""
             noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise", number))
-            return learning.batch(order.batch(number), number), noise
+            places, real = order.batch(number), learning.observations.mask
+            weight = processes.count() * int(real[places[own]].sum()) / int(real[places].sum())
+            return learning.batch(places[own], number), noise, weight
 
         svam.selected = fit(
-            svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws), batch_of, optimiser, device,
-            "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
+            svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws) * batch[2], batch_of, optimiser,
+            device, "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
             "action_error", resume, machine,
         )  # fmt: skip
     finally:
         features.close()
+    processes.only_first_goes_on()
     return svam

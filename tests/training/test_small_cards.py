@@ -103,9 +103,7 @@ def test_without_peft_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         pass
 
 
-MACHINE = Machine(
-    device="cpu", workers=1, cache_gb=1.0, checkpoint_seconds=0.0, checkpointing=False, average="device", compile=False
-)
+MACHINE = Machine.model_validate(committed("machine"))
 Fine = Callable[..., VideoModel]
 
 

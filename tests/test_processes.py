@@ -1,0 +1,296 @@
+"""Several processes: the same losses and the same bytes as one, killed or not, and one sentence where they cannot start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from svam import processes
+from svam.console import console
+from svam.episodes.store import EpisodeStore
+from svam.files import sha256_tree
+from svam.launch import launch
+from svam.models.autoencoder import Autoencoder
+from svam.models.foresight import ForesightModel, FrozenParts, part_folders
+from svam.models.text import TextEncoder
+from svam.models.video import SamplerConfig
+from svam.params import CacheTeacher, FinetuneVideo
+from svam.resume import Resume
+from svam.shares import own_rows
+from svam.training.cache_teacher import cache_windows
+from svam.training.distill import distill
+from svam.training.distill_data import GeneratedWindows
+from svam.training.encode import encode_frames
+from svam.training.feature_cache import FeatureCache
+from svam.training.finetune_video import TextTable, new_video_model, train_video
+from svam.training.generate import choose_windows, generate_windows
+from svam.training.latents import LatentClips
+from svam.training.train_policy import load_foresight, train
+from tests import ROOT
+from tests.sources.common import refused
+from tests.test_resume import train as train_noisy
+from tests.tiny import GENERATE, policy_params
+from tests.tiny_foresight import GRID, encoded, make_teacher
+from tests.together import together
+from tests.toy import committed, optimiser, write_toy_params
+from tests.training import test_distill
+
+CPU = torch.device("cpu")
+TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
+
+
+# --- trainings and the feature cache -------------------------------------------------------------------------------------
+
+
+def learn_video(parts: Path, out: Path) -> None:
+    """Also writes how many clips were read at a time."""
+    store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
+    autoencoder, text = Autoencoder.load(folders["autoencoder"]), TextEncoder.load(folders["text"])
+    unet = {"channels": [32, 64], "layers": 1, "heads": [1, 2]}
+    section = committed("finetune_video", frames=3, stride_seconds=0.1, unet=unet, training=TWENTY.model_dump())
+    params, sizes = FinetuneVideo.model_validate(section), set()
+
+    class Watched(LatentClips):
+        def clips(self, places: NDArray[np.int64]) -> torch.Tensor:
+            if not sizes:
+                (out / f"sizes{processes.number()}").write_text(str(len(places)))
+            sizes.add(len(places))
+            assert len(sizes) == 1
+            return super().clips(places)
+
+    torch.manual_seed(0)
+    model = new_video_model(params, store, autoencoder, text, 0)
+    latents, stride = encoded(store, autoencoder), model.config.stride
+    clips, held_out = Watched(store, "train", latents, 3, stride), LatentClips(store, "held_out", latents, 3, stride)
+    train_video(model, params, clips, held_out, autoencoder, TextTable.build(store, text), 0, CPU, out / "live")
+
+
+def learn_policy(parts: Path, out: Path) -> None:
+    """Also fills the feature cache."""
+    store = EpisodeStore.open(parts / "episodes.zarr")
+    folders = part_folders(parts / "backbones", parts / "video", parts / "decouplers")
+    section = policy_params(training=TWENTY.model_dump(), evaluate_every=20)
+    foresight, cache = load_foresight(section, GENERATE, folders), FeatureCache(out / "features", 1.0)
+    train(store, foresight, folders, section, cache, 0, CPU, out / "live")
+
+
+def learn_decoupler(parts: Path, out: Path) -> None:
+    data = test_distill.open_data(out / f"windows{processes.number()}", test_distill.arrays())
+    distill(data, test_distill.SECTION.model_copy(update={"training": TWENTY}), 0, CPU, live=out / "live")
+
+
+def losses(live: Path) -> list[float]:
+    lines = (live / "plots/metrics/train/loss.tsv").read_text().splitlines()
+    return [float(line.split("\t")[-1]) for line in lines[1:]]
+
+
+@pytest.mark.parametrize("learn", [learn_video, learn_decoupler, learn_policy])
+def test_two_processes_have_the_losses_of_one(learn: Callable[[Path, Path], None], parts: Path, tmp_path: Path) -> None:
+    """Over twenty steps, in float32; and the features that the policy learns from have the same bytes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    two.mkdir()
+    learn(parts, one)
+    assert together(learn, parts, two) == [0, 0]
+    expected = losses(one / "live")
+    assert len(expected) == 20 and expected[-1] != expected[0]
+    np.testing.assert_allclose(losses(two / "live"), expected, rtol=1e-5)
+    if learn is learn_video:
+        assert [file.read_text() for file in (one / "sizes0", two / "sizes0", two / "sizes1")] == ["4", "2", "2"]
+    if learn is learn_policy:
+        assert sha256_tree(one / "features") == sha256_tree(two / "features")
+
+
+class UntilKilled(list[int]):
+    """The second process ends by SIGKILL where it is to make batch 30."""
+
+    def append(self, number: int) -> None:
+        if processes.number() == 1 and number == 30:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_shared(out: Path, state: Path, killed: bool) -> None:
+    """Dropout, noise in the loss, and batches that are added up: each process has weights and curves of its own in `out`."""
+    seen = UntilKilled() if killed else list[int]()
+    (out / str(processes.number())).mkdir(exist_ok=True)
+    train_noisy(out / str(processes.number()), Resume(state, 0), seen)
+    (out / f"seen{processes.number()}").write_text(str(seen[0]))
+
+
+def test_a_training_goes_on_after_one_of_its_processes_was_killed(tmp_path: Path) -> None:
+    for name in ("straight", "killed"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    assert together(train_shared, tmp_path / "straight", tmp_path / "straight/state", False) == [0, 0]
+    failed = together(train_shared, tmp_path / "killed", tmp_path / "killed/state", True)
+    assert -signal.SIGKILL in failed and 0 not in failed
+    assert together(train_shared, tmp_path / "killed", tmp_path / "killed/state", False) == [0, 0]
+    first = [int((tmp_path / "killed" / f"seen{n}").read_text()) for n in (0, 1)]
+    assert first[0] == first[1] > 15, "it began anew"
+    weights = [f"{n}/{name}" for n in (0, 1) for name in ("layers.0.weight", "layers.3.weight")]
+    (a, b, *same) = [(tmp_path / "straight" / name).read_bytes() for name in weights]
+    assert [a, b] == same, "the processes have come apart"
+    assert sha256_tree(tmp_path / "killed/0") == sha256_tree(tmp_path / "straight/0")
+
+
+# --- what is written block by block --------------------------------------------------------------------------------------
+
+
+def write_latents(parts: Path, folder: Path, resume: Resume) -> None:
+    store, autoencoder = EpisodeStore.open(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
+    encode_frames(folder, store, autoencoder, "abc", 16, CPU, resume)
+
+
+def write_generated(parts: Path, folder: Path, resume: Resume) -> None:
+    store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
+    sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
+    model = ForesightModel.load_parts(FrozenParts(), sampler, folders)
+    section = GENERATE.model_copy(update={"windows": 9, "held_out_windows": 3, "up_blocks": 2, "batch": 2})
+    windows = choose_windows(store, section, model.video_model.config, 0)
+    generate_windows(folder, encoded(store, model.frame_autoencoder), model, windows, section, 0, "abc", resume)
+
+
+def write_teachers(parts: Path, folder: Path, resume: Resume) -> None:
+    store, windows = EpisodeStore.open(parts / "episodes.zarr"), GeneratedWindows(folder.parents[2] / "generated")
+    section = CacheTeacher(reference="frame", batch=4)
+    cache_windows(folder, windows, store, make_teacher("depth"), "geometric", section, "generated", CPU, resume)
+
+
+def write(function: Callable[[Path, Path, Resume], None], parts: Path, out: Path, killed_at: int | None = None) -> None:
+    """What a stage does, with its state in `out/state`; the second process is killed where it is to write that row."""
+    state = out / "state"
+    state.mkdir(parents=True, exist_ok=True)
+    blocks = sys.modules["svam.training.blocks"]
+    checked, computed = blocks._check_rows, list[int]()  # type: ignore[attr-defined]
+
+    def watched(name: str, values: NDArray[Any], first: int, *rest: Any) -> None:
+        computed.append(first)
+        if killed_at is not None and processes.number() == 1 and first >= killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        checked(name, values, first, *rest)
+
+    blocks._check_rows = watched  # type: ignore[attr-defined]
+    resume = Resume(state, 0)
+    with resume.directory(out / "made") as folder:
+        try:
+            function(parts, folder, resume)
+        finally:
+            blocks._check_rows = checked  # type: ignore[attr-defined]
+            (out / f"first{processes.number()}").write_text(str(computed[0]))
+
+
+@pytest.mark.parametrize("function, killed_at", [(write_latents, 17), (write_generated, 3), (write_teachers, 2)])
+def test_two_processes_write_the_bytes_of_one(
+    function: Callable[[Path, Path, Resume], None], killed_at: int, parts: Path, tmp_path: Path
+) -> None:
+    """Also when one of them is killed and the same command is run again."""
+    if function is write_teachers:
+        write(write_generated, parts, tmp_path / "g")
+        (tmp_path / "g/made").rename(tmp_path / "generated")
+    write(function, parts, tmp_path / "one")
+    assert together(write, function, parts, tmp_path / "two") == [0, 0]
+    assert (tmp_path / "two/first1").read_text() != "0", "the first block was computed twice"
+    assert -signal.SIGKILL in together(write, function, parts, tmp_path / "killed", killed_at)
+    assert not (tmp_path / "killed/made").exists()
+    assert together(write, function, parts, tmp_path / "killed") == [0, 0]
+    assert (tmp_path / "killed/first0").read_text() != "0", "it began anew"
+    expected = sha256_tree(tmp_path / "one/made")
+    assert [sha256_tree(tmp_path / name / "made") for name in ("two", "killed")] == [expected] * 2
+
+
+# --- how they start ------------------------------------------------------------------------------------------------------
+
+SRUN = """#!/bin/sh
+for n in 0 1; do SLURM_PROCID=$n SLURM_LOCALID=$n SLURM_STEP_NUM_TASKS=2 "$@" & pids="$pids $!"; done
+for pid in $pids; do wait "$pid" || exit 1; done
+"""
+
+
+def encode(parts: Path, folder: Path, launch: str, count: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The stage `encode`, of which all lies in `folder`, where a command `srun` is too."""
+    folder.mkdir()
+    write_toy_params(folder / "params.yaml", {"machine": {"launch": launch, "processes": count}})
+    (folder / "srun").write_text(SRUN)
+    (folder / "srun").chmod(0o755)
+    command = [sys.executable, "-m", "stages.encode", str(folder / "latents"), "--params", str(folder / "params.yaml")]
+    command += ["--episodes", str(parts / "episodes.zarr"), "--autoencoder", str(parts / "backbones/autoencoder")]
+    around = {"DVC_ROOT": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"} | environment
+    return subprocess.run(command, cwd=ROOT, env=os.environ | around, capture_output=True, text=True, check=False)
+
+
+def test_torchrun_and_a_prefix_start_processes_that_write_the_same_bytes(parts: Path, tmp_path: Path) -> None:
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
+    runs = [
+        encode(parts, tmp_path / "local", "local"),
+        encode(parts, tmp_path / "torchrun", "torchrun", 2),
+        encode(parts, tmp_path / "srun", "srun", **address),
+    ]
+    for done in runs:
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.count("device: cpu") == done.stderr.count("peak memory") == 1, done.stderr
+    assert ["2 processes" in done.stderr for done in runs] == [False, True, True]
+    assert len({sha256_tree(tmp_path / name / "latents") for name in ("local", "torchrun", "srun")}) == 1
+    assert not list(tmp_path.glob("*/.ckpt"))
+
+
+def test_an_error_of_all_is_one_sentence(tmp_path: Path) -> None:
+    done = encode(tmp_path, tmp_path / "run", "torchrun", 2)
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 2 and "device: cpu" in done.stderr, done.stderr
+    assert done.stderr.splitlines()[1].startswith("error: ") and "episodes.zarr" in done.stderr
+
+
+KILLED = """
+import sys
+from svam.console import one_line_errors
+from svam.launch import _torchrun
+dying = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
+one_line_errors(_torchrun)(2, [sys.executable, "-c", dying])
+"""
+
+
+def test_a_process_that_was_killed_is_named_and_ends_the_others() -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: process 1, counted from 0, was ended by SIGKILL, and the others with it"), done.stderr
+
+
+@pytest.mark.parametrize("launch, sentence", [
+    ("no-such-command -n 2", "error: machine.launch is 'no-such-command -n 2', but there is no command 'no-such-command'"),
+    ("env", "error: machine.launch is 'env', which sets neither RANK nor SLURM_PROCID in its processes"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_said_before_anything_is_read(launch: str, sentence: str, tmp_path: Path) -> None:
+    done = encode(tmp_path, tmp_path / "run", launch)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and done.stderr.startswith(sentence), done.stderr
+
+
+def test_processes_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv(processes.STARTED, "1")
+    for name, value in {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "3", "SLURM_LOCALID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set below goes afterwards
+        monkeypatch.delenv(name)
+    params = write_toy_params(tmp_path / "params.yaml", {"machine": {"launch": "srun"}})
+    launch(params, "evaluate")  # computes alone
+    with refused("export MASTER_ADDR="):
+        launch(params, "encode")
+    assert (processes.number(), processes.count(), processes.first()) == (1, 3, False)
+    assert own_rows(12) == slice(4, 8)
+    with refused("a batch of 8 does not divide by 3 processes"):
+        own_rows(8)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(console, "quiet", False)
+    with refused("distill.training.batch is 4, which the 3 processes of machine.launch do not divide"):
+        launch(params, "distill")
+    assert console.quiet
