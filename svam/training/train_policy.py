@@ -158,8 +158,8 @@ def encoder_of(foresight: ForesightModel) -> Encode:
             return {"recorded": foresight.teacher_tokens(torch.from_numpy(frames)).half().cpu().numpy()}
         draws: dict[int, list[str]] = {}
         for name in entries:
-            entry, _, draw = name.partition("@")
-            draws.setdefault(int(draw or 0), []).append(entry)
+            entry, _, number = name.partition("@")
+            draws.setdefault(int(number or 0), []).append(entry)
         values: dict[str, NDArray[Any]] = {}
         for draw, names in draws.items():
             made = encoded(foresight, frames, instructions, names, draw or None)
