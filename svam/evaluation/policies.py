@@ -35,8 +35,7 @@ def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evalu
     if section.policy == "svam":
         if model is None:
             raise ParamsError("evaluate.policy is 'svam': name its folder with --model")
-        # A graph gives most of the speed; compiling would take as long as a small evaluation.
-        yield for_control(SVAM.load(model), device, section.batch, compiled=False), str(device)
+        yield for_control(SVAM.load(model), device, section.batch, params.machine.compile), str(device)
     elif section.policy == "remote":
         # By name, as `Params.modules` has it, so that an edit of the client re-runs no row of S-VAM.
         remote: Remote
