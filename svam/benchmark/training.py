@@ -89,12 +89,12 @@ def finetuning(
     del models
     forget(device)
     training = params.finetune_video.training.model_copy(update={"steps": ENDLESS, "accumulate": 1})
-    section = params.finetune_video.model_copy(update={"training": training, "lora_rank": lora_rank})
+    section = params.finetune_video.model_copy(update={"training": training, "lora_rank": lora_rank, "show_every": 0})
     table = TextTable(torch.randn(1, config.text_tokens, config.text_width, device=device), [[0]])
     clips: Any = Clips(config.clip_shape)
     seconds = seconds_of_steps(
         video.unet.conv_in,
-        lambda: train_video(video, section, clips, autoencoder, table, 0, device, None, machine=machine), device,
+        lambda: train_video(video, section, clips, clips, autoencoder, table, 0, device, None, machine=machine), device,
     )  # fmt: skip
     return {"clips_per_second": training.batch / seconds, "peak_gb": peak_gb(device)}
 
