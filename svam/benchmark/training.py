@@ -89,7 +89,7 @@ def finetuning(
     del models
     forget(device)
     training = params.finetune_video.training.model_copy(update={"steps": ENDLESS, "accumulate": 1})
-    section = params.finetune_video.model_copy(update={"training": training, "lora_rank": lora_rank, "show_every": 0})
+    section = params.finetune_video.model_copy(update={"training": training, "lora_rank": lora_rank, "show_every": None})
     table = TextTable(torch.randn(1, config.text_tokens, config.text_width, device=device), [[0]])
     clips: Any = Clips(config.clip_shape)
     seconds = seconds_of_steps(
