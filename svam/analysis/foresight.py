@@ -174,13 +174,17 @@ def probe_features(inputs: AnalysisInputs) -> depth_probe.Features:
         each = np.arange(len(numbers))
         step = torch.from_numpy(one_step[numbers]).to(model.device).float()
         reference = model.reference_features("geometric", torch.from_numpy(store.frames(windows.rows[numbers, 0])))
-        recorded = torch.from_numpy(store.frames(windows.rows[numbers, frames]))
-        generated = torch.from_numpy(windows.frames[numbers, frames])
         tokens = {"repeat": reference, "one_step": step[each, frames]}
         if "geometric" in inputs.branches:
             tokens["geometric"] = model.decouple("geometric", step, reference)[each, frames]
-        tokens["generated"] = model.teacher_features("geometric", generated)
-        tokens["truth"] = model.reference_features("geometric", recorded)
+        if model.sees_clips("geometric"):
+            clips = torch.from_numpy(windows.frames[numbers]), torch.from_numpy(recorded(store, windows.rows[numbers]))
+            tokens["generated"] = model.clip_features("geometric", clips[0])[each, frames]
+            tokens["truth"] = model.recorded_features("geometric", clips[1])[each, frames]
+        else:  # each of the frames that are asked for, once
+            tokens["generated"] = model.teacher_features("geometric", torch.from_numpy(windows.frames[numbers, frames]))
+            future = torch.from_numpy(store.frames(windows.rows[numbers, frames]))
+            tokens["truth"] = model.reference_features("geometric", future)
         return {name: values.cpu().numpy() for name, values in tokens.items()}
 
     return features
@@ -252,10 +256,9 @@ def _sequence(inputs: AnalysisInputs, episode: int) -> Any:
     foreseen = model.encode(observed, [instruction] * len(rows), entries, seeds).entries
     recorded = recorded_clips(store, rows, config.frames, config.stride)
     pictures: list[PictureRow] = [("observed", list(observed.numpy())), ("recorded\nfuture", list(recorded[:, -1]))]
-    flat = torch.from_numpy(recorded.reshape(-1, *recorded.shape[2:]))
     for branch in entries:
         predicted = foreseen[branch].float().cpu().numpy()
-        real = model.reference_features(branch, flat).cpu().numpy().reshape(predicted.shape)
+        real = model.recorded_features(branch, torch.from_numpy(recorded)).cpu().numpy()
         colours = pca_colours(np.stack([predicted, real]))
         pictures += [(f"{branch}\nforesight", list(colours[0, :, -1])), (f"{branch}\nteacher", list(colours[1, :, -1]))]
     ahead = (config.frames - 1) * config.stride / store.rate_hz

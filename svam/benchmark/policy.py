@@ -80,7 +80,7 @@ def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, flo
         clip = foresight.decode(latents)
     with timed(parts, "teachers"):
         for branch in foresight.teachers:
-            foresight.teacher_features(branch, clip.flatten(0, 1))
+            foresight.clip_features(branch, clip)
     return parts | {"total": sum(parts.values())}
 
 

@@ -135,10 +135,23 @@ def foreseen_clips(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) ->
 def true_features(model: SVAM, clips: NDArray[np.uint8], entry: str) -> NDArray[np.float32]:
     """What the teachers see in recorded clips (n, T, H, W, 3): (n, T, h, w, C), prepared as the reference of the current frame
     is. `generated` and `goal_frame` hold all teachers' channels."""
-    branches = [entry] if entry in BRANCHES else list(model.foresight.teachers)
-    frames = torch.from_numpy(clips.reshape(-1, *clips.shape[2:]))
-    features = torch.cat([model.foresight.reference_features(branch, frames).cpu() for branch in branches], dim=-1).numpy()
-    return np.asarray(features.reshape(*clips.shape[:2], *features.shape[1:]), dtype=np.float32)
+    foresight, frames = model.foresight, torch.from_numpy(np.ascontiguousarray(clips))
+    seen = [foresight.recorded_features(branch, frames).cpu() for branch in _branches(model, entry)]
+    return np.asarray(torch.cat(seen, dim=-1).numpy(), dtype=np.float32)
+
+
+def _branches(model: SVAM, entry: str) -> list[str]:
+    return [entry] if entry in BRANCHES else list(model.foresight.teachers)
+
+
+def _references(model: SVAM, clips: NDArray[np.uint8], truth: NDArray[np.float32], entry: str) -> NDArray[np.float32]:
+    """What the teachers see in the current frame (n, 1, h, w, C): `truth` of the clips' first, where they see frames."""
+    foresight, branches = model.foresight, _branches(model, entry)
+    if not any(map(foresight.sees_clips, branches)):
+        return truth[:, :1]
+    observed = torch.from_numpy(np.ascontiguousarray(clips[:, 0]))
+    seen = [foresight.reference_features(branch, observed).cpu() for branch in branches]
+    return np.asarray(torch.cat(seen, dim=-1)[:, None].numpy(), dtype=np.float32)
 
 
 def evaluate_offline(
@@ -223,9 +236,8 @@ def add_feature_errors(
     clips = foreseen_clips(store, model, rows)
     for entry in entries:
         truth, predicted = true_features(model, clips, entry), inputs.entries[entry][: len(rows)].float().cpu().numpy()
-        # The reference is what the teacher sees in the current frame, which is frame 0 of the clip.
         future = truth[:, -1:] if entry == "goal_frame" else truth[:, 1:]
-        repeated = np.broadcast_to(truth[:, :1], future.shape)
+        repeated = np.broadcast_to(_references(model, clips, truth, entry), future.shape)
         features.setdefault(entry, FeatureErrors()).add(predicted[:, -future.shape[1] :], repeated, future)
 
 

@@ -121,21 +121,37 @@ class ForesightModel(VideoGenerator):
             raise ValueError(f"the foresight model was assembled without its {branch} teacher")
         return self.teachers[branch]  # type: ignore[return-value]
 
+    def sees_clips(self, branch: str) -> bool:
+        """Whether what the teacher says of a frame depends on the clip around it."""
+        return self._teacher(branch).sees_clips
+
     @torch.no_grad()
-    def teacher_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
-        """(B, h, w, C) float32 patch tokens of uint8 frames, on the sampler's grid."""
-        return to_grid(self._teacher(branch).features(as_unit(frames_BHWC.to(self.device))), self.sampler.grid)
+    def teacher_features(self, branch: str, frames_BHWC: Tensor, length: int = 1) -> Tensor:
+        """(B, h, w, C) float32 patch tokens of uint8 frames, on the sampler's grid; `length` as in `Teacher.features`."""
+        return to_grid(self._teacher(branch).features(as_unit(frames_BHWC.to(self.device)), length), self.sampler.grid)
+
+    @torch.no_grad()
+    def clip_features(self, branch: str, clips_BTHWC: Tensor) -> Tensor:
+        """(B, T, h, w, C) float32 patch tokens of uint8 clips, on the sampler's grid."""
+        return to_grid(self._teacher(branch).clip_features(as_unit(clips_BTHWC.to(self.device))), self.sampler.grid)
+
+    def _as_reference(self, frames_BHWC: Tensor) -> Tensor:
+        return self.reconstruct(frames_BHWC) if self.reference == "reconstruction" else frames_BHWC
 
     def teacher_tokens(self, clips_BTHWC: Tensor) -> Tensor:
         """All teachers' tokens of uint8 clips, side by side on channels: (B, T, h, w, C) float32. Of recorded clips they are
         the context entry `recorded`."""
-        tokens = torch.cat([self.teacher_features(b, clips_BTHWC.flatten(0, 1)) for b in self.teachers], dim=-1)
-        return tokens.view(*clips_BTHWC.shape[:2], *tokens.shape[1:])
+        return torch.cat([self.clip_features(b, clips_BTHWC) for b in self.teachers], dim=-1)
 
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""
-        seen = self.reconstruct(frames_BHWC) if self.reference == "reconstruction" else frames_BHWC
-        return self.teacher_features(branch, seen)
+        length = self.video.config.frames if self.video is not None else 1
+        return self.teacher_features(branch, self._as_reference(frames_BHWC), length)
+
+    def recorded_features(self, branch: str, clips_BTHWC: Tensor) -> Tensor:
+        """(B, T, h, w, C): the teacher on recorded clips, whose frames are prepared as those of references are."""
+        seen = self._as_reference(clips_BTHWC.flatten(0, 1)).unflatten(0, clips_BTHWC.shape[:2])
+        return self.clip_features(branch, seen)
 
     @torch.no_grad()
     def decouple(self, branch: str, features: Tensor, reference: Tensor) -> Tensor:
@@ -191,5 +207,6 @@ class ForesightModel(VideoGenerator):
 
     def _generated(self, latents: Tensor, entries: Sequence[str]) -> dict[str, Tensor]:
         """Teacher features of the generated clip (multi-step VAM) and of its last frame (SuSIE-like)."""
-        tokens = self.teacher_tokens(self.decode(latents if "generated" in entries else latents[:, -1:]))
+        whole = "generated" in entries or any(map(self.sees_clips, self.teachers))
+        tokens = self.teacher_tokens(self.decode(latents if whole else latents[:, -1:]))
         return {"generated": tokens, "goal_frame": tokens[:, -1:]}

@@ -6,6 +6,7 @@ Another teacher, or another reference, reads the same `data/generated` again: no
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,17 +29,20 @@ from svam.training.teacher_metrics import annotation_error
 
 Target = Literal["generated", "ground_truth"]
 Features = Callable[[NDArray[np.uint8]], NDArray[np.float16]]
-"""Frames (..., H, W, 3) uint8 -> teacher features (..., h, w, C) float16."""
+"""Frames (B, H, W, 3) or clips (B, T, H, W, 3) uint8 -> teacher features (B, [T,] h, w, C) float16."""
 
 
-def teacher_features(teacher: Teacher, grid: int, batch: int) -> Features:
-    """The teacher on frames of any leading shape, `batch` at a time, on the grid of F (as `ForesightModel` does it)."""
+def teacher_features(teacher: Teacher, grid: int, batch: int, length: int) -> Features:
+    """The teacher on clips of `length` frames and on single ones, `batch` frames at a time, on the grid of F (as
+    `ForesightModel` does it). A teacher that sees clips sees whole ones, so at least one at a time."""
 
     def features(frames: NDArray[np.uint8]) -> NDArray[np.float16]:
-        flat = torch.from_numpy(np.array(frames).reshape(-1, *frames.shape[-3:]))
-        seen = teacher.on_frames(flat, batch, lambda pixels: to_grid(teacher.features(pixels), grid))
-        tokens: NDArray[np.float16] = seen.half().numpy()
-        return tokens.reshape(*frames.shape[:-3], *tokens.shape[1:])
+        whole = teacher.sees_clips and frames.ndim == 5
+        seen = np.array(frames).reshape(-1, *frames.shape[-4 if whole else -3 :])
+        at_once = max(1, batch // length) if teacher.sees_clips else batch
+        look = teacher.clip_features if whole else partial(teacher.features, length=length)
+        tokens = teacher.on_frames(torch.from_numpy(seen), at_once, lambda pixels: to_grid(look(pixels), grid)).half().numpy()
+        return np.asarray(tokens.reshape(*frames.shape[:-3], *tokens.shape[-3:]))
 
     return features
 
@@ -74,7 +78,7 @@ def cache_windows(
         "reference": ((every, *token), np.float16), "other_reference": ((held_out, *token), np.float16),
         "one_step": ((held_out, *clip), np.float16), "other_noise": ((held_out, *clip), np.float16),
     }  # fmt: skip
-    features = teacher_features(teacher, windows.grid, params.batch)
+    features = teacher_features(teacher, windows.grid, params.batch, windows.frames_per_clip)
     other = "frame" if params.reference == "reconstruction" else "reconstruction"
 
     def compute(block: slice) -> dict[str, NDArray[Any]]:

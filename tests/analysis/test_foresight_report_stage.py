@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import typer
 from PIL import Image
 
@@ -23,7 +24,7 @@ from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import load_for_windows
 from tests.tiny import GENERATE, make_svam
-from tests.tiny_foresight import FRAMES, SIZE, encoded, make_store, make_teacher
+from tests.tiny_foresight import FRAMES, SIZE, encoded, make_store, make_teacher, make_video_teacher
 from tests.toy import committed, invoke, write_toy_params
 
 GENERATED = GENERATE.model_copy(update={"windows": 8, "held_out_windows": 6})
@@ -102,6 +103,25 @@ def test_the_gap_is_measured_on_the_windows_themselves(root: Path, folders: dict
             sums[row]["error"].numerator, np.square(clips - truth)[:, 1:].sum(axis=(1, 2, 3, 4)), rtol=1e-5
         )
         np.testing.assert_allclose(sums[row]["error"].denominator, unit, rtol=1e-5)
+
+
+def test_what_a_teacher_of_video_says_of_a_frame_is_read_in_its_clip(
+    root: Path, folders: dict[str, Path], store: EpisodeStore
+) -> None:
+    windows = GeneratedWindows(root / "generated")
+    model = load_for_windows(windows, folders, BRANCHES, ["geometric"])
+    features = report.probe_features(report.AnalysisInputs(windows, store, model, ["geometric"], FORESIGHT, 0))
+    numbers, frames = windows.test[:3], np.asarray([1, 2, 1])
+    by_frame = features(numbers, frames)
+    model.teachers["geometric"] = make_video_teacher()
+    by_clip = features(numbers, frames)
+    assert {name: values.shape for name, values in by_clip.items()} == {n: v.shape for n, v in by_frame.items()}
+    clips = torch.from_numpy(windows.frames[numbers])
+    expected = model.clip_features("geometric", clips)[torch.arange(3), frames]
+    np.testing.assert_allclose(by_clip["generated"], expected.numpy(), rtol=1e-5, atol=1e-5)
+    truth = torch.from_numpy(store.frames(windows.rows[numbers].reshape(-1))).unflatten(0, (3, FRAMES))
+    expected = model.recorded_features("geometric", truth)[torch.arange(3), frames]
+    np.testing.assert_allclose(by_clip["truth"], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

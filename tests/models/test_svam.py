@@ -21,11 +21,13 @@ from svam.evaluation.offline import encode_rows, true_features
 from svam.files import sha256_tree
 from svam.models.manifest import write_manifest
 from svam.models.svam import OLDER, SVAM, Batch, PolicyNetwork
+from svam.models.teachers import as_unit
 from svam.normalisation import denormalise_actions, normalise_actions
 from svam.params import load_params
 from tests import ROOT
 from tests.sources.common import refused
 from tests.tiny import FRAMES, SIZE, make_svam, observations, policy_params, save_all_parts
+from tests.tiny_foresight import GRID, make_video_teacher
 
 VIDEO = {"text", "autoencoder", "video"}
 TEACHERS, DECOUPLERS = {"teacher_geometric", "teacher_semantic"}, {"decoupler_geometric", "decoupler_semantic"}
@@ -193,6 +195,26 @@ def test_frames_and_instructions_matter(svam: SVAM, store: EpisodeStore) -> None
     base = svam.act([one], [0])
     assert (svam.act([replace(one, frames=two.frames)], [0]) != base).any()
     assert (svam.act([replace(one, instruction="pull b")], [0]) != base).any()
+
+
+def test_a_teacher_of_video_sees_whole_clips_and_a_frame_that_stands_still(
+    store: EpisodeStore, folders: dict[str, Path]
+) -> None:
+    foresight = make_svam(store, folders, context=["geometric", "generated"]).foresight
+    teacher = foresight.teachers["geometric"] = make_video_teacher()
+    clips = torch.from_numpy(store.frames(np.arange(2 * FRAMES))).unflatten(0, (2, FRAMES))
+    seen = as_unit(foresight.reconstruct(clips.flatten(0, 1))).unflatten(0, (2, FRAMES))  # as the decouplers' references
+    still = teacher.clip_features(seen[:, :1].expand_as(seen)).mean(dim=1)
+    torch.testing.assert_close(foresight.reference_features("geometric", clips[:, 0]), still)
+    torch.testing.assert_close(foresight.recorded_features("geometric", clips), teacher.clip_features(seen))
+    assert foresight.sees_clips("geometric") and not foresight.sees_clips("semantic")
+    # A goal frame is the last one of its clip, whether or not the others are asked for too.
+    alone, both = (
+        foresight.encode(clips[:, 0], ["push a"] * 2, entries, [0, 1]).entries
+        for entries in (["goal_frame"], ["goal_frame", "generated"])
+    )
+    assert both["generated"].shape == (2, FRAMES, GRID, GRID, 24)
+    torch.testing.assert_close(alone["goal_frame"], both["generated"][:, -1:])
 
 
 def test_fresh_video_noise_follows_the_seed_and_is_not_the_chunks(

@@ -17,7 +17,7 @@ from svam.training.distill_data import GeneratedWindows, TeacherWindows
 from svam.training.foresight_metrics import MOVED_LEVELS, ForesightScore, centred_cosine, moved_patches
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union
 from tests.sources.common import refused
-from tests.tiny_foresight import FRAMES, GRID, SIZE, make_teacher, write_windows
+from tests.tiny_foresight import FRAMES, GRID, SIZE, make_teacher, make_video_teacher, write_windows
 
 SECTION = CacheTeacher(reference="reconstruction", batch=4)
 HELD_OUT = [False] * 5 + [True] * 3
@@ -75,6 +75,22 @@ def test_the_reference_and_the_target_are_choices(tmp_path: Path, windows: Gener
     assert np.array_equal(cache.moved, moved_patches(truth, GRID))
     assert (cache.attributes["target"], cache.attributes["reference"]) == ("ground_truth", "frame")
     assert set(metrics["reference"]) == {"frame", "reconstruction"}  # measured whichever is used
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7])
+def test_a_teacher_of_video_sees_whole_clips(
+    batch: int, tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore
+) -> None:
+    """However few frames are looked at at a time; and the reference is the current frame as a clip in which nothing moves."""
+    teacher = make_video_teacher()
+    cache, _ = cached(tmp_path / "cache", windows, store, teacher, batch=batch)
+    for array, frames in ((cache.targets, windows.frames), (cache.other_noise, windows.other_noise_frames)):
+        clips = torch.from_numpy(np.array(frames)).permute(0, 1, 4, 2, 3) / 255.0
+        np.testing.assert_allclose(array.astype(float), teacher.clip_features(clips).numpy(), rtol=1e-2, atol=1e-2)
+    still = torch.from_numpy(np.array(windows.reconstruction)).permute(0, 3, 1, 2)[:, None].repeat(1, FRAMES, 1, 1, 1) / 255.0
+    expected = teacher.clip_features(still).mean(dim=1).numpy()
+    np.testing.assert_allclose(cache.reference.astype(float), expected, rtol=1e-2, atol=1e-2)
+    assert np.abs(cache.targets[:, 0].astype(float) - cache.reference).max() > 0.1
 
 
 def test_centres_come_from_training_windows_only(tmp_path: Path, windows: GeneratedWindows, store: EpisodeStore) -> None:
