@@ -30,6 +30,7 @@ from svam.contract import SEGMENTATION_CLASSES, ActionConvention, Statistics, Ve
 from svam.errors import ParamsError
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler, DecouplerConfig
+from svam.models.depth_anything_3 import NETS, DepthAnything3, DepthAnything3Config
 from svam.models.foresight import BRANCHES
 from svam.models.svam import Inputs, PolicyNetwork, Shape, SVAMConfig, frozen_entries
 from svam.models.teachers import Teacher, TeacherConfig
@@ -65,6 +66,7 @@ PUBLISHED: dict[tuple[str, str], Callable[[], Any]] = {
         Dinov2WithRegistersConfig(image_size=518, patch_size=14)
     ),
     ("teacher", "Depth-Anything-V2-Large-hf"): _large_depth_anything,
+    ("teacher", "DA3-LARGE"): lambda: DepthAnything3(DepthAnything3Config(**NETS["da3-large"], width=1024)),
 }
 """(kind, last name of the path) -> the published model, untrained."""
 
@@ -104,6 +106,7 @@ def _teacher(section: TeacherModel, key: str) -> Teacher:
     """Published, or as `svam.training.prepare_backbones.teacher.train` builds it."""
     if section.source == "pretrained":
         model, objective, outputs = _published("teacher", section.path, key), None, 0
+        model = model.until(section.stage) if isinstance(model, DepthAnything3) else model
     else:
         model, objective = own_teacher.build(section), section.objective
         outputs = {"depth": 1, "segmentation": len(SEGMENTATION_CLASSES), "self_supervised": 3}[section.objective]
