@@ -98,6 +98,7 @@ def params_of(row: str, params: Params, steps: int | None, stride: int | None, f
     values = params.model_dump()
     policy = values["train_policy"]
     policy["context"] = contexts.get(row, [row])
+    policy["features"] = "cached"  # which rows share; a recorded future has no noise to draw anew
     policy["observation_encoder"] = "trained" if row == "observation" else "frozen"
     policy["training"]["steps"] = policy["evaluate_every"] = steps or policy["training"]["steps"]
     policy["observation_stride"] = stride or policy["observation_stride"]
