@@ -76,6 +76,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
 # Whatever they are, not even the check runs.
 MACHINE = {
     "device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0, "launch": "torchrun", "processes": 2,
+    "checkpointing": True, "average": "host", "compile": True,
 }  # fmt: skip
 
 # What is added to a module that a stage runs, at its end, and every stage that must run then besides `code`.

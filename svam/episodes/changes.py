@@ -92,7 +92,8 @@ class ChangedEpisodes:
         """The rows of a part in rows of the recording, where resampled between them."""
         ratio = 1.0 if self._params.resample_hz is None else self._rate / self._params.resample_hz
         count = int((part.end - part.first - 1) / ratio + 1e-9) + 1
-        return np.minimum(part.first + np.arange(count) * ratio, part.end - 1)
+        places: NDArray[np.float64] = np.minimum(part.first + np.arange(count) * ratio, part.end - 1)
+        return places
 
     @property
     def _other_rows(self) -> bool:
@@ -179,9 +180,9 @@ class ChangedEpisodes:
                 vectors[name] = unwrapped(vectors[name], params.unwrap)
             if self._other_rows:
                 places, steps = self._places(part), self._steps(part)
-                for name, values in vectors.items():
-                    there = _at(values, places, params.binary_dimensions if name in actions else [])
-                    vectors[name] = there[params.shift :] if name in actions else there[:steps]
+                for vector, values in vectors.items():
+                    there = _at(values, places, params.binary_dimensions if vector in actions else [])
+                    vectors[vector] = there[params.shift :] if vector in actions else there[:steps]
                 episode = _rows(episode, places[:steps])
             for name in actions:
                 if params.differences:
@@ -193,10 +194,11 @@ class ChangedEpisodes:
             raise ContractError(f"{where}: {error}") from None
         said = {"task": part.sentences[0], "instruction": part.sentences[0]} if part.sentences else {}
         rows = {"rows": [part.first, part.end]} if self._cut else {}
-        return replace(
-            episode, rate_hz=params.resample_hz or episode.rate_hz, provenance={**episode.provenance, **rows}, **said,
+        changed: dict[str, Any] = {
+            "rate_hz": params.resample_hz or episode.rate_hz, "provenance": {**episode.provenance, **rows}, **said,
             **{name: vectors.get(name) for name in VECTORS},
-        )  # fmt: skip
+        }  # fmt: skip
+        return replace(episode, **changed)
 
 
 def _range_of(text: str) -> tuple[str, int, int | None]:

@@ -5,7 +5,7 @@ policy may err on every action and still solve the task, or err little and drift
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from svam.console import console, track
 from svam.contract import ContractError, Observation
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
-from svam.evaluation.policies import Evaluated
 from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
@@ -24,6 +23,9 @@ from svam.params import Params
 from svam.protocols import Evaluate
 from svam.resume import Resume
 from svam.seeds import generator, seed_of
+
+if TYPE_CHECKING:  # it chooses modules by name, of which `foresight` uses none
+    from svam.evaluation.policies import Evaluated
 
 NOTICE = "errors on recorded episodes; this is not success: only a closed loop measures that"
 PICTURED_CLIPS = 8

@@ -111,7 +111,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.ls1["gamma"] * self.attn(self.norm1(x), rotation)
-        return x + self.ls2["gamma"] * self.mlp(self.norm2(x))
+        x = x + self.ls2["gamma"] * self.mlp(self.norm2(x))
+        return x
 
 
 class DepthAnything3(nn.Module):
@@ -185,25 +186,25 @@ class DepthAnything3(nn.Module):
         for number, block in enumerate(self.blocks):
             rotates = -1 < c.rope_start <= number
             if number == c.alt_start - 1 and count >= CHOSEN_FROM:
-                reference = reference_view(x[:, 0].unflatten(0, (batch, count)))
+                reference = reference_view(torch.unflatten(x[:, 0], 0, (batch, count)))
             if number == c.alt_start:
                 other = torch.arange(count, device=x.device) != reference[:, None]
                 x = torch.cat([self.camera_token[0, other.flatten().long(), None], x[:, 1:]], dim=1)
             if -1 < c.alt_start <= number and number % 2:
                 rotation = tuple(part.repeat(count, 1, 1) for part in across)
-                joined = block(x.unflatten(0, (batch, count)).flatten(1, 2), rotation if rotates else None)
-                x = joined.unflatten(1, (count, -1)).flatten(0, 1)
+                joined = block(torch.unflatten(x, 0, (batch, count)).flatten(1, 2), rotation if rotates else None)
+                x = torch.unflatten(joined, 1, (count, -1)).flatten(0, 1)
             else:
                 x = local = block(x, within if rotates else None)
         tokens = torch.cat([local, self.norm(x)], dim=-1) if c.cat_token else self.norm(x)
-        return tokens[:, 1:].unflatten(0, (batch, count)).flatten(1, 2)
+        return torch.unflatten(tokens[:, 1:], 0, (batch, count)).flatten(1, 2)
 
     def _positions(self, side: int) -> Tensor:
         """Learned positions on another grid. The odd scale factor is DINOv2's own, which the weights were trained with."""
         learned = self.config.positions
         if side == learned:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].unflatten(1, (learned, learned)).permute(0, 3, 1, 2)
+        grid = torch.unflatten(self.pos_embed[:, 1:], 1, (learned, learned)).permute(0, 3, 1, 2)
         resized = F.interpolate(grid, scale_factor=((side + 0.1) / learned,) * 2, mode="bicubic")
         return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], dim=1)
 
@@ -233,7 +234,7 @@ def _rotation(side: int, shared: bool, like: Tensor) -> tuple[Tensor, Tensor]:
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, N, HEAD), of which the first half turns by rows and the second by columns."""
-    a, b = x.unflatten(-1, (2, 2, -1)).unbind(dim=-2)
+    a, b = torch.unflatten(x, -1, (2, 2, -1)).unbind(dim=-2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
 
 

@@ -141,7 +141,7 @@ class ForesightModel(VideoGenerator):
     def teacher_tokens(self, clips_BTHWC: Tensor) -> Tensor:
         """All teachers' tokens of uint8 clips, side by side on channels: (B, T, h, w, C) float32. Of recorded clips they are
         the context entry `recorded`."""
-        return torch.cat([self.clip_features(b, clips_BTHWC) for b in self.teachers], dim=-1)
+        return torch.cat([self.clip_features(b, clips_BTHWC) for b in BRANCHES], dim=-1)
 
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""
@@ -150,7 +150,7 @@ class ForesightModel(VideoGenerator):
 
     def recorded_features(self, branch: str, clips_BTHWC: Tensor) -> Tensor:
         """(B, T, h, w, C): the teacher on recorded clips, whose frames are prepared as those of references are."""
-        seen = self._as_reference(clips_BTHWC.flatten(0, 1)).unflatten(0, clips_BTHWC.shape[:2])
+        seen = torch.unflatten(self._as_reference(clips_BTHWC.flatten(0, 1)), 0, clips_BTHWC.shape[:2])
         return self.clip_features(branch, seen)
 
     @torch.no_grad()

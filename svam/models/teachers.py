@@ -164,9 +164,9 @@ class Teacher(nn.Module):
             ContractError: the model takes fewer frames than T.
         """
         if not self.sees_clips:
-            return self.features(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
+            return torch.unflatten(self.features(clips.flatten(0, 1)), 0, clips.shape[:2])
         with torch.autocast(clips.device.type, torch.bfloat16, self.bf16):
-            return self._clip_tokens(self.prepare(clips.flatten(0, 1).float()).unflatten(0, clips.shape[:2])).float()
+            return self._clip_tokens(torch.unflatten(self.prepare(clips.flatten(0, 1).float()), 0, clips.shape[:2])).float()
 
     def _clip_tokens(self, pixels: Tensor) -> Tensor:
         """Prepared (B, T, 3, S, S) -> (B, T, g, g, channels) of a model that sees clips."""
@@ -179,7 +179,7 @@ class Teacher(nn.Module):
         shown, taken = spread(length, self.frames or -(-length // self.tubelet) * self.tubelet, self.tubelet)
         # Frame by frame: a list of numbers as an index would be a copy from the host, for which it waits.
         sequence = self.family.sequence(self.model, torch.stack([pixels[:, place] for place in shown], dim=1))
-        tokens: Tensor = sequence.unflatten(1, (-1, self.grid, self.grid))
+        tokens = torch.unflatten(sequence, 1, (-1, self.grid, self.grid))
         return torch.stack([tokens[:, place] for place in taken], dim=1)
 
     @torch.no_grad()

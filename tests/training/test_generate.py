@@ -81,7 +81,7 @@ def test_what_is_cached_is_what_the_policy_will_see(
 
 
 def test_an_absent_part_is_named(model: ForesightModel) -> None:
-    with pytest.raises(ValueError, match="without its semantic teacher"):
+    with pytest.raises(ValueError, match="without its geometric teacher"):
         model.encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8), ["push it"], ["observation"], [0])
 
 
