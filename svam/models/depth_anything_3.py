@@ -111,8 +111,8 @@ class _Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         x = x + self.ls1["gamma"] * self.attn(self.norm1(x), rotation)
-        x = x + self.ls2["gamma"] * self.mlp(self.norm2(x))
-        return x
+        mixed: Tensor = self.ls2["gamma"] * self.mlp(self.norm2(x))
+        return x + mixed
 
 
 class DepthAnything3(nn.Module):
