@@ -96,8 +96,8 @@ def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
     env.reset(outcome.plan.seed)
     assert env.draw.shape == (6,), "of the mug and the machine; the stock task draws the machine alone"
     np.testing.assert_array_equal(env.draw, np.asarray(outcome.draw, np.float32))
-    assert outcome.frames is not None
-    np.testing.assert_array_equal(env.observe()["corner2"], outcome.frames[0])
+    assert outcome.recorded is not None
+    np.testing.assert_array_equal(env.observe()["corner2"], outcome.recorded.frames[0])
     env.close()
 
 
