@@ -110,7 +110,8 @@ def disk(params: Params, data: Data, models: Models) -> list[Out]:
     entries = sum(
         2 * math.prod(shape) * draws.get(entry, params.train_policy.feature_draws) for entry, shape in models.shapes.items()
     )
-    outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
+    if params.train_policy.features == "cached":
+        outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
     return [*outs, Out(".ckpt", STATE * max(map(parameters, (models.video, models.policy))))]
 
 
@@ -156,8 +157,11 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
         encoded += one["one_step"] + one["encode"]
     encoded += sum(one[f"teacher_{b}"] for b in needs.teachers)
     used, policy = [parts[name] for name in needs.names], params.train_policy
-    seen_features = sum(observations_of(params, data)) * policy.feature_draws
-    total = seen_features * encoded + _samples(policy.training) * one["train_policy"]
+    read = sum(observations_of(params, data)) * policy.feature_draws
+    if policy.features == "computed":
+        evaluations = -(-policy.training.steps // policy.evaluate_every)
+        read = _samples(policy.training) + evaluations * observations_of(params, data)[1]
+    total = read * encoded + _samples(policy.training) * one["train_policy"]
     yield Stage("train_policy", [models.policy], used, total)
     act, judged, chunks = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate, 0
     if "metaworld" in judged.protocols:
@@ -201,10 +205,10 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
         if held > memory * 1e9:
             warnings.append(f"{stage.name} holds at least {held / 1e9:.1f} GB, a {card} has {memory}: take another --card")
     lines.append(f"  {'together':36s}{hours:36.2f}")
-    features, room = next(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
+    features, room = sum(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
     if features > room * 1e9:
         warnings.append(
             f"the policy's features take {features / 1e9:.1f} GB, machine.cache_gb is {room:g}: raise it, or "
-            "train_policy.observation_stride"
+            "train_policy.observation_stride, or set train_policy.features to computed"
         )
     return "\n".join([*lines, *(["", *(f"does not fit: {warning}" for warning in warnings)] if warnings else [])])
