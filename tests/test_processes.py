@@ -52,6 +52,14 @@ TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
 # --- trainings and the feature cache -------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def as_started() -> None:
+    """torch as in a fresh process, which the others are: tests before may have chosen threads or another attention."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.backends.cuda.enable_flash_sdp(True)
+    torch.backends.cuda.enable_mem_efficient_sdp(True)
+
+
 def learn_video(parts: Path, out: Path) -> None:
     """Also writes how many clips were read at a time."""
     store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
