@@ -52,14 +52,6 @@ TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
 # --- trainings and the feature cache -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True)
-def as_started() -> None:
-    """torch as in a fresh process, which the others are: tests before may have chosen threads or another attention."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.backends.cuda.enable_flash_sdp(True)
-    torch.backends.cuda.enable_mem_efficient_sdp(True)
-
-
 def learn_video(parts: Path, out: Path) -> None:
     """Also writes how many clips were read at a time."""
     store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
@@ -108,7 +100,7 @@ def test_two_processes_have_the_losses_of_one(learn: Callable[[Path, Path], None
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    learn(parts, one)
+    assert together(learn, parts, one, count=1) == [0]
     assert together(learn, parts, two) == [0, 0]
     expected = losses(one / "live")
     assert len(expected) == 20 and expected[-1] != expected[0]
@@ -202,9 +194,9 @@ def test_two_processes_write_the_bytes_of_one(
 ) -> None:
     """Also when one of them is killed and the same command is run again."""
     if function is write_teachers:
-        write(write_generated, parts, tmp_path / "g")
+        assert together(write, write_generated, parts, tmp_path / "g", count=1) == [0]
         (tmp_path / "g/made").rename(tmp_path / "generated")
-    write(function, parts, tmp_path / "one")
+    assert together(write, function, parts, tmp_path / "one", count=1) == [0]
     assert together(write, function, parts, tmp_path / "two") == [0, 0]
     assert (tmp_path / "two/first1").read_text() != "0", "the first block was computed twice"
     assert -signal.SIGKILL in together(write, function, parts, tmp_path / "killed", killed_at)

@@ -22,7 +22,8 @@ def _member(environment: dict[str, str], function: Callable[..., object], argume
 
 
 def together(function: Callable[..., object], *arguments: Any, count: int = 2) -> list[int | None]:
-    """Call `function` in `count` processes; their exit codes. One that fails ends the others, as any launcher does."""
+    """Call `function` in `count` processes, whatever tests before have set in this one; their exit codes. One that
+    fails ends the others, as any launcher does."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), processes.STARTED: "1"}
