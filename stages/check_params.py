@@ -27,7 +27,8 @@ def app(
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.
     """
-    source_options(params)
+    for part in params.convert.parts:
+        source_options(params.model_copy(update={"convert": part}))
     check_agreement(params)
     check_scenes(params.collect.scenes, params.collect.tasks)
     for note in notes(params):

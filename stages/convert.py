@@ -11,6 +11,7 @@ from stages._command import stage_command
 from svam.console import console
 from svam.episodes.convert import convert
 from svam.episodes.options import open_named_source
+from svam.episodes.sets import convert_sets
 from svam.files import scratch_folder
 from svam.params import Params
 
@@ -21,7 +22,10 @@ def app(
     source_path: Annotated[Path, typer.Argument(help="The recorded data, in the format that convert.source names.")],
     out: Annotated[Path, typer.Argument(help="Store to write, a folder; replaces a previous one when it is whole.")],
 ) -> None:
-    """Convert the data at SOURCE_PATH to the episode store OUT."""
+    """Convert the data at SOURCE_PATH, or the sets of convert.sets, to the episode store OUT."""
+    if params.convert.sets:
+        convert_sets(params, out, scratch_folder("convert"), scratch_folder("sets"))
+        return
     source = open_named_source(source_path, params)
     for note in source.notes:
         console.print(f"note: {note}", markup=False, soft_wrap=True)

@@ -29,7 +29,7 @@ def app(
     # Within the function: worker processes import this module too, and need neither torch nor models.
     from svam.episodes.store import EpisodeStore
     from svam.evaluation.latency import print_latencies
-    from svam.evaluation.policies import evaluated_policy
+    from svam.evaluation.policies import acting_in, evaluated_policy
     from svam.models.svam import SVAM
     from svam.resume import resumable_run
 
@@ -41,7 +41,7 @@ def app(
         with resumable_run("evaluate", params, sections, inputs, computed_by) as resume, whole_directory(out) as folder:
             for protocol in sorted(section.protocols):
                 write = getattr(import_module(f"svam.evaluation.{protocol}"), f"write_{protocol}")
-                metrics[protocol] = write(folder, store, policy, params, resume)
+                metrics[protocol] = write(folder, *acting_in(protocol, store, policy), params, resume)
             write_json(folder / "metrics.json", metrics)
         if isinstance(policy, SVAM) and "recorded" not in policy.config.context:  # it cannot act
             print_latencies(policy, section.batch)

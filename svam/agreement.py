@@ -25,7 +25,7 @@ def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
     problems = [*_of_machine(params.machine), *_of_models(params), *_of_sizes(params)]
-    if params.convert.source == "metaworld" or "metaworld" in params.evaluate.protocols:
+    if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
         problems += _of_calvin(params)
@@ -37,9 +37,10 @@ def check_agreement(params: Params) -> None:
 
 def frame_size(params: Params) -> tuple[int, int] | None:
     """(H, W) of the store's frames where the params say it: as resized, or as the simulator draws them."""
-    if params.convert.image_size is not None:
-        return params.convert.image_size[0], params.convert.image_size[1]
-    return (params.collect.image_size,) * 2 if params.convert.source == "metaworld" else None
+    first = params.convert.parts[0]  # of several sets all have one size
+    if first.image_size is not None:
+        return first.image_size[0], first.image_size[1]
+    return (params.collect.image_size,) * 2 if first.source == "metaworld" else None
 
 
 def _of_machine(machine: Machine) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _of_sizes(params: Params) -> Iterator[str]:
     size, unet = frame_size(params), params.finetune_video.unet
     if size is None:
         return
-    key = "convert.image_size" if params.convert.image_size else "collect.image_size"
+    key = "convert.image_size" if params.convert.parts[0].image_size else "collect.image_size"
     factor, levels = params.prepare_backbones.autoencoder.factor, 4 if unet.pretrained else len(unet.channels)
     multiple = factor * 2 ** (levels - 1)
     if size[0] % factor or size[1] % factor:
@@ -121,8 +122,9 @@ def _of_calvin(params: Params) -> Iterator[str]:
 
 
 def _of_metaworld(params: Params) -> Iterator[str]:
-    collected, closed_loop = params.convert.source == "metaworld", "metaworld" in params.evaluate.protocols
-    tasks = list(params.convert.options.get("tasks", params.collect.tasks))
+    convert = next((part for part in params.convert.parts if part.source == "metaworld"), params.convert)
+    collected, closed_loop = convert.source == "metaworld", "metaworld" in params.evaluate.protocols
+    tasks = list(convert.options.get("tasks", params.collect.tasks))
     if collected and not tasks:
         yield "convert.source is metaworld, but collect.tasks is []; name tasks, or another source"
     if closed_loop and not params.evaluate.metaworld.tasks:
@@ -137,15 +139,15 @@ def _of_metaworld(params: Params) -> Iterator[str]:
     if not collected:
         return
     try:
-        stride_of(params.finetune_video.stride_seconds, RATE_HZ)
+        stride_of(params.finetune_video.stride_seconds, convert.resample_hz or RATE_HZ)
     except ParamsError as error:
         yield f"finetune_video.{error}"
-    key, chosen = ("convert.tasks", params.convert.tasks) if params.convert.tasks else ("collect.tasks", tasks)
+    key, chosen = ("convert.tasks", convert.tasks) if convert.tasks else ("collect.tasks", tasks)
     absent = [task for task in params.evaluate.metaworld.tasks if task not in chosen]
     closed_loop = closed_loop and params.evaluate.policy == "svam"  # others need no demonstrations
     if closed_loop and absent and not unknown:
         yield f"evaluate.metaworld.tasks names {absent}, of which {key} {chosen} has no demonstrations"
-    size = params.convert.image_size
+    size = convert.image_size
     if closed_loop and size is not None and size != [params.collect.image_size] * 2:
         yield (
             f"convert.image_size is {size}, but evaluate.protocols has metaworld, whose frames are drawn and not resized: set "

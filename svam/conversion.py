@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationError, field_validator, model_validator
 
-from svam.sections import Count, Positive, Section
+from svam.errors import describe
+from svam.sections import Count, Name, Positive, Section
 
 
 def _increasing(columns: list[int]) -> list[int]:
@@ -82,9 +83,21 @@ class ChosenColumns(Section):
     proprioception: list[Annotated[str, Field(pattern=COLUMNS_OF)]]
 
 
-class Convert(Section):
-    """Any supported dataset to one Zarr store."""
+class DataSet(Section):
+    """One of several data sets that a model learns from. weight: its share of what training draws, among the weights of all.
+    policy: whether the policy learns from it. convert: keys of the section `convert` that it has of its own."""
 
+    name: Name
+    weight: Positive
+    policy: bool
+    convert: dict[str, Any]
+
+
+class Convert(Section):
+    """Any supported dataset to one Zarr store, or several."""
+
+    sets: list[DataSet]
+    manifest: str
     source: str
     path: str
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None
@@ -122,6 +135,31 @@ class Convert(Section):
     @classmethod
     def _square(cls, value: Any) -> Any:
         return [value, value] if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @model_validator(mode="after")
+    def _sets_are_whole(self) -> Self:
+        names = [one.name for one in self.sets]
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"sets name {repeated} more than once")
+        for one in self.sets:
+            try:
+                self.of_set(one)
+            except ValidationError as error:
+                said = describe(error, f"sets, {one.name}", "convert.")
+                raise ValueError("; ".join(said.splitlines())) from None
+        return self
+
+    def of_set(self, one: DataSet) -> Convert:
+        """The section as a set has it."""
+        values = self.model_dump() | one.convert | {"sets": []}
+        if isinstance(columns := one.convert.get("columns"), dict):
+            values["columns"] = self.columns.model_dump() | columns
+        return Convert.model_validate(values)
+
+    @property
+    def parts(self) -> list[Convert]:
+        """The section of each set; this one where there are none."""
+        return [self.of_set(one) for one in self.sets] or [self]
 
     @model_validator(mode="after")
     def _changes_agree(self) -> Self:

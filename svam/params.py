@@ -433,7 +433,8 @@ class Params(Section):
     def modules(self) -> dict[str, list[str]]:
         """What the params choose by name: package -> modules of it, as `svam.code` takes them."""
         evaluate = self.evaluate  # of its policies only `remote` is a module there
-        return {"svam.sources.": [self.convert.source], "svam.evaluation.": [*evaluate.protocols, evaluate.policy]}
+        sources = list(dict.fromkeys(part.source for part in self.convert.parts))
+        return {"svam.sources.": sources, "svam.evaluation.": [*evaluate.protocols, evaluate.policy]}
 
 
 def load_params(path: Path = Path("params.yaml")) -> Params:

@@ -133,18 +133,30 @@ def export(
 @app.command()
 @one_line_errors
 def manifest(
-    path: Annotated[Path, typer.Argument(help="Folder of a recorded data set, in any format.")],
-    out: Annotated[Path, typer.Argument(help="JSON file to write, outside that folder.")],
+    paths: Annotated[list[Path], typer.Argument(help="Folders of recorded data sets, in any format.", metavar="PATH...")],
+    out: Annotated[Path, typer.Argument(help="JSON file to write, outside those folders.")],
 ) -> None:
-    """List the names (with `/`) and sizes of all files below PATH in OUT, sorted and without times; links are followed.
+    """List the names (with `/`) and sizes of all files below PATH in OUT, sorted and without times; links are followed. Of
+    several folders the names begin with the folder's.
 
     For data sets that are too large for DVC to read and hash file by file: write the manifest, set convert.depends_on to
     it, and write it again whenever the data may have changed. Equal lists are equal bytes, so nothing runs again without
     need. What is then trusted: that a file whose name and size did not change has the same contents. A frame edited in place,
     or a file replaced by another of exactly its size, is not noticed: then convert again with `dvc repro --force convert`.
     """
-    if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
-        raise FileError(f"{out}: lies below {path}, where it would list itself; name a file outside")
+    sizes: dict[str, int] = {}
+    for path in paths:
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(path)):
+            raise FileError(f"{out}: lies below {path}, where it would list itself; name a file outside")
+        prefix = f"{path.as_posix()}/" if len(paths) > 1 else ""
+        sizes |= {f"{prefix}{name}": size for name, size in _sizes(path).items()}
+    total = sum(sizes.values())
+    write_json(out, {"schema_version": 1, "count": len(sizes), "bytes": total, "files": sizes})
+    console.print(f"{out}: {len(sizes)} files, {decimal(total)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _sizes(path: Path) -> dict[str, int]:
+    """The bytes of all files below a folder, by name."""
     sizes: dict[str, int] = {}
     seen: set[str] = set()
 
@@ -163,9 +175,7 @@ def manifest(
         raise FileError(f"{error.filename}: {error.strerror or error}") from None
     if not sizes:
         raise FileError(f"{path}: holds no files")
-    total = sum(sizes.values())
-    write_json(out, {"schema_version": 1, "count": len(sizes), "bytes": total, "files": sizes})
-    console.print(f"{out}: {len(sizes)} files, {decimal(total)}", highlight=False, markup=False, soft_wrap=True)
+    return sizes
 
 
 if __name__ == "__main__":

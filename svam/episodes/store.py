@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +19,8 @@ from svam.seeds import seed_of
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
 """The order is the number stored in `episode_split`."""
+SETS = "sets.json"
+"""The index of a folder that holds the stores of several sets."""
 
 
 class StoreAttributes(Frozen):
@@ -84,17 +87,27 @@ class EpisodeStore:
         height, width = self.arrays[f"frames/{self.cameras[0]}"].shape[1:3]
         self.image_size = (height, width)
 
+    sets: Mapping[str, EpisodeStore] = {}
+    """The stores of several sets by name, see `svam.episodes.joined.JoinedStore`; here none."""
+
     @classmethod
     def open(cls, path: Path) -> EpisodeStore:
-        """Open and validate the store at `path`, without decompressing a frame.
+        """Open and validate the store at `path`, or the stores of several sets there as one, without decompressing a frame.
 
         Raises:
             FileError: it is missing, of another schema version, or a file in it is missing, truncated or damaged.
             ContractError: lengths or numbers contradict one another.
         """
+        if (Path(path) / SETS).is_file():
+            from svam.episodes.joined import JoinedStore
+
+            return JoinedStore(path)
         return cls(path)
 
     def _read_attributes(self) -> StoreAttributes:
+        if (self.path / SETS).is_file():
+            names = sorted(folder.name for folder in self.path.iterdir() if folder.is_dir())
+            raise FileError(f"{self.path}: holds several sets, each a store: name one, such as {self.path / names[0]}")
         raw = read_attributes(self.path)
         version = raw.get("schema_version")
         if version != STORE_SCHEMA:
@@ -216,6 +229,19 @@ class EpisodeStore:
         if camera not in self.cameras:
             raise ContractError(f"{self.path}: no camera {camera!r}; there are {', '.join(self.cameras)}")
         return self.arrays[f"frames/{camera}"].read(rows)
+
+    def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(k, A) float32 that a policy imitates: the expert's choice where the data states it, else what was executed."""
+        return self.vector("expert_actions" if self.has("expert_actions") else "actions", rows)
+
+    def drawn(self, rows: NDArray[np.int64], acting: bool = False) -> NDArray[np.int64]:
+        """`rows` as training draws them, in increasing order: here each once. Of several sets by their weights; with `acting`,
+        of those that the policy learns from."""
+        return rows
+
+    def by_statistics(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Statistics]]:
+        """Places in `rows` and the statistics by which their vectors are normalised: one pair for each set."""
+        return [(np.arange(len(rows)), self.statistics)]
 
     def has(self, name: str) -> bool:
         """Whether the store has the vector `name`."""

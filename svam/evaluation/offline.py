@@ -4,6 +4,7 @@ policy may err on every action and still solve the task, or err little and drift
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from svam.models.svam import SVAM, Inputs
 from svam.npy import write_arrays
 from svam.params import Params
 from svam.protocols import Evaluate
-from svam.resume import Resume
+from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 
 if TYPE_CHECKING:  # it chooses modules by name, of which `foresight` uses none
@@ -174,7 +175,7 @@ def evaluate_offline(
     rows = choose_windows(store, params.offline.windows, seed)
     chunk, valid = action_rows(rows, *episode_bounds(store, rows), model.chunk)
     name = target_name(store)
-    truth = store.vector(name, chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
+    truth = store.targets(chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
     last = store.vector("actions", rows - 1).astype(np.float64)[:, None]
     mean = np.asarray(store.statistics.actions.mean, dtype=np.float64)
     each: dict[str, list[NDArray[np.float64]]] = {"policy": [], "mean_of_samples": [], "best_sample": []}
@@ -212,8 +213,22 @@ def evaluate_offline(
 
 
 def write_offline(folder: Path, store: EpisodeStore, model: Evaluated, params: Params, resume: Resume) -> dict[str, Any]:
-    """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics."""
+    """Run `evaluate_offline`, write its arrays to `foresight/*.npy` in `folder`, print the errors, and return the metrics. Of
+    several sets: each in its own units, `sets` by name; the rest, and the arrays, are the first one's."""
     assert isinstance(model, SVAM)  # `params` say so
+    if not store.sets:
+        return _write_one(folder, store, model, params, resume)
+    each = {}
+    for name in model.sets:
+        console.print(f"offline, {name}:", highlight=False, markup=False)
+        each[name] = _write_one(folder / "sets" / name, store.sets[name], model.acting_as(name), params, NO_RESUME)
+    first = next(iter(each))
+    shutil.copytree(folder / "sets" / first / "foresight", folder / "foresight")
+    return {**each[first], "sets": each}
+
+
+def _write_one(folder: Path, store: EpisodeStore, model: SVAM, params: Params, resume: Resume) -> dict[str, Any]:
+    """`write_offline` of one set."""
     record = resume.load_record("offline")
     if record is not None and record.file is not None:
         metrics: dict[str, Any] = record.value

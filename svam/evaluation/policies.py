@@ -45,6 +45,14 @@ def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evalu
         yield None, "scripted"
 
 
+def acting_in(protocol: str, store: EpisodeStore, policy: Evaluated) -> tuple[EpisodeStore, Evaluated]:
+    """Of several sets the one that a simulator's protocol is about: of its name, else the first that the policy learnt from."""
+    if not store.sets or protocol == "offline":
+        return store, policy
+    name = protocol if protocol in store.sets else next(iter(policy.sets if isinstance(policy, SVAM) else store.sets))
+    return store.sets[name], policy.acting_as(name) if isinstance(policy, SVAM) else policy
+
+
 def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:
     """Those of `cameras` that the policy sees: a server as many as there are keys for their pictures."""
     if policy is None:

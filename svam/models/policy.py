@@ -31,7 +31,10 @@ TRAIN_TIMESTEPS = 100
 
 
 def masked_mean_square(error_BKA: Tensor, mask_BK: Tensor) -> Tensor:
-    """Mean of the squared error over the actions whose mask is true; padded actions count nothing. NaN where none is real."""
+    """Mean of the squared error over the actions whose mask is true; padded actions count nothing. NaN where none is real. The
+    mask may also be (B, K, A), where sets have actions of different width."""
+    if mask_BK.ndim == 3:
+        return (error_BKA.square() * mask_BK).sum() / mask_BK.sum()
     return (error_BKA.square() * mask_BK[..., None]).sum() / (mask_BK.sum() * error_BKA.shape[-1])
 
 

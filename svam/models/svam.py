@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from svam.actions import undone
@@ -48,7 +48,8 @@ class SVAMConfig(Frozen):
 
     shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens, or of its one pooled token. camera,
     image_size: the frame that the policy looks at, (H, W) pixels. rate_hz: actions per second. proprioception: its dimensions
-    P, or None.
+    P, or None. action_dimensions: A of the network where it learnt from several sets, the widest of theirs; else the
+    statistics'.
     """
 
     context: list[Context]
@@ -66,6 +67,7 @@ class SVAMConfig(Frozen):
     image_size: tuple[int, int]
     rate_hz: float
     sampler: SamplerConfig
+    action_dimensions: int | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="before")
     @classmethod
@@ -110,11 +112,20 @@ class SVAMConfig(Frozen):
         return FrozenParts.of_entries(self.frozen_entries)
 
 
+class ActingSet(Frozen):
+    """One of several sets that a policy learnt from: the name of its foresight camera, and its conventions."""
+
+    camera: str
+    statistics: Statistics
+
+
 class PolicyRecord(Frozen):
-    """`policy/config.json` of a saved S-VAM. selected: the held-out values of the saved weights and their step."""
+    """`policy/config.json` of a saved S-VAM. selected: the held-out values of the saved weights and their step. sets: by name,
+    where it learnt from several; statistics are then those of the first."""
 
     svam: SVAMConfig
     statistics: Statistics
+    sets: dict[str, ActingSet] = Field(default={}, exclude_if=lambda value: not value)
     selected: dict[str, int | float]
 
 
@@ -170,7 +181,7 @@ class PolicyNetwork(nn.Module):
         self.diffusion = ActionDiffusion(
             config.transformer,
             config.objective,
-            chunk=(config.chunk, statistics.convention.dimensions),
+            chunk=(config.chunk, config.action_dimensions or statistics.convention.dimensions),
             context_width=sizes.width,
             text_width=config.text[1],
             proprioception=config.proprioception,
@@ -223,17 +234,34 @@ class SVAM:
     `pad_to`: size of every batch that `act` and `encode` compute (the last observation is repeated to fill it), so that
     the bits of an action do not depend on how many observations came with it; None computes just what came.
     `selected`: the held-out values of the saved weights and their step, for the record.
+    `sets`: those that it learnt from, where there were several; it acts as one of them, the first unless `acting_as` says.
     """
 
     def __init__(
-        self, config: SVAMConfig, statistics: Statistics, foresight: ForesightModel, network: PolicyNetwork | None = None
-    ) -> None:
+        self, config: SVAMConfig, statistics: Statistics, foresight: ForesightModel, network: PolicyNetwork | None = None,
+        sets: Mapping[str, ActingSet] | None = None,
+    ) -> None:  # fmt: skip
         """`network` None builds an untrained one from torch's global seed."""
-        self.config, self.statistics, self.foresight = config, statistics, foresight
+        self.config, self.statistics, self.foresight, self.sets = config, statistics, foresight, dict(sets or {})
         self.network = network if network is not None else PolicyNetwork(config, statistics)
         self.network.eval()
         self.pad_to: int | None = None
         self.selected: dict[str, float] = {}
+
+    def acting_as(self, name: str) -> SVAM:
+        """The same policy with the camera and the action convention of one of its sets.
+
+        Raises:
+            ContractError: it learnt from no such set.
+        """
+        if name not in self.sets:
+            raise ContractError(f"the policy learnt from no set {name!r}; its sets are {', '.join(self.sets) or 'none'}")
+        one = self.sets[name]
+        svam = SVAM(
+            self.config.model_copy(update={"camera": one.camera}), one.statistics, self.foresight, self.network, self.sets
+        )
+        svam.pad_to, svam.selected = self.pad_to, self.selected
+        return svam
 
     @property
     def chunk(self) -> int:
@@ -249,9 +277,9 @@ class SVAM:
     def proprioception(self) -> int | None:
         """P of the proprioception that an observation must hold, for the network or since actions are differences from it (see
         `svam.actions`); None where it needs none."""
-        if self.statistics.convention.differences and self.statistics.proprioception is not None:
-            return len(self.statistics.proprioception.mean)
-        return self.config.proprioception
+        own = self.statistics.proprioception
+        needed = self.config.proprioception is not None or bool(self.statistics.convention.differences)
+        return len(own.mean) if needed and own is not None else None
 
     @property
     def needs_proprioception(self) -> bool:
@@ -349,7 +377,9 @@ class SVAM:
         proprioception = None
         if self.config.proprioception is not None:
             stacked = np.stack([np.asarray(o.proprioception, dtype=np.float32) for o in observations])
-            proprioception = torch.from_numpy(normalise_proprioception(self.statistics, stacked)).to(self.device)
+            own = normalise_proprioception(self.statistics, stacked)
+            wide = np.pad(own, ((0, 0), (0, self.config.proprioception - own.shape[1])))
+            proprioception = torch.from_numpy(wide).to(self.device)
         trained = self.network.observation is not None
         pixels = torch.from_numpy(frames).to(self.device) if trained else None
         return Inputs(entries=foresight.entries, text=foresight.text, frames=pixels, proprioception=proprioception)
@@ -366,13 +396,19 @@ class SVAM:
         Raises:
             ContractError: the network returned NaN or infinity.
         """
-        shape = (self.config.chunk, self.statistics.convention.dimensions)
+        dimensions = self.statistics.convention.dimensions
+        return denormalise_actions(self.statistics, self.normalised(inputs, noise_seeds)[..., :dimensions])
+
+    @torch.no_grad()
+    def normalised(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:
+        """The same in the policy's own units, of all its dimensions."""
+        shape = (self.config.chunk, self.config.action_dimensions or self.statistics.convention.dimensions)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds])
-        normalised = self.network.denoise(inputs, noise.to(self.device)).float().cpu().numpy()
+        normalised: NDArray[np.float32] = self.network.denoise(inputs, noise.to(self.device)).float().cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(normalised).all(axis=(1, 2)))
         if len(bad):
             raise ContractError(f"the policy returned NaN or infinity for observation {bad[0]} of {len(normalised)}")
-        return denormalise_actions(self.statistics, normalised)
+        return normalised
 
     def executable(self, actions: NDArray[np.float32], observations: Sequence[Observation]) -> NDArray[np.float32]:
         """What `sample` gave for observations, (B, K, A), in the numbers of the data set, which its robot takes: what the
@@ -404,7 +440,7 @@ class SVAM:
     def save(self, directory: Path) -> None:
         """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`."""
         with whole_directory(Path(directory)) as partial:
-            record = PolicyRecord(svam=self.config, statistics=self.statistics, selected=self.selected)
+            record = PolicyRecord(svam=self.config, statistics=self.statistics, sets=self.sets, selected=self.selected)
             save_module(partial / "policy", self.network, record.model_dump(mode="json"))
             for name in self.config.frozen_parts.names:
                 (partial / name).mkdir()
@@ -433,7 +469,7 @@ class SVAM:
         foresight = ForesightModel.load_parts(config.frozen_parts, config.sampler, folders)
         network = PolicyNetwork(config, statistics)
         restore(network, state, directory / "policy")
-        svam = cls(config, statistics, foresight, network).to(torch.device(device))
+        svam = cls(config, statistics, foresight, network, record.sets).to(torch.device(device))
         svam.selected = record.selected
         return svam
 

@@ -369,6 +369,9 @@ def markdown(run: RunMetrics, note: str = "") -> str:
             for key, name in names_of.items()
         ]
         text = f"{offline['windows']} windows, {offline['samples']} samples each: {offline['notice']}."
+        if "sets" in offline:
+            each = ", ".join(f"{name} {one['policy']['mae']:.4f}" for name, one in offline["sets"].items())
+            text += f" Of several sets, each in its own units: {each}. The table is the first one's."
         header = ["mean absolute error", "all", *(f"dimension {d}" for d in dimensions)]
         parts += ["## Offline, on held-out episodes", text, markdown_table(header, lines)]
     return "\n\n".join(parts) + "\n"

@@ -31,6 +31,7 @@ def serve(
     max_message_mb: Annotated[float, typer.Option(min=0.001, help="MiB; a larger message ends its connection.")] = 8.0,
     gather_ms: Annotated[float, typer.Option(min=0.0, help="How long a batch waits for clients to fill it.")] = 5.0,
     ping_seconds: Annotated[float, typer.Option(min=0.1, help="A client that is silent for twice as long is dropped.")] = 20.0,
+    acting_as: Annotated[str | None, typer.Option(help="Of a policy of several sets: whose camera and actions it has.")] = None,
     device: Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="What computes.")] = "auto",
     compiled: Annotated[
         bool, typer.Option("--compile/--no-compile", help="On a GPU: compile first, for a minute or two; needs a C compiler.")
@@ -53,7 +54,8 @@ def serve(
 
     def ready() -> Inference:
         chosen = prepare_torch(device, threads or os.cpu_count() or 1, seed=0)
-        inference = Inference(for_control(SVAM.load(model), chosen, batch, compiled), batch)
+        svam = SVAM.load(model) if acting_as is None else SVAM.load(model).acting_as(acting_as)
+        inference = Inference(for_control(svam, chosen, batch, compiled), batch)
         inference.warm_up()
         return inference
 

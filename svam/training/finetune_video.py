@@ -138,13 +138,13 @@ def train_video(
         processes.only_first_goes_on()
         Curves(live).end()
         return
-    order = EndlessOrder(len(clips), params.training.batch, seed, "finetune_video batches")
+    order = EndlessOrder(clips.draws, params.training.batch, seed, "finetune_video batches")
     own = own_rows(params.training.batch)
 
     def batch_of(number: int) -> tuple[Tensor, ...]:
         """What is random is drawn for the whole batch; of the data, this process reads its own."""
         random = torch.Generator().manual_seed(seed_of(seed, "finetune_video noise", number))
-        places = order.batch(number)
+        places = clips.drawn(order.batch(number))
         clean = sent(clips.clips(places[own]), device)
         text = table.draw(clips.episode_of(places), generator(seed, "finetune_video sentences", number))[own].to(device)
         condition = autoencoder.condition_of(clean[:, 0])

@@ -44,7 +44,7 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
     instructions: list[str] = []
     for split, count in (("train", params.windows), ("held_out", params.held_out_windows)):
         side: Split = split  # type: ignore[assignment]
-        available = store.rows(side)
+        available = store.drawn(store.rows(side))
         rng = generator(seed, "generate", split)
         if count > len(available):
             console.print(f"generate: {split} has {len(available)} windows, {count} were asked for; all are used")

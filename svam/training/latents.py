@@ -52,9 +52,20 @@ class LatentClips:
         bounds = np.array([store.bounds(int(e)) for e in self.episodes], dtype=np.int64).reshape(-1, 2)
         self._start, self._end = bounds.T
         self._places_end = np.cumsum(self._end - self._start)
+        rows = store.rows(split) if store.sets else None
+        self._drawn = None if rows is None else np.searchsorted(rows, store.drawn(rows))
 
     def __len__(self) -> int:
         return int(self._places_end[-1])
+
+    @property
+    def draws(self) -> int:
+        """How many clips training draws from: each place once, or several sets by their weights."""
+        return len(self) if self._drawn is None else len(self._drawn)
+
+    def drawn(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The places of numbers below `draws`."""
+        return numbers if self._drawn is None else self._drawn[numbers]
 
     def episode_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) the store's numbers of the episodes that clips are of."""

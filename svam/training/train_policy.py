@@ -23,13 +23,14 @@ from torch import Tensor
 from svam import processes
 from svam.code import code_of, library_versions
 from svam.console import console
-from svam.contract import ContractError
+from svam.contract import ContractError, Statistics
 from svam.device import sent
+from svam.episodes.joined import JoinedStore
 from svam.episodes.store import EpisodeStore, Split
 from svam.episodes.windows import action_rows, clip_rows, window_starts
 from svam.files import sha256_tree
 from svam.models.foresight import ForesightModel, FrozenParts
-from svam.models.svam import SVAM, Batch, Inputs, SVAMConfig, frozen_entries
+from svam.models.svam import SVAM, ActingSet, Batch, Inputs, SVAMConfig, frozen_entries
 from svam.models.video import SamplerConfig
 from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.params import Generate, Machine, TrainPolicy
@@ -62,7 +63,8 @@ class Observations:
     """Observed steps of one side of the split.
 
     rows (n,) int64 store rows; instructions: n sentences; actions (n, K, A) float32 physical; mask (n, K) bool, true where
-    the action is real; proprioception (n, P) float32 normalised, or None.
+    the action is real; proprioception (n, P) float32 normalised, or None; statistics: places and how their actions are
+    normalised, see `EpisodeStore.by_statistics`.
     """
 
     rows: NDArray[np.int64]
@@ -70,6 +72,7 @@ class Observations:
     actions: NDArray[np.float32]
     mask: NDArray[np.bool_]
     proprioception: NDArray[np.float32] | None
+    statistics: list[tuple[NDArray[np.int64], Statistics]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -85,7 +88,7 @@ def choose_rows(store: EpisodeStore, split: Split, stride: int, episodes_per_tas
         used[task] = used.get(task, 0) + 1
         if episodes_per_task is None or used[task] <= episodes_per_task:
             rows.append(window_starts(*store.bounds(episode), every=stride))
-    return np.concatenate(rows)
+    return store.drawn(np.concatenate(rows), acting=True)
 
 
 def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, proprioception: bool, seed: int) -> Observations:
@@ -93,16 +96,22 @@ def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, propriocep
     episodes = store.episode_of(rows)
     bounds = np.asarray([store.bounds(int(e)) for e in episodes], dtype=np.int64)
     targets, mask = action_rows(rows, bounds[:, 0], bounds[:, 1], chunk)
-    values = store.vector("expert_actions" if store.has("expert_actions") else "actions", targets.reshape(-1))
+    values = store.targets(targets.reshape(-1))
+    statistics = store.by_statistics(rows)
     state = None
     if proprioception:
         if not store.has("proprioception"):
             raise ContractError("train_policy.proprioception is true, but the episodes hold no proprioception")
-        state = normalise_proprioception(store.statistics, store.vector("proprioception", rows))
+        state = store.vector("proprioception", rows)
+        for places, own in statistics:
+            if own.proprioception is None:
+                raise ContractError(f"{store.path}: train_policy.proprioception is true, but one of the sets has none")
+            width = len(own.proprioception.mean)
+            state[places, :width] = normalise_proprioception(own, state[places, :width])
     instructions = [
         store.instruction_of(int(e), seed_of(seed, "train_policy", int(r))) for e, r in zip(episodes, rows, strict=True)
     ]
-    return Observations(rows, instructions, values.reshape(len(rows), chunk, -1), mask, state)
+    return Observations(rows, instructions, values.reshape(len(rows), chunk, -1), mask, state, statistics)
 
 
 def sources_of(
@@ -268,7 +277,14 @@ class TrainingData:
         self.text = svam.embed_text(sentences).to(device)
         place = {sentence: i for i, sentence in enumerate(sentences)}
         self.sentence = np.asarray([place[i] for i in observations.instructions])
-        self.actions = normalise_actions(svam.statistics, observations.actions)
+        self.actions, self.mask = np.zeros_like(observations.actions), observations.mask
+        widths, most = [own.convention.dimensions for _, own in observations.statistics], observations.actions.shape[2]
+        if min(widths) < most:  # (n, K, A): dimensions that a set does not have are not real either
+            self.mask = np.repeat(observations.mask[..., None], most, axis=2)
+        for (places, own), width in zip(observations.statistics, widths, strict=True):
+            self.actions[places, :, :width] = normalise_actions(own, observations.actions[places, :, :width])
+            if self.mask.ndim == 3:
+                self.mask[places, :, width:] = False
 
     def inputs(self, positions: NDArray[np.int64], draw: int | None = None) -> Inputs:
         """What the policy sees of the observations at `positions`; `draw` as for `encoded`."""
@@ -286,7 +302,7 @@ class TrainingData:
         return Batch(
             inputs=self.inputs(positions, draw),
             actions=sent(torch.from_numpy(self.actions[positions]), self.device),
-            mask=sent(torch.from_numpy(self.observations.mask[positions]), self.device),
+            mask=sent(torch.from_numpy(self.mask[positions]), self.device),
         )
 
 
@@ -307,27 +323,27 @@ def absolute_errors(
     svam: SVAM, data: TrainingData, batch: int, seed: int
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.float32]]]:
     """Positions (k,) of observations, batch by batch, and the absolute errors (k, K, A) of the chunks sampled for them, in
-    physical units."""
+    physical units; of several sets, whose units differ, in the policy's."""
     count = len(data.observations)
+    sample, truth = (svam.normalised, data.actions) if svam.sets else (svam.sample, data.observations.actions)
     for start in range(0, count, batch):
         positions = np.arange(start, min(start + batch, count), dtype=np.int64)
         padded = np.resize(positions, batch)
         seeds = [seed_of(seed, "action error", int(p)) for p in padded]
-        sampled = svam.sample(data.inputs(padded), seeds)[: len(positions)]
-        yield positions, np.abs(sampled - data.observations.actions[positions])
+        yield positions, np.abs(sample(data.inputs(padded), seeds)[: len(positions)] - truth[positions])
 
 
 def action_error(svam: SVAM, data: TrainingData, batch: int, seed: int) -> dict[str, float]:
-    """Mean absolute error of sampled chunks against the target, over real actions, in physical units: of the whole chunk
-    (`action_error`) and of its first action."""
-    count = len(data.observations)
+    """Mean absolute error of sampled chunks against the target, over real actions, in the units of `absolute_errors`: of the
+    whole chunk (`action_error`) and of its first action."""
     total, first = 0.0, 0.0
+    mask = data.mask.reshape(*data.mask.shape[:2], -1)  # one column stands for all dimensions
     for positions, error in absolute_errors(svam, data, batch, seed):
-        total += float((error * data.observations.mask[positions, :, None]).sum())
-        first += float(error[:, 0].sum())
-    dimensions = data.observations.actions.shape[2]
-    real = int(data.observations.mask.sum())
-    return {"action_error": total / (real * dimensions), "first_action_error": first / (count * dimensions)}
+        total += float((error * mask[positions]).sum())
+        first += float((error * mask[positions])[:, 0].sum())
+    stands_for = data.actions.shape[2] // mask.shape[2]
+    real, real_first = int(mask.sum()) * stands_for, int(mask[:, 0].sum()) * stands_for
+    return {"action_error": total / real, "first_action_error": first / real_first}
 
 
 def load_foresight(section: TrainPolicy, sampling: Generate, folders: Mapping[str, Path]) -> ForesightModel:
@@ -348,6 +364,21 @@ def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) ->
     present, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
     if present != expected:
         raise ContractError(f"{store.path}: the first camera is {present}, but the video model was trained on {expected}")
+
+
+def acting_sets(store: EpisodeStore) -> dict[str, ActingSet]:
+    """The sets that the policy learns from, as its checkpoint carries them; none of a single store.
+
+    Raises:
+        ContractError: two are normalised in different ways.
+    """
+    if not isinstance(store, JoinedStore):
+        return {}
+    sets = {name: ActingSet(camera=own.cameras[0], statistics=own.statistics) for name, own in store.acting.items()}
+    ways = {name: one.statistics.convention.normalisation for name, one in sets.items()}
+    if len(set(ways.values())) > 1:
+        raise ContractError(f"convert.sets: the policy's sets are normalised as {ways}; set normalisation of all to the same")
+    return sets
 
 
 def train(
@@ -394,9 +425,15 @@ def train(
     seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
-        config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
+        sets = acting_sets(store)
+        statistics = next(iter(sets.values())).statistics if sets else store.statistics
+        config = SVAMConfig.of(section, foresight, shapes, statistics, store.cameras[0], store.image_size, store.rate_hz)
+        if sets:
+            wide = {"action_dimensions": store.action_dimensions}
+            wide |= {"proprioception": store.proprioception_dimensions} if section.proprioception else {}
+            config = config.model_copy(update=wide)
         torch.manual_seed(seed_of(seed, "train_policy weights"))
-        svam = SVAM(config, store.statistics, foresight).to(device)
+        svam = SVAM(config, statistics, foresight, sets=sets).to(device)
         learning = TrainingData(sides[0], features.part(0, len(train_rows)), foresight, svam, device)
         judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
         set_input_statistics(svam, learning)
@@ -410,7 +447,7 @@ def train(
             """This process's part of a batch, the seeded source of its noise, and the weight of its loss: that is a mean over
             real actions, of which the parts of a batch have different numbers."""
             noise = torch.Generator().manual_seed(seed_of(seed, "train_policy noise", number))
-            places, real = order.batch(number), learning.observations.mask
+            places, real = order.batch(number), learning.mask
             weight = processes.count() * int(real[places[own]].sum()) / int(real[places].sum())
             return learning.batch(places[own], number), noise, weight
 

@@ -36,6 +36,8 @@ def test_padded_actions_count_nothing() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     assert masked_mean_square(error, mask).item() == pytest.approx((1 + 9 + 4 + 0 + 0 + 0) / 6)
     assert masked_mean_square(error, torch.zeros(2, 2, dtype=torch.bool)).isnan()  # which ends a training
+    narrow = torch.stack([mask, torch.zeros_like(mask)], dim=-1)  # the second dimension is padding
+    assert masked_mean_square(error, narrow).item() == pytest.approx(error[..., 0][mask].square().mean().item())
 
 
 @torch.no_grad()

@@ -15,10 +15,10 @@ import torch
 from svam.code import _read
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
-from svam.files import FileError, sha256_tree
+from svam.files import FileError, sha256_tree, write_json
 from svam.models.foresight import ForesightModel
 from svam.models.svam import SVAM
-from svam.normalisation import normalise_proprioception
+from svam.normalisation import normalise_actions, normalise_proprioception
 from svam.training import train_policy as training
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import action_error, cached_features, choose_rows, load_foresight, observe, train
@@ -300,3 +300,49 @@ def test_a_step_takes_one_of_several_draws(store: EpisodeStore, tmp_path: Path, 
     assert names == ["observation", "one_step", "one_step@1", "one_step@2"], "the frame's own tokens have no noise"
     rows = [file.read_bytes() for file in sorted((tmp_path / "cache").glob("one_step*/rows.bin"))]
     assert len(set(rows)) == 3 and len({len(row) for row in rows}) == 1
+
+
+@pytest.fixture
+def joined(tmp_path: Path) -> EpisodeStore:
+    """Two sets, the second of two action dimensions and without an expert."""
+    (tmp_path / "joined").mkdir()
+    make_store(tmp_path / "joined/a")
+    narrow = np.random.default_rng(0).uniform(5, 9, (12, 2)).astype(np.float32)
+    make_store(tmp_path / "joined/b", actions=narrow, expert_actions=None)
+    sets = [{"name": name, "weight": weight, "policy": True} for name, weight in (("a", 1.0), ("b", 2.0))]
+    write_json(tmp_path / "joined/sets.json", {"schema_version": 1, "sets": sets})
+    return EpisodeStore.open(tmp_path / "joined")
+
+
+def test_a_policy_of_two_sets_answers_each_in_its_own_numbers(
+    joined: EpisodeStore, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"context": ["one_step"], "proprioception": True}
+    svam = run(joined, folders, tmp_path / "cache", **changes)
+    assert list(svam.sets) == ["a", "b"] and svam.config.action_dimensions == 3 and svam.selected["action_error"] > 0
+    seen = observations(joined.sets["b"], 2, proprioception=True)
+    for name, width in (("a", 3), ("b", 2)):
+        acting = svam.acting_as(name)
+        actions, s = acting.act(seen), joined.sets[name].statistics.actions
+        assert actions.shape == (2, 4, width)
+        assert (actions >= np.float32(s.min) - 1e-4).all() and (actions <= np.float32(s.max) + 1e-4).all()
+    svam.save(tmp_path / "svam")
+    loaded = SVAM.load(tmp_path / "svam").acting_as("b")
+    np.testing.assert_array_equal(loaded.act(seen), actions)
+    with pytest.raises(ContractError, match="learnt from no set 'c'; its sets are a, b"):
+        loaded.acting_as("c")
+
+
+def test_dimensions_that_a_set_does_not_have_are_masked(joined: EpisodeStore, folders: dict[str, Path], tmp_path: Path) -> None:
+    rows = choose_rows(joined, "train", 6, None)
+    assert (rows >= 72).mean() == pytest.approx(2 / 3, abs=0.05)
+    svam = run(joined, folders, tmp_path / "cache", context=["one_step"])
+    observed = observe(joined, np.array([0, 72, 82], dtype=np.int64), 4, False, seed=0)
+    features = FeatureCache(tmp_path / "cache", 1.0)
+    data = training.TrainingData(observed, features, svam.foresight, svam, CPU)  # type: ignore[arg-type]
+    assert data.mask.shape == (3, 4, 3) and data.mask[0].all() and not data.mask[1:, :, 2].any()
+    assert data.mask[2, :, 0].tolist() == [True, True, False, False]
+    own = joined.sets["b"]
+    expected = normalise_actions(own.statistics, own.vector("actions", np.arange(4)))
+    np.testing.assert_array_equal(data.actions[1, :, :2], expected)
+    assert (data.actions[1, :, 2] == 0).all()

@@ -91,7 +91,7 @@ def train(
 ) -> tuple[Autoencoder, dict[str, float]]:  # fmt: skip
     """Train on training episodes only; measure the latents' statistics there too, and the errors on held-out episodes."""
     autoencoder = Autoencoder(build(section, store.image_size)).to(device)
-    rows = frames_that_fit(store, store.rows("train"))
+    rows = frames_that_fit(store, store.drawn(store.rows("train")))
     frames = load_frames(store, rows)
     pictures = backgrounds(store)
     tasks = torch.from_numpy(task_of_rows(store, rows))

@@ -207,7 +207,7 @@ def train(
     counts = np.zeros(len(SEGMENTATION_CLASSES), np.int64)
     labels: Tensor | None = None
     if section.objective == "self_supervised":
-        rows = frames_that_fit(store, store.rows("train"))
+        rows = frames_that_fit(store, store.drawn(store.rows("train")))
         config = replace(config, outputs=3)
     else:
         rows, values = annotated(store, section.objective, "train")

@@ -165,7 +165,7 @@ def train(
     spoken = Sentences(encoder, [said for group in sentences.values() for said in group])
     count = np.array([len(group) for group in sentences.values()])
     first = count.cumsum() - count  # of each task's sentences
-    rows = frames_that_fit(store, store.rows("train"))
+    rows = frames_that_fit(store, store.drawn(store.rows("train")))
     frames = load_frames(store, rows).numpy()
     task_of = store.episode_task[store.episode_of(rows)]
 

@@ -1,0 +1,184 @@
+"""The stores of several data sets as one, by a small index beside them, which `svam.episodes.sets` writes.
+
+Rows and episodes of the sets stand one after the other. Of each set the foresight camera is shown; vectors of different width
+are padded with zeros, and each set keeps its own statistics and conventions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from svam.contract import ContractError, Frozen, Statistics
+from svam.episodes.store import SETS, SPLITS, AnnotatedRows, EpisodeStore, Split
+from svam.files import read_json, stated
+
+SCHEMA = 1
+
+
+class Member(Frozen):
+    """One set of the index. weight: its share of what training draws, among the weights of all. policy: whether the policy
+    learns from it."""
+
+    name: str
+    weight: Annotated[float, Field(gt=0)]
+    policy: bool
+
+
+class Index(Frozen):
+    """`sets.json`."""
+
+    schema_version: Annotated[int, Field(ge=SCHEMA, le=SCHEMA)]
+    sets: Annotated[list[Member], Field(min_length=1)]
+
+
+class _Labels(NamedTuple):
+    """Labels of some frames of several sets, read by their places one after the other."""
+
+    parts: list[AnnotatedRows]
+
+    def read(self, places: NDArray[np.int64]) -> NDArray[Any]:
+        ends = np.cumsum([len(part.rows) for part in self.parts])
+        number = np.searchsorted(ends, places, side="right")
+        first = ends - [len(part.rows) for part in self.parts]
+        read = [(n, self.parts[n].values(places[number == n] - first[n])) for n in np.unique(number)]
+        out = np.empty((len(places), *read[0][1].shape[1:]), read[0][1].dtype)
+        for n, values in read:
+            out[number == n] = values
+        return out
+
+
+class JoinedStore(EpisodeStore):
+    """The stores of several sets as one; see the module's head. `attributes`, `arrays` and timestamps are those of each set.
+
+    Attributes, besides those of `EpisodeStore`: sets: name -> store. members: what the index says of each.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open all.
+
+        Raises:
+            FileError: the index or a store is missing, damaged or of another version.
+            ContractError: rates or frames of two sets differ, or no set has what another needs.
+        """
+        self.path = Path(path)
+        self.members = stated(Index, read_json(self.path / SETS), self.path / SETS).sets
+        self.sets = {member.name: EpisodeStore(self.path / member.name) for member in self.members}
+        self._stores = stores = list(self.sets.values())
+        first = stores[0]
+        self.rate_hz, self.image_size, self.cameras = first.rate_hz, first.image_size, first.cameras[:1]
+        for name, store in self.sets.items():
+            for what, key, found, expected in (
+                ("rate", "resample_hz", store.rate_hz, self.rate_hz),
+                ("size of frames", "image_size", store.image_size, self.image_size),
+            ):
+                if found != expected:
+                    raise ContractError(
+                        f"convert.sets: the {what} of {name} is {found}, that of {self.members[0].name} {expected}; set {key} "
+                        "of both to the same"
+                    )
+        self._first = np.cumsum([0, *map(len, stores)])
+        self.episode_ends = np.concatenate([s.episode_ends + row for s, row in zip(stores, self._first[:-1], strict=True)])
+        self.episode_split = np.concatenate([store.episode_split for store in stores])
+        self.tasks = list(dict.fromkeys(task for store in stores for task in store.tasks))
+        numbers = [np.array([self.tasks.index(task) for task in store.tasks]) for store in stores]
+        self.episode_task = np.concatenate([own[s.episode_task] for own, s in zip(numbers, stores, strict=True)])
+        self.instructions = {
+            task: {
+                side: list(dict.fromkeys(said for s in stores for said in s.instructions.get(task, {}).get(side, [])))
+                for side in SPLITS
+            }
+            for task in self.tasks
+        }  # fmt: skip
+        self.provenance = {"source": "sets", "sets": {name: store.provenance for name, store in self.sets.items()}}
+        self.episode_numbers = [number for store in stores for number in store.episode_numbers]
+        self.episode_names = [name for store in stores for name in store.episode_names]
+        self.episode_instructions = [said for store in stores for said in store.episode_instructions]
+        self.episode_provenance = [facts for store in stores for facts in store.episode_provenance]
+        self.proprioception_dimensions = max((s.proprioception_dimensions or 0 for s in stores), default=0) or None
+
+    @property
+    def acting(self) -> dict[str, EpisodeStore]:
+        """The sets that the policy learns from."""
+        return {member.name: self.sets[member.name] for member in self.members if member.policy}
+
+    @property
+    def statistics(self) -> Statistics:
+        raise ContractError(f"{self.path}: each of its sets ({', '.join(self.sets)}) has statistics of its own")
+
+    @property
+    def action_dimensions(self) -> int:
+        """Of the set that has most."""
+        return max(store.action_dimensions for store in self.acting.values())
+
+    def _by_set(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], int, NDArray[np.int64]]]:
+        """Places in `rows`, number of the set and rows in its store."""
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ContractError(f"{self.path}: rows {rows.min()}..{rows.max()} asked for, there are 0..{len(self) - 1}")
+        numbers = np.searchsorted(self._first, rows, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            yield places, number, rows[places] - self._first[number]
+
+    def frames(self, rows: NDArray[np.int64], camera: str | None = None) -> NDArray[np.uint8]:
+        if camera not in (None, self.cameras[0]):
+            raise ContractError(f"{self.path}: no camera {camera!r}; of several sets only the first is read, {self.cameras[0]}")
+        out = np.empty((len(rows), *self.image_size, 3), np.uint8)
+        for places, number, own in self._by_set(rows):
+            out[places] = self._stores[number].frames(own)
+        return out
+
+    def has(self, name: str) -> bool:
+        return any(store.has(name) for store in self._stores)
+
+    def vector(self, name: str, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """As of one store, with zeros where a set has fewer dimensions, or none."""
+        widths = [store.arrays[name].shape[1] for store in self._stores if store.has(name)]
+        if not widths:
+            raise ContractError(f"{self.path}: no vector {name!r}")
+        out = np.zeros((len(rows), max(widths)), np.float32)
+        for places, number, own in self._by_set(rows):
+            if self._stores[number].has(name):
+                values = self._stores[number].vector(name, own)
+                out[places, : values.shape[1]] = values
+        return out
+
+    def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """(k, A) of rows of sets that the policy learns from, A of the widest of these."""
+        out = np.zeros((len(rows), self.action_dimensions), np.float32)
+        for places, number, own in self._by_set(rows):
+            values = self._stores[number].targets(own)
+            out[places, : values.shape[1]] = values
+        return out
+
+    def timestamps(self, rows: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        return None
+
+    def annotation(self, name: str, split: Split | None = None) -> AnnotatedRows | None:
+        found = [store.annotation(name, split) for store in self._stores]
+        parts = [part for part in found if part is not None]
+        if not parts:
+            return None
+        rows = [part.rows + row for part, row in zip(found, self._first[:-1], strict=True) if part is not None]
+        labels: Any = _Labels(parts)
+        return AnnotatedRows(np.concatenate(rows), labels, np.arange(sum(map(len, rows)), dtype=np.int64))
+
+    def drawn(self, rows: NDArray[np.int64], acting: bool = False) -> NDArray[np.int64]:
+        """As often as the weights say: the rows of a set are repeated, evenly, until the shares are right; none is left out."""
+        parts = [(self.members[number], rows[places]) for places, number, _ in self._by_set(rows)]
+        parts = [(member, own) for member, own in parts if member.policy or not acting]
+        if not parts:
+            raise ContractError(f"convert.sets: the policy has no set to learn from: {', '.join(self.sets)} have policy: false")
+        total = max(len(own) / member.weight for member, own in parts)
+        counts = [round(total * member.weight) for member, _ in parts]
+        return np.concatenate([
+            own[np.arange(count) * len(own) // count] for (_, own), count in zip(parts, counts, strict=True)
+        ])  # fmt: skip
+
+    def by_statistics(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Statistics]]:
+        return [(places, self._stores[number].statistics) for places, number, _ in self._by_set(rows)]

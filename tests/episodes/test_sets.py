@@ -1,0 +1,124 @@
+"""Several data sets: a store each, joined by an index; adding or removing one converts no other again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from svam.contract import ContractError
+from svam.episodes.convert import convert
+from svam.episodes.joined import JoinedStore
+from svam.episodes.options import open_named_source
+from svam.episodes.sets import convert_sets
+from svam.episodes.store import EpisodeStore
+from svam.files import sha256_tree
+from svam.params import Params
+from tests.episodes.test_options import raw_params
+from tests.sources.common import refused
+from tests.sources.test_source_raw import ONE_TASK, arrays_of, write
+
+
+@pytest.fixture
+def recordings(tmp_path: Path) -> Path:
+    """`arm` of three dimensions, `hand` of two and without an expert, `films` of three; three episodes each."""
+    for name, width, task in (("arm", 3, "pick"), ("hand", 2, "grasp"), ("films", 3, "pick")):
+        episodes: dict[str, Any] = {f"{name}{number}": arrays_of(len(name) + number, 5 + number) for number in range(3)}
+        for arrays in episodes.values():
+            arrays["actions"] = arrays["actions"][:, :width]
+            arrays["expert_actions"] = arrays["expert_actions"] if name == "arm" else None
+        write(tmp_path / name, {**ONE_TASK, "tasks": {task: {"train": [f"{task} it"]}}}, **episodes)
+    return tmp_path
+
+
+def params_of(recordings: Path, *names: str, **more: Any) -> Params:
+    sets = [
+        {"name": name, "weight": weight, "policy": name != "films", "convert": {
+            "path": str(recordings / name), "cameras": ["wrist"] if name == "hand" else ["front"], **more.get(name, {})}}
+        for name, weight in (("arm", 1.0), ("hand", 3.0), ("films", 1.0)) if name in names
+    ]  # fmt: skip
+    return raw_params(sets=sets, image_size=[4, 4])
+
+
+def made(recordings: Path, *names: str, **more: Any) -> JoinedStore:
+    out = recordings / "episodes.zarr"
+    convert_sets(params_of(recordings, *names, **more), out, recordings / "scratch", recordings / "kept")
+    store = EpisodeStore.open(out)
+    assert isinstance(store, JoinedStore)
+    return store
+
+
+def test_each_is_what_it_is_alone(recordings: Path) -> None:
+    """To the byte; one after the other they are one."""
+    store = made(recordings, "arm", "hand", "films")
+    params = params_of(recordings, "hand")
+    alone = params.model_copy(update={"convert": params.convert.parts[0]})
+    convert(open_named_source(recordings / "hand", alone), recordings / "alone", alone.convert, alone.seed)
+    assert sha256_tree(recordings / "alone") == sha256_tree(recordings / "episodes.zarr/hand")
+    arm, hand = store.sets["arm"], store.sets["hand"]
+    assert len(store) == 54 and store.cameras == ["front"] and store.image_size == (4, 4)
+    rows = np.array([20, 3, 17, 18, 53], dtype=np.int64)
+    np.testing.assert_array_equal(store.frames(rows)[[1, 2]], arm.frames(np.array([3, 17])))
+    np.testing.assert_array_equal(store.frames(rows)[[3, 0]], hand.frames(np.array([0, 2])))
+    actions = store.vector("actions", rows)
+    np.testing.assert_array_equal(actions[0], [*hand.vector("actions", np.array([2]))[0], 0])
+    np.testing.assert_array_equal(store.targets(rows[:4])[1], arm.vector("expert_actions", np.array([3]))[0])
+    np.testing.assert_array_equal(store.targets(rows[:4])[0], actions[0])
+    assert store.tasks == ["pick", "grasp"] and store.instructions["grasp"]["train"] == ["grasp it"]
+    assert store.task_of(3) == "grasp" and store.instruction_of(6) == "pick it" and store.bounds(3) == (18, 23)
+    assert [len(places) for places, _ in store.by_statistics(rows)] == [2, 2, 1]
+    depth, own = store.annotation("depth"), hand.annotation("depth")
+    assert depth is not None and own is not None and (depth.rows[7:14] == own.rows + 18).all()
+    np.testing.assert_array_equal(depth.values(np.array([8, 0]))[0], own.values(np.array([1]))[0])
+    with refused("each of its sets .arm, hand, films. has statistics of its own"):
+        store.statistics  # noqa: B018
+    assert store.action_dimensions == 3
+
+
+def test_training_draws_by_weight(recordings: Path) -> None:
+    store = made(recordings, "arm", "hand", "films")
+    rows = store.rows("train")
+    drawn = store.drawn(rows)
+    shares = [((drawn >= first) & (drawn < first + 18)).mean() for first in (0, 18, 36)]
+    np.testing.assert_allclose(shares, [0.2, 0.6, 0.2], atol=0.02)
+    assert set(drawn) == set(rows) and (np.diff(drawn) >= 0).all()
+    acting = store.drawn(rows, acting=True)
+    assert acting.max() < 36 and (acting >= 18).mean() == pytest.approx(0.75, abs=0.02)
+
+
+def test_adding_and_removing_converts_no_other(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made(recordings, "arm", "hand")
+    kept = {path: sha256_tree(path) for path in (recordings / "kept").iterdir()}
+    capsys.readouterr()
+    made(recordings, "arm", "hand", "films")
+    said = capsys.readouterr().err
+    assert "arm is as it was" in said and "hand is as it was" in said and "films is as it was" not in said
+    assert len(made(recordings, "films").sets) == 1 and "films is as it was" in capsys.readouterr().err
+    assert {path: sha256_tree(path) for path in kept} == kept
+    made(recordings, "arm", arm={"held_out": 0.5})
+    assert "as it was" not in capsys.readouterr().err
+
+
+def test_sets_that_do_not_fit(recordings: Path) -> None:
+    with refused("the size of frames of hand is .4, 6., that of arm .4, 4.; set image_size of both to the same"):
+        made(recordings, "arm", "hand", hand={"image_size": [4, 6]})
+    with refused("the rate of hand is 5.0, that of arm 12.5; set resample_hz"):
+        made(recordings, "arm", "hand", hand={"resample_hz": 5.0})
+    with refused("holds several sets, each a store: name one, such as"):
+        made(recordings, "arm")
+        EpisodeStore(recordings / "episodes.zarr")
+    store = made(recordings, "films")
+    with pytest.raises(ContractError, match="films have policy: false"):
+        store.drawn(store.rows("train"), acting=True)
+
+
+@pytest.mark.parametrize("sets, message", [
+    ([{"name": "a", "weight": 1.0, "policy": True, "convert": {"colour": 1}}], "unknown key 'convert.colour'"),
+    ([{"name": "a", "weight": 1.0, "policy": True, "convert": {}}] * 2, r"sets name \['a'\] more than once"),
+    ([{"name": "a", "weight": 0.0, "policy": True, "convert": {}}], "greater than 0"),
+])  # fmt: skip
+def test_what_the_params_cannot_say(sets: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        raw_params(sets=sets)
