@@ -24,7 +24,7 @@ SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
-    problems = [*_of_machine(params.machine), *_of_models(params), *_of_sizes(params)]
+    problems = [*_of_machine(params.machine), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
     if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -108,6 +108,16 @@ def _of_sizes(params: Params) -> Iterator[str]:
             f"generate.grid is {params.generate.grid}, but latents of frames of {size[0]}x{size[1]} ({key}) are only "
             f"{size[0] // factor}x{size[1] // factor}: no feature of the U-Net is finer"
         )
+
+
+def _of_sets(params: Params) -> Iterator[str]:
+    acting = [one.name for one in params.convert.sets if one.policy]
+    for protocol in params.evaluate.protocols if params.convert.sets else ():
+        if protocol not in (*acting, "offline"):
+            yield (
+                f"evaluate.protocols has {protocol}, but the sets with policy: true in convert.sets are {acting}: name "
+                f"{protocol!r} the one that the policy acts as there"
+            )
 
 
 def _of_calvin(params: Params) -> Iterator[str]:

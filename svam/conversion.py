@@ -142,6 +142,8 @@ class Convert(Section):
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"sets name {repeated} more than once")
         for one in self.sets:
+            if of_all := sorted({"sets", "manifest", "depends_on"} & one.convert.keys()):
+                raise ValueError(f"sets, {one.name}: {of_all} can only stand beside sets, for all")
             try:
                 self.of_set(one)
             except ValidationError as error:

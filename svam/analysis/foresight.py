@@ -204,6 +204,9 @@ def most_moving(
 def measure_attention(inputs: AnalysisInputs, policy: SVAM) -> tuple[list[dict[str, float]], Any] | None:
     """`attention.score_attention` on held-out windows, and a figure; None where the policy has no Uni-Perceiver over time."""
     windows, batch = inputs.windows, inputs.params.batch
+    if inputs.store.sets and policy.needs_proprioception:
+        inputs.left_out.append("Attention over foreseen frames: proprioception differs between the sets of the windows.")
+        return None
     starts = range(0, len(windows.test), batch)
     parts = []
     for start in track(starts, "attention", len(starts)):

@@ -120,11 +120,11 @@ def measure_row(
     observations = observe(store, rows, section.chunk, section.proprioception, params.seed)
     features = cached_features(store, foresight, folders, cache, section, rows, observations.instructions)
     data = TrainingData(observations, features, foresight, svam, device)
-    errors = np.zeros(len(rows))
+    errors, mask = np.zeros(len(rows)), data.mask.reshape(*data.mask.shape[:2], -1)  # one column stands for all dimensions
     for positions, error in absolute_errors(svam, data, section.training.batch, params.seed):
-        errors[positions] = (error * observations.mask[positions, :, None]).sum(axis=(1, 2), dtype=np.float64)
+        errors[positions] = (error * mask[positions]).sum(axis=(1, 2), dtype=np.float64)
     features.close()
-    counts, episodes = observations.mask.sum(axis=1) * store.action_dimensions, store.episode_of(rows)
+    counts, episodes = mask.sum(axis=(1, 2)) * (data.actions.shape[2] // mask.shape[2]), store.episode_of(rows)
     measured = [
         EpisodeErrors(
             episode=episode, task=store.task_of(episode), total=float(errors[episodes == episode].sum()),

@@ -94,7 +94,7 @@ def _megabytes(folder: Path) -> float:
 
 def clips(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Random clips of consecutive frames from the episode store, against the same from one raw `.npy` that is mapped."""
-    settings, store = params.benchmark, EpisodeStore.open(inputs.episodes)
+    settings, store = params.benchmark, EpisodeStore(inputs.episodes)
     length, file = settings.clip_frames, inputs.scratch / "frames.npy"
     if len(store) < length:
         raise ContractError(f"benchmark.clip_frames is {length}, but {inputs.episodes} has {len(store)} rows")

@@ -50,7 +50,7 @@ def open_recording(path: Path) -> Recording:
 
 
 def _demonstrations(path: Path) -> Recording:
-    store = EpisodeStore.open(path)
+    store = EpisodeStore(path)
     order = np.argsort(store.episode_split, kind="stable")
     labels = [name for name in ("depth", "segmentation") if store.annotation(name) is not None]
     notes = [f"{path}: labels ({', '.join(labels)}) are left out"] if labels else []

@@ -81,7 +81,7 @@ def facts(path: Path) -> dict[str, Any]:
     Raises:
         FileError, ContractError: the store does not open, or a vector is damaged.
     """
-    store = EpisodeStore.open(path)
+    store = EpisodeStore(path)
     arrays = {name: _array_facts(reader) for name, reader in store.arrays.items()}
     labels = {name: arrays.get(f"annotations/{name}/values") for name in ("depth", "segmentation")}
     files = [file for file in store.path.rglob("*") if file.is_file()]

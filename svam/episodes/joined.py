@@ -6,7 +6,7 @@ are padded with zeros, and each set keeps its own statistics and conventions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -64,24 +64,20 @@ class JoinedStore(EpisodeStore):
 
         Raises:
             FileError: the index or a store is missing, damaged or of another version.
-            ContractError: rates or frames of two sets differ, or no set has what another needs.
+            ContractError: two sets differ in what must be the same of all, or the policy is to learn from one without actions.
         """
         self.path = Path(path)
         self.members = stated(Index, read_json(self.path / SETS), self.path / SETS).sets
         self.sets = {member.name: EpisodeStore(self.path / member.name) for member in self.members}
         self._stores = stores = list(self.sets.values())
-        first = stores[0]
+        for name, store in self.acting.items():
+            if store.attributes.statistics is None:
+                raise ContractError(f"convert.sets: {name} has no actions for the policy to learn from; set policy: false")
+        self._agree(self.sets, "rate", "resample_hz", lambda store: store.rate_hz)
+        self._agree(self.sets, "size of frames", "image_size", lambda store: store.image_size)
+        self._agree(self.acting, "normalisation", "normalisation", lambda store: store.statistics.convention.normalisation)
+        first = next(iter({**self.acting, **self.sets}.values()))  # whose camera names the shared one
         self.rate_hz, self.image_size, self.cameras = first.rate_hz, first.image_size, first.cameras[:1]
-        for name, store in self.sets.items():
-            for what, key, found, expected in (
-                ("rate", "resample_hz", store.rate_hz, self.rate_hz),
-                ("size of frames", "image_size", store.image_size, self.image_size),
-            ):
-                if found != expected:
-                    raise ContractError(
-                        f"convert.sets: the {what} of {name} is {found}, that of {self.members[0].name} {expected}; set {key} "
-                        "of both to the same"
-                    )
         self._first = np.cumsum([0, *map(len, stores)])
         self.episode_ends = np.concatenate([s.episode_ends + row for s, row in zip(stores, self._first[:-1], strict=True)])
         self.episode_split = np.concatenate([store.episode_split for store in stores])
@@ -101,6 +97,16 @@ class JoinedStore(EpisodeStore):
         self.episode_instructions = [said for store in stores for said in store.episode_instructions]
         self.episode_provenance = [facts for store in stores for facts in store.episode_provenance]
         self.proprioception_dimensions = max((s.proprioception_dimensions or 0 for s in stores), default=0) or None
+
+    @staticmethod
+    def _agree(sets: Mapping[str, EpisodeStore], what: str, key: str, value_of: Callable[[EpisodeStore], object]) -> None:
+        values = {name: value_of(store) for name, store in sets.items()}
+        for name, found in values.items():
+            first, expected = next(iter(values.items()))
+            if found != expected:
+                raise ContractError(
+                    f"convert.sets: the {what} of {name} is {found}, that of {first} {expected}; set {key} of both to the same"
+                )
 
     @property
     def acting(self) -> dict[str, EpisodeStore]:
@@ -168,17 +174,24 @@ class JoinedStore(EpisodeStore):
         labels: Any = _Labels(parts)
         return AnnotatedRows(np.concatenate(rows), labels, np.arange(sum(map(len, rows)), dtype=np.int64))
 
-    def drawn(self, rows: NDArray[np.int64], acting: bool = False) -> NDArray[np.int64]:
+    def drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """As often as the weights say: the rows of a set are repeated, evenly, until the shares are right; none is left out."""
-        parts = [(self.members[number], rows[places]) for places, number, _ in self._by_set(rows)]
-        parts = [(member, own) for member, own in parts if member.policy or not acting]
-        if not parts:
-            raise ContractError(f"convert.sets: the policy has no set to learn from: {', '.join(self.sets)} have policy: false")
-        total = max(len(own) / member.weight for member, own in parts)
-        counts = [round(total * member.weight) for member, _ in parts]
+        parts = [(self.members[number].weight, rows[places]) for places, number, _ in self._by_set(rows)]
+        total = max(len(own) / weight for weight, own in parts)
+        counts = [round(total * weight) for weight, _ in parts]
         return np.concatenate([
             own[np.arange(count) * len(own) // count] for (_, own), count in zip(parts, counts, strict=True)
         ])  # fmt: skip
+
+    def acting_episodes(self, split: Split) -> NDArray[np.int64]:
+        if not self.acting:
+            raise ContractError(f"convert.sets: the policy has no set to learn from: {', '.join(self.sets)} have policy: false")
+        numbers = np.repeat(np.arange(len(self.members)), [len(store.episode_ends) for store in self._stores])
+        episodes = self.episodes(split)
+        chosen = episodes[np.array([member.policy for member in self.members])[numbers[episodes]]]
+        if not len(chosen):
+            raise ContractError(f"{self.path}: no episode of {', '.join(self.acting)} is held out, which this needs")
+        return chosen
 
     def by_statistics(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Statistics]]:
         return [(places, self._stores[number].statistics) for places, number, _ in self._by_set(rows)]

@@ -234,10 +234,13 @@ class EpisodeStore:
         """(k, A) float32 that a policy imitates: the expert's choice where the data states it, else what was executed."""
         return self.vector("expert_actions" if self.has("expert_actions") else "actions", rows)
 
-    def drawn(self, rows: NDArray[np.int64], acting: bool = False) -> NDArray[np.int64]:
-        """`rows` as training draws them, in increasing order: here each once. Of several sets by their weights; with `acting`,
-        of those that the policy learns from."""
+    def drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """`rows` as training draws them, in increasing order: here each once; of several sets by their weights."""
         return rows
+
+    def acting_episodes(self, split: Split) -> NDArray[np.int64]:
+        """`episodes` that a policy learns from: here all of that side."""
+        return self.episodes(split)
 
     def by_statistics(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Statistics]]:
         """Places in `rows` and the statistics by which their vectors are normalised: one pair for each set."""

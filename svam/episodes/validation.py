@@ -321,7 +321,7 @@ class Validation:
 def validate(path: Path) -> list[Check]:
     """All checks of the store at `path`, in order. A store that does not open has one check, `store`, that says why."""
     try:
-        validation = Validation(EpisodeStore.open(path))
+        validation = Validation(EpisodeStore(path))
     except (FileError, ContractError) as error:
         return [Check("store", faults=[str(error)])]
     validation.run()

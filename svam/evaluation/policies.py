@@ -46,11 +46,10 @@ def evaluated_policy(params: Params, model: Path | None) -> Iterator[tuple[Evalu
 
 
 def acting_in(protocol: str, store: EpisodeStore, policy: Evaluated) -> tuple[EpisodeStore, Evaluated]:
-    """Of several sets the one that a simulator's protocol is about: of its name, else the first that the policy learnt from."""
+    """Of several sets the one of a simulator's protocol, which has its name (`svam.agreement` asks for that)."""
     if not store.sets or protocol == "offline":
         return store, policy
-    name = protocol if protocol in store.sets else next(iter(policy.sets if isinstance(policy, SVAM) else store.sets))
-    return store.sets[name], policy.acting_as(name) if isinstance(policy, SVAM) else policy
+    return store.sets[protocol], policy.acting_as(protocol) if isinstance(policy, SVAM) else policy
 
 
 def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:

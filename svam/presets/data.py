@@ -68,6 +68,8 @@ def estimated(params: Params, rows: int | None, actions: int | None) -> Data:
     Raises:
         ParamsError: the params do not say how much data there is, or the size of its frames.
     """
+    if params.convert.sets:
+        raise ParamsError("convert.sets: only the stores say how much data there is: run dvc repro convert first")
     size, collected = frame_size(params), params.convert.source == "metaworld"
     if size is None or (not collected and (rows is None or actions is None)):
         raise ParamsError(

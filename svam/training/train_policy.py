@@ -80,15 +80,15 @@ class Observations:
 
 def choose_rows(store: EpisodeStore, split: Split, stride: int, episodes_per_task: int | None) -> NDArray[np.int64]:
     """Every `stride`-th row of the episodes of one side, from each episode's first; at most the first
-    `episodes_per_task` episodes of every task."""
+    `episodes_per_task` episodes of every task; several sets by their weights."""
     used: dict[str, int] = {}
     rows = []
-    for episode in store.episodes(split).tolist():
+    for episode in store.acting_episodes(split).tolist():
         task = store.task_of(episode)
         used[task] = used.get(task, 0) + 1
         if episodes_per_task is None or used[task] <= episodes_per_task:
             rows.append(window_starts(*store.bounds(episode), every=stride))
-    return store.drawn(np.concatenate(rows), acting=True)
+    return store.drawn(np.concatenate(rows))
 
 
 def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, proprioception: bool, seed: int) -> Observations:
@@ -367,18 +367,10 @@ def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) ->
 
 
 def acting_sets(store: EpisodeStore) -> dict[str, ActingSet]:
-    """The sets that the policy learns from, as its checkpoint carries them; none of a single store.
-
-    Raises:
-        ContractError: two are normalised in different ways.
-    """
+    """The sets that the policy learns from, as its checkpoint carries them; none of a single store."""
     if not isinstance(store, JoinedStore):
         return {}
-    sets = {name: ActingSet(camera=own.cameras[0], statistics=own.statistics) for name, own in store.acting.items()}
-    ways = {name: one.statistics.convention.normalisation for name, one in sets.items()}
-    if len(set(ways.values())) > 1:
-        raise ContractError(f"convert.sets: the policy's sets are normalised as {ways}; set normalisation of all to the same")
-    return sets
+    return {name: ActingSet(camera=own.cameras[0], statistics=own.statistics) for name, own in store.acting.items()}
 
 
 def train(

@@ -84,8 +84,8 @@ def test_training_draws_by_weight(recordings: Path) -> None:
     shares = [((drawn >= first) & (drawn < first + 18)).mean() for first in (0, 18, 36)]
     np.testing.assert_allclose(shares, [0.2, 0.6, 0.2], atol=0.02)
     assert set(drawn) == set(rows) and (np.diff(drawn) >= 0).all()
-    acting = store.drawn(rows, acting=True)
-    assert acting.max() < 36 and (acting >= 18).mean() == pytest.approx(0.75, abs=0.02)
+    acting = np.concatenate([np.arange(*store.bounds(episode)) for episode in store.acting_episodes("train").tolist()])
+    assert acting.max() < 36 and (store.drawn(acting) >= 18).mean() == pytest.approx(0.75, abs=0.02)
 
 
 def test_adding_and_removing_converts_no_other(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,17 +106,20 @@ def test_sets_that_do_not_fit(recordings: Path) -> None:
         made(recordings, "arm", "hand", hand={"image_size": [4, 6]})
     with refused("the rate of hand is 5.0, that of arm 12.5; set resample_hz"):
         made(recordings, "arm", "hand", hand={"resample_hz": 5.0})
+    with refused("the normalisation of hand is meanstd, that of arm minmax; set normalisation of both"):
+        made(recordings, "arm", "hand", hand={"normalisation": "meanstd"})
     with refused("holds several sets, each a store: name one, such as"):
         made(recordings, "arm")
         EpisodeStore(recordings / "episodes.zarr")
     store = made(recordings, "films")
     with pytest.raises(ContractError, match="films have policy: false"):
-        store.drawn(store.rows("train"), acting=True)
+        store.acting_episodes("train")
 
 
 @pytest.mark.parametrize("sets, message", [
     ([{"name": "a", "weight": 1.0, "policy": True, "convert": {"colour": 1}}], "unknown key 'convert.colour'"),
     ([{"name": "a", "weight": 1.0, "policy": True, "convert": {}}] * 2, r"sets name \['a'\] more than once"),
+    ([{"name": "a", "weight": 1.0, "policy": True, "convert": {"depends_on": "b"}}], "can only stand beside sets, for all"),
     ([{"name": "a", "weight": 0.0, "policy": True, "convert": {}}], "greater than 0"),
 ])  # fmt: skip
 def test_what_the_params_cannot_say(sets: list[Any], message: str) -> None:
