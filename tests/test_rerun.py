@@ -68,6 +68,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("prepare_backbones.semantic.layers", 3, CHECK | of_branch("semantic", TEACHERS | CACHE)),
     ("convert.held_out", 0.2, CHECK | CONVERT),
     ("convert.source", "raw", CODE | CHECK | CONVERT),
+    ("convert.sets", [{"name": "one", "weight": 1.0, "policy": True, "convert": {"source": "raw"}}], CODE | CHECK | CONVERT),
     ("collect.episodes", 41, CHECK | COLLECT),
     ("benchmark.repeats", 7, CHECK),
     ("threads", 1, CHECK | BACKBONES),

@@ -283,6 +283,11 @@ def test_the_manifest_lists_names_and_sizes(tmp_path: Path) -> None:
     assert found == {
         "schema_version": 1, "count": 3, "bytes": 10, "files": {"a.json": 0, "b/deep/x.npz": 5, "link.npz": 5},
     }  # fmt: skip
+    (other := tmp_path / "other").mkdir()
+    (other / "y").write_bytes(b"1")
+    assert call("manifest", data, other, tmp_path / "both.json").exit_code == 0
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert both["bytes"] == 11 and {f"{data}/a.json", f"{data}/b/deep/x.npz", f"{other}/y"} < set(both["files"])
     for folder, out, message in (
         (data, data / "m.json", "lies below"), (tmp_path / "no", tmp_path / "m.json", "no: No such file or directory"),
     ):  # fmt: skip
