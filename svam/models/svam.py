@@ -113,19 +113,20 @@ class SVAMConfig(Frozen):
 
 
 class ActingSet(Frozen):
-    """One of several sets that a policy learnt from: the name of its foresight camera, and its conventions."""
+    """One of several sets that a policy learnt from: its name and that of its foresight camera, and its conventions."""
 
+    name: str
     camera: str
     statistics: Statistics
 
 
 class PolicyRecord(Frozen):
-    """`policy/config.json` of a saved S-VAM. selected: the held-out values of the saved weights and their step. sets: by name,
-    where it learnt from several; statistics are then those of the first."""
+    """`policy/config.json` of a saved S-VAM. selected: the held-out values of the saved weights and their step. sets: where it
+    learnt from several; statistics are then those of the first."""
 
     svam: SVAMConfig
     statistics: Statistics
-    sets: dict[str, ActingSet] = Field(default={}, exclude_if=lambda value: not value)
+    sets: list[ActingSet] = Field(default=[], exclude_if=lambda value: not value)
     selected: dict[str, int | float]
 
 
@@ -239,10 +240,11 @@ class SVAM:
 
     def __init__(
         self, config: SVAMConfig, statistics: Statistics, foresight: ForesightModel, network: PolicyNetwork | None = None,
-        sets: Mapping[str, ActingSet] | None = None,
+        sets: Sequence[ActingSet] = (),
     ) -> None:  # fmt: skip
         """`network` None builds an untrained one from torch's global seed."""
-        self.config, self.statistics, self.foresight, self.sets = config, statistics, foresight, dict(sets or {})
+        self.config, self.statistics, self.foresight = config, statistics, foresight
+        self.sets = {one.name: one for one in sets}
         self.network = network if network is not None else PolicyNetwork(config, statistics)
         self.network.eval()
         self.pad_to: int | None = None
@@ -257,9 +259,8 @@ class SVAM:
         if name not in self.sets:
             raise ContractError(f"the policy learnt from no set {name!r}; its sets are {', '.join(self.sets) or 'none'}")
         one = self.sets[name]
-        svam = SVAM(
-            self.config.model_copy(update={"camera": one.camera}), one.statistics, self.foresight, self.network, self.sets
-        )
+        config, sets = self.config.model_copy(update={"camera": one.camera}), list(self.sets.values())
+        svam = SVAM(config, one.statistics, self.foresight, self.network, sets)
         svam.pad_to, svam.selected = self.pad_to, self.selected
         return svam
 
@@ -440,7 +441,8 @@ class SVAM:
     def save(self, directory: Path) -> None:
         """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`."""
         with whole_directory(Path(directory)) as partial:
-            record = PolicyRecord(svam=self.config, statistics=self.statistics, sets=self.sets, selected=self.selected)
+            sets = list(self.sets.values())
+            record = PolicyRecord(svam=self.config, statistics=self.statistics, sets=sets, selected=self.selected)
             save_module(partial / "policy", self.network, record.model_dump(mode="json"))
             for name in self.config.frozen_parts.names:
                 (partial / name).mkdir()

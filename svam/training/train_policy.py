@@ -366,11 +366,11 @@ def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) ->
         raise ContractError(f"{store.path}: the first camera is {present}, but the video model was trained on {expected}")
 
 
-def acting_sets(store: EpisodeStore) -> dict[str, ActingSet]:
+def acting_sets(store: EpisodeStore) -> list[ActingSet]:
     """The sets that the policy learns from, as its checkpoint carries them; none of a single store."""
     if not isinstance(store, JoinedStore):
-        return {}
-    return {name: ActingSet(camera=own.cameras[0], statistics=own.statistics) for name, own in store.acting.items()}
+        return []
+    return [ActingSet(name=n, camera=own.cameras[0], statistics=own.statistics) for n, own in store.acting.items()]
 
 
 def train(
@@ -418,7 +418,7 @@ def train(
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
         sets = acting_sets(store)
-        statistics = next(iter(sets.values())).statistics if sets else store.statistics
+        statistics = sets[0].statistics if sets else store.statistics
         config = SVAMConfig.of(section, foresight, shapes, statistics, store.cameras[0], store.image_size, store.rate_hz)
         if sets:
             wide = {"action_dimensions": store.action_dimensions}

@@ -306,10 +306,10 @@ def test_a_step_takes_one_of_several_draws(store: EpisodeStore, tmp_path: Path, 
 def joined(tmp_path: Path) -> EpisodeStore:
     """Two sets, the second of two action dimensions and without an expert."""
     (tmp_path / "joined").mkdir()
-    make_store(tmp_path / "joined/a")
+    make_store(tmp_path / "joined/wide")
     narrow = np.random.default_rng(0).uniform(5, 9, (12, 2)).astype(np.float32)
-    make_store(tmp_path / "joined/b", actions=narrow, expert_actions=None)
-    sets = [{"name": name, "weight": weight, "policy": True} for name, weight in (("a", 1.0), ("b", 2.0))]
+    make_store(tmp_path / "joined/narrow", actions=narrow, expert_actions=None)
+    sets = [{"name": name, "weight": weight, "policy": True} for name, weight in (("wide", 1.0), ("narrow", 2.0))]
     write_json(tmp_path / "joined/sets.json", {"schema_version": 1, "sets": sets})
     return EpisodeStore.open(tmp_path / "joined")
 
@@ -319,17 +319,18 @@ def test_a_policy_of_two_sets_answers_each_in_its_own_numbers(
 ) -> None:
     changes: dict[str, Any] = {"context": ["one_step"], "proprioception": True}
     svam = run(joined, folders, tmp_path / "cache", **changes)
-    assert list(svam.sets) == ["a", "b"] and svam.config.action_dimensions == 3 and svam.selected["action_error"] > 0
-    seen = observations(joined.sets["b"], 2, proprioception=True)
-    for name, width in (("a", 3), ("b", 2)):
+    assert list(svam.sets) == ["wide", "narrow"] and svam.config.action_dimensions == 3 and svam.selected["action_error"] > 0
+    seen = observations(joined.sets["narrow"], 2, proprioception=True)
+    for name, width in (("wide", 3), ("narrow", 2)):
         acting = svam.acting_as(name)
         actions, s = acting.act(seen), joined.sets[name].statistics.actions
         assert actions.shape == (2, 4, width)
         assert (actions >= np.float32(s.min) - 1e-4).all() and (actions <= np.float32(s.max) + 1e-4).all()
     svam.save(tmp_path / "svam")
-    loaded = SVAM.load(tmp_path / "svam").acting_as("b")
-    np.testing.assert_array_equal(loaded.act(seen), actions)
-    with pytest.raises(ContractError, match="learnt from no set 'c'; its sets are a, b"):
+    loaded = SVAM.load(tmp_path / "svam")
+    assert list(loaded.sets) == ["wide", "narrow"] and loaded.statistics == loaded.sets["wide"].statistics
+    np.testing.assert_array_equal(loaded.acting_as("narrow").act(seen), actions)
+    with pytest.raises(ContractError, match="learnt from no set 'c'; its sets are wide, narrow"):
         loaded.acting_as("c")
 
 
@@ -342,7 +343,7 @@ def test_dimensions_that_a_set_does_not_have_are_masked(joined: EpisodeStore, fo
     data = training.TrainingData(observed, features, svam.foresight, svam, CPU)  # type: ignore[arg-type]
     assert data.mask.shape == (3, 4, 3) and data.mask[0].all() and not data.mask[1:, :, 2].any()
     assert data.mask[2, :, 0].tolist() == [True, True, False, False]
-    own = joined.sets["b"]
+    own = joined.sets["narrow"]
     expected = normalise_actions(own.statistics, own.vector("actions", np.arange(4)))
     np.testing.assert_array_equal(data.actions[1, :, :2], expected)
     assert (data.actions[1, :, 2] == 0).all()
