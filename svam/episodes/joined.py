@@ -188,7 +188,7 @@ class JoinedStore(EpisodeStore):
             raise ContractError(f"convert.sets: the policy has no set to learn from: {', '.join(self.sets)} have policy: false")
         numbers = np.repeat(np.arange(len(self.members)), [len(store.episode_ends) for store in self._stores])
         episodes = self.episodes(split)
-        chosen = episodes[np.array([member.policy for member in self.members])[numbers[episodes]]]
+        chosen: NDArray[np.int64] = episodes[np.array([member.policy for member in self.members])[numbers[episodes]]]
         if not len(chosen):
             raise ContractError(f"{self.path}: no episode of {', '.join(self.acting)} is held out, which this needs")
         return chosen

@@ -421,7 +421,7 @@ def train(
         statistics = sets[0].statistics if sets else store.statistics
         config = SVAMConfig.of(section, foresight, shapes, statistics, store.cameras[0], store.image_size, store.rate_hz)
         if sets:
-            wide = {"action_dimensions": store.action_dimensions}
+            wide: dict[str, int | None] = {"action_dimensions": store.action_dimensions}
             wide |= {"proprioception": store.proprioception_dimensions} if section.proprioception else {}
             config = config.model_copy(update=wide)
         torch.manual_seed(seed_of(seed, "train_policy weights"))

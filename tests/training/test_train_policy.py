@@ -325,7 +325,7 @@ def test_a_policy_of_two_sets_answers_each_in_its_own_numbers(
         acting = svam.acting_as(name)
         actions, s = acting.act(seen), joined.sets[name].statistics.actions
         assert actions.shape == (2, 4, width)
-        assert (actions >= np.float32(s.min) - 1e-4).all() and (actions <= np.float32(s.max) + 1e-4).all()
+        assert (actions >= np.asarray(s.min) - 1e-4).all() and (actions <= np.asarray(s.max) + 1e-4).all()
     svam.save(tmp_path / "svam")
     loaded = SVAM.load(tmp_path / "svam")
     assert list(loaded.sets) == ["wide", "narrow"] and loaded.statistics == loaded.sets["wide"].statistics
