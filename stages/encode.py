@@ -1,4 +1,4 @@
-"""Encode the frames that training reads, once: latents of the foresight camera."""
+"""Encode the frames that training reads, once: latents of the foresight cameras."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def app(
     episodes: Annotated[Path, typer.Option(help="Episode store of the convert stage.")],
     autoencoder: Annotated[Path, typer.Option(help="The prepared autoencoder.")],
 ) -> None:
-    """Write the latents of all frames of the foresight camera, float16, with the rows of the store."""
+    """Write the latents of all frames of the foresight cameras, float16, with the rows of the store."""
     from svam.episodes.store import EpisodeStore
     from svam.files import sha256_tree
     from svam.models.autoencoder import Autoencoder

@@ -135,6 +135,11 @@ def _of_metaworld(params: Params) -> Iterator[str]:
     convert = next((part for part in params.convert.parts if part.source == "metaworld"), params.convert)
     collected, closed_loop = convert.source == "metaworld", "metaworld" in params.evaluate.protocols
     tasks = list(convert.options.get("tasks", params.collect.tasks))
+    if collected and convert.foreseen > len(params.collect.cameras):
+        yield (
+            f"convert.foreseen is {convert.foreseen}, but collect.cameras are {params.collect.cameras}: name as many, "
+            "or lower foreseen"
+        )
     if collected and not tasks:
         yield "convert.source is metaworld, but collect.tasks is []; name tasks, or another source"
     if closed_loop and not params.evaluate.metaworld.tasks:

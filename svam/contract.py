@@ -157,7 +157,7 @@ def frame_blocks(frames: Frames) -> Iterator[NDArray[np.uint8]]:
 class Episode:
     """One recorded episode, in physical units, whatever format it came from.
 
-    frames: camera name -> (n, H, W, 3) uint8 RGB, an array or `FrameBlocks`; the first camera is the foresight camera.
+    frames: camera name -> (n, H, W, 3) uint8 RGB, an array or `FrameBlocks`; those to foresee come first.
     actions: (n, A) float32, what was executed from the state that frame t shows, or None where none were recorded;
         expert_actions: (n, A), what the demonstrator wanted, or None.
     state, proprioception: (n, S), (n, P) float32 or None.
@@ -250,7 +250,7 @@ class Choice(Frozen):
     episodes, drop, tasks, success and all that changes rows or vectors are applied by `svam.episodes.options`, through
     `EpisodeSource.shape`. A source applies the others: it never looks for a camera that is left out.
 
-    cameras: names to read, the first is the foresight camera; empty: all. Both forms of a name are accepted (with and without
+    cameras: names to read, those to foresee first; empty: all. Both forms of a name are accepted (with and without
         the format's prefix; see `svam.sources._choice.chosen_cameras`).
     rate_hz: steps a second in place of what the data set says. instruction: the sentence of all episodes, in place of theirs.
     missing_instruction: the sentence of episodes that have none. segments: `EpisodeShape.segments` may be stated, where a

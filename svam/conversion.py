@@ -104,6 +104,7 @@ class Convert(Section):
     depends_on: str
     options: dict[str, Any]
     cameras: list[str]
+    foreseen: Count
     episodes: list[int | str]
     drop: list[int | str]
     tasks: list[str]
@@ -177,6 +178,8 @@ class Convert(Section):
                 raise ValueError(f"{names} both change column {twice[0]} of the actions, or one of them twice")
         if self.binary_values[0] == self.binary_values[1]:
             raise ValueError(f"binary_values are {self.binary_values}, expected two different values")
+        if self.cameras and self.foreseen > len(self.cameras):
+            raise ValueError(f"foreseen is {self.foreseen}, but cameras are {self.cameras}: name as many, or lower foreseen")
         if self.captions and self.instruction:
             raise ValueError("captions and instruction are both set; set one of them to null")
         return self

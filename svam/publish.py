@@ -86,7 +86,7 @@ def card(model: Path, report: Path, name: str, repository: str, license_: str | 
     config, manifest = record.svam, read_json(model / MANIFEST)
     flat, text = read_json(report / "metrics.json"), (report / "results.md").read_text(encoding="utf-8")
     facts = {
-        "camera": f"`{config.camera}`, {config.image_size[0]} x {config.image_size[1]} pixels, upright RGB",
+        "camera": f"`{'` and `'.join(config.cameras)}`, {config.image_size[0]} x {config.image_size[1]} pixels, upright RGB",
         "proprioception": f"{config.proprioception} numbers" if config.proprioception else "none",
         "actions": f"{config.chunk} a chunk of {record.statistics.convention.dimensions} numbers at {config.rate_hz:g} Hz",
         "context": ", ".join(config.context),

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
 # Modules of `models` that others there may be built from; only these assemble.
 ASSEMBLERS = {"generator", "foresight", "svam", "control"}
-SHARED_IN_MODELS = {"attention", "depth_anything_3", "diffusion", "families", "manifest", "published"}
+SHARED_IN_MODELS = {"attention", "depth_anything_3", "diffusion", "families", "manifest", "published", "views"}
 # A library that is heavy or may be absent -> the files that may import it, and only within functions or lazily loaded modules.
 LAZY = {
     "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collect.py"},

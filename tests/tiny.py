@@ -73,8 +73,9 @@ def observations(store: EpisodeStore, count: int, proprioception: bool = False) 
     """The first `count` rows of the store as a robot would send them."""
     rows = np.arange(count, dtype=np.int64)
     state = store.vector("proprioception", rows) if proprioception else [None] * count
-    pictures = store.frames(rows)
-    return [Observation({store.cameras[0]: pictures[i]}, store.instruction_of(0, i), state[i]) for i in range(count)]
+    pictures = {camera: store.frames(rows, camera) for camera in store.foreseen}
+    frames = [{camera: seen[i] for camera, seen in pictures.items()} for i in range(count)]
+    return [Observation(frames[i], store.instruction_of(0, i), state[i]) for i in range(count)]
 
 
 def make_svam(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> SVAM:
@@ -82,12 +83,13 @@ def make_svam(store: EpisodeStore, folders: dict[str, Path], **changes: Any) -> 
     section = policy_params(**changes)
     both = dict.fromkeys(("generated", "goal_frame", "observation", "recorded"), 2 * TEACHER_CHANNELS)
     channels = {"one_step": FEATURE_CHANNELS, **both}
-    shapes = {
-        entry: (1 if entry in ("goal_frame", "observation") else FRAMES, GRID, GRID, channels.get(entry, TEACHER_CHANNELS))
+    single, rows = ("goal_frame", "observation"), len(store.foreseen) * GRID
+    shapes: dict[str, tuple[int, int, int, int]] = {
+        entry: (1 if entry in single else FRAMES, rows, GRID, channels.get(entry, TEACHER_CHANNELS))
         for entry in frozen_entries(section.context, section.observation_encoder)
     }
     foresight = load_foresight(section, GENERATE, folders)
-    config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.cameras[0], store.image_size, store.rate_hz)
+    config = SVAMConfig.of(section, foresight, shapes, store.statistics, store.foreseen, store.image_size, store.rate_hz)
     torch.manual_seed(0)
     svam = SVAM(config, store.statistics, foresight)
     for layer in svam.network.diffusion.decoder:

@@ -29,11 +29,11 @@ SIZE, FRAMES, GRID = 16, 3, 2
 OPTIMISER = optimiser(steps=60, batch=2, learning_rate=0.01, warmup=2, ema=0.0)
 
 
-def make_store(path: Path, **changes: Any) -> EpisodeStore:
+def make_store(path: Path, foreseen: int = 1, **changes: Any) -> EpisodeStore:
     """Six episodes of two tasks, 12 steps each, 16 x 16 pixels, every third frame annotated; `changes` of each episode."""
     episodes = [make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]
     told = [dataclasses.replace(e, instruction=f"{e.task} a", **changes) for e in episodes]  # the text encoder has 8 tokens
-    convert(Recorded(told), path, SETTINGS, 0)
+    convert(Recorded(told), path, SETTINGS.model_copy(update={"foreseen": foreseen}), 0)
     return EpisodeStore.open(path)
 
 
@@ -82,7 +82,8 @@ def save_parts(folder: Path, store: EpisodeStore, noise: str) -> None:
     latent = SIZE // 4
     video = VideoConfig(
         frames=FRAMES, stride=2, rate_hz=20.0, latent_channels=4, latent_size=(latent, latent), text_tokens=8, text_width=16,
-        sigma_min=0.02, sigma_max=80.0, noise=noise, camera=store.cameras[0], image_size=(SIZE, SIZE),
+        sigma_min=0.02, sigma_max=80.0, noise=noise, camera=store.cameras[0], more_cameras=store.foreseen[1:],
+        image_size=(SIZE, SIZE),
     )  # fmt: skip
     unet = build_unet(params.UNet(pretrained=None, revision=None, channels=[32, 64], layers=1, heads=[2, 4]), video)
     parts: dict[str, Any] = {

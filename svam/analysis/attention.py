@@ -43,7 +43,7 @@ def score_attention(weights: NDArray[np.floating], frames: NDArray[np.uint8]) ->
     """A line for each frame: how much of the attention (mean over queries) lies where the truth has moved.
 
     Args:
-        weights: (B, T, N, h, w). frames: (B, T, H, W, 3) uint8, the recorded clip.
+        weights: (B, T, N, V w, w), of V cameras. frames: (B, T, V H, W, 3) uint8, the recorded clip.
 
     Returns:
         {frame, on_moved, moved, neighbourhood}: the share of attention on patches that moved since the observed frame, the
@@ -52,7 +52,7 @@ def score_attention(weights: NDArray[np.floating], frames: NDArray[np.uint8]) ->
         moves.
     """
     mean = weights.mean(axis=2, dtype=np.float64)
-    moved = moved_patches(frames, weights.shape[-1])
+    moved = moved_patches(frames, weights.shape[-1], weights.shape[-2] // weights.shape[-1])
     lines = []
     for t in range(1, weights.shape[1]):
         some = moved[:, t].any(axis=(1, 2))

@@ -58,7 +58,7 @@ class AnalysisInputs:
     @property
     def held_out_episodes(self) -> NDArray[np.int64]:
         """(Wh,) the episode of each held-out window."""
-        return self.store.episode_of(self.windows.rows[self.windows.test, 0])
+        return self.store.episode_of(self.windows.rows[self.windows.test, 0] % len(self.store))
 
     def truth(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Recorded frames (k, T, H, W, 3) of windows."""
@@ -210,7 +210,7 @@ def measure_attention(inputs: AnalysisInputs, policy: SVAM) -> tuple[list[dict[s
     starts = range(0, len(windows.test), batch)
     parts = []
     for start in track(starts, "attention", len(starts)):
-        rows = windows.rows[windows.test[start : start + batch], 0]
+        rows = windows.rows[windows.test[start : start + batch], 0] % len(inputs.store)
         weights = attention.attention_weights(policy, encode_rows(inputs.store, policy, rows, inputs.seed))
         if weights is None:
             inputs.left_out.append(
@@ -218,8 +218,8 @@ def measure_attention(inputs: AnalysisInputs, policy: SVAM) -> tuple[list[dict[s
             )
             return None
         parts.append(weights)
-    weights, frames = np.concatenate(parts), inputs.truth(windows.test)
-    moved = moved_patches(frames, weights.shape[-1])
+    weights, frames = np.concatenate(parts), inputs.store.seen(windows.rows[windows.test] % len(inputs.store), policy.cameras)
+    moved = moved_patches(frames, weights.shape[-1], len(policy.cameras))
     episodes = inputs.held_out_episodes
     shown = most_moving(moved.sum(axis=(1, 2, 3)), episodes, inputs.store.episode_task[episodes], inputs.params.clips)
     instructions = [inputs.store.instruction_of(int(e)) for e in episodes[shown]]

@@ -70,7 +70,7 @@ def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[
     Raises:
         ContractError: a policy does not fit the store, or the two see or foresee other things, which have no common columns.
     """
-    cameras = {model.camera for model in models}
+    cameras = {tuple(model.cameras) for model in models}
     videos = [model.foresight.video.config for model in models if model.foresight.video is not None]
     horizons = {(config.frames, config.stride) for config in videos} or {(1, 1)}
     seen: dict[str, set[Any]] = {"look through different cameras": cameras, "foresee different (frames, stride)": horizons}

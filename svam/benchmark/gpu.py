@@ -159,7 +159,7 @@ def control(params: Params, device: torch.device, matrix_flops: float) -> dict[s
     models = Models(params, data, device.type)
     svam = untrained(models)
     foresight, observation = svam.foresight, svam.example()
-    frame = torch.from_numpy(observation.frames[svam.camera])[None]
+    frame = torch.from_numpy(observation.frames[svam.cameras[0]])[None]
     given = [foresight.condition(frame), foresight.embed_text(["go"]), foresight.video_model.initial_noise([0]).clone()]
     eager = _seconds(lambda: svam.act([observation]), CALLS)
     eager_pass = _seconds(lambda: foresight.one_step(*given), CALLS)

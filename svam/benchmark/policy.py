@@ -72,10 +72,10 @@ def _generated(svam: SVAM, observation: Observation, seed: int) -> dict[str, flo
     """Seconds of generating the same observation's clip from the same noise, and of decoding it and showing it to the teachers:
     what a policy on generated video pays."""
     foresight, parts = svam.foresight, dict[str, float]()
-    frame = torch.from_numpy(observation.frames[svam.camera][None])
+    frames = torch.from_numpy(np.stack([observation.frames[camera] for camera in svam.cameras]))
     with timed_components(foresight, parts):
-        condition, text = foresight.condition(frame), foresight.embed_text([observation.instruction])
-        latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed])).latents
+        condition, text = foresight.condition(frames), foresight.embed_text([observation.instruction] * len(frames))
+        latents = foresight.generate(condition, text, foresight.video_model.initial_noise([seed] * len(frames))).latents
     with timed(parts, "decoding"):
         clip = foresight.decode(latents)
     with timed(parts, "teachers"):
@@ -156,10 +156,10 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     places = np.unique(np.concatenate(drawn))
     batches, rows = [np.searchsorted(places, batch) for batch in drawn], available[places]
     observed = observe(store, rows, svam.chunk, svam.config.proprioception is not None, seed)
-    wanted = ObservationSet.of(observed.instructions, lambda positions: store.frames(rows[positions]))
+    wanted = ObservationSet.of(observed.instructions, lambda positions: store.seen(rows[positions]))
     kept = [*frozen, *([FRAMES] if svam.network.observation is not None else [])]
     folders = {name: inputs.model / name for name in svam.config.frozen_parts.names}
-    sources, compute = sources_of(kept, svam.foresight, folders, svam.camera), encoder_of(svam.foresight)
+    sources, compute = sources_of(kept, svam.foresight, folders, svam.cameras), encoder_of(svam.foresight)
     cache = FeatureCache(inputs.scratch / "features", params.machine.cache_gb)
     start = time.perf_counter()
     filled = cache.fill(wanted, sources, compute, section.encode_batch)
@@ -230,7 +230,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     svam, described = _load(inputs, params)
     seed = seed_of(params.seed, "benchmark evaluation")
     plans = plan_episodes("policy", store, section, seed)
-    make = partial(TaskEnvironment, cameras=(svam.camera,), **rendering)
+    make = partial(TaskEnvironment, cameras=tuple(svam.cameras), **rendering)
     ways = {"batched": (section.batch, params.machine.workers), "one_at_a_time": (1, 1)}
     played: dict[str, list[Outcome]] = {}
 

@@ -105,6 +105,14 @@ class Plan:
             )
             for name, values in arrays.items()
         }  # fmt: skip
+        foreseen = description.cameras[: params.foreseen]
+        sizes = {camera: layouts[f"frames/{camera}"].row_shape[:2] for camera in foreseen}
+        if len(foreseen) < params.foreseen:
+            raise ContractError(f"convert.foreseen is {params.foreseen}, but there are only the cameras {foreseen}")
+        if len(set(sizes.values())) > 1:
+            raise ContractError(
+                f"convert.foreseen is {params.foreseen}, but their pictures differ in size, {sizes}: set convert.image_size"
+            )
         steps = np.cumsum([shape.steps for shape in shapes])
         last = np.unique(steps // UNIT_STEPS, return_index=True)[1].tolist()  # the first episode that ends in each stretch
         edges = sorted({0, *last, len(shapes)})
@@ -430,6 +438,7 @@ def _write_episodes(
         "episode_numbers": list(getattr(plan.source, "numbers", range(len(facts)))),
         "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
+        **({"foreseen": plan.params.foreseen} if plan.params.foreseen > 1 else {}),
     }  # fmt: skip
 
 

@@ -117,12 +117,11 @@ def _rollouts(path: Path) -> Recording:
     recorded = [line for line in lines if line.row == "policy" and (folder / f"{line.task}_{line.index}").is_dir()]
     if not recorded:
         raise FileError(f"{folder}: holds no rollouts; evaluate with evaluate.videos above 0 and evaluate.record_actions true")
-    camera = results.setting.cameras[0]
     return Recording(
         results.rate_hz,
         len(recorded),
         len(recorded),
-        lambda number: _rollout(folder, recorded[number], camera, results.rate_hz),
+        lambda number: _rollout(folder, recorded[number], results.setting.cameras, results.rate_hz),
     )
 
 
@@ -133,7 +132,7 @@ def _parsed(file: Path, line: str) -> Any:
         raise FileError(f"{file}: not valid JSON in every line; truncated or damaged") from None
 
 
-def _rollout(folder: Path, line: _Line, camera: str, rate_hz: float) -> Episode:
+def _rollout(folder: Path, line: _Line, cameras: list[str], rate_hz: float) -> Episode:
     """Row t is what the policy could see at step t and the action that was executed then; what came after the last action is
     left out."""
     name = f"{line.task}_{line.index}"
@@ -144,8 +143,10 @@ def _rollout(folder: Path, line: _Line, camera: str, rate_hz: float) -> Episode:
     frames, actions = arrays["frames"], np.array(arrays["actions"])
     if len(frames) != len(actions) + 1:
         raise ContractError(f"{folder / name}: {len(frames)} frames and {len(actions)} actions, expected one frame more")
+    seen = np.split(frames[:-1], len(cameras), axis=1)  # they lie below one another
     return Episode(
-        task=line.task, instruction=line.instruction, rate_hz=rate_hz, frames={camera: frames[:-1]}, actions=actions,
+        task=line.task, instruction=line.instruction, rate_hz=rate_hz, frames=dict(zip(cameras, seen, strict=True)),
+        actions=actions,
         proprioception=np.array(arrays["proprioception"][:-1]),
         provenance={"file": f"rollouts/{name}", "success": line.success},
     )  # fmt: skip

@@ -98,6 +98,7 @@ def facts(path: Path) -> dict[str, Any]:
             for k, split in enumerate(SPLITS)
         },
         "cameras": {name: arrays[f"frames/{name}"]["shape"][1:3] for name in store.cameras},
+        "foreseen": store.foreseen,
         "tasks": _task_facts(store),
         "convention": None if kept is None else kept.convention.model_dump(mode="json"),
         "vectors": _vector_facts(store),
@@ -163,7 +164,7 @@ def _overview(found: dict[str, Any]) -> Table:
             f"{name.replace('_', ' ')} {side['episodes']} episodes ({side['rows']:,} rows)"
             for name, side in found["split"].items()
         ),
-        "cameras": ", ".join(cameras) + (" (the first is the foresight camera)" if len(cameras) > 1 else ""),
+        "cameras": ", ".join(cameras) + (f" (foreseen: {', '.join(found['foreseen'])})" if len(cameras) > 1 else ""),
         "vectors": ", ".join(f"{name} {entry['dimensions']}" for name, entry in found["vectors"].items()) or "none",
         "actions": f"normalised by {convention['normalisation']}, binary dimensions: {binary or 'none'}" if convention
         else "none: good for the video model, not for a policy",

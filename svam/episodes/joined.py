@@ -1,6 +1,6 @@
 """The stores of several data sets as one, by a small index beside them, which `svam.episodes.sets` writes.
 
-Rows and episodes of the sets stand one after the other. Of each set the foresight camera is shown; vectors of different width
+Rows and episodes of the sets stand one after the other. Of each set the foresight cameras are shown; vectors of different width
 are padded with zeros, and each set keeps its own statistics and conventions.
 """
 
@@ -75,9 +75,11 @@ class JoinedStore(EpisodeStore):
                 raise ContractError(f"convert.sets: {name} has no actions for the policy to learn from; set policy: false")
         self._agree(self.sets, "rate", "resample_hz", lambda store: store.rate_hz)
         self._agree(self.sets, "size of frames", "image_size", lambda store: store.image_size)
+        self._agree(self.sets, "number of foresight cameras", "foreseen", lambda store: len(store.foreseen))
         self._agree(self.acting, "normalisation", "normalisation", lambda store: store.statistics.convention.normalisation)
-        first = next(iter({**self.acting, **self.sets}.values()))  # whose camera names the shared one
-        self.rate_hz, self.image_size, self.cameras = first.rate_hz, first.image_size, first.cameras[:1]
+        first = next(iter({**self.acting, **self.sets}.values()))  # whose cameras name the shared ones
+        self.rate_hz, self.image_size, self.cameras = first.rate_hz, first.image_size, first.foreseen
+        self.foreseen = first.foreseen
         self._first = np.cumsum([0, *map(len, stores)])
         self.episode_ends = np.concatenate([s.episode_ends + row for s, row in zip(stores, self._first[:-1], strict=True)])
         self.episode_split = np.concatenate([store.episode_split for store in stores])
@@ -132,11 +134,13 @@ class JoinedStore(EpisodeStore):
             yield places, number, rows[places] - self._first[number]
 
     def frames(self, rows: NDArray[np.int64], camera: str | None = None) -> NDArray[np.uint8]:
-        if camera not in (None, self.cameras[0]):
-            raise ContractError(f"{self.path}: no camera {camera!r}; of several sets only the first is read, {self.cameras[0]}")
+        if camera not in (None, *self.foreseen):
+            raise ContractError(f"{self.path}: no camera {camera!r}; of several sets only the first is read, {self.foreseen}")
+        cameras, rows = (0, rows) if len(self.foreseen) == 1 else np.divmod(rows, len(self))
+        cameras = np.broadcast_to(cameras if camera is None else self.foreseen.index(camera), len(rows))
         out = np.empty((len(rows), *self.image_size, 3), np.uint8)
         for places, number, own in self._by_set(rows):
-            out[places] = self._stores[number].frames(own)
+            out[places] = self._stores[number].frames(own + cameras[places] * len(self._stores[number]))
         return out
 
     def has(self, name: str) -> bool:
@@ -176,7 +180,7 @@ class JoinedStore(EpisodeStore):
 
     def drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """As often as the weights say: the rows of a set are repeated, evenly, until the shares are right; none is left out."""
-        parts = [(self.members[number].weight, rows[places]) for places, number, _ in self._by_set(rows)]
+        parts = [(self.members[number].weight, rows[places]) for places, number, _ in self._by_set(rows % len(self))]
         total = max(len(own) / weight for weight, own in parts)
         counts = [round(total * weight) for weight, _ in parts]
         return np.concatenate([

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from svam.contract import STORE_SCHEMA, VECTORS, ContractError, Frozen, SourceDescription, Statistics
 from svam.episodes.arrays import read_attributes
@@ -42,6 +43,8 @@ class StoreAttributes(Frozen):
     statistics: Statistics | None
     arrays_sha256: dict[str, str]
     """Of each array's metadata, which state the sizes of its files."""
+    foreseen: Annotated[int, Field(ge=1)] = 1
+    """How many of the source's cameras, the first ones, are foresight cameras; stated where there are several."""
 
 
 class AnnotatedRows(NamedTuple):
@@ -60,12 +63,14 @@ class EpisodeStore:
     """A validated, read-only view of one store. Holds no open file: it may be pickled and used in any process.
 
     Attributes:
-        rate_hz: steps per second. cameras: names, the first is the foresight camera. tasks: names.
+        rate_hz: steps per second. cameras: names. foreseen: those of the foresight cameras, the first ones. tasks: names.
         instructions: task -> {"train": [...], "held_out": [...]}. attributes: all that the store states.
         arrays: readers of all arrays, by name ("frames/front").
         episode_ends, episode_split, episode_task: (E,) as in the layout. provenance: of the source.
         episode_provenance: one mapping per episode. proprioception_dimensions or None.
-        image_size: (H, W) of the foresight camera.
+        image_size: (H, W) of each foresight camera.
+
+    A picture's number is that of its row plus k N, where k is its camera's place among the foresight cameras.
     """
 
     def __init__(self, path: Path) -> None:
@@ -73,6 +78,7 @@ class EpisodeStore:
         self.path = Path(path)
         self.attributes = attributes = self._read_attributes()
         self.rate_hz, self.cameras = attributes.source.rate_hz, attributes.source.cameras
+        self.foreseen = self.cameras[: attributes.foreseen]
         self.instructions, self.provenance = attributes.source.instructions, attributes.source.provenance
         self.tasks = attributes.tasks
         self.episode_numbers, self.episode_names = attributes.episode_numbers, attributes.episode_names
@@ -204,6 +210,10 @@ class EpisodeStore:
         """All rows of one side of the split, increasing."""
         return np.concatenate([np.arange(*self.bounds(int(e)), dtype=np.int64) for e in self.episodes(split)])
 
+    def pictures(self, split: Split) -> NDArray[np.int64]:
+        """The numbers of all pictures of one side of the split, one foresight camera's after the other's."""
+        return np.concatenate([self.rows(split) + k * len(self) for k in range(len(self.foreseen))])
+
     def task_of(self, episode: int) -> str:
         """The task's name."""
         return self.tasks[int(self.episode_task[episode])]
@@ -219,23 +229,41 @@ class EpisodeStore:
         return choices[seed_of(seed, "instruction", episode) % len(choices)]
 
     def frames(self, rows: NDArray[np.int64], camera: str | None = None) -> NDArray[np.uint8]:
-        """(k, H, W, 3) uint8 RGB of any rows in any order; `camera` defaults to the foresight camera.
+        """(k, H, W, 3) uint8 RGB of any rows in any order. Without `camera`, `rows` are the numbers of pictures: those below N
+        are of the first foresight camera.
 
         Raises:
             ContractError: the store has no such camera, or a row is out of range.
             FileError: a shard is damaged.
         """
+        if camera is None and len(self.foreseen) > 1:
+            numbers, own = np.divmod(rows, len(self))
+            if len(rows) and not 0 <= numbers.min() <= numbers.max() < len(self.foreseen):
+                last = len(self) * len(self.foreseen) - 1
+                raise ContractError(f"{self.path}: pictures {rows.min()}..{rows.max()} were asked for, there are 0..{last}")
+            frames = np.empty((len(rows), *self.image_size, 3), dtype=np.uint8)
+            for k in np.unique(numbers):
+                frames[numbers == k] = self.frames(own[numbers == k], self.foreseen[k])
+            return frames
         camera = self.cameras[0] if camera is None else camera
         if camera not in self.cameras:
             raise ContractError(f"{self.path}: no camera {camera!r}; there are {', '.join(self.cameras)}")
         return self.arrays[f"frames/{camera}"].read(rows)
+
+    def seen(self, rows: NDArray[np.int64], cameras: Sequence[str] = ()) -> NDArray[np.uint8]:
+        """(..., V H, W, 3) uint8: what `cameras`, or all V foresight cameras, saw at rows (...), below one another; raises as
+        `frames`."""
+        flat = rows.reshape(-1)
+        parts = [self.frames(flat, camera) for camera in cameras or self.foreseen]
+        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return joined.reshape(*rows.shape, *joined.shape[1:])
 
     def targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """(k, A) float32 that a policy imitates: the expert's choice where the data states it, else what was executed."""
         return self.vector("expert_actions" if self.has("expert_actions") else "actions", rows)
 
     def drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """`rows` as training draws them, in increasing order: here each once; of several sets by their weights."""
+        """`rows`, or pictures' numbers, as training draws them: here each once; of several sets by their weights."""
         return rows
 
     def acting_episodes(self, split: Split) -> NDArray[np.int64]:

@@ -62,7 +62,7 @@ def check_model(model: SVAM, store: EpisodeStore, sentences: Iterable[str] = ())
         ("rate", f"{store.rate_hz:g} Hz", f"{RATE_HZ:g} Hz"),
         ("action dimensions", str(dimensions), str(ACTION_DIMENSIONS)),
         ("convert.options.actions", meaning, "rel_actions"),
-        ("camera", model.camera, model.camera if model.camera in CAMERAS else f"one of {', '.join(CAMERAS)}"),
+        *(("camera", name, name if name in CAMERAS else f"one of {', '.join(CAMERAS)}") for name in model.cameras),
         ("image size", f"{height}x{width}", f"{height}x{height}"),
     )
     check_trained_for("CALVIN", store, facts)

@@ -64,7 +64,7 @@ def check_policy(model: SVAM, store: EpisodeStore, sentences: Iterable[str]) -> 
     facts = (
         ("rate", f"{store.rate_hz:g} Hz", f"{RATE_HZ:g} Hz"),
         ("action dimensions", str(store.action_dimensions), str(ACTION_DIMENSIONS)),
-        ("camera", model.camera, model.camera if model.camera in CAMERAS else f"one of {', '.join(CAMERAS)}"),
+        *(("camera", name, name if name in CAMERAS else f"one of {', '.join(CAMERAS)}") for name in model.cameras),
         ("proprioception dimensions", str(proprioception), str(PROPRIOCEPTION)),
     )
     check_trained_for("LIBERO", store, facts)

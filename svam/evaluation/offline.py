@@ -5,6 +5,7 @@ policy may err on every action and still solve the task, or err little and drift
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows, clip_rows
 from svam.models.foresight import BRANCHES
 from svam.models.svam import SVAM, Inputs
+from svam.models.views import apart, together
 from svam.npy import write_arrays
 from svam.params import Params
 from svam.protocols import Evaluate
@@ -94,12 +96,12 @@ class FeatureErrors:
 
 def observations_of(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) -> list[Observation]:
     """What the policy would have seen at some rows, with each episode's own instruction."""
-    frames = store.frames(rows, model.camera)
+    frames = {camera: store.frames(rows, camera) for camera in model.cameras}
     extra = store.vector("proprioception", rows) if model.needs_proprioception else None
     episodes = store.episode_of(rows)
     return [
-        Observation({model.camera: frame}, store.instruction_of(int(e)), None if extra is None else extra[i])
-        for i, (frame, e) in enumerate(zip(frames, episodes, strict=True))
+        Observation({c: f[i] for c, f in frames.items()}, store.instruction_of(int(e)), None if extra is None else extra[i])
+        for i, e in enumerate(episodes)
     ]
 
 
@@ -121,26 +123,25 @@ def episode_bounds(store: EpisodeStore, rows: NDArray[np.int64]) -> tuple[NDArra
 
 
 def recorded_clips(
-    store: EpisodeStore, rows: NDArray[np.int64], frames: int, stride: int, camera: str | None = None
+    store: EpisodeStore, rows: NDArray[np.int64], frames: int, stride: int, cameras: Sequence[str] = ()
 ) -> NDArray[np.uint8]:
-    """The clips (n, T, H, W, 3) uint8 that were recorded from rows (n,) on, by the first camera if none is named."""
+    """The clips (n, T, V H, W, 3) uint8 that were recorded from rows (n,) on, by V cameras; by the first if none is named."""
     future = clip_rows(rows, *episode_bounds(store, rows), frames, stride)
-    recorded = store.frames(future.reshape(-1), camera)
-    return recorded.reshape(*future.shape, *recorded.shape[1:])
+    return store.seen(future, cameras or store.cameras[:1])
 
 
 def foreseen_clips(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """The recorded clips (n, T, H, W, 3) uint8 of what the policy's video model foresees at rows (n,)."""
+    """The recorded clips (n, T, V H, W, 3) uint8 of what the policy's video model foresees at rows (n,)."""
     config = model.foresight.video_model.config
-    return recorded_clips(store, rows, config.frames, config.stride, model.camera)
+    return recorded_clips(store, rows, config.frames, config.stride, model.cameras)
 
 
 def true_features(model: SVAM, clips: NDArray[np.uint8], entry: str) -> NDArray[np.float32]:
-    """What the teachers see in recorded clips (n, T, H, W, 3): (n, T, h, w, C), prepared as the reference of the current frame
-    is. `generated` and `goal_frame` hold all teachers' channels."""
-    foresight, frames = model.foresight, torch.from_numpy(np.ascontiguousarray(clips))
+    """What the teachers see in recorded clips (n, T, V H, W, 3): (n, T, V h, w, C), prepared as the reference of the current
+    frame is. `generated` and `goal_frame` hold all teachers' channels."""
+    foresight, frames = model.foresight, apart(torch.from_numpy(np.ascontiguousarray(clips)), model.foresight.views)
     seen = [foresight.recorded_features(branch, frames).cpu() for branch in _branches(model, entry)]
-    return np.asarray(torch.cat(seen, dim=-1).numpy(), dtype=np.float32)
+    return np.asarray(together(torch.cat(seen, dim=-1), foresight.views).numpy(), dtype=np.float32)
 
 
 def _branches(model: SVAM, entry: str) -> list[str]:
@@ -148,13 +149,13 @@ def _branches(model: SVAM, entry: str) -> list[str]:
 
 
 def _references(model: SVAM, clips: NDArray[np.uint8], truth: NDArray[np.float32], entry: str) -> NDArray[np.float32]:
-    """What the teachers see in the current frame (n, 1, h, w, C): `truth` of the clips' first, where they see frames."""
+    """What the teachers see in the current frame (n, 1, V h, w, C): `truth` of the clips' first, where they see frames."""
     foresight, branches = model.foresight, _branches(model, entry)
     if not any(map(foresight.sees_clips, branches)):
         return truth[:, :1]
-    observed = torch.from_numpy(np.ascontiguousarray(clips[:, 0]))
+    observed = apart(torch.from_numpy(np.ascontiguousarray(clips[:, 0])), foresight.views)
     seen = [foresight.reference_features(branch, observed).cpu() for branch in branches]
-    return np.asarray(torch.cat(seen, dim=-1)[:, None].numpy(), dtype=np.float32)
+    return np.asarray(together(torch.cat(seen, dim=-1)[:, None], foresight.views).numpy(), dtype=np.float32)
 
 
 def evaluate_offline(
@@ -166,8 +167,8 @@ def evaluate_offline(
     and hold-last, which repeats the action executed just before the observation.
 
     Returns:
-        Metrics, and arrays for pictures of the first windows, evenly spread: `frames` (n, T, H, W, 3) uint8, and for each
-        entry `foresight_<entry>` and, where there is a truth, `truth_<entry>` (n, T, h, w, C) float16.
+        Metrics, and arrays for pictures of the first windows, evenly spread: `frames` (n, T, V H, W, 3) uint8, and for each
+        entry `foresight_<entry>` and, where there is a truth, `truth_<entry>` (n, T, V h, w, C) float16.
 
     Raises:
         ContractError: the store has no held-out window, or the model returned NaN.

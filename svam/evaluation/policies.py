@@ -56,7 +56,7 @@ def cameras_of(policy: Evaluated, cameras: Sequence[str]) -> tuple[str, ...]:
     """Those of `cameras` that the policy sees: a server as many as there are keys for their pictures."""
     if policy is None:
         return ()
-    return (policy.camera,) if isinstance(policy, SVAM) else tuple(cameras[: len(policy.keys)])
+    return tuple(policy.cameras) if isinstance(policy, SVAM) else tuple(cameras[: len(policy.keys)])
 
 
 def check_trained_for(benchmark: str, store: EpisodeStore, facts: Iterable[tuple[str, str, str]]) -> None:

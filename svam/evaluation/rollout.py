@@ -97,8 +97,8 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A whole episode: frames (steps + 1, H, W, 3) uint8 of the first camera, proprioception (steps + 1, P) and actions
-    (steps, A) float32, as the policy gave them; row t of the first two is what was there when action t began."""
+    """A whole episode: frames (steps + 1, V H, W, 3) uint8 of the V cameras, below one another, proprioception (steps + 1, P)
+    and actions (steps, A) float32, as the policy gave them; row t of the first two is what was there when action t began."""
 
     frames: NDArray[np.uint8]
     proprioception: NDArray[np.float32]
@@ -123,7 +123,7 @@ class Outcome:
 @dataclass(frozen=True)
 class _Reply:
     """A worker's reply: whether the goal was reached, what the policy sees next (absent once the episode is over) and what has
-    been recorded since: the first camera's pictures, and proprioception."""
+    been recorded since: all cameras' pictures, and proprioception."""
 
     draw: tuple[float, ...]
     success: bool
@@ -192,7 +192,7 @@ def _begin(slot: int, plan: PlannedEpisode) -> _Reply:
 
 
 def _moment(environment: Environment, frames: Mapping[str, NDArray[np.uint8]]) -> Moment:
-    return next(iter(frames.values())), environment.proprioception()
+    return np.concatenate(list(frames.values())), environment.proprioception()
 
 
 def _advance(slot: int, plan: PlannedEpisode, goal: int, actions: NDArray[np.float32], last: bool) -> _Reply:

@@ -136,8 +136,9 @@ def _record_foresee(svam: SVAM, batch: int) -> Inputs:
     if not own:
         return inputs
     eager = foresight.foresee
-    noise = foresight.video_model.initial_noise([0] * batch) if foresight.video is not None else None
-    frames = torch.zeros(batch, *svam.config.image_size, 3, dtype=torch.uint8, device=svam.device)
+    noise = foresight.video_model.initial_noise([0] * batch * foresight.views) if foresight.video is not None else None
+    height, width = svam.config.image_size
+    frames = torch.zeros(batch, foresight.views * height, width, 3, dtype=torch.uint8, device=svam.device)
     text = foresight.embed_text([svam.example().instruction] * batch)  # the policy's own may be pooled
     tensors = [frames, text, *([] if noise is None else [noise])]
     graph = Graph(lambda frames, text, noise=None: list(eager(frames, text, noise, own).values()), tensors)

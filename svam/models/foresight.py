@@ -23,7 +23,9 @@ from svam.models.generator import VideoGenerator
 from svam.models.teachers import Teacher, as_unit, to_grid
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoModel
+from svam.models.views import apart, together
 from svam.precision import mixed_precision
+from svam.seeds import seed_of
 
 BRANCHES = ("geometric", "semantic")
 Reference = Literal["frame", "reconstruction"]
@@ -61,7 +63,11 @@ def part_folders(backbones: Path, video: Path, decouplers: Path | None = None) -
 
 
 class ForesightModel(VideoGenerator):
-    """The frozen parts. Any of them may be absent; asking for an entry that needs an absent part raises."""
+    """The frozen parts. Any of them may be absent; asking for an entry that needs an absent part raises.
+
+    `views`: the cameras V of an observation, whose pictures lie below one another, see `svam.models.views`. Those who use the
+    model set it. What has no views in its name is computed of one camera's pictures at a time.
+    """
 
     def __init__(
         self,
@@ -82,6 +88,7 @@ class ForesightModel(VideoGenerator):
                 f"the decouplers were distilled with different references, {references}; run cache_teacher and distill again"
             )
         self.reference: Reference = next(iter(references.values()), "frame")
+        self.views = 1
         self.requires_grad_(False)
         self.eval()
 
@@ -139,9 +146,12 @@ class ForesightModel(VideoGenerator):
         return self.reconstruct(frames_BHWC) if self.reference == "reconstruction" else frames_BHWC
 
     def teacher_tokens(self, clips_BTHWC: Tensor) -> Tensor:
-        """All teachers' tokens of uint8 clips, side by side on channels: (B, T, h, w, C) float32. Of recorded clips they are
-        the context entry `recorded`."""
+        """All teachers' tokens of uint8 clips, side by side on channels: (B, T, h, w, C) float32."""
         return torch.cat([self.clip_features(b, clips_BTHWC) for b in BRANCHES], dim=-1)
+
+    def tokens_of_views(self, clips_BTHWC: Tensor) -> Tensor:
+        """(B, T, V h, w, C) float32 of recorded clips (B, T, V H, W, 3) uint8 of all views: the context entry `recorded`."""
+        return together(self.teacher_tokens(apart(clips_BTHWC, self.views)), self.views)
 
     def reference_features(self, branch: str, frames_BHWC: Tensor) -> Tensor:
         """Y^ref (B, h, w, C): the teacher on the current frame, or on its reconstruction (`cache_teacher.reference`)."""
@@ -166,24 +176,26 @@ class ForesightModel(VideoGenerator):
         """Observed frames and instructions to context entries.
 
         Args:
-            frames_BHWC: (B, H, W, 3) uint8 of the foresight camera.
+            frames_BHWC: (B, V H, W, 3) uint8 of the foresight cameras.
             entries: names of `train_policy.context`, but for `recorded`, which no frame tells; `observation` here means the
                 frozen teachers' tokens.
-            noise_seeds: one per observation, used where the video model draws fresh noise.
+            noise_seeds: one per observation, used where the video model draws fresh noise: another for each camera.
         """
         text = self.embed_text(instructions)
-        noise = self.video_model.initial_noise(noise_seeds) if FrozenParts.of_entries(entries).video else None
+        seeds = [seed_of(seed, "camera", k) if k else seed for seed in noise_seeds for k in range(self.views)]
+        noise = self.video_model.initial_noise(seeds) if FrozenParts.of_entries(entries).video else None
         return Foresight(entries=self.foresee(frames_BHWC.to(self.device), text, noise, entries), text=text)
 
     @torch.no_grad()
     def foresee(self, frames_BHWC: Tensor, text: Tensor, noise: Tensor | None, entries: Sequence[str]) -> dict[str, Tensor]:
         """What `encode` computes, from tensors on the device alone: frames, sentences as `embed_text` gives them, and the video
-        model's initial noise (B, T, c, h', w'), None where the entries need no video model.
+        model's initial noise (B V, T, c, h', w'), None where the entries need no video model.
 
         While a CUDA graph is captured (`svam.models.control`), what teachers see of the frames becomes a branch of the graph,
         which runs beside the video model.
         """
-        parts = FrozenParts.of_entries(entries)
+        parts, frames_BHWC = FrozenParts.of_entries(entries), apart(frames_BHWC, self.views)
+        text = text if self.views == 1 else text.repeat_interleave(self.views, dim=0)
         encoded, references = dict[str, Tensor](), dict[str, Tensor]()
         with branch_of_graph(self.device) as joined:
             if "observation" in entries:
@@ -203,7 +215,7 @@ class ForesightModel(VideoGenerator):
         joined()
         for branch, reference in references.items():
             encoded[branch] = self.decouple(branch, features, reference)
-        return {e: encoded[e] for e in entries if e in encoded}
+        return {e: together(encoded[e], self.views) for e in entries if e in encoded}
 
     def _generated(self, latents: Tensor, entries: Sequence[str]) -> dict[str, Tensor]:
         """Teacher features of the generated clip (multi-step VAM) and of its last frame (SuSIE-like)."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.errors import ParamsError
+from svam.models.views import apart, together
 
 CROP = 0.9
 """Side of the crop as a share of the frame's side."""
@@ -43,22 +44,24 @@ class ObservationEncoder(nn.Module):
     trained parameters, to within a tenth, as one that sees foresight.
     """
 
-    def __init__(self, image_size: tuple[int, int], width: int) -> None:
-        """`image_size`: (H, W) pixels. `width`: that of the policy, a multiple of 16. `shape` is the tokens' (1, h, w, C)."""
+    def __init__(self, image_size: tuple[int, int], width: int, views: int = 1) -> None:
+        """`image_size`: (H, W) pixels. `width`: that of the policy, a multiple of 16. `views`: cameras V, see
+        `svam.models.views`. `shape` is the tokens' (1, V h, w, C)."""
         super().__init__()
-        self.image_size = image_size
+        self.image_size, self.views = image_size, views
         self.crop = (round(image_size[0] * CROP), round(image_size[1] * CROP))
         channels = [3, *(3 * width // 4 // 2 ** (DOWNSAMPLINGS - 1 - i) for i in range(DOWNSAMPLINGS))]
         self.blocks = nn.Sequential(*(_Block(a, b) for a, b in pairwise(channels)))
         rows, columns = (math.ceil(side / 2**DOWNSAMPLINGS) for side in self.crop)
-        self.shape = (1, rows, columns, channels[-1])
+        self.shape = (1, views * rows, columns, channels[-1])
 
     def forward(self, frames_BHWC: Tensor) -> Tensor:
-        """(B, H, W, 3) uint8 to (B, 1, h, w, C) float: random crops of each frame while training, else the centre.
+        """(B, V H, W, 3) uint8 to (B, 1, V h, w, C) float: random crops of each frame while training, else the centre.
 
         Raises:
             ParamsError: the frames are not of the size that the encoder was built for.
         """
+        frames_BHWC = apart(frames_BHWC, self.views)
         if tuple(frames_BHWC.shape[1:3]) != self.image_size:
             raise ParamsError(f"observation: frames are {tuple(frames_BHWC.shape[1:3])} pixels, expected {self.image_size}")
         margin = (self.image_size[0] - self.crop[0], self.image_size[1] - self.crop[1])
@@ -72,4 +75,4 @@ class ObservationEncoder(nn.Module):
         image = torch.arange(batch, device=frames_BHWC.device)[:, None, None]
         cropped = frames_BHWC[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         tokens: Tensor = self.blocks(cropped.float() / 127.5 - 1.0)
-        return tokens.permute(0, 2, 3, 1).unsqueeze(1)
+        return together(tokens.permute(0, 2, 3, 1).unsqueeze(1), self.views)

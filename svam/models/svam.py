@@ -6,6 +6,7 @@ observation -> `encode` (frozen, cacheable) -> `PolicyNetwork.context` -> `Actio
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,10 +47,10 @@ OLDER: dict[str, dict[str, Any]] = {
 class SVAMConfig(Frozen):
     """Everything that decides shapes and inputs; the checkpoint carries it, so that nothing is typed twice.
 
-    shapes: frozen context entry -> (T, h, w, C). text: (L, D) of the instruction's tokens, or of its one pooled token. camera,
-    image_size: the frame that the policy looks at, (H, W) pixels. rate_hz: actions per second. proprioception: its dimensions
-    P, or None. action_dimensions: A of the network where it learnt from several sets, the widest of theirs; else the
-    statistics'.
+    shapes: frozen context entry -> (T, h, w, C), where h counts the rows of all cameras. text: (L, D) of the instruction's
+    tokens, or of its one pooled token. camera, more_cameras, image_size: whose frames the policy looks at, each of (H, W)
+    pixels. rate_hz: actions per second. proprioception: its dimensions P, or None. action_dimensions: A of the network where it
+    learnt from several sets, the widest of theirs; else the statistics'.
     """
 
     context: list[Context]
@@ -64,6 +65,7 @@ class SVAMConfig(Frozen):
     shapes: dict[str, Shape]
     text: tuple[int, int]
     camera: str
+    more_cameras: list[str] = Field(default=[], exclude_if=operator.not_)
     image_size: tuple[int, int]
     rate_hz: float
     sampler: SamplerConfig
@@ -80,7 +82,7 @@ class SVAMConfig(Frozen):
     @classmethod
     def of(
         cls, section: TrainPolicy, foresight: ForesightModel, shapes: Mapping[str, Shape], statistics: Statistics,
-        camera: str, image_size: tuple[int, int], rate_hz: float,
+        cameras: Sequence[str], image_size: tuple[int, int], rate_hz: float,
     ) -> SVAMConfig:  # fmt: skip
         """The configuration that a params section asks for, on data and frozen parts that state the rest.
 
@@ -95,11 +97,17 @@ class SVAMConfig(Frozen):
             proprioception=dimensions if section.proprioception else None,
             shapes=dict(shapes),
             text=(1, text.pooled_width) if section.sentence == "pooled" else (text.tokens, text.width),
-            camera=camera,
+            camera=cameras[0],
+            more_cameras=list(cameras[1:]),
             image_size=image_size,
             rate_hz=rate_hz,
             sampler=foresight.sampler,
         )
+
+    @property
+    def cameras(self) -> list[str]:
+        """The cameras that an observation must hold, in the order in which their pictures are put below one another."""
+        return [self.camera, *self.more_cameras]
 
     @property
     def frozen_entries(self) -> list[Context]:
@@ -113,10 +121,11 @@ class SVAMConfig(Frozen):
 
 
 class ActingSet(Frozen):
-    """One of several sets that a policy learnt from: its name and that of its foresight camera, and its conventions."""
+    """One of several sets that a policy learnt from: its name and those of its foresight cameras, and its conventions."""
 
     name: str
     camera: str
+    more_cameras: list[str] = Field(default=[], exclude_if=operator.not_)
     statistics: Statistics
 
 
@@ -139,7 +148,7 @@ def frozen_entries(context: Sequence[Context], observation_encoder: str) -> list
 class Inputs:
     """What the policy is conditioned on, for B observations.
 
-    entries: frozen context entry -> (B, T, h, w, C) of any float dtype. text: (B, L, D) float32. frames: (B, H, W, 3) uint8
+    entries: frozen context entry -> (B, T, h, w, C) of any float dtype. text: (B, L, D) float32. frames: (B, V H, W, 3) uint8
     where an observation encoder is trained, else None. proprioception: (B, P) normalised, or None.
     """
 
@@ -168,7 +177,8 @@ class PolicyNetwork(nn.Module):
         self.bf16 = False
         sizes, shapes = config.perceiver, dict(config.shapes)
         trained = "observation" in config.context and config.observation_encoder == "trained"
-        self.observation = ObservationEncoder(config.image_size, sizes.width) if trained else None
+        views = len(config.cameras)
+        self.observation = ObservationEncoder(config.image_size, sizes.width, views) if trained else None
         if self.observation is not None:
             shapes["observation"] = self.observation.shape
         self.groups: dict[tuple[int, ...], list[str]] = {}
@@ -245,13 +255,14 @@ class SVAM:
         """`network` None builds an untrained one from torch's global seed."""
         self.config, self.statistics, self.foresight = config, statistics, foresight
         self.sets = {one.name: one for one in sets}
+        foresight.views = len(config.cameras)
         self.network = network if network is not None else PolicyNetwork(config, statistics)
         self.network.eval()
         self.pad_to: int | None = None
         self.selected: dict[str, float] = {}
 
     def acting_as(self, name: str) -> SVAM:
-        """The same policy with the camera and the action convention of one of its sets.
+        """The same policy with the cameras and the action convention of one of its sets.
 
         Raises:
             ContractError: it learnt from no such set.
@@ -259,8 +270,8 @@ class SVAM:
         if name not in self.sets:
             raise ContractError(f"the policy learnt from no set {name!r}; its sets are {', '.join(self.sets) or 'none'}")
         one = self.sets[name]
-        config, sets = self.config.model_copy(update={"camera": one.camera}), list(self.sets.values())
-        svam = SVAM(config, one.statistics, self.foresight, self.network, sets)
+        config = self.config.model_copy(update={"camera": one.camera, "more_cameras": one.more_cameras})
+        svam = SVAM(config, one.statistics, self.foresight, self.network, list(self.sets.values()))
         svam.pad_to, svam.selected = self.pad_to, self.selected
         return svam
 
@@ -270,9 +281,9 @@ class SVAM:
         return self.config.chunk
 
     @property
-    def camera(self) -> str:
-        """Name of the camera that an observation must hold."""
-        return self.config.camera
+    def cameras(self) -> list[str]:
+        """Names of the cameras that an observation must hold."""
+        return self.config.cameras
 
     @property
     def proprioception(self) -> int | None:
@@ -298,22 +309,22 @@ class SVAM:
 
     def example(self, number: int = 0) -> Observation:
         """An observation of noise that fits the policy, another for each number: to warm up and to time."""
-        frame = np.random.default_rng(number).integers(0, 256, (*self.config.image_size, 3), dtype=np.uint8)
+        rng = np.random.default_rng(number)
+        frames = {c: rng.integers(0, 256, (*self.config.image_size, 3), dtype=np.uint8) for c in self.cameras}
         state = np.zeros(self.proprioception, np.float32) if self.proprioception is not None else None
-        return Observation({self.camera: frame}, "go", state)
+        return Observation(frames, "go", state)
 
     def check(self, observation: Observation) -> None:
-        """Raise `ContractError` unless camera, image and proprioception are what the policy was trained on."""
-        c = self.config
-        if c.camera not in observation.frames:
-            raise ContractError(
-                f"observation: no camera '{c.camera}', on which the policy was trained; found {sorted(observation.frames)}"
-            )
-        frame = observation.frames[c.camera]
-        if frame.dtype != np.uint8 or frame.shape != (*c.image_size, 3):
-            raise ContractError(
-                f"observation: camera '{c.camera}' gives {frame.dtype} {frame.shape}, expected uint8 {(*c.image_size, 3)}"
-            )
+        """Raise `ContractError` unless cameras, images and proprioception are what the policy was trained on."""
+        size = (*self.config.image_size, 3)
+        for camera in self.cameras:
+            if camera not in observation.frames:
+                raise ContractError(
+                    f"observation: no camera '{camera}', on which the policy was trained; found {sorted(observation.frames)}"
+                )
+            frame = observation.frames[camera]
+            if frame.dtype != np.uint8 or frame.shape != size:
+                raise ContractError(f"observation: camera '{camera}' gives {frame.dtype} {frame.shape}, expected uint8 {size}")
         if self.proprioception is None:
             return
         shape = None if observation.proprioception is None else observation.proprioception.shape
@@ -334,7 +345,7 @@ class SVAM:
 
         Shapes and arguments as `ForesightModel.encode`. The video model's seeds are derived from `noise_seeds`, which `sample`
         uses as they are: with equal seeds the chunk's noise would be the first numbers of the video noise, unlike in training.
-        `recorded`: the clips (B, T, H, W, 3) uint8 that followed, for the entry of that name.
+        `recorded`: the clips (B, T, V H, W, 3) uint8 that followed, for the entry of that name.
 
         Raises:
             ContractError: `recorded` is among the entries, and no clips are given, as whenever a policy acts.
@@ -346,7 +357,7 @@ class SVAM:
                     "the policy's context holds 'recorded', what the teachers see in the recorded future, which nobody has who "
                     "acts: evaluate it by the protocol offline alone, or train with another train_policy.context"
                 )
-            values["recorded"] = self.foresight.teacher_tokens(torch.from_numpy(recorded))
+            values["recorded"] = self.foresight.tokens_of_views(torch.from_numpy(recorded))
         frames, seeds = torch.from_numpy(np.ascontiguousarray(frames_BHWC)), [seed_of(s, "video noise") for s in noise_seeds]
         foresight = self.foresight.encode(frames, instructions, [e for e in entries if e != "recorded"], seeds)
         values |= foresight.entries
@@ -366,12 +377,12 @@ class SVAM:
         """Observations to what the policy is conditioned on. `noise_seeds` as in `act`, `recorded` as in `encode_frames`.
 
         Raises:
-            ContractError: an observation without the policy's camera, of another image size, or without proprioception; or
+            ContractError: an observation without a camera of the policy, of another image size, or without proprioception; or
                 what `encode_frames` raises.
         """
         for observation in observations:
             self.check(observation)
-        frames = np.stack([o.frames[self.config.camera] for o in observations])
+        frames = np.stack([np.concatenate([o.frames[camera] for camera in self.cameras]) for o in observations])
         seeds = _seeds(observations, noise_seeds)
         sentences = [o.instruction for o in observations]
         foresight = self.encode_frames(frames, sentences, self.config.frozen_entries, seeds, recorded)

@@ -5,6 +5,7 @@ Source: S-VAM sections 3.1-3.2; Stable Video Diffusion (Blattmann et al. 2023). 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from diffusers import UNetSpatioTemporalConditionModel
+from pydantic import Field
 from torch import Tensor, nn
 
 from svam.checkpoint import load_config, load_tensors, save_tensors
@@ -44,6 +46,13 @@ class VideoConfig(Frozen):
     """SVD's frame rate - 1, motion bucket and noise augmentation; constants, since clips of one store share them."""
     dropped: Literal["frame_and_text", "text"] = "frame_and_text"
     """What training left out of some clips, and guidance leaves out of its unconditional estimate."""
+    more_cameras: list[str] = Field(default=[], exclude_if=operator.not_)
+    """Further foresight cameras, whose clips the same model was trained on."""
+
+    @property
+    def cameras(self) -> list[str]:
+        """All foresight cameras."""
+        return [self.camera, *self.more_cameras]
 
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:

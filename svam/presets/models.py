@@ -157,7 +157,8 @@ class Models:
             self.entries = frozen_entries(params.train_policy.context, params.train_policy.observation_encoder)
             single = ("goal_frame", "observation")
             self.shapes: dict[str, Shape] = {
-                entry: (1 if entry in single else video.frames, grid, grid, channels[entry]) for entry in self.entries
+                entry: (1 if entry in single else video.frames, params.convert.parts[0].foreseen * grid, grid, channels[entry])
+                for entry in self.entries
             }
             self.policy = self._policy()
 
@@ -178,7 +179,8 @@ class Models:
         pooled = self.text.config.projection_dim if hasattr(self.text, "text_projection") else config.text_width
         text = SimpleNamespace(tokens=config.text_tokens, width=config.text_width, pooled_width=pooled)
         foresight: Any = SimpleNamespace(text=text, sampler=self.sampler)
-        built = SVAMConfig.of(section, foresight, self.shapes, statistics, "", data.size, config.rate_hz)
+        cameras = [str(k) for k in range(self.params.convert.parts[0].foreseen)]
+        built = SVAMConfig.of(section, foresight, self.shapes, statistics, cameras, data.size, config.rate_hz)
         return PolicyNetwork(built, statistics)
 
     def flops(self) -> dict[str, int]:
@@ -223,10 +225,10 @@ class Models:
 
     def _policy_flops(self) -> dict[str, int]:
         policy, section = self._policy(), self.params.train_policy
-        state = policy.config.proprioception
+        state, views, (height, width) = policy.config.proprioception, self.params.convert.parts[0].foreseen, self.data.size
         inputs = Inputs(
             {entry: torch.empty(1, *shape) for entry, shape in self.shapes.items()},
-            torch.empty(1, *policy.config.text), torch.empty(1, *self.data.size, 3, dtype=torch.uint8),
+            torch.empty(1, *policy.config.text), torch.empty(1, views * height, width, 3, dtype=torch.uint8),
             torch.empty(1, state) if state else None,
         )  # fmt: skip
 

@@ -67,7 +67,8 @@ def arrays_of(params: Params, data: Data, models: Models) -> dict[str, dict[str,
     }  # fmt: skip
     if sampling.keep_features:
         generated["features"] = ((every, config.frames, *grid, models.video.feature_channels(sampling.up_blocks)), 2)
-    folders = {"data/latents": {"": ((data.rows(False) + data.rows(True), *latent), 2)}, "data/generated": generated}
+    encoded = {str(k): ((data.rows(False) + data.rows(True), *latent), 2) for k in range(params.convert.parts[0].foreseen)}
+    folders = {"data/latents": encoded, "data/generated": generated}
     for branch in params.distill.branches:
         token = (*grid, models.teachers[branch].channels)
         tokens = (config.frames, *token)
@@ -132,8 +133,8 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
         if f"train_{branch}" in one:
             total = _samples(getattr(backbones, branch).training) * one[f"train_{branch}"]
             yield Stage(f"prepare_backbones_teacher@{branch}", [models.teachers[branch]], [models.autoencoder], total)
-    rows, seen = data.rows(False) + data.rows(True), [models.autoencoder, models.text]
-    yield Stage("encode", [], [models.autoencoder], rows * one["encode"])
+    pictures, seen = params.convert.parts[0].foreseen * (data.rows(False) + data.rows(True)), [models.autoencoder, models.text]
+    yield Stage("encode", [], [models.autoencoder], pictures * one["encode"])
     total = _samples(video.training) * one["train_unet"] + video.evaluation_clips * video.evaluation_steps * one["unet"]
     trained: list[nn.Module] = [models.video] if video.training.steps else []
     yield Stage("finetune_video", trained, seen if trained else [*seen, models.video], total)
@@ -156,6 +157,7 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     elif needs.video:
         encoded += one["one_step"] + one["encode"]
     encoded += sum(one[f"teacher_{b}"] for b in needs.teachers)
+    encoded *= params.convert.parts[0].foreseen
     used, policy = [parts[name] for name in needs.names], params.train_policy
     read = sum(observations_of(params, data)) * policy.feature_draws
     if policy.features == "computed":

@@ -20,20 +20,22 @@ SLOWED = 4.0
 """Films of rollouts play this many times slower than the robot moves."""
 
 
-def enlarge(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(n, h, w, 3) uint8 to (n, size, size, 3), nearest neighbour: every feature cell or pixel stays visible as it is."""
-    rows = np.arange(size) * frames.shape[1] // size
+def enlarge(frames: NDArray[np.uint8], size: int, views: int = 1) -> NDArray[np.uint8]:
+    """(n, h, w, 3) uint8 to (n, views * size, size, 3), nearest neighbour: every feature cell or pixel stays visible."""
+    rows = np.arange(views * size) * frames.shape[1] // (views * size)
     columns = np.arange(size) * frames.shape[2] // size
     return np.ascontiguousarray(frames[:, rows][:, :, columns])
 
 
 def side_by_side(panels: Mapping[str, NDArray[np.uint8]], size: int) -> NDArray[np.uint8]:
-    """Panels title -> (n, h, w, 3) uint8, all of one length n, to (n, size + TITLE_HEIGHT, panels * size, 3) uint8."""
+    """Panels title -> (n, h, w, 3) uint8, all of one length n, to (n, size + TITLE_HEIGHT, panels * size, 3) uint8; several
+    times as high where several cameras' pictures lie below one another."""
+    views = max(1, *(round(frames.shape[1] / frames.shape[2]) for frames in panels.values()))
     title = Image.new("RGB", (size * len(panels), TITLE_HEIGHT), "white")
     draw = ImageDraw.Draw(title)
     for i, name in enumerate(panels):
         draw.text((i * size + 4, 2), name, fill="black", font=ImageFont.load_default(size=11))
-    pictures = np.concatenate([enlarge(frames, size) for frames in panels.values()], axis=2)
+    pictures = np.concatenate([enlarge(frames, size, views) for frames in panels.values()], axis=2)
     strip = np.broadcast_to(np.asarray(title), (len(pictures), *np.asarray(title).shape))
     return np.concatenate([strip, pictures], axis=1)
 

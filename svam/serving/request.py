@@ -45,27 +45,26 @@ def read_request(message: bytes | str, svam: SVAM) -> Request:
         found = "a text frame" if isinstance(request, str) else type(request).__name__
         raise ContractError(f"observation: found {found}, expected a msgpack map with text keys, such as 'prompt'")
     for key, value in request.items():
-        known = key in KEYS or key == svam.camera or key.startswith("observation/")
+        known = key in KEYS or key in svam.cameras or key.startswith("observation/")
         # Further arrays are other cameras and sensors, which a client may send to any server; another key is a slip.
         if not known and not isinstance(value, np.ndarray | np.generic):
-            raise ContractError(f"observation: unknown key {key[:80]!r}{did_you_mean(key[:80], [*KEYS, svam.camera])}")
+            raise ContractError(f"observation: unknown key {key[:80]!r}{did_you_mean(key[:80], [*KEYS, *svam.cameras])}")
     prompt = request.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip() or len(prompt) > SENTENCE:
         found = f"a text of {len(prompt)} characters" if isinstance(prompt, str) else type(prompt).__name__
         raise ContractError(f"observation: 'prompt' is {found}, expected a sentence of at most {SENTENCE} characters")
     state = _state(request) if svam.needs_proprioception else None
-    observation = Observation({svam.camera: _picture(request, svam.camera)}, prompt, state)
+    frames = {camera: _picture(request, camera, len(svam.cameras) == 1) for camera in svam.cameras}
+    observation = Observation(frames, prompt, state)
     svam.check(observation)
-    return Request(observation, _seed(request.get("seed"), observation, svam.camera))
+    return Request(observation, _seed(request.get("seed"), observation))
 
 
-def _picture(request: Mapping[str, Any], camera: str) -> NDArray[np.uint8]:
-    """The picture of `camera`: under its name, or as the one picture."""
+def _picture(request: Mapping[str, Any], camera: str, alone: bool) -> NDArray[np.uint8]:
+    """The picture of `camera`: under its name, or, where it is `alone`, as the one picture."""
     images = request.get("images")
-    places = (
-        (camera, request), (f"observation/{camera}", request), (camera, images if isinstance(images, dict) else {}),
-        ("observation/image", request),
-    )  # fmt: skip
+    places = [(camera, request), (f"observation/{camera}", request), (camera, images if isinstance(images, dict) else {})]
+    places += [("observation/image", request)] if alone else []
     for key, holder in places:
         if key in holder:
             if not isinstance(holder[key], np.ndarray):
@@ -74,7 +73,7 @@ def _picture(request: Mapping[str, Any], camera: str) -> NDArray[np.uint8]:
             return picture
     raise ContractError(
         f"observation: no picture of camera '{camera}', on which the policy was trained; send it as '{camera}' or "
-        f"'observation/image' (found {str(sorted(request))[:200]})"
+        f"'observation/{'image' if alone else camera}' (found {str(sorted(request))[:200]})"
     )
 
 
@@ -91,7 +90,7 @@ def _state(request: Mapping[str, Any]) -> NDArray[np.float32] | None:
     return None
 
 
-def _seed(given: Any, observation: Observation, camera: str) -> int:
+def _seed(given: Any, observation: Observation) -> int:
     """The given seed, or one of the observation's content: 63 bits either way."""
     if given is not None:
         value = given.item() if isinstance(given, np.integer) else given
@@ -100,6 +99,7 @@ def _seed(given: Any, observation: Observation, camera: str) -> int:
         return value
     state = observation.proprioception
     digest = hashlib.sha256(observation.instruction.encode())
-    digest.update(observation.frames[camera].tobytes())
+    for picture in observation.frames.values():
+        digest.update(picture.tobytes())
     digest.update(b"" if state is None else state.tobytes())
     return int.from_bytes(digest.digest()[:8], "little") >> 1

@@ -45,7 +45,7 @@ def describe(svam: SVAM, sha256: str, batch: int) -> dict[str, Any]:
     """
     config, actions, convention = svam.config, svam.statistics.actions, svam.statistics.convention
     return {
-        "policy": "svam", "weights_sha256": sha256, "cameras": {config.camera: list(config.image_size)},
+        "policy": "svam", "weights_sha256": sha256, "cameras": {camera: list(config.image_size) for camera in svam.cameras},
         "proprioception": svam.proprioception, "chunk": config.chunk, "rate_hz": config.rate_hz, "batch": batch,
         "action_dimensions": convention.dimensions,
         "actions": None if convention.changed else {"min": actions.min, "max": actions.max},

@@ -18,7 +18,7 @@ my_recordings/
  "episodes": {"pick_001": {"task": "pick", "instruction": "lift the cup", "held_out": false, "success": true}, "pick_002": {}}}
 ```
 
-- `rate_hz`: time steps a second. `cameras`: the first one is the foresight camera.
+- `rate_hz`: time steps a second. `cameras`: those to foresee come first.
 - `tasks`: the sentences for each task; `held_out` sentences are kept for evaluation. May be left out if every episode has an
   instruction of its own; it is then a task by itself.
 - `episodes`: by file name without `.npz`; each key is optional. The task is the only one of `tasks` where nothing says which.

@@ -66,9 +66,10 @@ def cache_windows(
     Raises:
         ContractError: the windows are of another store.
     """
-    if windows.rows.min() < 0 or windows.rows.max() >= len(store):
+    pictures = len(store) * len(store.foreseen)
+    if windows.rows.min() < 0 or windows.rows.max() >= pictures:
         raise ContractError(
-            f"{windows.path}: rows up to {windows.rows.max()}, but {store.path} has {len(store)}; run generate on this store"
+            f"{windows.path}: rows up to {windows.rows.max()}, but {store.path} has {pictures}; run generate on this store"
         )
     token = (windows.grid, windows.grid, teacher.channels)
     clip = (windows.frames_per_clip, *token)

@@ -2,7 +2,7 @@
 
 `data/generated` is written by `svam.training.generate`, `data/teachers/<branch>` by `svam.training.cache_teacher`: folders of
 `.npy` files, mapped to memory, and `attributes.json`. Both hold W windows, training ones first, with `held_out` (W,) and the
-ground truth's store `rows` (W, T); arrays of held-out windows only have Wh rows, in the same order.
+ground truth's `rows` (W, T), as the store numbers pictures; arrays of held-out windows only have Wh rows, in the same order.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def annotated_frames(rows: NDArray[np.int64], labelled: NDArray[np.int64]) -> ND
 
 
 def recorded(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Recorded frames (k, T, H, W, 3) of store rows (k, T)."""
+    """Recorded frames (k, T, H, W, 3) of pictures (k, T), by their numbers in the store."""
     flat = store.frames(rows.reshape(-1))
     return flat.reshape(*rows.shape, *flat.shape[1:])
 

@@ -20,17 +20,18 @@ def encode_frames(
     folder: Path, store: EpisodeStore, autoencoder: Autoencoder, autoencoder_sha256: str, batch: int, device: torch.device,
     resume: Resume = NO_RESUME,
 ) -> None:  # fmt: skip
-    """Write `<camera>.npy`, (N, c, h', w') float16 with the rows of the store, of the foresight camera, the one that training
+    """Write `<camera>.npy`, (N, c, h', w') float16 with the rows of the store, of each foresight camera, those that training
     reads. `batch` frames are read and encoded at a time."""
-    name = stem_of(store.cameras[0])
+    names = [stem_of(camera) for camera in store.foreseen]
 
     def compute(block: slice) -> dict[str, NDArray[Any]]:
         rows = np.arange(block.start, block.stop, dtype=np.int64)
-        return {name: autoencoder.encode(torch.from_numpy(store.frames(rows)).to(device)).half().cpu().numpy()}
+        pictures = [torch.from_numpy(store.frames(rows + k * len(store))) for k in range(len(names))]
+        return {name: autoencoder.encode(p.to(device)).half().cpu().numpy() for name, p in zip(names, pictures, strict=True)}
 
     height, width = store.image_size
     factor = autoencoder.factor
     shape = (len(store), autoencoder.latent_channels, height // factor, width // factor)
-    write_blocks(folder, {name: (shape, np.float16)}, in_batches(batch, len(store)), compute, resume, "encode")
+    write_blocks(folder, dict.fromkeys(names, (shape, np.float16)), in_batches(batch, len(store)), compute, resume, "encode")
     processes.only_first_goes_on()
     write_attributes(folder, autoencoder_sha256=autoencoder_sha256)

@@ -34,7 +34,7 @@ from svam.errors import MachineError
 from svam.files import FileError, locked, named_refusals, read_json, sha256_of_json, write_json
 
 Encode = Callable[[NDArray[np.uint8], list[str], list[str]], Mapping[str, NDArray[Any]]]
-"""(frames (B, H, W, 3) or clips (B, T, H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are
+"""(frames (B, V H, W, 3) or clips (B, T, V H, W, 3) uint8, instructions, entries) -> entry -> (B, ...) rows; features are
 (B, T, h, w, C) float16."""
 
 FLUSH_ROWS = 512

@@ -90,8 +90,8 @@ def new_video_model(
         frames=params.frames, stride=stride_of(params.stride_seconds, store.rate_hz), rate_hz=store.rate_hz,
         latent_channels=autoencoder.latent_channels, latent_size=(height // autoencoder.factor, width // autoencoder.factor),
         text_tokens=text.tokens, text_width=text.width, sigma_min=params.sigma_min, sigma_max=params.sigma_max,
-        noise=params.noise, camera=store.cameras[0], image_size=(height, width), added_time_ids=(first, second, third),
-        dropped=params.dropped,
+        noise=params.noise, camera=store.foreseen[0], more_cameras=store.foreseen[1:], image_size=(height, width),
+        added_time_ids=(first, second, third), dropped=params.dropped,
     )  # fmt: skip
     if params.unet.pretrained:
         folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet")

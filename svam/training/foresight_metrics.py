@@ -16,8 +16,9 @@ MOVED_LEVELS = 8.0
 grey levels, on average over its pixels and colours: about what a dark edge crossing a tenth of the patch changes."""
 
 
-def moved_patches(frames: NDArray[np.uint8], grid: int) -> NDArray[np.bool_]:
-    """Which patches of a clip (B, T, H, W, 3) moved against its own first frame: (B, T, grid, grid) bool.
+def moved_patches(frames: NDArray[np.uint8], grid: int, views: int = 1) -> NDArray[np.bool_]:
+    """Which patches of a clip (B, T, H, W, 3), or of `views` pictures below one another, moved against its own first frame:
+    (B, T, views * grid, grid) bool.
 
     The definition looks at pixels of the frames that the targets are computed on, so that all teachers share it.
 
@@ -25,10 +26,10 @@ def moved_patches(frames: NDArray[np.uint8], grid: int) -> NDArray[np.bool_]:
         ValueError: H or W is smaller than the grid.
     """
     height, width = frames.shape[2:4]
-    if height < grid or width < grid:
+    if height < views * grid or width < grid:
         raise ContractError(f"frames of {height} x {width} pixels cannot be cut into {grid} x {grid} patches")
     change = np.abs(frames.astype(np.int16) - frames[:, :1].astype(np.int16)).mean(axis=-1, dtype=np.float32)
-    rows, columns = np.arange(grid) * height // grid, np.arange(grid) * width // grid
+    rows, columns = np.arange(views * grid) * height // (views * grid), np.arange(grid) * width // grid
     sums = np.add.reduceat(np.add.reduceat(change, rows, axis=2), columns, axis=3)
     pixels = np.outer(np.diff(np.append(rows, height)), np.diff(np.append(columns, width)))
     return np.asarray(sums / pixels > MOVED_LEVELS)

@@ -22,13 +22,15 @@ from svam.params import Generate
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.blocks import in_batches, write_attributes, write_blocks
+from svam.training.latents import Latents
 
 
 @dataclass(frozen=True)
 class Windows:
     """The chosen windows: training ones first, then held-out.
 
-    rows: (W, T) int64 store rows of the ground truth; held_out: (W,) bool; instructions: W sentences; seeds: W noise seeds.
+    rows: (W, T) int64 numbers of the ground truth's pictures, see `EpisodeStore`; held_out: (W,) bool; instructions: W
+    sentences; seeds: W noise seeds.
     """
 
     rows: NDArray[np.int64]
@@ -38,21 +40,23 @@ class Windows:
 
 
 def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, seed: int) -> Windows:
-    """Draw windows without replacement, spread evenly over each side's rows, each with a training paraphrase."""
+    """Draw windows without replacement, spread evenly over each side's pictures, each with a training paraphrase."""
     rows: list[NDArray[np.int64]] = []
     held_out: list[bool] = []
     instructions: list[str] = []
     for split, count in (("train", params.windows), ("held_out", params.held_out_windows)):
         side: Split = split  # type: ignore[assignment]
-        available = store.drawn(store.rows(side))
+        available = store.drawn(store.pictures(side))
         rng = generator(seed, "generate", split)
         if count > len(available):
             console.print(f"generate: {split} has {len(available)} windows, {count} were asked for; all are used")
         # One draw from each of `count` equal stretches of the time axis covers all episodes and stays random.
         edges = np.linspace(0, len(available), min(count, len(available)) + 1).astype(np.int64)
         chosen = available[[int(rng.integers(a, b)) for a, b in pairwise(edges)]]
-        for row, episode in zip(chosen.tolist(), store.episode_of(chosen).tolist(), strict=True):
-            rows.append(clip_rows(row, *store.bounds(episode), config.frames, config.stride))
+        for row, episode in zip(chosen.tolist(), store.episode_of(chosen % len(store)).tolist(), strict=True):
+            before = row // len(store) * len(store)  # pictures of cameras before this one
+            start, end = store.bounds(episode)
+            rows.append(clip_rows(row, before + start, before + end, config.frames, config.stride))
             held_out.append(split == "held_out")
             instructions.append(store.instruction_of(episode, seed_of(seed, "generate", row)))
     seeds = [seed_of(seed, "generate noise", int(r[0])) for r in rows]
@@ -60,7 +64,7 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
 
 
 def generate_windows(
-    folder: Path, latents: NDArray[np.float16], model: VideoGenerator, windows: Windows, params: Generate, seed: int,
+    folder: Path, latents: Latents, model: VideoGenerator, windows: Windows, params: Generate, seed: int,
     video_sha256: str, resume: Resume = NO_RESUME,
 ) -> None:  # fmt: skip
     """Write to `folder`, which `Resume.directory` gives, what `svam.training.distill_data.GeneratedWindows` reads: `frames` V^
@@ -69,7 +73,7 @@ def generate_windows(
     `one_step_frames`, the decoded one-step prediction, and `other_noise_frames`, V^ from another noise seed (the ceiling
     of what any distillation of V^ can reach).
 
-    `latents`: of all rows of the store, see `svam.training.latents`.
+    `latents`: of all pictures of the store.
     """
     config, every, train = model.video_model.config, len(windows.rows), int((~windows.held_out).sum())
     picture = (*config.image_size, 3)
@@ -98,7 +102,7 @@ def generate_windows(
 
 
 def _generated(
-    latents: NDArray[np.float16], model: VideoGenerator, windows: Windows, block: slice, keep_features: bool
+    latents: Latents, model: VideoGenerator, windows: Windows, block: slice, keep_features: bool
 ) -> dict[str, NDArray[Any]]:
     """The rows of the windows `block`, of one side of the split, by array name."""
     video, autoencoder, seeds = model.video_model, model.frame_autoencoder, windows.seeds[block]

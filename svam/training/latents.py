@@ -5,7 +5,9 @@ An array mapped to memory: what is drawn is read, and nothing grows with the len
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,39 +22,65 @@ from svam.npy import read_arrays
 from svam.training.blocks import read_attributes, stem_of
 
 
-def open_latents(folder: Path, store: EpisodeStore, autoencoder: Autoencoder, autoencoder_folder: Path) -> NDArray[np.float16]:
-    """Latents (N, c, h', w') float16 of the store's foresight camera, mapped to memory.
+@dataclass(frozen=True)
+class LatentsOfCameras:
+    """(V N, c, h', w') float16 of V foresight cameras, by the numbers of pictures. arrays: (N, c, h', w') of each."""
+
+    arrays: list[NDArray[np.float16]]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        first = self.arrays[0]
+        return (len(self.arrays) * len(first), *first.shape[1:])
+
+    def __getitem__(self, pictures: NDArray[np.int64], /) -> NDArray[np.float16]:
+        """(..., c, h', w') of pictures (...)."""
+        cameras, rows = np.divmod(pictures, len(self.arrays[0]))
+        latents = np.empty((*pictures.shape, *self.shape[1:]), dtype=np.float16)
+        for k in np.unique(cameras):
+            latents[cameras == k] = self.arrays[k][rows[cameras == k]]
+        return latents
+
+
+Latents: TypeAlias = NDArray[np.float16] | LatentsOfCameras
+"""Of all pictures of a store, by their numbers; the array itself where there is one foresight camera."""
+
+
+def open_latents(folder: Path, store: EpisodeStore, autoencoder: Autoencoder, autoencoder_folder: Path) -> Latents:
+    """Latents of the store's foresight cameras, mapped to memory.
 
     Raises:
         FileError: there are none, or they are of another store or another autoencoder.
     """
-    attributes, camera = read_attributes(folder, "encode"), store.cameras[0]
-    latents = read_arrays(folder).get(stem_of(camera))
+    attributes, found = read_attributes(folder, "encode"), read_arrays(folder)
     height, width = store.image_size
-    factor, file = autoencoder.factor, folder / f"{stem_of(camera)}.npy"
+    factor, arrays = autoencoder.factor, list[NDArray[np.float16]]()
     expected = (len(store), autoencoder.latent_channels, height // factor, width // factor)
-    if latents is None:
-        raise FileError(f"{file}: no such file, but {camera} is the first camera of {store.path}; run the stage encode again")
-    if latents.shape != expected or latents.dtype != np.float16:
-        raise FileError(
-            f"{file}: {latents.dtype} {latents.shape}, but {store.path} has latents float16 {expected}; run the stage encode "
-            "again"
-        )
+    for camera in store.foreseen:
+        latents, file = found.get(stem_of(camera)), folder / f"{stem_of(camera)}.npy"
+        if latents is None:
+            raise FileError(f"{file}: no such file, but {store.path} has foresight camera {camera}; run the stage encode again")
+        if latents.shape != expected or latents.dtype != np.float16:
+            raise FileError(
+                f"{file}: {latents.dtype} {latents.shape}, but {store.path} has latents float16 {expected}; run the stage "
+                "encode again"
+            )
+        arrays.append(latents)
     if attributes.get("autoencoder_sha256") != sha256_tree(autoencoder_folder):
         raise FileError(f"{file}: made by another autoencoder than {autoencoder_folder}; run the stage encode again")
-    return latents
+    return arrays[0] if len(arrays) == 1 else LatentsOfCameras(arrays)
 
 
 class LatentClips:
-    """Clips of one side of the split; a clip's place is that of its observed frame among all frames of that side."""
+    """Clips of one side of the split; a clip's place is that of its observed frame among the `pictures` of that side."""
 
-    def __init__(self, store: EpisodeStore, split: Split, latents: NDArray[np.float16], frames: int, stride: int) -> None:
+    def __init__(self, store: EpisodeStore, split: Split, latents: Latents, frames: int, stride: int) -> None:
         self.latents, self.frames, self.stride = latents, frames, stride
-        self.episodes = store.episodes(split)
-        bounds = np.array([store.bounds(int(e)) for e in self.episodes], dtype=np.int64).reshape(-1, 2)
-        self._start, self._end = bounds.T
+        self.episodes = np.tile(store.episodes(split), len(store.foreseen))
+        bounds = np.array([store.bounds(int(e)) for e in store.episodes(split)], dtype=np.int64).reshape(-1, 2)
+        self._start, self._end = np.concatenate([bounds + k * len(store) for k in range(len(store.foreseen))]).T
         self._places_end = np.cumsum(self._end - self._start)
-        rows = store.rows(split) if store.sets else None
+        rows = store.pictures(split) if store.sets else None
         self._drawn = None if rows is None else np.searchsorted(rows, store.drawn(rows))
 
     def __len__(self) -> int:
@@ -72,6 +100,7 @@ class LatentClips:
         return self.episodes[self._number(places)]
 
     def clip_rows(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """(B, T) the numbers of the clips' pictures."""
         number = self._number(places)
         observed = self._end[number] - (self._places_end[number] - places)
         return clip_rows(observed, self._start[number], self._end[number], self.frames, self.stride)

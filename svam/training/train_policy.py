@@ -9,7 +9,7 @@ padded, and the padding is masked out of the loss.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -38,7 +38,6 @@ from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
-from svam.training.distill_data import recorded
 from svam.training.feature_cache import (
     Encode,
     FeatureCache,
@@ -115,11 +114,11 @@ def observe(store: EpisodeStore, rows: NDArray[np.int64], chunk: int, propriocep
 
 
 def sources_of(
-    entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], camera: str, draws: int = 1
+    entries: list[str], foresight: ForesightModel, folders: Mapping[str, Path], cameras: Sequence[str], draws: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Entry -> everything that decides its cached numbers: the parts' bytes, the code, the sampler, device and threads. With
     several `draws`, entries that depend on the video model's noise have further ones, see `drawn`."""
-    code = code_of(["svam/models/foresight.py"])
+    code, camera = code_of(["svam/models/foresight.py"]), " + ".join(cameras)
     parts: dict[str, str] = {}
     sources: dict[str, dict[str, Any]] = {}
     for entry in entries:
@@ -164,7 +163,7 @@ def encoder_of(foresight: ForesightModel) -> Encode:
 
     def encode(frames: NDArray[np.uint8], instructions: list[str], entries: list[str]) -> dict[str, NDArray[Any]]:
         if frames.ndim == 5:
-            return {"recorded": foresight.teacher_tokens(torch.from_numpy(frames)).half().cpu().numpy()}
+            return {"recorded": foresight.tokens_of_views(torch.from_numpy(frames)).half().cpu().numpy()}
         draws: dict[int, list[str]] = {}
         for name in entries:
             entry, _, number = name.partition("@")
@@ -198,19 +197,19 @@ def cached_features(
     entries = read_entries(section)
 
     def frames(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return store.frames(rows[positions])
+        return store.seen(rows[positions])
 
     def clips(positions: NDArray[np.int64]) -> NDArray[np.uint8]:
         config, chosen = foresight.video_model.config, rows[positions]
         starts, ends = np.asarray([store.bounds(int(e)) for e in store.episode_of(chosen)], dtype=np.int64).T
-        return recorded(store, clip_rows(chosen, starts, ends, config.frames, config.stride))
+        return store.seen(clip_rows(chosen, starts, ends, config.frames, config.stride))
 
     spaces, numbers = dict[str, FeatureRows](), dict[str, NDArray[np.int64]]()
     others = [entry for entry in entries if entry != "recorded"]
     for names, seen, block in ((others, frames, 1024), ([e for e in entries if e not in others], clips, 64)):
         if names:
             observations = ObservationSet.of(instructions, seen, block)
-            sources = sources_of(names, foresight, folders, store.cameras[0], section.feature_draws)
+            sources = sources_of(names, foresight, folders, store.foreseen, section.feature_draws)
             part = cache.fill(observations, sources, encoder_of(foresight), section.encode_batch)
             spaces |= part.spaces
             numbers |= part.numbers
@@ -357,20 +356,23 @@ def load_foresight(section: TrainPolicy, sampling: Generate, folders: Mapping[st
 
 
 def check_camera(foresight: ForesightModel, store: EpisodeStore, video: bool) -> None:
-    """Raise `ContractError` unless the video model was trained on the store's foresight camera at its size."""
+    """Raise `ContractError` unless the video model was trained on the store's foresight cameras at their size."""
     if not video:
         return
     config = foresight.video_model.config
-    present, expected = (store.cameras[0], tuple(store.image_size)), (config.camera, tuple(config.image_size))
+    present, expected = (*store.foreseen, tuple(store.image_size)), (*config.cameras, tuple(config.image_size))
     if present != expected:
-        raise ContractError(f"{store.path}: the first camera is {present}, but the video model was trained on {expected}")
+        raise ContractError(f"{store.path}: foresight cameras are {present}, but the video model was trained on {expected}")
 
 
 def acting_sets(store: EpisodeStore) -> list[ActingSet]:
     """The sets that the policy learns from, as its checkpoint carries them; none of a single store."""
     if not isinstance(store, JoinedStore):
         return []
-    return [ActingSet(name=n, camera=own.cameras[0], statistics=own.statistics) for n, own in store.acting.items()]
+    return [
+        ActingSet(name=name, camera=own.foreseen[0], more_cameras=own.foreseen[1:], statistics=own.statistics)
+        for name, own in store.acting.items()
+    ]
 
 
 def train(
@@ -399,6 +401,7 @@ def train(
     """
     frozen = frozen_entries(section.context, section.observation_encoder)
     check_camera(foresight, store, FrozenParts.of_entries(frozen).video)
+    foresight.views = len(store.foreseen)
     train_rows = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     # Checkpoints are chosen by no more demonstrations of a task than training sees: few mean few.
     held_rows = choose_rows(store, "held_out", section.observation_stride, section.episodes_per_task)
@@ -412,14 +415,14 @@ def train(
     if section.features == "cached":
         features = cached_features(store, foresight, folders, cache, section, rows, sentences)
     else:
-        observations = ObservationSet(sentences, lambda positions: store.frames(rows[positions]), [])
+        observations = ObservationSet(sentences, lambda positions: store.seen(rows[positions]), [])
         features = ComputedFeatures(foresight, observations, read_entries(section), section.encode_batch)
     seed = seed if section.seed is None else section.seed
     try:
         shapes: Any = {e: s for e, s in features.shapes.items() if e != FRAMES}  # (T, h, w, C) each
         sets = acting_sets(store)
         statistics = sets[0].statistics if sets else store.statistics
-        config = SVAMConfig.of(section, foresight, shapes, statistics, store.cameras[0], store.image_size, store.rate_hz)
+        config = SVAMConfig.of(section, foresight, shapes, statistics, store.foreseen, store.image_size, store.rate_hz)
         if sets:
             wide: dict[str, int | None] = {"action_dimensions": store.action_dimensions}
             wide |= {"proprioception": store.proprioception_dimensions} if section.proprioception else {}

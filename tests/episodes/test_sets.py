@@ -77,6 +77,20 @@ def test_each_is_what_it_is_alone(recordings: Path) -> None:
     assert store.action_dimensions == 3
 
 
+def test_each_may_have_several_foresight_cameras(recordings: Path) -> None:
+    arm, hand = {"cameras": ["front", "wrist"], "foreseen": 2}, {"cameras": ["wrist", "front"], "foreseen": 2}
+    store = made(recordings, "arm", "hand", arm=arm, hand=hand)
+    assert store.foreseen == ["front", "wrist"] and store.sets["hand"].foreseen == ["wrist", "front"]
+    pictures = store.frames(np.array([len(store) + 20, 3, 20]))
+    np.testing.assert_array_equal(pictures[0], store.sets["hand"].frames(np.array([2]), "front")[0])
+    np.testing.assert_array_equal(pictures[1], store.sets["arm"].frames(np.array([3]), "front")[0])
+    np.testing.assert_array_equal(store.seen(np.array([20]))[0], [*pictures[2], *pictures[0]])
+    drawn = store.drawn(store.pictures("train"))
+    assert set(drawn) == set(store.pictures("train")) and (drawn >= len(store)).mean() == pytest.approx(0.5, abs=0.02)
+    with refused("the number of foresight cameras of hand is 1, that of arm 2; set foreseen of both to the same"):
+        made(recordings, "arm", "hand", arm=arm)
+
+
 def test_training_draws_by_weight(recordings: Path) -> None:
     store = made(recordings, "arm", "hand", "films")
     rows = store.rows("train")

@@ -97,7 +97,7 @@ def test_graphs_are_played_for_their_batch_and_nothing_else(
     np.testing.assert_array_equal(svam.act(seen[:2], SEEDS), two)
     assert Played.calls == 2  # foresight and actions
     np.testing.assert_array_equal(svam.act(seen, [*SEEDS, 5]), three)
-    frames = np.stack([observation.frames[svam.camera] for observation in seen[:2]])
+    frames = np.stack([observation.frames[svam.cameras[0]] for observation in seen[:2]])
     assert set(svam.encode_frames(frames, ["push a"] * 2, ["one_step"], SEEDS).entries) == {"one_step"}
     assert Played.calls == 2
 

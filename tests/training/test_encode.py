@@ -124,6 +124,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
     store = EpisodeStore.__new__(EpisodeStore)
     store.episode_ends = np.arange(1, hours + 1) * rows
     store.episode_split = np.zeros(hours, dtype=np.uint8)
+    store.foreseen = ["camera"]
     tracemalloc.start()
     clips = LatentClips(store, "train", np.load(file, mmap_mode="r"), 16, 2)
     order = EndlessOrder(len(clips), 4, "order")

@@ -91,7 +91,7 @@ def test_the_caches_address_covers_all_code_that_computes_features(
     foresight = load_foresight(policy_params(context=["one_step"]), GENERATE, folders)
 
     def address() -> str:
-        return json.dumps(training.sources_of(["one_step"], foresight, folders, "corner2"))
+        return json.dumps(training.sources_of(["one_step"], foresight, folders, ["corner2"]))
 
     before = address()
     assert "svam/models/video.py" in before and "svam/models/perceiver.py" not in before
@@ -139,7 +139,7 @@ def test_cached_features_are_what_act_computes(store: EpisodeStore, folders: dic
     sentences = [store.instruction_of(0, i) for i in range(4)]
     cached = FeatureCache(tmp_path / "cache", 1.0).fill(
         training.ObservationSet.of(sentences, lambda p: store.frames(rows[p])),
-        training.sources_of(list(section.context), svam.foresight, folders, "front"), training.encoder_of(svam.foresight), 4,
+        training.sources_of(list(section.context), svam.foresight, folders, ["front"]), training.encoder_of(svam.foresight), 4,
     )  # fmt: skip
     inputs = svam.encode(observations(store, 4))
     for entry, values in cached.read(np.arange(4)).items():

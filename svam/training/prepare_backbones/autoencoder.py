@@ -57,11 +57,12 @@ def build(section: params.Autoencoder, image_size: tuple[int, int]) -> Autoencod
 
 
 def backgrounds(store: EpisodeStore) -> Tensor:
-    """Median training picture of each task, (tasks, 3, H, W) in [-1, 1]; zeros for a task without training episodes."""
-    rows = store.rows("train")
+    """Median training picture of each task by each camera, (tasks x cameras, 3, H, W) in [-1, 1]; zeros for a task without
+    training episodes."""
+    rows = store.pictures("train")
     tasks = task_of_rows(store, rows)
     height, width = store.image_size
-    pictures = torch.zeros(len(store.tasks), 3, height, width)
+    pictures = torch.zeros(len(store.tasks) * len(store.foreseen), 3, height, width)
     for task in np.unique(tasks):
         chosen = evenly(rows[tasks == task], BACKGROUND_FRAMES)
         pictures[task] = to_pixels(load_frames(store, chosen)).median(dim=0).values
@@ -69,7 +70,8 @@ def backgrounds(store: EpisodeStore) -> Tensor:
 
 
 def task_of_rows(store: EpisodeStore, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    return store.episode_task[store.episode_of(rows)]
+    """Place in `backgrounds` of pictures, by their numbers."""
+    return store.episode_task[store.episode_of(rows % len(store))] + rows // len(store) * len(store.tasks)
 
 
 def moving_weight(pixels: Tensor, background: Tensor, weights: params.AutoencoderLoss) -> Tensor:
@@ -91,7 +93,7 @@ def train(
 ) -> tuple[Autoencoder, dict[str, float]]:  # fmt: skip
     """Train on training episodes only; measure the latents' statistics there too, and the errors on held-out episodes."""
     autoencoder = Autoencoder(build(section, store.image_size)).to(device)
-    rows = frames_that_fit(store, store.drawn(store.rows("train")))
+    rows = frames_that_fit(store, store.drawn(store.pictures("train")))
     frames = load_frames(store, rows)
     pictures = backgrounds(store)
     tasks = torch.from_numpy(task_of_rows(store, rows))
@@ -134,7 +136,7 @@ def measure(
     """PSNR (dB, frames in [0, 1]) of reconstructions of held-out frames: of whole frames, and of the pixels alone that differ
     by more than `threshold` from their task's median picture in `pictures`, beside the error which that picture makes there."""
     device = autoencoder.latent_mean.device
-    rows = evenly(store.rows("held_out"), count)
+    rows = evenly(store.pictures("held_out"), count)
     whole = moving = still = pixels_moving = 0.0
     for part in track(np.array_split(rows, -(-len(rows) // 64)), "autoencoder: held-out frames", -(-len(rows) // 64)):
         frames = load_frames(store, part).to(device)

@@ -14,7 +14,7 @@ MEMORY = 2**30
 
 
 def frames_that_fit(store: EpisodeStore, rows: NDArray[np.int64], memory: int = MEMORY) -> NDArray[np.int64]:
-    """`rows`, or an evenly spaced part of them whose frames take at most `memory` bytes."""
+    """`rows`, or pictures' numbers, or an evenly spaced part of them whose frames take at most `memory` bytes."""
     height, width = store.image_size
     most = max(1, memory // (height * width * 3))
     return evenly(rows, most)
@@ -27,5 +27,5 @@ def evenly(rows: NDArray[np.int64], most: int) -> NDArray[np.int64]:
 
 
 def load_frames(store: EpisodeStore, rows: NDArray[np.int64]) -> Tensor:
-    """Frames of the foresight camera, (k, H, W, 3) uint8 on the CPU."""
+    """Frames by the pictures' numbers, (k, H, W, 3) uint8 on the CPU."""
     return torch.from_numpy(store.frames(rows))

@@ -207,7 +207,7 @@ def train(
     counts = np.zeros(len(SEGMENTATION_CLASSES), np.int64)
     labels: Tensor | None = None
     if section.objective == "self_supervised":
-        rows = frames_that_fit(store, store.drawn(store.rows("train")))
+        rows = frames_that_fit(store, store.drawn(store.pictures("train")))
         config = replace(config, outputs=3)
     else:
         rows, values = annotated(store, section.objective, "train")
@@ -258,7 +258,7 @@ def measure(
         return teacher.annotate(blur(pixels, 1.0))
 
     if objective == "self_supervised":
-        frames = load_frames(store, evenly(store.rows("held_out"), most))
+        frames = load_frames(store, evenly(store.pictures("held_out"), most))
         truth = teacher.prepare(as_unit(frames).to(device)).cpu().numpy()
     else:
         rows, values = annotated(store, objective, "held_out")
