@@ -6,6 +6,7 @@ simulator's checkout that the params name must be there.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator
 
@@ -24,7 +25,7 @@ SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
-    problems = [*_of_machine(params.machine), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
+    problems = [*_of_machine(params.machine), *_of_shards(params), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
     if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -49,6 +50,19 @@ def _of_machine(machine: Machine) -> Iterator[str]:
             f"machine.processes is {machine.processes}, which says how many torchrun starts, but machine.launch is "
             f"{machine.launch!r}: set it to torchrun, or processes to 1"
         )
+
+
+def _of_shards(params: Params) -> Iterator[str]:
+    chosen = {
+        "machine.compile": params.machine.compile, "finetune_video.lora_rank": params.finetune_video.lora_rank,
+        "finetune_video.moments": params.finetune_video.moments,
+    }  # fmt: skip
+    for (key, value), plain in zip(chosen.items(), (False, None, "float32"), strict=True):
+        if params.machine.shard and value != plain:
+            yield (
+                f"machine.shard is true, but {key} is {json.dumps(value)}, which weights in shards do not go with: set it to "
+                f"{json.dumps(plain)}, or machine.shard to false"
+            )
 
 
 def _of_models(params: Params) -> Iterator[str]:

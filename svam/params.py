@@ -47,6 +47,7 @@ class Machine(Section):
     compile: bool
     launch: Words
     processes: Count
+    shard: bool
 
 
 class Optimiser(Section):

@@ -92,6 +92,15 @@ def from_first(make: Callable[[], T]) -> T:
     return value[0]  # type: ignore[return-value]
 
 
+def agreed(value: bool) -> bool:
+    """What the first process says. Through the host's memory, so that no GPU is waited for."""
+    import torch
+
+    flag = torch.tensor(value)
+    torch.distributed.broadcast(flag, 0)
+    return bool(flag)
+
+
 @contextmanager
 def first_before_others() -> Iterator[None]:
     """The first process goes through the block, then the others."""

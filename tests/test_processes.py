@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from svam import processes
+from svam.checkpoint import load_tensors, save_tensors
 from svam.console import console
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
@@ -24,7 +25,7 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.foresight import ForesightModel, FrozenParts, part_folders
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig
-from svam.params import CacheTeacher, FinetuneVideo
+from svam.params import CacheTeacher, FinetuneVideo, Machine
 from svam.resume import Resume
 from svam.shares import own_rows
 from svam.training.cache_teacher import cache_windows
@@ -52,7 +53,10 @@ TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
 # --- trainings and the feature cache -------------------------------------------------------------------------------------
 
 
-def learn_video(parts: Path, out: Path) -> None:
+SHARDED = Machine.model_validate(committed("machine", device="cpu", shard=True))
+
+
+def learn_video(parts: Path, out: Path, machine: Machine | None = None) -> None:
     """Also writes how many clips were read at a time."""
     store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
     autoencoder, text = Autoencoder.load(folders["autoencoder"]), TextEncoder.load(folders["text"])
@@ -72,21 +76,26 @@ def learn_video(parts: Path, out: Path) -> None:
     model = new_video_model(params, store, autoencoder, text, 0)
     latents, stride = encoded(store, autoencoder), model.config.stride
     clips, held_out = Watched(store, "train", latents, 3, stride), LatentClips(store, "held_out", latents, 3, stride)
-    train_video(model, params, clips, held_out, autoencoder, TextTable.build(store, text), 0, CPU, out / "live")
+    table = TextTable.build(store, text)
+    train_video(model, params, clips, held_out, autoencoder, table, 0, CPU, out / "live", machine=machine)
+    save_tensors(out / "weights", model.state_dict())
 
 
-def learn_policy(parts: Path, out: Path) -> None:
+def learn_policy(parts: Path, out: Path, machine: Machine | None = None) -> None:
     """Also fills the feature cache."""
     store = EpisodeStore.open(parts / "episodes.zarr")
     folders = part_folders(parts / "backbones", parts / "video", parts / "decouplers")
     section = policy_params(training=TWENTY.model_dump(), evaluate_every=20)
     foresight, cache = load_foresight(section, GENERATE, folders), FeatureCache(out / "features", 1.0)
-    train(store, foresight, folders, section, cache, 0, CPU, out / "live")
+    svam = train(store, foresight, folders, section, cache, 0, CPU, out / "live", machine=machine)
+    save_tensors(out / "weights", svam.network.state_dict())
 
 
-def learn_decoupler(parts: Path, out: Path) -> None:
+def learn_decoupler(parts: Path, out: Path, machine: Machine | None = None) -> None:
     data = test_distill.open_data(out / f"windows{processes.number()}", test_distill.arrays())
-    distill(data, test_distill.SECTION.model_copy(update={"training": TWENTY}), 0, CPU, live=out / "live")
+    section = test_distill.SECTION.model_copy(update={"training": TWENTY})
+    decoupler, _ = distill(data, section, 0, CPU, live=out / "live", machine=machine)
+    save_tensors(out / "weights", decoupler.state_dict())
 
 
 def losses(live: Path) -> list[float]:
@@ -95,16 +104,23 @@ def losses(live: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("learn", [learn_video, learn_decoupler, learn_policy])
-def test_two_processes_have_the_losses_of_one(learn: Callable[[Path, Path], None], parts: Path, tmp_path: Path) -> None:
-    """Over twenty steps, in float32; and the features that the policy learns from have the same bytes."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    two.mkdir()
+def test_two_processes_have_the_losses_of_one(learn: Callable[..., None], parts: Path, tmp_path: Path) -> None:
+    """Over twenty steps, in float32, whether each has all weights or shards; and the features that the policy learns from have
+    the same bytes."""
+    one, two, shards = folders = [tmp_path / name for name in ("one", "two", "shards")]
+    for folder in folders:
+        folder.mkdir()
     assert together(learn, parts, one, count=1) == [0]
     assert together(learn, parts, two) == [0, 0]
-    expected = losses(one / "live")
+    assert together(learn, parts, shards, SHARDED) == [0, 0]
+    expected, weights = losses(one / "live"), load_tensors(one / "weights")
     assert len(expected) == 20 and expected[-1] != expected[0]
-    np.testing.assert_allclose(losses(two / "live"), expected, rtol=1e-5)
+    for folder in (two, shards):
+        np.testing.assert_allclose(losses(folder / "live"), expected, rtol=1e-5)
+        torch.testing.assert_close(load_tensors(folder / "weights"), weights, rtol=1e-3, atol=1e-4)
+    assert [f.name for f in shards.glob("live/plots/metrics/held_out/*")] == [
+        f.name for f in one.glob("live/plots/metrics/held_out/*")
+    ]
     if learn is learn_video:
         assert [file.read_text() for file in (one / "sizes0", two / "sizes0", two / "sizes1")] == ["4", "2", "2"]
     if learn is learn_policy:
@@ -119,27 +135,34 @@ class UntilKilled(list[int]):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def train_shared(out: Path, state: Path, killed: bool) -> None:
+def train_shared(out: Path, state: Path, killed: bool, machine: Machine | None = None) -> None:
     """Dropout, noise in the loss, and batches that are added up: each process has weights and curves of its own in `out`."""
     seen = UntilKilled() if killed else list[int]()
     (out / str(processes.number())).mkdir(exist_ok=True)
-    train_noisy(out / str(processes.number()), Resume(state, 0), seen)
+    train_noisy(out / str(processes.number()), Resume(state, 0), seen, machine)
     (out / f"seen{processes.number()}").write_text(str(seen[0]))
 
 
-def test_a_training_goes_on_after_one_of_its_processes_was_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("first, then", [(None, None), (SHARDED, SHARDED), (SHARDED, None)])
+def test_a_training_goes_on_after_one_of_its_processes_was_killed(
+    first: Machine | None, then: Machine | None, tmp_path: Path
+) -> None:
+    """Weights in shards or not; one that was killed with them may go on without, to the same but for the order of sums."""
     for name in ("straight", "killed"):
         (tmp_path / name / "state").mkdir(parents=True)
-    assert together(train_shared, tmp_path / "straight", tmp_path / "straight/state", False) == [0, 0]
-    failed = together(train_shared, tmp_path / "killed", tmp_path / "killed/state", True)
+    assert together(train_shared, tmp_path / "straight", tmp_path / "straight/state", False, then) == [0, 0]
+    failed = together(train_shared, tmp_path / "killed", tmp_path / "killed/state", True, first)
     assert -signal.SIGKILL in failed and 0 not in failed
-    assert together(train_shared, tmp_path / "killed", tmp_path / "killed/state", False) == [0, 0]
-    first = [int((tmp_path / "killed" / f"seen{n}").read_text()) for n in (0, 1)]
-    assert first[0] == first[1] > 15, "it began anew"
+    assert together(train_shared, tmp_path / "killed", tmp_path / "killed/state", False, then) == [0, 0]
+    began = [int((tmp_path / "killed" / f"seen{n}").read_text()) for n in (0, 1)]
+    assert began[0] == began[1] > 15, "it began anew"
     weights = [f"{n}/{name}" for n in (0, 1) for name in ("layers.0.weight", "layers.3.weight")]
-    (a, b, *same) = [(tmp_path / "straight" / name).read_bytes() for name in weights]
-    assert [a, b] == same, "the processes have come apart"
-    assert sha256_tree(tmp_path / "killed/0") == sha256_tree(tmp_path / "straight/0")
+    straight, killed = [[(tmp_path / run / name).read_bytes() for name in weights] for run in ("straight", "killed")]
+    assert straight[:2] == straight[2:], "the processes have come apart"
+    for one, other in zip(straight, killed, strict=True):
+        np.testing.assert_allclose(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32), rtol=1e-4, atol=1e-5)
+    if first is then:
+        assert sha256_tree(tmp_path / "killed/0") == sha256_tree(tmp_path / "straight/0")
 
 
 # --- what is written block by block --------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
 MACHINE = {
     "device": "cpu", "workers": 1, "cache_gb": 4.0, "checkpoint_seconds": 10.0, "launch": "torchrun", "processes": 2,
     "checkpointing": True, "average": "host", "compile": True,
+    "shard": True,
 }  # fmt: skip
 
 # What is added to a module that a stage runs, at its end, and every stage that must run then besides `code`.

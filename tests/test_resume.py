@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from svam.code import stage_code
 from svam.console import console, one_line_errors
 from svam.files import FileError, clear_leftovers, sha256_tree
-from svam.params import Params
+from svam.params import Machine, Params
 from svam.resume import OLD_STATES, Resume, identity, resumable_run
 from svam.training.batch_order import EndlessOrder
 from svam.training.loop import fit
@@ -45,7 +45,9 @@ class Noisy(nn.Module):
         return self.layers(x)[:, 0]  # type: ignore[no-any-return]
 
 
-def train(out: Path, resume: Resume, steps_seen: list[int] | None = None, **changes: Any) -> None:
+def train(
+    out: Path, resume: Resume, steps_seen: list[int] | None = None, machine: Machine | None = None, **changes: Any
+) -> None:
     """Train a `Noisy` on examples in random order; write curves, weights and the selected evaluation to `out`."""
     torch.manual_seed(0)
     module = Noisy()
@@ -63,7 +65,7 @@ def train(out: Path, resume: Resume, steps_seen: list[int] | None = None, **chan
     values = {"steps": 30, "batch": 8, "learning_rate": 0.05, "warmup": 3, "ema": 0.9, "accumulate": 2} | changes
     kept = fit(
         module, lambda b: (module(b) + torch.randn(len(b)) - b.sum(1)).square().mean(), batch_of,
-        optimiser(**values), CPU, "noisy", out / "live", evaluate, 7, "error", resume,
+        optimiser(**values), CPU, "noisy", out / "live", evaluate, 7, "error", resume, machine,
     )  # fmt: skip
     (out / "kept").write_text(repr(kept))
     for name, tensor in module.state_dict().items():

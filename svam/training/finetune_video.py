@@ -34,7 +34,7 @@ from svam.shares import own_rows
 from svam.training.batch_order import EndlessOrder
 from svam.training.latents import LatentClips
 from svam.training.loop import fit
-from svam.training.small_cards import adapted, checkpointed, rounded_by
+from svam.training.small_cards import LAYERS, adapted, checkpointed, rounded_by
 from svam.training.state import Curves
 
 SIGMA_BANDS = ((0.02, 0.2), (0.2, 1.0), (1.0, 5.0), (5.0, 20.0))
@@ -172,6 +172,7 @@ def train_video(
         fit(
             model, lambda b: denoising_loss(model, *b).mean(), batch_of, params.training, device, "finetune video", live,
             show if params.show_every else None, params.show_every, resume=resume, machine=machine, moments=params.moments,
+            layers=LAYERS,
         )  # fmt: skip
     processes.only_first_goes_on()
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,9 @@ from svam.precision import mixed_precision
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
 from svam.training.state import AveragedWeights, Curves, TrainingState
+
+if TYPE_CHECKING:
+    from svam.training.sharding import Shards
 
 AHEAD = 2
 """Batches that are made while one is being used."""
@@ -118,6 +121,7 @@ def fit(
     resume: Resume = NO_RESUME,
     machine: Machine | None = None,
     moments: Moments = "float32",
+    layers: tuple[type[nn.Module], ...] = (),
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it.
 
@@ -125,7 +129,7 @@ def fit(
     Other steps wait for no number: the next one is queued while the card computes. On a CPU it is looked at in every step.
 
     Several processes (`svam.shares`) take equal parts of every batch; the means of their losses and gradients are those of
-    the batch. Each holds all weights, and dropout draws from another seed in each.
+    the batch. Each holds all weights, or rows of them where `machine.shard`; dropout draws from another seed in each.
 
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
@@ -136,8 +140,10 @@ def fit(
         evaluate: called with the step every `evaluate_every` steps and at the end, with the averaged weights in place.
         select: name of the evaluated value whose lowest point decides which averaged weights are kept; None keeps the last.
         resume: where a killed run's state is found, and this run's is kept. Both runs end with the same bits as one.
-        machine: says, on a GPU, where the averaged weights lie and whether layers are compiled; None: there, and they are not.
+        machine: says, on a GPU, where the averaged weights lie and whether layers are compiled, and whether several processes
+            keep shards; None: there, and they are not, nor do they.
         moments: how AdamW's two moments are kept.
+        layers: kinds of modules whose weights, where they are in shards, are gathered one module at a time.
 
     Returns:
         The values of the chosen evaluation (empty without `evaluate`).
@@ -147,16 +153,23 @@ def fit(
         FileError: the state cannot be saved.
         MachineError: 8-bit moments without the library that computes them.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    shared: nn.Module = SharedLoss(module, loss)
+    shards: Shards | None = None
+    if machine is not None and machine.shard and processes.count() > 1:
+        from svam.training.sharding import Shards
+
+        shards = Shards(shared, layers, device)
+    parameters = shards.rows if shards else [p for p in module.parameters() if p.requires_grad]
     adam = adamw(parameters, optimiser, moments)
     host = machine is not None and machine.average == "host" and device.type == "cuda"
     curves = Curves(live_dir if processes.first() else None)
-    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), curves, device)
+    state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), curves, device, shards=shards)
     seed = torch.initial_seed()
     state.restore(resume)
     if machine is not None and machine.compile and device.type == "cuda":
         compile_layers(module)
-    shared = shares.synchronised(SharedLoss(module, loss), device)
+    if shards is None:
+        shared = shares.synchronised(shared, device)
     log_every = max(1, optimiser.steps // 100)
     look_every = log_every if computes_beside(device) else 1
     looked, recent = state.step, torch.tensor(state.recent, dtype=torch.float64, device=device)
@@ -170,13 +183,14 @@ def fit(
                 group["lr"] = optimiser.learning_rate * learning_rate_factor(step - 1, optimiser)
             if processes.count() > 1:
                 torch.manual_seed(seed_of(seed, "step", step, processes.number()))
-            value = _train_step(shared, batches, optimiser, device, adam, parameters)
+            value = _train_step(shared, batches, optimiser, device, adam, parameters, shards)
             state.average.update()
             recent = value if step == 1 else 0.95 * recent + 0.05 * value
             state.step = step
             last = step == optimiser.steps
             judged = evaluate is not None and (last or (evaluate_every is not None and step % evaluate_every == 0))
             saved = processes.first() and (resume.due() or (last and resume.folder is not None))
+            saved = processes.agreed(saved) if shards else saved  # all bring what they keep
             if step % look_every == 0 or last or judged or saved:
                 with timed("waiting for the device"):
                     state.recent = recent.item()
@@ -191,7 +205,7 @@ def fit(
                 state.curves.log(step, {"train/loss": state.recent, "train/learning_rate": rate})
             if evaluate is not None and judged:
                 module.eval()
-                with timed("held-out evaluation"), state.average.applied():
+                with timed("held-out evaluation"), state.average.applied(), shards.made_whole() if shards else nullcontext():
                     values = processes.from_first(partial(evaluate, step))
                 if select is None or not state.chosen or values[select] < state.chosen[select]:
                     state.chosen = {**values, "step": float(step)}
@@ -201,6 +215,8 @@ def fit(
                 with timed("saving"):
                     state.save(resume)
     state.average.copy_to_module(state.best if state.best is not None else state.average.average)
+    if shards:
+        shards.make_whole()
     module.eval()
     state.curves.end()
     return state.chosen
@@ -213,6 +229,7 @@ def _train_step(
     device: torch.device,
     adam: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
+    shards: Shards | None,
 ) -> Tensor:
     """One optimiser step over `accumulate` batches; returns the mean loss, a float64 scalar on the device."""
     adam.zero_grad(set_to_none=True)
@@ -220,13 +237,17 @@ def _train_step(
     for number in range(optimiser.accumulate):
         with timed("data"):
             batch = next(batches)
-        with nullcontext() if number == optimiser.accumulate - 1 else shares.unsynchronised(shared):
+        last = number == optimiser.accumulate - 1
+        with nullcontext() if last or shards else shares.unsynchronised(shared):  # no process has room for all gradients
             with timed("forward"), mixed_precision(device, optimiser.bf16):
                 value = shared(batch)
             with timed("backward"):
                 (value / optimiser.accumulate).backward()
         total += value.detach().double() / optimiser.accumulate
     with timed("optimiser"):
-        nn.utils.clip_grad_norm_(parameters, optimiser.clip)
+        if shards:
+            shards.clip(optimiser.clip)
+        else:
+            nn.utils.clip_grad_norm_(parameters, optimiser.clip)
         adam.step()
     return shares.mean(total)

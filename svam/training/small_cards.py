@@ -19,6 +19,8 @@ from svam.seeds import seed_of
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of attention, over space, time and text, which get adapters."""
+LAYERS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
+"""The layers of a spatio-temporal U-Net, which are computed twice, or gathered from shards, one at a time."""
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d)
 """What computes in bfloat16 under autocast on a GPU."""
 
@@ -41,7 +43,7 @@ def checkpointed(unet: nn.Module, device: torch.device, bf16: bool) -> Iterator[
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if device.type == "cpu":  # torch restores autocast by itself, but not what keeps convolutions out of it
         options["context_fn"] = lambda: (nullcontext(), mixed_precision(device, bf16))
-    layers = [m for m in unet.modules() if isinstance(m, SpatioTemporalResBlock | TransformerSpatioTemporalModel)]
+    layers = [m for m in unet.modules() if isinstance(m, LAYERS)]
     for layer in layers:
         layer.forward = partial(checkpoint, layer.forward, **options)
     try:

@@ -8,15 +8,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from dvclive import Live
 from torch import Tensor, nn
 
+from svam import processes
 from svam.checkpoint import load_tensors, restore, save_tensors
 from svam.files import named_refusals
 from svam.resume import Resume
+
+if TYPE_CHECKING:
+    from svam.training.sharding import Shards
 
 RECORD = "training"
 """Name of the checkpoint among the records of a run."""
@@ -121,6 +125,8 @@ class TrainingState:
     changes, parameters and buffers; frozen parameters are what they were.
 
     recent: smoothed loss. chosen: values of the chosen evaluation, and best: its averaged weights, where one is selected.
+    shards: where weights are in shards; optimiser and average are then of their rows. What is saved is whole all the same, so
+    that a run may go on with or without them.
     """
 
     module: nn.Module
@@ -132,14 +138,18 @@ class TrainingState:
     recent: float = 0.0
     chosen: dict[str, float] = field(default_factory=dict)
     best: list[Tensor] | None = None
+    shards: Shards | None = None
 
     def save(self, resume: Resume) -> None:
-        """Keep everything, the random state included. Raises `FileError` if the file system refuses."""
+        """Keep everything, the random state included; of several processes the first writes. Raises `FileError` if the file
+        system refuses."""
         value = {
             "step": self.step, "recent": self.recent, "chosen": self.chosen, "updates": self.average.updates,
             "history": self.curves.history,
         }  # fmt: skip
-        resume.save_record(RECORD, value, partial(save_tensors, tensors=self._tensors()))
+        tensors = self._tensors()
+        if processes.first():
+            resume.save_record(RECORD, value, partial(save_tensors, tensors=tensors))
 
     def restore(self, resume: Resume) -> None:
         record = resume.load_record(RECORD)
@@ -150,12 +160,16 @@ class TrainingState:
             group, _, rest = name.partition("/")
             groups.setdefault(group, {})[rest] = tensor
         self.step, self.recent, self.chosen = record.value["step"], record.value["recent"], record.value["chosen"]
-        restore(self.module, self.module.state_dict() | groups["module"], record.file)
+        shards, module = self.shards, groups["module"]
+        before = shards.sharded_state_dict(self.module, module) if shards else self.module.state_dict() | module
+        restore(self.module, before, record.file)
+        parameters = self._of_adam()
         moments: dict[int, dict[str, Any]] = {}
         for name, tensor in groups.get("adam", {}).items():
             number, _, kind = name.partition("/")
+            own = shards.own(tensor, parameters[int(number)]) if shards else tensor
             # 8-bit AdamW counts its steps in Python.
-            moments.setdefault(int(number), {})[kind] = int(tensor) if tensor.dtype == torch.int64 else tensor
+            moments.setdefault(int(number), {})[kind] = int(own) if own.dtype == torch.int64 else own
         self.adam.load_state_dict({"state": moments, "param_groups": self.adam.state_dict()["param_groups"]})
         self.average.updates = record.value["updates"]
         if "average" in groups:
@@ -169,17 +183,28 @@ class TrainingState:
 
     def _listed(self, group: dict[str, Tensor]) -> list[Tensor]:
         place = torch.device("cpu") if self.average.host else self.device
-        return [group[str(number)].to(place) for number in range(len(group))]
+        whole = [group[str(number)] for number in range(len(group))]
+        if self.shards:
+            whole = [self.shards.own(*pair) for pair in zip(whole, self.shards.rows, strict=True)]
+        return [tensor.to(place) for tensor in whole]
+
+    def _of_adam(self) -> list[Tensor]:
+        """The parameters in the order of their moments."""
+        return [p for group in self.adam.param_groups for p in group["params"]]
 
     def _tensors(self) -> dict[str, Tensor]:
         frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        tensors = {f"module/{name}": t for name, t in self.module.state_dict().items() if name not in frozen}
-        for number, parameter in enumerate(p for group in self.adam.param_groups for p in group["params"]):
+        shards = self.shards
+        module = shards.state_dict(self.module) if shards else self.module.state_dict()
+        tensors = {f"module/{name}": t for name, t in module.items() if name not in frozen}
+        for number, parameter in enumerate(self._of_adam()):
             for kind, value in self.adam.state.get(parameter, {}).items():
-                tensors[f"adam/{number}/{kind}"] = torch.as_tensor(value)
+                moment = torch.as_tensor(value)
+                tensors[f"adam/{number}/{kind}"] = shards.whole(moment, parameter) if shards else moment
         average = self.average.average if self.average.decay else []
         for name, weights in (("average", average), ("best", self.best or [])):
-            tensors |= {f"{name}/{number}": tensor for number, tensor in enumerate(weights)}
+            whole = [shards.whole(*pair) for pair in zip(weights, shards.rows, strict=False)] if shards else weights
+            tensors |= {f"{name}/{number}": tensor for number, tensor in enumerate(whole)}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
