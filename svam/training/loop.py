@@ -154,7 +154,7 @@ def fit(
         MachineError: 8-bit moments without the library that computes them.
     """
     shared: nn.Module = SharedLoss(module, loss)
-    shards: Shards | None = None
+    shards = None
     if machine is not None and machine.shard and processes.count() > 1:
         from svam.training.sharding import Shards
 

@@ -119,5 +119,5 @@ def _like(sharded: DTensor, rows: Tensor) -> DTensor:
 
 def _gathered(sharded: DTensor) -> Tensor:
     """The whole tensor, in the host's memory of the first process; none in the others, which call this as well."""
-    whole = sharded.detach().full_tensor()
+    whole = sharded.full_tensor().detach()
     return whole.cpu() if processes.first() else whole.new_empty(0)
