@@ -3,6 +3,7 @@ every process keeps some rows, with their gradients, moments and average, and ha
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ class Shards:
         self._modules = list(shared.modules())
         self._plain = [_attributes(module) for module in self._modules]
         self._whole = list(shared.parameters())
+        # Of layers that return a view; nothing here changes what a layer returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         mesh = init_device_mesh(device.type, (processes.count(),))
         for module in (*(module for module in self._modules[1:] if isinstance(module, layers)), shared):
             fully_shard(module, mesh=mesh)
