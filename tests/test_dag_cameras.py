@@ -25,5 +25,5 @@ def test_two_cameras_through_every_stage(tmp_path: Path) -> None:
     assert all(shape[1:3] == [8, 4] for shape in config["shapes"].values())
     results = json.loads((project / "data/results/metrics.json").read_text())
     assert results["metaworld"]["setting"]["cameras"] == ["corner2", "topview"] and "offline" in results
-    assert json.loads((project / "data/foresight/metrics.json").read_text())["left_out"] == []
+    assert {"gap", "attention"} <= set(json.loads((project / "data/foresight/metrics.json").read_text()))
     assert list((project / "data/films").glob("*.mp4"))
