@@ -269,7 +269,7 @@ def test_a_camera_that_the_video_model_does_not_know_is_one_sentence(
     shutil.copytree(folders["video"], tmp_path / "video")
     config = json.loads((tmp_path / "video/config.json").read_text())
     (tmp_path / "video/config.json").write_text(json.dumps(config | {"camera": "top"}))
-    message = r"first camera is \('front', \(16, 16\)\), but .* trained on \('top', \(16, 16\)\)"
+    message = r"foresight cameras are \('front', \(16, 16\)\), but .* trained on \('top', \(16, 16\)\)"
     with pytest.raises(ContractError, match=message):
         run(store, folders | {"video": tmp_path / "video"}, tmp_path / "cache")
 
