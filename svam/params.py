@@ -35,7 +35,8 @@ class Machine(Section):
     """What the computer offers, and what training does to fit it. No stage lists this section, so changing it re-runs nothing,
     and an unfinished run goes on with what it says now, but for the number of processes.
 
-    launch: how the processes of a stage start, see `svam.launch`; processes: how many, where it is torchrun.
+    launch: how the processes of a stage start, see `svam.launch`; processes: how many, where it is torchrun; shard:
+    whether each trains a part of the weights, see `svam.training.sharding`.
     """
 
     device: Literal["auto", "cpu", "cuda"]
