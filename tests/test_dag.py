@@ -21,6 +21,14 @@ KEPT_BY_GIT = ("data/report/", "data/foresight/", "data/code/")
 REPORTED = {"success", "video_error_share", "geometric_cosine", "semantic_cosine", "action_error"}
 
 
+@pytest.fixture(scope="module")
+def project(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, which tests may change."""
+    root = tmp_path_factory.mktemp("dag") / "project"
+    shutil.copytree(finished, root, symlinks=True)
+    return root
+
+
 def test_everything_is_made(finished: Path) -> None:
     metrics = json.loads((finished / "data/report/metrics.json").read_text())
     assert set(metrics) >= REPORTED
@@ -33,21 +41,21 @@ def test_everything_is_made(finished: Path) -> None:
     assert foresight["left_out"] == [] and {"gap", "depth", "attention"} <= set(foresight)
 
 
-def test_nothing_is_left_to_do(finished: Path) -> None:
+def test_nothing_is_left_to_do(project: Path) -> None:
     """Git has the reports and dvc.lock; no weights, data or scratch, and DVC scattered no .gitignore."""
-    assert ran(run(finished, "dvc", "repro")) == []
-    assert run(finished, "git", "status", "--porcelain") == ""
-    tracked = run(finished, "git", "ls-files").splitlines()
+    assert ran(run(project, "dvc", "repro")) == []
+    assert run(project, "git", "status", "--porcelain") == ""
+    tracked = run(project, "git", "ls-files").splitlines()
     assert "data/report/metrics.json" in tracked
     assert all(name.startswith(KEPT_BY_GIT) for name in tracked if name.startswith("data/"))
     assert [name for name in tracked if name.endswith(".gitignore")] == [".dvc/.gitignore", ".gitignore"]
-    assert not list((finished / "data").rglob("*.partial-*"))
+    assert not list((project / "data").rglob("*.partial-*"))
 
 
-def test_the_table_shows_results_also_of_a_single_run(finished: Path) -> None:
+def test_the_table_shows_results_also_of_a_single_run(project: Path) -> None:
     """Where all rows agree DVC would hide every column."""
-    table = run(finished, "make", "--file", str(ROOT / "Makefile"), "--assume-old", ".venv/.installed", "COLUMNS=240", "table")
-    metrics = json.loads((finished / "data/report/metrics.json").read_text())
+    table = run(project, "make", "--file", str(ROOT / "Makefile"), "--assume-old", ".venv/.installed", "COLUMNS=240", "table")
+    metrics = json.loads((project / "data/report/metrics.json").read_text())
     assert all(name in table for name in metrics)
     assert "threads" not in table and "svam/" not in table
 
@@ -63,17 +71,17 @@ def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path, monke
     assert np.isfinite(names["actions"]).all()
 
 
-def test_a_wrong_param_costs_no_output(finished: Path) -> None:
+def test_a_wrong_param_costs_no_output(project: Path) -> None:
     """A bad value stops `dvc repro` with one sentence, and every output is still there."""
-    params = finished / "params.yaml"
+    params = project / "params.yaml"
     before = params.read_text()
-    outputs = sorted(p for p in (finished / "data").rglob("*") if p.is_file() and p.name != "params_checked.txt")
+    outputs = sorted(p for p in (project / "data").rglob("*") if p.is_file() and p.name != "params_checked.txt")
     try:
         yaml = YAML(typ="safe", pure=True)
         values = yaml.load(before)
         values["collect"]["episodes"] = "many"
         yaml.dump(values, params)
-        done = attempt(finished, "dvc", "repro")
+        done = attempt(project, "dvc", "repro")
         assert done.returncode != 0
         assert "collect.episodes is 'many'" in done.stdout + done.stderr
         assert all(file.is_file() for file in outputs)
@@ -81,26 +89,26 @@ def test_a_wrong_param_costs_no_output(finished: Path) -> None:
         params.write_text(before)
 
 
-def test_damaged_outputs_are_made_again(finished: Path) -> None:
+def test_damaged_outputs_are_made_again(project: Path) -> None:
     """DVC notices a flipped bit and a cut file in what stages wrote, and puts the same bytes back before they are used."""
-    before = locked_stages(finished)
-    weights = finished / "data/backbones/text/model.safetensors"
-    shard = finished / "data/generated/frames.npy"
+    before = locked_stages(project)
+    weights = project / "data/backbones/text/model.safetensors"
+    shard = project / "data/generated/frames.npy"
     whole = {file: file.read_bytes() for file in (weights, shard)}
     weights.write_bytes(whole[weights][:-3] + bytes([whole[weights][-3] ^ 1]) + whole[weights][-2:])
     shard.write_bytes(whole[shard][: len(whole[shard]) // 2])
-    assert ran(run(finished, "dvc", "repro")) == [], "computed again, though the cache has it"
+    assert ran(run(project, "dvc", "repro")) == [], "computed again, though the cache has it"
     assert {file: file.read_bytes() for file in whole} == whole
-    assert locked_stages(finished) == before
+    assert locked_stages(project) == before
 
 
-def test_results_are_shared_through_a_remote(finished: Path, tmp_path: Path) -> None:
+def test_results_are_shared_through_a_remote(project: Path, tmp_path: Path) -> None:
     """`dvc push`; then a clone knows without any data that its lock belongs, and needs to run nothing to have the results."""
-    run(finished, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "remote"))
-    run(finished, "git", "commit", "--quiet", "--all", "--message", "remote")
-    run(finished, "dvc", "push", "--quiet")
+    run(project, "dvc", "remote", "add", "--default", "shared", str(tmp_path / "remote"))
+    run(project, "git", "commit", "--quiet", "--all", "--message", "remote")
+    run(project, "dvc", "push", "--quiet")
     clone = tmp_path / "clone"
-    run(tmp_path, "git", "clone", "--quiet", str(finished), str(clone))
+    run(tmp_path, "git", "clone", "--quiet", str(project), str(clone))
     belongs = (sys.executable, str(ROOT / ".ci/lock_belongs.py"))
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
     assert not (clone / "data/svam").exists()
