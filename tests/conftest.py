@@ -6,7 +6,9 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -26,9 +28,20 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 # Begun first, in this order, since they take longest; when `test_dag.py` is due, `finished` is there.
 FIRST = (
-    "test_dag_killed", "test_dag_external", "test_dag_killed_anytime", "test_rerun", "test_resume", "test_evaluate",
-    "test_source_lerobot", "test_collect", "test_dag",
+    "test_dag_killed", "test_dag_killed_anytime", "test_dag_sets", "test_dag_external", "test_dag_cameras", "test_running",
+    "test_processes", "test_rerun", "test_policies", "test_evaluate", "test_dag", "test_publish", "test_benchmark_gpu",
+    "test_convert_workers", "test_benchmark_serving", "test_resume", "test_source_lerobot", "test_collect",
 )  # fmt: skip
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Which library draws is tried in a process of its own, for seconds: once here, for all that this run starts."""
+    if config.getoption("numprocesses", None):
+        from svam.errors import MachineError
+        from svam.simulation.rendering import choose_backend
+
+        with suppress(MachineError):
+            choose_backend()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -95,6 +108,16 @@ def store(parts: Path) -> EpisodeStore:
     from svam.episodes.store import EpisodeStore
 
     return EpisodeStore.open(parts / "episodes.zarr")
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers of the closed loop are forked from a process that has imported the simulator; spawned, as they are for users and
+    in `test_dag.py`, each would spend seconds on that."""
+    from svam.evaluation import rollout
+    from tests.killing import PROCESSES
+
+    monkeypatch.setattr(rollout, "multiprocessing", SimpleNamespace(get_context=lambda _: PROCESSES))
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,7 @@ def test_features_are_the_same_batches_with_and_without_the_cache(root: Path, tm
     assert all(value < 1e-3 for value in found["difference"].values())
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_evaluation_plays_the_same_episodes_side_by_side_and_one_after_another(root: Path, tmp_path: Path) -> None:
     found = measured("evaluation", tmp_path, changes(evaluation_episodes=3) | {"machine": {"workers": 1}}, *options(root))
     assert found["episodes"] == 3 and found["batch"] == {"batched": 2, "one_at_a_time": 1}

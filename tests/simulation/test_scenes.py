@@ -71,7 +71,7 @@ class Still:
         return np.zeros((len(observations), 4, 4), np.float32)
 
 
-@pytest.mark.usefixtures("started")
+@pytest.mark.usefixtures("started", "forked_workers")
 def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
     tasks = ["coffee-button", "coffee-push"]
     for task, scenes in zip(tasks, ("shared", "stock"), strict=True):
