@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,12 +15,13 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from stages.encode import app
 from svam import processes
 from svam.checkpoint import load_tensors, save_tensors
-from svam.console import console
+from svam.console import console, one_line_errors
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
-from svam.launch import launch
+from svam.launch import _torchrun, launch
 from svam.models.autoencoder import Autoencoder
 from svam.models.foresight import ForesightModel, FrozenParts, part_folders
 from svam.models.text import TextEncoder
@@ -37,12 +38,11 @@ from svam.training.finetune_video import TextTable, new_video_model, train_video
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.latents import LatentClips
 from svam.training.train_policy import load_foresight, train
-from tests import ROOT
 from tests.sources.common import refused
 from tests.test_resume import train as train_noisy
 from tests.tiny import GENERATE, policy_params
 from tests.tiny_foresight import GRID, encoded, make_teacher
-from tests.together import together
+from tests.together import heard, together
 from tests.toy import committed, optimiser, write_toy_params
 from tests.training import test_distill
 
@@ -239,53 +239,57 @@ for pid in $pids; do wait "$pid" || exit 1; done
 """
 
 
-def encode(parts: Path, folder: Path, launch: str, count: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The stage `encode`, of which all lies in `folder`, where a command `srun` is too."""
+def encode(parts: Path, folder: Path, launch: str, count: int = 1, **environment: str) -> tuple[int | None, str]:
+    """The stage `encode`, of which all lies in `folder`, where a command `srun` is too: exit code, and what is printed."""
     folder.mkdir()
     write_toy_params(folder / "params.yaml", {"machine": {"launch": launch, "processes": count}})
     (folder / "srun").write_text(SRUN)
     (folder / "srun").chmod(0o755)
-    command = [sys.executable, "-m", "stages.encode", str(folder / "latents"), "--params", str(folder / "params.yaml")]
-    command += ["--episodes", str(parts / "episodes.zarr"), "--autoencoder", str(parts / "backbones/autoencoder")]
+    arguments = [str(folder / "latents"), "--params", str(folder / "params.yaml")]
+    arguments += ["--episodes", str(parts / "episodes.zarr"), "--autoencoder", str(parts / "backbones/autoencoder")]
     around = {"DVC_ROOT": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"} | environment
-    return subprocess.run(command, cwd=ROOT, env=os.environ | around, capture_output=True, text=True, check=False)
+    return heard(folder / "heard", around, call_stage, arguments)
+
+
+def call_stage(arguments: list[str]) -> None:
+    """As `python -m` does."""
+    sys.argv = ["stages/encode.py", *arguments]
+    app()
 
 
 def test_torchrun_and_a_prefix_start_processes_that_write_the_same_bytes(parts: Path, tmp_path: Path) -> None:
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29507"}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     runs = [
         encode(parts, tmp_path / "local", "local"),
         encode(parts, tmp_path / "torchrun", "torchrun", 2),
         encode(parts, tmp_path / "srun", "srun", **address),
     ]
-    for done in runs:
-        assert done.returncode == 0, done.stderr
-        assert done.stderr.count("device: cpu") == done.stderr.count("peak memory") == 1, done.stderr
-    assert ["2 processes" in done.stderr for done in runs] == [False, True, True]
+    for code, said in runs:
+        assert code == 0, said
+        assert said.count("device: cpu") == said.count("peak memory") == 1, said
+    assert ["2 processes" in said for _, said in runs] == [False, True, True]
     assert len({sha256_tree(tmp_path / name / "latents") for name in ("local", "torchrun", "srun")}) == 1
     assert not list(tmp_path.glob("*/.ckpt"))
 
 
 def test_an_error_of_all_is_one_sentence(tmp_path: Path) -> None:
-    done = encode(tmp_path, tmp_path / "run", "torchrun", 2)
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 2 and "device: cpu" in done.stderr, done.stderr
-    assert done.stderr.splitlines()[1].startswith("error: ") and "episodes.zarr" in done.stderr
+    code, said = encode(tmp_path, tmp_path / "run", "torchrun", 2)
+    assert (code, said.count("\n")) == (1, 2) and "device: cpu" in said, said
+    assert said.splitlines()[1].startswith("error: ") and "episodes.zarr" in said
 
 
-KILLED = """
-import sys
-from svam.console import one_line_errors
-from svam.launch import _torchrun
-dying = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)"
-one_line_errors(_torchrun)(2, [sys.executable, "-c", dying])
-"""
+DYING = "import os, signal, time; os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(600)"
 
 
-def test_a_process_that_was_killed_is_named_and_ends_the_others() -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED], cwd=ROOT, capture_output=True, text=True, check=False, timeout=50)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert done.stderr.startswith("error: process 1, counted from 0, was ended by SIGKILL, and the others with it"), done.stderr
+def start_dying() -> None:
+    one_line_errors(_torchrun)(2, [sys.executable, "-c", DYING])
+
+
+def test_a_process_that_was_killed_is_named_and_ends_the_others(tmp_path: Path) -> None:
+    code, said = heard(tmp_path / "heard", {}, start_dying)
+    assert (code, said.count("\n")) == (1, 1), said
+    assert said.startswith("error: process 1, counted from 0, was ended by SIGKILL, and the others with it"), said
 
 
 @pytest.mark.parametrize("launch, sentence", [
@@ -293,8 +297,8 @@ def test_a_process_that_was_killed_is_named_and_ends_the_others() -> None:
     ("env", "error: machine.launch is 'env', which sets neither RANK nor SLURM_PROCID in its processes"),
 ])  # fmt: skip
 def test_what_the_machine_lacks_is_said_before_anything_is_read(launch: str, sentence: str, tmp_path: Path) -> None:
-    done = encode(tmp_path, tmp_path / "run", launch)
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1) and done.stderr.startswith(sentence), done.stderr
+    code, said = encode(tmp_path, tmp_path / "run", launch)
+    assert (code, said.count("\n")) == (1, 1) and said.startswith(sentence), said
 
 
 def test_processes_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

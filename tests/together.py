@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Callable
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,23 @@ def _member(environment: dict[str, str], function: Callable[..., object], argume
     torch.set_num_threads(1)
     processes.join(cuda=False)
     function(*arguments)
+
+
+def _heard(file: Path, environment: dict[str, str], function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.environ.update(environment)
+    with file.open("wb") as said:
+        for descriptor in (1, 2):
+            os.dup2(said.fileno(), descriptor)
+    function(*arguments)
+
+
+def heard(file: Path, environment: dict[str, str], function: Callable[..., object], *arguments: Any) -> tuple[int | None, str]:
+    """Call `function` in a process of its own, with more `environment`; its exit code, and what it and the processes that it
+    starts print, which lies in `file`."""
+    process = PROCESSES.Process(target=_heard, args=(file, environment, function, arguments))
+    process.start()
+    process.join()
+    return process.exitcode, file.read_text(encoding="utf-8")
 
 
 def together(function: Callable[..., object], *arguments: Any, count: int = 2) -> list[int | None]:
