@@ -26,7 +26,7 @@ from svam.seeds import generator
 from tests.evaluation.test_evaluate import write_params
 from tests.evaluation.test_rollout import Line, plans, same
 from tests.serving.conftest import start_command
-from tests.serving.peers import encoded, minimal_server
+from tests.serving.peers import PATIENCE, encoded, minimal_server
 from tests.tiny import TASKS, observations
 from tests.toy import committed, invoke
 
@@ -34,7 +34,7 @@ Answer = bytes | str | None
 
 
 def settings(url: str, **changes: Any) -> RemotePolicy:
-    return RemotePolicy.model_validate(committed("evaluate.remote", **{"url": url, "reply_seconds": 5.0} | changes))
+    return RemotePolicy.model_validate(committed("evaluate.remote", **{"url": url, "reply_seconds": PATIENCE} | changes))
 
 
 def chunk(values: Any, steps: int = 4) -> bytes:
@@ -104,7 +104,7 @@ def test_a_policy_that_sleeps_is_given_up() -> None:
     awake = threading.Event()
 
     def sleep(request: Any, number: int) -> Answer:
-        awake.wait(30)
+        awake.wait(PATIENCE)
         return seek(request)
 
     with minimal_server(sleep) as url:
@@ -155,7 +155,7 @@ def served(model: Path) -> Iterator[str]:
         yield process.stdout.readline().split()[-1]
     finally:
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
 
 
 def lines(out: Path) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ def test_a_policy_that_does_nothing_solves_nothing(evaluated: Path, tmp_path: Pa
         out = tmp_path / str(dimensions) / "results"
         zeros = encoded({"actions": np.zeros((5, dimensions), np.float32)})
         with minimal_server(lambda request, number, zeros=zeros: zeros) as url:  # type: ignore[misc]
-            result = evaluate(evaluated, out, policy="remote", remote={"url": url, "image_size": 24})
+            result = evaluate(evaluated, out, policy="remote", remote={"url": url, "image_size": 24}, batch=1)
         assert result.exit_code == code, result.output
         if code:
             assert "expected 4 finite numbers" in result.output and not out.exists()

@@ -266,7 +266,7 @@ if __name__ == "__main__":
         assert process.stdout is not None
         worker = int(process.stdout.readline())
         process.kill()
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 120.0
     while psutil.pid_exists(worker) and psutil.Process(worker).status() != psutil.STATUS_ZOMBIE:
         assert time.monotonic() < deadline, "the worker outlived its policy process"
         time.sleep(0.1)

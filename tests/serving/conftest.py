@@ -23,17 +23,22 @@ from svam.models.svam import SVAM
 from svam.serving.inference import Inference
 from svam.serving.server import PolicyServer, Settings
 from tests import ROOT
+from tests.conftest import Once
+from tests.serving.peers import PATIENCE
 from tests.tiny import make_svam, save_all_parts
 from tests.tiny_foresight import SIZE, make_store
 
 
-@pytest.fixture(scope="package")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_model(root: Path) -> None:
+    root.mkdir()
+    store = make_store(root / "episodes.zarr")
+    make_svam(store, save_all_parts(root / "parts", store), proprioception=True).save(root / "svam")
+
+
+@pytest.fixture(scope="session")
+def model(once: Once) -> Path:
     """A saved S-VAM that reads one camera, `front`, of 16 x 16 pixels, and two numbers of proprioception."""
-    folder = tmp_path_factory.mktemp("serving")
-    store = make_store(folder / "episodes.zarr")
-    make_svam(store, save_all_parts(folder / "parts", store), proprioception=True).save(folder / "svam")
-    return folder / "svam"
+    return once("serving", save_model) / "svam"
 
 
 @pytest.fixture
@@ -82,7 +87,7 @@ def make_server(model: Path, svam: SVAM) -> MakeServer:
         thread = threading.Thread(target=lambda: loop.run_until_complete(server.run(stop, told)))
         thread.start()
         try:
-            assert listening.wait(30)
+            assert listening.wait(PATIENCE)
             yield Running(f"ws://127.0.0.1:{ports[0]}", server, inference, partial(loop.call_soon_threadsafe, stop.set))
         finally:
             loop.call_soon_threadsafe(stop.set)

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 from websockets.sync.client import ClientConnection, connect
 from websockets.sync.server import ServerConnection, serve
 
+PATIENCE = 120.0
+"""Seconds for what happens at once, but not on a crowded machine."""
+
 
 def as_map(array: NDArray[Any]) -> dict[bytes, Any]:
     return {
@@ -38,7 +41,7 @@ def decoded(message: bytes) -> Any:
 def minimal_client(url: str, **options: Any) -> Iterator[tuple[ClientConnection, dict[str, Any]]]:
     """A connection, and the metadata that came first."""
     with connect(url, compression=None, max_size=None, proxy=None, **options) as connection:
-        first = connection.recv(20)
+        first = connection.recv(PATIENCE)
         assert isinstance(first, bytes)
         yield connection, decoded(first)
 
@@ -46,7 +49,7 @@ def minimal_client(url: str, **options: Any) -> Iterator[tuple[ClientConnection,
 def asked(connection: ClientConnection, request: dict[str, Any]) -> Any:
     """The reply's content, or the sentence of a text frame."""
     connection.send(encoded(request))
-    reply = connection.recv(60)
+    reply = connection.recv(PATIENCE)
     return reply if isinstance(reply, str) else decoded(reply)
 
 

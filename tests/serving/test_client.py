@@ -15,10 +15,10 @@ from svam.serving.client import PolicyClient
 from svam.serving.execution import Asynchronous, run
 from svam.serving.protocol import ProtocolError, ServingError
 from tests.serving.conftest import MakeServer, request_of
-from tests.serving.peers import encoded, minimal_server
+from tests.serving.peers import PATIENCE, encoded, minimal_server
 
 ACTIONS = np.arange(6, dtype=np.float32).reshape(2, 3)
-FAST: dict[str, Any] = {"pause_seconds": 0.01, "connect_seconds": 5.0, "reply_seconds": 5.0}
+FAST: dict[str, Any] = {"pause_seconds": 0.01, "connect_seconds": PATIENCE, "reply_seconds": PATIENCE}
 
 
 def test_it_speaks_the_format() -> None:
@@ -81,14 +81,14 @@ def test_a_late_reply_is_not_the_next_requests() -> None:
 
     def reply(_: Any, number: int) -> bytes:
         if number == 1:
-            go_on.wait(20)
+            go_on.wait(PATIENCE)
         return encoded({"actions": ACTIONS + number})
 
     with minimal_server(reply) as url, PolicyClient(url, **FAST | {"reply_seconds": 0.2}) as client:
         with pytest.raises(ServingError, match="did not reply within 0.2 s"):
             client.infer(request_of(1))
         go_on.set()
-        client._reply_seconds = 20.0
+        client._reply_seconds = PATIENCE
         np.testing.assert_array_equal(client.actions(request_of(1)), ACTIONS + 2)
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 from tests.serving.conftest import request_of, start_command
-from tests.serving.peers import as_map, asked, encoded, minimal_client
+from tests.serving.peers import PATIENCE, as_map, asked, encoded, minimal_client
 
 EACH = 25
 """Messages of one example."""
@@ -72,7 +72,7 @@ def send_messages(url: str, count: int) -> int:
             nonlocal answered
             for message in batch:
                 connection.send(message)
-                reply = connection.recv(30)
+                reply = connection.recv(PATIENCE)
                 if isinstance(reply, bytes):
                     answered += 1
                     assert b"actions" in reply and len(reply) < 1000
@@ -92,7 +92,7 @@ def drop_connections(url: str, count: int) -> None:
     )
     frame = b"\x82\xfe" + len(GOOD).to_bytes(2, "big") + bytes(4) + GOOD
     for _ in range(count):
-        with socket.create_connection(address, timeout=20) as connection:
+        with socket.create_connection(address, timeout=PATIENCE) as connection:
             if rng.random() < 0.5:  # reset the connection instead of closing it
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             sent = rng.choice([b"", handshake, handshake, rng.randbytes(200), handshake + frame])
@@ -110,13 +110,13 @@ def send_oversized(url: str, count: int) -> None:
     for _ in range(count):
         with minimal_client(url) as (connection, _), pytest.raises(ConnectionClosed) as closed:
             connection.send(b"x" * 200_000)
-            connection.recv(20)
+            connection.recv(PATIENCE)
         assert closed.value.rcvd is None or closed.value.rcvd.code == 1009
 
 
 def settled(process: psutil.Process) -> tuple[int, int, float]:
     """Descriptors, threads and MiB of memory, once connections that are closing have closed."""
-    end, found = time.monotonic() + 20.0, (0, 0)
+    end, found = time.monotonic() + PATIENCE, (0, 0)
     while time.monotonic() < end and found != (process.num_fds(), process.num_threads()):
         found = (process.num_fds(), process.num_threads())
         time.sleep(0.5)
@@ -147,7 +147,7 @@ def test_strangers_leave_nothing_behind(count: int, model: Path, tmp_path: Path)
         with minimal_client(url) as (connection, _):
             np.testing.assert_array_equal(asked(connection, request_of(1))["actions"], good)
         server.send_signal(signal.SIGTERM)
-        assert server.wait(60) == 0
+        assert server.wait(PATIENCE) == 0
     finally:
         server.kill()
         server.communicate()

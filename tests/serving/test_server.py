@@ -22,13 +22,15 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from svam.contract import Observation
 from svam.files import sha256
 from svam.models.svam import SVAM
+from svam.serving.__main__ import app
 from svam.serving.inference import Inference
 from svam.serving.protocol import ServingError
 from svam.serving.request import read_request
 from svam.serving.server import PolicyServer, Settings
 from tests.serving.conftest import MakeServer, request_of, start_command
-from tests.serving.peers import asked, encoded, minimal_client
+from tests.serving.peers import PATIENCE, asked, encoded, minimal_client
 from tests.tiny_foresight import SIZE
+from tests.toy import invoke
 
 
 def together(urls: list[str], requests: list[dict[str, Any]]) -> list[Any]:
@@ -120,7 +122,7 @@ def test_what_does_not_fit_is_one_sentence_and_the_connection_goes_on(make_serve
             (b"", "not msgpack"), ("text", "a text frame"), (b"\x01", "found int"), (b"\x81\xc4\x01a\x01", "text keys"),
         ):  # fmt: skip
             connection.send(raw)
-            sentence = connection.recv(20)
+            sentence = connection.recv(PATIENCE)
             assert isinstance(sentence, str) and message in sentence
         np.testing.assert_array_equal(asked(connection, request_of(1))["actions"], good["actions"])
 
@@ -175,7 +177,7 @@ def test_clients_and_queue_are_bounded(make_server: MakeServer, svam: SVAM) -> N
 
     def slow(*arguments: Any) -> Any:
         entered.release()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return encode(*arguments)
 
     with make_server(max_clients=3, queue=1) as running:
@@ -186,7 +188,7 @@ def test_clients_and_queue_are_bounded(make_server: MakeServer, svam: SVAM) -> N
                     pass
                 assert refused.value.response.status_code == 503 and b"3 clients" in (refused.value.response.body or b"")
                 one.send(encoded(request_of(1)))
-                assert entered.acquire(timeout=20)  # computed now
+                assert entered.acquire(timeout=PATIENCE)  # computed now
                 two.send(encoded(request_of(2)))
                 while not running.server._batcher._waiting:
                     time.sleep(0.005)
@@ -196,12 +198,12 @@ def test_clients_and_queue_are_bounded(make_server: MakeServer, svam: SVAM) -> N
             while running.server._batcher._waiting or running.server._clients > 1:
                 time.sleep(0.005)
             go_on.set()
-            assert isinstance(one.recv(20), bytes)
+            assert isinstance(one.recv(PATIENCE), bytes)
             assert not entered.acquire(blocking=False), "the request of the client that left was not computed"
 
 
 def health(url: str, path: str = "/healthz") -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(url.removeprefix("ws://"), timeout=20)
+    connection = http.client.HTTPConnection(url.removeprefix("ws://"), timeout=PATIENCE)
     connection.request("GET", path)
     response = connection.getresponse()
     body = response.read()
@@ -246,7 +248,7 @@ def test_an_oversized_message_ends_its_connection(make_server: MakeServer) -> No
             assert asked(connection, request_of(1, **{"observation/extra": np.zeros(8000, np.uint8)}))["seed"] > 0
             connection.send(encoded(request_of(1, **{"observation/extra": np.zeros(20_000, np.uint8)})))
             with pytest.raises(ConnectionClosed) as closed:
-                connection.recv(20)
+                connection.recv(PATIENCE)
             assert closed.value.rcvd is not None and closed.value.rcvd.code == 1009
         with minimal_client(running.url) as (connection, _):
             assert asked(connection, request_of(1))["actions"].shape == (4, 3)
@@ -257,23 +259,23 @@ def test_a_stop_finishes_what_is_computed(make_server: MakeServer, svam: SVAM) -
 
     def slow(*arguments: Any) -> Any:
         entered.set()
-        assert go_on.wait(60)
+        assert go_on.wait(PATIENCE)
         return encode(*arguments)
 
     with make_server() as running, minimal_client(running.url) as (one, _), minimal_client(running.url) as (two, _):
         svam.encode = slow  # type: ignore[method-assign]
         one.send(encoded(request_of(1)))
-        assert entered.wait(20)
+        assert entered.wait(PATIENCE)
         running.stop()
         while not running.server._stopping:
             time.sleep(0.005)
         assert asked(two, request_of(2)) == "the server is stopping; connect again later"
         assert health(running.url, "/")[0] == 503
         go_on.set()
-        assert isinstance(one.recv(20), bytes)
+        assert isinstance(one.recv(PATIENCE), bytes)
         for connection in (one, two):
             with pytest.raises(ConnectionClosed) as closed:
-                connection.recv(20)
+                connection.recv(PATIENCE)
             assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
 
 
@@ -285,9 +287,9 @@ def test_a_client_that_falls_silent_is_dropped_and_others_are_served(
         b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
         b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
     )
-    with make_server(ping=0.3) as running:
+    with make_server(ping=1.0) as running:
         address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
-        with socket.create_connection(address, timeout=20) as silent:
+        with socket.create_connection(address, timeout=PATIENCE) as silent:
             silent.sendall(handshake)
             silent.sendall(b"\x82\xff" + (1000).to_bytes(8, "big") + b"mask" + b"half of a message")
             with minimal_client(running.url) as (connection, _):
@@ -299,11 +301,14 @@ def test_a_client_that_falls_silent_is_dropped_and_others_are_served(
             time.sleep(0.005)
 
 
-def test_the_command(model: Path) -> None:
-    refused = start_command(model, "--host", "0.0.0.0")
-    assert "there is no key" in refused.communicate(timeout=60)[1] and refused.returncode == 1
-    refused = start_command(model, "--key-env", "SVAM_TEST_KEY", SVAM_TEST_KEY="short")
-    assert "SVAM_TEST_KEY: that environment variable holds no key" in refused.communicate(timeout=60)[1]
+def test_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SVAM_TEST_KEY", "short")
+    for options, said in (
+        (["--host", "0.0.0.0"], "there is no key"),
+        (["--key-env", "SVAM_TEST_KEY"], "SVAM_TEST_KEY: that environment variable holds no key"),
+    ):
+        refused = invoke(app, model, *options)
+        assert refused.exit_code == 1 and said in " ".join(refused.output.split())
 
     process = start_command(model, "--host", "localhost", "--key-env", "SVAM_TEST_KEY", SVAM_TEST_KEY="0123456789")
     assert process.stdout is not None
@@ -314,7 +319,7 @@ def test_the_command(model: Path) -> None:
         assert health(url) == (200, b"OK\n")
         process.send_signal(signal.SIGTERM)
         with pytest.raises(ConnectionClosed) as closed:
-            connection.recv(20)
+            connection.recv(PATIENCE)
         assert closed.value.rcvd is not None and closed.value.rcvd.code == 1001
-    errors = process.communicate(timeout=60)[1]
+    errors = process.communicate(timeout=PATIENCE)[1]
     assert process.returncode == 0 and "Traceback" not in errors and "0123456789" not in errors
