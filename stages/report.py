@@ -37,7 +37,7 @@ def app(
     run = tables.gather(results, video, decouplers, backbones, branches)
     curves = tables.curves_of(live, branches)
     with whole_directory(films) as folder:
-        posters = draw_films(folder, results, run.results.get("metaworld", {}).get("rate_hz", 0.0))
+        posters = draw_films(folder, results, run.rates_hz)
     with whole_directory(out) as folder:
         flat = tables.flat_metrics(run)
         write_json(folder / "metrics.json", flat)

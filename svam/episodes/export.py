@@ -109,7 +109,7 @@ class _Results(BaseModel):
 
 
 def _rollouts(path: Path) -> Recording:
-    """Those of the protocol `metaworld`, the only one that records any, in the order of `episodes.jsonl`."""
+    """Those of the protocol `metaworld`, the only one that records actions, in the order of `episodes.jsonl`."""
     results = stated(_Results, read_json(path / "metrics.json"), path / "metrics.json").metaworld
     file = path / "episodes.jsonl"
     lines = [stated(_Line, _parsed(file, text), file) for text in file.read_text(encoding="utf-8").splitlines()]

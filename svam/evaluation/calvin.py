@@ -20,6 +20,7 @@ from svam.console import console
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
+from svam.evaluation.recorded import write_rollout
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
@@ -69,12 +70,15 @@ def check_model(model: SVAM, store: EpisodeStore, sentences: Iterable[str] = ())
     model.foresight.text.ids(sorted(sentences))
 
 
-def plan_chains(row: str, chains: Chains, checkout: Checkout) -> list[PlannedEpisode]:
-    """The episodes of one row: chain i starts at the i-th state."""
+def plan_chains(row: str, chains: Chains, checkout: Checkout, videos: int = 0) -> list[PlannedEpisode]:
+    """The episodes of one row: chain i starts at the i-th state. The first `videos` are recorded."""
     return [
-        PlannedEpisode(row, "calvin", number, i, chain=tuple((name, checkout.sentences[name]) for name in chain.subtasks))
+        PlannedEpisode(
+            row, "calvin", number, i, record=i < videos,
+            chain=tuple((name, checkout.sentences[name]) for name in chain.subtasks),
+        )
         for i, (number, chain) in enumerate(chains)
-    ]
+    ]  # fmt: skip
 
 
 def run(
@@ -114,7 +118,7 @@ def run(
                 policy, pool, seed=seed, batch=params.batch, execute=params.execute, max_steps=section.max_steps,
                 proprioception=proprioception, resume=resume,
             )  # fmt: skip
-            outcomes["policy"] = rollouts.run(plan_chains("policy", chains, checkout))
+            outcomes["policy"] = rollouts.run(plan_chains("policy", chains, checkout, params.videos))
         for controller in controllers:
             outcomes[controller] = run_scripted(
                 plan_chains(controller, chains, checkout), controller, pool, dimensions=ACTION_DIMENSIONS,
@@ -147,7 +151,8 @@ def chain_scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:
 
 def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: Params, resume: Resume) -> dict[str, Any]:
     """`run` with `policy` on the chosen chains; print and return metrics, and write a line for each chain and row to
-    `chains.jsonl`: its number in the official list, subtasks, after how many steps each was solved, and steps in all."""
+    `chains.jsonl`: its number in the official list, subtasks, after how many steps each was solved, and steps in all. Recorded
+    chains are as `write_rollout` leaves them."""
     section = params.evaluate.calvin
     checkout = open_checkout(section.path, section.commit)
     cameras, side = cameras_of(policy, tuple(CAMERAS)), params.evaluate.remote.image_size
@@ -168,6 +173,8 @@ def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
         for group in outcomes.values() for outcome in group
     ]  # fmt: skip
     (folder / "chains.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    for played in outcomes.get("policy", []):
+        write_rollout(folder, played, policy, params)
     rows = {row: chain_scores(group) for row, group in outcomes.items()}
     lengths = ", ".join(f"{row} {scores['average_length']:.2f}" for row, scores in rows.items())
     console.print(f"subtasks solved in a row, of {section.subtasks}: {lengths}", highlight=False)
@@ -175,6 +182,6 @@ def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
         "rows": rows, "chains": section.chains, "subtasks": section.subtasks, "tasks": section.tasks,
         "official": section.chains == OFFICIAL_CHAINS and section.subtasks == 5 and section.max_steps == 360,
         "cameras": list(cameras), "renderer": section.renderer, "commit": checkout.commit, "max_steps": section.max_steps,
-        "execute": params.evaluate.execute, "intervals": "95 % Wilson, over chains",
+        "execute": params.evaluate.execute, "rate_hz": RATE_HZ, "intervals": "95 % Wilson, over chains",
     }  # fmt: skip
     return metrics if policy is None or isinstance(policy, SVAM) else metrics | {"weights_sha256": policy.weights}

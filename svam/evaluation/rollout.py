@@ -97,8 +97,9 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A whole episode: frames (steps + 1, V H, W, 3) uint8 of the V cameras, below one another, proprioception (steps + 1, P)
-    and actions (steps, A) float32, as the policy gave them; row t of the first two is what was there when action t began."""
+    """A whole episode: frames (steps + 1, V H, W, 3) uint8 of the V cameras, below one another, but for cameras whose pictures
+    have another size than the first's; proprioception (steps + 1, P) and actions (steps, A) float32, as the policy gave them;
+    row t of the first two is what was there when action t began."""
 
     frames: NDArray[np.uint8]
     proprioception: NDArray[np.float32]
@@ -192,7 +193,8 @@ def _begin(slot: int, plan: PlannedEpisode) -> _Reply:
 
 
 def _moment(environment: Environment, frames: Mapping[str, NDArray[np.uint8]]) -> Moment:
-    return np.concatenate(list(frames.values())), environment.proprioception()
+    first, *others = frames.values()
+    return np.concatenate([first, *(frame for frame in others if frame.shape == first.shape)]), environment.proprioception()
 
 
 def _advance(slot: int, plan: PlannedEpisode, goal: int, actions: NDArray[np.float32], last: bool) -> _Reply:

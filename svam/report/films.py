@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,22 +72,86 @@ def rollout_film(
     return side_by_side(panels, size)
 
 
-def draw_films(folder: Path, results: Path, rate_hz: float) -> dict[str, NDArray[np.uint8]]:
-    """A film `<task>_<index>.mp4` of every recorded rollout of `results`, `SLOWED` times slower than the robot's `rate_hz`
-    steps a second. Returns the middle picture (h, w, 3) uint8 of each, by its name without the ending.
+@dataclass(frozen=True)
+class Played:
+    """An episode that the policy ran: of which protocol, what it was and how it ended, and its line in the results."""
+
+    protocol: str
+    caption: str
+    line: Mapping[str, Any]
+
+
+def policy_episodes(results: Path) -> dict[str, Played]:
+    """Episodes of the policy's own row, by what a recorded one is called; empty where no closed loop was run.
 
     Raises:
-        FileError: an array is missing or damaged.
+        FileError: a file of episodes is damaged.
+    """
+    episodes = {}
+    for protocol, (name, describe) in EPISODES.items():
+        file = results / name
+        try:
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+            for line in (line for line in lines if line["row"] == "policy"):
+                called, caption = describe(line)
+                episodes[called] = Played(protocol, caption, line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileError(f"{file}: not a line for each episode that evaluate wrote ({error}); run evaluate again") from None
+    return episodes
+
+
+def _ending(line: Mapping[str, Any]) -> str:
+    return f"the goal was {'reached after' if line['success'] else 'not reached in'} {line['steps']} steps"
+
+
+def _metaworld(line: Mapping[str, Any]) -> tuple[str, str]:
+    said = f"{line['task']}, goal {line['index']}: \u201c{line['instruction']}\u201d; {_ending(line)}"
+    return f"{line['task']}_{line['index']}", said
+
+
+def _calvin(line: Mapping[str, Any]) -> tuple[str, str]:
+    subtasks, solved = line["subtasks"], line["solved_at"]
+    said = f"CALVIN, chain {line['chain']}: {', '.join(subtasks)}; {len(solved)} of {len(subtasks)} solved"
+    after = f" after {' and '.join(map(str, solved))} steps" if solved else ""
+    return f"calvin_{line['chain']}", f"{said}{after}, {line['steps']} steps in all"
+
+
+def _libero(line: Mapping[str, Any]) -> tuple[str, str]:
+    said = f"{line['suite']}, {line['task'].replace('_', ' ')}, initial state {line['initial_state']}; {_ending(line)}"
+    return f"{line['task']}_{line['initial_state']}", said
+
+
+EPISODES: Mapping[str, tuple[str, Callable[[Mapping[str, Any]], tuple[str, str]]]] = {
+    "metaworld": ("episodes.jsonl", _metaworld),
+    "calvin": ("chains.jsonl", _calvin),
+    "libero": ("libero.jsonl", _libero),
+}
+"""Protocol -> its file in the results, and what of a line are the recorded episode's name and a film's caption."""
+
+
+def draw_films(folder: Path, results: Path, rates_hz: Mapping[str, float]) -> dict[str, NDArray[np.uint8]]:
+    """A film `<name>.mp4` of every recorded rollout of `results`, `SLOWED` times slower than the robot moves. Returns the
+    middle picture (h, w, 3) uint8 of each, by its name.
+
+    Args:
+        rates_hz: the robot's steps a second, by protocol.
+
+    Raises:
+        FileError: an array is missing or damaged, or the episode is in no protocol's file.
     """
     pictures = {}
+    episodes = policy_episodes(results)
     for rollout in sorted(results.glob("rollouts/*")):
         arrays = read_arrays(rollout)
         if not {"frames", "calls"} <= set(arrays):
             raise FileError(f"{rollout}: frames.npy or calls.npy is missing; run evaluate again")
+        if rollout.name not in episodes:
+            files = ", ".join(name for name, _ in EPISODES.values())
+            raise FileError(f"{rollout}: no line of {files} is of this episode; run evaluate again")
         foresight = {
             name.removeprefix("foresight_"): values for name, values in arrays.items() if name.startswith("foresight_")
         }
         film = rollout_film(arrays["frames"], arrays["calls"], foresight)
-        write_film(folder / f"{rollout.name}.mp4", film, rate_hz / SLOWED)
+        write_film(folder / f"{rollout.name}.mp4", film, rates_hz[episodes[rollout.name].protocol] / SLOWED)
         pictures[rollout.name] = film[len(film) // 2]
     return pictures

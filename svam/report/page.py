@@ -6,7 +6,6 @@ Everything that users write, such as sentences of their data, is shown as text. 
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from svam.files import FileError, read_json, read_yaml, sha256_tree
 from svam.params import Backbone, Distill, FinetuneVideo, Optimiser, Params, TrainPolicy
 from svam.report import tables
 from svam.report.defaults import ELSEWHERE, changed_params
-from svam.report.films import SLOWED
+from svam.report.films import SLOWED, Played, policy_episodes
 from svam.report.published import beside_published, published_table
 from svam.report.readme import sentences
 
@@ -136,16 +135,6 @@ def introduction(run: tables.RunMetrics, note: str) -> str:
     return "\n\n".join(parts)
 
 
-def policy_episodes(results: Path) -> dict[str, dict[str, Any]]:
-    """`<task>_<index>` -> the line of `episodes.jsonl`, of the policy's own row; empty where no closed loop was run."""
-    file = results / "episodes.jsonl"
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        return {f"{line['task']}_{line['index']}": line for line in lines if line["row"] == "policy"}
-    except (ValueError, KeyError, TypeError) as error:
-        raise FileError(f"{file}: not a line of row, task and index for each episode ({error}); run evaluate again") from None
-
-
 def figures_of(folder: Path, title: str) -> list[Picture]:
     """The figures in the folder that belong to the section."""
     chosen = {name: caption for name, (section, caption) in CAPTIONS["figures"].items() if section == title}
@@ -153,18 +142,13 @@ def figures_of(folder: Path, title: str) -> list[Picture]:
     return [(f"{n}.png", caption) for kind, caption in chosen.items() for n in names if n.rstrip("0123456789_") == kind]
 
 
-def films_section(folder: Path, beside: Beside, episodes: Mapping[str, Mapping[str, Any]]) -> Section:
+def films_section(folder: Path, beside: Beside, episodes: Mapping[str, Played]) -> Section:
     """The recorded rollouts; writes their posters."""
     films = []
     (folder / "posters").mkdir()
     for name, picture in beside.posters.items():
         Image.fromarray(picture).save(folder / f"posters/{name}.png")
-        line = episodes.get(name)
-        caption = name
-        if line is not None:
-            end = "the goal was reached after" if line["success"] else "the goal was not reached in"
-            caption = f"{line['task']}, goal {line['index']}: \u201c{line['instruction']}\u201d; {end} {line['steps']} steps"
-        films.append((beside.address(beside.films, f"{name}.mp4"), f"posters/{name}.png", caption))
+        films.append((beside.address(beside.films, f"{name}.mp4"), f"posters/{name}.png", episodes[name].caption))
     text = (
         "The camera, and beside it what the policy foresaw, as the first three principal components of the features over the "
         "whole film: between two looks of the policy a panel plays the foreseen frames from the first to the last. "
@@ -202,11 +186,12 @@ def training_of(part: str, params: Params) -> Optimiser | None:
     return backbone.training if backbone.source == "in_domain" else None
 
 
-def cost_section(run: tables.RunMetrics, episodes: Mapping[str, Mapping[str, Any]]) -> Section:
+def cost_section(run: tables.RunMetrics, episodes: Mapping[str, Played]) -> Section:
     """What an episode costs, and how long a call takes."""
     parts = []
-    if run.success and episodes:
-        steps, calls = (sum(line[key] for line in episodes.values()) / len(episodes) for key in ("steps", "policy_calls"))
+    lines = [played.line for played in episodes.values() if played.protocol == "metaworld"]
+    if lines:
+        steps, calls = (sum(line[key] for line in lines) / len(lines) for key in ("steps", "policy_calls"))
         closed_loop = run.results["metaworld"]
         parts.append(
             f"An episode took {steps:.0f} steps, of at most {closed_loop['max_steps']}, and {calls:.1f} calls of the policy on "

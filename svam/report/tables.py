@@ -51,6 +51,12 @@ class RunMetrics:
         return rows
 
     @property
+    def rates_hz(self) -> Mapping[str, float]:
+        """Protocol -> steps a second of its robot, of those that a film can be of."""
+        protocols = {name: found for name, found in self.results.items() if isinstance(found, dict)}
+        return {name: found["rate_hz"] for name, found in protocols.items() if "rate_hz" in found}
+
+    @property
     def evaluated(self) -> str:
         """The row of what was evaluated: a scripted policy has no other."""
         return "policy" if "policy" in self.success else next(iter(self.success))

@@ -16,10 +16,13 @@ from svam.episodes.convert import convert
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.evaluation import calvin
+from svam.evaluation.recorded import sentence_at
 from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Outcome, PlannedEpisode, noise_seed
 from svam.evaluation.scores import rate_of
+from svam.files import sha256_tree
 from svam.models.svam import SVAM
+from svam.npy import read_arrays
 from svam.params import Params
 from svam.resume import NO_RESUME, Resume
 from svam.simulation.calvin import CalvinEnvironment
@@ -81,7 +84,7 @@ def test_a_policy_of_other_data_is_refused(evaluated: Path) -> None:
 
 def calvin_params(folder: Path, **changes: Any) -> Params:
     section = {"commit": "1234567", "chains": 4, "subtasks": 2, "max_steps": 150, **changes}
-    evaluate = {"protocols": ["metaworld"], "execute": 4, "batch": 3, "calvin": section}
+    evaluate = {"protocols": ["metaworld"], "execute": 4, "batch": 3, "videos": 1, "calvin": section}
     return write_toy_params(folder / "params.yaml", {"train_policy": {"chunk": 4}, "evaluate": evaluate})
 
 
@@ -94,7 +97,13 @@ def play(folder: Path, policy: Any, workers: int, resume: Resume = NO_RESUME, ki
 
 
 def facts(outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
-    return {row: [dataclasses.astuple(outcome) for outcome in group] for row, group in outcomes.items()}
+    """To compare; of recorded chains also what was recorded."""
+
+    def fact(outcome: Outcome) -> tuple[Any, ...]:
+        recorded = {} if outcome.recorded is None else {name: v.tobytes() for name, v in vars(outcome.recorded).items()}
+        return (*dataclasses.astuple(dataclasses.replace(outcome, recorded=None)), recorded)
+
+    return {row: [fact(outcome) for outcome in group] for row, group in outcomes.items()}
 
 
 class Replayed:
@@ -148,6 +157,12 @@ def test_a_chain_goes_as_its_actions_say_with_any_number_of_workers_and_kills(tm
     picture = policy.seen[noise_seed(0, first.plan, 0)]
     assert picture.frames["static"].shape == (SIZE, SIZE, 3) and picture.proprioception is not None
     assert picture.proprioception.shape == (15,)
+    assert [o.recorded is not None for o in once["policy"]] == [True, False, False, False] and first.recorded is not None
+    assert first.recorded.frames.shape == (first.steps + 1, SIZE, SIZE, 3)
+    for call in first.calls:
+        seen = policy.seen[noise_seed(0, first.plan, call)]
+        assert (first.recorded.frames[call] == seen.frames["static"]).all()
+        assert sentence_at(first, call) == seen.instruction
     assert facts(play(tmp_path, Replayed(), workers=3)) == facts(once)
     assert play(tmp_path, None, workers=2, kind="random") == {"random": once["random"]}
 
@@ -189,6 +204,7 @@ def test_a_server_sees_both_cameras(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert seen[0]["observation/image"].shape == (200, 200, 3) and seen[0]["observation/wrist_image"].shape == (84, 84, 3)
     assert seen[0]["observation/state"].shape == (15,) and metrics["cameras"] == ["static", "gripper"]
     assert metrics["rows"]["policy"]["average_length"] == 0.0 and metrics["weights_sha256"] is None
+    assert read_arrays(tmp_path / "rollouts/calvin_7")["frames"].shape == (9, 200, 200, 3), "the gripper's are of another size"
 
 
 @needs_calvin
@@ -223,9 +239,12 @@ def test_a_trained_policy_is_evaluated(tmp_path: Path, monkeypatch: pytest.Monke
         params = params.model_copy(update={"machine": params.machine.model_copy(update={"workers": workers})})
         (tmp_path / str(workers)).mkdir()
         metrics = calvin.write_calvin(tmp_path / str(workers), store, svam, params, NO_RESUME)
-        written.append((metrics, (tmp_path / str(workers) / "chains.jsonl").read_bytes()))
+        lines = (tmp_path / str(workers) / "chains.jsonl").read_text(encoding="utf-8")
+        written.append((metrics, lines, sha256_tree(tmp_path / str(workers))))
     assert written[0] == written[1]
-    metrics, lines = written[0]
+    metrics, lines, _ = written[0]
+    rollout = read_arrays(tmp_path / "1/rollouts/calvin_7")
+    assert len(rollout["frames"]) == 11 and len(rollout["calls"]) == len(rollout["foresight_one_step"]) == 3
     assert metrics["cameras"] == ["static"] and metrics["renderer"] == "cpu" and metrics["commit"] == checkout().commit
     assert not metrics["official"] and set(metrics["rows"]) == {"policy", "random", "expert"}
     assert [json.loads(line)["chain"] for line in lines.splitlines()] == [7, 8, 9, 12] * 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ BOWL, SOUP = "put_the_bowl_on_the_stove", "pick_up_the_alphabet_soup_and_place_i
 
 def write_params(path: Path, policy: str = "svam", **libero: Any) -> Evaluate:
     section = {"suites": ["libero_goal"], "tasks": [BOWL], "episodes": 2, "max_steps": 12, "drawn": 64, "render": "fast"}
-    evaluate = {"protocols": ["libero"], "policy": policy, "execute": 4, "batch": 3, "libero": section | libero}
+    evaluate = {"protocols": ["libero"], "policy": policy, "execute": 4, "batch": 3, "videos": 1, "libero": section | libero}
     return write_toy_params(path, {"evaluate": evaluate}).evaluate
 
 
@@ -110,7 +111,11 @@ def test_workers_change_no_outcome(tmp_path: Path) -> None:
             chosen_tasks(params.libero), Recording(), params, cameras=("agentview", "eye_in_hand"), image_size=(32, 32),
             proprioception=True, seed=0, workers=workers,
         ))  # fmt: skip
-    assert outcomes[0] == outcomes[1] and seen[0] == seen[1]
+    films = [played["policy"][0].recorded for played in outcomes]
+    assert films[0] is not None and films[1] is not None and films[0].frames.shape == (13, 2 * 32, 32, 3)
+    assert (films[0].frames == films[1].frames).all()
+    plain = [{row: [replace(o, recorded=None) for o in group] for row, group in played.items()} for played in outcomes]
+    assert plain[0] == plain[1] and seen[0] == seen[1]
     assert len(seen[0]) == 3 * 3  # episodes and calls
     assert {row: [o.success for o in group] for row, group in outcomes[0].items()} == {
         "policy": [False] * 3, "random": [False] * 3, "expert": [False] * 3

@@ -46,6 +46,11 @@ LIBERO = {
     "episodes_per_task": 4, "max_steps": {"libero_goal": 300}, "settling_steps": 10, "cameras": ["agentview"], "drawn": 128,
     "render": "full", "mujoco": "3.3.0",
 }  # fmt: skip
+CHAINS = {"rates": [rate_of([True] * 3 + [False]), rate_of([True] + [False] * 3)], "average_length": 1.0, "subtasks": {}}
+CALVIN = {
+    "rows": {"expert": CHAINS, "policy": CHAINS}, "chains": 4, "subtasks": 2, "tasks": ["open_drawer"], "official": False,
+    "cameras": ["static"], "renderer": "egl", "commit": "797142c588c2", "max_steps": 360, "rate_hz": 30.0,
+}  # fmt: skip
 
 
 def row(*rates: float, episodes: int = 4) -> dict[str, Any]:
@@ -187,13 +192,7 @@ def test_markdown_says_what_was_measured(run: Path) -> None:
 
 
 def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
-    results, line = read_json(run / "results/metrics.json"), {"subtasks": {}}
-    scores = {"rates": [rate_of([True] * 3 + [False]), rate_of([True] + [False] * 3)], "average_length": 1.0} | line
-    results["calvin"] = {
-        "rows": {"expert": scores, "policy": scores}, "chains": 4, "subtasks": 2, "tasks": ["open_drawer"], "official": False,
-        "cameras": ["static"], "renderer": "egl", "commit": "797142c588c2", "max_steps": 360,
-    }  # fmt: skip
-    write_json(run / "results/metrics.json", results)
+    write_json(run / "results/metrics.json", read_json(run / "results/metrics.json") | {"calvin": CALVIN})
     gathered = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
     page = tables.markdown(gathered)
     assert "| S-VAM | 75% (30% to 95%) | 25% (5% to 70%) | 1.00 |\n| scripted expert |" in page
@@ -212,6 +211,8 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     results = read_json(run / "results/metrics.json")
     del results["metaworld"], results["libero"]
     write_json(run / "results/metrics.json", results)
+    shutil.rmtree(run / "results/rollouts")
+    (run / "results/episodes.jsonl").unlink()
     result = invoke(run, tmp_path / "out", branches=["geometric"])
     assert result.exit_code == 0, result.output
     flat = read_json(tmp_path / "out/metrics.json")
@@ -233,15 +234,51 @@ def test_a_broken_file_is_one_sentence_and_leaves_nothing(run: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def film(file: Path) -> tuple[list[Any], float]:
+    """Its pictures, and how many it shows a second."""
+    with av.open(str(file)) as opened:
+        rate = float(opened.streams.video[0].average_rate)
+        return [frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)], rate
+
+
 def test_films_hold_one_picture_for_each_step(run: Path, tmp_path: Path) -> None:
-    draw_films(tmp_path, run / "results", 80.0)
-    with av.open(str(tmp_path / "reach_0.mp4")) as film:
-        shown = [frame.to_ndarray(format="rgb24") for frame in film.decode(video=0)]
-        assert len(shown) == 8 and float(film.streams.video[0].average_rate) == 20.0
+    draw_films(tmp_path, run / "results", {"metaworld": 80.0})
+    shown, rate = film(tmp_path / "reach_0.mp4")
+    assert len(shown) == 8 and rate == 20.0
     assert shown[0].shape == (192 + 16, 2 * 192, 3)
     (run / "results/rollouts/reach_0/calls.npy").unlink()
     with pytest.raises(FileError, match=r"reach_0: frames\.npy or calls\.npy is missing; run evaluate again"):
-        draw_films(tmp_path, run / "results", 80.0)
+        draw_films(tmp_path, run / "results", {"metaworld": 80.0})
+
+
+def test_films_of_chains_and_of_libero_have_their_robots_rate(run: Path, tmp_path: Path) -> None:
+    results = run / "results"
+    rng = np.random.default_rng(0)
+    for name in ("calvin_7", "stove_2"):
+        frames = rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
+        write_arrays(results / f"rollouts/{name}", {"frames": frames, "calls": np.array([0, 3])})
+    chain = {"row": "policy", "chain": 7, "subtasks": ["open_drawer", "turn_on_led"], "solved_at": [3], "steps": 4}
+    stove = {
+        "row": "policy", "suite": "libero_goal", "task": "stove", "initial_state": 2, "success": False, "steps": 4,
+    }  # fmt: skip
+    for file, line in (("chains", chain), ("libero", stove)):
+        lines = [line, line | {"row": "expert", "steps": 9}]
+        (results / f"{file}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    metrics = read_json(results / "metrics.json") | {"calvin": CALVIN, "libero": LIBERO | {"rate_hz": 20.0}}
+    write_json(results / "metrics.json", metrics)
+    result = invoke(run, tmp_path / "report")
+    assert result.exit_code == 0, result.output
+    rates = {file.stem: film(file)[1] for file in (tmp_path / "films").iterdir()}
+    assert rates == {"reach_0": 20.0, "calvin_7": 7.5, "stove_2": 5.0}
+    page = (tmp_path / "report/index.html").read_text(encoding="utf-8")
+    assert "CALVIN, chain 7: open_drawer, turn_on_led; 1 of 2 solved after 3 steps, 4 steps in all" in page
+    assert "libero_goal, stove, initial state 2; the goal was not reached in 4 steps" in page
+    assert "An episode took 10 steps, of at most 500" in page, "of MetaWorld's episodes alone"
+    shutil.move(results / "rollouts/stove_2", results / "rollouts/stove_3")
+    result = invoke(run, tmp_path / "again")
+    assert result.exit_code == 1 and "stove_3: no line of episodes.jsonl, chains.jsonl, libero.jsonl is of this episode" in (
+        " ".join(result.output.split())
+    )
 
 
 def test_clips_stand_in_rows_the_truth_above_the_generation() -> None:
