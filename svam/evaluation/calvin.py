@@ -154,14 +154,14 @@ def write_calvin(folder: Path, store: EpisodeStore, policy: Evaluated, params: P
     `chains.jsonl`: its number in the official list, subtasks, after how many steps each was solved, and steps in all. Recorded
     chains are as `write_rollout` leaves them."""
     section = params.evaluate.calvin
-    checkout = open_checkout(section.path, section.commit)
+    checkout, chains = open_checkout(section.path, section.commit), chosen_chains(section)
     cameras, side = cameras_of(policy, tuple(CAMERAS)), params.evaluate.remote.image_size
     image_size = None if side is None or policy is None else (side, side)
     if isinstance(policy, SVAM):
-        check_model(policy, store, checkout.sentences.values())
+        check_model(policy, store, {checkout.sentences[name] for _, chain in chains for name in chain.subtasks})
         image_size = policy.config.image_size
     outcomes = run(
-        chosen_chains(section), checkout, policy, params.evaluate, cameras=cameras, image_size=image_size,
+        chains, checkout, policy, params.evaluate, cameras=cameras, image_size=image_size,
         proprioception=policy is not None and policy.needs_proprioception, seed=params.seed, workers=params.machine.workers,
         resume=resume,
     )  # fmt: skip
