@@ -6,12 +6,13 @@ Only the commands are replaced: each writes something new into its outs. That of
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import chdir
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import dvc.utils.serialize._yaml
 import networkx as nx
@@ -118,20 +119,25 @@ SILENT: list[tuple[str, str, str]] = [
 
 @pytest.fixture(scope="module", autouse=True)
 def each_text_is_parsed_once() -> Iterator[None]:
-    """DVC parses params.yaml again for every stage, in pure Python: most of the time this file would take."""
-    parsed: dict[tuple[str, str], Any] = {}
+    """DVC parses params.yaml again for every stage, and reads and writes dvc.lock after each, in pure Python: most of the time
+    this file would take. What it writes is JSON here, which is YAML too."""
+    parsed: dict[str, Any] = {}
     parse = dvc.utils.serialize._yaml.parse_yaml
 
     def remembered(text: str, path: str, typ: str = "safe") -> Any:
-        if typ != "safe":
-            return parse(text, path, typ)
-        if (text, path) not in parsed:
-            parsed[text, path] = parse(text, path)
-        return deepcopy(parsed[text, path])
+        if text not in parsed:
+            parsed[text] = parse(text, path)
+        return deepcopy(parsed[text])
+
+    def written(data: Any, stream: TextIO) -> None:
+        text = json.dumps(data)
+        parsed[text] = json.loads(text)
+        stream.write(text)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dvc.utils.serialize._yaml.parse_yaml", remembered)
         patch.setattr("dvc.utils.strictyaml.parse_yaml", remembered)
+        patch.setattr("dvc.utils.serialize._yaml._dump", written)
         yield
 
 
