@@ -23,7 +23,7 @@ def app(
     backbones: Annotated[Path, typer.Option(help="Directory that holds the teacher, named as the branch.")],
 ) -> None:
     """Write targets and references as a folder of arrays; print how good the teacher still is on generated frames."""
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.models.teachers import Teacher
     from svam.resume import resumable_run
     from svam.training.cache_teacher import cache_windows
@@ -36,7 +36,7 @@ def app(
         resumable_run(f"cache_teacher@{branch}", params, ["cache_teacher", "distill.target"], inputs, device) as resume,
         resume.directory(out) as partial,
     ):
-        windows, store = GeneratedWindows(generated), EpisodeStore.open(episodes)
+        windows, store = GeneratedWindows(generated), open_store(episodes)
         teacher = Teacher.load(backbones / branch).to(device)
         metrics = cache_windows(partial, windows, store, teacher, branch, section, target, device, resume)
     for kind, values in metrics["reference"].items():

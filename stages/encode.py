@@ -20,7 +20,7 @@ def app(
     autoencoder: Annotated[Path, typer.Option(help="The prepared autoencoder.")],
 ) -> None:
     """Write the latents of all frames of the foresight cameras, float16, with the rows of the store."""
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.files import sha256_tree
     from svam.models.autoencoder import Autoencoder
     from svam.resume import resumable_run
@@ -31,7 +31,7 @@ def app(
         resumable_run("encode", params, ["encode"], [episodes, autoencoder], device) as resume,
         resume.directory(out) as partial,
     ):
-        store, model = EpisodeStore.open(episodes), Autoencoder.load(autoencoder).to(device)
+        store, model = open_store(episodes), Autoencoder.load(autoencoder).to(device)
         encode_frames(partial, store, model, sha256_tree(autoencoder), params.encode.batch, device, resume)
 
 

@@ -27,13 +27,13 @@ def app(
     section = params.evaluate
 
     # Within the function: worker processes import this module too, and need neither torch nor models.
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.evaluation.latency import print_latencies
     from svam.evaluation.policies import acting_in, evaluated_policy
     from svam.models.svam import SVAM
     from svam.resume import resumable_run
 
-    store = EpisodeStore.open(episodes)
+    store = open_store(episodes)
     metrics: dict[str, Any] = {"protocols": list(section.protocols), "policy": section.policy}
     with evaluated_policy(params, model) as (policy, computed_by):
         deciding = [name for name in type(section).model_fields if name != "remote"] + [f"remote.{name}" for name in REMOTE]

@@ -26,7 +26,8 @@ def app(
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
     """Train the spatio-temporal U-Net; write it with held-out metrics (metrics.json) and held-out clips (samples/clips.npy)."""
-    from svam.episodes.store import SPLITS, EpisodeStore
+    from svam.episodes.joined import open_store
+    from svam.episodes.store import SPLITS
     from svam.files import whole_directory, write_json
     from svam.models.autoencoder import Autoencoder
     from svam.models.text import TextEncoder
@@ -39,7 +40,7 @@ def app(
     device = prepare_torch(params.machine.device, params.threads, seed)
     inputs = [episodes, latents, backbones / "autoencoder", backbones / "text"]
     with resumable_run("finetune_video", params, ["encode", "finetune_video"], inputs, device) as resume:
-        store = EpisodeStore.open(episodes)
+        store = open_store(episodes)
         autoencoder = Autoencoder.load(backbones / "autoencoder", params.encode.batch).to(device)
         encoded = open_latents(latents, store, autoencoder, backbones / "autoencoder")
         text = TextEncoder.load(backbones / "text").to(device)

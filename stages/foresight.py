@@ -26,7 +26,7 @@ def app(
 ) -> None:
     """Measure held-out windows and draw what the foresight shows; print the verdict."""
     from svam.analysis.foresight import AnalysisInputs, write_analysis
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.files import whole_directory
     from svam.models.foresight import BRANCHES, part_folders
     from svam.models.svam import SVAM
@@ -37,7 +37,7 @@ def app(
     windows, branches = GeneratedWindows(generated), params.distill.branches
     folders = part_folders(backbones, video, decouplers)
     model = load_for_windows(windows, folders, BRANCHES, branches).to(device)
-    inputs = AnalysisInputs(windows, EpisodeStore.open(episodes), model, branches, params.foresight, params.seed)
+    inputs = AnalysisInputs(windows, open_store(episodes), model, branches, params.foresight, params.seed)
     with whole_directory(out) as folder:
         metrics = write_analysis(folder, inputs, SVAM.load(policy, device))
     for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:

@@ -24,7 +24,7 @@ def app(
     """Write F, V^ and what the distillation's baselines need as a folder of arrays."""
     section, seed = params.generate, params.seed
 
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.files import sha256_tree
     from svam.models.generator import VideoGenerator
     from svam.models.video import SamplerConfig
@@ -40,7 +40,7 @@ def app(
         resumable_run("generate", params, ["encode", "generate"], inputs, device) as resume,
         resume.directory(out) as partial,
     ):
-        store = EpisodeStore.open(episodes)
+        store = open_store(episodes)
         model = VideoGenerator.load(sampler, folders, params.encode.batch).to(device)
         encoded = open_latents(latents, store, model.frame_autoencoder, folders["autoencoder"])
         windows = choose_windows(store, section, model.video_model.config, seed)

@@ -9,7 +9,7 @@ import typer
 
 from stages._command import stage_command
 from svam.device import prepare_torch
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.files import whole_directory, write_json
 from svam.params import Params
 from svam.resume import resumable_run
@@ -50,7 +50,7 @@ def app(
             backbone, metrics = module.published(section, f"prepare_backbones.{part}"), {}
         else:
             own = [part.value, autoencoder] if kind == "teacher" else []
-            backbone, metrics = module.train(section, EpisodeStore.open(episodes), seed, device, live, resume, *own)
+            backbone, metrics = module.train(section, open_store(episodes), seed, device, live, resume, *own)
         with whole_directory(out) as folder:
             backbone.save(folder)
             write_json(folder / "metrics.json", metrics)

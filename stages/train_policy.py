@@ -27,14 +27,14 @@ def app(
     """Load just the frozen parts that `train_policy.context` needs, cache or compute their features, train, write the S-VAM."""
     section = params.train_policy
 
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.models.foresight import part_folders
     from svam.resume import resumable_run
     from svam.training.feature_cache import FeatureCache
     from svam.training.train_policy import load_foresight, train
 
     device = prepare_torch(params.machine.device, params.threads, params.seed)
-    store = EpisodeStore.open(episodes)
+    store = open_store(episodes)
     folders = part_folders(backbones, video, decouplers)
     foresight = load_foresight(section, params.generate, folders).to(device)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared

@@ -105,9 +105,9 @@ def folders(parts: Path) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def store(parts: Path) -> EpisodeStore:
     """Six episodes of two tasks, 12 steps each."""
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
 
-    return EpisodeStore.open(parts / "episodes.zarr")
+    return open_store(parts / "episodes.zarr")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from stages.encode import app
 from svam import processes
 from svam.checkpoint import load_tensors, save_tensors
 from svam.console import console, one_line_errors
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.files import sha256_tree
 from svam.launch import _torchrun, launch
 from svam.models.autoencoder import Autoencoder
@@ -58,7 +58,7 @@ SHARDED = Machine.model_validate(committed("machine", device="cpu", shard=True))
 
 def learn_video(parts: Path, out: Path, machine: Machine | None = None) -> None:
     """Also writes how many clips were read at a time."""
-    store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
+    store, folders = open_store(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
     autoencoder, text = Autoencoder.load(folders["autoencoder"]), TextEncoder.load(folders["text"])
     unet = {"channels": [32, 64], "layers": 1, "heads": [1, 2]}
     section = committed("finetune_video", frames=3, stride_seconds=0.1, unet=unet, training=TWENTY.model_dump())
@@ -83,7 +83,7 @@ def learn_video(parts: Path, out: Path, machine: Machine | None = None) -> None:
 
 def learn_policy(parts: Path, out: Path, machine: Machine | None = None) -> None:
     """Also fills the feature cache."""
-    store = EpisodeStore.open(parts / "episodes.zarr")
+    store = open_store(parts / "episodes.zarr")
     folders = part_folders(parts / "backbones", parts / "video", parts / "decouplers")
     section = policy_params(training=TWENTY.model_dump(), evaluate_every=20)
     foresight, cache = load_foresight(section, GENERATE, folders), FeatureCache(out / "features", 1.0)
@@ -170,12 +170,12 @@ def test_a_training_goes_on_after_one_of_its_processes_was_killed(
 
 
 def write_latents(parts: Path, folder: Path, resume: Resume) -> None:
-    store, autoencoder = EpisodeStore.open(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
+    store, autoencoder = open_store(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
     encode_frames(folder, store, autoencoder, "abc", 16, CPU, resume)
 
 
 def write_generated(parts: Path, folder: Path, resume: Resume) -> None:
-    store, folders = EpisodeStore.open(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
+    store, folders = open_store(parts / "episodes.zarr"), part_folders(parts / "backbones", parts / "video")
     sampler = SamplerConfig(up_blocks=2, grid=GRID, steps=2, guidance=1.0, bf16=False)
     model = ForesightModel.load_parts(FrozenParts(), sampler, folders)
     section = GENERATE.model_copy(update={"windows": 9, "held_out_windows": 3, "up_blocks": 2, "batch": 2})
@@ -184,7 +184,7 @@ def write_generated(parts: Path, folder: Path, resume: Resume) -> None:
 
 
 def write_teachers(parts: Path, folder: Path, resume: Resume) -> None:
-    store, windows = EpisodeStore.open(parts / "episodes.zarr"), GeneratedWindows(folder.parents[2] / "generated")
+    store, windows = open_store(parts / "episodes.zarr"), GeneratedWindows(folder.parents[2] / "generated")
     section = CacheTeacher(reference="frame", batch=4)
     cache_windows(folder, windows, store, make_teacher("depth"), "geometric", section, "generated", CPU, resume)
 

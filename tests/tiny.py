@@ -11,6 +11,7 @@ import torch
 
 from svam.contract import Episode, Observation, SourceDescription
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.models.decoupler import Decoupler, DecouplerConfig
 from svam.models.foresight import part_folders
@@ -131,5 +132,5 @@ def save_run(root: Path) -> None:
     """`episodes.zarr` of `Demonstrations`, an untrained but whole `svam` on it, and its `parts`, below `root`."""
     root.mkdir()
     convert(Demonstrations(), root / "episodes.zarr", SETTINGS, 0)
-    store = EpisodeStore.open(root / "episodes.zarr")
+    store = open_store(root / "episodes.zarr")
     make_svam(store, save_all_parts(root / "parts", store)).save(root / "svam")

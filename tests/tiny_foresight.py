@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, Dinov2Config, Dinov2Mode
 
 from svam import params
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
@@ -34,7 +35,7 @@ def make_store(path: Path, foreseen: int = 1, **changes: Any) -> EpisodeStore:
     episodes = [make_episode(task, 12, k, SIZE) for k, task in enumerate(["push", "pull"] * 3)]
     told = [dataclasses.replace(e, instruction=f"{e.task} a", **changes) for e in episodes]  # the text encoder has 8 tokens
     convert(Recorded(told), path, SETTINGS.model_copy(update={"foreseen": foreseen}), 0)
-    return EpisodeStore.open(path)
+    return open_store(path)
 
 
 def make_teacher(objective: Objective | None = None) -> Teacher:

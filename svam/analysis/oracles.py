@@ -25,6 +25,7 @@ from svam.code import stage_code
 from svam.console import console, one_line_errors
 from svam.contract import Frozen
 from svam.device import prepare_torch
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError, describe
 from svam.files import FileError, locked, read_json, sha256_of_json, stated, whole_file, write_json
@@ -258,7 +259,7 @@ def oracles(
         raise ParamsError(f"--row {unknown[0]}: no such row; those are {', '.join(ROWS)}")
     base = load_params(file)
     device = prepare_torch(base.machine.device, base.threads, base.seed)
-    store, folders = EpisodeStore.open(episodes), part_folders(backbones, video, decouplers)
+    store, folders = open_store(episodes), part_folders(backbones, video, decouplers)
     features, inputs = FeatureCache(cache, base.machine.cache_gb), [episodes, *folders.values()]
     common = params_of(F, base, steps, stride, file)
     deciding = {

@@ -18,6 +18,7 @@ from svam.analysis.foresight import held_out_in_turn
 from svam.console import console, one_line_errors
 from svam.contract import ContractError
 from svam.device import prepare_torch
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows
 from svam.evaluation.offline import encode_rows, episode_bounds, recorded_clips, target_name
@@ -167,7 +168,7 @@ def side_by_side(
 
     chosen = prepare_torch(device, threads, seed)
     models = [SVAM.load(folder, chosen) for folder in (first, second)]
-    figure = compare_models(EpisodeStore.open(episodes), models, labels, windows, seed)
+    figure = compare_models(open_store(episodes), models, labels, windows, seed)
     save(figure, out, dpi=100)
     console.print(f"{' and '.join(labels)} side by side: {out}")
 

@@ -18,7 +18,7 @@ from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.console import console
 from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.evaluation.metaworld import check_tasks, plan_episodes, render_settings
 from svam.evaluation.offline import observations_of
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
@@ -96,7 +96,7 @@ def encode(inputs: Inputs, params: Params) -> dict[str, Any]:
     if svam.foresight.video is None:
         raise ContractError(f"{inputs.model}: its context {described['context']} uses no video model, so nothing is generated")
     count, repeats = params.benchmark.clips, params.benchmark.repeats
-    store = EpisodeStore.open(inputs.episodes)
+    store = open_store(inputs.episodes)
     observations = observations_of(store, svam, np.linspace(0, len(store) - 1, count).astype(np.int64))
     runs: dict[str, list[dict[str, float]]] = {"encode": [], "generate": []}
 
@@ -148,7 +148,7 @@ def features(inputs: Inputs, params: Params) -> dict[str, Any]:
     frozen = svam.config.frozen_entries
     if not frozen:
         raise ContractError(f"{inputs.model}: its context {described['context']} has no frozen entry, so nothing is cached")
-    store = EpisodeStore.open(inputs.episodes)
+    store = open_store(inputs.episodes)
     check_camera(svam.foresight, store, svam.config.frozen_parts.video)
     available = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     order = EndlessOrder(len(available), min(section.training.batch, len(available)), seed, "benchmark features")
@@ -224,7 +224,7 @@ def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:
     settings = params.benchmark
     protocol = params.evaluate.metaworld.model_copy(update={"episodes": settings.evaluation_episodes})
     section = params.evaluate.model_copy(update={"metaworld": protocol, "videos": 0})
-    store = EpisodeStore.open(inputs.episodes)
+    store = open_store(inputs.episodes)
     check_tasks(protocol.tasks, store)
     rendering = render_settings(store, protocol.tasks)
     svam, described = _load(inputs, params)

@@ -199,3 +199,13 @@ class JoinedStore(EpisodeStore):
 
     def by_statistics(self, rows: NDArray[np.int64]) -> list[tuple[NDArray[np.int64], Statistics]]:
         return [(places, self._stores[number].statistics) for places, number, _ in self._by_set(rows)]
+
+
+def open_store(path: Path) -> EpisodeStore:
+    """Open and validate the store at `path`, or the stores of several sets there as one, without decompressing a frame.
+
+    Raises:
+        FileError: it is missing, of another schema version, or a file in it is missing, truncated or damaged.
+        ContractError: lengths or numbers contradict one another.
+    """
+    return JoinedStore(path) if (Path(path) / SETS).is_file() else EpisodeStore(path)

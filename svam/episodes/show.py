@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from svam.console import track
 from svam.contract import ContractError
+from svam.episodes.joined import open_store
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import whole_file
 from svam.films import write_film
@@ -151,7 +152,7 @@ def show_episode(path: Path, episode: int, out: Path) -> list[Path]:
     Raises:
         ContractError: there is no such episode. FileError: the store does not open, or its frames are damaged.
     """
-    store = EpisodeStore.open(path)
+    store = open_store(path)
     if not 0 <= episode < len(store.episode_ends):
         raise ContractError(f"{path}: no episode {episode}; there are 0..{len(store.episode_ends) - 1}")
     shown, rate = Shown(store, episode), min(store.rate_hz, FASTEST)

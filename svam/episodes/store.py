@@ -96,20 +96,6 @@ class EpisodeStore:
     sets: Mapping[str, EpisodeStore] = {}
     """The stores of several sets by name, see `svam.episodes.joined.JoinedStore`; here none."""
 
-    @classmethod
-    def open(cls, path: Path) -> EpisodeStore:
-        """Open and validate the store at `path`, or the stores of several sets there as one, without decompressing a frame.
-
-        Raises:
-            FileError: it is missing, of another schema version, or a file in it is missing, truncated or damaged.
-            ContractError: lengths or numbers contradict one another.
-        """
-        if (Path(path) / SETS).is_file():
-            from svam.episodes.joined import JoinedStore
-
-            return JoinedStore(path)
-        return cls(path)
-
     def _read_attributes(self) -> StoreAttributes:
         if (self.path / SETS).is_file():
             names = sorted(folder.name for folder in self.path.iterdir() if folder.is_dir())

@@ -150,7 +150,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         return same.model_copy(update={"revision": revision})
 
     # Here, so that a plan is printed without waiting for torch.
-    from svam.episodes.store import EpisodeStore
+    from svam.episodes.joined import open_store
     from svam.evaluation.latency import measure_latency
     from svam.models.svam import SVAM
 
@@ -164,7 +164,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         if began is not None and account.is_file() and account.stat().st_mtime >= began:
             seconds.append(round(float(read_json(account)["seconds"]), 2))
         stages[name] = StageCost(work=same_work, seconds=next((s for s in reversed(seconds) if s is not None), None))
-    store = EpisodeStore.open(PROJECT / "data/episodes.zarr")
+    store = open_store(PROJECT / "data/episodes.zarr")
     tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))
     training, evaluation = params["train_policy"]["training"], params["evaluate"]

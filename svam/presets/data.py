@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from svam.agreement import frame_size
 from svam.contract import EpisodeShape
 from svam.episodes.instructions import instructions_of
+from svam.episodes.joined import open_store
 from svam.episodes.split import split_episodes
-from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError
 from svam.params import Params
 from svam.simulation.metaworld import ACTION_DIMENSIONS
@@ -51,8 +51,8 @@ class Data:
 
 
 def measured(path: Path) -> Data:
-    """The data of the store at `path`; raises as `EpisodeStore.open`."""
-    store = EpisodeStore.open(path)
+    """The data of the store at `path`; raises as `open_store`."""
+    store = open_store(path)
     files = (file for file in path.rglob("*") if file.is_file())
     tasks = [store.task_of(episode) for episode in range(len(store.episode_ends))]
     sentences = [said for task in store.tasks for said in training_sentences(store, task)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.files import sha256
 from svam.training.train_policy import choose_rows
 from tests.benchmark.common import check_ratio, measured, refused
@@ -46,7 +46,7 @@ def test_encode_is_one_step_and_what_it_is_compared_with_is_all_of_them(root: Pa
 
 def test_features_are_the_same_batches_with_and_without_the_cache(root: Path, tmp_path: Path) -> None:
     found = measured("features", tmp_path, changes(policy_steps=2, repeats=2), *options(root))
-    available = len(choose_rows(EpisodeStore.open(root / "episodes.zarr"), "train", 3, None))
+    available = len(choose_rows(open_store(root / "episodes.zarr"), "train", 3, None))
     assert (found["steps"], found["batch"]) == (2, 4) and len(found["seconds"]["cached"]) == 2
     check_ratio(found, found["seconds"], "recomputed", "cached")
     assert found["uses_of_an_observation"] == pytest.approx(4 * 4 / available, abs=0.005) and found["ratio_with_filling"] > 0

@@ -14,8 +14,8 @@ from svam.contract import Episode, EpisodeShape, EpisodeSource, FrameBlocks, Seg
 from svam.conversion import Convert
 from svam.episodes.changes import UNCHANGED, ChangedEpisodes, changed
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.options import ChosenEpisodes
-from svam.episodes.store import EpisodeStore
 from svam.files import sha256_tree
 from tests.episodes.stores import SOURCE
 from tests.recorded import SETTINGS, Recorded, make_episode
@@ -64,7 +64,7 @@ def test_nothing_changes_by_default(kept: Path, tmp_path: Path) -> None:
     assert changed(chosen, SETTINGS) is chosen
     convert(changed(chosen, SETTINGS), tmp_path / "s.zarr", SETTINGS, seed=0)
     assert sha256_tree(tmp_path / "s.zarr") == sha256_tree(kept)
-    assert "changes" not in EpisodeStore.open(kept).provenance
+    assert "changes" not in open_store(kept).provenance
 
 
 def test_actions_of_later_rows() -> None:
@@ -150,7 +150,7 @@ def test_in_one_order(tmp_path: Path) -> None:
     assert read.actions[:, 2].tolist() == [-1, -1, -1, -1, 1, 1, 1, 1]
     params = settings(**choice)
     convert(changed(ChosenEpisodes(Recorded([episode] * 3), params), params), tmp_path / "s.zarr", params, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert store.rate_hz == 40 and len(store) == 24 and store.attributes.notes == list(source.notes)
     assert (store.vector("actions", np.arange(8)) == read.actions).all()
     convention = store.statistics.convention
@@ -174,7 +174,7 @@ def test_an_episode_is_cut_where_its_sentence_changes(tmp_path: Path) -> None:
     params = settings(shift=1, segments=True)
     chosen = ChosenEpisodes(Told([ramp(9), ramp(12), ramp(8)]), params)
     convert(changed(chosen, params), tmp_path / "s.zarr", params, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert store.episode_instructions == ["reach", "lift"] * 3 and store.tasks == ["reach", "lift"]
     assert store.instructions == {
         "reach": {"train": ["reach", "go there"], "held_out": []}, "lift": {"train": ["lift"], "held_out": []},

@@ -20,8 +20,8 @@ from svam.console import console
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
 from svam.episodes.convert import ONE_EPISODE, convert
 from svam.episodes.inspection import facts
+from svam.episodes.joined import open_store
 from svam.episodes.split import split_episodes
-from svam.episodes.store import EpisodeStore
 from svam.files import FileError, read_json, sha256, sha256_tree, write_json
 from svam.sources.metaworld import Options, open_source
 from tests.recorded import SETTINGS, Recorded, make_episode, two_tasks, write_raw
@@ -72,7 +72,7 @@ def test_episodes_that_share_frames_are_on_one_side() -> None:
 
 
 def test_statistics_are_those_of_the_training_episodes(kept: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     training = np.concatenate([SOURCE.episodes[e].actions for e in store.episodes("train")]).astype(np.float64)
     statistics = store.statistics
     assert statistics.actions.count == len(training)
@@ -84,12 +84,12 @@ def test_statistics_are_those_of_the_training_episodes(kept: Path) -> None:
 
 
 def test_a_changed_held_out_episode_changes_no_statistic(kept: Path, tmp_path: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     held_out, trained = int(store.episodes("held_out")[0]), int(store.episodes("train")[0])
     for number, equal in ((held_out, True), (trained, False)):
         episode = make_episode(SOURCE.episodes[number].task, 40, seed=99)  # another length too, so that all rows shift
         convert(SOURCE.changed(number, **vars(episode)), tmp_path / "t.zarr", SETTINGS, seed=0)
-        changed = EpisodeStore.open(tmp_path / "t.zarr")
+        changed = open_store(tmp_path / "t.zarr")
         assert (changed.statistics.model_dump_json() == store.statistics.model_dump_json()) is equal
 
 
@@ -97,7 +97,7 @@ def test_equal_input_gives_equal_bytes_and_few_files(tmp_path: Path) -> None:
     for name in ("a.zarr", "b.zarr"):
         convert(two_tasks(), tmp_path / name, SETTINGS, seed=0)
     assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
-    rows = len(EpisodeStore.open(tmp_path / "a.zarr"))
+    rows = len(open_store(tmp_path / "a.zarr"))
     shards = [file for file in (tmp_path / "a.zarr" / "frames" / "front" / "c").rglob("*") if file.is_file()]
     assert len(shards) == -(-rows // 16)
     convert(two_tasks(), tmp_path / "c.zarr", SETTINGS, seed=1)
@@ -108,7 +108,7 @@ def test_one_episode_alone_is_trained_on(tmp_path: Path) -> None:
     """What the source notes, and what the conversion notes itself, stands in the store and in `inspect`."""
     source = Noted([SOURCE.episodes[0]])
     convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert store.episode_split.tolist() == [0] and len(store.rows("train")) == len(store) == 9
     for ask in (store.rows, store.episodes):
         with refused("no episode is held out, which this needs; convert at least two episodes"):
@@ -181,7 +181,7 @@ def test_binary_dimensions_are_checked(tmp_path: Path) -> None:
         source = source.changed(number, actions=actions)
     settings = SETTINGS.model_copy(update={"binary_dimensions": [2]})
     convert(source, tmp_path / "s.zarr", settings, seed=0)
-    assert EpisodeStore.open(tmp_path / "s.zarr").statistics.convention.binary_dimensions == [2]
+    assert open_store(tmp_path / "s.zarr").statistics.convention.binary_dimensions == [2]
     with refused(r"actions\[:, 2\] must be -1 or 1"):
         convert(SOURCE, tmp_path / "t.zarr", settings, seed=0)
     with refused("convert.binary_dimensions lists 7, but actions have 3 dimensions"):
@@ -249,7 +249,7 @@ def run(raw: Path, tasks: Sequence[str] = ("reach", "drawer-open")) -> Result:
 def test_the_stage_converts_what_collect_wrote(raw: Path, tmp_path: Path) -> None:
     result = run(raw)
     assert result.exit_code == 0, result.output
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert store.tasks == ["reach", "drawer-open"] and store.rate_hz == 80.0 and len(store.episode_ends) == 8
     episode, rows = open_source(raw, Options(tasks=["drawer-open"])).read(2), np.arange(*store.bounds(6))
     np.testing.assert_array_equal(store.frames(rows), episode.frames["corner2"])
@@ -262,9 +262,9 @@ def test_the_stage_converts_what_collect_wrote(raw: Path, tmp_path: Path) -> Non
 def test_folders_that_are_not_collected_are_named_and_ignored(raw: Path, tmp_path: Path) -> None:
     result = run(raw, ["reach"])
     assert result.exit_code == 0 and "ignoring drawer-open, which collect.tasks does not list" in result.output
-    assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["reach"]
+    assert open_store(tmp_path / "s.zarr").tasks == ["reach"]
     assert run(raw, []).exit_code == 0, "with no tasks to collect all folders are read"
-    assert EpisodeStore.open(tmp_path / "s.zarr").tasks == ["drawer-open", "reach"]
+    assert open_store(tmp_path / "s.zarr").tasks == ["drawer-open", "reach"]
 
 
 @pytest.mark.parametrize("name", ["episode_0001.safetensors", "episode_0001.corner2.png"])

@@ -18,7 +18,7 @@ from svam.contract import Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.episodes import convert as conversion
 from svam.episodes.convert import convert
 from svam.episodes.frames import resize_frames, resize_labels
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.episodes.validation import validate
 from svam.files import locked, sha256_tree
 from tests import ROOT
@@ -78,7 +78,7 @@ def test_workers_change_no_byte(tmp_path: Path) -> None:
     convert(source, tmp_path / "a.zarr", SETTINGS, seed=0)
     convert(source, tmp_path / "b.zarr", SETTINGS, seed=0, workers=2, scratch=tmp_path / "scratch")
     assert sha256_tree(tmp_path / "a.zarr") == sha256_tree(tmp_path / "b.zarr")
-    store = EpisodeStore.open(tmp_path / "b.zarr")
+    store = open_store(tmp_path / "b.zarr")
     for e in range(len(LENGTHS)):
         rows = np.arange(*store.bounds(e))
         np.testing.assert_array_equal(store.frames(rows), source.frames(e))
@@ -162,7 +162,7 @@ def test_cameras_are_chosen_and_frames_resized(tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"image_size": [4, 2], "crop": "centre"})
     source = OneCamera(two_tasks().episodes)
     convert(source, tmp_path / "s.zarr", settings, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert store.cameras == ["wrist"] and store.image_size == (4, 2)
     # 8x8 cut to its middle 8x4, then halved: bilinear with full support weighs a 4x4 footprint 1, 3, 3, 1
     wrist = np.asarray(source.episodes[3].frames["wrist"])
@@ -182,7 +182,7 @@ def test_a_store_without_actions_says_what_it_is_for(tmp_path: Path) -> None:
     for k in range(4):
         source = source.changed(k, actions=None, expert_actions=None)
     convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     assert not store.has("actions") and store.frames(np.arange(3)).shape == (3, 8, 8, 3)
     for ask in (lambda: store.statistics, lambda: store.action_dimensions, lambda: store.vector("actions", np.arange(1))):
         with refused("no actions|no vector 'actions'"):
@@ -224,7 +224,7 @@ def test_a_set_that_cannot_be_split_costs_nothing(tmp_path: Path) -> None:
 def test_vectors_may_be_kept_in_half_precision(tmp_path: Path) -> None:
     source = two_tasks()
     convert(source, tmp_path / "s.zarr", SETTINGS.model_copy(update={"vector_dtype": "float16"}), seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     actions = np.concatenate([np.asarray(episode.actions) for episode in source.episodes])
     found = store.vector("actions", np.arange(len(store)))
     assert found.dtype == np.float32
@@ -253,7 +253,7 @@ def test_zarr_alone_opens_a_store(tmp_path: Path, compression: str) -> None:
     """In a process that cannot import this package, and from another folder."""
     source = two_tasks()
     convert(source, tmp_path / "s.zarr", SETTINGS.model_copy(update={"compression": compression}), seed=0)
-    store = EpisodeStore.open(tmp_path / "s.zarr")
+    store = open_store(tmp_path / "s.zarr")
     subprocess.run([sys.executable, "-I", "-c", ALONE, tmp_path / "s.zarr", tmp_path], cwd=tmp_path, check=True)
     for camera in CAMERAS:
         truth = np.concatenate([np.asarray(episode.frames[camera]) for episode in source.episodes])
@@ -286,7 +286,7 @@ def test_lossy_frames_state_their_error(tmp_path: Path, compression: str) -> Non
     for quality in (90, 30):
         settings = SETTINGS.model_copy(update={"compression": compression, "quality": quality})
         convert(source, tmp_path / "s.zarr", settings, seed=0)
-        store = EpisodeStore.open(tmp_path / "s.zarr")
+        store = open_store(tmp_path / "s.zarr")
         frames, stated = store.frames(np.arange(20)), store.attributes.picture_error
         assert stated is not None and stated["quality"] == quality
         error = np.abs(frames.astype(int) - smooth)[0].mean()  # the first of each episode is measured

@@ -16,7 +16,7 @@ from svam.console import console
 from svam.contract import Episode
 from svam.episodes.__main__ import app
 from svam.episodes.convert import convert
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.episodes.validation import Check, validate
 from svam.files import sha256_tree
 from tests.episodes.stores import SOURCE, Array, edit, replace, shards, timed
@@ -44,7 +44,7 @@ def call(*arguments: object) -> Result:
 
 def test_inspect_says_what_is_there(kept: Path) -> None:
     found = json.loads(call("inspect", kept, "--json").stdout)
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     assert (found["episodes"], found["rows"], found["rate_hz"], found["schema_version"]) == (9, len(store), 20.0, 3)
     assert found["hours"] == len(store) / 20 / 3600 and found["timestamps"]
     assert found["episode_list"][4] == {"number": 4, "name": "", "rows": 21, "task": "pull", "split": "train"}
@@ -113,7 +113,7 @@ def test_a_damaged_chunk_is_named_and_the_rest_still_read(path: Path) -> None:
 
 
 def test_changed_values_are_found(path: Path) -> None:
-    store = EpisodeStore.open(path)
+    store = open_store(path)
     row = store.bounds(int(store.episodes("train")[1]))[0] + 3
     replace(path, "proprioception", lambda values: values + (np.arange(len(values))[:, None] == row) * np.float32(0.5))
     found = faults_of(path)
@@ -162,7 +162,7 @@ def test_episodes_that_are_there_twice(tmp_path: Path) -> None:
     convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
     check = checks_of(tmp_path / "s.zarr")["duplicates"]
     text = "; ".join(check.faults + check.warnings)
-    split = EpisodeStore.open(tmp_path / "s.zarr").episode_split
+    split = open_store(tmp_path / "s.zarr").episode_split
     assert f"episodes 1 and 9 are the same{', and one of them is held out' if split[1] != split[9] else ''}" in text
     assert (
         "episodes 5 and 10 have the same frames with the instructions 'pull please, number 5' and 'pull it, will you'" in text

@@ -19,6 +19,7 @@ from svam.episodes import lerobot
 from svam.episodes.__main__ import app
 from svam.episodes.convert import convert
 from svam.episodes.export import open_recording
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
 from svam.npy import write_arrays
@@ -62,7 +63,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> EpisodeStore:
     made = [make_episode(task, 9 + 3 * k, k) for k, task in enumerate(["push"] * 4 + ["pull"] * 5)]
     stamped = [dataclasses.replace(e, timestamps=3 + np.arange(e.steps) ** 1.01 / 20, annotations={}) for e in made]
     convert(filmed(Recorded(stamped)), path, SETTINGS, seed=0)
-    return EpisodeStore.open(path)
+    return open_store(path)
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from svam.contract import ContractError
 from svam.episodes.arrays import write_array
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.rows import RowReader
 from svam.episodes.store import EpisodeStore
 from svam.episodes.validation import validate
@@ -31,7 +32,7 @@ quickly = settings(deadline=None, max_examples=30, suppress_health_check=[Health
 
 def everything(path: Path, store: EpisodeStore | None = None) -> Values:
     """Every array of a store, through the readers that training uses."""
-    store = EpisodeStore.open(path) if store is None else store
+    store = open_store(path) if store is None else store
     rows = np.arange(len(store), dtype=np.int64)
     found = {f"frames/{camera}": store.frames(rows, camera) for camera in store.cameras}
     found |= {name: store.vector(name, rows) for name in ("actions", "expert_actions", "proprioception")}
@@ -128,7 +129,7 @@ def test_an_accident_while_the_store_is_open(
 ) -> None:
     """Shards stay open between reads: what happens to them meanwhile, in place or by a rename, must not go unnoticed."""
     path, truth = kept
-    store = EpisodeStore.open(path)
+    store = open_store(path)
     everything(path, store)
     with happened(shards(path, "frames/front")[1], accident, renamed):
         same_or_one_sentence(lambda: everything(path, store), truth)
@@ -138,7 +139,7 @@ def test_another_store_in_its_place_is_noticed(kept: tuple[Path, Values], tmp_pa
     """Rows of two stores must not mix, even where both are whole, and in a copy that another process opened late."""
     place = tmp_path / "copy.zarr"
     shutil.copytree(kept[0], place)
-    touched = EpisodeStore.open(place)
+    touched = open_store(place)
     sent = copy.deepcopy(touched)
     touched.frames(np.array([3]))
     other = Recorded([make_episode(e.task, e.steps, 100 + k) for k, e in enumerate(two_tasks().episodes)])
@@ -146,7 +147,7 @@ def test_another_store_in_its_place_is_noticed(kept: tuple[Path, Values], tmp_pa
     for store in (touched, sent):
         with pytest.raises(FileError, match="replaced or changed while it was in use; open it again"):
             store.frames(np.array([3]))
-    np.testing.assert_array_equal(EpisodeStore.open(place).frames(np.array([3]))[0], other.episodes[0].frames["front"][3])
+    np.testing.assert_array_equal(open_store(place).frames(np.array([3]))[0], other.episodes[0].frames["front"][3])
 
 
 @settings(deadline=None, max_examples=30)

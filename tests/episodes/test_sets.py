@@ -10,7 +10,7 @@ import pytest
 
 from svam.contract import ContractError
 from svam.episodes.convert import convert
-from svam.episodes.joined import JoinedStore
+from svam.episodes.joined import JoinedStore, open_store
 from svam.episodes.options import open_named_source
 from svam.episodes.sets import convert_sets
 from svam.episodes.store import EpisodeStore
@@ -45,7 +45,7 @@ def params_of(recordings: Path, *names: str, **more: Any) -> Params:
 def made(recordings: Path, *names: str, **more: Any) -> JoinedStore:
     out = recordings / "episodes.zarr"
     convert_sets(params_of(recordings, *names, **more), out, recordings / "scratch", recordings / "kept")
-    store = EpisodeStore.open(out)
+    store = open_store(out)
     assert isinstance(store, JoinedStore)
     return store
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from svam.episodes.arrays import write_array
+from svam.episodes.joined import open_store
 from svam.episodes.rows import RowReader
-from svam.episodes.store import EpisodeStore
 from tests.episodes.stores import SOURCE, edit, replace, shards
 from tests.recorded import CAMERAS
 from tests.sources.common import refused
 
 
 def test_everything_comes_back_exactly(kept: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     assert (store.rate_hz, store.cameras, store.tasks) == (20.0, CAMERAS, ["push", "pull"])
     assert (store.image_size, store.action_dimensions, store.proprioception_dimensions) == ((8, 8), 3, 2)
     assert len(store) == sum(len(e.actions) for e in SOURCE.episodes)
@@ -43,7 +43,7 @@ def test_everything_comes_back_exactly(kept: Path) -> None:
 
 
 def test_training_and_held_out_rows_are_disjoint_and_complete(kept: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     train, held_out = store.rows("train"), store.rows("held_out")
     assert sorted([*train, *held_out]) == list(range(len(store)))
     assert sorted([*store.episodes("train"), *store.episodes("held_out")]) == list(range(9))
@@ -54,14 +54,14 @@ def test_training_and_held_out_rows_are_disjoint_and_complete(kept: Path) -> Non
 
 
 def test_paraphrases_are_drawn_from_the_training_ones_by_seed(kept: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     drawn = [store.instruction_of(5, seed) for seed in range(30)]
     assert set(drawn) == {"pull a", "pull b"}
     assert drawn == [store.instruction_of(5, seed) for seed in range(30)]
 
 
 def test_wrong_questions(kept: Path) -> None:
-    store = EpisodeStore.open(kept)
+    store = open_store(kept)
     with refused(r"no camera 'top'; there are front, wrist"):
         store.frames(np.array([0]), "top")
     with refused("no vector 'state'; there are actions, expert_actions, proprioception"):
@@ -74,13 +74,13 @@ def test_wrong_questions(kept: Path) -> None:
 
 def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
     with refused("no such directory"):
-        EpisodeStore.open(tmp_path / "nothing.zarr")
+        open_store(tmp_path / "nothing.zarr")
     (tmp_path / "empty.zarr").mkdir()
     with refused("not a Zarr v3 group"):
-        EpisodeStore.open(tmp_path / "empty.zarr")
+        open_store(tmp_path / "empty.zarr")
     (path / "zarr.json").write_text("{")
     with refused("not valid JSON"):
-        EpisodeStore.open(path)
+        open_store(path)
 
 
 @pytest.mark.parametrize("changed, said", [
@@ -90,11 +90,11 @@ def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
 def test_a_wrong_attribute_is_named(path: Path, changed: dict[str, Any], said: str) -> None:
     edit(path, lambda attributes: attributes.update(changed))
     with refused(said):
-        EpisodeStore.open(path)
+        open_store(path)
 
 
 def test_numbers_that_contradict_one_another(path: Path) -> None:
-    ends, split = EpisodeStore.open(path).episode_ends, np.zeros(9, dtype=np.uint8)
+    ends, split = open_store(path).episode_ends, np.zeros(9, dtype=np.uint8)
     twice = np.where(np.arange(9) == 3, ends[2], ends)
     for name, values, message in (
         ("episode_ends", twice, f"episode_ends must increase from above 0, but episode 3 ends at row {ends[2]}"),
@@ -106,7 +106,7 @@ def test_numbers_that_contradict_one_another(path: Path) -> None:
         replace(path, "episode_ends", lambda _: ends)
         replace(path, name, lambda _, values=values: values)  # type: ignore[misc]
         with refused(message):
-            EpisodeStore.open(path)
+            open_store(path)
 
 
 @pytest.mark.parametrize("array", ["frames/front", "actions", "annotations/depth/values", "episode_ends"])
@@ -115,14 +115,14 @@ def test_a_truncated_shard_is_found_on_opening(path: Path, array: str, share: fl
     file = shards(path, array)[-1]
     file.write_bytes(file.read_bytes()[: int(file.stat().st_size * share)])
     with refused("truncated or damaged: .* bytes, expected", str(file)):
-        EpisodeStore.open(path)
+        open_store(path)
 
 
 def test_a_missing_shard_is_not_zeros(path: Path) -> None:
     file = shards(path, "frames/front")[1]
     file.unlink()
     with refused("no such file, though the array has", str(file)):
-        EpisodeStore.open(path)
+        open_store(path)
 
 
 def test_zeros_are_kept(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svam.contract import ContractError, Observation
 from svam.episodes.convert import convert
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.errors import ParamsError
 from svam.evaluation import calvin
 from svam.evaluation.recorded import sentence_at
@@ -77,7 +77,7 @@ def test_chains_are_chosen_from_the_official_list(tmp_path: Path) -> None:
 
 
 def test_a_policy_of_other_data_is_refused(evaluated: Path) -> None:
-    store, svam = EpisodeStore.open(evaluated / "episodes.zarr"), SVAM.load(evaluated / "svam")
+    store, svam = open_store(evaluated / "episodes.zarr"), SVAM.load(evaluated / "svam")
     with pytest.raises(ContractError, match="rate is 80 Hz, but the calvin protocol needs 30 Hz"):
         calvin.check_model(svam, store)
 
@@ -226,7 +226,7 @@ def test_a_trained_policy_is_evaluated(tmp_path: Path, monkeypatch: pytest.Monke
             return super().describe().model_copy(update={"rate_hz": 30.0, "cameras": ["static"]})
 
     convert(Demonstrations([recorded(number) for number in range(4)]), tmp_path / "episodes.zarr", SETTINGS, 0)
-    store = EpisodeStore.open(tmp_path / "episodes.zarr")
+    store = open_store(tmp_path / "episodes.zarr")
     svam = make_svam(store, save_all_parts(tmp_path / "parts", store), proprioception=True)
     with pytest.raises(ContractError, match="tokens, the text encoder has 8"):
         calvin.check_model(svam, store, checkout().sentences.values())

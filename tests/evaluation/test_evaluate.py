@@ -18,6 +18,7 @@ from stages.evaluate import app
 from svam.contract import ContractError
 from svam.episodes.export import open_recording
 from svam.episodes.instructions import described_tasks
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.evaluation import metaworld, offline
 from svam.evaluation.rollout import Outcome
@@ -73,7 +74,7 @@ def write_params(path: Path, **changes: Any) -> Params:
 
 @pytest.fixture(scope="module")
 def store(evaluated: Path) -> EpisodeStore:
-    return EpisodeStore.open(evaluated / "episodes.zarr")
+    return open_store(evaluated / "episodes.zarr")
 
 
 def run_stage(evaluated: Path, out: Path, **changes: Any) -> Any:

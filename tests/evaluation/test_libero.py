@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stages.evaluate import app
 from svam.agreement import check_agreement
 from svam.contract import ContractError, Observation
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.errors import MachineError, ParamsError
 from svam.evaluation.libero import check_policy, chosen_tasks, run, suite_scores
 from svam.evaluation.rollout import Outcome, PlannedEpisode
@@ -63,7 +63,7 @@ def test_rates_of_suites_and_their_mean() -> None:
 
 
 def test_a_policy_of_other_demonstrations_is_refused(evaluated: Path) -> None:
-    store = EpisodeStore.open(evaluated / "episodes.zarr")
+    store = open_store(evaluated / "episodes.zarr")
     with pytest.raises(ContractError, match="rate is 80 Hz, but the libero protocol needs 20 Hz; convert LIBERO's"):
         check_policy(SVAM.load(evaluated / "svam"), store, [])
 

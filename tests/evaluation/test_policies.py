@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stages.evaluate import app
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.errors import ParamsError, SvamError
 from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Outcome, PolicyRollouts, Workers, run_scripted
@@ -171,7 +171,7 @@ def test_a_served_policy_fills_the_row_that_it_fills_in_process(evaluated: Path,
     with served(model) as url:
         result = evaluate(evaluated, far, policy="remote", batch=3, remote={"url": url, "weights": weights, "connections": 2})
         assert result.exit_code == 0 and "latency" not in result.output, result.output
-        svam, seen = SVAM.load(model), observations(EpisodeStore.open(evaluated / "episodes.zarr"), 2)
+        svam, seen = SVAM.load(model), observations(open_store(evaluated / "episodes.zarr"), 2)
         with Remote(settings(url), 4) as remote:
             same_seed, other = (remote.act(seen[:1], [seed])[0] for seed in (5, 6))
         np.testing.assert_array_equal(same_seed, svam.act(seen[:1], [5])[0])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.models.svam import SVAM
 from svam.params import load_params
 from svam.presets.overlay import overlay_of, with_overlay
@@ -62,4 +62,4 @@ def test_the_papers_recipe_runs(parts: Path, tmp_path: Path, monkeypatch: pytest
     svam, params = SVAM.load(Path("svam")), load_params(Path("params.yaml"))
     assert svam.config.text == (1, 16) and svam.config.sampler.guidance_last == 3.0
     assert svam.foresight.video_model.config.dropped == "text" and params.finetune_video.first_sigma_share == 0.0
-    assert svam.act(observations(EpisodeStore.open(parts / "episodes.zarr"), 2)).shape == (2, 10, 3)
+    assert svam.act(observations(open_store(parts / "episodes.zarr"), 2)).shape == (2, 10, 3)

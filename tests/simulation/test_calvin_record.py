@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from svam.episodes.convert import convert
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.errors import ParamsError
 from svam.files import sha256_tree
 from svam.simulation.calvin import Checkout
@@ -43,7 +43,7 @@ def test_a_recorded_set_converts_exactly(recorded: Path, tmp_path: Path) -> None
     source = CalvinSource(recorded, Options())
     assert [note for note in source.notes if "rel_actions" in note] == []
     convert(source, tmp_path / "store", SETTINGS, seed=0)
-    store = EpisodeStore.open(tmp_path / "store")
+    store = open_store(tmp_path / "store")
     annotations = [
         (split, *row) for split in ("training", "validation") for row in read_annotations(annotated(recorded, split))
     ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from svam.contract import SEGMENTATION_CLASSES, ContractError, Observation
 from svam.episodes.convert import convert
-from svam.episodes.store import EpisodeStore
+from svam.episodes.joined import open_store
 from svam.evaluation import metaworld
 from svam.files import read_json
 from svam.params import Collect
@@ -80,7 +80,7 @@ def test_evaluation_meets_the_scenes_of_the_store(tmp_path: Path) -> None:
     assert read_json(tmp_path / "raw/coffee-button/meta.json")["provenance"]["scenes"] == "shared"
     assert "scenes" not in read_json(tmp_path / "raw/coffee-push/meta.json")["provenance"]
     convert(open_source(tmp_path / "raw", Options(tasks=tasks)), tmp_path / "episodes.zarr", SETTINGS, 0)
-    store = EpisodeStore.open(tmp_path / "episodes.zarr")
+    store = open_store(tmp_path / "episodes.zarr")
     assert metaworld.render_settings(store, tasks[1:])["scenes"] == "stock"
     with pytest.raises(ContractError, match=r"tasks recorded in scenes shared, stock; .* in one kind"):
         metaworld.render_settings(store, tasks)

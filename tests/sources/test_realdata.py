@@ -15,8 +15,8 @@ from stages.convert import app
 from svam.console import console
 from svam.contract import Episode, EpisodeSource
 from svam.episodes.__main__ import app as episodes
+from svam.episodes.joined import open_store
 from svam.episodes.options import open_named_source
-from svam.episodes.store import EpisodeStore
 from tests import ROOT
 from tests.episodes.test_options import raw_params
 from tests.sources.common import frames_of
@@ -66,7 +66,7 @@ def test_it_converts(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     changes, count, steps = CONVERTED[folder]
     result = converted(REAL / folder, changes, tmp_path)
     assert result.exit_code == 0, result.output
-    store = EpisodeStore.open(tmp_path / "episodes.zarr")
+    store = open_store(tmp_path / "episodes.zarr")
     assert (len(store.episode_ends), len(store)) == (count, steps)
     assert all(store.episode_instructions)
     checked = invoke(episodes, "validate", tmp_path / "episodes.zarr")

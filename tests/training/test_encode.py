@@ -11,6 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import clip_rows
 from svam.files import FileError, sha256_tree
@@ -34,13 +35,13 @@ def made(parts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def encode(parts: Path, out: Path, resume: Resume) -> None:
     """What the stage does, in five batches."""
-    store, autoencoder = EpisodeStore.open(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
+    store, autoencoder = open_store(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
     with resume.directory(out) as folder:
         encode_frames(folder, store, autoencoder, sha256_tree(parts / "backbones/autoencoder"), 16, CPU, resume)
 
 
 def opened(parts: Path, latents: Path) -> tuple[EpisodeStore, Autoencoder, NDArray[np.float16]]:
-    store, autoencoder = EpisodeStore.open(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
+    store, autoencoder = open_store(parts / "episodes.zarr"), Autoencoder.load(parts / "backbones/autoencoder")
     return store, autoencoder, open_latents(latents, store, autoencoder, parts / "backbones/autoencoder")
 
 
@@ -88,7 +89,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(parts: Path, made: Path, tmp_pat
 
 
 def test_latents_of_other_data_are_refused(parts: Path, tmp_path: Path) -> None:
-    camera = EpisodeStore.open(parts / "episodes.zarr").cameras[0]
+    camera = open_store(parts / "episodes.zarr").cameras[0]
 
     def refused(sentence: str, rows: int = 72, **attributes: Any) -> None:
         (tmp_path / "attributes.json").write_text(json.dumps(attributes))

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from svam.episodes.joined import open_store
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
@@ -40,7 +41,7 @@ def section(parts: Path, steps: int = 4, **changes: Any) -> FinetuneVideo:
 
 def trained(parts: Path, params: FinetuneVideo, live: Path | None = None, resume: Resume = NO_RESUME) -> VideoModel:
     torch.manual_seed(0)
-    store = EpisodeStore.open(parts / "episodes.zarr")
+    store = open_store(parts / "episodes.zarr")
     autoencoder, text = Autoencoder.load(parts / "backbones/autoencoder"), TextEncoder.load(parts / "backbones/text")
     model, latents = new_video_model(params, store, autoencoder, text, 0), encoded(store, autoencoder)
     clips = [LatentClips(store, side, latents, params.frames, model.config.stride) for side in SPLITS]

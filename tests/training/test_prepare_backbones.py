@@ -16,6 +16,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from stages.prepare_backbones import app
 from svam import params
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
 from svam.models.autoencoder import Autoencoder
@@ -84,7 +85,7 @@ def test_a_self_supervised_teacher_goes_on_to_the_same_bits(store: Path, tmp_pat
 
     def trained(resume: Resume) -> dict[str, torch.Tensor]:
         torch.manual_seed(0)
-        data, cpu = EpisodeStore.open(store), torch.device("cpu")
+        data, cpu = open_store(store), torch.device("cpu")
         return teacher.train(section, data, 0, cpu, None, resume, "semantic", tmp_path / "codec")[0].state_dict()
 
     straight = trained(Resume(None))

@@ -11,6 +11,7 @@ import torch
 
 from svam.contract import ContractError, Observation
 from svam.episodes.convert import convert
+from svam.episodes.joined import open_store
 from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder
@@ -48,7 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(root: Path) -> EpisodeStore:
-    return EpisodeStore.open(root / "episodes.zarr")
+    return open_store(root / "episodes.zarr")
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +185,7 @@ def test_a_policy_learns_what_the_second_camera_alone_shows(parts: dict[str, Pat
     errors = {}
     for foreseen, steps in ((1, 20), (2, 80)):
         convert(Recorded(episodes), tmp_path / f"{foreseen}.zarr", SETTINGS.model_copy(update={"foreseen": foreseen}), 0)
-        store = EpisodeStore.open(tmp_path / f"{foreseen}.zarr")
+        store = open_store(tmp_path / f"{foreseen}.zarr")
         training = {**ADAM, "steps": steps, "batch": 8, "learning_rate": 0.01, "ema": 0.9}
         section = policy_params(context=["observation"], observation_encoder="frozen", training=training, evaluate_every=steps)
         cache = FeatureCache(tmp_path / "cache", 1.0)

@@ -14,6 +14,7 @@ import torch
 
 from svam.code import _read
 from svam.contract import ContractError
+from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.files import FileError, sha256_tree, write_json
 from svam.models.foresight import ForesightModel
@@ -311,7 +312,7 @@ def joined(tmp_path: Path) -> EpisodeStore:
     make_store(tmp_path / "joined/narrow", actions=narrow, expert_actions=None)
     sets = [{"name": name, "weight": weight, "policy": True} for name, weight in (("wide", 1.0), ("narrow", 2.0))]
     write_json(tmp_path / "joined/sets.json", {"schema_version": 1, "sets": sets})
-    return EpisodeStore.open(tmp_path / "joined")
+    return open_store(tmp_path / "joined")
 
 
 def test_a_policy_of_two_sets_answers_each_in_its_own_numbers(
