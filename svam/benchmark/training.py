@@ -70,8 +70,12 @@ class Clips:
     def __init__(self, shape: tuple[int, ...]) -> None:
         self._latents = torch.randn(64, *shape)
 
-    def __len__(self) -> int:
+    @property
+    def draws(self) -> int:
         return len(self._latents)
+
+    def drawn(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return numbers
 
     def clips(self, places: NDArray[np.int64]) -> Tensor:
         return self._latents[torch.from_numpy(places)]
