@@ -113,7 +113,7 @@ def store(parts: Path) -> EpisodeStore:
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of the closed loop are forked from a process that has imported the simulator; spawned, as they are for users and
-    in `test_dag.py`, each would spend seconds on that."""
+    in `test_dag_killed.py`, each would spend seconds on that."""
     from svam.evaluation import rollout
     from tests.killing import PROCESSES
 

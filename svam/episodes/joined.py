@@ -135,7 +135,9 @@ class JoinedStore(EpisodeStore):
 
     def frames(self, rows: NDArray[np.int64], camera: str | None = None) -> NDArray[np.uint8]:
         if camera not in (None, *self.foreseen):
-            raise ContractError(f"{self.path}: no camera {camera!r}; of several sets only the first is read, {self.foreseen}")
+            raise ContractError(
+                f"{self.path}: no camera {camera!r}; of several sets only foresight cameras: {', '.join(self.foreseen)}"
+            )
         cameras, rows = (0, rows) if len(self.foreseen) == 1 else np.divmod(rows, len(self))
         cameras = np.broadcast_to(cameras if camera is None else self.foreseen.index(camera), len(rows))
         out = np.empty((len(rows), *self.image_size, 3), np.uint8)
