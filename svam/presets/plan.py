@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
 from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
 from svam.presets.data import Data
+from svam.presets.memory import LADDER, Account, Held, Means
 from svam.presets.models import Models
 
 CARDS = {"rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
@@ -19,8 +22,11 @@ SHARE = 0.15
 """Of the peak. A training step of SVD's U-Net (16 frames of 32 x 32 latents, batch 4) took 354 ms on an H200, which is 16 %."""
 RAW, STORED = 0.36, 0.20
 """Bytes of recordings and of the store by bytes of the frames, annotations included: those of the default's demonstrations."""
-TRAINED, FROZEN = 20, 4
-"""Bytes a parameter, float32: in training weight, gradient, AdamW's two moments and the average; frozen the weight alone."""
+SIZES = (24, 48, 80)
+"""GB of the cards for which a plan says how fine-tuning fits."""
+MARGIN = 1.1
+"""What a card should have of the bound of `Held.least`. Fine-tuning SVD's U-Net with 4 clips took 70 GB where it is 68.9; where
+layers are computed twice less is known."""
 STATE = 16
 """Bytes a parameter of a training's saved state: weight, two moments, average."""
 HEADER = 128
@@ -135,7 +141,9 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
             yield Stage(f"prepare_backbones_teacher@{branch}", [models.teachers[branch]], [models.autoencoder], total)
     pictures, seen = params.convert.parts[0].foreseen * (data.rows(False) + data.rows(True)), [models.autoencoder, models.text]
     yield Stage("encode", [], [models.autoencoder], pictures * one["encode"])
-    total = _samples(video.training) * one["train_unet"] + video.evaluation_clips * video.evaluation_steps * one["unet"]
+    sample = one["train_unet"] if video.lora_rank is None else 2 * one["unet"]  # frozen weights have no gradients
+    sample += one["unet"] if params.machine.checkpointing else 0
+    total = _samples(video.training) * sample + video.evaluation_clips * video.evaluation_steps * one["unet"]
     trained: list[nn.Module] = [models.video] if video.training.steps else []
     yield Stage("finetune_video", trained, seen if trained else [*seen, models.video], total)
     train, held = min(sampling.windows, data.rows(False)), min(sampling.held_out_windows, data.rows(True))
@@ -179,6 +187,87 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act)
 
 
+def held_of(stage: Stage, account: Account) -> Held:
+    """What a stage holds on the card, at the least; what lies there frozen counts among the weights."""
+    held = (account.training(stage.name) if stage.trained else None) or Held(sum(map(saved, stage.trained)))
+    weights = held.weights + sum(map(saved, stage.frozen))
+    return held._replace(weights=weights, activations=max(held.activations, account.passes(stage.name)))
+
+
+def _smaller(stage: str) -> str:
+    """The knob that makes a stage hold less."""
+    name, *_ = stage.replace("@", " ").split()
+    knobs = {
+        "encode": "lower encode.batch",
+        "finetune_video": "choose among the ways above",
+        "generate": "lower generate.batch or encode.batch",
+        "cache_teacher": "lower cache_teacher.batch",
+        "distill": "lower distill.training.batch and raise its accumulate",
+        "train_policy": "lower train_policy.training.batch and raise its accumulate, or lower encode_batch",
+        "evaluate": "lower evaluate.batch",
+    }
+    return knobs.get(name, "lower the batch of its training and raise accumulate")
+
+
+class Fit(NamedTuple):
+    """A way of fine-tuning: bytes that a card holds at the least, and the most clips at a time on each of `SIZES`."""
+
+    means: Means
+    least: int
+    clips: list[int]
+
+
+def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
+    """The params' own way, then the others of `LADDER`, but for places of an average where there is none. `frozen`: bytes beside
+    what is trained."""
+    own, training = Means.of(params), params.finetune_video.training
+    batch = account.own(training.batch)
+    others = (means for means in LADDER if means != own and (training.ema or means.average == "device"))
+    ways: list[Fit] = []
+    for means in (own, *others):
+        held = account.fine_tuning(means, batch)
+        resting = held._replace(activations=0).least + frozen
+        beside = resting if held.accumulated else resting - held.gradients
+        points = zip(account.kept(means, batch), account.kept(means, 2 * batch), strict=True)
+        growing = [(one, two) for one, two in points if two > one]  # before the first adapter nothing is kept
+        rooms = [size * 1e9 / MARGIN for size in SIZES]
+        most = [min(int((room - beside - 2 * one + two) // ((two - one) / batch)) for one, two in growing) for room in rooms]
+        clips = [max(0, n) if resting <= room else 0 for n, room in zip(most, rooms, strict=True)]
+        ways.append(Fit(means, held.least + frozen, clips))
+    return ways
+
+
+def _fit_lines(params: Params, account: Account, frozen: int) -> list[str]:
+    batch, own = account.own(params.finetune_video.training.batch), Means.of(params)
+    lines = [
+        f"fine-tuning with {batch} clips at a time, and the most clips at a time on a card of {SIZES[0]}, {SIZES[1]} and "
+        f"{SIZES[2]} GB, {round(100 * (MARGIN - 1))} % of the bound kept free",
+        f"  {'params (* as here)':84s}{'at least GB':>12s}{'card':>6s}" + "".join(f"{size:>6d}" for size in SIZES),
+    ]
+    for means, least, clips in ways_to_fit(params, account, frozen):
+        card = next((str(size) for size, most in zip(SIZES, clips, strict=True) if most >= batch), "-")
+        counts = "".join(f"{most or '-':>6}" for most in clips)
+        lines.append(f"{'*' if means == own else ' '} {means!s:84s}{least / 1e9:12.1f}{card:>6s}{counts}")
+    return lines
+
+
+def lacking(params: Params, most: int) -> Iterator[str]:
+    """What the params need and this machine has not; `most`: bytes that a stage holds on the card."""
+    video = params.finetune_video
+    for key, library, asked in (
+        ("moments", "bitsandbytes", video.moments == "int8"), ("lora_rank", "peft", video.lora_rank is not None),
+    ):  # fmt: skip
+        if asked and not find_spec(library):
+            yield (
+                f"finetune_video.{key} is {getattr(video, key)!r}, but {library} is not installed: "
+                "pip install -c constraints.txt -e '.[cards]' brings it"
+            )
+    if not torch.cuda.is_available():
+        yield "torch sees no GPU: all hours above are of a card that is not here"
+    elif (memory := torch.cuda.get_device_properties(0).total_memory) < most:
+        yield f"the GPU has {memory / 1e9:.1f} GB, a stage holds at least {most / 1e9:.1f}: see what does not fit"
+
+
 def report(params: Params, data: Data, card: str, share: float) -> str:
     """The whole plan as a text. `card`: of `CARDS`; share: of its peak that is reached."""
     models, (peak, memory) = Models(params, data), CARDS[card]
@@ -194,23 +283,34 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
     lines += [f"  {'together':36s}{sum(out.size for out in outs) / 1e9:12,.3f}"]
     lines += [
         "",
-        f"GPU: memory is a lower bound (weights, gradients, AdamW, average; no activations), hours are FLOPs / ({share:g} x",
+        "GPU: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs of",
+        "the largest layer; without accumulation gradients and activations need not lie there together. Hours are FLOPs of",
+        f"matrix products and convolutions / ({share:g} x {peak / 1e12:g} TFLOP/s of {card})",
+        f"  {'stage':32s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
+        f"{'PFLOP':>12s}{'hours':>9s}",
     ]
-    lines += [f"{peak / 1e12:g} TFLOP/s of {card}), and nothing is in them but matrix products and convolutions"]
-    lines += [f"  {'stage':36s}{'at least GB':>12s}{'PFLOP':>14s}{'hours':>10s}"]
-    hours, warnings = 0.0, []
+    account, hours, most, warnings = Account(params, data), 0.0, 0, list[str]()
     for stage in stages_of(params, data, models):
-        held = sum(TRAINED * parameters(m) for m in stage.trained) + sum(FROZEN * parameters(m) for m in stage.frozen)
-        spent = stage.flops / (peak * share) / 3600
-        lines.append(f"  {stage.name:36s}{held / 1e9:12.2f}{stage.flops / 1e15:14,.2f}{spent:10.2f}")
-        hours += spent
-        if held > memory * 1e9:
-            warnings.append(f"{stage.name} holds at least {held / 1e9:.1f} GB, a {card} has {memory}: take another --card")
-    lines.append(f"  {'together':36s}{hours:36.2f}")
+        held, spent = held_of(stage, account), stage.flops / (peak * share) / 3600
+        one, two, three, four, five, six = (size / 1e9 for size in (*held[:5], held.least))
+        lines.append(
+            f"  {stage.name:32s}{one:9.2f}{two:10.2f}{three:9.2f}{four:9.2f}{five:12.2f}{six:9.2f}"
+            f"{stage.flops / 1e15:12,.2f}{spent:9.2f}"
+        )
+        hours, most = hours + spent, max(most, held.least)
+        if held.least > memory * 1e9:
+            warnings.append(
+                f"{stage.name} holds at least {held.least / 1e9:.1f} GB, a {card} has {memory}: {_smaller(stage.name)}, or "
+                "take another --card"
+            )
+    lines.append(f"  {'together':32s}{hours:79.2f}")
+    if params.finetune_video.training.steps:
+        lines += ["", *_fit_lines(params, account, saved(models.autoencoder) + saved(models.text))]
     features, room = sum(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
     if features > room * 1e9:
         warnings.append(
             f"the policy's features take {features / 1e9:.1f} GB, machine.cache_gb is {room:g}: raise it, or "
             "train_policy.observation_stride, or set train_policy.features to computed"
         )
-    return "\n".join([*lines, *(["", *(f"does not fit: {warning}" for warning in warnings)] if warnings else [])])
+    said = [*(f"does not fit: {warning}" for warning in warnings), *(f"not here: {lack}" for lack in lacking(params, most))]
+    return "\n".join([*lines, *(["", *said] if said else [])])

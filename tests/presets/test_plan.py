@@ -66,7 +66,7 @@ def test_an_estimate_splits_as_convert_does_and_says_so(toy: tuple[Path, Params,
 
 def test_the_published_sizes() -> None:
     """Parameters as their authors state them, and the FLOPs of SVD's U-Net on 16 frames of 32 x 32 latents: 4.71 TFLOP, cut
-    after two up blocks 2.75; training takes three times a forward pass."""
+    after two up blocks 2.75; training takes three times a forward pass, and layers that are computed twice one more."""
     params, _ = with_overlay(overlay_of("paper-metaworld"), ROOT / "params.yaml", "paper-metaworld")
     models = Models(params, estimated(params, None, None))
     millions = {name: round(parameters(part) / 1e6, 1) for name, part in parts_of(models).items()}
@@ -76,7 +76,8 @@ def test_the_published_sizes() -> None:
     assert (round(one["unet"] / 1e12, 2), round(one["one_step"] / 1e12, 2)) == (4.71, 2.75)
     assert one["train_unet"] == pytest.approx(3 * one["unet"], rel=0.01)
     finetuning = next(stage for stage in stages_of(params, models.data, models) if stage.name == "finetune_video")
-    assert finetuning.flops == pytest.approx(100_000 * 24 * one["train_unet"], rel=0.01)
+    assert params.machine.checkpointing
+    assert finetuning.flops == pytest.approx(100_000 * 24 * (one["train_unet"] + one["unet"]), rel=0.01)
 
 
 def test_the_text_of_a_plan_and_what_it_cannot_know(tmp_path: Path) -> None:
@@ -85,6 +86,7 @@ def test_the_text_of_a_plan_and_what_it_cannot_know(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", "quick", *params, "--card", "rtx3090", "--store", str(tmp_path / "none.zarr")])
     assert done.exit_code == 0, done.output
     assert "an estimate, there is no store of these params" in done.stdout and "71 TFLOP/s of rtx3090" in done.stdout
+    assert "fine-tuning with 4 clips at a time" in done.stdout and "machine.checkpointing: true, machine.average" in done.stdout
     assert "does not fit: the policy's features take" in done.stdout and "raise it, or train_policy" in done.stdout
     for arguments, said in (
         (["paper-calvin"], "convert.source is 'calvin' and there is no store of it to measure: pass --rows and --actions"),

@@ -1,4 +1,4 @@
-"""The published recipe runs: every stage that it touches, two steps each, with its choices at a reduced width."""
+"""The recipes of the larger presets run: every stage that they touch, two steps each, with their choices at a reduced width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from svam.presets.overlay import overlay_of, with_overlay
 from tests.tiny import observations
 from tests.toy import invoke, write_toy_params
 
-ELSEWHERE = ("machine.", "collect.", "convert.", "prepare_backbones.", "encode.", "evaluate.", "foresight.")
+ELSEWHERE = ("collect.", "convert.", "prepare_backbones.", "encode.", "evaluate.", "foresight.")
 """Keys of data, frozen parts and evaluation, which tests have their own of."""
 TWO = {"steps": 2, "warmup": 1, "batch": 2, "accumulate": 1}
 REDUCED: dict[str, Any] = {
@@ -25,21 +25,30 @@ REDUCED: dict[str, Any] = {
     "cache_teacher.batch": 4, "distill.width": 16, "distill.blocks": 1, "distill.heads": 2,
     "train_policy.encode_batch": 2, "train_policy.observation_stride": 6, "train_policy.evaluate_every": 2,
     "train_policy.evaluation_observations": 4, "train_policy.perceiver.queries": 2, "train_policy.perceiver.width": 16,
-    "train_policy.perceiver.depth": 1, "train_policy.perceiver.heads": 2, "train_policy.perceiver.head_width": 12,
-    "train_policy.perceiver.embedding": 20, "train_policy.transformer.width": 16,
+    "train_policy.perceiver.depth": 1, "train_policy.perceiver.heads": 2, "train_policy.transformer.width": 16,
     "train_policy.transformer.encoder_layers": 1, "train_policy.transformer.decoder_layers": 1,
     "train_policy.transformer.heads": 2, "train_policy.transformer.steps": 2,
     **{f"{stage}.training.{k}": value for stage in ("finetune_video", "distill", "train_policy") for k, value in TWO.items()},
 }  # fmt: skip
+NARROW = {
+    "finetune_video.unet.channels": [32, 64], "finetune_video.unet.heads": [1, 2], "train_policy.perceiver.head_width": 12,
+    "train_policy.perceiver.embedding": 20,
+}  # fmt: skip
+"""In place of what a preset chooses, where it does."""
+ALIKE = ("paper-metaworld", "paper-real", "mt12-gpu")
+"""Presets whose recipe is another's but for numbers that are reduced here, and the chunk."""
 
 
-def test_the_papers_recipe_runs(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["paper-calvin", "mt50-gpu", *(pytest.param(n, marks=pytest.mark.slow) for n in ALIKE)])
+def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From latents to a policy that acts."""
     monkeypatch.chdir(tmp_path)
     write_toy_params(Path("params.yaml"))
-    recipe = {key: value for key, value in overlay_of("paper-calvin").items() if not key.startswith(ELSEWHERE)}
-    reduced = recipe | REDUCED | {"finetune_video.unet.pretrained": str(parts / "video")}
-    _, text = with_overlay(reduced, Path("params.yaml"), "paper-calvin")
+    recipe = {key: value for key, value in overlay_of(name).items() if not key.startswith(ELSEWHERE)}
+    reduced = recipe | REDUCED | {key: value for key, value in NARROW.items() if key in recipe}
+    if "finetune_video.unet.pretrained" in recipe:
+        reduced["finetune_video.unet.pretrained"] = str(parts / "video")
+    _, text = with_overlay(reduced, Path("params.yaml"), name)
     Path("params.yaml").write_text(text, encoding="utf-8")
 
     episodes, backbones, video = ("--episodes", parts / "episodes.zarr"), ("--backbones", parts / "backbones"), "video"
@@ -60,6 +69,12 @@ def test_the_papers_recipe_runs(parts: Path, tmp_path: Path, monkeypatch: pytest
     run("train_policy", "svam", *episodes, *backbones, "--video", video, "--decouplers", "decouplers", "--cache", "cache")
 
     svam, params = SVAM.load(Path("svam")), load_params(Path("params.yaml"))
-    assert svam.config.text == (1, 16) and svam.config.sampler.guidance_last == 3.0
-    assert svam.foresight.video_model.config.dropped == "text" and params.finetune_video.first_sigma_share == 0.0
-    assert svam.act(observations(open_store(parts / "episodes.zarr"), 2)).shape == (2, 10, 3)
+    chosen, config = params.train_policy, svam.foresight.video_model.config
+    assert chosen.features == ("computed" if name.startswith("paper") else "cached")
+    assert svam.config.text[0] == (1 if chosen.sentence == "pooled" else svam.foresight.text.tokens)
+    assert svam.config.sampler.guidance_last == (3.0 if name.startswith("paper") else None)
+    assert (config.dropped, config.noise, config.sigma_max) == (
+        ("text", "fresh", 700.0) if name.startswith("paper") else ("frame_and_text", "fixed", 440.0)
+    )
+    chunk = 10 if name == "paper-calvin" else 8
+    assert svam.act(observations(open_store(parts / "episodes.zarr"), 2)).shape == (2, chunk, 3)
