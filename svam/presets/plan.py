@@ -218,8 +218,8 @@ class Fit(NamedTuple):
 
 
 def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
-    """The params' own way, then the others of `LADDER`, but for places of an average where there is none. `frozen`: bytes beside
-    what is trained."""
+    """The params' own way, then the others of `LADDER`, but for places of an average where there is none. `frozen`: bytes that
+    lie beside what is trained."""
     own, training = Means.of(params), params.finetune_video.training
     batch = account.own(training.batch)
     others = (means for means in LADDER if means != own and (training.ema or means.average == "device"))
