@@ -155,7 +155,7 @@ def control(params: Params, device: torch.device, matrix_flops: float) -> dict[s
     instead; and how far features and actions are from those in float32. FLOPs are those that torch counts; a share is that of
     the time which they would take at `matrix_flops`."""
     data = estimated(params, None, None)
-    counted = Models(params, data).flops()
+    counted = Models(params, data).flops
     models = Models(params, data, device.type)
     svam = untrained(models)
     foresight, observation = svam.foresight, svam.example()

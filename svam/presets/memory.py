@@ -240,14 +240,21 @@ class Account:
         parts = [models.autoencoder, models.contrast or models.text, models.video, models.policy]
         with self.fake:
             _make_fake(nn.ModuleList([*parts, *models.teachers.values(), *models.decouplers.values()]))
-        self._processes = params.machine.processes if params.machine.launch == "torchrun" else 1
-        self._shards = self._processes if params.machine.shard else 1
         self._videos: dict[int | None, VideoModel] = {None: models.video}
         self._kept: dict[tuple[int | None, bool, int], list[int]] = {}
 
+    @property
+    def cards(self) -> int:
+        machine = self.params.machine
+        return machine.processes if machine.launch == "torchrun" else 1
+
+    @property
+    def shards(self) -> int:
+        return self.cards if self.params.machine.shard else 1
+
     def own(self, batch: int) -> int:
         """A card's part of a batch."""
-        return -(-batch // self._processes)
+        return -(-batch // self.cards)
 
     def video(self, lora_rank: int | None = None) -> VideoModel:
         """The video model; with adapters of this rank, if any."""
@@ -286,7 +293,7 @@ class Account:
     def fine_tuning(self, means: Means, batch: int) -> Held:
         """Of `finetune_video` at so many clips at a time."""
         training = self.params.finetune_video.training
-        return held_by(self.video(means.lora_rank), training, max(self.kept(means, batch)), means, self._shards)
+        return held_by(self.video(means.lora_rank), training, max(self.kept(means, batch)), means, self.shards)
 
     def training(self, stage: str) -> Held | None:
         """What a stage holds of what it trains; None where it trains nothing."""
@@ -296,7 +303,7 @@ class Account:
             return None
         module, optimiser, loss = trainings[stage]
         alone = stage.startswith("prepare_backbones")  # in one process
-        batch, shards = (optimiser.batch, 1) if alone else (self.own(optimiser.batch), self._shards)
+        batch, shards = (optimiser.batch, 1) if alone else (self.own(optimiser.batch), self.shards)
         with self.fake, as_on_a_gpu(optimiser.bf16):
             kept, _ = kept_for_backward(module, lambda: loss(batch))
             return held_by(module, optimiser, kept, shards=shards)

@@ -7,6 +7,7 @@ forward and backward passes. T frames, h w grid, C channels.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,11 +90,17 @@ def _flops(call: Callable[..., Tensor], *arguments: Any) -> int:
     return int(counter.get_total_flops())
 
 
-def _training_flops(loss: Callable[..., Tensor], *arguments: Any) -> int:
-    """With the backward pass."""
+def _both_flops(loss: Callable[..., Tensor], *arguments: Any) -> tuple[int, int]:
+    """Of the forward pass, and with the backward pass."""
     with FlopCounterMode(display=False) as counter:
-        loss(*arguments).sum().backward()  # type: ignore[no-untyped-call]
-    return int(counter.get_total_flops())
+        value = loss(*arguments).sum()
+        forward = int(counter.get_total_flops())
+        value.backward()  # type: ignore[no-untyped-call]
+    return forward, int(counter.get_total_flops())
+
+
+def _training_flops(loss: Callable[..., Tensor], *arguments: Any) -> int:
+    return _both_flops(loss, *arguments)[1]
 
 
 def _numbers(dimensions: int | None) -> VectorStatistics | None:
@@ -183,6 +190,7 @@ class Models:
         built = SVAMConfig.of(section, foresight, self.shapes, statistics, cameras, data.size, config.rate_hz)
         return PolicyNetwork(built, statistics)
 
+    @cached_property
     def flops(self) -> dict[str, int]:
         """What is computed -> its FLOPs, of one frame, clip or observation; `train_...` with the backward pass. Sentences, each
         embedded once, resizing and normalising count nothing."""
@@ -197,12 +205,13 @@ class Models:
         def rebuilt() -> Tensor:
             return autoencoder.decode_pixels(autoencoder.encode_pixels(frame))
 
+        unet, train_unet = _both_flops(denoising_loss, *noisy)
         count = {
             "encode": _flops(autoencoder.encode_pixels, frame),
             "decode": _flops(autoencoder.decode_pixels, clip[0], config.frames),
             "one_step": _flops(features),
-            "unet": _flops(denoising_loss, *noisy),
-            "train_unet": _training_flops(denoising_loss, *noisy),
+            "unet": unet,
+            "train_unet": train_unet,
         }
         if self.params.prepare_backbones.autoencoder.source == "in_domain":
             count["train_autoencoder"] = _training_flops(rebuilt)

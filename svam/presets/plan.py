@@ -128,7 +128,7 @@ def _samples(training: Optimiser) -> int:
 
 def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     """The stages that compute on a GPU, in order; what measuring takes is left out but for the evaluation itself."""
-    one, parts, backbones, sampling = models.flops(), parts_of(models), params.prepare_backbones, params.generate
+    one, parts, backbones, sampling = models.flops, parts_of(models), params.prepare_backbones, params.generate
     video, frames = params.finetune_video, params.finetune_video.frames
     if backbones.autoencoder.source == "in_domain":
         total = _samples(backbones.autoencoder.training) * one["train_autoencoder"]
@@ -199,7 +199,7 @@ def _smaller(stage: str) -> str:
     name, *_ = stage.replace("@", " ").split()
     knobs = {
         "encode": "lower encode.batch",
-        "finetune_video": "choose among the ways above",
+        "finetune_video": "take another row of the table above",
         "generate": "lower generate.batch or encode.batch",
         "cache_teacher": "lower cache_teacher.batch",
         "distill": "lower distill.training.batch and raise its accumulate",
@@ -218,11 +218,14 @@ class Fit(NamedTuple):
 
 
 def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
-    """The params' own way, then the others of `LADDER`, but for places of an average where there is none. `frozen`: bytes that
-    lie beside what is trained."""
-    own, training = Means.of(params), params.finetune_video.training
+    """The params' own way, then the others of `LADDER`, without places of an average where there is none, and without adapters
+    of random weights, which params refuse. `frozen`: bytes that lie beside what is trained."""
+    own, training, published = Means.of(params), params.finetune_video.training, params.finetune_video.unet.pretrained
     batch = account.own(training.batch)
-    others = (means for means in LADDER if means != own and (training.ema or means.average == "device"))
+    others = (
+        means for means in LADDER
+        if means != own and (training.ema or means.average == "device") and (published or means.lora_rank is None)
+    )  # fmt: skip
     ways: list[Fit] = []
     for means in (own, *others):
         held = account.fine_tuning(means, batch)
@@ -240,9 +243,10 @@ def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
 def _fit_lines(params: Params, account: Account, frozen: int) -> list[str]:
     batch, own = account.own(params.finetune_video.training.batch), Means.of(params)
     lines = [
-        f"fine-tuning with {batch} clips at a time, and the most clips at a time on a card of {SIZES[0]}, {SIZES[1]} and "
-        f"{SIZES[2]} GB, {round(100 * (MARGIN - 1))} % of the bound kept free",
-        f"  {'params (* as here)':84s}{'at least GB':>12s}{'card':>6s}" + "".join(f"{size:>6d}" for size in SIZES),
+        f"fine-tuning with {batch} clips at a time: the smallest card for it, and the most clips that cards of {SIZES[0]}, "
+        f"{SIZES[1]} and {SIZES[2]} GB hold,",
+        f"where a card has {MARGIN:g} times the bound (* the params as they are)",
+        f"  {'params':84s}{'at least GB':>12s}{'card':>6s}" + "".join(f"{size:>6d}" for size in SIZES),
     ]
     for means, least, clips in ways_to_fit(params, account, frozen):
         card = next((str(size) for size, most in zip(SIZES, clips, strict=True) if most >= batch), "-")
@@ -263,7 +267,7 @@ def lacking(params: Params, most: int) -> Iterator[str]:
                 "pip install -c constraints.txt -e '.[cards]' brings it"
             )
     if not torch.cuda.is_available():
-        yield "torch sees no GPU: all hours above are of a card that is not here"
+        yield "torch sees no GPU"
     elif (memory := torch.cuda.get_device_properties(0).total_memory) < most:
         yield f"the GPU has {memory / 1e9:.1f} GB, a stage holds at least {most / 1e9:.1f}: see what does not fit"
 
@@ -286,7 +290,7 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
         "GPU: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs of",
         "the largest layer; without accumulation gradients and activations need not lie there together. Hours are FLOPs of",
         f"matrix products and convolutions / ({share:g} x {peak / 1e12:g} TFLOP/s of {card})",
-        f"  {'stage':32s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
+        f"  {'stage':36s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
         f"{'PFLOP':>12s}{'hours':>9s}",
     ]
     account, hours, most, warnings = Account(params, data), 0.0, 0, list[str]()
@@ -294,7 +298,7 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
         held, spent = held_of(stage, account), stage.flops / (peak * share) / 3600
         one, two, three, four, five, six = (size / 1e9 for size in (*held[:5], held.least))
         lines.append(
-            f"  {stage.name:32s}{one:9.2f}{two:10.2f}{three:9.2f}{four:9.2f}{five:12.2f}{six:9.2f}"
+            f"  {stage.name:36s}{one:9.2f}{two:10.2f}{three:9.2f}{four:9.2f}{five:12.2f}{six:9.2f}"
             f"{stage.flops / 1e15:12,.2f}{spent:9.2f}"
         )
         hours, most = hours + spent, max(most, held.least)
@@ -303,7 +307,7 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
                 f"{stage.name} holds at least {held.least / 1e9:.1f} GB, a {card} has {memory}: {_smaller(stage.name)}, or "
                 "take another --card"
             )
-    lines.append(f"  {'together':32s}{hours:79.2f}")
+    lines.append(f"  {'together':36s}{hours:79.2f}")
     if params.finetune_video.training.steps:
         lines += ["", *_fit_lines(params, account, saved(models.autoencoder) + saved(models.text))]
     features, room = sum(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
@@ -312,5 +316,5 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
             f"the policy's features take {features / 1e9:.1f} GB, machine.cache_gb is {room:g}: raise it, or "
             "train_policy.observation_stride, or set train_policy.features to computed"
         )
-    said = [*(f"does not fit: {warning}" for warning in warnings), *(f"not here: {lack}" for lack in lacking(params, most))]
+    said = [*(f"does not fit: {warning}" for warning in warnings), *(f"this machine: {lack}" for lack in lacking(params, most))]
     return "\n".join([*lines, *(["", *said] if said else [])])

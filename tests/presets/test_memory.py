@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections import defaultdict
 from contextlib import nullcontext
-from pathlib import Path
+from copy import copy
 from typing import Any
 
 import pytest
@@ -16,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from svam.models.video import VideoModel
-from svam.params import Params
 from svam.presets import plan
 from svam.presets.data import estimated
 from svam.presets.memory import LADDER, Account, Held, Means, as_on_a_gpu, held_by, kept_for_backward, moment_bytes, widest
@@ -54,9 +54,28 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def params_of(folder: Path, bf16: bool = False, accumulate: int = 1) -> Params:
-    training = {"bf16": bf16, "accumulate": accumulate}
-    return write_toy_params(folder / "params.yaml", {"finetune_video": {"training": training}})
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> Account:
+    params = write_toy_params(tmp_path_factory.mktemp("toy") / "params.yaml")
+    return Account(params, estimated(params, None, None))
+
+
+@pytest.fixture(scope="module")
+def models(toy: Account) -> Models:
+    """On the meta device. Their FLOPs, of which nothing here hangs, are not counted."""
+    models = Models(toy.params, toy.models.data)
+    models.flops = defaultdict(int, train_geometric=0, train_semantic=0)
+    return models
+
+
+def changed(toy: Account, section: str, **values: Any) -> Account:
+    """The account of the same models where params have other values."""
+    account, (name, *inner) = copy(toy), section.split(".")
+    whole = getattr(toy.params, name)
+    part = whole.model_copy(update={inner[0]: getattr(whole, inner[0]).model_copy(update=values)} if inner else values)
+    account.params = toy.params.model_copy(update={name: part})
+    account._kept = {} if "bf16" in values else toy._kept
+    return account
 
 
 def real_step(video: VideoModel, batch: int, bf16: bool, checkpointing: bool) -> tuple[int, int]:
@@ -82,10 +101,9 @@ def real_step(video: VideoModel, batch: int, bf16: bool, checkpointing: bool) ->
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_the_account_of_fine_tuning_is_that_of_a_real_step(bf16: bool, tmp_path: Path) -> None:
-    params = params_of(tmp_path, bf16)
-    data = estimated(params, None, None)
-    account, video = Account(params, data), Models(params, data, "cpu").video
+def test_the_account_of_fine_tuning_is_that_of_a_real_step(bf16: bool, toy: Account) -> None:
+    account = changed(toy, "finetune_video.training", bf16=True) if bf16 else toy
+    video = Models(toy.params, toy.models.data, "cpu").video
     plain, twice = (account.fine_tuning(Means(checkpointing=on), 2) for on in (False, True))
     kept, most = real_step(video, 2, bf16, False)
     assert plain.weights == sum(t.nbytes for t in (*video.parameters(), *video.buffers()))
@@ -104,24 +122,19 @@ def test_the_account_of_fine_tuning_is_that_of_a_real_step(bf16: bool, tmp_path:
     assert bf16 or twice.activations <= most < 2 * (twice.activations + twice.gradients)
 
 
-def test_gradients_and_activations_lie_there_together_where_batches_accumulate(tmp_path: Path) -> None:
+def test_gradients_and_activations_lie_there_together_where_batches_accumulate(toy: Account) -> None:
     held = Held(weights=4, gradients=4, moments=8, average=4, activations=10)
     assert (held.least, held._replace(accumulated=True).least, held._replace(activations=1).least) == (26, 30, 20)
-    params = params_of(tmp_path, accumulate=2)
-    assert Account(params, estimated(params, None, None)).fine_tuning(Means(), 1).accumulated
+    assert changed(toy, "finetune_video.training", accumulate=2).fine_tuning(Means(), 2).accumulated
 
 
-def test_several_cards_share_a_batch_and_perhaps_the_weights(tmp_path: Path) -> None:
-    params = params_of(tmp_path)
-    data, one, two = estimated(params, None, None), params.machine, {"launch": "torchrun", "processes": 2}
-    held = {}
-    for shard in (False, True):
-        machine = one.model_copy(update=two | {"shard": shard})
-        held[shard] = Account(params.model_copy(update={"machine": machine}), data).training("finetune_video")
-    whole = Account(params, data).fine_tuning(Means(), 2)  # half of the batch
-    assert held[False] == whole
+def test_several_cards_share_a_batch_and_perhaps_the_weights(toy: Account) -> None:
+    two = changed(toy, "machine", launch="torchrun", processes=2)
+    one, shared = (changed(two, "machine", shard=shard).training("finetune_video") for shard in (False, True))
+    whole = toy.fine_tuning(Means(), 2)  # half of the batch
+    assert one == whole
     weights, gradients, moments, average = (size // 2 for size in whole[:4])
-    assert held[True] == Held(weights, gradients, moments, average, whole.activations)
+    assert shared == Held(weights, gradients, moments, average, whole.activations)
 
 
 def test_moments_and_averages_are_counted_as_they_are_kept() -> None:
@@ -139,12 +152,10 @@ def test_the_widest_layer_of_a_pass() -> None:
     assert widest(net, lambda: net(torch.ones(2, 3))) == 2 * (50 + 60) * 4
 
 
-def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
+def test_adapters_are_counted_as_peft_makes_them(toy: Account) -> None:
     """But for copies of a layer's input that peft's layers make."""
     pytest.importorskip("peft")
-    params = params_of(tmp_path, bf16=True)
-    data = estimated(params, None, None)
-    account, video = Account(params, data), Models(params, data, "cpu").video
+    account, video = changed(toy, "finetune_video.training", bf16=True), Models(toy.params, toy.models.data, "cpu").video
     held, whole = account.fine_tuning(Means(lora_rank=3), 2), account.fine_tuning(Means(), 2)
     with adapted(video.unet, 3, 0, MATRICES):
         kept, _ = real_step(video, 2, True, False)
@@ -155,38 +166,33 @@ def test_adapters_are_counted_as_peft_makes_them(tmp_path: Path) -> None:
     assert held.weights < 0.6 * whole.weights and held.activations < whole.activations
 
 
-def test_as_many_clips_fit_as_it_says(tmp_path: Path) -> None:
-    params = params_of(tmp_path, accumulate=2)
-    account, frozen = Account(params, estimated(params, None, None)), 10**9
-    ways = ways_to_fit(params, account, frozen)
-    assert [way.means for way in ways] == list(LADDER)
-    for means, least, clips in (ways[0], ways[1], ways[-1]):
-        assert least == account.fine_tuning(means, 4).least + frozen and clips == sorted(clips)
-        fits, not_any_more = (account.fine_tuning(means, clips[0] + more).least + frozen for more in (0, 2))
-        assert fits <= SIZES[0] * 1e9 / MARGIN < not_any_more
-    assert ways_to_fit(params, account, 80 * 10**9)[0].clips == [0, 0, 0]
+@pytest.mark.parametrize(("accumulate", "number"), [(1, 0), (2, 1)])
+def test_as_many_clips_fit_as_it_says(accumulate: int, number: int, toy: Account) -> None:
+    account, frozen = changed(toy, "finetune_video.training", batch=1, accumulate=accumulate), 10**9
+    ways = ways_to_fit(account.params, account, frozen)
+    assert [way.means for way in ways] == [means for means in LADDER if means.lora_rank is None]  # of random weights
+    means, least, clips = ways[number]
+    assert least == account.fine_tuning(means, 1).least + frozen and clips == sorted(clips)
+    fits, not_any_more = (account.fine_tuning(means, clips[0] + more).least + frozen for more in (0, 2))
+    assert fits <= SIZES[0] * 1e9 / MARGIN < not_any_more
+    assert ways_to_fit(account.params, account, 80 * 10**9)[0].clips == [0, 0, 0]
 
 
-def test_every_stage_that_computes_on_a_gpu_is_counted(tmp_path: Path) -> None:
-    params = params_of(tmp_path)
-    data = estimated(params, None, None)
-    models, account = Models(params, data), Account(params, data)
-    held = {stage.name: (stage, held_of(stage, account)) for stage in stages_of(params, data, models)}
+def test_every_stage_that_computes_on_a_gpu_is_counted(toy: Account, models: Models) -> None:
+    held = {stage.name: (stage, held_of(stage, toy)) for stage in stages_of(toy.params, models.data, models)}
     assert all(of.activations > 0 for _, of in held.values())
     for stage, of in held.values():
         trained = sum(map(parameters, stage.trained))
         assert (of.gradients, of.moments, of.average) == (4 * trained, 8 * trained, 4 * trained)
         assert of.weights >= 4 * (trained + sum(map(parameters, stage.frozen)))
-    larger = params.model_copy(update={"encode": params.encode.model_copy(update={"batch": 64})})
-    assert Account(larger, data).passes("encode") == 4 * held["encode"][1].activations
+    assert changed(toy, "encode", batch=64).passes("encode") == 4 * held["encode"][1].activations
 
 
-def test_it_says_what_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = params_of(tmp_path)
-    video = params.finetune_video.model_copy(update={"moments": "int8", "lora_rank": 4})
+def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = toy.params
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = list(lacking(params.model_copy(update={"finetune_video": video}), 10**9))
+    said = list(lacking(changed(toy, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
     assert len(said) == 3 and "moments is 'int8', but bitsandbytes is not installed: pip install" in said[0]
     assert "lora_rank is 4, but peft is not installed" in said[1] and "torch sees no GPU" in said[2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -196,13 +202,14 @@ def test_it_says_what_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.Mon
     assert "the GPU has 24.0 GB, a stage holds at least 25.0" in next(lacking(params, 25 * 10**9))
 
 
-def test_what_does_not_fit_names_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = params_of(tmp_path)
+def test_what_does_not_fit_names_what_helps(toy: Account, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "CARDS", {"rtx3090": (71e12, 1e-6)})
-    said = plan.report(params, estimated(params, None, None), "rtx3090", 0.15)
+    monkeypatch.setattr(plan, "Models", lambda *_: models)
+    monkeypatch.setattr(plan, "Account", lambda *_: toy)
+    said = plan.report(toy.params, models.data, "rtx3090", 0.15)
     for stage, helps in (
         ("prepare_backbones_text", "lower the batch of its training and raise accumulate"),
-        ("encode", "lower encode.batch"), ("finetune_video", "choose among the ways above"),
+        ("encode", "lower encode.batch"), ("finetune_video", "take another row of the table above"),
         ("cache_teacher@semantic", "lower cache_teacher.batch"), ("evaluate (at most)", "lower evaluate.batch"),
     ):  # fmt: skip
         least = rf"does not fit: {re.escape(stage)} holds at least 0\.\d GB, a rtx3090 has 1e-06"
@@ -214,7 +221,4 @@ def test_the_bound_of_published_sizes_is_below_what_was_measured_and_near_it() -
     params, _ = with_overlay(overlay_of("paper-metaworld"), ROOT / "params.yaml", "paper-metaworld")
     training = params.finetune_video.training.model_copy(update={"accumulate": 1})
     params = params.model_copy(update={"finetune_video": params.finetune_video.model_copy(update={"training": training})})
-    account = Account(params, estimated(params, None, None))
-    plain, twice = (account.fine_tuning(Means(checkpointing=on), 4) for on in (False, True))
-    assert 0.95 * 70 < plain.least / 1e9 < 70
-    assert twice.least < 0.5 * plain.least
+    assert 0.95 * 70 < Account(params, estimated(params, None, None)).fine_tuning(Means(), 4).least / 1e9 < 70

@@ -72,7 +72,7 @@ def test_the_published_sizes() -> None:
     millions = {name: round(parameters(part) / 1e6, 1) for name, part in parts_of(models).items()}
     expected = {"text": 63.4, "autoencoder": 97.7, "video": 1524.6, "teacher_geometric": 153.2, "teacher_semantic": 86.6}
     assert {name: millions[name] for name in expected} == expected
-    one = models.flops()
+    one = models.flops
     assert (round(one["unet"] / 1e12, 2), round(one["one_step"] / 1e12, 2)) == (4.71, 2.75)
     assert one["train_unet"] == pytest.approx(3 * one["unet"], rel=0.01)
     finetuning = next(stage for stage in stages_of(params, models.data, models) if stage.name == "finetune_video")

@@ -94,6 +94,29 @@ def test_adapters_begin_as_nothing_and_end_in_the_weights(bf16: bool) -> None:
     assert changed == {name for name in before if name.endswith(tuple(f"{layer}.weight" for layer in ADAPTED))}
 
 
+def test_adapters_have_the_gradients_of_the_matrix_that_they_add() -> None:
+    """Of a weight W + BA with gradient G: G A^T for B, B^T G for A."""
+    pytest.importorskip("peft")
+    model, found = tiny(), dict[str, list[Tensor]]()
+    with adapted(model.unet, 2, 0):
+        for name, parameter in model.unet.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.1)
+        kept_and_gradients(model, False)
+        for name, module in model.unet.named_modules():
+            if name.endswith(ADAPTED):
+                down, up = module.lora_A["default"].weight, module.lora_B["default"].weight
+                assert down.grad is not None and up.grad is not None
+                found[name] = [down.detach(), up.detach(), down.grad, up.grad]
+    kept_and_gradients(model, False)
+    assert found
+    for name, (down, up, down_gradient, up_gradient) in found.items():
+        gradient = model.unet.get_parameter(f"{name}.weight").grad
+        assert gradient is not None
+        torch.testing.assert_close(up_gradient, gradient @ down.mT, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(down_gradient, up.mT @ gradient, rtol=1e-3, atol=1e-5)
+
+
 def test_without_peft_it_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with (
