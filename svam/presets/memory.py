@@ -268,7 +268,8 @@ class Account:
 
     def kept(self, means: Means, batch: int) -> list[int]:
         """Bytes that autograd keeps of a pass over so many clips and, where layers are computed twice, those that are there
-        when the backward pass has computed each of them again, with what was kept before it. All are linear in the batch."""
+        when the backward pass has computed each of them again, with what was kept before it. From two clips on all are linear
+        in the batch."""
         key = (means.lora_rank, means.checkpointing, batch)
         if key not in self._kept:
             self._kept[key] = self._read(self.video(means.lora_rank), means.checkpointing, batch)

@@ -222,6 +222,7 @@ def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
     of random weights, which params refuse. `frozen`: bytes that lie beside what is trained."""
     own, training, published = Means.of(params), params.finetune_video.training, params.finetune_video.unet.pretrained
     batch = account.own(training.batch)
+    several = max(2, batch)  # one clip keeps less than the line through several says
     others = (
         means for means in LADDER
         if means != own and (training.ema or means.average == "device") and (published or means.lora_rank is None)
@@ -231,10 +232,10 @@ def ways_to_fit(params: Params, account: Account, frozen: int) -> list[Fit]:
         held = account.fine_tuning(means, batch)
         resting = held._replace(activations=0).least + frozen
         beside = resting if held.accumulated else resting - held.gradients
-        points = zip(account.kept(means, batch), account.kept(means, 2 * batch), strict=True)
+        points = zip(account.kept(means, several), account.kept(means, 2 * several), strict=True)
         growing = [(one, two) for one, two in points if two > one]  # before the first adapter nothing is kept
         rooms = [size * 1e9 / MARGIN for size in SIZES]
-        most = [min(int((room - beside - 2 * one + two) // ((two - one) / batch)) for one, two in growing) for room in rooms]
+        most = [min(int((room - beside - 2 * one + two) // ((two - one) / several)) for one, two in growing) for room in rooms]
         clips = [max(0, n) if resting <= room else 0 for n, room in zip(most, rooms, strict=True)]
         ways.append(Fit(means, held.least + frozen, clips))
     return ways
