@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,13 +36,16 @@ FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Which library draws is tried in a process of its own, for seconds: once here, for all that this run starts."""
+    """Once here, for all that this run starts: which library draws, which is tried in a process of its own, for seconds; and
+    the process from which others are forked."""
     if config.getoption("numprocesses", None):
         from svam.errors import MachineError
         from svam.simulation.rendering import choose_backend
+        from tests.warm import executable
 
         with suppress(MachineError):
             choose_backend()
+        executable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -118,6 +122,14 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.killing import PROCESSES
 
     monkeypatch.setattr(rollout, "multiprocessing", SimpleNamespace(get_context=lambda _: PROCESSES))
+
+
+@pytest.fixture
+def warm_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreters that this process starts are forked: see `tests/warm.py`."""
+    from tests.warm import executable
+
+    monkeypatch.setattr(sys, "executable", executable())
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tests import ROOT
+from tests import ROOT, warm
 from tests.toy import write_toy_params
 
 PAUSE = 0.002  # seconds between two looks at a run
@@ -31,7 +31,10 @@ def environment() -> dict[str, str]:
 
 
 def attempt(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the project."""
+    """Run a command in the project. `dvc`, and the stages that it runs, are forked, as `tests/warm.py` says; as users start it,
+    it is `sys.executable, "-m", "dvc"`."""
+    if command[0] == "dvc":
+        command = (warm.executable(), "-m", *command)
     return subprocess.run(command, cwd=root, env=environment(), capture_output=True, text=True, check=False)
 
 
@@ -48,14 +51,19 @@ def ran(output: str) -> list[str]:
 
 
 @contextmanager
-def running(root: Path, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A command in a process group of its own, which prints to `log`. What of it still runs when the block ends is killed by
-    SIGKILL: DVC, the stage, and the stage's workers."""
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            command, cwd=root, env={**environment(), "PYTHONUNBUFFERED": "1"}, stdin=subprocess.DEVNULL, stdout=file,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+def running(root: Path, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes] | warm.Process]:
+    """A command, as `attempt` has it, in a process group of its own, printing to `log`. What of it still runs when the block
+    ends is killed by SIGKILL: DVC, the stage, and the stage's workers."""
+    unbuffered = {**environment(), "PYTHONUNBUFFERED": "1"}
+    with log.open("wb") as out, Path(os.devnull).open("rb") as none:
+        process: subprocess.Popen[bytes] | warm.Process
+        if command[0] == "dvc":
+            files = {0: none.fileno(), 1: out.fileno(), 2: out.fileno()}
+            process = warm.start(("-m", *command), root, unbuffered, files)
+        else:
+            process = subprocess.Popen(
+                command, cwd=root, env=unbuffered, stdin=none, stdout=out, stderr=out, start_new_session=True
+            )
     try:
         yield process
     finally:
@@ -124,15 +132,10 @@ def commit(root: Path) -> None:
     run(root, "git", "commit", "--quiet", "--message", "all")
 
 
-def first_repro(root: Path) -> list[str]:
-    """The stages that a first `dvc repro` runs, which are forked from one process: see `tests/warm_repro.py`."""
-    return ran(run(root, sys.executable, str(ROOT / "tests/warm_repro.py")))
-
-
 def make_finished(root: Path) -> None:
     """Such a project after an uninterrupted `dvc repro`, committed."""
     make_project(root)
     expected = run(root, "dvc", "stage", "list", "--name-only").split()
-    assert sorted(first_repro(root)) == sorted(expected)
+    assert sorted(ran(run(root, "dvc", "repro"))) == sorted(expected)
     assert len(expected) == 19  # two branches; every other stage once
     commit(root)

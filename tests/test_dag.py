@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 
 from tests import ROOT
 from tests.project import attempt, locked_stages, ran, run
+from tests.warm import executable
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -72,7 +73,7 @@ def test_the_saved_policy_acts_without_dvc(finished: Path, tmp_path: Path, monke
 
 
 def test_a_wrong_param_costs_no_output(project: Path) -> None:
-    """A bad value stops `dvc repro` with one sentence, and every output is still there."""
+    """A bad value stops `dvc repro`, as users start it, with one sentence, and every output is still there."""
     params = project / "params.yaml"
     before = params.read_text()
     outputs = sorted(p for p in (project / "data").rglob("*") if p.is_file() and p.name != "params_checked.txt")
@@ -81,7 +82,7 @@ def test_a_wrong_param_costs_no_output(project: Path) -> None:
         values = yaml.load(before)
         values["collect"]["episodes"] = "many"
         yaml.dump(values, params)
-        done = attempt(project, "dvc", "repro")
+        done = attempt(project, sys.executable, "-m", "dvc", "repro")
         assert done.returncode != 0
         assert "collect.episodes is 'many'" in done.stdout + done.stderr
         assert all(file.is_file() for file in outputs)
@@ -109,7 +110,7 @@ def test_results_are_shared_through_a_remote(project: Path, tmp_path: Path) -> N
     run(project, "dvc", "push", "--quiet")
     clone = tmp_path / "clone"
     run(tmp_path, "git", "clone", "--quiet", str(project), str(clone))
-    belongs = (sys.executable, str(ROOT / ".ci/lock_belongs.py"))
+    belongs = (executable(), str(ROOT / ".ci/lock_belongs.py"))
     assert ran(run(clone, "dvc", "repro", "--pull", "--allow-missing")) == []
     assert not (clone / "data/svam").exists()
 

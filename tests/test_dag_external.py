@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ def test_recordings_of_a_real_robot_become_a_policy(tmp_path: Path) -> None:
         "evaluate": {"protocols": ["offline"]},
     }  # fmt: skip
     project = make_project(tmp_path / "project", changes)
-    stages = ran(run(project, "dvc", "repro"))
+    stages = ran(run(project, sys.executable, "-m", "dvc", "repro"))  # as users start it
     assert "report" in stages and len(stages) == 17 and not any((project / "data/raw/metaworld").iterdir())
     results = json.loads((project / "data/results/metrics.json").read_text())
     assert "offline" in results and "metaworld" not in results

@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from tests import ROOT
-from tests.project import attempt, first_repro, make_project, ran, run
+from tests.project import attempt, make_project, ran, run
 
 REAL = ROOT.parent / "shared/realdata"
 pytestmark = [
@@ -49,7 +49,7 @@ def test_two_real_sets_and_simulated_demonstrations(tmp_path: Path) -> None:
     manifest = tmp_path / "sets.json"
     project = make_project(tmp_path / "project", changes(manifest))
     run(project, "python", "-m", "svam.episodes", "manifest", ARM["path"], BRIDGE["path"], str(manifest))
-    stages = set(first_repro(project))
+    stages = set(ran(run(project, "dvc", "repro")))
     assert {"convert", "encode", "train_policy", "report"} <= stages
     offline = json.loads((project / "data/results/metrics.json").read_text())["offline"]
     widths = {name: len(one["policy"]["mae_per_dimension"]) for name, one in offline["sets"].items()}

@@ -45,6 +45,7 @@ from tests.tiny_foresight import GRID, encoded, make_teacher
 from tests.together import heard, together
 from tests.toy import committed, optimiser, write_toy_params
 from tests.training import test_distill
+from tests.warm import executable
 
 CPU = torch.device("cpu")
 TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
@@ -248,12 +249,12 @@ def encode(parts: Path, folder: Path, launch: str, count: int = 1, **environment
     arguments = [str(folder / "latents"), "--params", str(folder / "params.yaml")]
     arguments += ["--episodes", str(parts / "episodes.zarr"), "--autoencoder", str(parts / "backbones/autoencoder")]
     around = {"DVC_ROOT": str(folder), "PATH": f"{folder}:{os.environ['PATH']}"} | environment
-    return heard(folder / "heard", around, call_stage, arguments)
+    return heard(folder / "heard", around, call_stage, executable(), arguments)
 
 
-def call_stage(arguments: list[str]) -> None:
+def call_stage(python: str, arguments: list[str]) -> None:
     """As `python -m` does."""
-    sys.argv = ["stages/encode.py", *arguments]
+    sys.executable, sys.argv = python, ["stages/encode.py", *arguments]
     app()
 
 

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import chdir
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +24,7 @@ from svam.code import code_text, stage_code, stage_names
 from svam.params import load_params
 from tests import ROOT
 from tests.toy import invoke
+from tests.warm import parsing_once
 
 YAML_12 = YAML(typ="safe", pure=True)
 CODE = {"code"}
@@ -119,15 +119,9 @@ SILENT: list[tuple[str, str, str]] = [
 
 @pytest.fixture(scope="module", autouse=True)
 def each_text_is_parsed_once() -> Iterator[None]:
-    """DVC parses params.yaml again for every stage, and reads and writes dvc.lock after each, in pure Python: most of the time
-    this file would take. What it writes is JSON here, which is YAML too."""
+    """Most of the time this file would take. What DVC writes is JSON here, which is YAML too."""
     parsed: dict[str, Any] = {}
-    parse = dvc.utils.serialize._yaml.parse_yaml
-
-    def remembered(text: str, path: str, typ: str = "safe") -> Any:
-        if text not in parsed:
-            parsed[text] = parse(text, path)
-        return deepcopy(parsed[text])
+    remembered = parsing_once(dvc.utils.serialize._yaml.parse_yaml, parsed)
 
     def written(data: Any, stream: TextIO) -> None:
         text = json.dumps(data)

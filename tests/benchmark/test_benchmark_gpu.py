@@ -27,8 +27,8 @@ def measured(folder: Path) -> dict[str, Any]:
     return gpu.measure(folder / "params.yaml", {}, FEW, torch.device("cpu"), folder / "scratch")
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two stages start, which takes its seconds."""
     monkeypatch.setattr(gpu, "CALLS", 1)
     monkeypatch.setattr(training, "WARM_UP", 1)
     monkeypatch.setattr(training, "STEPS", 2)

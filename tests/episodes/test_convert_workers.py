@@ -21,7 +21,7 @@ from svam.episodes.frames import resize_frames, resize_labels
 from svam.episodes.joined import open_store
 from svam.episodes.validation import validate
 from svam.files import locked, sha256_tree
-from tests import ROOT
+from tests import ROOT, warm
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
 from tests.sources.common import refused
 
@@ -95,7 +95,8 @@ def test_a_kill_costs_a_unit(tmp_path: Path) -> None:
         "from tests.episodes.test_convert_workers import LENGTHS, Slow\n"
         f"convert(Slow(LENGTHS, 0.3), Path({str(tmp_path / 'out.zarr')!r}), SETTINGS, 0, 1, Path({str(tmp_path / 's')!r}))\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    with Path(os.devnull).open("w") as none:
+        process = warm.start(("-c", code), ROOT, os.environ, dict.fromkeys(range(3), none.fileno()))
     deadline = time.monotonic() + 240
     while not list((tmp_path / "s").glob("*/unit_*/episodes.json")) and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -6,7 +6,6 @@ import copy
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +31,7 @@ from tests import ROOT
 from tests.tiny import TASKS
 from tests.tiny_foresight import FRAMES, GRID, SIZE
 from tests.toy import invoke, merged, write_toy_params
+from tests.warm import executable
 
 
 def test_wilson_against_published_values() -> None:
@@ -157,16 +157,19 @@ def test_offline_needs_no_simulator(evaluated: Path, tmp_path: Path) -> None:
     write_params(tmp_path / "params.yaml", protocols=["offline"], metaworld={"tasks": []})
     code = f"""
 import sys
+refused = ("mujoco", "metaworld", "OpenGL", "glfw")
+for name in [name for name in sys.modules if name.split(".")[0] in refused]:
+    del sys.modules[name]
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("mujoco", "metaworld", "OpenGL", "glfw"):
+        if name.split(".")[0] in refused:
             raise AssertionError(name + " was imported")
 sys.meta_path.insert(0, Refuse())
 from stages.evaluate import app
 options = ["--model", "{evaluated}/svam", "--episodes", "{evaluated}/episodes.zarr", "--params", "{tmp_path}/params.yaml"]
 app(["{tmp_path}/results", *options])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run([executable(), "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert set(read_json(tmp_path / "results/metrics.json")) == {"protocols", "policy", "offline"}
 

@@ -162,6 +162,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "episodes.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_served_policy_fills_the_row_that_it_fills_in_process(evaluated: Path, tmp_path: Path) -> None:
     """To the bit, where both compute batches of one: a reply is a function of picture, sentence and the seed that is sent."""
     model, near, far = evaluated / "svam", tmp_path / "near/results", tmp_path / "far/results"

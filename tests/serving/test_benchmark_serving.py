@@ -11,6 +11,7 @@ from svam.files import sha256
 from tests.benchmark.common import check_ratio, measured
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_served_call_is_measured_against_act(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "CALLS", 1)
     found = measured("serving", tmp_path, {"benchmark": {"repeats": 2}}, "--model", str(model))

@@ -115,6 +115,7 @@ FeatureCache(Path(sys.argv[1]), 1.0).fill(t.wanted(), t.sources("one"), Dying(),
 """
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_a_killed_writer_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
     assert killed.returncode == 9
