@@ -9,7 +9,7 @@ and what libraries take is not in it, so every number is a lower bound.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -241,7 +241,7 @@ class Account:
         with self.fake:
             _make_fake(nn.ModuleList([*parts, *models.teachers.values(), *models.decouplers.values()]))
         self._videos: dict[int | None, VideoModel] = {None: models.video}
-        self._kept: dict[tuple[int | None, bool, int], list[int]] = {}
+        self._passes: dict[tuple[int | None, bool, int], tuple[int, list[tuple[int, int]]]] = {}
 
     @property
     def cards(self) -> int:
@@ -270,26 +270,27 @@ class Account:
         """Bytes that autograd keeps of a pass over so many clips and, where layers are computed twice, those that are there
         when the backward pass has computed each of them again, with what was kept before it. From two clips on all are linear
         in the batch."""
-        key = (means.lora_rank, means.checkpointing, batch)
-        if key not in self._kept:
-            self._kept[key] = self._read(self.video(means.lora_rank), means.checkpointing, batch)
-        return self._kept[key]
-
-    def _read(self, video: VideoModel, checkpointing: bool, batch: int) -> list[int]:
-        config, unet, bf16 = video.config, video.unet, self.params.finetune_video.training.bf16
-
-        def loss() -> Tensor:
-            clip, text = torch.empty(batch, *config.clip_shape), torch.empty(batch, config.text_tokens, config.text_width)
-            return denoising_loss(video, clip, torch.empty(batch), clip, clip[:, 0], text).mean()
-
-        layers = [m for m in unet.modules() if isinstance(m, LAYERS)] if checkpointing else []
-        with self.fake, as_on_a_gpu(bf16):
-            kept, whole = kept_for_backward(video, loss, layers)
-            if not checkpointing:
-                return [kept]
-            with checkpointed(unet, torch.device("cuda"), bf16):
-                kept, begun = kept_for_backward(video, loss, layers)
+        kept, whole = self._pass(means.lora_rank, False, batch)
+        if not means.checkpointing:
+            return [kept]
+        kept, begun = self._pass(means.lora_rank, True, batch)
         return [kept, *(before + end - start for (before, _), (start, end) in zip(begun, whole, strict=True))]
+
+    def _pass(self, lora_rank: int | None, checkpointing: bool, batch: int) -> tuple[int, list[tuple[int, int]]]:
+        """What `kept_for_backward` says of a training pass over so many clips, by the layers that can be computed twice."""
+        key = (lora_rank, checkpointing, batch)
+        if key not in self._passes:
+            video, bf16 = self.video(lora_rank), self.params.finetune_video.training.bf16
+            config, layers = video.config, [m for m in video.unet.modules() if isinstance(m, LAYERS)]
+
+            def loss() -> Tensor:
+                clip, text = torch.empty(batch, *config.clip_shape), torch.empty(batch, config.text_tokens, config.text_width)
+                return denoising_loss(video, clip, torch.empty(batch), clip, clip[:, 0], text).mean()
+
+            twice = checkpointed(video.unet, torch.device("cuda"), bf16) if checkpointing else nullcontext()
+            with self.fake, as_on_a_gpu(bf16), twice:
+                self._passes[key] = kept_for_backward(video, loss, layers)
+        return self._passes[key]
 
     def fine_tuning(self, means: Means, batch: int) -> Held:
         """Of `finetune_video` at so many clips at a time."""

@@ -1,4 +1,4 @@
-"""The recipes of the larger presets run: every stage that they touch, two steps each, with their choices at a reduced width."""
+"""The presets' recipes run: every stage that they touch, two steps each, with their choices at a reduced width."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from svam.episodes.joined import open_store
 from svam.models.svam import SVAM
 from svam.params import load_params
-from svam.presets.overlay import overlay_of, with_overlay
+from svam.presets.overlay import overlay_of, preset_names, with_overlay
 from tests.tiny import observations
 from tests.toy import invoke, write_toy_params
 
@@ -35,11 +35,12 @@ NARROW = {
     "train_policy.perceiver.embedding": 20,
 }  # fmt: skip
 """In place of what a preset chooses, where it does."""
-ALIKE = ("paper-metaworld", "paper-real", "mt12-gpu")
-"""Presets whose recipe is another's but for numbers that are reduced here, and the chunk."""
+APART = ("paper-calvin", "mt50-gpu", "calvin-small")
+"""Presets that differ here; the recipe of another is one of these, or the default, but for numbers that are reduced, and the
+chunk."""
 
 
-@pytest.mark.parametrize("name", ["paper-calvin", "mt50-gpu", *(pytest.param(n, marks=pytest.mark.slow) for n in ALIKE)])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in APART else pytest.mark.slow) for n in preset_names()])
 def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From latents to a policy that acts."""
     monkeypatch.chdir(tmp_path)
@@ -69,12 +70,13 @@ def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: py
     run("train_policy", "svam", *episodes, *backbones, "--video", video, "--decouplers", "decouplers", "--cache", "cache")
 
     svam, params = SVAM.load(Path("svam")), load_params(Path("params.yaml"))
-    chosen, config = params.train_policy, svam.foresight.video_model.config
-    assert chosen.features == ("computed" if name.startswith("paper") else "cached")
-    assert svam.config.text[0] == (1 if chosen.sentence == "pooled" else svam.foresight.text.tokens)
-    assert svam.config.sampler.guidance_last == (3.0 if name.startswith("paper") else None)
-    assert (config.dropped, config.noise, config.sigma_max) == (
-        ("text", "fresh", 700.0) if name.startswith("paper") else ("frame_and_text", "fixed", 440.0)
-    )
-    chunk = 10 if name == "paper-calvin" else 8
-    assert svam.act(observations(open_store(parts / "episodes.zarr"), 2)).shape == (2, chunk, 3)
+    chosen, policy, config = params.finetune_video, params.train_policy, svam.foresight.video_model.config
+    assert (config.dropped, config.noise, config.sigma_max) == (chosen.dropped, chosen.noise, chosen.sigma_max)
+    assert svam.config.sampler.guidance_last == params.generate.guidance_last
+    assert svam.config.text[0] == (1 if policy.sentence == "pooled" else svam.foresight.text.tokens)
+    if name.startswith("paper"):
+        assert (config.dropped, config.noise, config.sigma_max, svam.config.sampler.guidance_last, policy.sentence) == (
+            "text", "fresh", 700.0, 3.0, "pooled",
+        )  # fmt: skip
+    seen = observations(open_store(parts / "episodes.zarr"), 2, policy.proprioception)
+    assert svam.act(seen).shape == (2, policy.chunk, 3)
