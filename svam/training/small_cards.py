@@ -22,14 +22,12 @@ ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 LAYERS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 """The layers of a spatio-temporal U-Net, which are computed twice, or gathered from shards, one at a time."""
 MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d)
-"""What computes in bfloat16 under autocast on a GPU."""
+"""What computes in bfloat16 under autocast."""
 
 
 def rounded_by(device: torch.device, bf16: bool) -> tuple[type[nn.Module], ...]:
     """Kinds of modules whose weights `mixed_precision` rounds to bfloat16 at every use."""
-    if not (bf16 and computes_bfloat16(device)):
-        return ()
-    return (nn.Linear,) if device.type == "cpu" else MATRICES
+    return MATRICES if bf16 and computes_bfloat16(device) else ()
 
 
 @contextmanager
@@ -41,7 +39,7 @@ def checkpointed(unet: nn.Module, device: torch.device, bf16: bool) -> Iterator[
     `mixed_precision`.
     """
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if device.type == "cpu":  # torch restores autocast by itself, but not what keeps convolutions out of it
+    if device.type == "cpu":  # torch restores autocast by itself, but not what keeps gradients out of it
         options["context_fn"] = lambda: (nullcontext(), mixed_precision(device, bf16))
     layers = [m for m in unet.modules() if isinstance(m, LAYERS)]
     for layer in layers:
