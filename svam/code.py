@@ -112,9 +112,11 @@ def library_versions() -> dict[str, str]:
 
 def module_file(name: str, root: Path = ROOT) -> Path | None:
     """The file of one of our modules; None for any other name."""
-    base = root.joinpath(*name.split("."))
-    files = [base.with_suffix(".py"), base / "__init__.py"]
-    return next((file for file in files if file.is_file()), None) if name.split(".")[0] in ("svam", "stages") else None
+    parts = name.split(".")
+    if parts[0] not in ("svam", "stages"):
+        return None
+    base = root.joinpath(*parts)
+    return next((file for file in (base.with_suffix(".py"), base / "__init__.py") if file.is_file()), None)
 
 
 @cache

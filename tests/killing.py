@@ -16,7 +16,7 @@ from svam.resume import Resume
 # Forked from a process that has imported everything and started no thread: as quick as a fork, and as clean as a new process.
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload([
-    "accelerate", "tests.killing", "tests.simulator", "tests.tiny", "svam.training.loop", "svam.training.sharding",
+    "accelerate", "dvc.repo", "tests.evaluation.test_rollout", "tests.simulator", "tests.test_processes",
 ])  # fmt: skip
 
 
