@@ -42,7 +42,7 @@ def app(
         cache.expect(branch=branch, target=section.target)
         features: Rows | None = windows.features
         if features is None:
-            features = OneStepFeatures(windows, load_for_windows(windows, part_folders(backbones, video)).to(device))
+            features = OneStepFeatures(windows, load_for_windows(windows, part_folders(backbones, video)).frozen_on(device))
         data = DistillationData(windows, cache, features)
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume, params.machine)
         with whole_directory(out) as partial:

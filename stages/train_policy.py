@@ -36,12 +36,13 @@ def app(
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     store = open_store(episodes)
     folders = part_folders(backbones, video, decouplers)
-    foresight = load_foresight(section, params.generate, folders).to(device)
+    foresight = load_foresight(section, params.generate, folders).frozen_on(device)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
     features = FeatureCache(root / cache, params.machine.cache_gb)
     sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]
     with resumable_run("train_policy", params, sections, inputs, device) as resume:
-        train(store, foresight, folders, section, features, params.seed, device, live, resume, params.machine).save(out)
+        svam = train(store, foresight, folders, section, features, params.seed, device, live, resume, params.machine)
+        svam.save(out, folders)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d)
+"""Layers that compute in bfloat16 under autocast, and whose weights and biases it rounds to bfloat16 at every call."""
 CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose2d})
 
 
@@ -18,6 +20,14 @@ def computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def round_weights(module: nn.Module) -> None:
+    """Store in bfloat16, in place, the weights of all layers that autocast rounds: half of the memory, no rounding at every
+    call, and the same numbers under autocast. The module can no longer be trained or saved."""
+    for layer in module.modules():
+        if isinstance(layer, MATRICES):
+            layer.to(torch.bfloat16)
 
 
 @contextmanager

@@ -115,7 +115,7 @@ def measure_row(
 ) -> Row:  # fmt: skip
     """Train the row's policy, `params_of` it, and measure it on every n-th step of all held-out episodes."""
     section = params.train_policy
-    foresight = load_foresight(section, params.generate, folders).to(device)
+    foresight = load_foresight(section, params.generate, folders).frozen_on(device)
     svam = train(store, foresight, folders, section, cache, params.seed, device, None, resume)
     learnt, rows = (choose_rows(store, s, section.observation_stride, section.episodes_per_task) for s in ("train", "held_out"))
     observations = observe(store, rows, section.chunk, section.proprioception, params.seed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from svam.errors import MachineError
 from svam.models.svam import SVAM, Inputs
-from svam.precision import computes_bfloat16
+from svam.precision import computes_bfloat16, round_weights
 
 WARM_UP = 3
 """Calls before a capture, which compile, choose algorithms and reserve their memory."""
@@ -63,6 +63,7 @@ def for_control(svam: SVAM, device: torch.device, batch: int = 1, compiled: bool
         MachineError: the passes cannot be compiled or recorded here.
     """
     if device.type != "cuda" or "recorded" in svam.config.context:  # which nobody has who acts
+        svam.foresight.frozen_on(device)
         return svam.to(device)
     drop_unused(svam)
     if svam.config.sampler.bf16 and computes_bfloat16(device):
@@ -97,9 +98,8 @@ def to_bfloat16(svam: SVAM) -> None:
         diffusion.from_context, diffusion.from_text, diffusion.from_proprioception, diffusion.encoder,
     ]  # fmt: skip
     for module in modules:
-        for layer in module.modules() if module is not None else ():
-            if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
-                layer.to(torch.bfloat16)
+        if module is not None:
+            round_weights(module)
     for teacher in foresight.teachers.values():
         teacher.bf16 = True  # type: ignore[assignment]
     network.bf16 = True

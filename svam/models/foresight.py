@@ -116,6 +116,9 @@ class ForesightModel(VideoGenerator):
             decouplers={b: Decoupler.load(folders[f"decoupler_{b}"]) for b in parts.decouplers},
         )
 
+    def _under_autocast(self) -> list[nn.Module]:
+        return [*super()._under_autocast(), self.decouplers]
+
     def part(self, name: str) -> nn.Module:
         """A part by its name in `FrozenParts.names`; every one has `save(directory)`."""
         kind, _, branch = name.partition("_")

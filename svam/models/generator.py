@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from svam.models.autoencoder import Autoencoder
 from svam.models.text import TextEncoder
 from svam.models.video import Generation, SamplerConfig, VideoModel
-from svam.precision import mixed_precision
+from svam.precision import computes_bfloat16, mixed_precision, round_weights
 
 SENTENCES = 256
 """Embeddings that are remembered: a robot is told the same sentence at every step; a published embedding is 40 kB."""
@@ -49,6 +50,17 @@ class VideoGenerator(nn.Module):
         """
         autoencoder, video = Autoencoder.load(folders["autoencoder"], batch), VideoModel.load(folders["video"])
         return cls(TextEncoder.load(folders["text"]), sampler, autoencoder, video)
+
+    def frozen_on(self, device: torch.device) -> Self:
+        """Move to `device`. Where the sampler computes in bfloat16, the weights of what runs under its autocast are stored so
+        (`round_weights`), and the device never holds them in float32."""
+        if self.sampler.bf16 and computes_bfloat16(device):
+            for part in self._under_autocast():
+                round_weights(part)
+        return self.to(device)
+
+    def _under_autocast(self) -> list[nn.Module]:
+        return [] if self.video is None else [self.video]
 
     @property
     def device(self) -> torch.device:

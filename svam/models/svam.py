@@ -449,8 +449,11 @@ class SVAM:
             chunks.append(self.executable(actions, part))
         return np.concatenate(chunks)
 
-    def save(self, directory: Path) -> None:
-        """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`."""
+    def save(self, directory: Path, folders: Mapping[str, Path] | None = None) -> None:
+        """Write one self-contained folder: `policy/`, every frozen part that this variant uses, and `manifest.json`.
+
+        folders: part name -> folder from which frozen parts are read anew, since `frozen_on` may have rounded those in memory.
+        """
         with whole_directory(Path(directory)) as partial:
             sets = list(self.sets.values())
             record = PolicyRecord(svam=self.config, statistics=self.statistics, sets=sets, selected=self.selected)
@@ -458,7 +461,7 @@ class SVAM:
             for name in self.config.frozen_parts.names:
                 (partial / name).mkdir()
                 part: Any = self.foresight.part(name)
-                part.save(partial / name)
+                (part if folders is None else type(part).load(folders[name])).save(partial / name)
             write_manifest(partial)
 
     @classmethod

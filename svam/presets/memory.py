@@ -27,10 +27,11 @@ from svam.models.svam import Inputs
 from svam.models.teachers import Teacher
 from svam.models.video import VideoModel
 from svam.params import Moments, Optimiser, Params
+from svam.precision import MATRICES
 from svam.presets.data import Data
 from svam.presets.models import Models
 from svam.training.finetune_video import denoising_loss
-from svam.training.small_cards import ADAPTED, LAYERS, MATRICES, checkpointed
+from svam.training.small_cards import ADAPTED, LAYERS, checkpointed
 
 BLOCK, SMALL = 256, 4096
 """Values of 8-bit moments that share a float32 scale; a tensor of fewer values than that has float32 moments (bitsandbytes)."""

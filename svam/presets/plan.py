@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
+from svam.precision import MATRICES
 from svam.presets.data import Data
 from svam.presets.memory import LADDER, Account, Held, Means
 from svam.presets.models import Models
@@ -42,12 +43,14 @@ class Out(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a stage trains and what else it holds, and the FLOPs of all of it."""
+    """What a stage trains and what else it holds, and the FLOPs of all of it. rounded: frozen parts whose matrices lie in
+    bfloat16, see `VideoGenerator.frozen_on`."""
 
     name: str
     trained: list[nn.Module]
     frozen: list[nn.Module]
     flops: float
+    rounded: Sequence[nn.Module] = ()
 
 
 def parameters(module: nn.Module) -> int:
@@ -150,14 +153,16 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     sampled = sampling.steps * (2 if models.sampler.guided else 1) * one["unet"]
     sampled += one["one_step"] if sampling.feature_time_ids else 0
     total = (train + 2 * held) * sampled + (train + 3 * held) * one["decode"]
-    yield Stage("generate", [], [*seen, models.video], total)
+    rounded: list[nn.Module] = [models.video] if sampling.bf16 else []
+    yield Stage("generate", [], [*seen, models.video], total, rounded)
     for branch in params.distill.branches:
         looked = (train + held) * (frames + 1) + held * (2 * frames + 1)
         yield Stage(f"cache_teacher@{branch}", [], [models.teachers[branch]], looked * one[f"teacher_{branch}"])
     for branch in params.distill.branches:
         again = 0 if sampling.keep_features else one["one_step"]
         total = _samples(params.distill.training) * (one[f"train_decoupler_{branch}"] + again)
-        yield Stage(f"distill@{branch}", [models.decouplers[branch]], [] if again == 0 else [*seen, models.video], total)
+        frozen, halved = ([*seen, models.video], rounded) if again else ([], [])
+        yield Stage(f"distill@{branch}", [models.decouplers[branch]], frozen, total, halved)
     needs = FrozenParts.of_entries(models.entries)
     encoded = sum(one[f"decoupler_{b}"] for b in needs.decouplers)
     if "generated" in models.entries or "goal_frame" in models.entries:
@@ -172,7 +177,9 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
         evaluations = -(-policy.training.steps // policy.evaluate_every)
         read = _samples(policy.training) + evaluations * observations_of(params, data)[1]
     total = read * encoded + _samples(policy.training) * one["train_policy"]
-    yield Stage("train_policy", [models.policy], used, total)
+    halves = {name: parts[name] for name in needs.names if policy.encode_bf16 and name not in ("autoencoder", "text")}
+    rounded = [part for name, part in halves.items() if not name.startswith("teacher_")]
+    yield Stage("train_policy", [models.policy], used, total, rounded)
     act, judged, chunks = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate, 0
     if "metaworld" in judged.protocols:
         episodes = judged.metaworld.episodes + judged.metaworld.held_out_instruction_episodes
@@ -184,13 +191,20 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
         chunks += tasks * judged.libero.episodes * -(-(judged.libero.max_steps or 520) // judged.execute)
     if "offline" in judged.protocols:
         chunks += judged.offline.windows * judged.offline.samples
-    yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act)
+    acting = [*halves.values(), *([models.policy] if halves else [])]
+    yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act, acting)
+
+
+def half_of_matrices(module: nn.Module) -> int:
+    """Bytes that `round_weights` saves."""
+    matrices = [layer for layer in module.modules() if isinstance(layer, MATRICES)]
+    return 2 * sum(p.numel() for layer in matrices for p in layer.parameters(recurse=False))
 
 
 def held_of(stage: Stage, account: Account) -> Held:
     """What a stage holds on the card, at the least; what lies there frozen counts among the weights."""
     held = (account.training(stage.name) if stage.trained else None) or Held(sum(map(saved, stage.trained)))
-    weights = held.weights + sum(map(saved, stage.frozen))
+    weights = held.weights + sum(map(saved, stage.frozen)) - sum(map(half_of_matrices, stage.rounded))
     return held._replace(weights=weights, activations=max(held.activations, account.passes(stage.name)))
 
 

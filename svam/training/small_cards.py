@@ -14,15 +14,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from svam.errors import MachineError
-from svam.precision import computes_bfloat16, mixed_precision
+from svam.precision import MATRICES, computes_bfloat16, mixed_precision
 from svam.seeds import seed_of
 
 ADAPTED = ("to_q", "to_k", "to_v", "to_out.0")
 """The linear layers of attention, over space, time and text, which get adapters."""
 LAYERS = (SpatioTemporalResBlock, TransformerSpatioTemporalModel)
 """The layers of a spatio-temporal U-Net, which are computed twice, or gathered from shards, one at a time."""
-MATRICES = (nn.Linear, nn.Conv2d, nn.Conv3d)
-"""What computes in bfloat16 under autocast."""
 
 
 def rounded_by(device: torch.device, bf16: bool) -> tuple[type[nn.Module], ...]:

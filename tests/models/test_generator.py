@@ -1,4 +1,4 @@
-"""Sentences are embedded once, to the same bits whatever came before or beside them."""
+"""Sentences are embedded once, to the same bits whatever came before or beside them; weights may lie in half of the memory."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from svam import precision
+from svam.episodes.store import EpisodeStore
 from svam.models import generator
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
+from tests.tiny import make_svam, observations
 
 
 def test_a_sentence_is_embedded_once_and_to_the_same_bits(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,3 +32,24 @@ def test_a_sentence_is_embedded_once_and_to_the_same_bits(folders: dict[str, Pat
     model.embed_text(["push a"])
     assert torch.equal(model.embed_text(["push"]), together[:1]) and len(calls) == 1
     assert torch.equal(model.embed_text(["pull"]), together[1:2]) and len(calls) == 2
+
+
+def test_frozen_on_a_device_half_of_the_memory_holds_the_same_numbers(
+    folders: dict[str, Path], store: EpisodeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a policy is saved with the weights that were read."""
+    monkeypatch.setattr(precision, "computes_bfloat16", lambda _: True)
+    monkeypatch.setattr(generator, "computes_bfloat16", lambda _: True)
+    exact, rounded = make_svam(store, folders), make_svam(store, folders)
+    for svam in (exact, rounded):
+        svam.foresight.sampler = svam.foresight.sampler.model_copy(update={"bf16": True})
+    rounded.foresight.frozen_on(torch.device("cpu"))
+    linear = [m for m in rounded.foresight.video_model.modules() if isinstance(m, precision.MATRICES)]
+    assert linear and {layer.weight.dtype for layer in linear} == {torch.bfloat16}
+    seen = observations(store, 2)
+    entries, others = (svam.encode(seen, [0, 1]).entries for svam in (exact, rounded))
+    assert entries and all(torch.equal(entries[name], others[name]) for name in entries)
+    exact.save(tmp_path / "exact")
+    rounded.save(tmp_path / "rounded", folders)
+    files = {file.relative_to(tmp_path / "exact") for file in (tmp_path / "exact").rglob("*") if file.is_file()}
+    assert files and all((tmp_path / "exact" / f).read_bytes() == (tmp_path / "rounded" / f).read_bytes() for f in files)
