@@ -83,7 +83,7 @@ def executable() -> str:
             command = [sys.executable, __file__, "serve", str(listener.fileno())]
             _started[:] = folder, subprocess.Popen(  # both are kept: with the pipe's end the process ends
                 command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True,
-                env={**os.environ, "PYTHONDONTWRITEBYTECODE": ""},
+                env={**os.environ, VARIABLE: str(script)},
             )  # fmt: skip
         script.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-IS", __file__, "start", address])} "$@"\n')
         script.chmod(0o755)
@@ -121,6 +121,8 @@ def _serve(listener: socket.socket) -> None:
     if "MUJOCO_GL" in os.environ:
         for library in SIMULATOR:
             import_module(library)
+    if sys.dont_write_bytecode:  # nothing is to lie beside the sources, but the next command need not compile them again
+        sys.dont_write_bytecode, sys.pycache_prefix = False, str(Path(os.environ[VARIABLE]).parent)
     gc.collect()
     gc.freeze()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
@@ -187,16 +189,12 @@ def _python(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
-    sys.dont_write_bytecode = bool(environment.get("PYTHONDONTWRITEBYTECODE"))
     if environment.get("PYTHONUNBUFFERED"):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if VARIABLE in environment:  # what it starts is forked too
         sys.executable = environment[VARIABLE]
         sys.modules["multiprocessing.spawn"].set_executable(sys.executable)
-    while arguments[0] == "-B":
-        del arguments[0]
-        sys.dont_write_bytecode = True
-    first, *sys.argv = arguments
+    first, *sys.argv = [argument for argument in arguments if argument != "-B"]
     assert first in ("-m", "-c") or first.endswith(".py"), arguments
     if first == "-m":
         sys.path[0] = cwd
@@ -211,7 +209,7 @@ def _python(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
         main = sys.modules["__main__"] = ModuleType("__main__")
         exec(code, main.__dict__)
     else:
-        sys.path[0], sys.argv = str(Path(first).parent), arguments
+        sys.path[0], sys.argv = str(Path(first).parent), [first, *sys.argv]
         runpy.run_path(first, run_name="__main__")
 
 
