@@ -33,15 +33,18 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 FIRST = (
     "test_dag_killed", "test_dag_killed_anytime", "test_dag_sets", "test_dag_external", "test_dag_cameras", "test_running",
     "test_processes", "test_rerun", "test_policies", "test_evaluate", "test_dag", "test_publish", "test_benchmark_gpu",
-    "test_convert_workers", "test_benchmark_serving", "test_resume", "test_source_lerobot", "test_collect",
+    "test_convert_workers", "test_realdata", "test_metaworld", "test_plan", "test_finetune_video", "test_server", "test_memory",
+    "test_train_policy", "test_svam", "test_collect", "test_params", "test_foresight_report_stage", "test_fuzz", "test_presets",
+    "test_reader_faults", "test_scenes", "test_source_lerobot", "test_benchmark_serving", "test_resume",
 )  # fmt: skip
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Once here, for all processes that run tests: which library draws, tried in a process of its own, for seconds, and the
     process from which others are forked. They fork from it the workers that they start, too."""
-    from tests.warm import VARIABLE, executable
+    from tests.warm import VARIABLE, executable, parse_once
 
+    parse_once()
     if config.getoption("numprocesses", None):
         from svam.errors import MachineError
         from svam.simulation.rendering import choose_backend

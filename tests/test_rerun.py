@@ -13,7 +13,6 @@ from contextlib import chdir
 from pathlib import Path
 from typing import Any, TextIO
 
-import dvc.utils.serialize._yaml
 import networkx as nx
 import pytest
 from dvc.repo import Repo
@@ -24,7 +23,7 @@ from svam.code import code_text, stage_code, stage_names
 from svam.params import load_params
 from tests import ROOT
 from tests.toy import invoke
-from tests.warm import parsing_once
+from tests.warm import PARSED
 
 YAML_12 = YAML(typ="safe", pure=True)
 CODE = {"code"}
@@ -118,19 +117,15 @@ SILENT: list[tuple[str, str, str]] = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def each_text_is_parsed_once() -> Iterator[None]:
+def what_dvc_writes_is_quickly_read() -> Iterator[None]:
     """Most of the time this file would take. What DVC writes is JSON here, which is YAML too."""
-    parsed: dict[str, Any] = {}
-    remembered = parsing_once(dvc.utils.serialize._yaml.parse_yaml, parsed)
 
     def written(data: Any, stream: TextIO) -> None:
         text = json.dumps(data)
-        parsed[text] = json.loads(text)
+        PARSED[text] = json.loads(text)
         stream.write(text)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dvc.utils.serialize._yaml.parse_yaml", remembered)
-        patch.setattr("dvc.utils.strictyaml.parse_yaml", remembered)
         patch.setattr("dvc.utils.serialize._yaml._dump", written)
         yield
 

@@ -32,8 +32,8 @@ from typing import Any, NoReturn
 VARIABLE = "SVAM_TEST_PYTHON"
 """The script, where the process from which others are forked has been started."""
 LIBRARIES: dict[str, list[str]] = {
-    "accelerate": [], "dvc.cli": [], "dvc.stage.run": [], "dvc.utils.serialize._yaml": [], "dvc.utils.strictyaml": [],
-    "dvclive": [], "matplotlib.pyplot": [], "multiprocessing.spawn": [], "torchmetrics.functional.image": [], "zarr": [],
+    "accelerate": [], "dvc.cli": [], "dvc.repo": [], "dvc.stage.run": [], "dvclive": [], "matplotlib.pyplot": [],
+    "multiprocessing.spawn": [], "torchmetrics.functional.image": [], "zarr": [],
     "diffusers": ["AutoencoderKLTemporalDecoder", "UNetSpatioTemporalConditionModel"],
     "transformers": ["CLIPTextModel", "CLIPTokenizer", "DepthAnythingForDepthEstimation", "Dinov2WithRegistersModel"],
 }  # fmt: skip
@@ -108,6 +108,27 @@ def _stand_for(address: str, arguments: Sequence[str]) -> NoReturn:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+PARSED: dict[str, Any] = {}
+"""Text of YAML -> its content."""
+
+
+def parse_once() -> None:
+    """From now on each text of YAML is parsed once: in pure Python params.yaml takes a sixth of a second, and tests read it
+    hundreds of times; DVC reads it again for every stage, and dvc.lock after each, most of the time that it takes."""
+    from ruamel.yaml import YAML
+
+    load = YAML.load
+
+    def once(self: YAML, stream: Any) -> Any:
+        if self.typ != ["safe"] or not self.pure or self.version is not None or not isinstance(stream, str):
+            return load(self, stream)  # as nothing here but an edit that keeps comments asks for it
+        if stream not in PARSED:
+            PARSED[stream] = load(self, stream)
+        return deepcopy(PARSED[stream])
+
+    YAML.load = once  # type: ignore[method-assign]
 
 
 # --- within the process from which commands are forked -------------------------------------------------------------------
@@ -194,15 +215,15 @@ def _python(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
     if VARIABLE in environment:  # what it starts is forked too
         sys.executable = environment[VARIABLE]
         sys.modules["multiprocessing.spawn"].set_executable(sys.executable)
-    first, *sys.argv = [argument for argument in arguments if argument != "-B"]
+    while arguments[0] in ("-B", "-u"):
+        del arguments[0]
+    first, *sys.argv = arguments
     assert first in ("-m", "-c") or first.endswith(".py"), arguments
     if first == "-m":
         sys.path[0] = cwd
         if sys.argv[0] == "dvc":
             sys.modules["dvc.stage.run"]._run = _forked_stage  # type: ignore[attr-defined]
-            yaml: Any = sys.modules["dvc.utils.serialize._yaml"]
-            once = parsing_once(yaml.parse_yaml, {})
-            yaml.parse_yaml = sys.modules["dvc.utils.strictyaml"].parse_yaml = once  # type: ignore[attr-defined]
+            parse_once()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     elif first == "-c":
         sys.path[0], code, sys.argv[0] = "", sys.argv[0], "-c"
@@ -211,20 +232,6 @@ def _python(arguments: list[str], cwd: str, environment: dict[str, str]) -> None
     else:
         sys.path[0], sys.argv = str(Path(first).parent), [first, *sys.argv]
         runpy.run_path(first, run_name="__main__")
-
-
-def parsing_once(parse: Callable[..., Any], parsed: dict[str, Any]) -> Callable[..., Any]:
-    """In place of DVC's own `parse_yaml`, which parses params.yaml again for every stage, and dvc.lock after each, in pure
-    Python: most of the time that DVC takes. `parsed`: text -> content."""
-
-    def remembered(text: str, path: str, typ: str = "safe") -> Any:
-        if typ != "safe":  # with its comments, to be changed
-            return parse(text, path, typ)
-        if text not in parsed:
-            parsed[text] = parse(text, path)
-        return deepcopy(parsed[text])
-
-    return remembered
 
 
 def _forked_stage(_: str, command: str, cwd: str, env: dict[str, str], **__: object) -> None:
