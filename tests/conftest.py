@@ -40,8 +40,8 @@ FIRST = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Once here, for all processes that run tests: which library draws, tried in a process of its own, for seconds, and the
-    process from which others are forked. They fork from it the workers that they start, too."""
+    """Once, for all processes that run tests: which library draws, tried in a process of its own, for seconds, and the process
+    from which others are forked, as these processes are themselves, and the workers that they start."""
     from tests.warm import VARIABLE, executable, parse_once
 
     parse_once()
@@ -51,7 +51,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
         with suppress(MachineError):
             choose_backend()
-        executable()
+        config.option.tx = [f"popen//python={executable()}" for _ in config.option.tx]
+    if hasattr(config, "workerinput"):
+        sys.executable = sys.orig_argv[0]  # unless a test asks for it, a command is started as users start it
     if VARIABLE in os.environ:
         multiprocessing.set_executable(executable())
 
@@ -130,8 +132,8 @@ def store(parts: Path) -> EpisodeStore:
 
 @pytest.fixture
 def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers of the closed loop are forked from a process that has imported the simulator; spawned, as they are for users and
-    in `test_dag_killed.py`, each would spend seconds on that."""
+    """Workers of the closed loop are forked from a process that has imported the simulator and their own modules; spawned, as
+    they are for users and in `test_dag_killed.py`, each would import the modules anew."""
     from svam.evaluation import rollout
     from tests.killing import PROCESSES
 
