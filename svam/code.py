@@ -121,7 +121,8 @@ def module_file(name: str, root: Path = ROOT) -> Path | None:
 
 @cache
 def _read(source: str) -> tuple[str, frozenset[str]]:
-    return digest_of(source), frozenset(imported_names(source))
+    words, names = _words_and_names(source)
+    return _digest(words), frozenset(names)
 
 
 def imported_names(source: str) -> set[str]:
@@ -133,21 +134,29 @@ def imported_names(source: str) -> set[str]:
     Raises:
         ValueError: an import is relative, or the name given to `import_module` does not begin with a constant.
     """
+    return _words_and_names(source)[1]
+
+
+def _words_and_names(source: str) -> tuple[list[str], set[str]]:
+    """What `_write` makes of the module, and `imported_names` of it: parsed and gone through once, since every stage waits."""
+    words: list[str] = []
+    nodes: list[ast.Import | ast.ImportFrom | ast.Call] = []
+    _write(_for_machines(source), words, nodes)
     names: set[str] = set()
-    for node in ast.walk(_for_machines(source)):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             if node.module is None or node.level:
                 raise ValueError(f"line {node.lineno}: a relative import; write the whole name")
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Call) and node.args and _called(node) in ("import_module", "__import__"):
+        elif node.args and _called(node) in ("import_module", "__import__"):
             first = node.args[0]
             first = first.values[0] if isinstance(first, ast.JoinedStr) and first.values else first
             if not isinstance(first, ast.Constant) or not isinstance(first.value, str):
                 raise ValueError(f"line {node.lineno}: the beginning of the imported name must be written out")
             names.add(first.value)
-    return names
+    return words, names
 
 
 def _called(call: ast.Call) -> str:
@@ -156,9 +165,11 @@ def _called(call: ast.Call) -> str:
 
 def digest_of(source: str) -> str:
     """Sixteen hexadecimal digits that change with whatever in a module can change a number."""
-    written: list[str] = []
-    _write(_for_machines(source), written)
-    return hashlib.sha256("\0".join(written).encode()).hexdigest()[:16]
+    return _digest(_words_and_names(source)[0])
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256("\0".join(words).encode()).hexdigest()[:16]
 
 
 @cache
@@ -170,28 +181,35 @@ def digest_of_data(text: str) -> str:
     return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
 
 
-def _write(value: Any, written: list[str]) -> None:
-    """The tree as a list of words. Fields that are None or empty are left out: which of them exist depends on Python."""
+def _write(value: Any, words: list[str], nodes: list[Any]) -> None:
+    """The tree as a list of words; and its imports and calls. Fields that are None or empty are left out: which of them exist
+    depends on Python."""
     if isinstance(value, ast.AST):
-        written.append(type(value).__name__)
-        for name, inner in ast.iter_fields(value):
+        words.append(type(value).__name__)
+        if isinstance(value, _IMPORTING):
+            nodes.append(value)
+        for name in value._fields:
+            inner = getattr(value, name, None)
             if inner is not None and inner != []:
-                written.append(name)
-                _write(inner, written)
-        written.append(")")
+                words.append(name)
+                _write(inner, words, nodes)
+        words.append(")")
     elif isinstance(value, list):
         for item in value:
-            _write(item, written)
-        written.append("]")
+            _write(item, words, nodes)
+        words.append("]")
     else:
-        written.append(ascii(value))
+        words.append(ascii(value))
+
+
+_IMPORTING = (ast.Import, ast.ImportFrom, ast.Call)
 
 
 class _Words(ast.NodeTransformer):
     """Takes what only people read out of a module's tree."""
 
-    def __init__(self, tree: ast.Module) -> None:
-        nodes = list(ast.walk(tree))
+    def __init__(self, tree: ast.Module, source: str) -> None:
+        nodes = list(ast.walk(tree)) if "svam.console" in source else []
         console = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.module == "svam.console"]
         self.console = {alias.name for node in console for alias in node.names}
         opened = [item for node in nodes if isinstance(node, ast.With) for item in node.items]
@@ -243,7 +261,7 @@ class _Words(ast.NodeTransformer):
 def _for_machines(source: str) -> ast.AST:
     """The module's tree without what only people and type checkers read."""
     tree = ast.parse(source)
-    remaining: ast.AST = _Words(tree).visit(tree)
+    remaining: ast.AST = _Words(tree, source).visit(tree)
     return remaining
 
 
