@@ -100,7 +100,7 @@ def test_the_caches_address_covers_all_code_that_computes_features(
     assert address() != before
     monkeypatch.undo()
     assert address() == before
-    monkeypatch.setattr("svam.code.digest_of", lambda source: "0")
+    monkeypatch.setattr("svam.code._digest", lambda words: "0")
     _read.cache_clear()
     assert address() != before
     _read.cache_clear()
