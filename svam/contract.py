@@ -115,11 +115,13 @@ class FrameBlocks:
     """Frames of one camera that are read block by block, so that a long recording never lies in memory whole.
 
     shape: (n, H, W, 3). blocks: each call yields the frames from the first on, as (k, H, W, 3) uint8 blocks of any k; a
-    reader may stop early.
+    reader may stop early. smaller: of (height, width), whole parts of H and W, the frames with pixels that are the means of so
+    large areas, where a reader makes those with less work than whole ones; None where it does not.
     """
 
     shape: tuple[int, int, int, int]
     blocks: Callable[[], Iterator[NDArray[np.uint8]]]
+    smaller: Callable[[int, int], FrameBlocks] | None = None
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -58,6 +58,16 @@ def _resized_blocks(source: Frames, params: Convert) -> Iterator[NDArray[np.uint
             yield resize_frames(block[first : first + 64], params)
 
 
+def _resized(source: Frames, params: Convert) -> FrameBlocks:
+    """Frames of `convert.image_size`, by their reader where it can."""
+    height, width = params.image_size or source.shape[1:3]
+    cut = _cut(np.empty((0, *source.shape[1:3])), params).shape[1:3]
+    whole = cut == source.shape[1:3] and source.shape[1] % height == source.shape[2] % width == 0 and cut != (height, width)
+    if whole and isinstance(source, FrameBlocks) and source.smaller is not None:
+        return source.smaller(height, width)
+    return FrameBlocks((len(source), height, width, 3), partial(_resized_blocks, source, params))
+
+
 def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
     """The episode with just `cameras`, in that order, with frames and labels of the asked size, and vectors of the asked
     precision (still float32)."""
@@ -69,11 +79,7 @@ def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
         episode = dataclasses.replace(episode, **rounded)
     if params.image_size is None:
         return dataclasses.replace(episode, frames=frames)
-    height, width = params.image_size
-    resized: dict[str, Frames] = {
-        camera: FrameBlocks((len(source), height, width, 3), partial(_resized_blocks, source, params))
-        for camera, source in frames.items()
-    }
+    resized = {camera: _resized(source, params) for camera, source in frames.items()}
     annotations = {
         name: Annotation(resize_labels(labels.values, params), labels.index) for name, labels in episode.annotations.items()
     }

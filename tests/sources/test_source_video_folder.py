@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import av
 import numpy as np
 import pytest
 
-from svam.contract import Choice, frame_blocks
+from svam.contract import Choice, Episode, frame_blocks
+from svam.episodes.frames import prepared, resize_frames
 from svam.sources._video import probe, video_blocks
 from svam.sources.video_folder import Options, open_source
-from tests.sources.common import decoded, film, frames_of, real, refused
+from tests.recorded import SETTINGS
+from tests.sources.common import Array, decoded, film, frames_of, real, refused
 
 
 def annotate(file: Path, **content: Any) -> None:
@@ -166,6 +168,57 @@ def test_codecs(tmp_path: Path, name: str, codec: str, options: dict[str, str]) 
     assert (facts.frames, facts.height, facts.width, facts.rate) == (66, 48, 64, 10.0)
     blocks = list(frame_blocks(video_blocks(file, facts, None, 10.0)))
     assert [len(block) for block in blocks] == [64, 2] and (np.concatenate(blocks) == decoded(file)).all()
+
+
+def resized(file: Path, size: list[int], crop: Literal["none", "centre"] = "none") -> tuple[Array, Array]:
+    """What a store gets of a video, and what it would get of whole pictures."""
+    blocks, params = video_blocks(file, probe(file)), SETTINGS.model_copy(update={"image_size": size, "crop": crop})
+    episode = Episode(task="a", instruction="a", rate_hz=10.0, frames={"front": blocks}, actions=None)
+    found = np.concatenate([block.copy() for block in frame_blocks(prepared(episode, ["front"], params).frames["front"])])
+    return found, resize_frames(np.concatenate([block.copy() for block in frame_blocks(blocks)]), params)
+
+
+def shades(height: int, width: int) -> Array:
+    """(3, height, width, 3) uint8: slow changes of colour with a sharp corner, none of it too bright or dark for a video."""
+    y, x = np.mgrid[:height, :width] / [[[height]], [[width]]]
+    picture = np.stack([40 + 150 * x, 60 + 120 * y, 200 - 75 * (x + y)], axis=-1)
+    picture[height // 2 :, : width // 4] = (60, 150, 90)
+    return np.stack([picture, picture[::-1], picture[:, ::-1]]).round().astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "options"),
+    [
+        ("libx264", "yuv420p", {}), ("libx264", "yuvj420p", {}), ("libx264", "yuv422p", {}), ("libsvtav1", "yuv420p", {}),
+        ("mjpeg", "yuvj420p", {}), ("libx264", "yuv420p", {"colorspace": "1"}), ("libx264", "yuv420p", {"colorspace": "9"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(("height", "width", "part", "rotate"), [(96, 104, 4, None), (72, 98, 2, 90), (64, 128, 16, None)])
+def test_pictures_are_made_smaller_in_the_colours_of_the_video(
+    tmp_path: Path, codec: str, pix_fmt: str, options: dict[str, str], height: int, width: int, part: int, rotate: int | None
+) -> None:
+    """They are nearer to the means of what was filmed than those of whole pictures."""
+    pictures = shades(height, width)
+    name = "x.mkv" if codec == "mjpeg" else "x.mp4"
+    file = film(tmp_path / name, pictures, codec=codec, rotate=rotate, options=options, pix_fmt=pix_fmt)
+    truth = pictures.reshape(3, height // part, part, width // part, part, 3).mean((2, 4))
+    if rotate:
+        truth = np.rot90(truth, axes=(1, 2))
+    found, whole = resized(file, list(truth.shape[1:3]))
+    assert found.shape == truth.shape and not np.array_equal(found, whole)
+    assert np.abs(found - truth).mean() < np.abs(whole - truth).mean() and np.abs(found.astype(int) - whole).max() <= 16
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "size"),
+    [("bgra", [16, 16]), ("yuv444p", [16, 16]), ("yuv420p10le", [16, 16]), ("gray", [16, 16]), ("yuv420p", [24, 20])],
+)
+def test_pictures_in_other_formats_or_no_whole_parts_are_means_of_whole_ones(
+    tmp_path: Path, pix_fmt: str, size: list[int]
+) -> None:
+    file = film(tmp_path / "x.mkv", shades(64, 96), codec="ffv1", pix_fmt=pix_fmt)
+    assert np.array_equal(*resized(file, size)) and np.array_equal(*resized(file, size, "centre"))
+    assert np.array_equal(*resized(file, [64, 96]))
 
 
 def test_rates_and_rotation(tmp_path: Path) -> None:

@@ -102,14 +102,17 @@ class Views:
     ) -> tuple[Tensor, Tensor]:
         """(seen (B, 3, H, W) in [0, 1], labels) of the frames `chosen` (B,), mixed by `reconstructed_share` and
         `blurred_share`; for self-supervised training the clean frames stand in place of labels, as `seen`."""
-        frames, draw = self.frames[chosen], torch.from_numpy(rng.random(len(chosen)))
+        draw = torch.from_numpy(rng.random(len(chosen)))
         rebuilt = draw < section.reconstructed_share
         blurred = torch.nonzero(~rebuilt & (draw < section.reconstructed_share + section.blurred_share))[:, 0].to(device)
-        mixed = torch.where(rebuilt[:, None, None, None], self.reconstructed[chosen], frames)
+        frames = self.frames.index_select(0, chosen)  # whole frames at once: a twentieth of the time of [chosen]
+        mixed = frames.clone()
+        mixed[rebuilt] = self.reconstructed.index_select(0, chosen[rebuilt])
         seen = as_unit(mixed.to(device))
         if len(blurred):
             seen[blurred] = blur(seen[blurred], float(rng.uniform(section.blur[0], section.blur[1])))
-        return seen, as_unit(frames.to(device)) if self.labels is None else self.labels[chosen].to(device)
+        labels = self.labels
+        return seen, as_unit(frames.to(device)) if labels is None else labels.index_select(0, chosen).to(device)
 
 
 def blur(frames: Tensor, sigma: float) -> Tensor:
