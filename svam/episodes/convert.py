@@ -58,6 +58,7 @@ _VECTOR_CHUNK, _ANNOTATION_CHUNK = 4096, 4
 """Rows compressed together: vectors are small; labels are read in random order, so few."""
 OF_EPISODES = ("episode_ends", "episode_split", "episode_task", "episode_checksums")
 ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
+OWN_SPLIT = "the source's own split holds out none of the chosen episodes: a split is drawn, as convert.held_out says"
 
 
 def _arrays_of(episode: Episode) -> dict[str, NDArray[Any] | FrameBlocks]:
@@ -365,7 +366,7 @@ def convert(
         _write_arrays(work, workers, [shape.steps for shape in shapes])
         facts = work.facts()
         split = split_episodes([fact["task"] for fact in facts], shapes, params.held_out, seed)
-        attributes = _write_episodes(work, folder, facts, split)
+        attributes = _write_episodes(work, folder, facts, shapes, split)
         for name in plan.layouts:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.move(work.array(name).path, folder / name)
@@ -407,7 +408,7 @@ def _write_arrays(work: _Work, workers: int, steps: Sequence[int]) -> None:
 
 
 def _write_episodes(
-    work: _Work, folder: Path, facts: list[dict[str, Any]], split: NDArray[np.uint8]
+    work: _Work, folder: Path, facts: list[dict[str, Any]], shapes: Sequence[EpisodeShape], split: NDArray[np.uint8]
 ) -> dict[str, Any]:  # fmt: skip
     """Ends, split, tasks and checksums as the arrays `OF_EPISODES`; the store's attributes are returned."""
     plan = work.plan
@@ -426,7 +427,9 @@ def _write_episodes(
         width = plan.layouts[vector].row_shape[0] if vector in plan.layouts else len(names)
         if 1 < len(names) != width:
             own.append(f"the source names {len(names)} dimensions of {vector}, which has {width}: the names are not used")
+    sides = {shape.held_out for shape in shapes}
     own += [] if split.any() else [ONE_EPISODE]
+    own += [OWN_SPLIT] if split.any() and False in sides and True not in sides else []
     for note in own:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     return {
@@ -436,7 +439,7 @@ def _write_episodes(
         "episode_instructions": [fact["instruction"] for fact in facts],
         "episode_provenance": [fact["provenance"] for fact in facts],
         "episode_numbers": list(getattr(plan.source, "numbers", range(len(facts)))),
-        "episode_names": [plan.source.shape(e).name for e in range(len(facts))],
+        "episode_names": [shape.name for shape in shapes],
         "statistics": None if statistics is None else statistics.model_dump(mode="json"),
         **({"foreseen": plan.params.foreseen} if plan.params.foreseen > 1 else {}),
     }  # fmt: skip

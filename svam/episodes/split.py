@@ -12,24 +12,26 @@ from svam.seeds import generator
 
 
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
-    """(E,) uint8, 1 for held-out episodes: the source's own split where it has one, else of each task's episodes the share
-    `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are one pool. A single
-    episode is trained on.
+    """(E,) uint8, 1 for held-out episodes: the source's own split where it holds out some of them, else of each task's
+    episodes the share `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are
+    one pool. A single episode is trained on.
     Where episodes share frames (`EpisodeShape.group`), whole groups are drawn instead, until they are that share of all.
 
     Which ones are drawn depends on the seed, the task and its number of episodes only; of groups, on the seed and their sizes.
 
     Raises:
-        ContractError: there is a single group of several episodes, or the source's own split of them leaves one side empty.
+        ContractError: there is a single group of several episodes, or the source's own split holds out all of them.
     """
     split = np.zeros(len(tasks), dtype=np.uint8)
     if len(tasks) == 1:
         return split
-    if any(shape.held_out is not None for shape in shapes):
+    if any(shape.held_out for shape in shapes):
         split[:] = [shape.held_out is True for shape in shapes]
-        if split.all() or not split.any():
-            sides = f"{len(split) - split.sum()} training and {split.sum()} held-out episodes"
-            raise ContractError(f"the source's own split has {sides}, expected some of both")
+        if split.all():
+            raise ContractError(
+                f"the source's own split holds out all {len(split)} chosen episodes, which leaves none to train on; choose "
+                "training episodes too, by convert.episodes and convert.drop, or by convert.options where they name the split"
+            )
         return split
     if any(shape.group for shape in shapes):
         return _split_groups([shape.group or str(number) for number, shape in enumerate(shapes)], held_out, seed)

@@ -18,9 +18,9 @@ what was seen before action t. LIBERO's own `create_dataset.py` stores what was 
 trains on it like that; `observations: after` puts picture t and action t + 1 together instead, one step fewer per episode.
 
 Pictures: LIBERO's are stored as OpenGL renders them, upside down (`macros_image_convention` is "opengl"), and robomimic's
-upright. `flip: auto` turns those of a file with this attribute, or of a file without it whose pictures are LIBERO's two, by a
-vertical flip, which is the true correction; all others stay as stored. Models that follow OpenVLA have seen LIBERO's rotated by
-180 degrees, so mirrored too.
+upright. `flip: auto` turns those of a file with this attribute, or of a file without it that has no pictures but LIBERO's
+two (whichever are chosen), by a vertical flip, which is the true correction; all others stay as stored. Models that follow
+OpenVLA have seen LIBERO's rotated by 180 degrees, so mirrored too.
 """
 
 from __future__ import annotations
@@ -181,7 +181,8 @@ class RobomimicSource(Hdf5Source):
         flip: str = self.options.flip
         if flip == "auto":
             convention = data.text_attribute("data", "macros_image_convention")
-            libero = {dataset for dataset, _ in cameras.values()} <= _LIBERO
+            pictures = {f"obs/{key}" for key in keys if self._is_camera(data, f"{place}obs/{key}")}
+            libero = pictures | {dataset for dataset, _ in cameras.values()} <= _LIBERO  # the same, whichever are chosen
             flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
         alike: dict[str, Any] = {"proprioception": ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"}
         if not self._choice.rate_hz:
@@ -197,17 +198,20 @@ class RobomimicSource(Hdf5Source):
         self._state_widths.add(state_width)
         return recording
 
+    def _is_camera(self, data: Hdf5File, dataset: str) -> bool:
+        """Whether a dataset is a camera, by its name or by what it holds."""
+        if dataset.endswith(_ENDINGS) or not data.is_dataset(dataset):
+            return dataset.endswith(_ENDINGS)
+        shape, dtype = data.layout(dataset)
+        return dtype == np.uint8 and picture_array(shape, dtype) is not None
+
     def _cameras_of(self, data: Hdf5File, place: str, keys: list[str], steps: int) -> dict[str, tuple[str, Size]]:
         """The cameras of a demonstration (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
         for key in keys:
             name, dataset = key.removesuffix("_image").removesuffix("_rgb"), f"{place}obs/{key}"
             name = key if name in cameras else name
-            chosen = bool(self._choice.cameras) or key.endswith(_ENDINGS)
-            if not chosen and data.is_dataset(dataset):
-                shape, dtype = data.layout(dataset)
-                chosen = dtype == np.uint8 and picture_array(shape, dtype) is not None
-            if chosen and self._asked_for(key, name):
+            if self._asked_for(key, name) and (self._choice.cameras or self._is_camera(data, dataset)):
                 pictures = data.pictures(dataset, steps)
                 cameras[name] = f"obs/{key}", (steps - self._late, *pictures.shape[1:])
                 self._note(*pictures.notes(f"obs/{key}"))

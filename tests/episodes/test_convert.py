@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import tracemalloc
@@ -18,7 +19,7 @@ from typer.testing import Result
 from stages.convert import app
 from svam.console import console
 from svam.contract import Annotation, Episode, EpisodeShape, SourceDescription
-from svam.episodes.convert import ONE_EPISODE, convert
+from svam.episodes.convert import ONE_EPISODE, OWN_SPLIT, convert
 from svam.episodes.inspection import facts
 from svam.episodes.joined import open_store
 from svam.episodes.split import split_episodes
@@ -55,8 +56,22 @@ def test_a_tasks_only_episode_is_trained_on() -> None:
 def test_a_sources_own_split_is_kept() -> None:
     shapes = [EpisodeShape(9, held_out=side) for side in (False, True, False)]
     assert split_episodes(["a", "a", "a"], shapes, 0.9, seed=0).tolist() == [0, 1, 0]
-    with refused("own split has 0 training and 3 held-out episodes"):
+    with refused("own split holds out all 3 chosen episodes.*choose training episodes too, by convert.episodes"):
         split_episodes(["a"] * 3, [EpisodeShape(9, held_out=True)] * 3, 0.9, seed=0)
+
+
+def test_a_split_is_drawn_where_a_sources_own_holds_out_none(tmp_path: Path) -> None:
+    class OneSide(Recorded):
+        def shape(self, index: int) -> EpisodeShape:
+            return dataclasses.replace(super().shape(index), held_out=False)
+
+    convert(OneSide(SOURCE.episodes), tmp_path / "s.zarr", SETTINGS, seed=0)
+    store = open_store(tmp_path / "s.zarr")
+    assert (
+        store.episodes("held_out").tolist()
+        == np.flatnonzero(drawn([episode.task for episode in SOURCE.episodes], SETTINGS.held_out, seed=0)).tolist()
+    )
+    assert OWN_SPLIT in facts(tmp_path / "s.zarr")["notes"]
 
 
 def test_episodes_that_share_frames_are_on_one_side() -> None:

@@ -217,7 +217,7 @@ def test_a_set_that_cannot_be_split_costs_nothing(tmp_path: Path) -> None:
             read.append(index)
             return super().read(index)
 
-    with refused("own split has 0 training and 3 held-out episodes"):
+    with refused("own split holds out all 3 chosen episodes"):
         convert(HeldOut([9, 9, 9]), tmp_path / "out.zarr", SETTINGS, 0)
     assert read == [0]
 

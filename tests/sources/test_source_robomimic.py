@@ -116,6 +116,10 @@ def test_flip(tmp_path: Path, opengl: bool) -> None:
         stored = root["data/demo_0/obs/agentview_rgb"][:]
     for flip, turned in (("auto", stored[:, ::-1]), ("none", stored), ("rotate_180", np.rot90(stored, 2, axes=(1, 2)))):
         assert np.array_equal(frames_of(open_source(tmp_path, Options(flip=flip)).read(0), "agentview"), turned)
+    change(tmp_path / "x.hdf5", "data/demo_0/obs/top_rgb", stored)  # a camera that LIBERO does not have, chosen or not
+    for cameras in ([], ["agentview"]):
+        source = open_said(tmp_path, {"cameras": cameras})
+        assert np.array_equal(frames_of(source.read(0), "agentview"), stored[:, ::-1] if opengl else stored)
 
 
 def test_observations_after_the_action(tmp_path: Path) -> None:
