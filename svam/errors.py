@@ -38,17 +38,28 @@ _ACCEPTED = {
     "too_short": "a list of at least {min_length}", "too_long": "a list of at most {max_length}",
 }  # fmt: skip
 """What a person may write instead, for each kind of error of pydantic."""
+OF_PATTERN = {
+    r"\S": "a sentence",
+    r"^[0-9a-f]{7,40}$": "a commit, 7 to 40 of the digits 0-9 and a-f",
+    r"^[0-9a-f]{40}$": "a whole commit, 40 of the digits 0-9 and a-f",
+    r"^[0-9a-f]{64}$": "a SHA-256, 64 of the digits 0-9 and a-f",
+    r"^wss?://\S+$": "an address such as ws://localhost:8000",
+    r"^(actions|expert_actions|state|proprioception)(?:\[(\d{1,6})(?::(\d{1,6}))?\])?$":
+        "a vector, one of its columns or some of them, such as actions, state[6] or proprioception[0:6]; the vectors are "
+        "actions, expert_actions, state and proprioception",
+    r"^[A-Za-z0-9_-]+$": "a name of letters, digits, '_' and '-'",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "a name of letters, digits, '_', '.' and '-' that begins with a letter or digit",
+}  # fmt: skip
+"""The same for each pattern of a text; of others, the names that they list."""
 _UNION = re.compile(r"int|str|float|bool|constrained-\w+|literal\[.*\]|\w+\[.*\]")
 
 
 def _accepted(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     if problem["type"] == "string_pattern_mismatch":
-        if (pattern := context["pattern"]) == r"\S":
-            return "a sentence"
-        names = pattern.strip("^()$").split("|")
-        choices = f"one of {', '.join(names)}{did_you_mean(problem['input'], names)}"
-        return choices if len(names) > 1 else "a name of letters, digits, '_' and '-'"
+        names = context["pattern"].strip("^()$").split("|")
+        said = OF_PATTERN.get(context["pattern"])
+        return said or f"one of {', '.join(names)}{did_you_mean(problem['input'], names)}"
     words = _ACCEPTED.get(problem["type"])
     if words is None:
         return problem["msg"]

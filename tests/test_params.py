@@ -12,9 +12,11 @@ from ruamel.yaml import YAML
 from stages.check_params import app
 from svam.agreement import check_agreement, notes
 from svam.console import console
+from svam.contract import Choice
 from svam.episodes.instructions import described_tasks
-from svam.errors import ParamsError
+from svam.errors import OF_PATTERN, ParamsError
 from svam.params import Params, load_params
+from svam.sources import raw
 from tests import ROOT
 from tests.toy import invoke
 
@@ -58,6 +60,9 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
     ("convert.held_out", 0.0, ["convert.held_out is 0.0; expected more than 0"]),
     ("convert.instruction", " ", ["convert.instruction is ' '; expected a sentence"]),
+    ("convert.columns.actions", ["velocity"], ["convert.columns.actions.0 is 'velocity'; expected a vector, one", "[0:6]"]),
+    ("convert.revision", "main", ["convert.revision is 'main'; expected a whole commit, 40 of the digits 0-9 and a-f"]),
+    ("evaluate.remote.url", "host:80", ["evaluate.remote.url is 'host:80'; expected an address such as ws://localhost:8000"]),
     ("convert.episodes", [0, 1.5], ["convert.episodes.1 is 1.5; expected a whole number or a text"]),
     ("convert.rate_hz", "5", ["convert.rate_hz is '5'; expected a number"]),
     ("convert.cameras", None, ["convert.cameras is null; expected a list"]),
@@ -91,6 +96,21 @@ def test_an_error_names_key_value_and_what_is_accepted(tmp_path: Path, key: str,
     message = str(caught.value)
     assert "\n" not in message
     assert all(part in message for part in [str(file), *said]), message
+
+
+def patterns(schema: Any) -> set[str]:
+    """Those that texts must match, in a JSON schema."""
+    if isinstance(schema, list):
+        return set().union(*map(patterns, schema))
+    if not isinstance(schema, dict):
+        return set()
+    own = {schema["pattern"]} if isinstance(schema.get("pattern"), str) else set()
+    return own.union(*map(patterns, schema.values()))
+
+
+def test_a_person_is_told_words_and_no_pattern() -> None:
+    found = patterns([Params.model_json_schema(), Choice.model_json_schema(), raw._Meta.model_json_schema()])
+    assert found == set(OF_PATTERN)
 
 
 def check_knobs(section: type[BaseModel], written: Any, prefix: str = "") -> None:

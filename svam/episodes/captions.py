@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from svam.contract import Episode, EpisodeShape, EpisodeSource, Segment, SourceDescription
-from svam.files import FileError, stamp
+from svam.files import FileError, refuse_lfs_pointer, stamp
 
 TEXTS = ("text", "caption", "sentence", "instruction", "language_instruction")
 EPISODES = ("episode", "file_name", "episode_index", "video", "path")
@@ -27,6 +27,7 @@ Line = tuple[str, str, tuple[int, int] | None]
 
 def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and content of each line, but for empty ones."""
+    refuse_lfs_pointer(file)
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix.lower() == ".csv":

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._choice import contents
 from svam.sources._npz import load
 from svam.sources._pictures import in_blocks
 from svam.sources._restricted_pickle import load_objects
@@ -51,7 +52,8 @@ def read_recordings(folder: Path) -> NDArray[np.int64]:
         with file.open("rb") as opened:
             values = np.lib.format.read_array(opened)
     except FileNotFoundError:
-        raise FileError(f"{file}: no such file; it lists the recordings of an official CALVIN folder") from None
+        there = f"{folder} has {contents(folder)}"
+        raise FileError(f"{file}: no such file; it lists the recordings of an official CALVIN folder; {there}") from None
     except Exception as error:  # numpy's parser of headers raises a dozen types on damaged bytes
         raise FileError(f"{file}: truncated, damaged or no .npy file of numbers ({type(error).__name__})") from None
     if values.dtype.kind not in "iu" or values.ndim != 2 or values.shape[1] != 2:

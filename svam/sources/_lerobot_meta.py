@@ -155,7 +155,7 @@ def read_info(root: Path) -> tuple[Path, Info]:
     """The file `meta/info.json`, and what it says."""
     file = existing_folder(root) / "meta" / "info.json"
     if not file.is_file():
-        raise FileError(f"{file}: no such file; {root} is no LeRobot data set (v2.0, v2.1 or v3.0)")
+        raise FileError(f"{file}: no such file, which a LeRobot data set (v2.0, v2.1 or v3.0) has; {root} has {contents(root)}")
     return file, stated(Info, read_json(file), file)
 
 

@@ -20,7 +20,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, Field
 
 from svam.errors import ParamsError
 from svam.files import FileError, read_json, stated
-from svam.sources._choice import existing_folder
+from svam.sources._choice import contents, existing_folder
 from svam.sources._tfrecord import byte_strings, features_of, numbers
 
 _NUMERIC = {
@@ -159,7 +159,8 @@ def find_version(path: Path, version: str) -> Path:
     files = sorted(file for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json") if file.is_file())
     if not files:
         raise FileError(
-            f"{path}: no dataset_info.json in it or up to three folders below; expected a TFDS folder such as 1.0.0"
+            f"{path}: no dataset_info.json in it or up to three folders below, expected a TFDS folder such as 1.0.0; it has "
+            f"{contents(path)}"
         )
     chosen = [file.parent for file in files if not version or f"/{file.parent.as_posix()}".endswith(f"/{version}")]
     if len(chosen) != 1:

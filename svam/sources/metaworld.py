@@ -18,7 +18,7 @@ from safetensors.numpy import load
 
 from svam.contract import EVERYTHING, Annotation, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, existing_folder
+from svam.sources._choice import checked, chosen_cameras, contents, existing_folder
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
@@ -63,7 +63,8 @@ class MetaworldSource:
         self.path, self._choice = existing_folder(path), choice
         present = sorted(file.parent.name for file in self.path.glob("*/meta.json"))
         if not present:
-            raise FileError(f"{self.path}: no <task>/meta.json in it; run the collect stage first")
+            has = contents(self.path)
+            raise FileError(f"{self.path}: no <task>/meta.json in it, it has {has}; run the collect stage first")
         tasks = list(options.tasks) or present
         for task in tasks:
             if task not in present:

@@ -36,8 +36,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
-from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, existing_folder
+from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
@@ -81,6 +81,7 @@ def _read(file: Path) -> dict[str, Any]:
     if file.suffix.lower() in FORMATS:
         return {}
     if file.suffix == ".txt":
+        refuse_lfs_pointer(file)  # which is text too
         try:
             return {"texts": file.read_text(encoding="utf-8-sig").splitlines()}
         except (OSError, UnicodeDecodeError) as error:
@@ -112,12 +113,13 @@ class VideoFolderSource:
         files = sorted(file for file in self._top.rglob("[!.]*") if file.suffix.lower() in suffixes and not file.is_dir())
         if not files:
             what = f"*.json below {options.annotations}" if self._annotated else f"videos ({', '.join(FORMATS)})"
-            raise FileError(f"{self.path}: no {what}")
+            raise FileError(f"{self.path}: no {what}; it has {contents(self.path)}")
         if options.splits and not self._annotated:
             raise FileError(f"{annotations}: no such directory, so there are no splits, but convert.options.splits lists some")
         for split in options.splits:
             if split not in map(self._split, files):
-                raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists")
+                there = contents(annotations)
+                raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
         kinds = set(map(self._split, self._files))
         self._has_split = kinds <= _TRAINING | _HELD_OUT and bool(kinds & _TRAINING) and bool(kinds & _HELD_OUT)

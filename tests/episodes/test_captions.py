@@ -11,7 +11,7 @@ import pytest
 from svam.contract import EpisodeSource
 from svam.episodes.options import open_named_source
 from tests.episodes.test_options import raw_params
-from tests.sources.common import film, refused
+from tests.sources.common import LFS_POINTER, film, refused
 from tests.sources.test_source_raw import ONE_TASK, arrays_of, write
 
 
@@ -83,6 +83,7 @@ def test_captions_beside_videos(tmp_path: Path) -> None:
     ([{"episode": 0, "words": "a"}], "line 1 has episode, words, expected episode or file_name, and text"),
     ([{"text": "a"}], "line 1 has text, expected episode"),
     ([["a"]], "line 1 is .*, expected an object"),
+    (LFS_POINTER, "said.jsonl: a Git LFS pointer"),
     ("{", "said.jsonl: cannot be read as .jsonl"),
     ("", "said.jsonl: no line in it"),
 ], ids=str)  # fmt: skip

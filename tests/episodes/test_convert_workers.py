@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from svam.contract import Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.episodes import convert as conversion
+from svam.episodes.__main__ import app
 from svam.episodes.convert import convert
 from svam.episodes.frames import resize_frames, resize_labels
 from svam.episodes.joined import open_store
@@ -24,6 +25,7 @@ from svam.files import locked, sha256_tree
 from tests import ROOT, warm
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
 from tests.sources.common import refused
+from tests.toy import invoke
 
 
 class Slow:
@@ -293,6 +295,8 @@ def test_lossy_frames_state_their_error(tmp_path: Path, compression: str) -> Non
         error = np.abs(frames.astype(int) - smooth)[0].mean()  # the first of each episode is measured
         assert 0 < stated["front"]["mean_absolute"] == pytest.approx(error, abs=1e-3) and stated["front"]["pictures"] == 3
         found.append(stated["wrist"]["psnr_db"])
+        said = f"{compression} of quality {quality}; mean absolute error and PSNR: front {error:.2f} grey levels, "
+        assert f"{said}{found[-1]} dB" in invoke(app, "inspect", tmp_path / "s.zarr").stdout.replace("\n", " ")
         code = lines + ALONE.replace('"annotations", ', "")
         subprocess.run([sys.executable, "-I", "-c", code, tmp_path / "s.zarr", tmp_path], cwd=tmp_path, check=True)
         np.testing.assert_array_equal(np.load(tmp_path / "front.npy")[:20], frames)

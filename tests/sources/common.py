@@ -19,6 +19,7 @@ from svam.errors import SvamError
 from tests import ROOT
 
 Array = np.ndarray[Any, Any]
+LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 
 
 def real(name: str) -> Path:

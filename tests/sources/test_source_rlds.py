@@ -16,10 +16,9 @@ import pytest
 from svam.contract import Choice, Segment
 from svam.sources.rlds import Options, RldsSource, open_source
 from tests.sources import tfds_writer as tfds
-from tests.sources.common import frames_of, real, refused
+from tests.sources.common import LFS_POINTER, frames_of, real, refused
 from tests.sources.tfds_writer import TEXT, image, png, tensor
 
-LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
 DEPTH, OF_ALL = "steps/observation/depth", "episode_metadata/sentence"
 REAL = "rlds_tfds/octo_debug_bridge_dataset"
 FEATURES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from svam.episodes.frames import prepared, resize_frames
 from svam.sources._video import probe, video_blocks
 from svam.sources.video_folder import Options, open_source
 from tests.recorded import SETTINGS
-from tests.sources.common import Array, decoded, film, frames_of, real, refused
+from tests.sources.common import LFS_POINTER, Array, decoded, film, frames_of, real, refused
 
 
 def annotate(file: Path, **content: Any) -> None:
@@ -77,7 +78,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
     assert [source.shape(k).held_out for k in (0, 1)] == [False, True]
     chosen = open_source(tmp_path / "d", Options(splits=("val",)))
     assert len(chosen) == 1 and chosen.read(0).instruction == "do 2" and chosen.shape(0).held_out is None
-    with refused(r"no test/\*\.json, which convert\.options\.splits lists"):
+    with refused(r"no test/\*\.json, which convert\.options\.splits lists; it has train, val$"):
         open_source(tmp_path / "d", Options(splits=("test",)))
 
 
@@ -149,6 +150,13 @@ def test_a_plain_folder(tmp_path: Path) -> None:
         open_source(tmp_path / "d", Options()).shape(2)
     with refused(r"key 'speed', which convert\.options\.action names, is missing"):
         open_source(tmp_path / "d", Options(action="speed")).read(0)
+    with refused(r"no videos \(.*\); it has b.txt$"):
+        (tmp_path / "e").mkdir()
+        shutil.copy(tmp_path / "d/sub/b.txt", tmp_path / "e")
+        open_source(tmp_path / "e", Options())
+    (tmp_path / "d/sub/b.txt").write_text(LFS_POINTER)
+    with refused(r"b\.txt: a Git LFS pointer"):
+        open_source(tmp_path / "d", Options()).read(1)
     (tmp_path / "d/sub/b.txt").write_bytes(b"\xff\xfe")
     with refused(r"b\.txt: not UTF-8 text"):
         open_source(tmp_path / "d", Options()).read(1)
