@@ -40,13 +40,15 @@ _HEADERS = (".zarray", "zarr.json")
 @dataclass(frozen=True)
 class ZarrArray:
     """The facts of an array's header that decide what is read. `chunks`: what is stored as one file (a shard, where there are
-    any); `left_out`: how many of those are absent; `blosc`: bytes that a Blosc chunk must have inside, 0 for other codecs."""
+    any); `left_out`: how many of those are absent; `empty`: whether all are; `blosc`: bytes that a Blosc chunk must have
+    inside, 0 for other codecs."""
 
     name: str
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: np.dtype[Any]
     left_out: int
+    empty: bool
     blosc: int
 
     @property
@@ -151,12 +153,10 @@ class ZarrFolder:
                 with zipfile.ZipFile(self.path) as archive:
                     for info in archive.infolist():  # each stands in the archive's list too: damaged, chunks seem absent
                         archive.open(info).close()
-            if total and not present:
-                raise FileError(f"{self.path}: {name} has none of its {total} chunks: was the whole folder copied?")
             if present < total and header.get("fill_value") is None:
                 raise FileError(f"{self.path}: {name} has {present} of its {total} chunks and states no fill value for others")
             plain = codecs in (["blosc"], ["bytes", "blosc"])
-            return ZarrArray(name, shape, chunks, dtype, total - present, size if plain else 0)
+            return ZarrArray(name, shape, chunks, dtype, total - present, 0 == present < total, size if plain else 0)
 
     def _check_codecs(self, name: str, codecs: list[str]) -> None:
         """That all may be run."""

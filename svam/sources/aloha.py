@@ -63,9 +63,10 @@ def _is_encoded(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     return (dtype == np.uint8 and len(shape) == 2) or (dtype.kind in "SVO" and len(shape) == 1)
 
 
-def _decoded(row: Any, where: str) -> NDArray[np.uint8]:
-    """A row as (H, W, 3), as a standard viewer shows it. Neither a JPEG nor a PNG ends with a zero byte."""
-    return picture_rgb(np.asarray(row).tobytes().rstrip(b"\0"), where)[0]
+def _decoded(row: Any, where: str) -> tuple[NDArray[np.uint8], bool]:
+    """A row as (H, W, 3), as a standard viewer shows it, and whether EXIF asked to turn it. No JPEG and no PNG ends with a zero
+    byte."""
+    return picture_rgb(np.asarray(row).tobytes().rstrip(b"\0"), where)
 
 
 class AlohaSource(Hdf5Source):
@@ -119,8 +120,10 @@ class AlohaSource(Hdf5Source):
             try:
                 if _is_encoded(shape, dtype):
                     data.layout(name, steps)
-                    height, width, _ = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]").shape
-                    cameras[camera] = name, (steps, height, width, 3)
+                    picture, turned = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]")
+                    cameras[camera] = name, (steps, *picture.shape[:2], 3)
+                    if turned:
+                        self._note(f"pictures of {name} are turned as their EXIF asks")
                     seen = "swapped by" if self.options.channel_order == "rgb" else "as"
                     self._note(
                         f"compressed pictures are read with red and blue {seen} a standard viewer, as channel_order "
@@ -152,7 +155,7 @@ class AlohaSource(Hdf5Source):
         where, encoded = f"{data.file}: {dataset}", _is_encoded(*data.layout(dataset))
         if encoded:
             rows = enumerate(row for block in data.blocks(dataset) for row in block)
-            blocks = in_blocks((_decoded(row, f"{where}[{number}]") for number, row in rows), where)
+            blocks = in_blocks((_decoded(row, f"{where}[{number}]")[0] for number, row in rows), where)
         else:
             blocks = data.picture_blocks(dataset)
         swapped = encoded == (self.options.channel_order == "rgb")

@@ -42,6 +42,7 @@ The `.npz` (numpy.savez or savez_compressed), n time steps:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -128,6 +129,13 @@ def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
     return None if inside else video
 
 
+def _turned(video: Path) -> str:
+    """As `VideoFacts` says; "" of one that cannot be read, which `shape` says."""
+    with suppress(FileError):
+        return probe(video).turned
+    return ""
+
+
 class RawSource:
     """The episodes of a folder, in the order of their names."""
 
@@ -135,7 +143,7 @@ class RawSource:
         """Open a folder of the layout above.
 
         Raises:
-            FileError: the folder or its `meta.json` is missing, or `meta.json` is not as described.
+            FileError: the folder, its `meta.json` or any recording is missing, or `meta.json` is not as described.
             ParamsError: `choice` names a camera that `meta.json` does not list.
         """
         self.path, self._choice = existing_folder(path), choice
@@ -145,11 +153,10 @@ class RawSource:
                 f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
             )
         self._meta = stated(_Meta, read_json(self._meta_file), self._meta_file)
-        self._files = sorted(self.path.glob("*.npz"), key=lambda file: file.stem)
-        if not self._files:
+        self._there = {file.stem: file for file in self.path.glob("*.npz")}
+        if not self._there:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
-        if absent := sorted(self._meta.episodes.keys() - {file.stem for file in self._files}):
-            raise FileError(f"{self._meta_file}: episodes names {absent[0]!r}, but there is no {absent[0]}.npz")
+        self._names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
 
@@ -158,7 +165,7 @@ class RawSource:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
         notes = []
         known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
-        first = self._files[0]
+        first = self._there[min(self._there)]
         try:
             there = headers(first)
             for name in (f"frames_{camera}" for camera in self._cameras if f"frames_{camera}" in there):
@@ -169,14 +176,28 @@ class RawSource:
             notes.append(
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
-        used = {f"{file.stem}.{camera}.mp4" for file in self._files for camera in self._meta.cameras}
-        if unused := sorted({file.name for file in self.path.glob("*.mp4")} - used):
+        videos = {file.name: file for file in self.path.glob("*.mp4")}
+        if turned := {name: how for name in self._videos(self._cameras) & videos.keys() if (how := _turned(videos[name]))}:
+            first_one = videos[min(turned)]
+            notes.append(f"{first_one}: {turned[first_one.name]} ({len(turned)} videos), as their metadata ask")
+        if unused := sorted(videos.keys() - self._videos(self._meta.cameras)):
             notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
         return notes
 
+    def _videos(self, cameras: Sequence[str]) -> set[str]:
+        """The names that videos of these cameras may have."""
+        return {f"{name}.{camera}.mp4" for name in self._names for camera in cameras}
+
+    def _file(self, index: int) -> Path:
+        """The archive of an episode; `FileError` where meta.json alone knows it."""
+        name = self._names[index]
+        if name not in self._there:
+            raise FileError(f"{self._meta_file}: episodes names {name!r}, but there is no {name}.npz")
+        return self._there[name]
+
     def _told(self, index: int) -> tuple[str, str]:
         """Task and instruction of an episode; `FileError` where they are missing or contradict one another."""
-        file, tasks = self._files[index], self._meta.tasks
+        file, tasks = self._file(index), self._meta.tasks
         facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
         own = "" if self._choice.instruction else _own_instruction(file)
         if own and facts.instruction and own != facts.instruction:
@@ -206,11 +227,11 @@ class RawSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._names)
 
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, from the headers of the archive and of videos."""
-        file = self._files[index]
+        file = self._file(index)
         found = headers(file)
         steps = _field(file, found, "actions").shape[0]
         annotated = {}
@@ -230,7 +251,7 @@ class RawSource:
 
     def read(self, index: int) -> Episode:
         """One episode."""
-        file = self._files[index]
+        file = self._file(index)
         found = headers(file)
         _field(file, found, "actions")
         task, instruction = self._told(index)

@@ -10,9 +10,9 @@ Row t of an action belongs to row t of the pictures: the action that was taken f
 - The format has no instruction and no rate: set `convert.instruction` and `convert.rate_hz`. PushT is recorded at 10 Hz.
 - Values are kept as recorded; the notes state the range of what is read (PushT's positions leave their 0..512 now and then).
 
-Zarr's writers leave out chunks that hold the fill value alone: an absent chunk is read as that, and a note counts them. Blosc
-chunks have no checksum: a length that does not fit is found, a flipped bit inside need not be (in a `.zarr.zip` the archive's
-CRC-32 finds it).
+Zarr's writers leave out chunks that hold the fill value alone: an absent chunk is read as that, and a note counts them.
+Pictures without any chunk are refused: nobody films the dark, but folders are copied in part. Blosc chunks have no checksum: a
+length that does not fit is found, a flipped bit inside need not be (in a `.zarr.zip` the archive's CRC-32 finds it).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
-from svam.errors import ParamsError
+from svam.errors import MachineError, ParamsError
 from svam.files import FileError, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
 from svam.sources._pictures import PictureArray, frames_per_block, picture_array
@@ -72,7 +72,7 @@ class ReplayZarrSource:
 
         Raises:
             ParamsError: `choice` has no rate, or the options name no array.
-            FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase within the rows.
+            FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase.
             MachineError: a codec's library is missing.
         """
         self.path = _buffer_path(Path(path))
@@ -88,11 +88,6 @@ class ReplayZarrSource:
         self._vectors = {option: [self._columns(option, name) for name in names] for option, names in named.items()}
         read = [*self._pictures.values(), *chain(*self._vectors.values())]
         self._arrays = {array.name: array for array, _ in read}
-        for array in self._arrays.values():
-            if array.shape[0] < self._rows:
-                raise FileError(
-                    f"{self.path}: {array.name} has {array.shape[0]} rows, but meta/episode_ends reaches to {self._rows}"
-                )
 
     def _episode_ends(self) -> list[int]:
         array = self._buffer.array("meta/episode_ends")
@@ -100,6 +95,8 @@ class ReplayZarrSource:
             raise FileError(
                 f"{self.path}: meta/episode_ends is {array.dtype} {array.shape}, expected whole numbers, one an episode"
             )
+        if array.empty:
+            raise FileError(f"{self.path}: meta/episode_ends has none of its chunks: was the whole folder copied?")
         ends = [int(end) for end in self._buffer.rows(array, 0, array.shape[0])]
         for number, (before, end) in enumerate(pairwise([0, *ends])):
             if end <= before:
@@ -113,12 +110,18 @@ class ReplayZarrSource:
         for name in self._buffer.names:
             try:
                 array = self._buffer.array(f"data/{name}")
-            except FileError as error:
-                if name in chosen:
+                pictures = picture_array(array.shape, array.dtype)
+                if pictures is not None and array.empty:
+                    raise FileError(
+                        f"{self.path}: {array.name} has none of its {array.left_out} chunks: was the whole folder copied? If "
+                        "all its pictures are black, leave it out by convert.cameras"
+                    )
+            except (FileError, MachineError) as error:
+                if name in chosen or not (chosen or isinstance(error, FileError)):
                     raise
                 self._unreadable.append(str(error))
                 continue
-            if (pictures := picture_array(array.shape, array.dtype)) is not None:
+            if pictures is not None:
                 known[name] = array, pictures
         if not known:
             has, why = ", ".join(self._buffer.names) or "nothing", "".join(f"; {said}" for said in self._unreadable)
@@ -151,24 +154,25 @@ class ReplayZarrSource:
     @cached_property
     def notes(self) -> Sequence[str]:
         """What is not read, and the range of what is."""
-        notes = []
+        notes, whole = [], min([self._rows, *(array.shape[0] for array in self._arrays.values())])
         if unused := [name for name in self._buffer.names if f"data/{name}" not in self._arrays]:
             notes.append(f"not read: {', '.join(unused)}")
         if not self._vectors["action"]:
             notes.append("no actions are read: the episodes can train the video model, no policy")
         for array in self._arrays.values():
             if array.left_out:
+                count = f"all {array.left_out}" if array.empty else str(array.left_out)
                 notes.append(
-                    f"{array.left_out} chunks of {array.name} are absent and read as its fill value, as Zarr's writers mean "
-                    "it; if the folder was copied, check that it is whole"
+                    f"{count} chunks of {array.name} are absent and read as its fill value, as Zarr's writers mean it; if the "
+                    "folder was copied, check that it is whole"
                 )
         for array, pictures in self._pictures.values():
             notes += pictures.notes(array.name)
             if (left := array.shape[0] - self._rows) > 0:
                 notes.append(f"{left} rows of {array.name} are behind the last episode and left out")
         for name, columns in self._vectors.items():
-            if columns and name != "timestamp" and self._rows * sum(array.row for array, _ in columns) <= _SURVEYED:
-                values = self._joined(columns, 0, self._rows)
+            if whole and columns and name != "timestamp" and whole * sum(array.row for array, _ in columns) <= _SURVEYED:
+                values = self._joined(columns, 0, whole)
                 notes.append(f"{name} ranges from {values.min():g} to {values.max():g}; kept as recorded")
         return [f"left out: {said}" for said in self._unreadable] + [f"{self.path}: {note}" for note in notes]
 
@@ -185,6 +189,11 @@ class ReplayZarrSource:
     def shape(self, index: int) -> EpisodeShape:
         """Length, from `episode_ends`. The stamp covers the arrays' folders, or the archive."""
         start, stop = self._episodes[index]
+        for array in self._arrays.values():
+            if (rows := array.shape[0]) < stop:
+                raise FileError(
+                    f"{self.path}: {array.name} has {rows} rows, but meta/episode_ends reaches to {stop} in episode {index}"
+                )
         files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(self._arrays)]
         stamps = " ".join([f"{start}:{stop}", *(stamp(file) for file in files)])
         return EpisodeShape(stop - start, stamp=stamps, name=str(index), task=self.instruction)

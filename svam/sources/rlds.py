@@ -43,6 +43,9 @@ from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
 from svam.sources._tfrecord import mapped, read_record, record_spans
 
+_MOST_LOST = 1_000_000
+"""Records of a shard that may be missing; a damaged description can claim any number."""
+
 
 class _Entry(NamedTuple):
     """An episode's place and facts: shard, record number in it, payload's offset and length; steps, steps kept, bytes under
@@ -161,21 +164,28 @@ class RldsSource:
         return "" if labelled or self._options.without_instruction == "refuse" else "an instruction"
 
     def _scan(self, shard: Shard) -> Iterator[_Entry]:
-        """Each record of a shard; pictures are skipped, data are not checked."""
-        content, record = mapped(shard.file), -1
-        for record, (offset, length) in enumerate(record_spans(content, str(shard.file))):
-            place = entry = _Entry(shard, record, offset, length)
-            try:
+        """Each record that a shard should have; pictures are skipped, data are not checked."""
+        record = -1
+        try:
+            content = mapped(shard.file)
+            for record, (offset, length) in enumerate(record_spans(content, str(shard.file))):
+                place = entry = _Entry(shard, record, offset, length)
                 try:
-                    entry = self._entry(place, self._record(place, content[offset : offset + length]))
-                finally:
-                    if not (entry.kept and entry.instruction):
-                        place.payload()  # a damaged record is told as that, and never left out
-            except (FileError, ContractError) as error:
-                entry = place._replace(refusal=str(error))
-            yield entry
-        if record + 1 != shard.records:
-            raise FileError(f"{shard.file}: {record + 1} records, but dataset_info.json says {shard.records}")
+                    try:
+                        entry = self._entry(place, self._record(place, content[offset : offset + length]))
+                    finally:
+                        if not (entry.kept and entry.instruction):
+                            place.payload()  # a damaged record is told as that, and never left out
+                except (FileError, ContractError) as error:
+                    entry = place._replace(refusal=str(error))
+                yield entry
+            if record + 1 != shard.records:
+                raise FileError(f"{shard.file}: {record + 1} records, but dataset_info.json says {shard.records}")
+        except FileError as error:  # the records from there on cannot be found: bad episodes, as many as there should be
+            if not 0 < shard.records - record - 1 <= _MOST_LOST:
+                raise
+            for lost in range(record + 1, shard.records):
+                yield _Entry(shard, lost, 0, 0, refusal=str(error))
 
     def _entry(self, place: _Entry, record: Record) -> _Entry:
         """An episode's facts, from its small features."""

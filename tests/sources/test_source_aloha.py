@@ -120,6 +120,18 @@ def test_compressed_pictures(tmp_path: Path, storage: str) -> None:
         assert np.array_equal(frames_of(standard, camera), expected[..., ::-1])
 
 
+def test_pictures_that_exif_turns(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn clockwise
+    Image.fromarray(smooth(np.random.default_rng(0), 1)[0]).save(buffer := io.BytesIO(), "PNG", exif=exif)
+    record(tmp_path / "episode_0.hdf5")
+    change(tmp_path / "episode_0.hdf5", "observations/images/cam_high", np.array([buffer.getvalue()] * 5))
+    source = open_said(tmp_path, channel_order="bgr")
+    expected = np.rot90(np.asarray(Image.open(buffer)), -1)
+    assert np.array_equal(frames_of(source.read(0), "cam_high")[0], expected)
+    assert any(f"{tmp_path}: pictures of observations/images/cam_high are turned as their EXIF asks" in n for n in source.notes)
+
+
 def test_raw_pictures_of_a_bgr_recorder(tmp_path: Path) -> None:
     seen = record(tmp_path / "episode_0.hdf5")
     episode = open_said(tmp_path / "episode_0.hdf5", {"rate_hz": 30}, channel_order="bgr").read(0)

@@ -147,6 +147,19 @@ def test_frames_in_order_and_the_rate(tmp_path: Path) -> None:
         source(root, frames="order").read(1)
 
 
+@pytest.mark.parametrize("frames", ["timestamps", "order"])
+def test_a_rate_that_is_a_little_wrong_is_noted(tmp_path: Path, frames: str) -> None:
+    """Recorded at 8 Hz, said to be 10; and 9.8 Hz, which clocks account for."""
+    stamps = (np.arange(7) / np.float32(8), np.arange(7) / 9.8)
+    root = write_v2(tmp_path, (7, 7), change=lambda e, n: {"timestamp": pa.array(stamps[e].astype(np.float32))})
+    for e in range(2):
+        film(video_of(root, e), pictures(range(7)), fps=8 if e == 0 else 10)
+    data = source(root, frames=frames)
+    assert [data.shape(e).steps for e in range(2)] == [7, 7]
+    (note,) = data.notes
+    assert "0.125 s apart in episode 0, but" in note and "says fps 10; it is stored at 10 Hz, which convert" in note
+
+
 # Written sets: columns, pictures, tasks
 
 

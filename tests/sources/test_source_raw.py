@@ -84,6 +84,10 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     assert ["1 videos of no episode" in note for note in source.notes] == [True]
     expected = decoded(folder / "a.wrist.mp4")
     assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
+    film(folder / "a.wrist.mp4", 9, rotate=90)
+    turned = open_source(folder, Options())
+    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise (1 videos), as their metadata ask" in turned.notes[0]
+    assert (frames_of(turned.read(0), "wrist") == np.rot90(decoded(folder / "a.wrist.mp4"), 1, axes=(1, 2))).all()
     film(folder / "a.wrist.mp4", 8)
     with refused(r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):
         source.shape(0)
@@ -122,7 +126,7 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
         ({"cameras": ["front", "front"]}, "more than once"),
         ({"task": {}}, r"meta\.json: unknown key 'task'"),
         ({"tasks": {"pick": {"train": []}}}, r"meta\.json: tasks\.pick\.train"),
-        ({"episodes": {"z": {}}}, r"episodes names 'z', but there is no z\.npz"),
+        ({"episodes": {"a": {"task": "pick"}, "../z": {}}}, r"episodes names '\.\./z', but there is no \.\./z\.npz"),
         ({"episodes": {}}, r"episodes\.a\.task is missing; tasks are pick, push"),
         ({"episodes": {"a": {"task": "fly"}}}, r"episodes\.a\.task is 'fly'; tasks are pick, push"),
     ],
@@ -130,7 +134,16 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
 def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}, **change}, a=arrays_of(0, 4))
     with refused(message):
-        open_source(folder, Options()).read(0)
+        for index in range(len(source := open_source(folder, Options()))):
+            source.shape(index)
+
+
+def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> None:
+    meta = {**META, "episodes": {name: {"task": "pick"} for name in "abc"}}
+    source = open_source(write(tmp_path / "raw", meta, a=arrays_of(0, 4), c=arrays_of(1, 5)), Options())
+    assert [source.read(index).steps for index in (0, 2)] == [4, 5] and source.notes == []
+    with refused(r"meta\.json: episodes names 'b', but there is no b\.npz"):
+        source.shape(1)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -189,7 +190,7 @@ def test_what_must_be_told(tmp_path: Path) -> None:
     [
         ([5, 5, 90], r"meta/episode_ends\[1\] is 5, expected more than 5"),
         ([0, 90], r"meta/episode_ends\[0\] is 0, expected more than 0"),
-        ([50, 91], "has 90 rows, but meta/episode_ends reaches to 91"),
+        ([91], "data/img has 90 rows, but meta/episode_ends reaches to 91 in episode 0"),
         ([], r"meta/episode_ends is float64 \(0,\), expected whole numbers"),
         ([1.5, 90], "meta/episode_ends is float64"),
         ([[1, 2]], r"meta/episode_ends .*, expected|damaged"),
@@ -201,7 +202,16 @@ def test_episode_ends_must_increase_within_the_rows(tmp_path: Path, ends: Any, m
     values = np.asarray(ends)
     write_array(tmp_path / "x.zarr/meta/episode_ends", values, tuple(max(1, length) for length in values.shape), None)
     with refused(message):
-        open_source(tmp_path, TOLD)
+        open_source(tmp_path, TOLD).shape(0)
+
+
+def test_an_array_that_is_too_short_costs_the_last_episode(tmp_path: Path) -> None:
+    written = write(tmp_path / "x.zarr", ends=[50, 91], action=arrays_of(60)["action"])
+    source = open_source(tmp_path)
+    assert source.shape(0).steps == 50 and (source.read(0).actions == written["action"][:50]).all()
+    assert any("action ranges from" in note for note in source.notes)
+    with refused("data/(img has 90|action has 60) rows, but meta/episode_ends reaches to 91 in episode 1"):
+        source.shape(1)
 
 
 def test_absent_chunks_and_arrays(tmp_path: Path) -> None:
@@ -215,8 +225,11 @@ def test_absent_chunks_and_arrays(tmp_path: Path) -> None:
         open_source(tmp_path, cameras=["img"])
     for chunk in (tmp_path / "x.zarr/data/img").glob("*.0"):
         chunk.unlink()
-    with refused("no pictures: .*data/img has none of its 13 chunks: was the whole folder copied"):
+    with refused("no pictures: .*data/img has 0 of its 13 chunks and states no fill value"):
         open_source(tmp_path)
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"fill_value": 0}))
+    with refused("data/img has none of its 13 chunks: was the whole folder copied.*leave it out by convert.cameras"):
+        open_source(tmp_path, cameras=["img"])
     shutil.rmtree(tmp_path / "x.zarr/data/action")
     write_array(header.parent, arrays_of()["img"], (7, 6, 8, 3))
     with refused("action names 'action'; data has img"):
@@ -224,6 +237,33 @@ def test_absent_chunks_and_arrays(tmp_path: Path) -> None:
     (tmp_path / "x.zarr/meta/episode_ends/.zarray").unlink()
     with refused("array meta/episode_ends is missing"):
         open_source(tmp_path)
+
+
+def test_a_vector_of_zeros_without_any_chunk(tmp_path: Path) -> None:
+    write(tmp_path / "x.zarr")
+    for chunk in (tmp_path / "x.zarr/data/state").glob("*.0"):
+        chunk.unlink()
+    source = open_source(tmp_path, Options(state=["state"]))
+    state = source.read(1).state
+    assert state is not None and state.shape == (70, 5) and not state.any()
+    assert any("all 13 chunks of data/state are absent and read as its fill value" in note for note in source.notes)
+    (tmp_path / "x.zarr/meta/episode_ends/0").unlink()
+    with refused("meta/episode_ends has none of its chunks: was the whole folder copied"):
+        open_source(tmp_path)
+
+
+def test_a_codec_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a camera that is left out it does not matter."""
+    monkeypatch.setitem(sys.modules, "imagecodecs.numcodecs", None)
+    written = write(tmp_path / "x.zarr", wrist=arrays_of()["img"])
+    header = tmp_path / "x.zarr/data/wrist/.zarray"
+    header.write_text(json.dumps(json.loads(header.read_text()) | {"compressor": {"id": "imagecodecs_jpegxl"}}))
+    for cameras in ([], ["wrist"]):
+        with refused("data/wrist is compressed by 'imagecodecs_jpegxl', which needs imagecodecs"):
+            open_source(tmp_path, cameras=cameras)
+    source = open_source(tmp_path, cameras=["img"])
+    assert (frames_of(source.read(0)) == written["img"][:5]).all()
+    assert any("left out: " in note and "needs imagecodecs" in note for note in source.notes)
 
 
 @pytest.mark.parametrize(

@@ -363,6 +363,18 @@ def test_damaged_record_files(tmp_path: Path, data: bytes, message: str) -> None
         source.read(1)
 
 
+def test_a_damaged_shard_costs_its_own_records(tmp_path: Path) -> None:
+    tfds.write_set(tmp_path, FEATURES, {"train": [[episode(0), episode(1), episode(2)], [episode(3)]]})
+    first = tmp_path / "toy-train.tfrecord-00000-of-00002"
+    first.write_bytes(first.read_bytes()[: len(PAYLOADS[0]) + 30])
+    source = opened(tmp_path)
+    assert [source.shape(index).name for index in (0, 3)] == [f"{first.name}#0", "toy-train.tfrecord-00001-of-00002#0"]
+    assert [source.read(index).instruction for index in (0, 3)] == ["push block 0", "push block 3"]
+    for index in (1, 2):
+        with refused("00000-of-00002: truncated: the file ends within record 1"):
+            source.shape(index)
+
+
 def test_a_damaged_record_is_not_left_out_as_an_empty_one(tmp_path: Path) -> None:
     toy(tmp_path, episode(0), episode(1, language_instruction=["x"] * 4))
     file = tmp_path / "toy-train.tfrecord-00000-of-00001"
