@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 from svam.contract import Choice, ContractError, Episode, Segment
 from svam.errors import ParamsError
 from svam.files import FileError
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+"""The id of a data set on the hub, owner/name."""
 
 
 def chosen_cameras(
@@ -34,7 +38,8 @@ def chosen_cameras(
 def existing_folder(path: Path) -> Path:
     """`path`; `FileError` where it is no folder."""
     if not path.is_dir():
-        raise FileError(f"{path}: no such directory")
+        hub = "; to fetch the data set of this id from the hub, set convert.revision to its commit"
+        raise FileError(f"{path}: no such directory{hub if HUB_ID.fullmatch(path.as_posix()) else ''}")
     return path
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 from svam.errors import ParamsError
 from svam.files import FileError
+from svam.sources._choice import HUB_ID
 
 
 def fetched(name: str, revision: str) -> Path:
@@ -18,7 +18,7 @@ def fetched(name: str, revision: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not HUB_ID.fullmatch(name):
         raise ParamsError(
             f"convert.revision is set, but convert.path {name!r} is no id of a data set on the hub, owner/name; set "
             "convert.revision to null for a folder"

@@ -102,10 +102,19 @@ def _inside(template: str) -> str:
 _Template = Annotated[str, AfterValidator(_inside)]
 
 
+def _known_version(value: Any) -> Any:
+    if isinstance(value, str) and value not in ("v2.0", "v2.1", "v3.0"):
+        raise ValueError(
+            f"{value!r} is not read, expected 'v2.0', 'v2.1' or 'v3.0'; LeRobot's own scripts convert_dataset_*.py bring older "
+            "sets up to these, and a newer one can be written as convert.source 'raw' by whatever reads it"
+        )
+    return value
+
+
 class Info(BaseModel):
     """The parts of `meta/info.json` that are needed."""
 
-    codebase_version: Literal["v2.0", "v2.1", "v3.0"]
+    codebase_version: Annotated[Literal["v2.0", "v2.1", "v3.0"], BeforeValidator(_known_version)]
     fps: Annotated[_Number, Field(gt=0)]
     features: dict[str, dict[str, Any]]
     chunks_size: _Positive = 1000

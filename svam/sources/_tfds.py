@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,11 @@ _NUMERIC = {
     "bool", "float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
 }  # fmt: skip
 _STRINGS = {"string", "object", "object_", "str", "bytes"}
+
+
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+"""Names of shards where nothing else is said."""
+_PLACEHOLDERS = ("DATASET", "SPLIT", "FILEFORMAT", "SHARD_INDEX", "NUM_SHARDS", "SHARD_X_OF_Y")
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,7 @@ class Shard:
 class _Split(BaseModel):
     name: str
     shardLengths: list[Annotated[int, Field(ge=0)]]
-    filepathTemplate: str = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+    filepathTemplate: str = _TEMPLATE
 
 
 class DatasetInfo(BaseModel):
@@ -87,17 +93,19 @@ class DatasetInfo(BaseModel):
     fileFormat: str = "tfrecord"
     splits: Annotated[list[_Split], Field(min_length=1)]
 
+    @staticmethod
+    def unknown(split: _Split) -> list[str]:
+        """Placeholders of a split's template that TFDS does not have; the usual template is tried instead."""
+        return [name for name in re.findall(r"{(\w*)}", split.filepathTemplate) if name not in _PLACEHOLDERS]
+
     def shards(self, split: _Split, file: Path) -> list[Shard]:
         """Of a split; `file` is the one that was read."""
-        count, template = len(split.shardLengths), split.filepathTemplate
+        count, template = len(split.shardLengths), _TEMPLATE if self.unknown(split) else split.filepathTemplate
         shards: list[Shard] = []
         for number, records in enumerate(split.shardLengths):
-            values = {
-                "DATASET": self.name, "SPLIT": split.name, "FILEFORMAT": self.fileFormat, "SHARD_INDEX": f"{number:05d}",
-                "NUM_SHARDS": f"{count:05d}", "SHARD_X_OF_Y": f"{number:05d}-of-{count:05d}",
-            }  # fmt: skip
-            name = template
-            for key, value in values.items():
+            index = f"{number:05d}", f"{count:05d}"
+            name, values = template, (self.name, split.name, self.fileFormat, *index, "-of-".join(index))
+            for key, value in zip(_PLACEHOLDERS, values, strict=True):
                 name = name.replace(f"{{{key}}}", value)
             if set("{/\\\0") & set(name) or name in ("", ".", "..", *(shard.file.name for shard in shards)):
                 raise FileError(
@@ -171,8 +179,8 @@ def find_version(path: Path, version: str) -> Path:
     return chosen[0]
 
 
-def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]]:
-    """(`dataset_info.json`, split -> its shards)."""
+def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]], list[str]]:
+    """(`dataset_info.json`, split -> its shards, notes on templates that are not followed)."""
     file = folder / "dataset_info.json"
     info = stated(DatasetInfo, read_json(file), file)
     if info.fileFormat != "tfrecord":
@@ -182,7 +190,12 @@ def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]
     splits = {split.name: info.shards(split, file) for split in info.splits}
     if len(splits) != len(info.splits):
         raise FileError(f"{file}: two splits have one name")
-    return info, splits
+    notes = [
+        f"{file}: filepathTemplate of split {split.name!r} has {{{unknown[0]}}}, which TFDS does not know; its usual names are "
+        "tried"
+        for split in info.splits if (unknown := info.unknown(split))
+    ]  # fmt: skip
+    return info, splits, notes
 
 
 def read_features(folder: Path) -> dict[str, Feature]:

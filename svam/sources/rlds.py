@@ -85,7 +85,7 @@ class RldsSource:
             ParamsError: a choice or option names what the data set does not have, or must name what cannot be guessed.
         """
         self.folder, self._options, self._choice = find_version(path, options.version), options, choice
-        self._info, splits = read_dataset_info(self.folder)
+        self._info, splits, self._notes = read_dataset_info(self.folder)
         self._features = read_features(self.folder)
         if choice.rate_hz is None:
             raise ParamsError(
@@ -103,7 +103,7 @@ class RldsSource:
         if unknown := [name for name in names if name not in splits]:
             raise ParamsError(f"convert.options.splits: {unknown[0]!r}; {self.folder} has the splits {', '.join(splits)}")
         counts = {name: sum(shard.records for shard in shards) for name, shards in splits.items() if name not in names}
-        self._notes = [
+        self._notes += [
             f"split {name!r} ({count} episodes) is not read; convert.options.splits says which are"
             for name, count in counts.items()
         ]

@@ -185,7 +185,7 @@ class VideoFolderSource:
             raise FileError(f"{file}: videos is {str(entries)[:80]!r}, expected a list of objects with a video_path each")
         for path in paths:
             pure = PurePosixPath(path)
-            if pure.is_absolute() or ".." in pure.parts or "\0" in path or pure.suffix.lower() not in FORMATS:
+            if pure.is_absolute() or ".." in pure.parts or "\0" in path:
                 raise FileError(f"{file}: video_path is {path!r}, expected the path of a video below the top folder")
         return {name: self.path / path for name, path in zip(_camera_names(paths), paths, strict=True)}
 

@@ -7,7 +7,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,12 @@ def test_a_damaged_file_gives_whole_episodes_or_one_sentence(case: Case, data: s
         assert not any(file.match(pattern) for pattern in kind.exact) or same(found, expected)
     finally:
         file.write_bytes(original)
+
+
+def test_the_rate_can_be_replaced(case: Case) -> None:
+    kind, folder, expected = case
+    source = replace(kind, rate_hz=7).opened(folder)
+    assert source.describe().rate_hz == source.read(0).rate_hz == 7 and same(everything(source), expected)
 
 
 def test_it_goes_to_a_worker(case: Case) -> None:

@@ -46,6 +46,11 @@ def test_what_is_no_id(choice: dict[str, Any], message: str) -> None:
         open_named_source(Path(choice["path"]), raw_params(**choice))
 
 
+def test_an_id_without_a_revision() -> None:
+    with refused("^lab/pushes: no such directory; to fetch the data set of this id from the hub, set convert.revision"):
+        open_named_source(Path("lab/pushes"), raw_params())
+
+
 def test_a_revision_is_a_commit() -> None:
     with pytest.raises(ValueError, match="revision"):
         Convert.model_validate(raw_params().convert.model_dump() | {"revision": "main"})

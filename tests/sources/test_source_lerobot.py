@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,14 @@ from svam.contract import Segment
 from tests.sources.common import decoded, film, frames_of, real, refused
 from tests.sources.lerobot_sets import (
     CAMERA,
+    number_of,
     numbers,
     picture,
     pictures,
     source,
     video_feature,
     video_of,
+    write_info,
     write_v2,
     write_v3,
 )
@@ -421,6 +423,41 @@ def test_where_an_episode_begins(
     assert len(data.notes) == bool(message) and re.search(message, " ".join(data.notes))
 
 
+def write_clips(root: Path, camera: str, place: Sequence[int], starts: Sequence[float]) -> None:
+    """Says in meta/episodes in which file of a camera each episode lies (of 5, 7 and 4 rows), and from when on."""
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    ends = [start + n / 10 for start, n in zip(starts, (5, 7, 4), strict=True)]
+    clips = {"chunk_index": [0] * 3, "file_index": list(place), "from_timestamp": list(starts), "to_timestamp": ends}
+    columns = pq.read_table(file).to_pydict() | {f"videos/{camera}/{name}": values for name, values in clips.items()}
+    pq.write_table(pa.table(columns), file)
+
+
+def test_rows_and_videos_that_lie_in_other_orders(tmp_path: Path) -> None:
+    """One parquet file for three of videos (github.com/starVLA/starVLA/issues/285), cameras whose offsets differ (90), and
+    episodes out of order among the rows (github.com/huggingface/lerobot/issues/1875)."""
+    side = "observation.images.side"
+    root = write_v3(tmp_path)
+    write_info(root, "v3.0", {CAMERA: video_feature(), side: video_feature()}, total_episodes=3)
+    write_clips(root, CAMERA, [0, 1, 2], [0, 0, 0])
+    write_clips(root, side, [0, 0, 0], [0.4, 0.9, 0])
+    for e, n in enumerate((5, 7, 4)):
+        film(root / f"videos/{CAMERA}/chunk-000/file-00{e}.mp4", pictures(range(16 * e, 16 * e + n)))
+    film(root / f"videos/{side}/chunk-000/file-000.mp4", pictures([*range(32, 36), *range(5), *range(16, 23)]))
+    data = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(data)
+    for order in ([*range(16)], [*range(12, 16), *range(12)]):
+        pq.write_table(table.take(order), data)
+        for e, n in enumerate((5, 7, 4)):
+            episode = source(root).read(e)
+            assert numbers(episode) == [*map(number_of, frames_of(episode, "side"))] == list(range(16 * e, 16 * e + n))
+            np.testing.assert_array_equal(episode.actions[:, 0], 100 * e + np.arange(n))
+    pq.write_table(table.take([0, 5, *range(1, 5), *range(6, 16)]), data)
+    for e in range(2):
+        with refused(f"rows of other episodes lie among those of episode {e}"):
+            source(root).shape(e)
+    assert source(root).shape(2).steps == 4
+
+
 # What a set says of itself, and damage
 
 
@@ -441,7 +478,9 @@ def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path]
     ("damage", "message"),
     [
         (lambda r: shutil.rmtree(r / "meta"), "info.json: no such file, which a LeRobot data set"),
-        (_edit("info.json", lambda i: i.update(codebase_version="v1.6")), "is 'v1.6'; expected 'v2.0', 'v2.1' or 'v3.0'"),
+        (_edit("info.json", lambda i: i.update(codebase_version="v1.6")),
+         "codebase_version: 'v1.6' is not read, expected 'v2.0', 'v2.1' or 'v3.0'; LeRobot's own scripts convert_dataset"),
+        (_edit("info.json", lambda i: i.update(codebase_version=3)), "version is 3; expected 'v2.0', 'v2.1' or 'v3.0'"),
         (_edit("info.json", lambda i: i.update(fps=0)), "fps is 0; expected more than 0"),
         (_edit("info.json", lambda i: i.update(features={})), "declares no feature of dtype 'video', 'image', or 'uint8'"),
         (_edit("info.json", lambda i: i.update(codebase_version="v3.0")),

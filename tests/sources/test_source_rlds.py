@@ -407,6 +407,16 @@ def test_a_set_that_changes_after_the_scan_is_noticed(tmp_path: Path) -> None:
 SPLIT = {"name": "train", "shardLengths": [1], "filepathTemplate": "../{SPLIT}"}
 
 
+def test_a_template_with_an_unknown_placeholder(tmp_path: Path) -> None:
+    toy(tmp_path)
+    file = tmp_path / "dataset_info.json"
+    info = json.loads(file.read_text()) | {"splits": [{**SPLIT, "filepathTemplate": "{SPLIT}-{PART}.tfrecord"}]}
+    file.write_text(json.dumps(info))
+    source = opened(tmp_path)
+    assert source.read(0).instruction == "push block 0"
+    assert "filepathTemplate of split 'train' has {PART}, which TFDS does not know" in source.notes[0]
+
+
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [

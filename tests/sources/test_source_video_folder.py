@@ -112,6 +112,15 @@ def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: 
     assert source.read(1).instruction == "do 2" and "do 2" in source.describe().instructions
 
 
+def test_a_camera_of_another_kind_of_file_may_be_left_out(tmp_path: Path) -> None:
+    videos = [{"video_path": path} for path in ("videos/train/1/front.mp4", "videos/train/1/side.gif")]
+    root = layout(tmp_path / "d", videos=videos)
+    (root / "videos/train/1/side.mp4").rename(root / "videos/train/1/side.gif")
+    with refused(r"side\.gif: expected a video named \.mp4, \.mov"):
+        open_source(root, Options()).shape(0)
+    assert open_source(root, Options(), Choice(cameras=["front"])).read(0).steps == 6
+
+
 def test_cameras_must_be_the_same_and_equally_long(tmp_path: Path) -> None:
     layout(tmp_path / "d")
     film(tmp_path / "d/videos/train/1/side.mp4", 5)
