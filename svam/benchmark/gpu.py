@@ -58,12 +58,13 @@ ROWS = {
     "act": Row("control", "act_ms", "`act` at published sizes, one observation", "ms", 131.6, 40, 25),
     "one_step": Row("control", "one_step_ms", "the one-step U-Net pass in it", "ms", 53.3, 15, 9),
     "generations": Row(
-        "control", "generations", "generating the same clip in 30 steps, launch by launch, against `act`", "times", 22, 70, 110
+        "control", "generations", "generating the same clip in 30 steps without guidance, launch by launch, against `act`",
+        "times", 22, 70, 110,
     ),
     "memory": Row("control", "peak_gb", "peak memory of `act`", "GB", 9.8, 7, 5),
     "rate": Row("control", "actions_per_second", "control, chunks of 8", "Hz", 61, 200, 320),
     "finetuning": Row(
-        "finetuning", "clips_per_second", "fine-tuning SVD's U-Net, 16 frames of 256 px, batch 4", "clips/s", 11.3, 18, 25
+        "finetuning", "per_second", "fine-tuning SVD's U-Net, 16 frames of 256 px, batch 4", "clips/s", 11.3, 18, 25
     ),
     "finetuning_memory": Row(
         "lean_finetuning", "peak_gb", "its peak memory, layers computed twice and the average on the host", "GB", 70, 44, 36
@@ -72,7 +73,7 @@ ROWS = {
         "adapters", "peak_gb", "its peak memory, adapters of rank 16 and layers computed twice", "GB", None, 22, None
     ),
     "small_finetuning": Row(
-        "small_finetuning", "clips_per_second", "training a U-Net of 20 M parameters, 8 frames of 128 px, batch 32", "clips/s",
+        "small_finetuning", "per_second", "training a U-Net of 20 M parameters, 8 frames of 128 px, batch 32", "clips/s",
         347, 900, 1500,
     ),
     "policy": Row("policy", "ratio", "training the policy on features that are there, compiled against not", "times", 1, 2, 4),
@@ -99,19 +100,29 @@ def gpu(inputs: Inputs, params: Params) -> dict[str, Any]:
 def measure(
     file: Path, published: Mapping[str, Any], small: Mapping[str, Any], device: torch.device, scratch: Path
 ) -> dict[str, Any]:
-    """All rows by two overlays of a params file. `rows`: by the names of `ROWS`."""
+    """All rows by two overlays of a params file. `rows`: by the names of `ROWS`; `seconds`: what each part took, warming up and
+    compiling included."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else "none"
-    found: dict[str, Any] = {"card": name, **rates(device), "rows": {}, "failed": {}, "parts": {}}
+    found: dict[str, Any] = {"card": name, **rates(device), "rows": {}, "failed": {}, "parts": {}, "seconds": {}}
     sizes, few = with_overlay(published, file, PUBLISHED)[0], with_overlay(small, file, SMALL)[0]
-    fast = sizes.machine.model_copy(update={"compile": True})
+    counted, few_counted = (Models(params, estimated(params, None, None)) for params in (sizes, few))
+    # The preset computes layers twice, which clips a second before were measured without.
+    fast = sizes.machine.model_copy(update={"compile": True, "checkpointing": False})
     lean = fast.model_copy(update={"checkpointing": True, "average": "host"})
+
+    def shared(rate: dict[str, float], models: Models, name: str) -> dict[str, float]:
+        """With the FLOPs of a sample, and the share of the time that it would take at `matrix_flops`; layers that are computed
+        twice count once."""
+        flops = models.flops[name]
+        return rate | {"flops": flops, "share_of_matrix_rate": rate["per_second"] * flops / found["matrix_flops"]}
+
     parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "control": lambda: control(sizes, device, found["matrix_flops"]),
-        "finetuning": lambda: finetuning(sizes, device, fast),
-        "lean_finetuning": lambda: finetuning(sizes, device, lean),
+        "control": lambda: control(sizes, device, counted.flops, found["matrix_flops"]),
+        "finetuning": lambda: shared(finetuning(sizes, device, fast), counted, "train_unet"),
+        "lean_finetuning": lambda: shared(finetuning(sizes, device, lean), counted, "train_unet"),
         "adapters": lambda: finetuning(sizes, device, lean, RANK),
-        "small_finetuning": lambda: finetuning(few, device, fast),
-        "policy": lambda: policy(sizes, device, fast),
+        "small_finetuning": lambda: shared(finetuning(few, device, fast), few_counted, "train_unet"),
+        "policy": lambda: shared(policy(sizes, device, fast), counted, "train_policy"),
         "demonstrations": lambda: demonstrations(file, small, scratch),
     }
     for part, work in parts.items():
@@ -123,8 +134,9 @@ def measure(
             found["failed"][part] = " ".join(str(error).split())[:500]
         finally:
             forget(device)
+        found["seconds"][part] = round(time.perf_counter() - start, 1)
         said = found["failed"].get(part) or found["parts"][part]
-        console.print(f"{part}, {time.perf_counter() - start:.0f} s: {said}", markup=False, soft_wrap=True)
+        console.print(f"{part}, {found['seconds'][part]:.0f} s: {said}", markup=False, soft_wrap=True)
     return found
 
 
@@ -150,19 +162,20 @@ def untrained(models: Models) -> SVAM:
     return SVAM(models.policy.config, models.statistics, foresight, models.policy)
 
 
-def control(params: Params, device: torch.device, matrix_flops: float) -> dict[str, Any]:
+def control(params: Params, device: torch.device, counted: Mapping[str, int], matrix_flops: float) -> dict[str, Any]:
     """`act` of one observation launch by launch and as `for_control` makes it, the U-Net's pass alone, generating the clip
-    instead; and how far features and actions are from those in float32. FLOPs are those that torch counts; a share is that of
-    the time which they would take at `matrix_flops`."""
-    data = estimated(params, None, None)
-    counted = Models(params, data).flops
-    models = Models(params, data, device.type)
+    instead; and how far features and actions are from those in float32. FLOPs are those that `Models` counted; a share is that
+    of the time which they would take at `matrix_flops`."""
+    models = Models(params, estimated(params, None, None), device.type)
     svam = untrained(models)
     foresight, observation = svam.foresight, svam.example()
     frame = torch.from_numpy(observation.frames[svam.cameras[0]])[None]
     given = [foresight.condition(frame), foresight.embed_text(["go"]), foresight.video_model.initial_noise([0]).clone()]
     eager = _seconds(lambda: svam.act([observation]), CALLS)
     eager_pass = _seconds(lambda: foresight.one_step(*given), CALLS)
+    # One pass a step, as before: no unconditional estimate, and features from the first step's own pass.
+    plain: dict[str, Any] = {"guidance": 1.0, "guidance_last": None, "feature_time_ids": None}
+    foresight.sampler = models.sampler.model_copy(update=plain)
     generation = _seconds(lambda: foresight.generate(*given), GENERATIONS)
     foresight.sampler = models.sampler.model_copy(update={"bf16": False})
     features, actions = svam.encode([observation]).entries, svam.act([observation])

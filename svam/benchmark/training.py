@@ -87,7 +87,7 @@ class Clips:
 def finetuning(
     params: Params, device: torch.device, machine: Machine, lora_rank: int | None = None
 ) -> dict[str, float]:  # fmt: skip
-    """Clips a second of `finetune_video`, a step for each batch, and peak memory in GB."""
+    """Clips a second (`per_second`) of `finetune_video`, a step for each batch, and peak memory in GB."""
     models = Models(params, estimated(params, None, None), device.type)
     video, autoencoder, config = models.video, models.autoencoder, models.video.config
     del models
@@ -100,13 +100,14 @@ def finetuning(
         video.unet.conv_in,
         lambda: train_video(video, section, clips, clips, autoencoder, table, 0, device, None, machine=machine), device,
     )  # fmt: skip
-    return {"clips_per_second": training.batch / seconds, "peak_gb": peak_gb(device)}
+    return {"per_second": training.batch / seconds, "peak_gb": peak_gb(device)}
 
 
 def policy(params: Params, device: torch.device, machine: Machine) -> dict[str, float]:
-    """Samples a second of `train_policy` on features that lie on the device, as `machine` says and without; and their ratio."""
-    rates = {name: _policy(params, device, given) for name, given in (("eager", None), ("fast", machine))}
-    return {"ratio": rates["fast"] / rates["eager"], **rates}
+    """Samples a second of `train_policy` on features that lie on the device, as `machine` says and without (`eager`); and
+    their ratio."""
+    eager, fast = (_policy(params, device, given) for given in (None, machine))
+    return {"ratio": fast / eager, "per_second": fast, "eager": eager}
 
 
 def _policy(params: Params, device: torch.device, machine: Machine | None) -> float:

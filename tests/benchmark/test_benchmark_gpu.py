@@ -13,18 +13,22 @@ from svam.benchmark import gpu, training
 from svam.benchmark.__main__ import BEGIN, END, main
 from svam.errors import MachineError
 from svam.files import read_json, write_json
+from svam.models.generator import VideoGenerator
+from svam.models.video import Generation
+from svam.params import Machine, Params
 from tests import ROOT
 from tests.benchmark.common import refused
 from tests.toy import write_toy_params
 
 PAGE = ROOT / "svam/benchmark/README.md"
+PUBLISHED = {"machine.checkpointing": True, "generate.guidance_last": 3.0, "generate.feature_time_ids": [4.0, 127.0, 0.0]}
 FEW = {"collect.tasks": ["reach"], "collect.episodes": 2, "collect.episodes_of": None}
 
 
 def measured(folder: Path) -> dict[str, Any]:
     write_toy_params(folder / "params.yaml")
     (folder / "scratch").mkdir()
-    return gpu.measure(folder / "params.yaml", {}, FEW, torch.device("cpu"), folder / "scratch")
+    return gpu.measure(folder / "params.yaml", PUBLISHED, FEW, torch.device("cpu"), folder / "scratch")
 
 
 @pytest.mark.usefixtures("warm_python")
@@ -32,9 +36,25 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "CALLS", 1)
     monkeypatch.setattr(training, "WARM_UP", 1)
     monkeypatch.setattr(training, "STEPS", 2)
+    machines, generated = list[tuple[bool, bool]](), list[bool]()
+    finetuning, generate = gpu.finetuning, VideoGenerator.generate
+
+    def trains(params: Params, device: torch.device, machine: Machine, *rank: int) -> dict[str, float]:
+        machines.append((machine.compile, machine.checkpointing))
+        return finetuning(params, device, machine, *rank)
+
+    def generates(model: VideoGenerator, *given: torch.Tensor) -> Generation:
+        generated.append(model.sampler.guided or model.sampler.feature_time_ids is not None)
+        return generate(model, *given)
+
+    monkeypatch.setattr(gpu, "finetuning", trains)
+    monkeypatch.setattr(VideoGenerator, "generate", generates)
     found = measured(tmp_path)
     missing = set() if find_spec("peft") else {"adapters"}
     assert set(found["failed"]) == missing and {row.part for row in gpu.ROWS.values()} == set(found["parts"]) | missing
+    assert machines == [(True, False), (True, True), (True, True), (True, False)]  # as those were before which rows name
+    assert generated and not any(generated)  # one pass a step
+    assert set(found["seconds"]) == set(found["parts"]) | missing and found["seconds"]["finetuning"] > 0
     control, rows = found["parts"]["control"], found["rows"]
     assert rows["rate"] == pytest.approx(8e3 / rows["act"])
     assert rows["generations"] == pytest.approx(control["before_ms"]["generation"] / rows["act"])
@@ -44,7 +64,11 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(control["cosines"]) == {"geometric", "semantic", "one_step"}
     assert all(cosine == pytest.approx(1.0, abs=1e-5) for cosine in control["cosines"].values())  # a CPU keeps its bits
     assert control["difference_of_range"] == 0.0
-    assert rows["policy"] == pytest.approx(found["parts"]["policy"]["fast"] / found["parts"]["policy"]["eager"])
+    for name in ("finetuning", "lean_finetuning", "small_finetuning", "policy"):
+        part = found["parts"][name]
+        assert part["flops"] > 0
+        assert part["share_of_matrix_rate"] == pytest.approx(part["per_second"] * part["flops"] / found["matrix_flops"])
+    assert rows["policy"] == pytest.approx(found["parts"]["policy"]["per_second"] / found["parts"]["policy"]["eager"])
     assert rows["finetuning"] > 0 and rows["small_finetuning"] > 0
     assert rows["demonstrations"] == pytest.approx(sum(found["parts"]["demonstrations"]["by_stage"].values()))
     assert (tmp_path / "scratch/episodes.zarr").is_dir()
