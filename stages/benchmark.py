@@ -29,8 +29,8 @@ def app(
 
     parts = {
         "store": store.clips, "conversion": store.conversion, "loader": pipeline.loader, "times": pipeline.times,
-        "encode": policy.encode, "features": policy.features, "evaluation": policy.evaluation,
-        "serving": serving.serving, "calvin": calvin.calvin, "gpu": gpu.gpu,
+        "encode": policy.encode, "features": policy.features, "control": policy.control,
+        "evaluation": policy.evaluation, "serving": serving.serving, "calvin": calvin.calvin, "gpu": gpu.gpu,
     }  # fmt: skip
     computer = machine()
     scratch.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from svam.sections import Attention, Count, Distinct, Name, NoiseLevels, NotNega
 Branch = Literal["geometric", "semantic"]
 Style = Literal["direct", "left", "right", "high"]
 BenchmarkPart = Literal[
-    "store", "conversion", "loader", "times", "encode", "features", "evaluation", "serving", "calvin", "gpu"
+    "store", "conversion", "loader", "times", "encode", "features", "control", "evaluation", "serving", "calvin", "gpu"
 ]
 Dropout = Annotated[float, Field(ge=0.0, lt=1.0)]
 TimeIds = Annotated[list[NotNegative], Field(min_length=3, max_length=3)]

@@ -1,5 +1,6 @@
 """What the shortcut saves: one step against the generation that it replaces, frozen features that are kept against computing
-them again, and an evaluation side by side against one environment after another; all with a trained policy.
+them again, the policy made ready for control against float32, and an evaluation side by side against one environment after
+another; all with a trained policy.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from svam.benchmark.timing import Inputs, in_turn, ratio_of
 from svam.console import console
@@ -20,12 +22,14 @@ from svam.contract import ContractError, Observation
 from svam.device import prepare_torch
 from svam.episodes.joined import open_store
 from svam.evaluation.metaworld import check_tasks, plan_episodes, render_settings
-from svam.evaluation.offline import observations_of
+from svam.evaluation.offline import choose_windows, observations_of
 from svam.evaluation.rollout import Outcome, PlannedEpisode, PolicyRollouts, Workers
 from svam.files import sha256
+from svam.models.control import for_control, to_bfloat16
 from svam.models.svam import SVAM
 from svam.models.timing import timed, timed_components
 from svam.params import Params
+from svam.precision import computes_bfloat16
 from svam.seeds import seed_of
 from svam.simulation.metaworld import TaskEnvironment, check_task
 from svam.training.batch_order import EndlessOrder
@@ -210,6 +214,68 @@ def _trained(
         return spent[name]
 
     return in_turn({name: partial(run, name) for name in sides}, params.benchmark.repeats)
+
+
+def control(inputs: Inputs, params: Params) -> dict[str, Any]:
+    """What `for_control` gives and costs: `act` of single held-out observations, `clips` of them a repeat, as the policy is
+    loaded (`before`) and as it controls (`after`), in turn with it in `float32`; and how far the others are from float32:
+    `cosines`, of each context entry, and `of_range`, the largest difference of an action over its range in training.
+
+    `bfloat16`: with the weights that control has on a GPU, launched from Python; also on a CPU, where `for_control` rounds
+    those alone that autocast would. Absent where control rounds none.
+
+    Raises:
+        ContractError: the store holds nothing out, or its frames are not what the policy was trained on.
+        MachineError: the policy cannot be made ready here.
+    """
+    loaded, described = _load(inputs, params)
+    device = loaded.device
+    forms = {"float32": SVAM.load(inputs.model, device), "before": loaded}
+    forms["after"] = for_control(SVAM.load(inputs.model), device, 1, params.machine.compile)
+    if loaded.config.sampler.bf16 and computes_bfloat16(device):
+        forms["bfloat16"] = SVAM.load(inputs.model, device)
+        to_bfloat16(forms["bfloat16"])
+    exact = forms["float32"].foresight
+    exact.sampler = exact.sampler.model_copy(update={"bf16": False})
+
+    count, repeats = params.benchmark.clips, params.benchmark.repeats
+    store = open_store(inputs.episodes)
+    observations = observations_of(store, loaded, choose_windows(store, count, params.seed))
+    encoded = {name: [svam.encode([o], [k]) for k, o in enumerate(observations)] for name, svam in forms.items()}
+    actions = {name: [svam.sample(found, [k]) for k, found in enumerate(encoded[name])] for name, svam in forms.items()}
+    truths = encoded["float32"]
+
+    def one(name: str, number: int) -> float:
+        place, spent = number % len(observations), dict[str, float]()
+        with timed(spent, "act"):
+            forms[name].act([observations[place]], [place])
+        return spent["act"]
+
+    found = in_turn({name: partial(one, name) for name in forms}, repeats * len(observations))
+    seconds = {name: np.reshape(values, (repeats, -1)).sum(axis=1).tolist() for name, values in found.items()}
+    typical = {name: round(1e3 * float(np.median(values)) / len(observations), 3) for name, values in seconds.items()}
+    ratio, limits = ratio_of(seconds, "before", "after"), loaded.statistics.actions
+    _print("control", typical, "ms", ratio)
+    others = [name for name in forms if name != "float32"]
+    span = np.maximum(np.asarray(limits.max) - np.asarray(limits.min), 1e-9)  # an action that is constant differs by nothing
+    return described | {
+        "observations": len(observations), "milliseconds": typical, **ratio,
+        "cosines": {
+            name: {entry: _cosine([i.entries[entry] for i in truths], [i.entries[entry] for i in encoded[name]])
+                   for entry in truths[0].entries}
+            for name in others
+        },
+        "of_range": {
+            name: float((np.abs(np.concatenate(actions[name]) - np.concatenate(actions["float32"])) / span).max())
+            for name in others
+        },
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def _cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The mean over the tokens (..., C) of all observations."""
+    return float(nn.functional.cosine_similarity(torch.cat(list(a)).double(), torch.cat(list(b)).double(), dim=-1).mean())
 
 
 def evaluation(inputs: Inputs, params: Params) -> dict[str, Any]:

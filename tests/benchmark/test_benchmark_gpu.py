@@ -37,7 +37,7 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(training, "WARM_UP", 1)
     monkeypatch.setattr(training, "STEPS", 2)
     machines, generated = list[tuple[bool, bool]](), list[bool]()
-    finetuning, generate = gpu.finetuning, VideoGenerator.generate
+    finetuning, generate = training.finetuning, VideoGenerator.generate
 
     def trains(params: Params, device: torch.device, machine: Machine, *rank: int) -> dict[str, float]:
         machines.append((machine.compile, machine.checkpointing))

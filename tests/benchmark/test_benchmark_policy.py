@@ -11,7 +11,7 @@ from svam.episodes.joined import open_store
 from svam.files import sha256
 from svam.training.train_policy import choose_rows
 from tests.benchmark.common import check_ratio, measured, refused
-from tests.tiny import GENERATE, TASKS, make_svam, policy_params
+from tests.tiny import GENERATE, TASKS, make_svam, policy_params, save_all_parts
 from tests.tiny_foresight import FRAMES, make_store
 
 EVALUATE = {"metaworld": {"tasks": TASKS[:1], "max_steps": 10}, "execute": 4, "batch": 2}
@@ -52,6 +52,27 @@ def test_features_are_the_same_batches_with_and_without_the_cache(root: Path, tm
     assert found["uses_of_an_observation"] == pytest.approx(4 * 4 / available, abs=0.005) and found["ratio_with_filling"] > 0
     assert set(found["difference"]) == {"geometric", "semantic", "one_step"}
     assert all(value < 1e-3 for value in found["difference"].values())
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_control_is_compared_with_float32(bf16: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a processor that only emulates bfloat16."""
+    for module in ("svam.precision", "svam.benchmark.policy"):
+        monkeypatch.setattr(f"{module}.computes_bfloat16", lambda device: True)
+    store = open_store(root / "episodes.zarr")
+    make_svam(store, save_all_parts(tmp_path / "parts", store), encode_bf16=bf16).save(tmp_path / "svam")
+    found = measured(
+        "control", tmp_path, changes(), "--episodes", str(root / "episodes.zarr"), "--model", str(tmp_path / "svam")
+    )
+    others = {"before", "after", *(["bfloat16"] if bf16 else [])}
+    assert found["observations"] == 3 and set(found["milliseconds"]) == set(found["seconds"]) == {"float32", *others}
+    check_ratio(found, found["seconds"], "before", "after")
+    assert set(found["cosines"]) == set(found["of_range"]) == others
+    for name in others:
+        assert set(found["cosines"][name]) == {"geometric", "semantic", "one_step"}
+        assert all(0.999 < cosine <= 1.0 + 1e-9 for cosine in found["cosines"][name].values())
+        assert (0.0 < found["of_range"][name] < 0.01) if bf16 else found["of_range"][name] == 0.0
+    assert found["of_range"]["after"] == found["of_range"]["before"]  # a CPU keeps its bits
 
 
 @pytest.mark.usefixtures("forked_workers")

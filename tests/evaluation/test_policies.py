@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from stages.evaluate import app
 from svam.episodes.joined import open_store
 from svam.errors import ParamsError, SvamError
+from svam.evaluation.policies import evaluated_policy
 from svam.evaluation.remote import Remote
 from svam.evaluation.rollout import Outcome, PolicyRollouts, Workers, run_scripted
 from svam.files import read_json, sha256
@@ -136,6 +138,20 @@ def test_doing_nothing_and_chance_score_what_they_should() -> None:
         world.reset(plan.seed)
         expected.append(any(world.step(random.uniform(-1.0, 1.0, 1).astype(np.float32)) for _ in range(60)))
     assert [outcome.success for outcome in walked] == expected and 30 < sum(expected) < 270
+
+
+def test_the_policy_is_made_ready_for_control(evaluated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ready(svam: SVAM, *settings: object) -> object:
+        assert isinstance(svam, SVAM)
+        return settings
+
+    monkeypatch.setattr("svam.evaluation.policies.for_control", ready)
+    params = write_params(tmp_path / "params.yaml", batch=5)
+    for compiled in (True, False):
+        machine = params.machine.model_copy(update={"compile": compiled})
+        with evaluated_policy(params.model_copy(update={"machine": machine}), evaluated / "svam") as (policy, named):
+            made: object = policy
+            assert made == (torch.device(named), 5, compiled)
 
 
 def evaluate(evaluated: Path, out: Path, *options: object, **changes: Any) -> Any:

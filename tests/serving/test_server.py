@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from svam.contract import Observation
@@ -309,6 +310,23 @@ def test_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         refused = invoke(app, model, *options)
         assert refused.exit_code == 1 and said in " ".join(refused.output.split())
+
+    made: list[Any] = []
+
+    def ready(svam: SVAM, *settings: object) -> object:
+        assert isinstance(svam, SVAM)
+        made.append(settings)
+        return settings
+
+    def served(policy: object, batch: int) -> None:
+        raise ServingError(f"made ready {policy is made[-1]}, {batch} a batch")
+
+    monkeypatch.setattr("svam.models.control.for_control", ready)
+    monkeypatch.setattr("svam.serving.inference.Inference", served)
+    for options, compiled in (([], True), (["--no-compile"], False)):
+        refused = invoke(app, model, "--device", "cpu", "--threads", "1", "--batch", "3", *options)
+        assert refused.exit_code == 1 and "made ready True, 3 a batch" in " ".join(refused.output.split())
+        assert made[-1] == (torch.device("cpu"), 3, compiled)
 
     process = start_command(model, "--host", "localhost", "--key-env", "SVAM_TEST_KEY", SVAM_TEST_KEY="0123456789")
     assert process.stdout is not None
