@@ -7,6 +7,7 @@ Two families: `dc`, a `diffusers.AutoencoderDC` trained on the project's own fra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,14 @@ CLASSES: dict[str, type[AutoencoderDC] | type[AutoencoderKLTemporalDecoder]] = {
     "dc": AutoencoderDC,
     "svd": AutoencoderKLTemporalDecoder,
 }
+PIXELS = 2**20
+"""Of the frames that are encoded or decoded together where no param bounds them: 16 frames of 256 x 256, a clip of SVD's, whose
+decoding takes 4 GB; 256 of 64 x 64."""
+
+
+def frames_within(image_size: Sequence[int]) -> int:
+    """How many frames of (H, W) pixels have `PIXELS` together, at least one."""
+    return max(1, PIXELS // math.prod(image_size))
 
 
 class Autoencoder(nn.Module):

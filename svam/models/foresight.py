@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from svam.contract import ContractError, Foresight
 from svam.device import branch_of_graph
 from svam.files import sha256_tree
-from svam.models.autoencoder import Autoencoder
+from svam.models.autoencoder import Autoencoder, frames_within
 from svam.models.decoupler import Decoupler
 from svam.models.generator import VideoGenerator
 from svam.models.teachers import Teacher, as_unit, to_grid
@@ -107,11 +107,13 @@ class ForesightModel(VideoGenerator):
         """
         if video_sha256 is not None and sha256_tree(folders["video"]) != video_sha256:
             raise ContractError(f"{folders['video']}: not the video model that made the generated windows; run generate again")
+        video = VideoModel.load(folders["video"]) if parts.video else None
+        bound = None if video is None else frames_within(video.config.image_size)
         return cls(
             text=TextEncoder.load(folders["text"]),
             sampler=sampler,
-            autoencoder=Autoencoder.load(folders["autoencoder"]) if parts.video else None,
-            video=VideoModel.load(folders["video"]) if parts.video else None,
+            autoencoder=Autoencoder.load(folders["autoencoder"], bound) if parts.video else None,
+            video=video,
             teachers={b: Teacher.load(folders[f"teacher_{b}"]) for b in parts.teachers},
             decouplers={b: Decoupler.load(folders[f"decoupler_{b}"]) for b in parts.decouplers},
         )

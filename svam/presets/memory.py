@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from svam.models import attention
+from svam.models.autoencoder import frames_within
 from svam.models.foresight import FrozenParts
 from svam.models.svam import Inputs
 from svam.models.teachers import Teacher
@@ -368,10 +369,10 @@ class Account:
         def encode(n: int) -> int:
             return widest(autoencoder, lambda: autoencoder.encode_pixels(torch.empty(n, 3, height, width)))
 
-        def decode(clips: int) -> int:
-            together = frames * min(clips, max(1, params.encode.batch // frames))
+        def decode(clips: int, length: int = frames, most: int = params.encode.batch) -> int:
+            together = length * min(clips, max(1, most // length))
             latents = torch.empty(together, *config.clip_shape[1:])
-            return widest(autoencoder, lambda: autoencoder.decode_pixels(latents, frames))
+            return widest(autoencoder, lambda: autoencoder.decode_pixels(latents, length))
 
         def look(branch: str, n: int) -> int:
             teacher, side = models.teachers[branch], models.teachers[branch].config.image_size
@@ -383,10 +384,19 @@ class Account:
                 return widest(video, lambda: video.raw(clip, torch.empty(n), clip[:, 0], text, up_blocks))
 
         def encoded(n: int) -> int:
-            if not FrozenParts.of_entries(models.entries).video:
+            needs, entries = FrozenParts.of_entries(models.entries), set(models.entries)
+            if not needs.video:
                 return 0
             n *= params.convert.parts[0].foreseen  # the cameras of an observation are a batch
-            return max(encode(n), unet(n, models.sampler.up_blocks, params.train_policy.encode_bf16))
+            most, generated = frames_within((height, width)), bool(entries & {"generated", "goal_frame"})
+            blocks = None if generated else models.sampler.up_blocks
+            found = [encode(min(n, most)), unet(n, blocks, params.train_policy.encode_bf16)]
+            if generated:  # as `ForesightModel` decodes it: the last frame alone may do
+                whole = "generated" in entries or any(teacher.sees_clips for teacher in models.teachers.values())
+                found.append(decode(n, frames if whole else 1, most))
+            if needs.decouplers and params.cache_teacher.reference == "reconstruction":
+                found.append(decode(n, 1, most))
+            return max(found)
 
         with self.fake, as_on_a_gpu(False):
             if name == "encode":

@@ -70,7 +70,8 @@ class TextTable:
     def draw(self, episodes: NDArray[np.int64], rng: np.random.Generator) -> Tensor:
         """(B, L, D): a random allowed sentence for each episode."""
         choices = [self.of_episode[int(e)] for e in episodes]
-        return self.tokens[[options[int(rng.integers(len(options)))] for options in choices]]
+        drawn = torch.tensor([options[int(rng.integers(len(options)))] for options in choices])
+        return self.tokens[sent(drawn, self.tokens.device)]
 
 
 def new_video_model(

@@ -292,7 +292,7 @@ class TrainingData:
         state = self.observations.proprioception
         return Inputs(
             entries={entry: v for entry, v in values.items() if entry != FRAMES},
-            text=self.text[self.sentence[positions]],
+            text=self.text[sent(torch.from_numpy(self.sentence[positions]), self.device)],
             frames=values.get(FRAMES),
             proprioception=None if state is None else sent(torch.from_numpy(state[positions]), self.device),
         )

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from svam import precision
 from svam.episodes.store import EpisodeStore
-from svam.models import generator
+from svam.models import autoencoder, generator
+from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.generator import VideoGenerator
 from svam.models.video import SamplerConfig
 from tests.tiny import make_svam, observations
+from tests.tiny_foresight import FRAMES, GRID, SIZE
 
 
 def test_a_sentence_is_embedded_once_and_to_the_same_bits(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,3 +56,30 @@ def test_frozen_on_a_device_half_of_the_memory_holds_the_same_numbers(
     rounded.save(tmp_path / "rounded", folders)
     files = {file.relative_to(tmp_path / "exact") for file in (tmp_path / "exact").rglob("*") if file.is_file()}
     assert files and all((tmp_path / "exact" / f).read_bytes() == (tmp_path / "rounded" / f).read_bytes() for f in files)
+
+
+def test_frames_go_through_the_autoencoder_a_bounded_number_at_a_time(
+    folders: dict[str, Path], store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In whole clips, where acting decodes; what comes out is what all at once give."""
+    sampler, entries = SamplerConfig(up_blocks=1, grid=GRID, steps=2, guidance=1.0, bf16=False), ["generated", "geometric"]
+    seen = torch.from_numpy(store.frames(np.arange(4)))
+
+    def encode() -> dict[str, torch.Tensor]:
+        model = ForesightModel.load_parts(FrozenParts.of_entries(entries), sampler, folders)
+        assert model.reference == "reconstruction"
+        for half in ("encoder", "decoder"):
+            getattr(model.frame_autoencoder.model, half).register_forward_pre_hook(
+                lambda _, inputs, half=half: taken[half].append(len(inputs[0]))
+            )
+        return model.encode(seen, ["push a"] * 4, entries, [0] * 4).entries
+
+    taken: dict[str, list[int]] = {"encoder": [], "decoder": []}
+    whole = encode()
+    assert taken == {"encoder": [4, 4], "decoder": [4, 4 * FRAMES]}
+    taken = {"encoder": [], "decoder": []}
+    monkeypatch.setattr(autoencoder, "PIXELS", (FRAMES + 1) * SIZE * SIZE - 1)
+    parts = encode()
+    assert taken == {"encoder": [3, 1, 3, 1], "decoder": [3, 1, *[FRAMES] * 4]}
+    for entry in entries:
+        torch.testing.assert_close(parts[entry], whole[entry], rtol=1e-3, atol=1e-3)

@@ -16,8 +16,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from svam.models.autoencoder import Autoencoder
 from svam.models.video import VideoModel
-from svam.presets import plan
+from svam.presets import memory, plan
 from svam.presets.data import estimated
 from svam.presets.memory import Account, Held, Means, as_on_a_gpu, held_by, moment_bytes, widest
 from svam.presets.models import Models
@@ -187,6 +188,29 @@ def test_every_stage_that_computes_on_a_gpu_is_counted(toy: Account, models: Mod
         assert (of.gradients, of.moments, of.average) == (4 * trained, 8 * trained, 4 * trained)
         assert of.weights >= 4 * (trained + sum(map(parameters, stage.frozen)))
     assert changed(toy, "encode", batch=64).passes("encode") == 4 * held["encode"][1].activations
+
+
+def test_what_acting_decodes_is_counted_as_it_is_bounded(toy: Account, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clips, or their last frames, of a context of generations, and references that are reconstructions."""
+    decoded, frames = list[tuple[int, int]](), toy.params.finetune_video.frames
+    whole, counted = Autoencoder.decode_pixels, memory.widest
+
+    def decode(self: Autoencoder, latents: Tensor, length: int = 1) -> Tensor:
+        decoded.append((len(latents), length))
+        return whole(self, latents, length)
+
+    monkeypatch.setattr(Autoencoder, "decode_pixels", decode)
+    monkeypatch.setattr(memory, "widest", lambda module, call: 0 if module is toy.models.video else counted(module, call))
+    monkeypatch.setattr(memory, "frames_within", lambda size: 2 * frames + 1)
+    acting = changed(toy, "evaluate", batch=16)
+    alone = acting.passes("evaluate")
+    assert alone == changed(toy, "evaluate", batch=2 * frames + 1).passes("evaluate") and not decoded
+    changed(acting, "cache_teacher", reference="reconstruction").passes("evaluate")
+    acting.models = copy(toy.models)
+    for entry in ("generated", "goal_frame"):
+        acting.models.entries = [entry]
+        assert acting.passes("evaluate") >= alone
+    assert decoded == [(2 * frames + 1, 1), (2 * frames, frames), (2 * frames + 1, 1)]
 
 
 def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.MonkeyPatch) -> None:
