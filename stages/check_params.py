@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from stages._command import stage_command
-from svam.agreement import check_agreement, notes
+from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
 from svam.episodes.options import source_options
+from svam.errors import MachineError
 from svam.files import whole_file
 from svam.params import Params
 from svam.simulation.scenes import check_scenes
@@ -21,8 +22,8 @@ def app(
     params: Params,
     out: Annotated[Path | None, typer.Argument(help="Write this file once all is well; always the same bytes.")] = None,
 ) -> None:
-    """Check every key of the parameters, the options of the chosen data source, what sections demand of one another, and that
-    tasks have the chosen scenes; exit with one line for each that is wrong.
+    """Check every key of the parameters, the options of the chosen data source, what sections demand of one another, that
+    tasks have the chosen scenes, and that weights, libraries and launcher are there; exit with a line for each that is wrong.
 
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.
@@ -31,6 +32,8 @@ def app(
         source_options(params.model_copy(update={"convert": part}))
     check_agreement(params)
     check_scenes(params.collect.scenes, params.collect.tasks)
+    if lacks := lacking(params):
+        raise MachineError("\n".join(lacks))
     for note in notes(params):
         console.print(f"NOTE {note}", style="yellow", soft_wrap=True)
     if out is not None:

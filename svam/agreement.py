@@ -1,31 +1,35 @@
 """What the sections of `params.yaml` demand of one another, so that no contradiction is found hours later by a late stage.
 
 Like `svam.params` it imports no torch and no simulator, and reads no data: what only the data can tell, stages check. A
-simulator's checkout that the params name must be there.
+simulator's checkout that the params name must be there. What else this machine lacks for them, `lacking` says.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
 
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.episodes.windows import stride_of
 from svam.errors import ParamsError, SvamError, did_you_mean
-from svam.params import Machine, Params
+from svam.files import FileError, local_weights, read_yaml
+from svam.launch import contradictions, unfit
+from svam.params import Params
 from svam.simulation.calvin import open_checkout
 from svam.simulation.libero import libero_version
 from svam.simulation.metaworld import RATE_HZ
 
 SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 """A first noise level that serves clips of T x h' x w' x c latent values; see `notes`."""
+UNET = "finetune_video.unet.pretrained"
 
 
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
-    problems = [*_of_machine(params.machine), *_of_shards(params), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
+    problems = [*contradictions(params), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
     if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -42,27 +46,6 @@ def frame_size(params: Params) -> tuple[int, int] | None:
     if first.image_size is not None:
         return first.image_size[0], first.image_size[1]
     return (params.collect.image_size,) * 2 if first.source == "metaworld" else None
-
-
-def _of_machine(machine: Machine) -> Iterator[str]:
-    if machine.processes > 1 and machine.launch != "torchrun":
-        yield (
-            f"machine.processes is {machine.processes}, which says how many torchrun starts, but machine.launch is "
-            f"{machine.launch!r}: set it to torchrun, or processes to 1"
-        )
-
-
-def _of_shards(params: Params) -> Iterator[str]:
-    chosen = {
-        "machine.compile": params.machine.compile, "finetune_video.lora_rank": params.finetune_video.lora_rank,
-        "finetune_video.moments": params.finetune_video.moments,
-    }  # fmt: skip
-    for (key, value), plain in zip(chosen.items(), (False, None, "float32"), strict=True):
-        if params.machine.shard and value != plain:
-            yield (
-                f"machine.shard is true, but {key} is {json.dumps(value)}, which weights in shards do not go with: set it to "
-                f"{json.dumps(plain)}, or machine.shard to false"
-            )
 
 
 def _of_models(params: Params) -> Iterator[str]:
@@ -182,6 +165,48 @@ def _of_metaworld(params: Params) -> Iterator[str]:
             f"convert.image_size is {size}, but evaluate.protocols has metaworld, whose frames are drawn and not resized: set "
             f"collect.image_size (now {params.collect.image_size}) to the size, and convert.image_size to null"
         )
+
+
+def lacking(params: Params) -> list[str]:
+    """What the params ask for and this machine has not, a sentence each: published weights, libraries, and what starts several
+    processes. A GPU is `svam.presets.plan`'s to miss."""
+    video, lacks = params.finetune_video, list(unfit(params))
+    for key, library, asked in (
+        ("moments", "bitsandbytes", video.moments == "int8"), ("lora_rank", "peft", video.lora_rank is not None),
+    ):  # fmt: skip
+        if asked and not find_spec(library):
+            lacks.append(
+                f"finetune_video.{key} is {getattr(video, key)!r}, but {library} is not installed: "
+                "pip install -c constraints.txt -e '.[cards]' brings it"
+            )
+    backbones, unet = params.prepare_backbones, video.unet
+    weights = {
+        "prepare_backbones.autoencoder.path": ("prepare_backbones_autoencoder", backbones.autoencoder),
+        "prepare_backbones.text.path": ("prepare_backbones_text", backbones.text),
+        "prepare_backbones.geometric.path": ("prepare_backbones_teacher@geometric", backbones.geometric),
+        "prepare_backbones.semantic.path": ("prepare_backbones_teacher@semantic", backbones.semantic),
+    }
+    named = {key: (stage, part.path, part.revision) for key, (stage, part) in weights.items() if part.source == "pretrained"}
+    for key, (stage, path, revision) in (named | {UNET: ("finetune_video", unet.pretrained, unet.revision)}).items():
+        try:
+            if path:
+                local_weights(path, revision, key)
+        except FileError as error:
+            if _recorded(stage, key) != path:
+                lacks.append(str(error))
+    return lacks
+
+
+def _recorded(stage: str, key: str) -> object:
+    """What dvc.lock says of a param of the stage's last run, None where it says nothing: what a run made of published weights
+    is there, or can be pulled, when the weights are not."""
+    lock = read_yaml(Path("dvc.lock")) if Path("dvc.lock").is_file() else {}
+    listed = lock.get("stages", {}).get(stage, {}).get("params", {}).get("params.yaml", {})
+    section = next((name for name in listed if key.startswith(f"{name}.")), "")
+    value = listed.get(section)
+    for part in key.removeprefix(f"{section}.").split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def notes(params: Params) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 
 from svam import processes
 from svam.console import console
@@ -23,21 +25,23 @@ def launch(params: Params, stage: str) -> None:
     the processes of `machine.launch`, and exit as they do.
 
     Raises:
-        MachineError: the command is not there, does not tell its processes what they need, or one of them was killed.
+        MachineError: `machine` contradicts itself or other sections, the command is not there or does not tell its processes
+            what they need, or one of them was killed.
         ParamsError: the processes would have different shares of a batch.
     """
     machine = params.machine
-    if machine.launch == "local" or stage not in SHARED:
+    if stage not in SHARED:
         return
-    if processes.STARTED in os.environ:
+    if machine.launch != "local" and processes.STARTED in os.environ:
         _read_environment(machine.launch)
         console.quiet = not processes.first()
         optimiser = getattr(getattr(params, stage), "training", None)
-        if optimiser is not None and optimiser.batch % processes.count():
-            raise ParamsError(
-                f"{stage}.training.batch is {optimiser.batch}, which the {processes.count()} processes of machine.launch do "
-                "not divide; choose a multiple, or another number of processes"
-            )
+        if optimiser is not None and optimiser.steps and optimiser.batch % processes.count():
+            raise ParamsError(_undivided(stage, optimiser.batch, processes.count()))
+        return
+    if problems := [*contradictions(params), *unfit(params)]:  # changing `machine` re-runs no check_params
+        raise MachineError("\n".join(problems))
+    if machine.launch == "local":
         return
     # By a command, since not every launcher hands on the environment: one that does not would start launchers for ever.
     command = ["env", f"{processes.STARTED}=1", sys.executable, "-m", f"stages.{stage}", *sys.argv[1:]]
@@ -45,9 +49,47 @@ def launch(params: Params, stage: str) -> None:
     if machine.launch == "torchrun":
         _torchrun(machine.processes, command)
     words = shlex.split(machine.launch)
-    if shutil.which(words[0]) is None:
-        raise MachineError(f"machine.launch is {machine.launch!r}, but there is no command {words[0]!r}; use local or torchrun")
     os.execvp(words[0], [*words, *command])
+
+
+def contradictions(params: Params) -> Iterator[str]:
+    """A sentence for each of what the params say of processes and shards that cannot be meant."""
+    machine, video = params.machine, params.finetune_video
+    if machine.processes > 1 and machine.launch != "torchrun":
+        yield (
+            f"machine.processes is {machine.processes}, which says how many torchrun starts, but machine.launch is "
+            f"{machine.launch!r}: set it to torchrun, or processes to 1"
+        )
+    chosen = {
+        "machine.compile": machine.compile, "finetune_video.lora_rank": video.lora_rank,
+        "finetune_video.moments": video.moments,
+    }  # fmt: skip
+    for (key, value), plain in zip(chosen.items(), (False, None, "float32"), strict=True):
+        if machine.shard and value != plain:
+            yield (
+                f"machine.shard is true, but {key} is {json.dumps(value)}, which weights in shards do not go with: set it to "
+                f"{json.dumps(plain)}, or machine.shard to false"
+            )
+
+
+def unfit(params: Params) -> Iterator[str]:
+    """A sentence for each reason for which the processes of `machine` could not begin: their command is not there, or they
+    would have different shares of a batch."""
+    machine = params.machine
+    if machine.launch == "torchrun":
+        for stage in ("finetune_video", "distill", "train_policy"):
+            training = getattr(params, stage).training
+            if training.steps and training.batch % machine.processes:
+                yield _undivided(stage, training.batch, machine.processes)
+    elif machine.launch != "local" and shutil.which(command := shlex.split(machine.launch)[0]) is None:
+        yield f"machine.launch is {machine.launch!r}, but there is no command {command!r}; use local or torchrun"
+
+
+def _undivided(stage: str, batch: int, count: int) -> str:
+    return (
+        f"{stage}.training.batch is {batch}, which the {count} processes of machine.launch do not divide; choose a multiple, "
+        "or another number of processes"
+    )
 
 
 def _torchrun(count: int, command: list[str]) -> None:

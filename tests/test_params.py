@@ -10,7 +10,8 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from stages.check_params import app
-from svam.agreement import check_agreement, notes
+from svam import agreement
+from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
 from svam.contract import Choice
 from svam.episodes.instructions import described_tasks
@@ -258,3 +259,41 @@ def test_what_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
         load_params(file)
     with pytest.raises(ParamsError, match="absent.yaml: no such file; run from the root of the project"):
         load_params(tmp_path / "absent.yaml")
+
+
+def test_what_this_machine_lacks_is_said_before_anything_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for weights of which dvc.lock says that a run has made of them what is wanted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(agreement, "find_spec", lambda name: None)
+    (tmp_path / "here").mkdir()
+    values = {
+        "prepare_backbones.text.path": "weights/clip", "prepare_backbones.geometric.path": "owner/name",
+        "prepare_backbones.geometric.revision": "0" * 40, "prepare_backbones.semantic.path": "here",
+        "finetune_video.unet.pretrained": "weights/svd", "finetune_video.lora_rank": 4, "finetune_video.moments": "int8",
+        "machine.launch": "torchrun", "machine.processes": 16,
+    } | {f"prepare_backbones.{part}.source": "pretrained" for part in ("text", "geometric", "semantic")}  # fmt: skip
+
+    def told() -> list[str]:
+        file = write(tmp_path, values)
+        done = invoke(app, "out", "--params", file)
+        said = [line.removeprefix("error: ") for line in done.stderr.splitlines() if not line.startswith("NOTE ")]
+        assert done.exit_code == 1 and not Path("out").exists() and said == lacking(load_params(file))
+        return said
+
+    first = [
+        "finetune_video.training.batch is 8, which the 16 processes of machine.launch do not divide",
+        "distill.training.batch is 8, which the 16 processes of machine.launch do not divide",
+        "finetune_video.moments is 'int8', but bitsandbytes is not installed: pip install",
+        "finetune_video.lora_rank is 4, but peft is not installed: pip install",
+    ]
+    text = "prepare_backbones.text.path: weights/clip is no local folder; as a hub id it needs prepare_backbones.text.revision"
+    unet = "finetune_video.unet.pretrained: weights/svd is no local folder; as a hub id it needs finetune_video.unet.revision"
+    said = told()
+    assert len(said) == 6 and all(map(str.startswith, said, [*first, text, unet])), said
+    for path, missing in (("weights/clip", [unet]), ("weights/other", [text, unet])):
+        listed = {"params": {"params.yaml": {"seed": 1, "prepare_backbones.text": {"source": "pretrained", "path": path}}}}
+        YAML_12.dump({"schema": "2.0", "stages": {"prepare_backbones_text": listed}}, Path("dvc.lock"))
+        said = told()
+        assert len(said) == 4 + len(missing) and all(map(str.startswith, said, [*first, *missing])), said
+    values |= {"machine.launch": "no-such-launcher -n 2", "machine.processes": 1}
+    assert told()[0].startswith("machine.launch is 'no-such-launcher -n 2', but there is no command 'no-such-launcher'")

@@ -323,3 +323,14 @@ def test_processes_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch
     with refused("distill.training.batch is 4, which the 3 processes of machine.launch do not divide"):
         launch(params, "distill")
     assert console.quiet
+    monkeypatch.delenv(processes.STARTED)
+    for machine, sentence in (  # at the first stage that shares its work
+        (
+            {"launch": "torchrun", "processes": 3},
+            "finetune_video.training.batch is 4, .*\n.*\ntrain_policy.training.batch",
+        ),
+        ({"processes": 2}, "machine.processes is 2, which says how many torchrun starts"),
+        ({"launch": "torchrun", "shard": True, "compile": True}, "machine.shard is true, but machine.compile is true"),
+    ):
+        with refused(sentence):
+            launch(write_toy_params(tmp_path / "params.yaml", {"machine": machine}), "encode")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, local_weights, read_json, write_json
 
 Model = TypeVar("Model", bound=nn.Module)
 FILES = ("*.safetensors", "*.json", "merges.txt")
@@ -26,44 +25,35 @@ def resolve_weights(path: str, revision: str | None, subfolder: str | None, key:
         revision: the full commit hash that pins a hub id; must be empty for a local folder.
         subfolder: the model's folder within a pipeline's repository, e.g. `vae` of Stable Video Diffusion; a local
             `path` may name either the repository's folder or that folder itself.
-        key: the params key that `path` comes from, for messages, e.g. `prepare_backbones.text`.
+        key: the params key that `path` comes from, for messages, e.g. `prepare_backbones.text.path`.
 
     Raises:
         FileError: no such folder, no pinned revision, the hub cannot be reached, or no safetensors are there.
     """
-    local = Path(path).expanduser()
-    if local.is_dir():
-        if revision:
-            raise FileError(f"{key}.path: {path} is a local folder, but {key}.revision is {revision!r}; leave it empty")
-        folder = local / subfolder if subfolder and (local / subfolder).is_dir() else local
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise FileError(f"{key}.path: {path}: no such folder, and not a hub id (owner/name)")
+    local = local_weights(path, revision, key)
+    if local is None:
+        folder = _download(path, str(revision), subfolder, key)
     else:
-        folder = _download(path, revision, subfolder, key)
+        folder = local / subfolder if subfolder and (local / subfolder).is_dir() else local
     if not (folder / "config.json").is_file():
-        raise FileError(f"{key}.path: {folder} holds no config.json; expected the layout that save_pretrained writes")
+        raise FileError(f"{key}: {folder} holds no config.json; expected the layout that save_pretrained writes")
     if not any(folder.glob("*.safetensors")):
         other = next((file.name for kind in ("bin", "pt", "pth", "ckpt") for file in sorted(folder.glob(f"*.{kind}"))), None)
         found = f"; {other} is of a format that runs code when it is read: convert it" if other else ""
-        raise FileError(f"{key}.path: {folder} holds no .safetensors file, and no other format is read{found}")
+        raise FileError(f"{key}: {folder} holds no .safetensors file, and no other format is read{found}")
     return folder
 
 
-def _download(path: str, revision: str | None, subfolder: str | None, key: str) -> Path:
+def _download(path: str, revision: str, subfolder: str | None, key: str) -> Path:
     """Fetch one commit of a hub repository into the hub's cache (or find it there) and return its folder."""
     from huggingface_hub import snapshot_download
 
-    if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise FileError(
-            f"{key}.path: {path} is no local folder; as a hub id it needs {key}.revision to be a commit hash of 40 "
-            f"hexadecimal digits, found {revision!r}"
-        )
     patterns = [f"{subfolder}/{name}" for name in FILES] if subfolder else list(FILES)
     try:
         root = snapshot_download(path, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.safetensors"])
     except Exception as error:  # the hub's own errors, and those of whichever HTTP client its version uses
         raise FileError(
-            f"{key}.path: {path} at {revision[:12]} cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
+            f"{key}: {path} at {revision[:12]} cannot be fetched ({type(error).__name__}: {_first_line(error)}); "
             "name a local folder, or check the id, the commit and the network"
         ) from None
     return Path(root) / subfolder if subfolder else Path(root)

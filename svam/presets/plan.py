@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from svam.agreement import lacking
 from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
 from svam.precision import MATRICES
@@ -270,17 +270,9 @@ def _fit_lines(params: Params, account: Account, frozen: int) -> list[str]:
     return lines
 
 
-def lacking(params: Params, most: int) -> Iterator[str]:
+def short_of(params: Params, most: int) -> Iterator[str]:
     """What the params need and this machine has not; `most`: bytes that a stage holds on the card."""
-    video = params.finetune_video
-    for key, library, asked in (
-        ("moments", "bitsandbytes", video.moments == "int8"), ("lora_rank", "peft", video.lora_rank is not None),
-    ):  # fmt: skip
-        if asked and not find_spec(library):
-            yield (
-                f"finetune_video.{key} is {getattr(video, key)!r}, but {library} is not installed: "
-                "pip install -c constraints.txt -e '.[cards]' brings it"
-            )
+    yield from lacking(params)
     if not torch.cuda.is_available():
         yield "torch sees no GPU"
     elif (memory := torch.cuda.get_device_properties(0).total_memory) < most:
@@ -331,5 +323,8 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
             f"the policy's features take {features / 1e9:.1f} GB, machine.cache_gb is {room:g}: raise it, or "
             "train_policy.observation_stride, or set train_policy.features to computed"
         )
-    said = [*(f"does not fit: {warning}" for warning in warnings), *(f"this machine: {lack}" for lack in lacking(params, most))]
+    said = [
+        *(f"does not fit: {warning}" for warning in warnings),
+        *(f"this machine: {lack}" for lack in short_of(params, most)),
+    ]
     return "\n".join([*lines, *(["", *said] if said else [])])

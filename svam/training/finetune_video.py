@@ -95,7 +95,7 @@ def new_video_model(
         added_time_ids=(first, second, third), dropped=params.dropped,
     )  # fmt: skip
     if params.unet.pretrained:
-        folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet")
+        folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet.pretrained")
         unet = load_strict(UNetSpatioTemporalConditionModel, folder)
         unet.requires_grad_(True)
     else:

@@ -13,7 +13,7 @@ from svam.files import write_json
 from svam.models.published import load_strict, read_adapter, resolve_weights, save_published, write_adapter
 from tests.sources.common import refused
 
-KEY = "prepare_backbones.semantic"
+KEY = "prepare_backbones.semantic.path"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from svam import agreement
 from svam.models.autoencoder import Autoencoder
 from svam.models.video import VideoModel
 from svam.presets import memory, plan
@@ -23,7 +24,7 @@ from svam.presets.data import estimated
 from svam.presets.memory import Account, Held, Means, as_on_a_gpu, held_by, moment_bytes, widest
 from svam.presets.models import Models
 from svam.presets.overlay import overlay_of, with_overlay
-from svam.presets.plan import MARGIN, SIZES, held_of, lacking, parameters, stages_of, ways_to_fit
+from svam.presets.plan import MARGIN, SIZES, held_of, parameters, short_of, stages_of, ways_to_fit
 from svam.training.finetune_video import denoising_loss
 from svam.training.small_cards import MATRICES, adapted, checkpointed
 from tests import ROOT
@@ -215,16 +216,16 @@ def test_what_acting_decodes_is_counted_as_it_is_bounded(toy: Account, monkeypat
 
 def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.MonkeyPatch) -> None:
     params = toy.params
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    monkeypatch.setattr(agreement, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = list(lacking(changed(toy, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
+    said = list(short_of(changed(toy, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
     assert len(said) == 3 and "moments is 'int8', but bitsandbytes is not installed: pip install" in said[0]
     assert "lora_rank is 4, but peft is not installed" in said[1] and "torch sees no GPU" in said[2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = type("Card", (), {"total_memory": 24 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)
-    assert not list(lacking(params, 23 * 10**9))
-    assert "the GPU has 24.0 GB, a stage holds at least 25.0" in next(lacking(params, 25 * 10**9))
+    assert not list(short_of(params, 23 * 10**9))
+    assert "the GPU has 24.0 GB, a stage holds at least 25.0" in next(short_of(params, 25 * 10**9))
 
 
 def test_what_does_not_fit_names_what_helps(toy: Account, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:

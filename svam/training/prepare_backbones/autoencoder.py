@@ -28,7 +28,7 @@ BACKGROUND_FRAMES = 101
 
 def published(section: params.Autoencoder, key: str) -> Autoencoder:
     """The published weights that the params name. `key` is the section's, for messages."""
-    return Autoencoder.load_published(resolve_weights(str(section.path), section.revision, "vae", key))
+    return Autoencoder.load_published(resolve_weights(str(section.path), section.revision, "vae", f"{key}.path"))
 
 
 def build(section: params.Autoencoder, image_size: tuple[int, int]) -> AutoencoderDC:

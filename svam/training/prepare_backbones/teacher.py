@@ -42,7 +42,7 @@ from svam.training.teacher_metrics import annotation_error, valid_depth
 
 def published(section: params.TeacherModel, key: str) -> Teacher:
     """The published weights that the params name. `key` is the section's, for messages."""
-    folder = resolve_weights(str(section.path), section.revision, None, key)
+    folder = resolve_weights(str(section.path), section.revision, None, f"{key}.path")
     return Teacher.load_published(folder, section.family, section.image_size, section.stage)
 
 

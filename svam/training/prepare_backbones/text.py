@@ -32,7 +32,7 @@ FRAME_MEAN, FRAME_STD = 0.45, 0.27
 
 def published(section: params.Text, key: str) -> TextEncoder:
     """The published weights that the params name. `key` is the section's, for messages."""
-    return TextEncoder.load_published(resolve_weights(str(section.path), section.revision, None, key), section.tokens)
+    return TextEncoder.load_published(resolve_weights(str(section.path), section.revision, None, f"{key}.path"), section.tokens)
 
 
 def train_tokenizer(sentences: list[str], vocabulary_size: int) -> CLIPTokenizer:
