@@ -112,6 +112,16 @@ def held_by(module: nn.Module, optimiser: Optimiser, activations: int, means: Me
     )
 
 
+def state_bytes(module: nn.Module, optimiser: Optimiser, moments: Moments = "float32", best: bool = False) -> int:
+    """What `svam.training.state.TrainingState` saves of a training, but for what is small beside it: trained parameters and
+    buffers, moments, the average, and where checkpoints are compared the `best` one's."""
+    trained = [p for p in module.parameters() if p.requires_grad]
+    frozen = {name for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    saved = [tensor for name, tensor in module.state_dict().items() if name not in frozen]
+    averages = (bool(optimiser.ema) + best) * bytes_of(trained)
+    return bytes_of(saved) + averages + sum(moment_bytes(p.numel(), moments) for p in trained)
+
+
 def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
     """Dropout that keeps a mask of bool."""
     return torch.native_dropout(x, p, training)[0] if training and p else x

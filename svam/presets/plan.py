@@ -14,7 +14,7 @@ from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
 from svam.precision import MATRICES
 from svam.presets.data import Data
-from svam.presets.memory import LADDER, Account, Held, Means
+from svam.presets.memory import LADDER, Account, Held, Means, state_bytes
 from svam.presets.models import Models
 
 CARDS = {"rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
@@ -28,8 +28,6 @@ SIZES = (24, 48, 80)
 MARGIN = 1.1
 """What a card should have of the bound of `Held.least`. Fine-tuning SVD's U-Net with 4 clips took 70 GB where it is 68.9; where
 layers are computed twice less is known."""
-STATE = 16
-"""Bytes a parameter of a training's saved state: weight, two moments, average."""
 HEADER = 128
 """Bytes of a .npy file before its values."""
 
@@ -102,8 +100,9 @@ def observations_of(params: Params, data: Data) -> tuple[int, int]:
     return train, min(held, policy.evaluation_observations)
 
 
-def disk(params: Params, data: Data, models: Models) -> list[Out]:
-    """The large outs of the stages, and what train_policy and trainings keep in scratch folders."""
+def disk(params: Params, data: Data, models: Models, tuned: nn.Module | None = None) -> list[Out]:
+    """The large outs of the stages, and what train_policy and trainings keep in scratch folders. tuned: the video model as it
+    is trained, where that is with adapters."""
     frames = math.prod(data.size) * 3 * (data.rows(False) + data.rows(True))
     outs = [Out("data/raw/metaworld", int(RAW * frames), False)] if params.collect.tasks else []
     outs.append(Out("data/episodes.zarr", data.stored or int(STORED * frames), data.stored is not None))
@@ -122,7 +121,12 @@ def disk(params: Params, data: Data, models: Models) -> list[Out]:
     )
     if params.train_policy.features == "cached":
         outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
-    return [*outs, Out(".ckpt", STATE * max(map(parameters, (models.video, models.policy))))]
+    states = [state_bytes(decoupler, params.distill.training) for decoupler in models.decouplers.values()]
+    states.append(state_bytes(models.policy, params.train_policy.training, best=True))
+    video = params.finetune_video
+    if video.training.steps:
+        states.append(state_bytes(tuned or models.video, video.training, video.moments))
+    return [*outs, Out(".ckpt", 2 * max(states), False)]  # the last saved state lies there until the next one is whole
 
 
 def _samples(training: Optimiser) -> int:
@@ -289,9 +293,11 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
     named = parts_of(models) | {"policy": models.policy}
     lines += [f"  {name:36s}{parameters(part) / 1e6:12,.3f} M" for name, part in named.items()]
     lines += ["", "disk (GB; ~ estimated); films, figures, curves and tables are small beside it"]
-    outs = disk(params, data, models)
+    account = Account(params, data)
+    outs = disk(params, data, models, account.video(params.finetune_video.lora_rank))
     lines += [f"  {out.path:36s}{out.size / 1e9:12,.3f} {'' if out.exact else '~'}".rstrip() for out in outs]
     lines += [f"  {'together':36s}{sum(out.size for out in outs) / 1e9:12,.3f}"]
+    lines += ["  DVC's cache holds each out in data/ once more, where the file system does not share blocks"]
     lines += [
         "",
         "GPU: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs of",
@@ -300,7 +306,7 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
         f"  {'stage':36s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
         f"{'PFLOP':>12s}{'hours':>9s}",
     ]
-    account, hours, most, warnings = Account(params, data), 0.0, 0, list[str]()
+    hours, most, warnings = 0.0, 0, list[str]()
     for stage in stages_of(params, data, models):
         held, spent = held_of(stage, account), stage.flops / (peak * share) / 3600
         one, two, three, four, five, six = (size / 1e9 for size in (*held[:5], held.least))

@@ -7,6 +7,7 @@ import weakref
 from collections import defaultdict
 from contextlib import nullcontext
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +22,14 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.video import VideoModel
 from svam.presets import memory, plan
 from svam.presets.data import estimated
-from svam.presets.memory import Account, Held, Means, as_on_a_gpu, held_by, moment_bytes, widest
+from svam.presets.memory import Account, Held, Means, as_on_a_gpu, held_by, moment_bytes, state_bytes, widest
 from svam.presets.models import Models
 from svam.presets.overlay import overlay_of, with_overlay
 from svam.presets.plan import MARGIN, SIZES, held_of, parameters, short_of, stages_of, ways_to_fit
+from svam.resume import Resume
+from svam.training import state
 from svam.training.finetune_video import denoising_loss
+from svam.training.loop import fit
 from svam.training.small_cards import MATRICES, adapted, checkpointed
 from tests import ROOT
 from tests.toy import optimiser, write_toy_params
@@ -144,6 +148,24 @@ def test_moments_and_averages_are_counted_as_they_are_kept() -> None:
     assert held_by(layer, trained, 7, Means(average="host", moments="int8"))[2:4] == (2 * (5000 + 4 * 20), 0)
     assert held_by(layer, trained.model_copy(update={"ema": 0.0}), 7).average == 0
     assert moment_bytes(4095, "int8") == 8 * 4095  # small ones keep float32 moments
+
+
+@pytest.mark.parametrize("ema, select", [(0.9, "error"), (0.0, "error"), (0.9, None)])
+def test_a_saved_state_is_counted_as_it_is_saved(
+    ema: float, select: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the random state, and the 4 bytes in which AdamW counts the steps of each of its tensors."""
+    states = list[dict[str, Tensor]]()
+    monkeypatch.setattr(state, "save_tensors", lambda file, tensors: (states.append(tensors), file.write_bytes(b"")))
+    net = nn.Sequential(nn.Linear(20, 30), nn.BatchNorm1d(30), nn.Linear(30, 5))
+    trained = optimiser(steps=1, batch=2, warmup=0, learning_rate=0.1, ema=ema)
+    net[0].bias.requires_grad_(False)
+    fit(
+        net, lambda batch: net(batch).square().mean(), lambda _: torch.randn(2, 20), trained, torch.device("cpu"), "tiny",
+        evaluate=lambda _: {"error": 1.0}, select=select, resume=Resume(tmp_path, 1e9),
+    )  # fmt: skip
+    counted = sum(t.nbytes for name, t in states[-1].items() if not name.startswith("random/") and not name.endswith("/step"))
+    assert counted == state_bytes(net, trained, best=select is not None)
 
 
 def test_the_widest_layer_of_a_pass() -> None:

@@ -51,6 +51,8 @@ def test_arrays_are_those_of_a_run(toy: tuple[Path, Params, Data, Models]) -> No
     for folder in ("data/latents", "data/generated", "data/teachers/geometric", "data/teachers/semantic"):
         assert outs[folder] == bytes_of(root / folder, "*.npy"), folder
     assert outs["data/episodes.zarr"] == bytes_of(root / "data/episodes.zarr", "*")
+    weights = [load_file(file) for file in (root / "data/svam").rglob("*.safetensors")]
+    assert outs["data/svam"] == sum(array.nbytes for arrays in weights for array in arrays.values())
     rows = [file.stat().st_size for file in (root / ".cache/features").glob("*/rows.bin")]
     assert len(rows) == 3 and outs[".cache/features"] == sum(rows)
     assert sum(observations_of(params, data)) == len(np.concatenate([np.arange(0, n, 8) for n in data.lengths]))
