@@ -72,7 +72,7 @@ def test_frames_go_through_the_autoencoder_a_bounded_number_at_a_time(
             getattr(model.frame_autoencoder.model, half).register_forward_pre_hook(
                 lambda _, inputs, half=half: taken[half].append(len(inputs[0]))
             )
-        return model.encode(seen, ["push a"] * 4, entries, [0] * 4).entries
+        return dict(model.encode(seen, ["push a"] * 4, entries, [0] * 4).entries)
 
     taken: dict[str, list[int]] = {"encoder": [], "decoder": []}
     whole = encode()
