@@ -130,7 +130,7 @@ class Convert(Section):
     compression: Literal["zstd", "lz4", "blosc", "jpegxl", "webp"]
     quality: Annotated[int, Field(ge=1, le=100)]
     chunk_frames: Annotated[int, Field(ge=1, le=65534)]
-    shard_megabytes: Positive
+    shard_megabytes: Annotated[float, Field(gt=0.0, le=64.0)]
 
     @field_validator("image_size", mode="before")
     @classmethod

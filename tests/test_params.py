@@ -62,6 +62,7 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     ("convert.held_out", 0.0, ["convert.held_out is 0.0; expected more than 0"]),
     ("convert.instruction", " ", ["convert.instruction is ' '; expected a sentence"]),
     ("convert.columns.actions", ["velocity"], ["convert.columns.actions.0 is 'velocity'; expected a vector, one", "[0:6]"]),
+    ("convert.shard_megabytes", 65, ["convert.shard_megabytes is 65; expected at most 64"]),
     ("convert.revision", "main", ["convert.revision is 'main'; expected a whole commit, 40 of the digits 0-9 and a-f"]),
     ("evaluate.remote.url", "host:80", ["evaluate.remote.url is 'host:80'; expected an address such as ws://localhost:8000"]),
     ("convert.episodes", [0, 1.5], ["convert.episodes.1 is 1.5; expected a whole number or a text"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,13 +96,14 @@ class Plan:
         if not len(source):
             raise ContractError("the source has no episodes")
         shapes = [source.shape(e) for e in range(len(source))]
-        first = prepared(source.read(0), description.cameras, params)
+        with _way_out(source, 0):
+            first = prepared(source.read(0), description.cameras, params)
         first.check()
         arrays = _arrays_of(first)
         starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in arrays}
         layouts = {
             name: Layout.of(
-                int(starts[name][-1]), values.shape[1:], _stored(name, values.dtype, params), _chunk_rows(name, params),
+                int(starts[name][-1]), values.shape[1:], _stored(name, values.dtype, params), _chunk_rows(name, values, params),
                 params.shard_megabytes * 2**20, *((params.compression, params.quality) if name.startswith("frames/") else ()),
             )
             for name, values in arrays.items()
@@ -157,10 +159,26 @@ def _stored(name: str, dtype: np.dtype[Any], params: Convert) -> np.dtype[Any]:
     return np.dtype(params.vector_dtype) if name in VECTORS else dtype
 
 
-def _chunk_rows(name: str, params: Convert) -> int:
+def _chunk_rows(name: str, values: NDArray[Any] | FrameBlocks, params: Convert) -> int:
+    """Rows compressed together; of large pictures and labels fewer than usual, so that files are no larger than asked for."""
     if name.startswith("frames/"):
-        return 1 if params.compression in LOSSY else params.chunk_frames
-    return _ANNOTATION_CHUNK if name.endswith("/values") else _VECTOR_CHUNK
+        rows = 1 if params.compression in LOSSY else params.chunk_frames
+    elif name.endswith("/values"):
+        rows = _ANNOTATION_CHUNK
+    else:
+        return _VECTOR_CHUNK
+    row_bytes = max(1, math.prod(values.shape[1:]) * values.dtype.itemsize)
+    return max(1, min(rows, int(params.shard_megabytes * 2**20) // row_bytes))
+
+
+@contextmanager
+def _way_out(source: EpisodeSource, index: int) -> Iterator[None]:
+    """A file that cannot be read is told with the number that the episode has for `convert.drop`."""
+    try:
+        yield
+    except FileError as error:
+        number = list(getattr(source, "numbers", range(len(source))))[index]
+        raise FileError(f"{error}; mend episode {number}, or leave it out: convert.drop: [{number}]") from None
 
 
 def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
@@ -240,19 +258,20 @@ class _Work:
             facts: list[dict[str, Any]] = []
             codec = picture_codec(params.compression, params.quality) if params.compression in LOSSY else None
             for e in range(*plan.units[number]):
-                (episode, where), digest = _checked(plan, e), EpisodeDigest()
-                errors: dict[str, PictureError] = {}
-                for name, values in _arrays_of(episode).items():
-                    shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
-                    try:
-                        for block in frame_blocks(values):
-                            if codec is not None and name.startswith("frames/"):  # one picture of a block is measured
-                                errors.setdefault(name, PictureError()).measure(codec, block[0])
-                            else:
-                                digest.update(name, block)
-                            written[name].append(block + shift if shift else block.astype(layouts[name].dtype, copy=False))
-                    except ContractError as error:
-                        raise ContractError(f"{where}: {name}: {error}") from None
+                digest, errors = EpisodeDigest(), dict[str, PictureError]()
+                with _way_out(plan.source, e):
+                    episode, where = _checked(plan, e)
+                    for name, values in _arrays_of(episode).items():
+                        shift = int(plan.starts[next(iter(plan.layouts))][e]) if name.endswith("/index") else 0
+                        try:
+                            for block in frame_blocks(values):
+                                if codec is not None and name.startswith("frames/"):  # one picture of a block is measured
+                                    errors.setdefault(name, PictureError()).measure(codec, block[0])
+                                else:
+                                    digest.update(name, block)
+                                written[name].append(block + shift if shift else block.astype(layouts[name].dtype, copy=False))
+                        except ContractError as error:
+                            raise ContractError(f"{where}: {name}: {error}") from None
                 facts.append({
                     "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
                     "checksum": digest.hexdigest(), "errors": {name: vars(error) for name, error in errors.items()},

@@ -78,8 +78,7 @@ def open_recording(path: Path, params: Params) -> EpisodeSource:
     try:
         source: EpisodeSource = module.open_source(path, options, choice)
     except FileError as error:
-        hint = recognised(path, convert.source)
-        raise FileError(f"{error}; {hint}" if hint else str(error)) from None
+        raise _of_another_format(error, path, convert.source) from None
     return source if convert.captions is None else CaptionedEpisodes(source, path, convert.captions)
 
 
@@ -90,7 +89,22 @@ def open_named_source(path: Path, params: Params) -> EpisodeSource:
         ParamsError: see `source_options`, `ChosenEpisodes` and `changed`.
         FileError: the data is not as the source expects; every episode that cannot be read is listed.
     """
-    return changed(ChosenEpisodes(open_recording(path, params), params.convert), params.convert)
+    source = open_recording(path, params)
+    try:
+        chosen = ChosenEpisodes(source, params.convert)
+    except UnreadableError as error:
+        raise _of_another_format(error, path, params.convert.source) from None
+    return changed(chosen, params.convert)
+
+
+class UnreadableError(FileError):
+    """Of all episodes that were looked at none can be read."""
+
+
+def _of_another_format(error: FileError, path: Path, source: str) -> FileError:
+    """The error, with what `path` looks like where that is not what `source` reads."""
+    hint = recognised(path, source)
+    return FileError(f"{error}; {hint}" if hint else str(error))
 
 
 class ChosenEpisodes:
@@ -102,7 +116,7 @@ class ChosenEpisodes:
 
         Raises:
             ParamsError: a choice names what is not there, or leaves nothing.
-            FileError: episodes that cannot be read, all of them listed.
+            FileError: episodes that cannot be read, all of them listed; `UnreadableError` where none can.
         """
         self.source, self._total = source, len(source)
         shapes: dict[int, EpisodeShape] = {}
@@ -123,7 +137,7 @@ class ChosenEpisodes:
         )
         look(numbers)
         if unreadable := {number: refused[number] for number in sorted(numbers & refused.keys())}:
-            raise FileError(_refusal(unreadable, len(numbers)))
+            raise _refusal(unreadable, len(numbers))
         self._shapes = {number: shapes[number] for number in sorted(numbers)}
         if chosen.tasks:
             known = {task for shape in self._shapes.values() for task in _tasks(shape)}
@@ -193,14 +207,15 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
     return numbers
 
 
-def _refusal(refused: Mapping[int, str], looked_at: int) -> str:
+def _refusal(refused: Mapping[int, str], looked_at: int) -> FileError:
     """One sentence about all episodes that cannot be read, and the way out."""
     said = "; ".join(f"episode {number}: {said}" for number, said in list(refused.items())[:LISTED])
-    more = f"; and {len(refused) - LISTED} more" if len(refused) > LISTED else ""
+    if len(refused) > LISTED:
+        said += f"; and {len(refused) - LISTED} more, `python -m svam.episodes inspect --recording --json PATH` lists all"
     if len(refused) == looked_at:
-        return f"none of {looked_at} episodes can be read: {said}{more}"
-    return (
-        f"{len(refused)} of {looked_at} episodes cannot be read: {said}{more}; mend them, or leave them out: "
+        return UnreadableError(f"none of {looked_at} episodes can be read: {said}")
+    return FileError(
+        f"{len(refused)} of {looked_at} episodes cannot be read: {said}; mend them, or leave them out: "
         f"convert.drop: [{', '.join(_ranges(refused))}]"
     )
 

@@ -20,7 +20,8 @@ _BY_NAME = (
     ("", "RH20T", r"(^|/)task_\d+_user_\d+_scene_\d+_cfg_\d+"),
     ("", "raw BridgeData", r"(^|/)(traj_group\d+|obs_dict\.pkl|policy_out\.pkl)$"),
     ("", "a ROS or MCAP recording", r"\.(mcap|bag|db3)$"),
-    ("", "pickled recordings", r"\.p(kl|ickle)$"),
+    ("video_folder", "videos with annotations", r"^annotation/.*\.json$"),
+    ("raw", "the raw layout", r"^meta\.json$"),
 )
 """Source ("" where none reads it), what it reads, and a pattern of paths below the folder."""
 _BY_KEY = (
@@ -31,20 +32,25 @@ _BY_KEY = (
     ("", "ManiSkill", r"^traj_\d+/"),
 )
 """The same by the first two levels of keys in an HDF5 file."""
+_LAST = (("", "pickled recordings", r"\.p(kl|ickle)$"),)
+"""The same by names, of what may lie beside recordings of another kind."""
 
 
 def recognised(path: Path, source: str) -> str:
-    """What `path` looks like, as a clause for the end of a message; "" where nothing is known, or it is of `source` itself."""
+    """What `path` looks like, as a clause for the end of a message; "" where nothing is known, or something is of `source`."""
     names = _names(path)
     file = _first(r"\.(hdf5|h5)$", names)
     keys = _keys(path / file if path.is_dir() else path) if file else []
-    for table, found in ((_BY_NAME, names), (_BY_KEY, keys)):
-        for reader, title, pattern in table:
-            if name := _first(pattern, found):
-                looks = f"this looks like {title} ({name if found is names else file}), which"
-                if not reader:
-                    return f"{looks} no source reads; bring it as `raw` (svam/sources/README.md)"
-                return "" if reader == source else f"{looks} convert.source {reader!r} reads"
+    seen = [
+        (reader, f"this looks like {title} ({name if found is names else file}), which")
+        for table, found in ((_BY_NAME, names), (_BY_KEY, keys), (_LAST, names))
+        for reader, title, pattern in table if (name := _first(pattern, found))
+    ]  # fmt: skip
+    if any(reader == source for reader, _ in seen):
+        return ""
+    for reader, looks in seen:
+        known = f"convert.source {reader!r} reads"
+        return f"{looks} {known if reader else 'no source reads; bring it as `raw` (svam/sources/README.md)'}"
     if name := _first(r"\.(tar|tgz|tar\.\w+|zip|7z)$", names):
         return f"there are archives in it ({name}): unpack them first"
     return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -20,8 +21,9 @@ from svam.episodes.__main__ import app
 from svam.episodes.convert import convert
 from svam.episodes.frames import resize_frames, resize_labels
 from svam.episodes.joined import open_store
+from svam.episodes.options import ChosenEpisodes
 from svam.episodes.validation import validate
-from svam.files import locked, sha256_tree
+from svam.files import FileError, locked, sha256_tree
 from tests import ROOT, warm
 from tests.recorded import CAMERAS, SETTINGS, Recorded, make_episode, two_tasks
 from tests.sources.common import refused
@@ -143,6 +145,43 @@ def test_an_error_in_a_worker_is_one_sentence_and_leaves_nothing(tmp_path: Path)
     with refused(r"actions\[5, 1\] is nan, expected a finite number"):
         convert(Recorded(episodes), tmp_path / "out.zarr", SETTINGS, 0, 2, tmp_path / "s")
     assert [p.name for p in tmp_path.iterdir()] == ["s"] and not any((tmp_path / "s").iterdir())
+
+
+class Cut(Recorded):
+    """Of the last episode the pictures end too early."""
+
+    def read(self, index: int) -> Episode:
+        episode = super().read(index)
+        return episode if index < len(self) - 1 else dataclasses.replace(episode, frames=dict.fromkeys(CAMERAS, self.frames))
+
+    @property
+    def frames(self) -> FrameBlocks:
+        def blocks() -> Iterator[NDArray[np.uint8]]:
+            yield np.zeros((300, 8, 8, 3), np.uint8)
+            raise FileError("x.mp4: truncated")
+
+        return FrameBlocks((600, 8, 8, 3), blocks)
+
+
+@pytest.mark.parametrize("drop, workers", [([], 1), ([0], 2), ([0, 1, 2], 1)])
+def test_a_file_that_breaks_while_it_is_read_is_told_with_the_way_out(tmp_path: Path, drop: list[int], workers: int) -> None:
+    """By the episode's number in the source."""
+    settings = SETTINGS.model_copy(update={"drop": drop})
+    source = ChosenEpisodes(Cut([make_episode("push", 600, k) for k in range(4)]), settings)
+    with refused(r"^x.mp4: truncated; mend episode 3, or leave it out: convert.drop: \[3\]$"):
+        convert(source, tmp_path / "out.zarr", settings, 0, workers, tmp_path / "s")
+
+
+def test_large_pictures_are_fewer_in_a_chunk(tmp_path: Path) -> None:
+    """A chunk is no larger than a file may be, nor is it empty."""
+    for pictures, rows in ((2.5, 2), (0.5, 1)):
+        settings = SETTINGS.model_copy(update={"shard_megabytes": pictures * 192 / 2**20})
+        source = Recorded([make_episode("push", 7, k) for k in range(3)])
+        layout = conversion.Plan.of(source, settings)[0].layouts["frames/front"]
+        assert (layout.chunk_rows, layout.shard_rows) == (rows, rows)
+        convert(source, tmp_path / "s.zarr", settings, seed=0)
+        store = open_store(tmp_path / "s.zarr")
+        np.testing.assert_array_equal(store.frames(np.arange(*store.bounds(1)), "front"), source.episodes[1].frames["front"])
 
 
 @pytest.mark.parametrize("count, message", [(6, "6 frames, expected 9"), (12, "more than 9 frames, expected 9")])

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from svam.contract import EpisodeShape
-from svam.episodes.options import ChosenEpisodes, open_named_source
+from svam.episodes.inspection import recording_facts
+from svam.episodes.options import ChosenEpisodes, open_named_source, open_recording
 from svam.params import Convert, Params, load_params
 from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode
@@ -93,14 +94,17 @@ def test_all_that_cannot_be_read_is_listed_at_once(tmp_path: Path) -> None:
     for number in bad:
         (folder / f"e{number:03}.npz").write_bytes(b"PK")
     with refused(
-        r"12 of 100 episodes cannot be read: episode 3: .*; episode 13: [^;]*; and 7 more; mend them, or leave them out: "
+        r"12 of 100 episodes cannot be read: episode 3: .*; episode 13: [^;]*; and 7 more, `python -m svam.episodes inspect "
+        "--recording --json PATH` lists all; mend them, or leave them out: "
         r'convert.drop: \[3, "10:20", 50\]$',
         *(f"e{number:03}.npz" for number in bad[:5]),
     ):
         open_named_source(folder, raw_params())
+    listed = recording_facts(open_recording(folder, raw_params()), raw_params().convert)["episode_list"]
+    assert [entry["number"] for entry in listed if entry["task"].startswith("cannot be read: ")] == bad
     assert len(open_named_source(folder, raw_params(drop=[3, "10:20", 50]))) == 88
     assert len(open_named_source(folder, raw_params(episodes=["20:50"]))) == 30
-    with refused("none of 10 episodes can be read: episode 10: "):
+    with refused("none of 10 episodes can be read: episode 10: .* lists all$"):
         open_named_source(folder, raw_params(episodes=["10:20"]))
 
 
@@ -121,9 +125,32 @@ def _hdf5(*keys: str) -> dict[str, Sequence[str]]:
     (_hdf5("data/demo_0/actions"), "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
     (_hdf5("observations/images/front", "action"), "ALOHA's HDF5 .*, which convert.source 'aloha' reads"),
     ({"set/meta/info.json": ()}, r"a LeRobotDataset \(set/meta/info.json\), which convert.source 'lerobot' reads"),
+    ({"demo.hdf5": ["data/demo_0/actions"], "extra.pkl": ()}, "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
+    ({"a.pkl": ()}, r"pickled recordings \(a.pkl\), which no source reads"),
+    ({"annotation/train/0.json": (), "videos/0/rgb.mp4": ()}, "which convert.source 'video_folder' reads"),
     ({"notes.txt": ()}, "meta.json: no such file, which a folder of raw recordings has; it has notes.txt$"),
 ], ids=str)  # fmt: skip
 def test_what_another_folder_looks_like(files: dict[str, Sequence[str]], hint: str, tmp_path: Path) -> None:
+    lay(files, tmp_path)
+    with refused(hint, "meta.json: no such file"):
+        open_named_source(tmp_path, raw_params())
+
+
+@pytest.mark.parametrize("files, hint", [
+    ({"task_info/task_327.json": (), "observations/1/videos/head.mp4": ()}, "looks like AgiBot World .*, which no source"),
+    ({"meta/info.json": (), "videos/front/0.mp4": ()}, r"looks like a LeRobotDataset \(meta/info.json\), which convert.source"),
+    ({"annotation/train/0.json": (), "extra.pkl": (), "meta/info.json": ()}, "0.json: not valid JSON .*column 1 .char 0..$"),
+    ({"a/0.mp4": ()}, "0.mp4: no instruction; [^;]*$"),
+], ids=str)  # fmt: skip
+def test_a_folder_of_which_a_video_is_all_that_fits(files: dict[str, Sequence[str]], hint: str, tmp_path: Path) -> None:
+    """What opens, as any folder with a video does, may still be of another kind; but not where it has what its source needs."""
+    lay(files, tmp_path)
+    with refused(f"none of 1 episodes can be read: episode 0: .*{hint}"):
+        open_named_source(tmp_path, raw_params(source="video_folder"))
+
+
+def lay(files: dict[str, Sequence[str]], tmp_path: Path) -> None:
+    """Empty files, and HDF5 files with such keys."""
     for name, keys in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
@@ -131,5 +158,3 @@ def test_what_another_folder_looks_like(files: dict[str, Sequence[str]], hint: s
             with h5py.File(tmp_path / name, "w") as file:
                 for key in keys:
                     file[key] = np.zeros(1)
-    with refused(hint, "meta.json: no such file"):
-        open_named_source(tmp_path, raw_params())
