@@ -20,6 +20,8 @@ from svam.files import FileError
 
 LARGEST_PICTURE = 2**26
 """Pixels of a picture; a damaged header can claim any size."""
+LEFT_OUT = "convert.cameras leaves a camera out"
+"""What to do about one that holds no colours."""
 _BLOCK_FRAMES, _BLOCK_BYTES = 64, 2**25
 _COLOUR = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
@@ -62,7 +64,8 @@ def _opened(data: bytes | memoryview, where: str, formats: tuple[str, ...] = _FO
             if not 0 < image.height * image.width <= LARGEST_PICTURE:
                 raise FileError(f"{where}: {image.height} x {image.width} pixels, expected 1 to {LARGEST_PICTURE}")
             if image.mode not in _COLOUR:
-                raise NoColourError(f"{where}: a picture in mode {image.mode}, expected 8-bit colour or grey; is it depth?")
+                found = f"{where}: a picture in mode {image.mode}"
+                raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEFT_OUT}")
             yield image
     except FileError:
         raise
@@ -109,7 +112,8 @@ class PictureArray:
             rgb: NDArray[np.uint8] = np.ascontiguousarray(pictures, dtype=np.uint8)
         if pictures.dtype != np.uint8 and (different := rgb != pictures).any():
             at = np.unravel_index(different.argmax(), different.shape)
-            raise FileError(f"{where} is {pictures[at]:g} in row {row + at[0]}, expected whole numbers in 0..255")
+            found = f"{where} is {pictures[at]:g} in row {row + at[0]}"
+            raise FileError(f"{found}, expected whole numbers in 0..255; is it depth? {LEFT_OUT}")
         return np.repeat(rgb, 3, axis=-1) if self.channels == 1 else rgb
 
 
@@ -129,7 +133,8 @@ def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
     if (pictures := picture_array(shape, dtype)) is not None:
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
-    raise FileError(f"{where} is {dtype} {shape}, expected uint8 pictures (steps, height, width, 3){large}")
+    expected = f"expected uint8 pictures (steps, height, width, 3){large}"
+    raise FileError(f"{where} is {dtype} {shape}, {expected}; {LEFT_OUT}")
 
 
 def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
@@ -141,9 +146,11 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray
         values = values[..., None]
     pictures = picture_array(values.shape, np.dtype(np.uint8), channels=(1, 3, 4))
     if pictures is None or values.dtype.kind not in "ui":
-        raise NoColourError(f"{where}: pictures are {values.dtype} {values.shape[1:]}, expected uint8 of 1, 3 or 4 channels")
+        found = f"{where}: pictures are {values.dtype} {values.shape[1:]}"
+        raise NoColourError(f"{found}, expected uint8 of 1, 3 or 4 channels; is it depth? {LEFT_OUT}")
     if values.min() < 0 or values.max() > 255:
-        raise NoColourError(f"{where}: pictures hold {values.min()} to {values.max()}, expected 0 to 255; is it depth?")
+        found = f"{where}: pictures hold {values.min()} to {values.max()}"
+        raise NoColourError(f"{found}, expected 0 to 255; is it depth? {LEFT_OUT}")
     return pictures.rgb(values.astype(np.uint8, copy=False), where, 0)
 
 

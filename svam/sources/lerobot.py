@@ -209,8 +209,7 @@ class LerobotSource:
                     self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
             except NoColourError as error:
                 others = ", ".join(other.name for other in self.cameras if other is not camera)
-                way_out = f"; leave the camera out: convert.cameras: [{others}]" if others else ""
-                raise NoColourError(f"{error}{way_out}") from None
+                raise NoColourError(f"{error}: [{others}]" if others else str(error)) from None
             except FileError:  # damage of one episode, which its `shape` or `read` names
                 pass
 

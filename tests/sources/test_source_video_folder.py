@@ -285,6 +285,9 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     file.write_text("version https://git-lfs.github.com/spec/v1")
     with refused(r"x\.mp4: a Git LFS pointer"):
         open_source(tmp_path, Options()).shape(0)
+    film(file, 2, codec="png", pix_fmt="gray16be")
+    with refused(r"x\.mp4: pictures are gray16be, .*is it depth\? convert\.cameras leaves a camera out"):
+        open_source(tmp_path, Options()).shape(0)
     with av.open(str(file), "w") as container:
         stream = container.add_stream("aac", rate=8000)
         sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
