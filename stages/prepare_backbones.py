@@ -45,11 +45,11 @@ def app(
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
     inputs = [episodes, *([autoencoder] if autoencoder else [])]
     stage = f"prepare_backbones_{kind}" + ("" if kind == part else f"@{part}")
-    with resumable_run(stage, params, [f"prepare_backbones.{part}"], inputs, device) as resume:
+    own = [part.value, autoencoder, params.encode.batch] if kind == "teacher" else []
+    with resumable_run(stage, params, [f"prepare_backbones.{part}", *["encode"] * bool(own)], inputs, device) as resume:
         if section.source == "pretrained":
             backbone, metrics = module.published(section, f"prepare_backbones.{part}"), {}
         else:
-            own = [part.value, autoencoder] if kind == "teacher" else []
             backbone, metrics = module.train(section, open_store(episodes), seed, device, live, resume, *own)
         with whole_directory(out) as folder:
             backbone.save(folder)

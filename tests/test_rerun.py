@@ -60,7 +60,7 @@ PARAMS: list[tuple[str, Any, set[str]]] = [
     ("distill.target", "ground_truth", CHECK | CACHE),
     ("cache_teacher.batch", 8, CHECK | CACHE),
     ("generate.windows", 100, CHECK | GENERATE),
-    ("encode.batch", 128, CHECK | ENCODE),
+    ("encode.batch", 128, CHECK | TEACHERS | ENCODE),
     ("finetune_video.stride_seconds", 0.1, CHECK | VIDEO),
     ("prepare_backbones.autoencoder.latent_channels", 8, CHECK | AUTOENCODER),
     ("prepare_backbones.text.width", 32, CHECK | {"prepare_backbones_text"} | VIDEO),

@@ -107,7 +107,8 @@ class Autoencoder(nn.Module):
     def encode(self, frames: Tensor) -> Tensor:
         """(B, H, W, 3) uint8 -> (B, C, H / factor, W / factor) float32 scaled latents; deterministic (the posterior's mode).
 
-        Rounded to what float16 holds, as the latents that training reads are stored, so that `act` sees the same.
+        Rounded to what float16 holds, as the latents that training reads are stored, so that `act` sees the same: the same bits
+        where as many frames are encoded together, else now and then a number that is one step of float16 away.
 
         Raises:
             ContractError: not uint8 RGB, or a side that is no multiple of `factor`.

@@ -120,7 +120,9 @@ def test_all_four_in_domain_and_the_same_bytes_twice(store: Path, tmp_path: Path
         assert set(metrics) == {"real", "reconstructed", "blurred"} and all(key in view for view in metrics.values())
 
 
-def test_geometric_without_depth_stops_with_one_sentence(store: Path, tmp_path: Path) -> None:
+def test_geometric_without_depth_stops_with_one_sentence(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
     bare = tmp_path / "bare.zarr"
     convert(Recorded(episodes(annotations=False)), bare, SETTINGS, 0)
     settings = write_params(tmp_path / "params.yaml")
@@ -131,8 +133,11 @@ def test_geometric_without_depth_stops_with_one_sentence(store: Path, tmp_path: 
     for word in ("prepare_backbones.geometric.source", "no depth annotations", "'pretrained'", "'self_supervised'"):
         assert word in output
     own = write_params(tmp_path / "own.yaml", geometric={"family": "dinov2", "objective": "self_supervised"})
+    taken, latents = list[int](), Autoencoder._latents
+    monkeypatch.setattr(Autoencoder, "_latents", lambda self, frames: taken.append(len(frames)) or latents(self, frames))
     code, output = run("geometric", *arguments, own)
     assert code == 0, output
+    assert max(taken) == params.load_params(own).encode.batch == 16  # frames that the autoencoder takes at a time
     assert set(read_json(tmp_path / "g" / "metrics.json")["real"]) == {"rmse"}
 
 

@@ -194,9 +194,10 @@ def objective_of(
 
 def train(
     section: params.TeacherModel, store: EpisodeStore, seed: int, device: torch.device, live: Path | None, resume: Resume,
-    key: str, autoencoder_folder: Path | None,
+    key: str, autoencoder_folder: Path | None, encode_batch: int | None = None,
 ) -> tuple[Teacher, dict[str, Any]]:  # fmt: skip
     """Train the teacher `key` (geometric or semantic) on annotated frames of training episodes; measure on held-out ones.
+    encode_batch: frames that the autoencoder takes at a time, of at most 64; None: as many.
 
     Raises:
         ContractError: the data set lacks the objective's annotations (one sentence with the alternatives), or there is no
@@ -204,7 +205,7 @@ def train(
     """
     if autoencoder_folder is None:
         raise ContractError(f"prepare_backbones.{key}: an in-domain teacher trains on reconstructions too; pass --autoencoder")
-    autoencoder = Autoencoder.load(autoencoder_folder).to(device)
+    autoencoder = Autoencoder.load(autoencoder_folder, encode_batch).to(device)
     check(key, section, store)
     config = TeacherConfig(section.family, section.image_size, section.objective)
     counts = np.zeros(len(SEGMENTATION_CLASSES), np.int64)
