@@ -3,6 +3,7 @@ that it deserves."""
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from svam.contract import Episode, EpisodeSource
 from svam.episodes.__main__ import app as episodes
 from svam.episodes.joined import open_store
 from svam.episodes.options import open_named_source
+from svam.errors import SvamError
 from tests import ROOT
 from tests.episodes.test_options import raw_params
 from tests.sources.common import frames_of
@@ -89,6 +91,64 @@ def opened(folder: Path, **choice: Any) -> EpisodeSource:
     """What `convert` would read; `columns` of some vectors."""
     columns = {name: [] for name in ("actions", "expert_actions", "state", "proprioception")} | choice.pop("columns", {})
     return open_named_source(folder, raw_params(columns=columns, **choice))
+
+
+LEROBOT = {"source": "lerobot"}
+FAULTY: list[tuple[str, dict[str, Any], str]] = [
+    ("cameras_have_no_files/data_image_but_mp4", LEROBOT, "its pictures lie in videos, and are read from there"),
+    ("cameras_have_no_files/data_uint8_lists", LEROBOT, ""),
+    ("cameras_have_no_files/data_v21_over_v30", LEROBOT, "no such file.* are of a v3 set: is codebase_version right"),
+    ("cameras_have_no_files/data_video_instead_of_videos", LEROBOT, "no video files: .* the folder holds data, meta, video"),
+    ("convert_cameras_not_applied/data_lerobot", LEROBOT | {"cameras": ["front"]}, ""),
+    ("depth_without_flag/data_png16", LEROBOT, "is it depth.*leave the camera out: convert.cameras: .front"),
+    ("depth_without_flag/data_tiff", LEROBOT | {"cameras": ["front"]}, ""),
+    ("instruction_means_three_things/data", LEROBOT, "episode 0: no instruction; set convert.missing_instruction"),
+    ("instruction_means_three_things/data", LEROBOT | {"missing_instruction": "go"}, ""),
+    ("isaac_lab_hdf5/data", {"source": "robomimic", "instruction": "go"}, ""),
+    ("lfs_pointers/data", LEROBOT, "none of 3 .*a Git LFS pointer, not the file itself; run git lfs pull"),
+    ("longer_video_unnoted/data", LEROBOT, "13 frames, but episode 1 has 9 rows"),
+    ("one_bad_episode/data_deleted_files", LEROBOT, r"1 of 4 episodes cannot be read.*convert.drop: \[1\]"),
+    ("one_bad_episode/data_short_video", LEROBOT | {"drop": [1]}, "1 of 3 episodes are left out by choice"),
+    ("order_hides_the_rate/data", LEROBOT, "timestamps are 0.0666667 s apart.*set convert.rate_hz to 15"),
+    ("order_hides_the_rate/data", LEROBOT | {"options": {"frames": "order"}}, "stored at 30 Hz, which convert.rate_hz"),
+    ("path_template_placeholder/data_v21", LEROBOT, "does not lead to all files; LeRobot's own .* is taken instead"),
+    ("path_template_placeholder/data_v30", LEROBOT, "does not lead to all files; LeRobot's own .* is taken instead"),
+    ("rgb_flip_guess/data", {"source": "robomimic", "instruction": "go"}, "set convert.options.flip: vertical if they are"),
+    ("single_episode/data", LEROBOT | {"episodes": ["0:1"]}, "2 of 3 episodes are left out by choice"),
+    ("v3_boundaries_drift/data", LEROBOT, "160 frames, and the 20 episodes in it have 160 rows, .*; the lengths decide"),
+]
+"""Folder of inputs made after public reports, `convert`, and the note or the refusal that it deserves; "": nothing is said."""
+
+
+def faulty(folder: str) -> Path:
+    """One of these folders, or a skip."""
+    path = REAL.parent / "failing" / folder
+    if not path.is_dir():
+        pytest.skip(f"{path} is not beside this checkout")
+    return path
+
+
+@pytest.mark.parametrize(("folder", "choice", "said"), FAULTY)
+def test_inputs_of_public_reports(folder: str, choice: dict[str, Any], said: str) -> None:
+    path = faulty(folder)
+    try:
+        source = opened(path, **choice)
+        episodes = [source.read(index) for index in range(len(source))]
+    except SvamError as error:
+        told = [str(error)]
+    else:
+        assert episodes and all(len(frames_of(e, camera)) == e.steps for e in episodes for camera in e.frames)
+        told = [note for note in source.notes if "Hz are assumed" not in note]
+    assert len(told) == bool(said) + ("path_template" in folder) and (not said or re.search(said, " ".join(told))), told
+
+
+def test_no_frame_of_a_file_whose_boundaries_drift_is_another_episodes() -> None:
+    """Each picture shows 64 times its episode's number plus its row, as twelve bars, the lowest bit first."""
+    source = opened(faulty("v3_boundaries_drift/data"), source="lerobot")
+    for number in range(20):
+        frames = frames_of(source.read(number))
+        bars = frames.reshape(8, frames.shape[1], 12, -1, 3).mean(axis=(1, 3, 4)) > 125
+        assert (bars @ (1 << np.arange(12))).tolist() == [64 * number + row for row in range(8)]
 
 
 def vectors(episode: Episode) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
