@@ -20,8 +20,8 @@ from svam.files import FileError
 
 LARGEST_PICTURE = 2**26
 """Pixels of a picture; a damaged header can claim any size."""
-LEFT_OUT = "convert.cameras leaves a camera out"
-"""What to do about one that holds no colours."""
+LEAVE_OUT = "to leave it out, name the other cameras in convert.cameras"
+"""What to do about a camera that holds no colours."""
 _BLOCK_FRAMES, _BLOCK_BYTES = 64, 2**25
 _COLOUR = ("RGB", "RGBA", "L", "LA", "P", "PA", "1", "CMYK", "YCbCr")
 _ORIENTATION = 0x0112
@@ -30,6 +30,12 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 class NoColourError(FileError):
     """A picture is of a kind that holds no 8-bit colours or greys; depth is often stored so."""
+
+
+def without_it(error: Exception, others: Sequence[str]) -> str:
+    """What an error says, and what `convert.cameras` must be for the others of its camera; none: what it says."""
+    said = str(error).removesuffix(LEAVE_OUT).rstrip("; ")
+    return f"{said}; to leave it out, set convert.cameras: [{', '.join(others)}]" if others else said
 
 
 def frames_per_block(frame_bytes: int) -> int:
@@ -65,7 +71,7 @@ def _opened(data: bytes | memoryview, where: str, formats: tuple[str, ...] = _FO
                 raise FileError(f"{where}: {image.height} x {image.width} pixels, expected 1 to {LARGEST_PICTURE}")
             if image.mode not in _COLOUR:
                 found = f"{where}: a picture in mode {image.mode}"
-                raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEFT_OUT}")
+                raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEAVE_OUT}")
             yield image
     except FileError:
         raise
@@ -113,7 +119,7 @@ class PictureArray:
         if pictures.dtype != np.uint8 and (different := rgb != pictures).any():
             at = np.unravel_index(different.argmax(), different.shape)
             found = f"{where} is {pictures[at]:g} in row {row + at[0]}"
-            raise FileError(f"{found}, expected whole numbers in 0..255; is it depth? {LEFT_OUT}")
+            raise FileError(f"{found}, expected whole numbers in 0..255; is it depth? {LEAVE_OUT}")
         return np.repeat(rgb, 3, axis=-1) if self.channels == 1 else rgb
 
 
@@ -134,7 +140,7 @@ def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
     expected = f"expected uint8 pictures (steps, height, width, 3){large}"
-    raise FileError(f"{where} is {dtype} {shape}, {expected}; {LEFT_OUT}")
+    raise FileError(f"{where} is {dtype} {shape}, {expected}; {LEAVE_OUT}")
 
 
 def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
@@ -147,10 +153,10 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray
     pictures = picture_array(values.shape, np.dtype(np.uint8), channels=(1, 3, 4))
     if pictures is None or values.dtype.kind not in "ui":
         found = f"{where}: pictures are {values.dtype} {values.shape[1:]}"
-        raise NoColourError(f"{found}, expected uint8 of 1, 3 or 4 channels; is it depth? {LEFT_OUT}")
+        raise NoColourError(f"{found}, expected uint8 of 1, 3 or 4 channels; is it depth? {LEAVE_OUT}")
     if values.min() < 0 or values.max() > 255:
         found = f"{where}: pictures hold {values.min()} to {values.max()}"
-        raise NoColourError(f"{found}, expected 0 to 255; is it depth? {LEFT_OUT}")
+        raise NoColourError(f"{found}, expected 0 to 255; is it depth? {LEAVE_OUT}")
     return pictures.rgb(values.astype(np.uint8, copy=False), where, 0)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from svam.contract import FrameBlocks
 from svam.files import FileError, refuse_lfs_pointer, stamp
-from svam.sources._pictures import LARGEST_PICTURE, LEFT_OUT, NoColourError, in_blocks
+from svam.sources._pictures import LARGEST_PICTURE, LEAVE_OUT, NoColourError, in_blocks
 
 FORMATS = {".mp4": "mp4", ".mov": "mov", ".m4v": "mov", ".webm": "matroska", ".mkv": "matroska", ".avi": "avi"}
 """Suffix -> container. It is given to FFmpeg by name: a playlist called `x.mp4` must not make it open other files."""
@@ -106,7 +106,7 @@ def _probed(file: Path, _: str) -> VideoFacts:
             raise FileError(f"{file}: frames of {width} x {height} pixels, expected 1 to {LARGEST_PICTURE}")
         if (codec.pix_fmt or "").startswith(_NO_COLOUR):
             found = f"{file}: pictures are {codec.pix_fmt}"
-            raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEFT_OUT}")
+            raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEAVE_OUT}")
         in_index = container.format.name in ("mp4", "mov") and len(stream.index_entries) == stream.frames
         frames = sum(not entry.is_discard for entry in stream.index_entries) if in_index else 0
         rate = stream.average_rate

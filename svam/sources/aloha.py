@@ -35,7 +35,7 @@ from svam.contract import EVERYTHING, Choice, Frozen
 from svam.errors import SvamError
 from svam.files import FileError, read_json
 from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
-from svam.sources._pictures import NoColourError, in_blocks, picture_array, picture_rgb
+from svam.sources._pictures import NoColourError, in_blocks, picture_array, picture_rgb, without_it
 
 _IMAGES, _DEPTH = "observations/images", "observations/images_depth"
 _INSTRUCTION_KEYS = ("language_raw", "language_instruction", "instruction", "task_description", "language", "prompt")
@@ -139,9 +139,8 @@ class AlohaSource(Hdf5Source):
                     what = f" {dtype} {shape[1:]}" if depth else ", pictures of depth"
                     self._note(f"left out, as no colour pictures: {name}{what}")
                     continue
-                others = ", ".join(other for other in data.names(_IMAGES) if other != camera)
-                way_out = f"; to leave it out, set convert.cameras: [{others}]" if others else ""
-                raise type(error)(f"{error}{way_out}") from None
+                others = [other for other in data.names(_IMAGES) if other != camera]
+                raise type(error)(without_it(error, others)) from None
         if not cameras:
             asked = "of convert.cameras " * bool(self._choice.cameras)
             raise FileError(f"{data.file}: no camera {asked}in {_IMAGES}; it has {data.listed(_IMAGES)}")

@@ -33,7 +33,7 @@ from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
-from svam.sources._pictures import NoColourError, in_blocks
+from svam.sources._pictures import NoColourError, in_blocks, without_it
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
@@ -208,8 +208,8 @@ class LerobotSource:
                 elif next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))[1]:
                     self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
             except NoColourError as error:
-                others = ", ".join(other.name for other in self.cameras if other is not camera)
-                raise NoColourError(f"{error}: [{others}]" if others else str(error)) from None
+                others = [other.name for other in self.cameras if other is not camera]
+                raise NoColourError(without_it(error, others)) from None
             except FileError:  # damage of one episode, which its `shape` or `read` names
                 pass
 

@@ -358,7 +358,7 @@ def test_depth_without_a_flag_is_named_with_the_way_out(tmp_path: Path, kind: st
 
     dtype = "video" if kind == "gray16be" else "image"
     root = write_v2(tmp_path, change=change, features={CAMERA: video_feature(), "observation.images.far": {"dtype": dtype}})
-    with refused("is it depth. convert.cameras leaves a camera out: .top."):
+    with refused("is it depth.; to leave it out, set convert.cameras: .top."):
         source(root)
     assert source(root, cameras=["top"]).read(0).steps == 5
 

@@ -215,8 +215,8 @@ def test_proprioception_by_name(tmp_path: Path) -> None:
         ("data/demo_0/obs/robot0_eef_pos", np.zeros((4, 3)), "robot0_eef_pos has 4 steps, but the actions have 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((4, 8, 8, 3), np.uint8), "has 4 steps, but the actions have 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((3, 8, 8), np.uint8), "expected uint8 pictures .steps, height, width, 3."),
-        ("data/demo_0/obs/agentview_image", np.full((3, 8, 8, 3), 0.5), "is 0.5 in row 0, .*255; is it depth. convert.cameras"),
-        ("data/demo_0/obs/depth_image", np.ones((3, 8, 8, 1), np.float32), "_image is float32 .*; convert.cameras leaves a"),
+        ("data/demo_0/obs/agentview_image", np.full((3, 8, 8, 3), 0.5), "is 0.5 in row 0, .*255; is it depth. to leave it"),
+        ("data/demo_0/obs/depth_image", np.ones((3, 8, 8, 1), np.float32), "_image is float32 .*; to leave it out, name"),
         ("data/demo_0/obs", None, "has states but no pictures"),
     ],
 )

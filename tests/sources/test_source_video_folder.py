@@ -286,7 +286,7 @@ def test_what_is_no_video(tmp_path: Path) -> None:
     with refused(r"x\.mp4: a Git LFS pointer"):
         open_source(tmp_path, Options()).shape(0)
     film(file, 2, codec="png", pix_fmt="gray16be")
-    with refused(r"x\.mp4: pictures are gray16be, .*is it depth\? convert\.cameras leaves a camera out"):
+    with refused(r"x\.mp4: pictures are gray16be, .*is it depth\? to leave it out, name the other cameras in"):
         open_source(tmp_path, Options()).shape(0)
     with av.open(str(file), "w") as container:
         stream = container.add_stream("aac", rate=8000)
