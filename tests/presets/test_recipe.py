@@ -61,7 +61,7 @@ def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: py
     if published:
         recipe = {key: value for key, value in recipe.items() if not key.startswith("prepare_backbones.")}
     reduced = recipe | REDUCED | {key: value for key, value in NARROW.items() if key in recipe}
-    if "finetune_video.unet.pretrained" in recipe:
+    if recipe.get("finetune_video.unet.pretrained"):
         reduced["finetune_video.unet.pretrained"] = str(parts / "video")
     _, text = with_overlay(reduced, Path("params.yaml"), name)
     Path("params.yaml").write_text(text, encoding="utf-8")
