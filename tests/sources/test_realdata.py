@@ -100,7 +100,7 @@ FAULTY: list[tuple[str, dict[str, Any], str]] = [
     ("cameras_have_no_files/data_v21_over_v30", LEROBOT, "no such file.* are of a v3 set: is codebase_version right"),
     ("cameras_have_no_files/data_video_instead_of_videos", LEROBOT, "no video files: .* the folder holds data, meta, video"),
     ("convert_cameras_not_applied/data_lerobot", LEROBOT | {"cameras": ["front"]}, ""),
-    ("depth_without_flag/data_png16", LEROBOT, "is it depth.*leave the camera out: convert.cameras: .front"),
+    ("depth_without_flag/data_png16", LEROBOT, r"is it depth.*convert.cameras.*\[front\]"),
     ("depth_without_flag/data_tiff", LEROBOT | {"cameras": ["front"]}, ""),
     ("instruction_means_three_things/data", LEROBOT, "episode 0: no instruction; set convert.missing_instruction"),
     ("instruction_means_three_things/data", LEROBOT | {"missing_instruction": "go"}, ""),

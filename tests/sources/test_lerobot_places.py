@@ -1,0 +1,89 @@
+"""Where an episode of a LeRobotDataset v3.0 lies in the files that it shares with others."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.sources.common import film, frames_of, refused
+from tests.sources.lerobot_sets import CAMERA, number_of, numbers, pictures, source, video_feature, write_info, write_v3
+
+
+@pytest.mark.parametrize(
+    ("starts", "spare", "options", "first", "message"),
+    [
+        ([0.0, 0.5, 1.2], 0, {}, [0, 5, 12], ""),
+        ([0.0, 0.54, 1.28], 0, {}, [0, 5, 12], "from_timestamp of episode 2 is 0.8 frames off; the lengths decide"),
+        ([0.0, 0.4, 1.2], 0, {}, [0, 5, 12], "from_timestamp of episode 1 is 1 frames off"),
+        ([2.1, 2.6, 3.3], 0, {}, [0, 5, 12], "21 frames off"),
+        ([0.0, 0.5, 1.2], 9, {}, [0, 5, 12], "25 frames, .* 3 episodes in it have 16 rows; from_timestamp decides"),
+        ([0.0, 0.7, 1.6], 4, {}, [0, 7, 16], "20 frames, .*16 rows; from_timestamp decides"),
+        ([0.0, 0.5, 1.2], 3, {}, None, "19 frames, .*16 rows.*last one ends with frame 16.*'order'"),
+        ([0.0, 0.5, 1.2], 3, {"frames": "order"}, [0, 5, 12], "19 frames.*16 rows; from_timestamp decides"),
+        ([0.0, 0.4, 1.2], 1, {}, None, "17 frames.*episode 0 ends at 0.5 s and episode 1 begins at 0.4 s.*'order'"),
+        ([0.0, 0.5, 1.2], -1, {}, None, "15 frames, and the 3 episodes in it have 16 rows.*'order'"),
+    ],
+)  # fmt: skip
+def test_where_an_episode_begins(
+    tmp_path: Path, starts: list[float], spare: int, options: dict[str, Any], first: list[int] | None, message: str
+) -> None:
+    """By the lengths where they add up to the frames; else by from_timestamp, if nothing speaks against it."""
+    file = write_v3(tmp_path) / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    for part, values in (("from", starts), ("to", [start + n / 10 for start, n in zip(starts, (5, 7, 4), strict=True)])):
+        name = f"videos/{CAMERA}/{part}_timestamp"
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array(values))
+    pq.write_table(table, file)
+    film(tmp_path / f"videos/{CAMERA}/chunk-000/file-000.mp4", pictures(range(16 + spare)))
+    data = source(tmp_path, **options)
+    if first is None:
+        for e in range(3):
+            with refused(message):
+                data.shape(e)
+        return
+    for e, n in enumerate((5, 7, 4)):
+        data.shape(e)
+        assert numbers(data.read(e)) == list(range(first[e], first[e] + n))
+    assert len(data.notes) == bool(message) and re.search(message, " ".join(data.notes))
+
+
+def write_clips(root: Path, camera: str, place: Sequence[int], starts: Sequence[float]) -> None:
+    """Says in meta/episodes in which file of a camera each episode lies (of 5, 7 and 4 rows), and from when on."""
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    ends = [start + n / 10 for start, n in zip(starts, (5, 7, 4), strict=True)]
+    clips = {"chunk_index": [0] * 3, "file_index": list(place), "from_timestamp": list(starts), "to_timestamp": ends}
+    columns = pq.read_table(file).to_pydict() | {f"videos/{camera}/{name}": values for name, values in clips.items()}
+    pq.write_table(pa.table(columns), file)
+
+
+def test_rows_and_videos_that_lie_in_other_orders(tmp_path: Path) -> None:
+    """One parquet file for three of videos (github.com/starVLA/starVLA/issues/285), cameras whose offsets differ (90), and
+    episodes out of order among the rows (github.com/huggingface/lerobot/issues/1875)."""
+    side = "observation.images.side"
+    root = write_v3(tmp_path)
+    write_info(root, "v3.0", {CAMERA: video_feature(), side: video_feature()}, total_episodes=3)
+    write_clips(root, CAMERA, [0, 1, 2], [0, 0, 0])
+    write_clips(root, side, [0, 0, 0], [0.4, 0.9, 0])
+    for e, n in enumerate((5, 7, 4)):
+        film(root / f"videos/{CAMERA}/chunk-000/file-00{e}.mp4", pictures(range(16 * e, 16 * e + n)))
+    film(root / f"videos/{side}/chunk-000/file-000.mp4", pictures([*range(32, 36), *range(5), *range(16, 23)]))
+    data = root / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(data)
+    for order in ([*range(16)], [*range(12, 16), *range(12)]):
+        pq.write_table(table.take(order), data)
+        for e, n in enumerate((5, 7, 4)):
+            episode = source(root).read(e)
+            assert numbers(episode) == [*map(number_of, frames_of(episode, "side"))] == list(range(16 * e, 16 * e + n))
+            np.testing.assert_array_equal(episode.actions[:, 0], 100 * e + np.arange(n))
+    pq.write_table(table.take([0, 5, *range(1, 5), *range(6, 16)]), data)
+    for e in range(2):
+        with refused(f"rows of other episodes lie among those of episode {e}"):
+            source(root).shape(e)
+    assert source(root).shape(2).steps == 4
