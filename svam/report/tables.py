@@ -29,6 +29,14 @@ PREDICTORS = {
 """Predictors of teacher features, in order, and how they are called."""
 VIEWS = ("real", "reconstructed", "blurred", "generated", "one_step")
 """How frames reach a teacher; the last two are frames that the video model made."""
+ACCEPTED = {
+    "rmse_std": ("depth error / deviation", "at most", 0.15),
+    "gripper": ("IoU of the gripper", "at least", 0.6),
+    "object": ("IoU of the object", "at least", 0.6),
+}
+"""What a teacher's metrics are called, and the bound within which they must lie for a comparison that rests on it."""
+NEARLY = 0.1
+"""By which share of the bound reconstructed frames may be worse."""
 PARTS = ("finetune_video", "distill_geometric", "distill_semantic", "train_policy")
 """Trained parts that stream their loss, as their folders of curves are called."""
 ERRORS = {"policy": "S-VAM", "mean_action": "mean action", "hold_last": "hold the last action"}
@@ -242,6 +250,44 @@ def teacher_table(run: RunMetrics) -> list[dict[str, Any]]:
     return lines
 
 
+def acceptance_table(run: RunMetrics) -> list[dict[str, Any]]:
+    """One line for each teacher and bound of `ACCEPTED` that its labels let be measured: {branch, measure, real, reconstructed,
+    bound, accepted}. Both views are of held-out frames."""
+    lines = []
+    for branch in ("geometric", "semantic"):
+        real, reconstructed = (run.backbones[branch].get(view, {}) for view in ("real", "reconstructed"))
+        for key, (measure, side, bound) in ACCEPTED.items():
+            if key in real and key in reconstructed:
+                sign = 1 if side == "at most" else -1
+                excess = [sign * (value - bound) for value in (real[key], reconstructed[key])]
+                lines.append({
+                    "branch": branch, "measure": measure, "real": real[key], "reconstructed": reconstructed[key],
+                    "bound": f"{side} {bound:g}", "accepted": excess[0] <= 0.0 and excess[1] <= NEARLY * bound,
+                })  # fmt: skip
+    return lines
+
+
+def acceptance_text(run: RunMetrics) -> str:
+    """Whether a comparison may rest on the teachers, as Markdown; "" where no label was there to tell."""
+    lines = acceptance_table(run)
+    if not lines:
+        return ""
+    judged = list(dict.fromkeys(line["branch"] for line in lines))
+    passed = [branch for branch in judged if all(line["accepted"] for line in lines if line["branch"] == branch)]
+    verdicts = {"accepted": passed, "not accepted": [branch for branch in judged if branch not in passed]}
+    said = "; ".join(f"{verdict}: {' and '.join(branches)}" for verdict, branches in verdicts.items() if branches)
+    cells = [
+        [f"{line['branch']}: {line['measure']}", line["bound"], f"{line['real']:.3f}", f"{line['reconstructed']:.3f}",
+         "yes" if line["accepted"] else "no"]
+        for line in lines
+    ]  # fmt: skip
+    text = (
+        f"As teachers of a comparison, {said}. Held-out frames must be within the bound, the same ones through the autoencoder "
+        f"within it or worse by at most {NEARLY:.0%} of it."
+    )
+    return f"{text}\n\n{markdown_table(['', 'bound', 'held-out frames', 'reconstructed', 'within'], cells)}"
+
+
 def action_table(run: RunMetrics) -> list[dict[str, Any]]:
     """One line for each step of the chunk: {step, policy, mean_action, hold_last}, mean absolute errors in physical units."""
     offline = run.results.get("offline")
@@ -365,7 +411,8 @@ def markdown(run: RunMetrics, note: str = "") -> str:
         for line in teacher_table(run)
     ]
     if teachers:
-        parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers)]
+        accepted = acceptance_text(run)
+        parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers), *([accepted] if accepted else [])]
     offline = run.results.get("offline")
     if offline is not None:
         dimensions = range(len(offline["policy"]["mae_per_dimension"]))

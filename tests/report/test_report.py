@@ -191,6 +191,36 @@ def test_markdown_says_what_was_measured(run: Path) -> None:
     assert "semantic: generated frames | mean IoU | 0.700" in page
 
 
+@pytest.mark.parametrize(("depth", "through", "gripper", "object_", "verdict", "within"), [
+    (0.15, 0.164, 0.60, 0.60, "accepted: geometric and semantic.", 3),
+    (0.151, 0.15, 0.60, 0.60, "accepted: semantic; not accepted: geometric.", 2),
+    (0.15, 0.166, 0.60, 0.60, "accepted: semantic; not accepted: geometric.", 2),
+    (0.10, 0.10, 0.59, 0.90, "accepted: geometric; not accepted: semantic.", 2),
+    (0.40, 0.40, 0.29, 0.35, "not accepted: geometric and semantic.", 0),
+])  # fmt: skip
+def test_teachers_are_accepted_or_not(
+    run: Path, depth: float, through: float, gripper: float, object_: float, verdict: str, within: int
+) -> None:
+    """By depth error and IoU of gripper and object on held-out frames, and nearly so through the autoencoder."""
+    files = {branch: run / f"backbones/{branch}/metrics.json" for branch in ("geometric", "semantic")}
+
+    def page() -> str:
+        return tables.markdown(tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", []))
+
+    assert "As teachers of a comparison" in page()
+    seen = {"gripper": gripper, "object": object_, "mean": 0.9}
+    nearly = {"gripper": gripper - 0.06, "object": object_ - 0.06, "mean": 0.9}
+    write_json(files["geometric"], {"real": {"rmse_std": depth}, "reconstructed": {"rmse_std": through}})
+    write_json(files["semantic"], {"real": seen, "reconstructed": nearly})
+    said = page()
+    assert f"As teachers of a comparison, {verdict} Held-out frames" in said
+    assert f"| semantic: IoU of the gripper | at least 0.6 | {gripper:.3f} | {gripper - 0.06:.3f} |" in said
+    assert said.count("| yes |") == within
+    for file in files.values():  # self-supervised or published teachers have no labels to be judged by
+        write_json(file, {"real": {"rmse": 0.1}, "reconstructed": {"rmse": 0.1}})
+    assert "As teachers" not in page()
+
+
 def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
     write_json(run / "results/metrics.json", read_json(run / "results/metrics.json") | {"calvin": CALVIN})
     gathered = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
