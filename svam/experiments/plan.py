@@ -30,13 +30,15 @@ Variant = Annotated[str, Field(pattern=f"^({'|'.join(VARIANTS)})$")]
 
 
 class Runs(Section):
-    """Every variant at every number of demonstrations and every policy seed, in one regime."""
+    """Every variant at every number of demonstrations and every policy seed, in one regime, of every pipeline: these are seeds
+    of all else, such as demonstrations, other weights and goals; empty: the one that the params have."""
 
     variants: list[Variant]
     seeds: list[Seed]
     episodes_per_task: list[Count]
     episodes: Count
     regime: Name | None = None
+    pipelines: list[Seed] = Field(default_factory=list)
     primary: bool = False
 
 
@@ -59,13 +61,14 @@ class Plan(Section):
 
 @dataclass(frozen=True)
 class Run:
-    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. regime, primary: as
-    `Record` has them. arguments: of `-S`. params: all of its params."""
+    """One experiment. size: demonstrations of each task. seed: of the policy's weights, order and noise. regime, pipeline,
+    primary: as `Record` has them. arguments: of `-S`. params: all of its params."""
 
     variant: str
     size: int
     seed: int
     regime: str
+    pipeline: int | None
     primary: bool
     name: str
     arguments: tuple[str, ...]
@@ -90,7 +93,7 @@ def load_plan(file: Path) -> Plan:
 
 
 def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("params.yaml")) -> list[Run]:
-    """All of a plan, in its order, by seed, number of demonstrations and variant; each with params that were checked.
+    """All of a plan, in its order, by pipeline, seed, number of demonstrations and variant; each with params that were checked.
 
     Args:
         only: names, patterns of names, or variants; empty: all.
@@ -105,22 +108,31 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("para
         raise ParamsError(f"{params}: variants change S-VAM's params, and these are not: expected {' '.join(reference)}")
     steps = plan.steps or base["train_policy"]["training"]["steps"]
 
-    def name_of(runs: Runs, variant: str, size: int, seed: int) -> str:
-        return "-".join([variant, str(size), f"seed{seed}", plan.collection, *([runs.regime] if runs.regime else [])])
+    def name_of(runs: Runs, variant: str, size: int, seed: int, pipeline: int | None) -> str:
+        of_pipeline = [] if pipeline is None else [f"pipeline{pipeline}"]
+        regime = [runs.regime] if runs.regime else []
+        return "-".join([variant, str(size), f"seed{seed}", plan.collection, *regime, *of_pipeline])
 
-    def run(runs: Runs, variant: str, size: int, seed: int) -> Run:
+    def run(runs: Runs, variant: str, size: int, seed: int, pipeline: int | None) -> Run:
         regime = expanded(plan.regimes[runs.regime]) if runs.regime else []
         arguments = (
-            *collection, *regime, *VARIANTS[variant]["arguments"],
+            *collection, *regime, *VARIANTS[variant]["arguments"], *([] if pipeline is None else [f"seed={pipeline}"]),
             f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}",
             f"train_policy.training.steps={steps}", f"evaluate.metaworld.episodes={runs.episodes}",
             # Only what is compared: no offline errors, other sentences or films.
             "evaluate.protocols=[metaworld]", "evaluate.metaworld.held_out_instruction_episodes=0", "evaluate.videos=0",
         )  # fmt: skip
-        name, checked = name_of(runs, variant, size, seed), with_arguments(params, arguments)
-        return Run(variant, size, seed, runs.regime or "", runs.primary, name, arguments, checked)
+        name, checked = name_of(runs, variant, size, seed, pipeline), with_arguments(params, arguments)
+        return Run(variant, size, seed, runs.regime or "", pipeline, runs.primary, name, arguments, checked)
 
-    planned = [(r, v, n, s) for r in plan.runs for s in r.seeds for n in r.episodes_per_task for v in r.variants]
+    planned = [
+        (r, v, n, s, p)
+        for r in plan.runs
+        for p in r.pipelines or [None]
+        for s in r.seeds
+        for n in r.episodes_per_task
+        for v in r.variants
+    ]
     chosen = [one for one in planned if not only or any(one[1] == p or fnmatch(name_of(*one), p) for p in only)]
     if not chosen:
         raise ParamsError(f"--only {' '.join(only)}: no planned run is called so; without --only `plan` prints them all")

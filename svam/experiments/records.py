@@ -23,17 +23,22 @@ class EpisodeOutcome(Frozen):
 
 
 class StageCost(Frozen):
-    """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured."""
+    """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured;
+    code: DVC's hash of the digests of its code, `data/code/<stage>.txt` at the experiment's commit; params: SHA-256 of the
+    params that it lists, as `dvc.lock` has them. Both are "" in older records, and where a stage has none."""
 
     work: str
     seconds: float | None
+    code: str = ""
+    params: str = ""
 
 
 class Record(Frozen):
-    """A finished experiment. regime: of its plan, "" where it has none; primary: whether the plan says that the study's claim
-    rests on its difference to the reference; arguments: of `-S`; revision: its commit, which only repositories that have the
-    experiment know; parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be equal
-    where variants are compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps,
+    """A finished experiment. regime: of its plan, "" where it has none; pipeline: the seed of all but the policy, such as
+    demonstrations, other weights and goals, None where the plan names none; primary: whether the plan says that the study's
+    claim rests on its difference to the reference; arguments: of `-S`; revision: its commit, which only repositories that have
+    the experiment know; parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be
+    equal where variants are compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps,
     execute: of an evaluation episode); latency: milliseconds from one observation to one chunk of actions; stages: those that
     the variant uses."""
 
@@ -42,6 +47,7 @@ class Record(Frozen):
     size: int
     seed: int
     regime: str = ""
+    pipeline: int | None = None
     primary: bool = False
     arguments: list[str]
     revision: str

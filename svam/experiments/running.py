@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from svam.device import prepare_torch, processor
 from svam.errors import MachineError
 from svam.experiments.plan import Run
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
-from svam.files import FileError, read_json, read_yaml, write_json
+from svam.files import FileError, read_json, read_yaml, sha256_of_json, write_json
 
 SCRATCH = Path(".cache/experiments")
 PROJECT = SCRATCH / "project"
@@ -132,6 +132,12 @@ def run_one(run: Run, folder: Path, lock: int) -> None:
     console.print(f"{run.name}: success in {sum(e.success for e in record.episodes)} of {len(record.episodes)} episodes")
 
 
+def digests_of(entry: Mapping[str, Any]) -> dict[str, str]:
+    """`code` and `params` of a `StageCost`, by the stage's entry in `dvc.lock`."""
+    code = next((dep["md5"] for dep in entry.get("deps", ()) if dep["path"].startswith("data/code/")), "")
+    return {"code": code, "params": sha256_of_json(entry["params"]) if "params" in entry else ""}
+
+
 def record_of(run: Run, revision: str, records: Sequence[Record], began: float | None) -> Record:
     """What the experiment that has just been run came to.
 
@@ -145,9 +151,11 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     lines = (PROJECT / "data/results/episodes.jsonl").read_text(encoding="utf-8").splitlines()
     values = [value for value in map(json.loads, lines) if value["row"] == "policy"]
     episodes = [EpisodeOutcome(**{key: value[key] for key in EpisodeOutcome.model_fields}) for value in values]
+    digests = {stage: digests_of(entry) for stage, entry in lock.items()}
     same = next((r for r in records if (r.name, r.policy, r.episodes) == (run.name, model, episodes)), None)
     if same is not None:  # restored from DVC's cache: there is nothing new to measure
-        return same.model_copy(update={"revision": revision})
+        kept = {name: stage.model_copy(update=digests.get(name, {})) for name, stage in same.stages.items()}
+        return same.model_copy(update={"revision": revision, "stages": kept})
 
     # Here, so that a plan is printed without waiting for torch.
     from svam.episodes.joined import open_store
@@ -163,14 +171,15 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         seconds = [r.stages[name].seconds for r in records if name in r.stages and r.stages[name].work == same_work]
         if began is not None and account.is_file() and account.stat().st_mtime >= began:
             seconds.append(round(float(read_json(account)["seconds"]), 2))
-        stages[name] = StageCost(work=same_work, seconds=next((s for s in reversed(seconds) if s is not None), None))
+        measured = next((s for s in reversed(seconds) if s is not None), None)
+        stages[name] = StageCost(work=same_work, seconds=measured, **digests[name])
     store = open_store(PROJECT / "data/episodes.zarr")
     tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))
     training, evaluation = params["train_policy"]["training"], params["evaluate"]
     return Record(
-        name=run.name, variant=run.variant, size=run.size, seed=run.seed, regime=run.regime, primary=run.primary,
-        arguments=list(run.arguments), revision=revision,
+        name=run.name, variant=run.variant, size=run.size, seed=run.seed, regime=run.regime, pipeline=run.pipeline,
+        primary=run.primary, arguments=list(run.arguments), revision=revision,
         machine=f"{os.cpu_count()} x {processor()}", parameters=sum(p.numel() for p in svam.network.parameters()), policy=model,
         budget={
             "policy_steps": training["steps"], "batch": training["batch"], "learning_rate": training["learning_rate"],

@@ -1,7 +1,7 @@
 """Paired statistics of two policies that were evaluated on the same goals.
 
 Those of single runs speak of the policies that were trained, on goals drawn as these were, and say nothing of other training
-seeds; `hierarchical` speaks of training seeds, tasks and goals like these.
+seeds; `hierarchical` speaks of training seeds, tasks and goals like these, and of pipelines where there are several.
 """
 
 from __future__ import annotations
@@ -79,30 +79,46 @@ def interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def hierarchical(seeds: Sequence[Pairs]) -> tuple[float, NDArray[np.float64]]:
+def hierarchical(seeds: Sequence[Pairs], pipelines: Sequence[int | None] = ()) -> tuple[float, NDArray[np.float64]]:
     """Success rate of the variant minus that of the reference, mean over tasks of the mean over training seeds and goals, and
-    (RESAMPLES,) bootstrap values of it: training seeds and tasks are drawn with replacement, and goals anew for each
-    drawn task.
+    (RESAMPLES,) bootstrap values of it: pipelines, training seeds of each drawn one, and tasks are drawn with replacement, and
+    goals anew for each drawn task and pipeline.
 
-    A drawn goal counts with the outcomes of all drawn seeds, since all of them met it. Tasks and goals are drawn alike wherever
-    their numbers are alike, so that values of two comparisons on the same goals may be subtracted.
+    A drawn goal counts with the outcomes of all drawn seeds of its pipeline, since all of them met it. Tasks and goals are
+    drawn alike wherever their numbers are alike, so that values of two comparisons on the same goals may be subtracted.
+
+    Args:
+        seeds: the outcomes of each training seed, of as many goals of a task in every pipeline. pipelines: of which pipeline
+            each of them is, with goals of its own; empty: all are of one.
     """
-    tasks = sorted(seeds[0])
+    labels = list(pipelines) or [None] * len(seeds)
+    members = [[pairs for pairs, of in zip(seeds, labels, strict=True) if of == name] for name in dict.fromkeys(labels)]
+    sizes, tasks = np.asarray([len(several) for several in members]), sorted(seeds[0])
     counts = np.asarray([len(seeds[0][task]) for task in tasks])
-    won = np.zeros((len(seeds), len(tasks), counts.max()))  # (seed, task, goal), zeros past a task's last goal
-    for s, pairs in enumerate(seeds):
-        for t, task in enumerate(tasks):
-            won[s, t, : counts[t]] = pairs[task][:, 0] - pairs[task][:, 1]
-    of_goals, of_seeds = generator("hierarchical bootstrap", "goals"), generator("hierarchical bootstrap", "seeds")
-    by_seed = np.zeros((len(seeds), RESAMPLES))
+    # (pipeline, seed, task, goal), zeros past a pipeline's last seed and a task's last goal
+    won = np.zeros((len(members), sizes.max(), len(tasks), counts.max()))
+    for p, several in enumerate(members):
+        for s, pairs in enumerate(several):
+            for t, task in enumerate(tasks):
+                won[p, s, t, : counts[t]] = pairs[task][:, 0] - pairs[task][:, 1]
+    which = generator("hierarchical bootstrap", "pipelines").integers(len(members), size=(len(members), RESAMPLES))
+    of_goals = [generator("hierarchical bootstrap", "goals", *([draw] if draw else [])) for draw in range(len(members))]
+    by_seed = np.zeros((len(members), RESAMPLES, sizes.max()))  # of each drawn pipeline
     for _ in tasks:
-        chosen = of_goals.integers(len(tasks), size=RESAMPLES)
-        goal = (of_goals.random((RESAMPLES, counts.max())) * counts[chosen, None]).astype(np.int64)
+        chosen = of_goals[0].integers(len(tasks), size=RESAMPLES)
         real = np.arange(counts.max()) < counts[chosen, None]
-        by_seed += (won[:, chosen[:, None], goal] * real).sum(axis=2) / counts[chosen] / len(tasks)
-    drawn = of_seeds.integers(len(seeds), size=(RESAMPLES, len(seeds)))
-    value = float((won.sum(axis=2) / counts).mean())
-    return value, by_seed[drawn, np.arange(RESAMPLES)[:, None]].mean(axis=1)
+        for draw, random in enumerate(of_goals):
+            goal = (random.random((RESAMPLES, counts.max())) * counts[chosen, None]).astype(np.int64)
+            outcomes = won[which[draw][:, None], :, chosen[:, None], goal] * real[..., None]
+            by_seed[draw] += outcomes.sum(axis=1) / counts[chosen, None] / len(tasks)
+    of_seeds, values = generator("hierarchical bootstrap", "seeds"), np.zeros(RESAMPLES)
+    for draw, pipeline in enumerate(which):
+        size = sizes[pipeline][:, None]
+        chosen = of_seeds.integers(size, size=(RESAMPLES, sizes.max()))
+        counted = np.take_along_axis(by_seed[draw], chosen, axis=1) * (np.arange(sizes.max()) < size)
+        values += counted.sum(axis=1) / size[:, 0] / len(members)
+    means = [(won[p, :size].sum(axis=2) / counts).mean() for p, size in enumerate(sizes)]
+    return float(np.mean(means)), values
 
 
 def two_sided(resampled: NDArray[np.float64]) -> float:

@@ -41,13 +41,18 @@ COSTS = {
 WHICH = ["variant", "demonstrations a task"]
 POINTS = "difference to S-VAM, points"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
+SEVERAL_PIPELINES = (
+    " Where several pipelines are named, each with demonstrations, goals and weights of its own, these are resampled first, "
+    "then the training seeds of each drawn one and its goals; what was said of few seeds holds of few pipelines too."
+)
 RunRow = dict[str, Any]
 """A run, with the columns of table.csv; None for what was not compared or not measured."""
 
 
 def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], list[RunRow]]:
-    """A row for each run, by size, seed, regime and variant, beside the reference's run of the same; a row for each variant and
-    size whose seeds were compared on the same goals: label, size, seeds, primary, `DIFFERENCE`, p (corrected, but for primary
+    """A row for each run, by size, pipeline, seed, regime and variant, beside the reference's run of the same; a row for each
+    variant and size whose seeds were compared on the same goals, or on those of several pipelines: label, size, seeds,
+    pipelines, primary, `DIFFERENCE`, p (corrected, but for primary
     ones); and one for each regime in which a primary difference was measured too: label, other, size, `DIFFERENCE`, p: of the
     two differences to S-VAM.
 
@@ -57,13 +62,18 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
     unknown = [record for record in records if record.variant not in VARIANTS]
     if unknown:
         raise FileError(f"{unknown[0].name}: no variant is called {unknown[0].variant!r} any more; delete its record")
-    references = {(r.size, r.seed, r.regime): r for r in records if r.variant == REFERENCE}
+    references = {(r.size, r.seed, r.regime, r.pipeline): r for r in records if r.variant == REFERENCE}
     rows: list[RunRow] = []
-    several: dict[Any, dict[int, Pairs]] = {}
-    for record in sorted(records, key=lambda r: (r.size, r.seed, r.regime, list(VARIANTS).index(r.variant))):
+    several: dict[Any, dict[tuple[int | None, int], Pairs]] = {}
+
+    def place(record: Record) -> tuple[Any, ...]:
+        pipeline = -1 if record.pipeline is None else record.pipeline
+        return record.size, pipeline, record.seed, record.regime, list(VARIANTS).index(record.variant)
+
+    for record in sorted(records, key=place):
         row: RunRow = {
             "variant": record.variant, "label": label_of(record.variant, record.regime), "episodes_per_task": record.size,
-            "seed": record.seed, **rate_of([episode.success for episode in record.episodes]),
+            "seed": record.seed, "pipeline": record.pipeline, **rate_of([episode.success for episode in record.episodes]),
             **dict.fromkeys(("pairs", *DIFFERENCE, "only_variant", "only_svam", "p_corrected")),
             "verdict": "", "parameters": record.parameters,
             **{key: record.budget[key] for key in ("policy_steps", "batch", "demonstrations")},
@@ -72,12 +82,12 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
             "policy_seconds": record.seconds("train_policy"), "evaluation_seconds": record.seconds("evaluate"),
             "latency_milliseconds": record.latency, "policy": record.policy,
         }  # fmt: skip
-        reference = references.get((record.size, record.seed, record.regime))
+        reference = references.get((record.size, record.seed, record.regime, record.pipeline))
         if record.variant != REFERENCE and reference is not None:
             pairs = paired(record, reference)
-            goals = tuple((episode.task, episode.index, episode.seed) for episode in record.episodes)
+            goals = tuple((e.task, e.index, e.seed if record.pipeline is None else None) for e in record.episodes)
             key = (record.variant, record.regime, record.primary, record.size, goals)
-            several.setdefault(key, {})[record.seed] = pairs
+            several.setdefault(key, {})[record.pipeline, record.seed] = pairs
             row |= zip(DIFFERENCE, difference(pairs), strict=True)
             row |= zip(("only_variant", "only_svam"), only_one(pairs), strict=True)
             row["pairs"] = sum(map(len, pairs.values()))
@@ -86,11 +96,14 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
     for row, p in zip(tested, holm([mcnemar(row["only_variant"], row["only_svam"]) for row in tested]), strict=True):
         ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
         row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
-    drawn = {key: hierarchical([*seeds.values()]) for key, seeds in several.items() if len(seeds) > 1}
+    pipelines = {key: [pipeline for pipeline, _ in seeds] for key, seeds in several.items()}
+    drawn = {key: hierarchical([*seeds.values()], pipelines[key]) for key, seeds in several.items() if len(seeds) > 1}
     means = [
         {
             "label": label_of(variant, regime), "primary": primary, "size": size,
-            "seeds": [*several[variant, regime, primary, size, goals]], **resampled_difference(*values),
+            "seeds": sorted({seed for _, seed in several[variant, regime, primary, size, goals]}),
+            "pipelines": sorted({p for p in pipelines[variant, regime, primary, size, goals] if p is not None}),
+            **resampled_difference(*values),
         }
         for (variant, regime, primary, size, goals), values in drawn.items()
     ]  # fmt: skip
@@ -104,6 +117,7 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
         if primary
         for twin in drawn
         if (other := twin[1]) != regime and twin[0] == variant and twin[3:] == (size, goals)
+        if set(pipelines[twin]) == set(pipelines[variant, regime, primary, size, goals])
     ]  # fmt: skip
     correct(regimes)
     return rows, means, regimes
@@ -131,16 +145,24 @@ def _points(row: Mapping[str, Any]) -> str:
     return f"{middle:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def _of(pipelines: Sequence[int | None]) -> str:
+    """After seeds, of which pipelines they are, where the plan names some."""
+    named = [str(pipeline) for pipeline in pipelines if pipeline is not None]
+    return f" of pipeline {', '.join(named)}" if named else ""
+
+
 def markdown(
     rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str]
 ) -> str:
     """The whole comparison as one Markdown page; the rows are those of `compared`. note: printed above it. machines: on which
     the runs were made."""
     tested = [row for row in rows if row["pairs"] is not None]
+    trained = len({(row["seed"], row["pipeline"]) for row in rows})
     lines = []
     for row in rows:
         interval = f"{100 * row['success']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['episodes']}"
-        cells = [row["label"], str(row["episodes_per_task"]), str(row["seed"]), interval, "", "", "", row["verdict"]]
+        seed = str(row["seed"]) + _of([row["pipeline"]])
+        cells = [row["label"], str(row["episodes_per_task"]), seed, interval, "", "", "", row["verdict"]]
         if row["pairs"] is not None:
             cells[4:7] = [_points(row), f"{row['only_variant']} : {row['only_svam']}", f"{row['p_corrected']:.3g}"]
         lines.append(cells)
@@ -156,7 +178,7 @@ def markdown(
     ]
     if means:
         cells = [
-            [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])), _points(mean),
+            [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])) + _of(mean["pipelines"]), _points(mean),
              f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else "")]
             for mean in means
         ]  # fmt: skip
@@ -165,7 +187,8 @@ def markdown(
             "Means of the training seeds. Intervals and p resample training seeds, tasks, and the goals of each drawn task "
             f"({RESAMPLES} times). A comparison that was named primary before anything ran stands by itself; the others' p are "
             f"Holm-corrected for their number ({sum(not mean['primary'] for mean in means)}). Intervals are not corrected; of "
-            "few seeds they are too narrow, the part that comes from seeds by a tenth with five and by three tenths with two.",
+            "few seeds they are too narrow, the part that comes from seeds by a tenth with five and by three tenths with two."
+            f"{SEVERAL_PIPELINES if any(len(mean['pipelines']) > 1 for mean in means) else ''}",
             markdown_table([*WHICH, "seeds", POINTS, "p"], cells),
         ]
     if regimes:
@@ -178,7 +201,7 @@ def markdown(
         ]
     parts += [
         "## What can be said",
-        f"Intervals and tests of single runs are about these policies, of {len({row['seed'] for row in rows})} training seeds, "
+        f"Intervals and tests of single runs are about these policies, of {trained} training seeds, "
         "on such goals; they carry no claim about training in general.",
         f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested})))} pairs each. \"Not "
         "distinguishable\" is not \"equal\": 100 pairs cannot see a difference of 10 points, since chance alone makes one "
@@ -224,7 +247,7 @@ def figure(rows: Sequence[RunRow]) -> Figure:
         filled = "white" if row["p_corrected"] >= LEVEL else colour
         right.errorbar(middle, place, None, [[middle - low], [high - middle]], color=colour, markerfacecolor=filled, **point)
     right.axvline(0.0, color="#333333", linewidth=1)
-    labels = [f"{row['label']}, {row['episodes_per_task']}, seed {row['seed']}" for row in tested]
+    labels = [f"{row['label']}, {row['episodes_per_task']}, seed {row['seed']}{_of([row['pipeline']])}" for row in tested]
     right.set_yticks(range(len(tested)), labels, fontsize=7)
     right.set_xlabel(f"{POINTS} (hollow: not distinguishable)")
     return drawn

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from svam.experiments.records import read_records
-from svam.experiments.running import run_all
+from svam.experiments.running import digests_of, run_all
 from tests.project import attempt, begin_git, commit, ran, run, running
 from tests.sources.common import refused
 
@@ -56,6 +56,19 @@ def test_who_commits_is_asked_before_anything_runs(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / ".cache").exists()
 
 
+def test_digests_are_of_code_and_params() -> None:
+    """Those that the lock file has; the order of params is none of it, and a stage may have neither."""
+    entry = {
+        "deps": [{"path": "data/svam", "md5": "a"}, {"path": "data/code/evaluate.txt", "md5": "b"}],
+        "params": {"params.yaml": {"seed": 1, "threads": 2}},
+    }  # fmt: skip
+    found = digests_of(entry)
+    assert found["code"] == "b" and len(found["params"]) == 64
+    assert digests_of(entry | {"params": {"params.yaml": {"threads": 2, "seed": 1}}}) == found
+    assert digests_of(entry | {"params": {"params.yaml": {"threads": 2, "seed": 2}}})["params"] != found["params"]
+    assert digests_of({}) == {"code": "", "params": ""}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_loop(finished: Path, tmp_path: Path) -> None:
@@ -83,6 +96,10 @@ def test_the_loop(finished: Path, tmp_path: Path) -> None:
     assert svam.policy != vpp.policy and svam.parameters > vpp.parameters and svam.latency and vpp.latency
     assert svam.seconds("train_policy") and vpp.seconds("train_policy") is None, "it was killed in between"
     assert vpp.seconds("distill", "generate") == 0.0
+    ours, theirs = svam.stages, vpp.stages
+    assert all(stage.code and stage.params for name, stage in ours.items() if name != "code")
+    assert ours["finetune_video"] == theirs["finetune_video"] and ours["train_policy"].code == theirs["train_policy"].code
+    assert ours["train_policy"].params != theirs["train_policy"].params
 
     # Nothing is left to do. After a commit DVC decides: with the same work all comes from its run cache, and stays recorded.
     assert "2 runs finished, 0 of them now" in attempt(root, *LOOP).stderr

@@ -93,6 +93,22 @@ def test_the_hierarchical_bootstrap_draws_each_level() -> None:
     np.testing.assert_allclose(hierarchical([mixed] * 2)[1], hierarchical([mixed] * 3)[1])  # for any number of seeds
 
 
+def test_pipelines_are_drawn_before_their_seeds_and_goals() -> None:
+    """A pipeline has goals of its own, which the draws of another do not share; of one pipeline nothing changes."""
+    always, never, mixed = pairs(*["10"] * 20), pairs(*["00"] * 20), pairs(*["10", "00"] * 10)
+    value, drawn = hierarchical([always, always, never, never], [7, 7, 8, 8])
+    assert value == 0.5 and set(drawn) == {0.0, 0.5, 1.0} and drawn.std() == pytest.approx(0.5 / math.sqrt(2), abs=0.01)
+    value, drawn = hierarchical([always, never, never], [7, 8, 8])
+    assert value == 0.5 and set(drawn) == {0.0, 0.5, 1.0}, "a pipeline counts once, however many its seeds"
+    value, drawn = hierarchical([always, never] * 2, [7, 7, 8, 8])  # only seeds differ, and each pipeline draws its own
+    assert value == 0.5 and drawn.std() == pytest.approx(0.5 / math.sqrt(4), abs=0.01)
+    value, drawn = hierarchical([mixed, mixed], [7, 8])
+    assert value == 0.5 and drawn.std() == pytest.approx(0.5 / math.sqrt(40), abs=0.005), "twice as many goals"
+    value, drawn = hierarchical([always | {"push": never["reach"]}, always | {"push": never["reach"]}], [7, 8])
+    assert value == 0.5 and drawn.std() == pytest.approx(0.5 / math.sqrt(2), abs=0.01), "tasks are the same in all"
+    np.testing.assert_array_equal(hierarchical([mixed, never], [3, 3])[1], hierarchical([mixed, never])[1])
+
+
 def test_the_bootstrap_p_is_two_sided_and_never_0() -> None:
     assert two_sided(np.full(9_999, 0.1)) == pytest.approx(2 / 10_000)
     assert two_sided(np.r_[np.full(75, -1.0), np.full(24, 1.0)]) == pytest.approx(2 * 25 / 100)
@@ -178,6 +194,28 @@ def test_regimes_have_a_reference_each_and_their_gaps_are_compared() -> None:
     page = markdown(rows, means, regimes, None, ["2 x processor"])
     assert "| VPP, a | 5 | 1, 2 | -50.0 [" in page and "| 0.0002 (primary) |" in page and "number (2)" in page
     assert "| VPP, a | 5 | b | -40.0 [" in page
+
+
+def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
+    """Goals of two pipelines have nothing in common but their numbers; the data of one are not those of the other."""
+
+    def of(pipeline: int, variant: str, wins: str) -> Record:
+        changes = {"regime": "a", "pipeline": pipeline, "primary": variant == "vpp", "name": f"{variant}{pipeline}"}
+        base = make_record(variant, wins=wins, **changes)
+        goals = [episode.model_copy(update={"seed": episode.seed + 1000 * pipeline}) for episode in base.episodes]
+        return base.model_copy(update={"episodes": goals, "budget": base.budget | {"data": f"{pipeline}.dir"}})
+
+    records = [of(p, "svam", "1" * 20) for p in (0, 7)] + [of(p, "vpp", "1" * (10 + p) + "0" * (10 - p)) for p in (0, 7)]
+    rows, (mean,), _ = compared(records)
+    found = [(row["pipeline"], row["difference"]) for row in rows]
+    assert found == [(0, None), (0, -0.5), (7, None), (7, pytest.approx(-0.15))]
+    assert (mean["seeds"], mean["pipelines"], round(mean["difference"], 6)) == ([1], [0, 7], -0.325)
+    assert -0.75 < mean["difference_low"] < -0.5 and mean["difference_high"] < 0.0
+    page = markdown(rows, [mean], [], None, ["2 x processor"])
+    assert "| VPP, a | 5 | 1 of pipeline 0 | 50 % " in page and "| VPP, a | 5 | 1 of pipeline 0, 7 | -32.5 [" in page
+    assert "these are resampled first" in page and "2 training seeds" in page
+    alone = markdown(*compared(some_records()), None, ["2 x processor"])
+    assert "pipeline" not in alone
 
 
 def test_records_come_back_and_become_four_files(tmp_path: Path) -> None:
