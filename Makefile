@@ -4,7 +4,7 @@
 #   PYTHON=python3.12     another interpreter (3.11 or 3.12)
 #   PIP_ARGS="..."        more arguments for pip, e.g. --extra-index-url https://download.pytorch.org/whl/cpu
 #   DVC_ARGS="..."        more arguments for dvc repro, e.g. --pull --allow-missing; PYTEST_ARGS for pytest; COMPARE_ARGS
-#                         for `make compare`, e.g. --only 'vpp-*' (first: python -m svam.experiments plan)
+#                         for `make compare`, e.g. --only 'vpp-*' (first: python -m svam.experiments plan); PLAN=FILE for another
 
 SHELL := /bin/bash
 VENV := .venv
@@ -17,6 +17,7 @@ PYTEST_ARGS ?=
 # Test files that run at the same time (tests/conftest.py says which begin first).
 JOBS ?= 2
 COMPARE_ARGS ?=
+PLAN ?= svam/experiments/plan.yaml
 
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/$(VENV)
@@ -72,8 +73,8 @@ table: $(VENV)/.installed
 
 # Variants at equal budget: experiments that are not finished yet, then the paired table.
 compare: setup
-	python -m svam.experiments run $(COMPARE_ARGS)
-	python -m svam.experiments table
+	python -m svam.experiments run --plan $(PLAN) $(COMPARE_ARGS)
+	python -m svam.experiments table --plan $(PLAN)
 
 # The environment only; DVC's outputs and cache stay.
 clean:

@@ -49,11 +49,13 @@ def run(only: Only = None, file: PlanFile = PLAN) -> None:
 
 @app.command()
 @one_line_errors
-def table(collection: Annotated[str | None, typer.Argument(help="Without it: that of plan.yaml.")] = None) -> None:
+def table(
+    collection: Annotated[str | None, typer.Argument(help="Without it: that of the plan.")] = None, file: PlanFile = PLAN
+) -> None:
     """Print and write the paired table of a collection, as Markdown, CSV, a figure and a page, from its records alone."""
     from svam.experiments.table import write, write_overview
 
-    typer.echo(write(Path("data/compare", collection or load_plan(PLAN).collection)))
+    typer.echo(write(Path("data/compare", collection or load_plan(file).collection)))
     write_overview(Path("data/compare"))
 
 

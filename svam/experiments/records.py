@@ -69,15 +69,19 @@ def read_records(folder: Path) -> tuple[str | None, list[Record]]:
     """The note of a finished study, which a reader must know before any number, None if it goes on; and all records.
 
     Raises:
-        FileError: a line is no record.
+        FileError: a line is no record, or two are of one run.
     """
     file = folder / "records.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     note = json.loads(lines.pop(0))["note"] if lines and lines[0].startswith('{"note"') else None
     try:  # a line that begins with "trail" holds what trail/trail.md was made of, which no code reads any more
-        return note, [Record.model_validate_json(line) for line in lines if not line.startswith('{"trail"')]
+        records = [Record.model_validate_json(line) for line in lines if not line.startswith('{"trail"')]
     except ValidationError as error:
         raise FileError(f"{file}: not records of experiments: {error.errors()[0]['msg']}; restore the file by git") from None
+    names = [record.name for record in records]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise FileError(f"{file}: {names.count(twice)} lines are of the run {twice}, expected one; keep the one that counts")
+    return note, records
 
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:

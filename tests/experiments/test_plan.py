@@ -80,6 +80,26 @@ def test_the_registered_comparison_is_what_its_page_says() -> None:
     assert not params["ours"]["train_policy"]["proprioception"] and screening.params["seed"] != params["ours"]["seed"]
 
 
+def test_the_published_table_is_planned_whole_and_in_parts() -> None:
+    """All fifty tasks with as many goals each; a part is one pipeline of all variants, of fewer steps and else the same."""
+    whole, parts = (load_plan(FOLDER / f"{name}.yaml") for name in ("mt50", "mt50_parts"))
+    for plan in (whole, parts):
+        assert {v: r.primary for r in plan.runs for v in r.variants} == {"svam": False, "vpp": True, "diffusion_policy": False}
+        assert all((r.episodes, r.episodes_per_task) == (25, [50]) for r in plan.runs)
+    assert len({tuple(r.pipelines) for r in whole.runs}) == 1 and len(whole.runs[0].pipelines) > 1
+
+    (large,) = planned_runs(whole, ["svam-*-seed1-mt50-pipeline2"], PARAMS)
+    part = planned_runs(parts, ["*-pipeline3"], PARAMS)
+    assert [run.variant for run in part] == ["svam", "vpp", "diffusion_policy"]
+    assert {run.params["seed"] for run in part} == {3} and large.params["seed"] == 2
+    small = part[0].params
+    assert small["evaluate"] == large.params["evaluate"] and small["collect"] == large.params["collect"]
+    assert small["evaluate"]["metaworld"]["tasks"] == small["collect"]["tasks"] == described_tasks()
+    sizes = [params["finetune_video"]["unet"] | params["train_policy"]["transformer"] for params in (small, large.params)]
+    assert sizes[0] == sizes[1]
+    assert small["finetune_video"]["training"]["steps"] * 0.092 < 540 / 2, "at the rate that was measured on an H200"
+
+
 def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
     """What is printed is a whole parameter file; a preset may have lists over several lines."""
     done = CliRunner().invoke(app, ["params", "metaworld-50", "evaluate.protocols=[metaworld]", "evaluate.policy=expert"])

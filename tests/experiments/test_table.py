@@ -233,6 +233,23 @@ def test_records_come_back_and_become_four_files(tmp_path: Path) -> None:
         read_records(tmp_path)
 
 
+def test_records_of_several_machines_are_put_together(tmp_path: Path) -> None:
+    """Files one after the other; a run that was made twice is refused by name. Records older than a key are read."""
+    for name, records in (("a", some_records()[:2]), ("b", some_records()[3:])):
+        (tmp_path / name).mkdir()
+        write_records(tmp_path / name, records)
+    lines = [(tmp_path / name / "records.jsonl").read_text(encoding="utf-8") for name in "ab"]
+    file = tmp_path / "records.jsonl"
+    file.write_text("".join(lines), encoding="utf-8")
+    assert len(read_records(tmp_path)[1]) == 6 and write(tmp_path).startswith("# Variants compared")
+    file.write_text("".join([*lines, lines[0]]), encoding="utf-8")
+    with pytest.raises(FileError, match="records.jsonl: 2 lines are of the run svam-5-seed1, expected one; keep the one"):
+        read_records(tmp_path)
+    file.write_text(lines[0].replace('"pipeline":null,', "").replace(',"code":"","params":""', ""), encoding="utf-8")
+    assert '"pipeline"' not in file.read_text(encoding="utf-8") and '"code"' not in file.read_text(encoding="utf-8")
+    assert [record.stages["evaluate"].code for record in read_records(tmp_path)[1]] == ["", ""]
+
+
 def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
     """Its pages and CSV are what the command makes of the one file, and the page begins with what the study is not."""
     study, made = ROOT / "data/compare/ambiguous", tmp_path / "ambiguous"
