@@ -73,7 +73,7 @@ def params(
 @one_line_errors
 def systems(
     report: Annotated[Path, typer.Option(help="What the report stage wrote.")] = Path("data/report"),
-    compared: Annotated[Path, typer.Option(help="A comparison's folder.")] = Path("data/compare/ambiguous"),
+    compared: Annotated[Path, typer.Option(help="A comparison's folder.")] = Path("data/compare/mt50"),
     page: Annotated[Path, typer.Option(help="The page to rewrite.")] = Path("svam/evaluation/README.md"),
 ) -> None:
     """Write into a page how each system of the published tables fills a row here, and what was measured."""

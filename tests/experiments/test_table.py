@@ -264,10 +264,10 @@ def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
 
 
 def test_every_published_system_has_a_way_here(tmp_path: Path) -> None:
-    """The page's figures are those of the report and of the study; the variants' own table says the same."""
+    """The page's figures are those of the report and of a comparison, whose own table says the same; without one it says so."""
     page, study = tmp_path / "README.md", ROOT / "data/compare/ambiguous"
     page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    done = CliRunner().invoke(app, ["systems", "--page", str(page)])
+    done = CliRunner().invoke(app, ["systems", "--page", str(page), "--compared", str(study)])
     assert done.exit_code == 0, done.output
     lines = page.read_text(encoding="utf-8").splitlines()
     assert [lines[0], lines[1], lines[-2], lines[-1]] == ["before", BEGIN, END, "after"]
@@ -280,5 +280,10 @@ def test_every_published_system_has_a_way_here(tmp_path: Path) -> None:
         encoding="utf-8"
     )
     assert "| 32% of 102 goals, -13.7 points to S-VAM |" in ways["SuSIE"]
-    done = CliRunner().invoke(app, ["systems", "--page", str(page), "--compared", str(tmp_path)])
+    assert ways["S-VAM"].endswith("goals of the default run; compared: 46% |") and ways["pi0"].endswith("serve_policy.py` |  |")
+    done = CliRunner().invoke(app, ["systems", "--page", str(page)])
+    own = (ROOT / "svam/evaluation/README.md").read_text(encoding="utf-8")
+    assert done.exit_code == 0 and page.read_text(encoding="utf-8")[len("before\n") :].removesuffix("after\n") in own
+    assert len([line for line in own.splitlines() if line.endswith("| not run yet |")]) == 3
+    done = CliRunner().invoke(app, ["systems", "--page", str(page), "--report", str(tmp_path)])
     assert done.exit_code == 1 and "not a report with success rates and a comparison" in done.output
