@@ -31,14 +31,14 @@ Variant = Annotated[str, Field(pattern=f"^({'|'.join(VARIANTS)})$")]
 
 class Runs(Section):
     """Every variant at every number of demonstrations and every policy seed, in one regime, of every pipeline: these are seeds
-    of all else, such as demonstrations, other weights and goals; empty: the one that the params have."""
+    of all else, such as demonstrations, other weights and goals; empty or null: the one that the params have."""
 
     variants: list[Variant]
     seeds: list[Seed]
     episodes_per_task: list[Count]
     episodes: Count
     regime: Name | None = None
-    pipelines: list[Seed] = Field(default_factory=list)
+    pipelines: list[Seed | None] = Field(default_factory=list)
     primary: bool = False
 
 
