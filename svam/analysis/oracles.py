@@ -11,7 +11,7 @@ with the training that was killed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -88,12 +88,8 @@ def params_of(row: str, params: Params, steps: int | None, stride: int | None, f
     the end, since a choice among checkpoints would be made on the episodes that are measured.
 
     Raises:
-        ParamsError: nothing is distilled, or the steps are no more than those of the warm-up.
+        ParamsError: the steps are no more than those of the warm-up.
     """
-    if not params.distill.branches:
-        raise ParamsError(
-            f"{file}: distill.branches is [], so that no foresight is there to compare; run distill with a branch"
-        )
     contexts = {FRAME: ["observation"], FRAME_AND_F: [F, "observation"], FUTURE_AND_F: [FUTURE, F]}
     contexts[S_VAM] = [*params.distill.branches, F]
     values = params.model_dump()
@@ -113,11 +109,13 @@ def measure_row(
     row: str, work: str, params: Params, store: EpisodeStore, folders: Mapping[str, Path], cache: FeatureCache,
     device: torch.device, resume: Resume,
 ) -> Row:  # fmt: skip
-    """Train the row's policy, `params_of` it, and measure it on every n-th step of all held-out episodes."""
+    """Train the row's policy, `params_of` it, and measure it on every n-th step of all held-out episodes, however few
+    demonstrations it learns from."""
     section = params.train_policy
     foresight = load_foresight(section, params.generate, folders).frozen_on(device)
     svam = train(store, foresight, folders, section, cache, params.seed, device, None, resume)
-    learnt, rows = (choose_rows(store, s, section.observation_stride, section.episodes_per_task) for s in ("train", "held_out"))
+    learnt = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
+    rows = choose_rows(store, "held_out", section.observation_stride, None)
     observations = observe(store, rows, section.chunk, section.proprioception, params.seed)
     features = cached_features(store, foresight, folders, cache, section, rows, observations.instructions)
     data = TrainingData(observations, features, foresight, svam, device)
@@ -139,13 +137,46 @@ def measure_row(
     )  # fmt: skip
 
 
-def read_rows(out: Path, work: str) -> dict[str, Row]:
+class Bench:
+    """What the rows of a table are measured with."""
+
+    def __init__(self, params: Params, episodes: Path, folders: Mapping[str, Path], cache: Path) -> None:
+        """folders: of the frozen parts, by their names."""
+        self.device = prepare_torch(params.machine.device, params.threads, params.seed)
+        self.store, self.folders, self.inputs = open_store(episodes), folders, [episodes, *folders.values()]
+        self.cache = FeatureCache(cache, params.machine.cache_gb)
+
+    def work(self, common: Params, branches: Sequence[str]) -> str:
+        """A digest of what all rows must have in common. common: `params_of` F; branches: that were distilled."""
+        deciding = {
+            "params": [common.seed, common.threads, common.train_policy.model_dump(), common.generate.model_dump()],
+            "branches": branches, "code": stage_code("train_policy", common.modules),
+            "inputs": [identity(path) for path in self.inputs], "device": str(self.device),
+        }  # fmt: skip
+        return sha256_of_json(deciding)[:32]
+
+    def measure_missing(self, out: Path, work: str, wanted: Mapping[str, Params]) -> None:
+        """Measure those rows of `wanted`, each `params_of` it, that are not finished in `out`.
+
+        Raises:
+            FileError: as `read_rows`.
+        """
+        done = read_rows(out, work, wanted)
+        for name, params in wanted.items():
+            if name not in done:
+                console.rule(ROWS.get(name, name))
+                with resumable_run("train_policy", params, ["train_policy", "generate"], self.inputs, self.device) as resume:
+                    record = measure_row(name, work, params, self.store, self.folders, self.cache, self.device, resume)
+                    write_json(out / f"{name}.json", record.model_dump(mode="json"))
+
+
+def read_rows(out: Path, work: str, names: Iterable[str] = tuple(ROWS)) -> dict[str, Row]:
     """The finished rows of a table, in its order.
 
     Raises:
         FileError: a file is no row, or is one of other params, data, models or code.
     """
-    files = {row: out / f"{row}.json" for row in ROWS}
+    files = {row: out / f"{row}.json" for row in names}
     rows = {row: stated(Row, read_json(file), file) for row, file in files.items() if file.is_file()}
     for row in rows.values():
         if row.work != work:
@@ -240,44 +271,44 @@ def markdown(rows: Mapping[str, Row], result: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+Out = Annotated[Path, typer.Argument(help="Folder of the table, such as data/compare/oracles.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Of every policy; without it those of params.yaml.")]
+Stride = Annotated[int | None, typer.Option(min=1, help="In place of train_policy.observation_stride.")]
+ParamsFile = Annotated[Path, typer.Option("--params", help="Parameter file of the stages that have run.")]
+Episodes = Annotated[Path, typer.Option(help="Episode store.")]
+Backbones = Annotated[Path, typer.Option(help="The four backbones.")]
+Video = Annotated[Path, typer.Option(help="Video model.")]
+Cache = Annotated[Path, typer.Option(help="Feature cache.")]
+
+
 @one_line_errors
 def oracles(
-    out: Annotated[Path, typer.Argument(help="Folder of the table, such as data/compare/oracles.")],
+    out: Out,
     row: Annotated[list[str] | None, typer.Option(help=f"Only this row, may be repeated: {', '.join(ROWS)}.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of every policy; without it those of params.yaml.")] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="In place of train_policy.observation_stride.")] = None,
-    file: Annotated[Path, typer.Option("--params", help="Parameter file of the stages that have run.")] = Path("params.yaml"),
-    episodes: Annotated[Path, typer.Option(help="Episode store.")] = Path("data/episodes.zarr"),
-    backbones: Annotated[Path, typer.Option(help="The four backbones.")] = Path("data/backbones"),
-    video: Annotated[Path, typer.Option(help="Video model.")] = Path("data/models/video"),
+    steps: Steps = None,
+    stride: Stride = None,
+    file: ParamsFile = Path("params.yaml"),
+    episodes: Episodes = Path("data/episodes.zarr"),
+    backbones: Backbones = Path("data/backbones"),
+    video: Video = Path("data/models/video"),
     decouplers: Annotated[Path, typer.Option(help="A folder per branch.")] = Path("data/models/decouplers"),
-    cache: Annotated[Path, typer.Option(help="Feature cache.")] = Path(".cache/features"),
+    cache: Cache = Path(".cache/features"),
 ) -> None:
     """Train the same policy on one input after another, and compare the errors of its actions on held-out episodes."""
     unknown = sorted(set(row or []) - set(ROWS))
     if unknown:
         raise ParamsError(f"--row {unknown[0]}: no such row; those are {', '.join(ROWS)}")
     base = load_params(file)
-    device = prepare_torch(base.machine.device, base.threads, base.seed)
-    store, folders = open_store(episodes), part_folders(backbones, video, decouplers)
-    features, inputs = FeatureCache(cache, base.machine.cache_gb), [episodes, *folders.values()]
-    common = params_of(F, base, steps, stride, file)
-    deciding = {
-        "params": [common.seed, common.threads, common.train_policy.model_dump(), common.generate.model_dump()],
-        "branches": base.distill.branches,
-        "code": stage_code("train_policy", base.modules), "inputs": [identity(path) for path in inputs], "device": str(device),
-    }  # fmt: skip
-    work = sha256_of_json(deciding)[:32]
+    if not base.distill.branches:
+        raise ParamsError(
+            f"{file}: distill.branches is [], so that no foresight is there to compare; run distill with a branch"
+        )
+    wanted = {name: params_of(name, base, steps, stride, file) for name in row or ROWS}
+    bench = Bench(base, episodes, part_folders(backbones, video, decouplers), cache)
+    work = bench.work(params_of(F, base, steps, stride, file), base.distill.branches)
     with locked(out.with_name(f"{out.name}.lock")):
         out.mkdir(parents=True, exist_ok=True)
-        done = read_rows(out, work)
-        for name in row or ROWS:
-            if name not in done:
-                console.rule(ROWS[name])
-                params = params_of(name, base, steps, stride, file)
-                with resumable_run("train_policy", params, ["train_policy", "generate"], inputs, device) as resume:
-                    record = measure_row(name, work, params, store, folders, features, device, resume)
-                    write_json(out / f"{name}.json", record.model_dump(mode="json"))
+        bench.measure_missing(out, work, wanted)
         rows = read_rows(out, work)
         result = compared(rows)
         write_json(out / "oracles.json", rounded(result))
