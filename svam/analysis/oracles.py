@@ -31,7 +31,7 @@ from svam.errors import ParamsError, describe
 from svam.files import FileError, locked, read_json, sha256_of_json, stated, whole_file, write_json
 from svam.models.foresight import part_folders
 from svam.params import Params, load_params
-from svam.report.tables import markdown_table, rounded
+from svam.report.tables import labels_sentence, learnt_labels, markdown_table, rounded
 from svam.resume import Resume, identity, resumable_run
 from svam.training.feature_cache import FeatureCache
 from svam.training.train_policy import (
@@ -235,8 +235,9 @@ def verdict(differences: Sequence[Mapping[str, Any]]) -> str:
     return f"The teachers' tokens of the recorded future {said} {foreseen}"
 
 
-def markdown(rows: Mapping[str, Row], result: Mapping[str, Any]) -> str:
-    """The page `oracles.md`."""
+def markdown(rows: Mapping[str, Row], result: Mapping[str, Any], labels: str = "") -> str:
+    """The page `oracles.md`. labels: printed below the tables of errors."""
+    said = [labels] if labels else []
     shown = next(iter(rows.values()))
     inputs = [
         [ROWS[row], f"{line['value']:.4f} [{line['low']:.4f}, {line['high']:.4f}]", f"{rows[row].parameters:,}"]
@@ -259,12 +260,14 @@ def markdown(rows: Mapping[str, Row], result: Mapping[str, Any]) -> str:
         f"units, on every n-th step of {result['episodes']} held-out episodes; 95 % intervals resample episodes, not training "
         "seeds. It is no success: only a closed loop measures that.",
         markdown_table(["the policy sees", "action error [95 %]", "trained parameters"], inputs),
+        *said,
         *(["Not there yet: " + "; ".join(missing) + "."] if missing else []),
         "## Differences",
         f"Paired by episode; the intervals hold for all of them together at {result['level']:.0%}. F and what comes of it are "
         "read from a video model that was trained on the policy's own training episodes and not on the held-out ones; the "
         "recorded future knows no such difference.",
         markdown_table(["the policy sees", "instead of", "difference", "it is"], tested),
+        *said,
         "## By task",
         markdown_table(["the policy sees", *result["tasks"]], by_task),
     ]  # fmt: skip
@@ -312,8 +315,9 @@ def oracles(
         rows = read_rows(out, work)
         result = compared(rows)
         write_json(out / "oracles.json", rounded(result))
+        labels = labels_sentence(learnt_labels(base.prepare_backbones.model_dump()))
         with whole_file(out / "oracles.md") as page:
-            page.write_text(markdown(rows, result), encoding="utf-8")
+            page.write_text(markdown(rows, result, labels), encoding="utf-8")
     console.print(f"{result['verdict']} {len(rows)} of {len(ROWS)} rows: {out}/oracles.md", soft_wrap=True)
 
 

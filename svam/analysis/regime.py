@@ -65,7 +65,7 @@ def trained_on(params: Params, size: int | None, seed: int | None) -> Params:
 def compared(rows: Mapping[str, Row], sizes: Sequence[int], seeds: Sequence[int]) -> dict[str, Any]:
     """{episodes, demonstrations, rows: [{row, seed, errors, falls}], verdict}; errors: mean absolute, at each of `sizes`, which
     ascend."""
-    lines = []
+    lines: list[dict[str, Any]] = []
     for row in INPUTS:
         for seed in seeds:
             errors = [value_of(sums_of(rows[name_of(row, size, seed)].episodes)) or 0.0 for size in sizes]

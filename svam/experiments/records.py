@@ -40,7 +40,8 @@ class Record(Frozen):
     the experiment know; parameters: trained with the policy; policy: DVC's hash of the S-VAM folder; budget: what must be
     equal where variants are compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps,
     execute: of an evaluation episode); latency: milliseconds from one observation to one chunk of actions; stages: those that
-    the variant uses."""
+    the variant uses; labels: what the teachers that its pipeline trains learn from, as `learnt_labels` has it; both wherever it
+    was not yet recorded."""
 
     name: str
     variant: str
@@ -58,6 +59,7 @@ class Record(Frozen):
     latency: float | None
     stages: dict[str, StageCost]
     episodes: list[EpisodeOutcome]
+    labels: tuple[str, ...] = ("depth", "segmentation")
 
     def seconds(self, *beginnings: str) -> float | None:
         """Of all stages together whose name begins so; 0 where there is none, None where one was not measured."""

@@ -161,6 +161,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     from svam.episodes.joined import open_store
     from svam.evaluation.latency import measure_latency
     from svam.models.svam import SVAM
+    from svam.report.tables import learnt_labels
 
     params = run.params
     unused = [] if params["distill"]["branches"] else ["generate", "cache_teacher", "distill"]
@@ -188,4 +189,5 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
             "execute": evaluation["execute"],
         },
         latency=round(measure_latency(svam, 1)["total"], 3), stages=stages, episodes=episodes,
+        labels=tuple(learnt_labels(params["prepare_backbones"])),
     )  # fmt: skip

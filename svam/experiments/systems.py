@@ -8,14 +8,14 @@ from pathlib import Path
 from svam.experiments.plan import FOLDER, REFERENCE, VARIANTS
 from svam.files import FileError, read_json, read_yaml
 from svam.report.published import PUBLISHED
-from svam.report.readme import MEAN
+from svam.report.readme import MEAN, said_of_labels
 from svam.report.tables import markdown_table, percentage
 
 BEGIN, END = "<!-- systems -->", "<!-- /systems -->"
 
 
 def systems_table(report: Path, compared: Path) -> str:
-    """The table, as Markdown.
+    """The table, as Markdown, and below it what S-VAM's teachers learn from.
 
     Args:
         report: of the run whose S-VAM row is shown. compared: folder of the comparison whose variants are, by their first runs;
@@ -50,4 +50,4 @@ def systems_table(report: Path, compared: Path) -> str:
         last = [str(rows_of[system][-1]) if system in rows_of else "" for rows_of in tables.values()]
         rows.append([system, *last, how, shown])
     header = ["system", "MetaWorld, published", "CALVIN, published", "a row here is filled by", "measured here"]
-    return markdown_table(header, rows)
+    return "\n\n".join(filter(None, [markdown_table(header, rows), said_of_labels(report)]))

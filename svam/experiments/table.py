@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from svam.evaluation.scores import rate_of
+from svam.evaluation.scores import PUBLISHED_TIERS, rate_of
 from svam.experiments.plan import REFERENCE, VARIANTS
 from svam.experiments.records import Record, read_records
 from svam.experiments.statistics import (
@@ -31,7 +31,7 @@ from svam.experiments.statistics import (
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.page import Section, divided, rendered
-from svam.report.tables import markdown_table
+from svam.report.tables import labels_sentence, markdown_table
 
 COSTS = {
     "parameters": "parameters trained with the policy", "policy_steps": "policy steps", "batch": "batch",
@@ -45,6 +45,8 @@ SEVERAL_PIPELINES = (
     " Where several pipelines are named, each with demonstrations, goals and weights of its own, these are resampled first, "
     "then the training seeds of each drawn one and its goals; what was said of few seeds holds of few pipelines too."
 )
+HARDER = {*PUBLISHED_TIERS["medium"], *PUBLISHED_TIERS["hard"]}
+"""Tasks on which the published difference is largest."""
 RunRow = dict[str, Any]
 """A run, with the columns of table.csv; None for what was not compared or not measured."""
 
@@ -52,9 +54,9 @@ RunRow = dict[str, Any]
 def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], list[RunRow]]:
     """A row for each run, by size, pipeline, seed, regime and variant, beside the reference's run of the same; a row for each
     variant and size whose seeds were compared on the same goals, or on those of several pipelines: label, size, seeds,
-    pipelines, primary, `DIFFERENCE`, p (corrected, but for primary
-    ones); and one for each regime in which a primary difference was measured too: label, other, size, `DIFFERENCE`, p: of the
-    two differences to S-VAM.
+    pipelines, primary, `DIFFERENCE`, p (corrected, but for primary ones), harder (the number of its tasks in `HARDER`, and
+    `DIFFERENCE` and p of these alone; None without any); and one for each regime in which a primary difference was measured
+    too: label, other, size, `DIFFERENCE`, p: of the two differences to S-VAM.
 
     Raises:
         FileError: two runs that belong together had other goals or budgets, or a record is of an unknown variant.
@@ -104,6 +106,7 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
             "seeds": sorted({seed for _, seed in several[variant, regime, primary, size, goals]}),
             "pipelines": sorted({p for p in pipelines[variant, regime, primary, size, goals] if p is not None}),
             **resampled_difference(*values),
+            "harder": of_harder(several[variant, regime, primary, size, goals]),
         }
         for (variant, regime, primary, size, goals), values in drawn.items()
     ]  # fmt: skip
@@ -123,6 +126,14 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
     return rows, means, regimes
 
 
+def labels_of(records: Sequence[Record]) -> str:
+    """`labels_sentence` of the runs, and in which regimes it does not hold."""
+    regimes = {record.regime: record.labels for record in records}
+    said = labels_sentence(label for labels in regimes.values() for label in labels)
+    without = [regime for regime, labels in regimes.items() if not labels]
+    return f"{said} Not so in {', '.join(sorted(without))}." if said and without else said
+
+
 def label_of(variant: str, regime: str) -> str:
     """What tables call a variant in a regime, "" for none."""
     return f"{VARIANTS[variant]['label']}, {regime}" if regime else str(VARIANTS[variant]["label"])
@@ -131,6 +142,17 @@ def label_of(variant: str, regime: str) -> str:
 def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow:
     """`DIFFERENCE` and p of a value and its bootstrap values."""
     return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
+
+
+def of_harder(seeds: Mapping[tuple[int | None, int], Pairs]) -> RunRow | None:
+    """`resampled_difference` of the tasks in `HARDER` alone, and their number; None where there are none.
+
+    Args:
+        seeds: by pipeline and training seed.
+    """
+    chosen = [{task: goals for task, goals in pairs.items() if task in HARDER} for pairs in seeds.values()]
+    drawn = hierarchical(chosen, [pipeline for pipeline, _ in seeds]) if chosen[0] else None
+    return None if drawn is None else {"tasks": len(chosen[0]), **resampled_difference(*drawn)}
 
 
 def correct(rows: Sequence[RunRow]) -> None:
@@ -151,11 +173,18 @@ def _of(pipelines: Sequence[int | None]) -> str:
     return f" of pipeline {', '.join(named)}" if named else ""
 
 
+def _half_width(row: Mapping[str, Any]) -> str:
+    """Half of the interval's width, in percentage points."""
+    return f"{50 * (row['difference_high'] - row['difference_low']):.1f}"
+
+
 def markdown(
-    rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str]
-) -> str:
+    rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str],
+    labels: str = "",
+) -> str:  # fmt: skip
     """The whole comparison as one Markdown page; the rows are those of `compared`. note: printed above it. machines: on which
-    the runs were made."""
+    the runs were made. labels: printed below each table of success."""
+    said = [labels] if labels else []
     tested = [row for row in rows if row["pairs"] is not None]
     trained = len({(row["seed"], row["pipeline"]) for row in rows})
     lines = []
@@ -175,21 +204,27 @@ def markdown(
         f"Holm-corrected for all comparisons here ({len(tested)}); below {LEVEL} the one that reached more goals is ahead. "
         "Intervals are not corrected.",
         markdown_table(header, lines),
+        *said,
     ]
     if means:
         cells = [
             [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])) + _of(mean["pipelines"]), _points(mean),
-             f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else "")]
+             _half_width(mean), f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else ""),
+             *((str(h["tasks"]), _points(h), _half_width(h)) if (h := mean["harder"]) else ("0", "", ""))]
             for mean in means
         ]  # fmt: skip
+        harder = ["medium and hard tasks", "difference on these alone, points", "half-width"]
         parts += [
             "## Over training seeds",
             "Means of the training seeds. Intervals and p resample training seeds, tasks, and the goals of each drawn task "
             f"({RESAMPLES} times). A comparison that was named primary before anything ran stands by itself; the others' p are "
             f"Holm-corrected for their number ({sum(not mean['primary'] for mean in means)}). Intervals are not corrected; of "
             "few seeds they are too narrow, the part that comes from seeds by a tenth with five and by three tenths with two."
-            f"{SEVERAL_PIPELINES if any(len(mean['pipelines']) > 1 for mean in means) else ''}",
-            markdown_table([*WHICH, "seeds", POINTS, "p"], cells),
+            f"{SEVERAL_PIPELINES if any(len(mean['pipelines']) > 1 for mean in means) else ''} "
+            "Half-width: half of an interval. Medium and hard as in the published tables, hard with very hard; resampled in the same way, "
+            "and not tested.",
+            markdown_table([*WHICH, "seeds", POINTS, "half-width", "p", *harder], cells),
+            *said,
         ]
     if regimes:
         cells = [[r["label"], str(r["size"]), r["other"], _points(r), f"{r['p']:.3g}"] for r in regimes]
@@ -198,6 +233,7 @@ def markdown(
             "A primary difference to S-VAM minus the same variant's in another regime, on the same goals; resampled as above, "
             f"p Holm-corrected ({len(regimes)}).",
             markdown_table([*WHICH, "against regime", "change of the difference, points", "p"], cells),
+            *said,
         ]
     parts += [
         "## What can be said",
@@ -263,7 +299,7 @@ def write(folder: Path) -> str:
     if not records:
         raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
     rows, means, regimes = compared(records)
-    text = markdown(rows, means, regimes, note, sorted({record.machine for record in records}))
+    text = markdown(rows, means, regimes, note, sorted({record.machine for record in records}), labels_of(records))
     with whole_file(folder / "table.md") as file:
         file.write_text(text, encoding="utf-8")
     with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:

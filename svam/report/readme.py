@@ -10,7 +10,7 @@ import typer
 
 from svam.console import one_line_errors
 from svam.files import FileError, read_json, whole_file
-from svam.report.tables import markdown_table
+from svam.report.tables import labels_sentence, markdown_table, measured_labels
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 COLUMNS = {"policy": "S-VAM", "random": "random actions", "expert": "scripted expert"}
@@ -31,6 +31,11 @@ def sentences(flat: Mapping[str, float]) -> str:
     return " ".join(sentence.format(flat[key]) for key, sentence in SENTENCES.items() if key in flat)
 
 
+def said_of_labels(report: Path) -> str:
+    """`labels_sentence` of the run that a report is of."""
+    return labels_sentence(measured_labels(read_json(report / "plots/teachers.json")))
+
+
 def _cell(line: dict[str, float]) -> str:
     return f"{100 * line['success']:.0f} % [{100 * line['low']:.0f}, {100 * line['high']:.0f}]"
 
@@ -45,9 +50,8 @@ def results(report: Path) -> str:
     names = [name for kind, name in policy if kind == group]
     grid = [[name, *(_cell(lines[name, row]) for row in COLUMNS)] for name in (*names, MEAN)]
     header = [f"success on {lines[MEAN, 'policy']['episodes']} unseen goals [95 % Wilson interval]", *COLUMNS.values()]
-    flat = read_json(report / "metrics.json")
-    text = sentences(flat).replace("%", " %")
-    return f"{markdown_table(header, grid)}\n\n{text}"
+    said = [said_of_labels(report), sentences(read_json(report / "metrics.json")).replace("%", " %")]
+    return f"{markdown_table(header, grid)}\n\n{' '.join(filter(None, said))}"
 
 
 def replace_between(page: Path, begin: str, end: str, text: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ NEARLY = 0.1
 """By which share of the bound reconstructed frames may be worse."""
 PARTS = ("finetune_video", "distill_geometric", "distill_semantic", "train_policy")
 """Trained parts that stream their loss, as their folders of curves are called."""
+LABELS = {"depth": "depth error / deviation", "segmentation": "mean IoU"}
+"""Labels of the simulator that a teacher may learn from, as its objective is called -> how its error is measured."""
 ERRORS = {"policy": "S-VAM", "mean_action": "mean action", "hold_last": "hold the last action"}
 """Predictors of actions, in order, and how they are called."""
 
@@ -72,6 +74,28 @@ class RunMetrics:
     def row_name(self, row: str) -> str:
         """What the row is called; the policy may be another program's."""
         return "remote policy" if row == "policy" and self.results.get("policy") == "remote" else ROW_NAMES[row]
+
+
+def labels_sentence(labels: Iterable[str]) -> str:
+    """What has to be said under a table of success in which S-VAM stands beside VPP or Diffusion Policy, here or in published
+    tables; "" where teachers learn from none of `LABELS`."""
+    found = set(labels)
+    learnt = " and ".join(label for label in LABELS if label in found)
+    inputs = "which the inputs of VPP and Diffusion Policy do not see"
+    return f"S-VAM's teachers learn from the simulator's {learnt}, {inputs}." if learnt else ""
+
+
+def learnt_labels(prepare_backbones: Mapping[str, Any]) -> list[str]:
+    """`LABELS` that the teachers of this section of the params learn from; pretrained and self-supervised ones from none."""
+    teachers = [prepare_backbones[branch] for branch in ("geometric", "semantic")]
+    objectives = [teacher["objective"] for teacher in teachers if teacher["source"] == "in_domain"]
+    return [label for label in LABELS if label in objectives]
+
+
+def measured_labels(teachers: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The same by the lines of `teacher_table`: what a teacher is measured by on real frames is what it learnt from."""
+    measures = {line["measure"] for line in teachers if line["view"] == "real"}
+    return [label for label, measure in LABELS.items() if measure in measures]
 
 
 def gather(results: Path, video: Path, decouplers: Path, backbones: Path, branches: Sequence[str]) -> RunMetrics:
@@ -244,7 +268,7 @@ def teacher_table(run: RunMetrics) -> list[dict[str, Any]]:
         dense = run.decouplers.get(branch, {}).get("teacher", {}).get("dense", {})
         views |= {view: dense[view] for view in ("generated", "one_step") if view in dense}
         for view in VIEWS:
-            for key, measure in (("rmse_std", "depth error / deviation"), ("mean", "mean IoU"), ("rmse", "pixel error")):
+            for key, measure in (("rmse_std", LABELS["depth"]), ("mean", LABELS["segmentation"]), ("rmse", "pixel error")):
                 if key in views.get(view, {}):
                     lines.append({"branch": branch, "view": view, "measure": measure, "value": views[view][key]})
     return lines
@@ -365,6 +389,8 @@ def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str
 def markdown(run: RunMetrics, note: str = "") -> str:
     """All results as one Markdown page, under a `note` where there is one."""
     parts = ["# Results", *([note] if note else [])]
+    labels = labels_sentence(measured_labels(teacher_table(run))) if run.results.get("policy", "svam") == "svam" else ""
+    said = [labels] if labels else []
     rows = [row for row in ROW_NAMES if row in run.success]
     if rows:
         cells = {(line["name"], line["row"]): line for line in success_table(run)}
@@ -386,10 +412,11 @@ def markdown(run: RunMetrics, note: str = "") -> str:
                 " The mean of tasks is the average of the published tables; the mean over the four groups of difficulty, as "
                 f"LeRobot averages: {', '.join(means)}."
             )
-        parts += ["## Success in closed loop", text, grid]
+        parts += ["## Success in closed loop", text, grid, *said]
     if chains := chain_section(run):
-        parts += ["## CALVIN: subtasks in a row", chains]
-    parts += libero_parts(run)
+        parts += ["## CALVIN: subtasks in a row", chains, *said]
+    if libero := libero_parts(run):
+        parts += [*libero, *said]
     if run.decouplers:
         lines = [
             [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]

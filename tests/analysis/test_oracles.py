@@ -58,6 +58,7 @@ def test_all_rows_and_then_only_what_is_missing(parts: Path, tmp_path: Path, mon
     assert count == 2 * 25 * 3 and result["rows"][F]["value"] == pytest.approx(total / count, abs=1e-6)
     page = (out / "oracles.md").read_text(encoding="utf-8")
     assert all(f"| {label} |" in page for label in ROWS.values()) and "Not there yet" not in page
+    assert page.count("S-VAM's teachers learn from the simulator's depth and segmentation") == 2
 
     (out / f"{FUTURE}.json").unlink()
     contexts.clear()
@@ -116,6 +117,7 @@ def test_the_verdict_follows_from_paired_intervals(shift: float, said: str, find
     )
     page = markdown(rows, result)
     assert f"**{result['verdict']}**" in page and "Not there yet: trained convolutional encoder" in page
+    assert "teachers learn" not in page
     few = compared({name: row.model_copy(update={"episodes": row.episodes[:7]}) for name, row in rows.items()})
     assert few["verdict"] == "No verdict: fewer than 8 held-out episodes."
     assert compared({F: rows[F]})["verdict"] == "No verdict yet: rows are missing."

@@ -13,7 +13,8 @@ from svam.report.readme import BEGIN, END, main, results
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def write_report(folder: Path, tasks: int) -> Path:
+def write_report(folder: Path, tasks: int, *measures: str) -> Path:
+    """A report of so many tasks, whose teachers are measured so on real frames."""
     names = [("task", f"task-{i}") for i in range(tasks)] + [("tier", "easy"), ("average", "mean of tasks (macro)")]
     rate = {"success": 0.5, "low": 0.254, "high": 0.746, "episodes": 12}
     rows: list[dict[str, Any]] = [
@@ -21,6 +22,7 @@ def write_report(folder: Path, tasks: int) -> Path:
     ]
     write_json(folder / "plots/success.json", rows if tasks else [])
     write_json(folder / "metrics.json", {"success": 0.5, "action_error": 0.0726})
+    write_json(folder / "plots/teachers.json", [{"view": "real", "measure": measure} for measure in measures])
     return folder
 
 
@@ -38,6 +40,16 @@ def test_only_what_stands_between_the_marks_changes(tmp_path: Path, capsys: pyte
     with pytest.raises(SystemExit):
         main(report, page)
     assert "expected the marks" in capsys.readouterr().err and page.read_text() == "no marks"
+
+
+def test_what_the_teachers_learn_from_is_said_where_they_learn_from_labels(tmp_path: Path) -> None:
+    for measures, learnt in (
+        (("depth error / deviation", "mean IoU"), "depth and segmentation"), (("pixel error", "mean IoU"), "segmentation"),
+    ):  # fmt: skip
+        said = f"S-VAM's teachers learn from the simulator's {learnt}, which the inputs of VPP and Diffusion Policy do not see."
+        text = results(write_report(tmp_path / str(len(learnt)), 2, *measures))
+        assert text.splitlines()[-1] == f"{said} Mean absolute error of actions: 0.073."
+    assert "teachers" not in results(write_report(tmp_path / "none", 2, "pixel error", "pixel error"))
 
 
 def test_many_tasks_are_shown_by_tier_and_a_run_without_closed_loop_is_refused(tmp_path: Path) -> None:

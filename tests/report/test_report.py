@@ -23,7 +23,7 @@ from svam.report.figures import clips_figure
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.grid import pca_colours
 from svam.report.published import PUBLISHED, beside_published
-from tests.toy import write_toy_params
+from tests.toy import committed, write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
 SENTENCE = 'reach <script>document.title = "taken"</script> & "the red point"'
@@ -219,6 +219,29 @@ def test_teachers_are_accepted_or_not(
     for file in files.values():  # self-supervised or published teachers have no labels to be judged by
         write_json(file, {"real": {"rmse": 0.1}, "reconstructed": {"rmse": 0.1}})
     assert "As teachers" not in page()
+
+
+def test_what_the_teachers_learn_from_stands_under_each_table_of_success(run: Path) -> None:
+    def page(**results: Any) -> str:
+        read = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
+        return tables.markdown(replace(read, results={**read.results, **results}))
+
+    said = "S-VAM's teachers learn from the simulator's {}, which the inputs of VPP and Diffusion Policy do not see.\n"
+    assert page(calvin=CALVIN).count(said.format("depth and segmentation")) == 3
+    assert page().count("teachers learn") == 2 and "teachers learn" not in page(policy="remote")
+    write_json(run / "backbones/semantic/metrics.json", {"real": {"rmse": 0.5}})  # self-supervised
+    assert page().count(said.format("depth")) == 2
+    write_json(run / "backbones/geometric/metrics.json", {})  # imported weights
+    assert "teachers learn" not in page()
+
+
+def test_the_labels_of_params_are_those_of_teachers_that_are_trained_here() -> None:
+    params = committed("prepare_backbones")
+    assert tables.learnt_labels(params) == ["depth", "segmentation"]
+    params["geometric"]["source"] = "pretrained"
+    assert tables.learnt_labels(params) == ["segmentation"]
+    params["semantic"]["objective"] = "self_supervised"
+    assert tables.learnt_labels(params) == [] and tables.labels_sentence([]) == ""
 
 
 def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
