@@ -221,8 +221,8 @@ def markdown(
             f"Holm-corrected for their number ({sum(not mean['primary'] for mean in means)}). Intervals are not corrected; of "
             "few seeds they are too narrow, the part that comes from seeds by a tenth with five and by three tenths with two."
             f"{SEVERAL_PIPELINES if any(len(mean['pipelines']) > 1 for mean in means) else ''} "
-            "Half-width: half of an interval. Medium and hard as in the published tables, hard with very hard; resampled in the same way, "
-            "and not tested.",
+            "Half-width: half of an interval. Medium and hard as in the published tables, hard with very hard; resampled in "
+            "the same way, and not tested.",
             markdown_table([*WHICH, "seeds", POINTS, "half-width", "p", *harder], cells),
             *said,
         ]
