@@ -210,22 +210,34 @@ def _recorded(stage: str, key: str) -> object:
 
 
 def notes(params: Params) -> list[str]:
-    """Sentences about values that are accepted, and probably a mistake.
+    """Sentences about values that are accepted, and perhaps a mistake."""
+    return [*_of_first_noise(params), *_of_tail(params)]
 
-    Sampling starts from pure noise, training from clips plus noise of `sigma_max`. What is left of the clip there grows with
-    the distance of two clips, which grows with the root of their number of values.
-    """
+
+def _of_first_noise(params: Params) -> Iterator[str]:
+    """Sampling starts from pure noise, training from clips plus noise of `sigma_max`. What is left of the clip there grows with
+    the distance of two clips, which grows with the root of their number of values."""
     size, autoencoder = frame_size(params), params.prepare_backbones.autoencoder
     if size is None:
-        return []
+        return
     channels = autoencoder.latent_channels if autoencoder.source == "in_domain" else 4
     height, width = (side // autoencoder.factor for side in size)
     shape = f"{params.finetune_video.frames} x {height} x {width} x {channels}"
     enough = SIGMA_MAX * math.sqrt(params.finetune_video.frames * height * width * channels / LATENT_VALUES)
-    if params.finetune_video.sigma_max >= 0.7 * enough:
-        return []
-    return [
-        f"finetune_video.sigma_max is {params.finetune_video.sigma_max:g}, which is low for clips of {shape} latent values: "
-        f"training would see the clip through the noise that sampling starts from. About {enough:.0f} hides it as "
-        f"{SIGMA_MAX:g} does at 6 x 8 x 8 x 32"
-    ]
+    if params.finetune_video.sigma_max < 0.7 * enough:
+        yield (
+            f"finetune_video.sigma_max is {params.finetune_video.sigma_max:g}, which is low for clips of {shape} latent "
+            "values: training would see the clip through the noise that sampling starts from. About "
+            f"{enough:.0f} hides it as {SIGMA_MAX:g} does at 6 x 8 x 8 x 32"
+        )
+
+
+def _of_tail(params: Params) -> Iterator[str]:
+    """A clip that begins near the end of a demonstration looks beyond it."""
+    video, tail = params.finetune_video, params.collect.tail
+    ahead = round((video.frames - 1) * video.stride_seconds * RATE_HZ)
+    if "metaworld" in [part.source for part in params.convert.parts] and tail < ahead:
+        yield (
+            f"collect.tail is {tail}, but a clip looks {ahead} steps ahead ((finetune_video.frames - 1) x stride_seconds): the "
+            f"last frames of clips near the end of a demonstration are copies of its last one. A tail of {ahead} records them"
+        )

@@ -204,7 +204,19 @@ def test_each_contradiction_gets_a_line(tmp_path: Path) -> None:
     ({"finetune_video.frames": 8, "collect.image_size": 128, "finetune_video.sigma_max": 440.0}, []),
 ])  # fmt: skip
 def test_a_first_noise_level_that_hides_too_little_is_noted(changes: dict[str, Any], said: list[str], tmp_path: Path) -> None:
-    lines = notes(load_params(write(tmp_path, changes)))
+    lines = [line for line in notes(load_params(write(tmp_path, changes))) if "sigma_max" in line]
+    assert len(lines) == bool(said)
+    assert all(part in line for line in lines for part in said), lines
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({}, ["collect.tail is 5, but a clip looks 25 steps ahead", "A tail of 25 records them"]),
+    ({"finetune_video.frames": 8, "collect.tail": 34}, ["collect.tail is 34", "looks 35 steps ahead"]),
+    ({"finetune_video.frames": 8, "collect.tail": 35}, []),
+    ({"convert.source": "raw", "collect.tasks": [], **OFFLINE}, []),
+])  # fmt: skip
+def test_a_tail_shorter_than_a_clip_looks_ahead_is_noted(changes: dict[str, Any], said: list[str], tmp_path: Path) -> None:
+    lines = [line for line in notes(load_params(write(tmp_path, changes))) if "collect.tail" in line]
     assert len(lines) == bool(said)
     assert all(part in line for line in lines for part in said), lines
 
