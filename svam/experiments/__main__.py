@@ -61,6 +61,15 @@ def table(
 
 @app.command()
 @one_line_errors
+def screening(file: PlanFile = FOLDER / "registered.yaml") -> None:
+    """Print success by task in the screening of a study, from its record, and which tasks others replace."""
+    from svam.experiments.screening import screened
+
+    typer.echo(screened(file))
+
+
+@app.command()
+@one_line_errors
 def params(
     changes: Annotated[list[str], typer.Argument(help="key=value, as for -S, or the name of a preset.")],
     file: Annotated[Path, typer.Option("--params", help="Parameter file to begin with.")] = Path("params.yaml"),

@@ -81,13 +81,16 @@ class Run:
 
 
 def load_plan(file: Path) -> Plan:
-    """Read and check a plan.
+    """Read and check a plan. One that `extends` another, a file beside it, has its keys but for those that it states.
 
     Raises:
         ParamsError: a key is unknown, missing, or contradicts another.
     """
+    values = read_yaml(file)
+    if isinstance(values, dict) and (extended := values.pop("extends", None)):
+        values = read_yaml(file.with_name(str(extended))) | values
     try:
-        return Plan.model_validate(read_yaml(file))
+        return Plan.model_validate(values)
     except ValidationError as error:
         raise ParamsError(describe(error, file)) from None
 

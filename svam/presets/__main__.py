@@ -74,7 +74,13 @@ def args(name: Name, params: ParamsFile = PARAMS) -> None:
 def plan(
     name: Name,
     params: ParamsFile = PARAMS,
-    card: Annotated[str, typer.Option(help="Whose peak and memory: rtx3090, rtx4090, a100, h100 or h200.")] = "h100",
+    card: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose peak and memory: rtx3090, rtx4090, a100, h100, h200, or cpu (two cores). Without it that of "
+            "machine.device: cpu, or an h100."
+        ),
+    ] = None,
     share: Annotated[float, typer.Option(min=0.001, max=1.0, help="Of the peak that is reached.")] = 0.15,
     store: Annotated[Path, typer.Option(help="Measured, where its data is what the preset asks for.")] = STORE,
     rows: Annotated[int | None, typer.Option(min=2, help="Time steps of data that is not collected here.")] = None,
@@ -87,6 +93,7 @@ def plan(
     from svam.presets.data import estimated, measured
     from svam.presets.plan import CARDS, report
 
+    card = card or ("cpu" if planned.machine.device == "cpu" else "h100")
     if card not in CARDS:
         raise ParamsError(f"--card is {card!r}; expected one of {', '.join(CARDS)}")
     data = measured(store) if same and store.exists() else estimated(planned, rows, actions)

@@ -17,8 +17,12 @@ from svam.presets.data import Data
 from svam.presets.memory import LADDER, Account, Held, Means, state_bytes
 from svam.presets.models import Models
 
-CARDS = {"rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141)}
-"""Name -> (peak of dense bf16 matrix products in FLOP/s, memory in GB), as NVIDIA states them."""
+CARDS = {
+    "rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141),
+    "cpu": (0.9e12, 16),
+}  # fmt: skip
+"""Name -> (peak of dense bf16 matrix products in FLOP/s, memory in GB), as NVIDIA states them. cpu: two cores; `SHARE` of its
+number is the rate at which the default's stages ran on an AMD EPYC with AVX-512: 1,920 s for 255 TFLOP."""
 SHARE = 0.15
 """Of the peak. A training step of SVD's U-Net (16 frames of 32 x 32 latents, batch 4) took 354 ms on an H200, which is 16 %."""
 RAW, STORED = 0.36, 0.20
@@ -277,6 +281,8 @@ def _fit_lines(params: Params, account: Account, frozen: int) -> list[str]:
 def short_of(params: Params, most: int) -> Iterator[str]:
     """What the params need and this machine has not; `most`: bytes that a stage holds on the card."""
     yield from lacking(params)
+    if params.machine.device == "cpu":
+        return
     if not torch.cuda.is_available():
         yield "torch sees no GPU"
     elif (memory := torch.cuda.get_device_properties(0).total_memory) < most:
@@ -300,8 +306,8 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
     lines += ["  DVC's cache holds each out in data/ once more, where the file system does not share blocks"]
     lines += [
         "",
-        "GPU: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs of",
-        "the largest layer; without accumulation gradients and activations need not lie there together. Hours are FLOPs of",
+        "Memory: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs",
+        "of the largest layer; without accumulation gradients and activations need not lie there together. Hours are FLOPs of",
         f"matrix products and convolutions / ({share:g} x {peak / 1e12:g} TFLOP/s of {card})",
         f"  {'stage':36s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
         f"{'PFLOP':>12s}{'hours':>9s}",
@@ -321,7 +327,7 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
                 "take another --card"
             )
     lines.append(f"  {'together':36s}{hours:79.2f}")
-    if params.finetune_video.training.steps:
+    if params.finetune_video.training.steps and card != "cpu":
         lines += ["", *_fit_lines(params, account, saved(models.autoencoder) + saved(models.text))]
     features, room = sum(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
     if features > room * 1e9:

@@ -54,7 +54,8 @@ def test_the_plan_is_of_equal_budgets_on_shared_goals(tmp_path: Path) -> None:
 
 
 def test_the_registered_comparison_is_what_its_page_says() -> None:
-    """Every regime has S-VAM and both primary opponents, and differs in how F is made alone."""
+    """Every regime has S-VAM and both primary opponents. Four differ in how F is made alone, one is `published` with teachers
+    that see no labels."""
     plan = load_plan(FOLDER / "registered.yaml")
     asked = {(v, r.regime, s) for r in plan.runs for v in r.variants for s in r.seeds}
     primary = {(v, r.regime, s) for r in plan.runs if r.primary for v in r.variants for s in r.seeds}
@@ -65,12 +66,19 @@ def test_the_registered_comparison_is_what_its_page_says() -> None:
 
     screening, *svam = planned_runs(plan, ["svam-*-seed1-*", "*-screening"], PARAMS)
     params = {run.regime: run.params for run in svam}
-    assert list(params) == ["published", "published_levels", "published_noise", "ours"] == regimes
+    assert set(params) == {"published", "published_levels", "published_noise", "ours", "self_supervised"} == set(regimes)
+    unlabelled = params.pop("self_supervised")
+    teachers = unlabelled["prepare_backbones"]
+    assert {teachers[branch]["objective"] for branch in ("geometric", "semantic")} == {"self_supervised"}
+    seen = {branch: params["published"]["prepare_backbones"][branch] for branch in ("geometric", "semantic")}
+    others = {branch: teachers[branch] | {k: seen[branch][k] for k in ("objective", "family")} for branch in seen}
+    assert unlabelled | {"prepare_backbones": teachers | others} == params["published"]
     made = {regime: values["finetune_video"] for regime, values in params.items()}
-    draws = [values["train_policy"].pop("feature_draws") for values in params.values()]
-    assert [(m["first_sigma_share"], m["noise"], n) for m, n in zip(made.values(), draws, strict=True)] == [
-        (0.0, "fresh", 4), (0.0, "fixed", 1), (0.3, "fresh", 4), (0.3, "fixed", 1),
-    ]  # fmt: skip
+    draws = {regime: values["train_policy"].pop("feature_draws") for regime, values in params.items()}
+    assert {regime: (m["first_sigma_share"], m["noise"], draws[regime]) for regime, m in made.items()} == {
+        "published": (0.0, "fresh", 4), "published_levels": (0.0, "fixed", 1), "published_noise": (0.3, "fresh", 4),
+        "ours": (0.3, "fixed", 1),
+    }  # fmt: skip
     assert made["published"] | {"noise": "fixed"} == made["published_levels"]
     assert made["ours"] | {"noise": "fresh"} == made["published_noise"]
     assert all(values | {"finetune_video": made["ours"]} == params["ours"] for values in params.values())
@@ -98,6 +106,20 @@ def test_the_published_table_is_planned_whole_and_in_parts() -> None:
     sizes = [params["finetune_video"]["unet"] | params["train_policy"]["transformer"] for params in (small, large.params)]
     assert sizes[0] == sizes[1]
     assert small["finetune_video"]["training"]["steps"] * 0.092 < 540 / 2, "at the rate that was measured on an H200"
+
+
+def test_the_registered_comparison_on_two_cores_asks_the_same() -> None:
+    """Other sizes, and records of its own: the goals, seeds, regimes and variants are the same."""
+    plans = [load_plan(FOLDER / f"{name}.yaml") for name in ("registered", "registered_cpu")]
+    registered, cpu = plans
+    assert cpu.model_dump(exclude={"collection", "arguments"}) == registered.model_dump(exclude={"collection", "arguments"})
+    assert (cpu.collection, cpu.arguments) == ("registered_cpu", ["mt12-cpu"])
+    (one,), (other,) = (planned_runs(plan, ["svam-50-seed1-*-published"], PARAMS) for plan in plans)
+    assert other.name == "svam-50-seed1-registered_cpu-published"
+    assert one.params["evaluate"] | {"batch": 0} == other.params["evaluate"] | {"batch": 0}
+    same = ("tasks", "episodes", "episodes_of", "tail", "max_steps", "noisy_share")
+    assert [one.params["collect"][key] for key in same] == [other.params["collect"][key] for key in same]
+    assert other.params["machine"]["device"] == "cpu"
 
 
 def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:

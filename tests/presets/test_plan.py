@@ -90,9 +90,12 @@ def test_the_text_of_a_plan_and_what_it_cannot_know(tmp_path: Path) -> None:
     assert "an estimate, there is no store of these params" in done.stdout and "71 TFLOP/s of rtx3090" in done.stdout
     assert "fine-tuning with 4 clips at a time" in done.stdout and "machine.checkpointing: true, machine.average" in done.stdout
     assert "does not fit: the policy's features take" in done.stdout and "raise it, or train_policy" in done.stdout
+    done = CliRunner().invoke(app, ["plan", "quick", *params, "--store", str(tmp_path / "none.zarr")])
+    assert done.exit_code == 0 and "0.9 TFLOP/s of cpu" in done.stdout, "these params' device"
+    assert "fine-tuning with" not in done.stdout and "GPU" not in done.stdout
     for arguments, said in (
         (["paper-calvin"], "convert.source is 'calvin' and there is no store of it to measure: pass --rows and --actions"),
-        (["quick", "--card", "h1000"], "--card is 'h1000'; expected one of rtx3090, rtx4090, a100, h100, h200"),
+        (["quick", "--card", "h1000"], "--card is 'h1000'; expected one of rtx3090, rtx4090, a100, h100, h200, cpu"),
     ):
         done = CliRunner().invoke(app, ["plan", *arguments, "--params", str(ROOT / "params.yaml"), "--store", "none.zarr"])
         assert done.exit_code == 1 and said in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from svam.agreement import notes
 from svam.errors import ParamsError
 from svam.experiments.plan import with_arguments
 from svam.params import load_params
@@ -56,6 +58,21 @@ def test_every_preset_passes_the_checks_and_its_models_build(name: str) -> None:
     assert set(models.decouplers) == {"geometric", "semantic"}
     kept = [line for line in COMMITTED.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("#")]
     assert all(line in text for line in kept)
+
+
+@pytest.mark.parametrize("name", ["mt50-gpu", "mt12-gpu", "mt12-cpu"])
+def test_the_recipe_of_the_comparison(name: str) -> None:
+    """Fifty demonstrations of each task are learnt from, clips end within them, and generations are guided by the sentence."""
+    params, _ = with_overlay(overlay_of(name), COMMITTED, name)
+    data = estimated(params, None, None)
+    for held_out, count in ((False, 50), (True, 6)):
+        chosen = [task for task, side in zip(data.tasks, data.held_out, strict=True) if side == held_out]
+        assert Counter(chosen) == dict.fromkeys(params.evaluate.metaworld.tasks, count)
+    assert len(params.collect.tasks) == int(name[2:4]) and not notes(params)
+    assert (params.finetune_video.dropped, params.generate.guidance) == ("text", 2.0)
+    perceiver, transformer = params.train_policy.perceiver, params.train_policy.transformer
+    assert perceiver.free_queries and perceiver.queries == 14 and perceiver.embedding == 2 * perceiver.width
+    assert (transformer.attention_dropout, transformer.residual_dropout, transformer.mlp_dropout) == (0.3, 0.1, 0.1)
 
 
 def test_the_default_is_what_is_committed() -> None:
