@@ -90,6 +90,7 @@ def test_the_loop(finished: Path, tmp_path: Path) -> None:
     assert svam == first and vpp.name == "vpp-1-seed1-small"
     for record in (svam, vpp):
         assert record.budget["policy_steps"] == 4 and record.budget["demonstrations"] == 2
+        assert record.labels == ("depth", "segmentation")
         assert [(e.task, e.index) for e in record.episodes] == [("button-press-topdown", 0), ("button-press-topdown", 1)]
         assert record.revision in run(root, "git", "for-each-ref", "refs/exps")
     assert [e.seed for e in svam.episodes] == [e.seed for e in vpp.episodes] and svam.budget == vpp.budget
