@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from svam.params import Params, load_params
+from svam.presets import plan
 from svam.presets.__main__ import app
 from svam.presets.data import Data, estimated, measured
 from svam.presets.models import Models
@@ -90,12 +91,24 @@ def test_the_text_of_a_plan_and_what_it_cannot_know(tmp_path: Path) -> None:
     assert "an estimate, there is no store of these params" in done.stdout and "71 TFLOP/s of rtx3090" in done.stdout
     assert "fine-tuning with 4 clips at a time" in done.stdout and "machine.checkpointing: true, machine.average" in done.stdout
     assert "does not fit: the policy's features take" in done.stdout and "raise it, or train_policy" in done.stdout
-    done = CliRunner().invoke(app, ["plan", "quick", *params, "--store", str(tmp_path / "none.zarr")])
-    assert done.exit_code == 0 and "0.9 TFLOP/s of cpu" in done.stdout, "these params' device"
-    assert "fine-tuning with" not in done.stdout and "GPU" not in done.stdout
     for arguments, said in (
         (["paper-calvin"], "convert.source is 'calvin' and there is no store of it to measure: pass --rows and --actions"),
         (["quick", "--card", "h1000"], "--card is 'h1000'; expected one of rtx3090, rtx4090, a100, h100, h200, cpu"),
     ):
         done = CliRunner().invoke(app, ["plan", *arguments, "--params", str(ROOT / "params.yaml"), "--store", "none.zarr"])
         assert done.exit_code == 1 and said in done.stderr
+
+
+@pytest.mark.parametrize("device, card", [("cpu", "0.9 TFLOP/s of cpu"), ("cuda", "989 TFLOP/s of h100")])
+def test_the_card_is_by_default_that_of_the_device(
+    device: str, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a processor no cards are asked for; what stages take is left out here."""
+    monkeypatch.setattr(plan, "stages_of", lambda *_: iter(()))
+    monkeypatch.setattr(plan, "_fit_lines", lambda *_: ["fine-tuning with"])
+    write_toy_params(tmp_path / "params.yaml", {"machine": {"device": device}})
+    arguments = ["plan", "quick", "--params", str(tmp_path / "params.yaml"), "--store", str(tmp_path / "none.zarr")]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0 and card in done.stdout, done.output
+    assert ("fine-tuning with" in done.stdout) == (device == "cuda")
+    assert device == "cuda" or "GPU" not in done.stdout
