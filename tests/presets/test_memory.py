@@ -242,10 +242,12 @@ def test_what_acting_decodes_is_counted_as_it_is_bounded(toy: Account, monkeypat
 
 
 def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = toy.params
+    on_a_card = changed(toy, "machine", device="auto")
+    params = on_a_card.params
     monkeypatch.setattr(agreement, "find_spec", lambda name: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    said = list(short_of(changed(toy, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
+    assert not list(short_of(toy.params, 10**9))  # that asks for the CPU
+    said = list(short_of(changed(on_a_card, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
     assert len(said) == 3 and "moments is 'int8', but bitsandbytes is not installed: pip install" in said[0]
     assert "lora_rank is 4, but peft is not installed" in said[1] and "torch sees no GPU" in said[2]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
