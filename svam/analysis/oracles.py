@@ -3,7 +3,7 @@
 The same policy, of the same observations, steps, seed and size, learns from one input after another: what the teachers see in
 the current frame, in the future as it was recorded, in a multi-step generation; one-step features F; distilled foresight beside
 F; a trained encoder. Measured is the error of its actions on held-out episodes. Perfect foresight is the recorded future: where
-even that does not beat F, nothing that is distilled can, with these teachers.
+even that beats neither F nor, beside F, what the teachers see in the current frame, nothing that is distilled can.
 
 Each input is a row, `OUT/<row>.json`, written when it is whole; the same command goes on with the rows that are missing, and
 with the training that was killed.
@@ -221,18 +221,23 @@ def sums_of(episodes: Sequence[EpisodeErrors]) -> Sums:
 
 
 def verdict(differences: Sequence[Mapping[str, Any]]) -> str:
-    """What the intervals say of foresight: of perfect foresight, and of what is distilled here."""
+    """What the intervals say of foresight: of perfect foresight, by itself and as a policy has it, beside F; and of what is
+    distilled here."""
     findings = {(line["row"], line["against"]): line["finding"] for line in differences}
-    perfect, distilled = findings.get((FUTURE, F)), findings.get((S_VAM, FRAME_AND_F))
     if "too few episodes" in findings.values():
         return f"No verdict: fewer than {FEWEST_EPISODES} held-out episodes."
-    if perfect is None or distilled is None:
+    pairs = ((FUTURE, F), (FUTURE_AND_F, FRAME_AND_F), (S_VAM, FRAME_AND_F))
+    if not set(pairs) <= set(findings):
         return "No verdict yet: rows are missing."
-    said = "beat F: with these teachers, foresight has something to win."
-    if perfect != "better":
-        said = "do not clearly beat F, so with these teachers no distillation can win."
-    foreseen = f"Distilled foresight, against the current frame's tokens in its place, is {distilled}."
-    return f"The teachers' tokens of the recorded future {said} {foreseen}"
+    alone, beside, distilled = (findings[pair] for pair in pairs)
+    said = ("beat" if finding == "better" else "do not clearly beat" for finding in (alone, beside))
+    joined = ", and" if (alone == "better") == (beside == "better") else ", but"
+    won = "foresight has something to win" if "better" in (alone, beside) else "no distillation can win"
+    return (
+        f"The teachers' tokens of the recorded future {next(said)} F by themselves{joined} beside F they {next(said)} those of "
+        f"the current frame: with these teachers, {won}. Distilled foresight, in their place beside F, is {distilled} in "
+        "comparison with the current frame's tokens."
+    )
 
 
 def markdown(rows: Mapping[str, Row], result: Mapping[str, Any], labels: str = "") -> str:

@@ -9,7 +9,19 @@ import numpy as np
 import pytest
 import typer
 
-from svam.analysis.oracles import FRAME_AND_F, FUTURE, ROWS, S_VAM, EpisodeErrors, F, Row, compared, markdown, oracles
+from svam.analysis.oracles import (
+    FRAME_AND_F,
+    FUTURE,
+    FUTURE_AND_F,
+    ROWS,
+    S_VAM,
+    EpisodeErrors,
+    F,
+    Row,
+    compared,
+    markdown,
+    oracles,
+)
 from svam.files import read_json, write_json
 from svam.training import train_policy
 from tests.toy import TRAINING, invoke, write_toy_params
@@ -92,19 +104,23 @@ def make_row(name: str, errors: np.ndarray[Any, Any]) -> Row:
     return Row(row=name, work="w", steps=5, observations=9, parameters=7, episodes=episodes)
 
 
-@pytest.mark.parametrize(("shift", "said", "finding"), [
-    (-0.1, "beat F: with these teachers, foresight has something to win.", "better"),
-    (0.0, "do not clearly beat F, so with these teachers no distillation can win.", "not distinguishable"),
-    (0.1, "do not clearly beat F, so with these teachers no distillation can win.", "worse"),
+@pytest.mark.parametrize(("shift", "beside", "said", "finding"), [
+    (-0.1, -0.1, "beat F by themselves, and beside F they beat those of the current frame: with these teachers, foresight has",
+     "better"),
+    (0.1, -0.1, "do not clearly beat F by themselves, but beside F they beat those of the current frame: with these teachers, "
+     "foresight has something to win.", "worse"),
+    (0.0, 0.0, "do not clearly beat F by themselves, and beside F they do not clearly beat those of the current frame: with "
+     "these teachers, no distillation can win.", "not distinguishable"),
 ])  # fmt: skip
-def test_the_verdict_follows_from_paired_intervals(shift: float, said: str, finding: str) -> None:
+def test_the_verdict_follows_from_paired_intervals(shift: float, beside: float, said: str, finding: str) -> None:
     """Episodes differ by far more than the rows do: only paired differences can tell."""
     rng = np.random.default_rng(0)
     hard = rng.uniform(0.5, 3.0, 40)
-    shifts = {F: 0.0, FRAME_AND_F: 0.05, FUTURE: shift, S_VAM: 0.05 + shift}
+    shifts = {F: 0.0, FRAME_AND_F: 0.05, FUTURE: shift, FUTURE_AND_F: 0.05 + beside, S_VAM: 0.05 + shift}
     rows = {name: make_row(name, hard + own + rng.normal(0, 0.02, 40)) for name, own in shifts.items()}
     result = compared(rows)
-    assert f"recorded future {said} Distilled foresight" in result["verdict"] and result["verdict"].endswith(f"is {finding}.")
+    assert result["verdict"].startswith(f"The teachers' tokens of the recorded future {said}")
+    assert f"is {finding} in comparison with the current frame's tokens." in result["verdict"]
     value = result["rows"][F]
     assert (
         value["value"] == pytest.approx(np.mean([e.total / e.count for e in rows[F].episodes]))
