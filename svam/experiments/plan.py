@@ -84,11 +84,16 @@ def load_plan(file: Path) -> Plan:
     """Read and check a plan. One that `extends` another, a file beside it, has its keys but for those that it states.
 
     Raises:
-        ParamsError: a key is unknown, missing, or contradicts another.
+        ParamsError: a key is unknown, missing, or contradicts another, here or in the extended plan.
     """
     values = read_yaml(file)
     if isinstance(values, dict) and (extended := values.pop("extends", None)):
-        values = read_yaml(file.with_name(str(extended))) | values
+        base = file.with_name(str(extended))
+        values = _checked(read_yaml(base), base).model_dump() | values
+    return _checked(values, file)
+
+
+def _checked(values: Any, file: Path) -> Plan:
     try:
         return Plan.model_validate(values)
     except ValidationError as error:

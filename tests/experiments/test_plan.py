@@ -122,6 +122,21 @@ def test_the_registered_comparison_on_two_cores_asks_the_same() -> None:
     assert other.params["machine"]["device"] == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("- a list\n", r"base\.yaml: .*expected"),
+        ("extends: plan.yaml\n", r"base\.yaml: .*extends"),
+        ("wrong: 1\n", r"base\.yaml: .*wrong"),
+    ],
+)
+def test_a_plan_that_extends_what_is_no_plan_names_that_file(tmp_path: Path, base: str, message: str) -> None:
+    (tmp_path / "base.yaml").write_text(base)
+    (tmp_path / "plan.yaml").write_text("extends: base.yaml\ncollection: mine\n")
+    with pytest.raises(ParamsError, match=message):
+        load_plan(tmp_path / "plan.yaml")
+
+
 def test_a_parameter_file_of_a_preset_and_changes(tmp_path: Path) -> None:
     """What is printed is a whole parameter file; a preset may have lists over several lines."""
     done = CliRunner().invoke(app, ["params", "metaworld-50", "evaluate.protocols=[metaworld]", "evaluate.policy=expert"])
