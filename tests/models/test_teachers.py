@@ -158,7 +158,7 @@ def test_views_keep_to_their_shares() -> None:
     kinds = {"clean": 0, "reconstructed": 0, "blurred": 0}
     for _ in range(60):
         chosen = torch.from_numpy(rng.choice(8, 3, replace=False))
-        seen, labels = views.batch(chosen, section("dinov2", "depth"), rng, torch.device("cpu"))
+        seen, labels = views.batch(chosen, section("dinov2", "depth"), rng, torch.device("cpu")).look()
         assert labels.tolist() == chosen.tolist()
         for one, original in zip(seen, as_unit(frames[chosen]), strict=True):
             rebuilt_one = torch.allclose(one, torch.full_like(one, 0.2))
