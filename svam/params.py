@@ -197,6 +197,9 @@ class TeacherModel(Backbone, Attention):
     blur: Annotated[list[Positive], Field(min_length=2, max_length=2)]
     masked_share: Annotated[float, Field(gt=0.0, lt=1.0)]
     rare_class_power: Share
+    dice_weight: NotNegative
+    metric_weight: NotNegative
+    head_scale: Literal[2, 4]
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:

@@ -14,17 +14,17 @@ from svam.contract import ContractError
 from svam.models.families import Family
 from svam.models.published import save_published
 from svam.models.teachers import FARTHEST, Backbone, Teacher, TeacherConfig, to_grid, unpatchify
-from svam.training.prepare_backbones.teacher import Views, as_unit, blur, build, inverse_depth, objective_of
+from svam.training.prepare_backbones.teacher import Views, as_unit, blur, build, inverse_depth, objective_of, soft_dice
 from svam.training.teacher_metrics import confusion, depth_error, intersection_over_union, valid_depth
 from tests.toy import committed
 
 SIZE = 16
 
 
-def section(family: Family, objective: str) -> params.TeacherModel:
+def section(family: Family, objective: str, **changed: float) -> params.TeacherModel:
     values = committed(
         "prepare_backbones.semantic", family=family, objective=objective, image_size=SIZE, patch=4, width=12, layers=2, heads=2,
-        reconstructed_share=0.25, blurred_share=0.25, training={"steps": 60, "batch": 3, "warmup": 2},
+        reconstructed_share=0.25, blurred_share=0.25, training={"steps": 60, "batch": 3, "warmup": 2}, **changed,
     )  # fmt: skip
     return params.TeacherModel.model_validate(values)
 
@@ -147,6 +147,51 @@ def test_each_objective_overfits_one_batch(family: Family, objective: str, outpu
         optimiser.step()
         values.append(value.item())
     assert np.mean(values[-5:]) < 0.5 * values[0]
+
+
+def test_the_depth_loss_weighs_metres_beside_their_inverse(frames: torch.Tensor) -> None:
+    config = TeacherConfig("dinov2", SIZE, "depth", 1, inverse_mean=0.5, inverse_std=0.4, depth_std=2.0)
+    teacher = Teacher(build(section("dinov2", "depth")), config)
+    assert teacher.head is not None
+    torch.nn.init.zeros_(teacher.head.weight)
+    torch.nn.init.zeros_(teacher.head.bias)  # it predicts 0.5 / m, 2 m
+    truth = torch.full((2, SIZE, SIZE), 0.25)
+    truth[:, 0], truth[:, 1] = 0.0, torch.nan  # the sky, which lies at FARTHEST; a hole
+    seen = SIZE - 1
+    for weight in (0.0, 3.0):
+        _, loss = objective_of(teacher, section("dinov2", "depth", metric_weight=weight), np.array([1]))
+        inverse, metres = ((seen - 1) * 0.25 + 0.5) / seen, ((seen - 1) * 2.0 + FARTHEST - 2.0) / seen
+        assert loss((frames, truth)).item() == pytest.approx(inverse + weight * 0.4 / 2.0 * metres, rel=1e-5)
+
+
+def test_soft_dice_by_hand() -> None:
+    classes = torch.tensor([[[0, 0, 1]]])
+    likely = torch.tensor([[[[1.0, 0.5, 0.0]], [[0.0, 0.5, 1.0]], [[0.0, 0.0, 0.0]]]])
+    values = soft_dice(likely, classes)
+    assert values.tolist() == pytest.approx([1 - 2 * 1.5 / 3.5, 1 - 2 * 1.0 / 2.5, 1.0])
+
+
+def test_dice_weighs_the_classes_that_occur(frames: torch.Tensor) -> None:
+    teacher = Teacher(build(section("dinov2", "segmentation")), TeacherConfig("dinov2", SIZE, "segmentation", 3))
+    assert teacher.head is not None
+    torch.nn.init.zeros_(teacher.head.weight)
+    torch.nn.init.zeros_(teacher.head.bias)  # each class with a third
+    labels = torch.zeros(2, SIZE, SIZE, dtype=torch.uint8)
+    labels[0] = 1
+    values = [
+        objective_of(teacher, section("dinov2", "segmentation", dice_weight=weight), np.array([5, 5, 0]))[1](
+            (frames, labels)
+        ).item()
+        for weight in (0.0, 2.0)
+    ]
+    assert values[1] - values[0] == pytest.approx(2.0 * (1 - 2 * (1 / 3) / (2 / 3 + 1)))  # the third class is in no picture
+
+
+def test_the_depth_heads_finest_map_has_the_scale_of_the_params() -> None:
+    scales = {
+        scale: build(section("depth_anything_v2", "depth", head_scale=scale)).config.reassemble_factors for scale in (2, 4)
+    }
+    assert scales == {2: [2, 1], 4: [4, 2]}
 
 
 def test_views_keep_to_their_shares() -> None:

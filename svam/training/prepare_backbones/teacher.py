@@ -31,7 +31,7 @@ from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.models.autoencoder import Autoencoder
 from svam.models.published import freeze, resolve_weights
-from svam.models.teachers import Backbone, Teacher, TeacherConfig, as_unit, unpatchify
+from svam.models.teachers import FARTHEST, Backbone, Teacher, TeacherConfig, as_unit, unpatchify
 from svam.resume import Resume
 from svam.seeds import generator
 from svam.training.batch_order import EndlessOrder
@@ -71,7 +71,9 @@ def build(section: params.TeacherModel) -> Backbone:
     if section.family == "dinov2_registers":
         return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vit, num_register_tokens=4))
     # Four layers feed the dense head, as in the published model; a shallower one feeds it fewer. Published factors start at
-    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2.
+    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2. The head ends in twice
+    # the cells of its finest map: with patches of 8, a depth for every pixel takes 4.
+    factors: list[float] = [2, 1, 0.5, 0.25] if section.head_scale == 2 else [4, 2, 1, 0.5]
     taken = sorted({round(section.layers * part / 4) or 1 for part in (1, 2, 3, 4)})
     fusion = max(16, section.width // 3)
     return DepthAnythingForDepthEstimation(
@@ -79,7 +81,7 @@ def build(section: params.TeacherModel) -> Backbone:
             backbone_config=Dinov2Config(**vit, out_indices=taken, apply_layernorm=True, reshape_hidden_states=False),
             patch_size=section.patch,
             reassemble_hidden_size=section.width,
-            reassemble_factors=[2, 1, 0.5, 0.25][: len(taken)],
+            reassemble_factors=factors[: len(taken)],
             neck_hidden_sizes=[fusion // 2, fusion, section.width, section.width][-len(taken) :],
             fusion_hidden_size=fusion,
             head_hidden_size=16,
@@ -188,10 +190,14 @@ def objective_of(
     if section.objective == "segmentation":
         frequency = np.maximum(counts / counts.sum(), 1e-4)
         weight = torch.from_numpy((frequency**-section.rare_class_power).astype(np.float32)).to(teacher.mean.device)
+        present = torch.from_numpy(counts > 0).to(teacher.mean.device)
 
         def segmentation(batch: tuple[Tensor, ...]) -> Tensor:
             logits, _ = teacher.dense(teacher.prepare(batch[0]))
-            return F.cross_entropy(logits.float(), batch[1].long(), weight=weight)
+            value = F.cross_entropy(logits.float(), batch[1].long(), weight=weight)
+            if section.dice_weight:
+                value = value + section.dice_weight * soft_dice(logits.float().softmax(dim=1), batch[1])[present].mean()
+            return value
 
         return teacher, segmentation
     if section.objective == "self_supervised":
@@ -206,18 +212,36 @@ def objective_of(
     # those hold the depth by themselves. It is dropped afterwards.
     linear = nn.Linear(teacher.channels, teacher.patch**2).to(teacher.mean.device)
     nn.init.constant_(linear.bias, teacher.config.inverse_mean)
+    metric = section.metric_weight * teacher.config.inverse_std / teacher.config.depth_std  # both errors in their deviations
+
+    def error(inverse: Tensor, truth: Tensor, known: Tensor) -> Tensor:
+        distance = (inverse - truth).abs()
+        if metric:
+            nearest = 1.0 / FARTHEST
+            distance = distance + metric * (1.0 / inverse.clamp(min=nearest) - 1.0 / truth.clamp(min=nearest)).abs()
+        return (distance * known).sum() / known.sum().clamp(min=1)
 
     def depth(batch: tuple[Tensor, ...]) -> Tensor:
         inverse, tokens = teacher.dense(teacher.prepare(batch[0]))
         known = torch.isfinite(batch[1])
         truth = batch[1].nan_to_num(0.0)
-        value = ((inverse[:, 0].float() - truth).abs() * known).sum() / known.sum().clamp(min=1)
+        value = error(inverse[:, 0].float(), truth, known)
         if teacher.head is not None:
             return value
         second = unpatchify(linear(tokens), teacher.patch)[:, 0].float()
-        return value + ((second - truth).abs() * known).sum() / known.sum().clamp(min=1)
+        return value + error(second, truth, known)
 
     return (teacher if teacher.head is not None else nn.ModuleList([teacher, linear])), depth
+
+
+def soft_dice(likely: Tensor, classes: Tensor) -> Tensor:
+    """Soft Dice loss of each class, (K,) in [0, 1], over all pixels of a batch (Milletari et al. 2016, with plain sums).
+
+    likely: (B, K, H, W) probabilities. classes: (B, H, W) integers.
+    """
+    truth = F.one_hot(classes.long(), likely.shape[1]).movedim(-1, 1).to(likely.dtype)
+    both = (likely * truth).sum((0, 2, 3))
+    return 1.0 - 2.0 * both / (likely + truth).sum((0, 2, 3)).clamp(min=1.0)
 
 
 def train(
