@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from svam.contract import Frozen
 from svam.files import FileError, whole_file
@@ -41,7 +41,8 @@ class Record(Frozen):
     equal where variants are compared (demonstrations: of all tasks together; data: DVC's hash of the episode store; max_steps,
     execute: of an evaluation episode); latency: milliseconds from one observation to one chunk of actions; stages: those that
     the variant uses; labels: what the teachers that its pipeline trains learn from, as `learnt_labels` has it; both wherever it
-    was not yet recorded."""
+    was not yet recorded; teachers: whether each that labels can judge lies within the bounds for a comparison, as
+    `svam.report.tables.accepted` has it; empty where it was not yet recorded."""
 
     name: str
     variant: str
@@ -60,6 +61,7 @@ class Record(Frozen):
     stages: dict[str, StageCost]
     episodes: list[EpisodeOutcome]
     labels: tuple[str, ...] = ("depth", "segmentation")
+    teachers: dict[str, bool] = Field(default_factory=dict)
 
     def seconds(self, *beginnings: str) -> float | None:
         """Of all stages together whose name begins so; 0 where there is none, None where one was not measured."""

@@ -161,7 +161,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     from svam.episodes.joined import open_store
     from svam.evaluation.latency import measure_latency
     from svam.models.svam import SVAM
-    from svam.report.tables import learnt_labels
+    from svam.report.tables import acceptance_table, accepted, learnt_labels
 
     params = run.params
     unused = [] if params["distill"]["branches"] else ["generate", "cache_teacher", "distill"]
@@ -178,6 +178,8 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))
     training, evaluation = params["train_policy"]["training"], params["evaluate"]
+    folders = {branch: PROJECT / "data/backbones" / branch for branch in ("geometric", "semantic")}
+    teachers = {branch: read_json(folder / "metrics.json") for branch, folder in folders.items()}
     return Record(
         name=run.name, variant=run.variant, size=run.size, seed=run.seed, regime=run.regime, pipeline=run.pipeline,
         primary=run.primary, arguments=list(run.arguments), revision=revision,
@@ -189,5 +191,5 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
             "execute": evaluation["execute"],
         },
         latency=round(measure_latency(svam, 1)["total"], 3), stages=stages, episodes=episodes,
-        labels=tuple(learnt_labels(params["prepare_backbones"])),
+        labels=tuple(learnt_labels(params["prepare_backbones"])), teachers=accepted(acceptance_table(teachers)),
     )  # fmt: skip

@@ -31,7 +31,7 @@ from svam.experiments.statistics import (
 from svam.files import FileError, whole_file
 from svam.report.figures import save
 from svam.report.page import Section, divided, rendered
-from svam.report.tables import labels_sentence, markdown_table
+from svam.report.tables import acceptance_sentence, labels_sentence, markdown_table
 
 COSTS = {
     "parameters": "parameters trained with the policy", "policy_steps": "policy steps", "batch": "batch",
@@ -127,11 +127,21 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
 
 
 def labels_of(records: Sequence[Record]) -> str:
-    """`labels_sentence` of the runs, and in which regimes it does not hold."""
+    """`labels_sentence` of the runs, and in which regimes it does not hold; and whether the teachers are accepted."""
     regimes = {record.regime: record.labels for record in records}
     said = labels_sentence(label for labels in regimes.values() for label in labels)
     without = [regime for regime, labels in regimes.items() if not labels]
-    return f"{said} Not so in {', '.join(sorted(without))}." if said and without else said
+    said = f"{said} Not so in {', '.join(sorted(without))}." if said and without else said
+    judged: dict[str, list[str]] = {}
+    for record in records:
+        if record.teachers:
+            regime = f"{record.regime}{_of([record.pipeline])}".strip()
+            judged.setdefault(acceptance_sentence(record.teachers), []).append(regime)
+    verdicts = [
+        f"As teachers of a comparison{f' in {names}' if (names := ', '.join(sorted(set(found) - {''}))) else ''}, {verdict}."
+        for verdict, found in judged.items()
+    ]
+    return " ".join(filter(None, [said, *verdicts]))
 
 
 def label_of(variant: str, regime: str) -> str:

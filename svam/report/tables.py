@@ -274,12 +274,12 @@ def teacher_table(run: RunMetrics) -> list[dict[str, Any]]:
     return lines
 
 
-def acceptance_table(run: RunMetrics) -> list[dict[str, Any]]:
+def acceptance_table(teachers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One line for each teacher and bound of `ACCEPTED` that its labels let be measured: {branch, measure, real, reconstructed,
-    bound, accepted}. Both views are of held-out frames."""
+    bound, accepted}. Both views are of held-out frames. teachers: branch -> metrics."""
     lines = []
     for branch in ("geometric", "semantic"):
-        real, reconstructed = (run.backbones[branch].get(view, {}) for view in ("real", "reconstructed"))
+        real, reconstructed = (teachers[branch].get(view, {}) for view in ("real", "reconstructed"))
         for key, (measure, side, bound) in ACCEPTED.items():
             if key in real and key in reconstructed:
                 sign = 1 if side == "at most" else -1
@@ -291,23 +291,34 @@ def acceptance_table(run: RunMetrics) -> list[dict[str, Any]]:
     return lines
 
 
-def acceptance_text(run: RunMetrics) -> str:
+def accepted(lines: Sequence[Mapping[str, Any]]) -> dict[str, bool]:
+    """Branch -> whether a comparison may rest on its teacher, of those that `acceptance_table` could judge."""
+    branches = dict.fromkeys(line["branch"] for line in lines)
+    return {branch: all(line["accepted"] for line in lines if line["branch"] == branch) for branch in branches}
+
+
+def acceptance_sentence(judged: Mapping[str, bool]) -> str:
+    """What `accepted` says, "accepted: geometric; not accepted: semantic"."""
+    verdicts = {
+        "accepted": [b for b, good in judged.items() if good],
+        "not accepted": [b for b, good in judged.items() if not good],
+    }
+    return "; ".join(f"{verdict}: {' and '.join(branches)}" for verdict, branches in verdicts.items() if branches)
+
+
+def acceptance_text(teachers: Mapping[str, Mapping[str, Any]]) -> str:
     """Whether a comparison may rest on the teachers, as Markdown; "" where no label was there to tell."""
-    lines = acceptance_table(run)
+    lines = acceptance_table(teachers)
     if not lines:
         return ""
-    judged = list(dict.fromkeys(line["branch"] for line in lines))
-    passed = [branch for branch in judged if all(line["accepted"] for line in lines if line["branch"] == branch)]
-    verdicts = {"accepted": passed, "not accepted": [branch for branch in judged if branch not in passed]}
-    said = "; ".join(f"{verdict}: {' and '.join(branches)}" for verdict, branches in verdicts.items() if branches)
     cells = [
         [f"{line['branch']}: {line['measure']}", line["bound"], f"{line['real']:.3f}", f"{line['reconstructed']:.3f}",
          "yes" if line["accepted"] else "no"]
         for line in lines
     ]  # fmt: skip
     text = (
-        f"As teachers of a comparison, {said}. Held-out frames must be within the bound, the same ones through the autoencoder "
-        f"within it or worse by at most {NEARLY:.0%} of it."
+        f"As teachers of a comparison, {acceptance_sentence(accepted(lines))}. Held-out frames must be within the bound, the "
+        f"same ones through the autoencoder within it or worse by at most {NEARLY:.0%} of it."
     )
     return f"{text}\n\n{markdown_table(['', 'bound', 'held-out frames', 'reconstructed', 'within'], cells)}"
 
@@ -438,8 +449,8 @@ def markdown(run: RunMetrics, note: str = "") -> str:
         for line in teacher_table(run)
     ]
     if teachers:
-        accepted = acceptance_text(run)
-        parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers), *([accepted] if accepted else [])]
+        acceptance = acceptance_text(run.backbones)
+        parts += ["## Teachers", markdown_table(["", "measure", "value"], teachers), *([acceptance] if acceptance else [])]
     offline = run.results.get("offline")
     if offline is not None:
         dimensions = range(len(offline["policy"]["mae_per_dimension"]))

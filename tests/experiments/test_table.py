@@ -253,8 +253,23 @@ def test_what_the_teachers_learn_from_stands_under_the_tables() -> None:
     page = markdown(rows, means, regimes, None, [], labels_of(some_records()))
     assert page.count(said) == 2 and "teachers learn" not in markdown(rows, means, regimes, None, [])
     assert page.index(said) > page.index("| Diffusion Policy |") and page.index("| VPP | 5 | 1, 2 |") < page.rindex(said)
-    older = make_record().model_dump(exclude={"labels"})
-    assert Record.model_validate(older).labels == ("depth", "segmentation")
+    older = make_record().model_dump(exclude={"labels", "teachers"})
+    assert Record.model_validate(older).labels == ("depth", "segmentation") and Record.model_validate(older).teachers == {}
+
+
+def test_whether_teachers_are_accepted_stands_there_too() -> None:
+    good, mixed = {"geometric": True, "semantic": True}, {"geometric": True, "semantic": False}
+    alone = make_record(labels=(), teachers=good)
+    assert labels_of([alone]) == "As teachers of a comparison, accepted: geometric and semantic."
+    records = [
+        make_record(regime="a", teachers=good),
+        make_record(regime="b", teachers=mixed),
+        make_record(regime="c", labels=()),
+    ]
+    assert labels_of(records).endswith(
+        "Not so in c. As teachers of a comparison in a, accepted: geometric and semantic. As teachers of a comparison in b, "
+        "accepted: geometric; not accepted: semantic."
+    )
 
 
 def test_records_come_back_and_become_four_files(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -18,7 +19,7 @@ from stages.report import app
 from svam.evaluation.scores import rate_of, summary
 from svam.files import FileError, read_json, sha256_tree, write_json
 from svam.npy import write_arrays
-from svam.report import tables
+from svam.report import tables, teachers
 from svam.report.figures import clips_figure
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.grid import pca_colours
@@ -219,6 +220,17 @@ def test_teachers_are_accepted_or_not(
     for file in files.values():  # self-supervised or published teachers have no labels to be judged by
         write_json(file, {"real": {"rmse": 0.1}, "reconstructed": {"rmse": 0.1}})
     assert "As teachers" not in page()
+
+
+def test_teachers_are_judged_before_anything_that_follows_them(run: Path, tmp_path: Path) -> None:
+    write_json(run / "backbones/geometric/metrics.json", {"real": {"rmse_std": 0.1}, "reconstructed": {"rmse_std": 0.2}})
+    command = typer.Typer()
+    command.command()(teachers.main)
+    done = CliRunner().invoke(command, [str(run / "backbones"), "--page", str(tmp_path / "teachers.md")])
+    assert done.exit_code == 0 and "not accepted: geometric" in done.output
+    assert (
+        "| geometric: depth error / deviation | at most 0.15 | 0.100 | 0.200 | no |" in (tmp_path / "teachers.md").read_text()
+    )
 
 
 def test_what_the_teachers_learn_from_stands_under_each_table_of_success(run: Path) -> None:
