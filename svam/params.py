@@ -199,7 +199,6 @@ class TeacherModel(Backbone, Attention):
     rare_class_power: Share
     dice_weight: NotNegative
     metric_weight: NotNegative
-    head_scale: Literal[2, 4]
 
     @model_validator(mode="after")
     def _patches_tile_the_image(self) -> Self:

@@ -187,13 +187,6 @@ def test_dice_weighs_the_classes_that_occur(frames: torch.Tensor) -> None:
     assert values[1] - values[0] == pytest.approx(2.0 * (1 - 2 * (1 / 3) / (2 / 3 + 1)))  # the third class is in no picture
 
 
-def test_the_depth_heads_finest_map_has_the_scale_of_the_params() -> None:
-    scales = {
-        scale: build(section("depth_anything_v2", "depth", head_scale=scale)).config.reassemble_factors for scale in (2, 4)
-    }
-    assert scales == {2: [2, 1], 4: [4, 2]}
-
-
 def test_views_keep_to_their_shares() -> None:
     frames = torch.zeros(8, SIZE, SIZE, 3, dtype=torch.uint8)
     frames[:, :8] = 255

@@ -71,9 +71,7 @@ def build(section: params.TeacherModel) -> Backbone:
     if section.family == "dinov2_registers":
         return Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**vit, num_register_tokens=4))
     # Four layers feed the dense head, as in the published model; a shallower one feeds it fewer. Published factors start at
-    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2. The head ends in twice
-    # the cells of its finest map: with patches of 8, a depth for every pixel takes 4.
-    factors: list[float] = [2, 1, 0.5, 0.25] if section.head_scale == 2 else [4, 2, 1, 0.5]
+    # 4 for patches of 14 pixels; smaller patches reach the same share of the image's resolution from 2.
     taken = sorted({round(section.layers * part / 4) or 1 for part in (1, 2, 3, 4)})
     fusion = max(16, section.width // 3)
     return DepthAnythingForDepthEstimation(
@@ -81,7 +79,7 @@ def build(section: params.TeacherModel) -> Backbone:
             backbone_config=Dinov2Config(**vit, out_indices=taken, apply_layernorm=True, reshape_hidden_states=False),
             patch_size=section.patch,
             reassemble_hidden_size=section.width,
-            reassemble_factors=factors[: len(taken)],
+            reassemble_factors=[2, 1, 0.5, 0.25][: len(taken)],
             neck_hidden_sizes=[fusion // 2, fusion, section.width, section.width][-len(taken) :],
             fusion_hidden_size=fusion,
             head_hidden_size=16,
