@@ -122,6 +122,20 @@ def test_the_registered_comparison_on_two_cores_asks_the_same() -> None:
     assert other.params["machine"]["device"] == "cpu"
 
 
+def test_a_part_of_the_registered_comparison_is_a_pipeline_of_all_that_decides() -> None:
+    parts = load_plan(FOLDER / "registered_parts.yaml")
+    part = planned_runs(parts, ["*-published-pipeline3"], PARAMS)
+    assert [(run.variant, run.primary) for run in part] == [("svam", False), ("vpp_frame", True), ("vpp", True)]
+    (large,) = planned_runs(load_plan(FOLDER / "registered.yaml"), ["svam-50-seed1-*-published"], PARAMS)
+    for run in part:
+        assert run.params["seed"] == 3 and run.params["evaluate"] == large.params["evaluate"]
+        assert run.params["collect"] == large.params["collect"]
+        assert run.params["finetune_video"]["noise"] == "fresh" and run.params["train_policy"]["feature_draws"] == 4
+        assert run.params["finetune_video"]["training"]["steps"] * 0.092 < 540 / 2, "at the rate that was measured on an H200"
+    (screening,) = planned_runs(parts, ["*-screening"], PARAMS)
+    assert (screening.variant, screening.params["seed"]) == ("vpp", 101)
+
+
 @pytest.mark.parametrize(
     ("base", "message"),
     [
