@@ -13,8 +13,9 @@ from svam.files import read_json
 from svam.models.svam import SVAM
 from svam.params import load_params
 from svam.presets.overlay import overlay_of, preset_names, with_overlay
+from tests.presets.weights import TEACHER, write_weights
 from tests.tiny import observations
-from tests.toy import invoke, write_toy_params
+from tests.toy import committed, invoke, write_toy_params
 
 ELSEWHERE = ("collect.", "convert.", "encode.", "foresight.")
 """Keys of data and figures, which tests have their own of."""
@@ -51,22 +52,22 @@ chunk."""
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in APART else pytest.mark.slow) for n in preset_names()])
 def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From backbones, where they are trained here, to a policy that acts and is measured. Of a recipe with published backbones
-    their names and sizes are not run: small ones are in their place, and how each published layout is read,
-    `tests/models` holds."""
+    """From backbones, trained here or imported from where the preset says published ones lie, to a policy that acts and is
+    measured."""
     monkeypatch.chdir(tmp_path)
     write_toy_params(Path("params.yaml"))
     recipe = {key: value for key, value in overlay_of(name).items() if not key.startswith(ELSEWHERE)}
     published = recipe.get("prepare_backbones.text.source") == "pretrained"
-    if published:
-        recipe = {key: value for key, value in recipe.items() if not key.startswith("prepare_backbones.")}
     reduced = recipe | REDUCED | {key: value for key, value in NARROW.items() if key in recipe}
-    if recipe.get("finetune_video.unet.pretrained"):
-        reduced["finetune_video.unet.pretrained"] = str(parts / "video")
+    if published:
+        reduced |= {f"prepare_backbones.{branch}.image_size": TEACHER for branch in ("geometric", "semantic")}
+        episodes_of = open_store(parts / "episodes.zarr")
+        sentences = [sentence for task in episodes_of.tasks for sentence in episodes_of.instructions[task]["train"]]
+        write_weights(Path("weights"), sentences, committed("prepare_backbones.text")["tokens"])
     _, text = with_overlay(reduced, Path("params.yaml"), name)
     Path("params.yaml").write_text(text, encoding="utf-8")
 
-    folder = parts / "backbones" if published else Path("backbones")
+    folder = Path("backbones")
     episodes, backbones, video = ("--episodes", parts / "episodes.zarr"), ("--backbones", folder), "video"
     latents, generated = ("--latents", "latents"), ("--generated", "generated")
 
@@ -75,9 +76,10 @@ def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: py
         assert done.exit_code == 0, f"{stage}: {done.output}"
 
     autoencoder = ("--autoencoder", folder / "autoencoder")
-    for part in () if published else BACKBONES:
+    for part in BACKBONES:
         run("prepare_backbones", part, folder / part, *episodes, *(() if part == "autoencoder" else autoencoder))
-        assert set(Path(folder / part).glob("*.safetensors")) and read_json(folder / part / "metrics.json")
+        assert set(Path(folder / part).glob("*.safetensors"))
+        assert bool(read_json(folder / part / "metrics.json")) != published, "of imported weights nothing is measured"
     run("encode", "latents", *episodes, *autoencoder)
     run("finetune_video", video, *episodes, *latents, *backbones, "--live", "live/video")
     assert sorted(file.name for file in Path("live/video/clips").iterdir()) == ["0000001.png", "0000002.png"]
