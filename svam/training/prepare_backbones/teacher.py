@@ -188,7 +188,7 @@ def objective_of(
     if section.objective == "segmentation":
         frequency = np.maximum(counts / counts.sum(), 1e-4)
         weight = torch.from_numpy((frequency**-section.rare_class_power).astype(np.float32)).to(teacher.mean.device)
-        present = torch.from_numpy(counts > 0).to(teacher.mean.device)
+        present = torch.from_numpy(np.nonzero(counts)[0]).to(teacher.mean.device)  # numbers: a mask would be waited for
 
         def segmentation(batch: tuple[Tensor, ...]) -> Tensor:
             logits, _ = teacher.dense(teacher.prepare(batch[0]))
