@@ -38,7 +38,8 @@ class Graph:
                 function(*self._inputs)
         torch.cuda.current_stream().wait_stream(aside)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        # On the stream of the warm-up: what libraries and compiled code keep for each stream is there, and nothing is compiled.
+        with torch.cuda.graph(self._graph, stream=aside):
             self._outputs = list(function(*self._inputs))
 
     def __call__(self, *inputs: Tensor) -> list[Tensor]:
@@ -165,7 +166,7 @@ def _record_denoise(svam: SVAM, inputs: Inputs) -> None:
         rest = dict(zip(names, values[len(entries) : -1], strict=True))
         return [eager(replace(inputs, entries=dict(zip(entries, values, strict=False)), **rest), values[-1])]
 
-    shape = (batch, svam.config.chunk, svam.statistics.convention.dimensions)
+    shape = (batch, svam.config.chunk, svam.dimensions)
     graph = Graph(denoised, tensors(inputs, torch.zeros(shape, device=svam.device)))
 
     def denoise(inputs: Inputs, noise_BKA: Tensor) -> Tensor:

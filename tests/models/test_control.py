@@ -102,6 +102,21 @@ def test_graphs_are_played_for_their_batch_and_nothing_else(
     assert Played.calls == 2
 
 
+def test_a_policy_of_several_sets_is_recorded_at_its_own_width(
+    svam: SVAM, store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is that of the widest set."""
+    monkeypatch.setattr(control, "Graph", Played)
+    seen = observations(store, 2, proprioception=True)
+    config = svam.config.model_copy(update={"action_dimensions": 1 + svam.statistics.convention.dimensions})
+    wide = SVAM(config, svam.statistics, svam.foresight)
+    before = wide.act(seen, SEEDS)
+    control.record(wide, 2)
+    Played.calls = 0
+    np.testing.assert_array_equal(wide.act(seen, SEEDS), before)
+    assert Played.calls == 2
+
+
 @pytest.mark.parametrize("context", [["observation"], ["generated"], ["geometric", "semantic", "one_step"]], ids="+".join)
 def test_a_pass_copies_nothing_between_host_and_card(context: list[str], store: EpisodeStore, folders: dict[str, Path]) -> None:
     """A CUDA graph cannot hold a copy from the host's memory."""
