@@ -114,10 +114,10 @@ def branch_of_graph(device: torch.device) -> Iterator[Callable[[], None]]:
         yield lambda: trunk.wait_stream(branch)
 
 
-def compile_layers(module: nn.Module, **options: Any) -> None:
-    """Compile, at their first call, the outermost layers of the module's lists and sequences: a kernel of several operations in
-    place of one for each. By layers, since a whole network takes many minutes; equal layers share one result. Of torch's own
-    layers only those within others are compiled, with these.
+def compile_layers(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (), **options: Any) -> None:
+    """Compile, at their first call, the layers of `kinds`, or without kinds the outermost layers of the module's lists and
+    sequences: a kernel of several operations in place of one for each. By layers, since a whole network takes many minutes;
+    equal layers share one result. Of torch's own layers only those within others are compiled, with these.
 
     options: of `torch.compile`.
     """
@@ -126,10 +126,12 @@ def compile_layers(module: nn.Module, **options: Any) -> None:
 
     torch._dynamo.config.recompile_limit = 64  # of one class of layers: those of a U-Net's levels differ in shapes
     for child in module.children():
-        if isinstance(module, nn.ModuleList | nn.Sequential) and not type(child).__module__.startswith("torch.nn"):
-            child.compile(**options)
+        listed = isinstance(module, nn.ModuleList | nn.Sequential) and not type(child).__module__.startswith("torch.nn")
+        if isinstance(child, kinds) if kinds else listed:
+            # Else the second shape that a class meets makes code for any shape, slower to compile and to run.
+            child.compile(dynamic=False, **options)
         else:
-            compile_layers(child, **options)
+            compile_layers(child, kinds, **options)
 
 
 def processor() -> str:

@@ -143,7 +143,8 @@ def fit(
         machine: says, on a GPU, where the averaged weights lie and whether layers are compiled, and whether several processes
             keep shards; None: there, and they are not, nor do they.
         moments: how AdamW's two moments are kept.
-        layers: kinds of modules whose weights, where they are in shards, are gathered one module at a time.
+        layers: kinds of modules whose weights, where they are in shards, are gathered one module at a time; and which are
+            compiled so, unless they are computed twice.
 
     Returns:
         The values of the chosen evaluation (empty without `evaluate`).
@@ -167,7 +168,8 @@ def fit(
     seed = torch.initial_seed()
     state.restore(resume)
     if machine is not None and machine.compile and device.type == "cuda":
-        compile_layers(module)
+        # torch compiles nothing within a checkpoint that it has not met on its way: layers computed twice go with their blocks.
+        compile_layers(module, () if machine.checkpointing else layers)
     if shards is None:
         shared = shares.synchronised(shared, device)
     log_every = max(1, optimiser.steps // 100)

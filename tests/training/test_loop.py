@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from svam.checkpoint import load_tensors
 from svam.device import compile_layers
 from svam.errors import MachineError
-from svam.models.attention import Block
+from svam.models.attention import Attention, Block
 from svam.params import Moments, Optimiser
 from svam.resume import Resume
 from svam.training import loop
@@ -278,13 +278,14 @@ def test_moments_of_eight_bits_without_their_library_are_one_sentence(monkeypatc
 
 
 def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
-    """Captured as graphs, which here run as they are: what the compiler makes of them is its own."""
+    """Captured as graphs, which here run as they are: what the compiler makes of them is its own. Each is of one shape."""
 
     torch.manual_seed(0)
     layers = [nn.Linear(3, 8), *(Block(8, 2) for _ in range(3)), nn.Linear(8, 1)]
-    module, graphs = nn.Sequential(*layers), []
+    module, graphs = nn.Sequential(*layers), list[Any]()
 
     def backend(graph: Any, inputs: Any) -> Any:
+        assert not any(isinstance(given, torch.SymInt) for given in inputs)
         graphs.append(graph)
         return graph.forward
 
@@ -292,10 +293,24 @@ def test_compiled_layers_give_the_same_loss_and_gradients() -> None:
     for compiled in (False, True):
         if compiled:
             compile_layers(module, backend=backend)
-        module.zero_grad()
-        value = module(batch_of(0)[None]).sum()
-        value.backward()
-        values.append([value.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
-    for eager, graph in zip(*values, strict=True):
-        torch.testing.assert_close(eager, graph)
-    assert graphs
+        for size in (8, 5):
+            module.zero_grad()
+            value = module(batch_of(0)[None, :size]).sum()
+            value.backward()
+            values.append([value.detach(), *(p.grad.clone() for p in module.parameters() if p.grad is not None)])
+    for eager, graph in zip(values[:2], values[2:], strict=True):
+        for pair in zip(eager, graph, strict=True):
+            torch.testing.assert_close(*pair)
+    assert len(graphs) == 2  # equal layers share one
+
+
+def test_layers_of_some_kinds_are_compiled_wherever_they_are() -> None:
+    module, graphs = nn.Sequential(nn.Sequential(Block(8, 2), Block(8, 2)), nn.Linear(8, 1)), list[Any]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    compile_layers(module, (Attention,), backend=backend)
+    module(torch.randn(1, 8, 8))
+    assert len(graphs) == 1 and nn.functional.gelu not in graphs[0]
