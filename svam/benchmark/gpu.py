@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.benchmark.timing import Inputs
-from svam.benchmark.training import finetuning, forget, peak_gb, policy
+from svam.benchmark.training import FEW, finetuning, forget, peak_gb, policy
 from svam.console import console
 from svam.device import prepare_torch
 from svam.errors import MachineError, SvamError
@@ -40,6 +40,13 @@ PUBLISHED, SMALL = "paper-metaworld", "mt50-gpu"
 CALLS, GENERATIONS = 30, 2
 RANK = 16
 """Of the adapters that fine-tune the large U-Net."""
+DECAY = 0.999
+"""Of the averaged weights where they lie on the host; the preset has none."""
+EPISODES = 50
+"""Demonstrations of each task; the preset records some more, which are held out."""
+BUDGET, PATIENCE = 400.0, 240.0
+"""Seconds after which no part is begun, so that what was measured is written within eight minutes or so; and for which a stage
+is waited for, whose renderer may hang."""
 
 
 class Row(NamedTuple):
@@ -94,7 +101,8 @@ def gpu(inputs: Inputs, params: Params) -> dict[str, Any]:
     if not torch.cuda.is_available():
         raise MachineError(f"the part gpu needs a CUDA GPU, and torch {torch.__version__} sees none")
     device = prepare_torch("cuda", params.threads, params.seed)
-    return measure(Path("params.yaml"), overlay_of(PUBLISHED), overlay_of(SMALL), device, inputs.scratch)
+    small = overlay_of(SMALL) | {"collect.episodes": EPISODES}
+    return measure(Path("params.yaml"), overlay_of(PUBLISHED), small, device, inputs.scratch)
 
 
 def measure(
@@ -102,13 +110,15 @@ def measure(
 ) -> dict[str, Any]:
     """All rows by two overlays of a params file. `rows`: by the names of `ROWS`; `seconds`: what each part took, warming up and
     compiling included."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "none"
+    begun, name = time.perf_counter(), torch.cuda.get_device_name() if device.type == "cuda" else "none"
     found: dict[str, Any] = {"card": name, **rates(device), "rows": {}, "failed": {}, "parts": {}, "seconds": {}}
     sizes, few = with_overlay(published, file, PUBLISHED)[0], with_overlay(small, file, SMALL)[0]
     counted, few_counted = (Models(params, estimated(params, None, None)) for params in (sizes, few))
+    averaging = with_overlay({**published, "finetune_video.training.ema": DECAY}, file, PUBLISHED)[0]
     # The preset computes layers twice, which clips a second before were measured without.
     fast = sizes.machine.model_copy(update={"compile": True, "checkpointing": False})
-    lean = fast.model_copy(update={"checkpointing": True, "average": "host"})
+    # Memory alone is read of these, which is not worth the minutes that compiling them takes.
+    lean = fast.model_copy(update={"compile": False, "checkpointing": True, "average": "host"})
 
     def shared(rate: dict[str, float], models: Models, name: str) -> dict[str, float]:
         """With the FLOPs of a sample, and the share of the time that it would take at `matrix_flops`; layers that are computed
@@ -118,21 +128,27 @@ def measure(
 
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "control": lambda: control(sizes, device, counted.flops, found["matrix_flops"]),
-        "finetuning": lambda: shared(finetuning(sizes, device, fast), counted, "train_unet"),
-        "lean_finetuning": lambda: shared(finetuning(sizes, device, lean), counted, "train_unet"),
-        "adapters": lambda: finetuning(sizes, device, lean, RANK),
-        "small_finetuning": lambda: shared(finetuning(few, device, fast), few_counted, "train_unet"),
+        "lean_finetuning": lambda: finetuning(averaging, device, lean, None, FEW),
+        "adapters": lambda: finetuning(sizes, device, lean, RANK, FEW),
         "policy": lambda: shared(policy(sizes, device, fast), counted, "train_policy"),
+        "finetuning": lambda: shared(finetuning(sizes, device, fast), counted, "train_unet"),
+        "small_finetuning": lambda: shared(finetuning(few, device, fast), few_counted, "train_unet"),
         "demonstrations": lambda: demonstrations(file, small, scratch),
     }
     for part, work in parts.items():
         start = time.perf_counter()
         try:
+            if start - begun > BUDGET:
+                raise MachineError(f"not begun: the parts before took more than {BUDGET:g} s")
             found["parts"][part] = work()
             found["rows"] |= {key: found["parts"][part][row.figure] for key, row in ROWS.items() if row.part == part}
-        except (SvamError, RuntimeError) as error:
-            found["failed"][part] = " ".join(str(error).split())[:500]
+        except Exception as error:  # compilers raise of all kinds, and what else was measured is worth more
+            mendable = isinstance(error, SvamError)
+            if not mendable:
+                console.print_exception(max_frames=8)
+            found["failed"][part] = " ".join(f"{'' if mendable else type(error).__name__ + ': '}{error}".split())[:500]
         finally:
+            torch._dynamo.reset()  # compiled code keeps tensors
             forget(device)
         found["seconds"][part] = round(time.perf_counter() - start, 1)
         said = found["failed"].get(part) or found["parts"][part]
@@ -187,7 +203,7 @@ def control(params: Params, device: torch.device, counted: Mapping[str, int], ma
     for_control(svam, device)
     ready = time.perf_counter() - start
     act = _seconds(lambda: svam.act([observation]), CALLS)
-    peak = peak_gb(device)
+    peak, held = peak_gb(device), torch.cuda.memory_reserved() / 1e9 if device.type == "cuda" else 0.0
     fast = svam.encode([observation]).entries
     cosines = {entry: _cosine(values, fast[entry]) for entry, values in features.items()}
     difference = float(np.abs(svam.act([observation]) - actions).max()) / 2.0
@@ -206,7 +222,7 @@ def control(params: Params, device: torch.device, counted: Mapping[str, int], ma
     )
     return {
         "act_ms": 1e3 * act, "one_step_ms": 1e3 * one, "generations": generation / act, "peak_gb": peak,
-        "actions_per_second": svam.chunk / act, "ready_s": ready,
+        "held_gb": held, "actions_per_second": svam.chunk / act, "ready_s": ready,
         "before_ms": {"act": 1e3 * eager, "one_step": 1e3 * eager_pass, "generation": 1e3 * generation},
         "cosines": cosines, "difference_of_range": difference,
         "flops": {"act": total, "one_step": counted["one_step"]},
@@ -230,9 +246,11 @@ def demonstrations(file: Path, overlay: Mapping[str, Any], scratch: Path) -> dic
         command = [sys.executable, "-m", f"stages.{stage}", *map(str, arguments), "--params", str(settings)]
         start = time.perf_counter()
         # Finished episodes that an earlier run kept are not found.
-        done = subprocess.run(
-            command, env=os.environ | {"DVC_ROOT": str(scratch)}, stderr=subprocess.PIPE, text=True, check=False
-        )
+        environment = os.environ | {"DVC_ROOT": str(scratch)}
+        try:
+            done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, check=False, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            raise MachineError(f"the stage {stage} took more than {PATIENCE:g} s") from None
         if done.returncode:
             raise MachineError(f"the stage {stage} failed: {(done.stderr.strip().splitlines() or ['it did not say why'])[-1]}")
         seconds[stage] = time.perf_counter() - start

@@ -25,6 +25,8 @@ ENDLESS = 10**6
 """Steps that no training which is watched comes to."""
 WARM_UP, STEPS = 8, 20
 """Steps before the clock starts, in which layers are compiled, and steps that are timed."""
+FEW = (1, 2)
+"""The same of a training whose memory alone is measured: moments are there from the end of the first step on."""
 
 
 def forget(device: torch.device) -> None:
@@ -40,9 +42,12 @@ def peak_gb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
-def seconds_of_steps(module: nn.Module, train: Callable[[], object], device: torch.device) -> float:
-    """Mean seconds from one call of `module` to the next, on the clock of the device, while `train` runs; it is ended then."""
-    marks: list[Any] = []
+def seconds_of_steps(
+    module: nn.Module, train: Callable[[], object], device: torch.device, steps: tuple[int, int] | None = None
+) -> float:  # fmt: skip
+    """Mean seconds from one call of `module` to the next, on the clock of the device, while `train` runs; it is ended then.
+    `steps`: in place of `WARM_UP` and `STEPS`."""
+    (warm_up, timed), marks = steps or (WARM_UP, STEPS), list[Any]()
 
     def mark(*_: object) -> None:
         if device.type == "cuda":
@@ -50,18 +55,18 @@ def seconds_of_steps(module: nn.Module, train: Callable[[], object], device: tor
             marks[-1].record()
         else:
             marks.append(time.perf_counter())
-        if len(marks) > WARM_UP + STEPS:
+        if len(marks) > warm_up + timed:
             raise Measured
 
     handle = module.register_forward_pre_hook(mark)
     with suppress(Measured):
         train()
     handle.remove()
-    first, last = marks[WARM_UP], marks[-1]
+    first, last = marks[warm_up], marks[-1]
     if device.type == "cuda":
         last.synchronize()
-        return float(first.elapsed_time(last)) / 1e3 / STEPS
-    return float(last - first) / STEPS
+        return float(first.elapsed_time(last)) / 1e3 / timed
+    return float(last - first) / timed
 
 
 class Clips:
@@ -85,9 +90,9 @@ class Clips:
 
 
 def finetuning(
-    params: Params, device: torch.device, machine: Machine, lora_rank: int | None = None
+    params: Params, device: torch.device, machine: Machine, lora_rank: int | None = None, steps: tuple[int, int] | None = None
 ) -> dict[str, float]:  # fmt: skip
-    """Clips a second (`per_second`) of `finetune_video`, a step for each batch, and peak memory in GB."""
+    """Clips a second (`per_second`) of `finetune_video`, a step for each batch, and peak memory in GB. `steps` as above."""
     models = Models(params, estimated(params, None, None), device.type)
     video, autoencoder, config = models.video, models.autoencoder, models.video.config
     del models
@@ -98,7 +103,7 @@ def finetuning(
     clips: Any = Clips(config.clip_shape)
     seconds = seconds_of_steps(
         video.unet.conv_in,
-        lambda: train_video(video, section, clips, clips, autoencoder, table, 0, device, None, machine=machine), device,
+        lambda: train_video(video, section, clips, clips, autoencoder, table, 0, device, None, machine=machine), device, steps,
     )  # fmt: skip
     return {"per_second": training.batch / seconds, "peak_gb": peak_gb(device)}
 

@@ -11,17 +11,22 @@ import torch
 
 from svam.benchmark import gpu, training
 from svam.benchmark.__main__ import BEGIN, END, main
+from svam.benchmark.timing import Inputs
 from svam.errors import MachineError
 from svam.files import read_json, write_json
 from svam.models.generator import VideoGenerator
 from svam.models.video import Generation
-from svam.params import Machine, Params
+from svam.params import Machine, Params, load_params
+from svam.presets.overlay import with_overlay
 from tests import ROOT
 from tests.benchmark.common import refused
 from tests.toy import write_toy_params
 
 PAGE = ROOT / "svam/benchmark/README.md"
-PUBLISHED = {"machine.checkpointing": True, "generate.guidance_last": 3.0, "generate.feature_time_ids": [4.0, 127.0, 0.0]}
+PUBLISHED = {
+    "machine.checkpointing": True, "finetune_video.training.ema": 0.0, "generate.guidance_last": 3.0,
+    "generate.feature_time_ids": [4.0, 127.0, 0.0],
+}  # fmt: skip
 FEW = {"collect.tasks": ["reach"], "collect.episodes": 2, "collect.episodes_of": None}
 
 
@@ -36,12 +41,13 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(gpu, "CALLS", 1)
     monkeypatch.setattr(training, "WARM_UP", 1)
     monkeypatch.setattr(training, "STEPS", 2)
-    machines, generated = list[tuple[bool, bool]](), list[bool]()
+    machines, generated = list[tuple[bool, bool, bool]](), list[bool]()
     finetuning, generate = training.finetuning, VideoGenerator.generate
 
-    def trains(params: Params, device: torch.device, machine: Machine, *rank: int) -> dict[str, float]:
-        machines.append((machine.compile, machine.checkpointing))
-        return finetuning(params, device, machine, *rank)
+    def trains(params: Params, device: torch.device, machine: Machine, *rest: Any) -> dict[str, float]:
+        averages = machine.average == "host" and params.finetune_video.training.ema > 0.0
+        machines.append((machine.compile, machine.checkpointing, averages))
+        return finetuning(params, device, machine, *rest)
 
     def generates(model: VideoGenerator, *given: torch.Tensor) -> Generation:
         generated.append(model.sampler.guided or model.sampler.feature_time_ids is not None)
@@ -52,7 +58,8 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     found = measured(tmp_path)
     missing = set() if find_spec("peft") else {"adapters"}
     assert set(found["failed"]) == missing and {row.part for row in gpu.ROWS.values()} == set(found["parts"]) | missing
-    assert machines == [(True, False), (True, True), (True, True), (True, False)]  # as those were before which rows name
+    # As the rows say.
+    assert machines == [(False, True, True), (False, True, False), (True, False, False), (True, False, False)]
     assert generated and not any(generated)  # one pass a step
     assert set(found["seconds"]) == set(found["parts"]) | missing and found["seconds"]["finetuning"] > 0
     control, rows = found["parts"]["control"], found["rows"]
@@ -64,7 +71,7 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert set(control["cosines"]) == {"geometric", "semantic", "one_step"}
     assert all(cosine == pytest.approx(1.0, abs=1e-5) for cosine in control["cosines"].values())  # a CPU keeps its bits
     assert control["difference_of_range"] == 0.0
-    for name in ("finetuning", "lean_finetuning", "small_finetuning", "policy"):
+    for name in ("finetuning", "small_finetuning", "policy"):
         part = found["parts"][name]
         assert part["flops"] > 0
         assert part["share_of_matrix_rate"] == pytest.approx(part["per_second"] * part["flops"] / found["matrix_flops"])
@@ -80,13 +87,39 @@ def test_a_row_that_fails_does_not_take_the_others(tmp_path: Path, monkeypatch: 
     def fails(*_: object) -> dict[str, Any]:
         raise MachineError("no\nway")
 
-    for name in ("control", "finetuning", "policy"):
+    for name in ("control", "finetuning"):
         monkeypatch.setattr(gpu, name, fails)
     monkeypatch.setattr(gpu, "demonstrations", lambda *_: {"seconds": 140.2})
+
+    def breaks(*_: object) -> dict[str, Any]:
+        raise KeyError("of a compiler")
+
+    monkeypatch.setattr(gpu, "policy", breaks)
     found = measured(tmp_path)
-    assert set(found["failed"].values()) == {"no way"} and found["rows"] == {"demonstrations": 140.2}
+    assert set(found["failed"].values()) == {"no way", "KeyError: 'of a compiler'"}
+    assert found["rows"] == {"demonstrations": 140.2}
     page = gpu.table(found)
     assert page.count("not run yet") == len(gpu.ROWS) - 1 and "| 140 s |" in page
+
+
+def test_time_that_is_over_and_a_stage_that_hangs_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PATIENCE", 0.01)
+    with pytest.raises(MachineError, match=r"^the stage collect took more than 0\.01 s$"):
+        gpu.demonstrations(ROOT / "params.yaml", FEW, tmp_path)
+    monkeypatch.setattr(gpu, "BUDGET", -1.0)
+    found = measured(tmp_path)
+    assert not found["rows"] and set(found["failed"].values()) == {"not begun: the parts before took more than -1 s"}
+
+
+def test_fifty_demonstrations_of_fifty_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = list[Any]()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "prepare_torch", lambda *_: torch.device("cpu"))
+    monkeypatch.setattr(gpu, "measure", lambda *arguments: given.extend(arguments))
+    gpu.gpu(Inputs(tmp_path, tmp_path, tmp_path), load_params(ROOT / "params.yaml"))
+    recorded = with_overlay(given[2], ROOT / "params.yaml", "")[0].collect
+    assert {recorded.episodes_for(task) for task in recorded.tasks} == {50} and len(recorded.tasks) == 50
+    assert recorded.image_size == 128
 
 
 def test_the_page_holds_what_was_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
