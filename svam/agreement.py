@@ -29,7 +29,7 @@ UNET = "finetune_video.unet.pretrained"
 def check_agreement(params: Params) -> None:
     """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
     that a simulator is not installed, which a late stage would find out otherwise."""
-    problems = [*contradictions(params), *_of_models(params), *_of_sizes(params), *_of_sets(params)]
+    problems = [*contradictions(params), *_of_models(params), *_of_sizes(params), *_of_sets(params), *_of_looks(params)]
     if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
     if "calvin" in params.evaluate.protocols:
@@ -114,6 +114,25 @@ def _of_sets(params: Params) -> Iterator[str]:
             yield (
                 f"evaluate.protocols has {protocol}, but the sets with policy: true in convert.sets are {acting}: name "
                 f"{protocol!r} the one that the policy acts as there"
+            )
+
+
+def _of_looks(params: Params) -> Iterator[str]:
+    """Recordings without actions are a set of their own, which the policy does not learn from."""
+    sets, collect = params.convert.sets, params.collect
+    of_policy = [(one.name, one.policy) for one in sets] or [("", True)]
+    for (name, policy), part in zip(of_policy, params.convert.parts, strict=True):
+        where, looks = f"convert.sets, {name}" if name else "convert", list(part.options.get("looks") or collect.looks)
+        if part.source != "metaworld" or not collect.tasks:
+            continue
+        if absent := [look for look in looks if look not in collect.looks]:
+            yield f"{where}: options.looks names {absent}, which collect.looks {collect.looks} does not list"
+        silent = [look for look in looks if look in collect.unlabelled]
+        if silent and (policy or silent != looks):
+            yield (
+                f"{where}: looks {looks} are read, of which collect.unlabelled {silent} have no actions: make these a set of "
+                f"their own in convert.sets, with policy: false and options: {{looks: {silent}}}, and choose the others by "
+                "options of another set"
             )
 
 

@@ -80,13 +80,16 @@ class FineTuning(Optimiser):
 
 
 class Collect(Section):
-    """MetaWorld demonstrations by the scripted experts. scenes, styles: `svam.simulation.scenes`, `svam.simulation.experts`."""
+    """MetaWorld demonstrations by the scripted experts. scenes, styles, looks: `svam.simulation.scenes`,
+    `svam.simulation.experts`, `svam.simulation.looks`. unlabelled: those of `looks` that are recorded without actions."""
 
     tasks: Annotated[list[Name], Distinct]
     episodes: Count
     episodes_of: dict[str, Count]
     scenes: Literal["stock", "shared"]
     styles: Annotated[list[Style], Field(min_length=1), Distinct]
+    looks: Annotated[list[Name], Field(min_length=1), Distinct]
+    unlabelled: Annotated[list[Name], Distinct]
     noisy_share: Share
     noise_scale: Annotated[float, Field(ge=0.0, le=2.0)]
     image_size: Annotated[int, Field(ge=32, le=512)]
@@ -107,6 +110,14 @@ class Collect(Section):
         unknown = sorted(set(self.episodes_of) - set(self.tasks))
         if unknown and self.tasks:
             raise ValueError(f"episodes_of names {unknown}, which tasks does not list")
+        return self
+
+    @model_validator(mode="after")
+    def _some_looks_have_actions(self) -> Self:
+        if unknown := sorted(set(self.unlabelled) - set(self.looks)):
+            raise ValueError(f"unlabelled names {unknown}, which looks {self.looks} does not list")
+        if len(self.unlabelled) == len(self.looks):
+            raise ValueError(f"unlabelled names all of looks {self.looks}, which leaves a policy nothing: leave one out")
         return self
 
     def episodes_for(self, task: str) -> int:

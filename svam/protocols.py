@@ -12,12 +12,13 @@ LiberoSuite = Literal["libero_spatial", "libero_object", "libero_goal", "libero_
 
 
 class EvaluateMetaworld(Section):
-    """The protocol `metaworld`: `episodes` of each task."""
+    """The protocol `metaworld`: `episodes` of each task, in a look of `svam.simulation.looks`."""
 
     tasks: Annotated[list[Name], Distinct]
     episodes: Count
     held_out_instruction_episodes: Annotated[int, Field(ge=0)]
     max_steps: Annotated[int, Field(ge=10, le=500)]
+    look: Name
 
 
 class EvaluateOffline(Section):

@@ -31,7 +31,7 @@ SHARED_IN_MODELS = {"attention", "depth_anything_3", "diffusion", "families", "m
 # A library that is heavy or may be absent -> the files that may import it, and only within functions or lazily loaded modules.
 LAZY = {
     "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collect.py"},
-    "mujoco": {"svam/simulation/metaworld.py", "svam/simulation/rendering.py", "svam/simulation/collect.py"},
+    "mujoco": {f"svam/simulation/{name}.py" for name in ("collect", "looks", "metaworld", "rendering")},
     "calvin_env": {"svam/simulation/calvin.py"},
     "hydra": {"svam/simulation/calvin.py"},
     "libero": {"svam/simulation/libero.py"},

@@ -57,6 +57,10 @@ def test_the_committed_params_are_valid_and_complete() -> None:
     ("collect.tasks", ["../up"], ["collect.tasks.0 is '../up'; expected a name of letters, digits"]),
     ("collect.scenes", "mine", ["collect.scenes is 'mine'", "'stock' or 'shared'"]),
     ("collect.styles", ["left", "left"], ["collect.styles", "['left']", "more than once"]),
+    ("collect.looks", ["A", "A"], ["collect", "['A']", "more than once"]),
+    ("collect.looks", [], ["collect.looks"]),
+    ("collect.unlabelled", ["D"], ["collect: unlabelled names ['D'], which looks ['stock'] does not list"]),
+    ("collect.unlabelled", ["stock"], ["collect: unlabelled names all of looks ['stock'], which leaves a policy nothing"]),
     ("collect.noisy_share", 1.5, ["collect.noisy_share is 1.5; expected at most 1"]),
     ("collect.episodes_of", {"soccer": 3}, ["episodes_of", "['soccer']"]),
     ("convert.held_out", 0.0, ["convert.held_out is 0.0; expected more than 0"]),
@@ -130,8 +134,21 @@ def test_every_knob_is_written_out() -> None:
 
 
 OFFLINE: dict[str, Any] = {"evaluate.protocols": ["offline"]}
+
+
+def looks_of(*sets: tuple[str, bool, list[str]]) -> dict[str, Any]:
+    """Looks A and D, the second without actions; sets by name, whether the policy learns from them, and looks."""
+    named = [{"name": n, "weight": 1.0, "policy": p, "convert": {"options": {"looks": looks}}} for n, p, looks in sets]
+    return {"collect.looks": ["A", "D"], "collect.unlabelled": ["D"], "convert.sets": named}
+
+
 AGREEMENT: list[tuple[dict[str, Any], list[str]]] = [
     ({}, []),
+    (looks_of(("metaworld", True, ["A"]), ("video", False, ["D"])), []),
+    (looks_of(), ["convert: looks ['A', 'D'] are read, of which collect.unlabelled ['D'] have no actions: make these a set"]),
+    (looks_of(("metaworld", True, ["A"]), ("video", True, ["D"])), ["convert.sets, video: looks ['D'] are read, of which"]),
+    (looks_of(("metaworld", True, ["A"]), ("video", False, [])), ["convert.sets, video: looks ['A', 'D'] are read, of"]),
+    (looks_of(("metaworld", True, ["B"])), ["convert.sets, metaworld: options.looks names ['B'], which collect.looks"]),
     ({"distill.branches": ["geometric"]}, ["train_policy.context asks for ['semantic']", "distill.branches ['geometric']"]),
     ({"train_policy.context": ["recorded"]}, ["context has 'recorded'", "evaluate.protocols is ['metaworld', 'offline']"]),
     ({"train_policy.context": ["recorded"], **OFFLINE}, []),
@@ -230,7 +247,7 @@ def test_a_tail_shorter_than_a_clip_looks_ahead_is_noted(changes: dict[str, Any]
     ("convert.source", "betamax", ["convert.source is 'betamax'", "calvin, lerobot"]),
     ("convert.source", "LeRobot", ["convert.source is 'LeRobot'", "; did you mean 'lerobot'?"]),
     ("convert.options", {"rate_hz": 2}, ["convert.options.rate_hz: it is convert.rate_hz, the same for every source"]),
-    ("convert.options", {"speed": 2}, ["convert.options of 'metaworld' are tasks, not 'speed'"]),
+    ("convert.options", {"speed": 2}, ["convert.options of 'metaworld' are tasks, looks, not 'speed'"]),
     ("convert.options", {"tasks": "reach"}, ["convert.options.tasks is 'reach'; expected a list"]),
     ("collect.scenes", "shared", ["collect.scenes is 'shared', but task 'reach' has no shared scene", "faucet-open"]),
 ])  # fmt: skip

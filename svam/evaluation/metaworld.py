@@ -40,6 +40,7 @@ from svam.params import Params
 from svam.protocols import Evaluate
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import seed_of
+from svam.simulation.looks import STOCK
 from svam.simulation.metaworld import ACTION_DIMENSIONS, RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
 
@@ -134,6 +135,8 @@ def setting_of(store: EpisodeStore, policy: Evaluated, params: Evaluate) -> dict
         setting |= {
             "cameras": list(cameras), "image_size": drawn["image_size"], "render": drawn["render"], "gl": choose_backend(),
         }  # fmt: skip
+        if params.metaworld.look != STOCK:
+            setting["look"] = params.metaworld.look
     if isinstance(policy, SVAM):
         tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
         recorded = [store.provenance["tasks"][task] for task in params.metaworld.tasks]
@@ -209,7 +212,7 @@ def run(
         MachineError: nothing renders here, or a worker process died.
     """
     check_tasks(params.metaworld.tasks, store if params.policy == "svam" else None)
-    make = partial(TaskEnvironment, cameras=tuple(cameras), **drawn_settings(store, params))
+    make = partial(TaskEnvironment, cameras=tuple(cameras), look=params.metaworld.look, **drawn_settings(store, params))
     choose_backend()
     scripted: tuple[Controller, ...] = ("expert", "random")
     scripted = tuple(controller for controller in scripted if policy is not None or controller == params.policy)

@@ -175,7 +175,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
         measured = next((s for s in reversed(seconds) if s is not None), None)
         stages[name] = StageCost(work=same_work, seconds=measured, **digests[name])
     store = open_store(PROJECT / "data/episodes.zarr")
-    tasks = [store.task_of(int(episode)) for episode in store.episodes("train")]
+    tasks = [store.task_of(int(episode)) for episode in store.acting_episodes("train")]
     svam = SVAM.load(PROJECT / "data/svam", prepare_torch(params["machine"]["device"], params["threads"], params["seed"]))
     training, evaluation = params["train_policy"]["training"], params["evaluate"]
     folders = {branch: PROJECT / "data/backbones" / branch for branch in ("geometric", "semantic")}

@@ -192,8 +192,9 @@ def setting_text(setting: Mapping[str, Any]) -> str:
     """In which setting the closed loop was run, which another table must share to be compared with."""
     text = f"{setting['episodes_per_task']} episodes a task of at most {setting['max_steps']} steps, {setting['scenes']} scenes"
     if "cameras" in setting:
+        look = f" in the look {setting['look']}" if "look" in setting else ""
         text += (
-            f"; pictures of {' and '.join(setting['cameras'])}, {setting['image_size']} pixels wide, in the style "
+            f"; pictures of {' and '.join(setting['cameras'])}{look}, {setting['image_size']} pixels wide, in the style "
             f"{setting['render']}, drawn by MuJoCo {setting['mujoco']} with {setting['gl']}"
         )
     if "demonstrations" in setting:

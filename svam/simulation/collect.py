@@ -7,8 +7,9 @@ Layout, for each task a folder `<task>/` with `meta.json` and for each episode o
   executed and as the expert chose them; depth (m, H, W) float32 metres and segmentation (m, H, W) uint8 of the first camera at
   frames annotation_index (m,) int64; goal (3,) and draw (d,) float32; success (n,) bool, after the step.
 
-`meta.json` states the SHA-256 of these files; `scenes` and `styles`, and an episode's `style`, where they are not MetaWorld's
-own: `stock` and `direct`.
+`meta.json` states the SHA-256 of these files; `scenes`, `styles` and `looks`, and an episode's `style` and `look`, where they
+are not MetaWorld's own: `stock`, `direct` and `stock`. Episodes of looks that are `unlabelled` are video: without actions and
+expert_actions, and without state and proprioception, whose differences nearly are the actions.
 
 Finished episodes are kept in a scratch folder, by what decides them. So a new task, or more episodes of one, is collected
 alone, and a killed run costs no more than the episodes that it was at.
@@ -32,6 +33,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from svam.console import console, progress_bar
+from svam.contract import VECTORS
 from svam.device import become_worker
 from svam.episodes.instructions import instructions_of
 from svam.errors import MachineError
@@ -39,6 +41,7 @@ from svam.files import FileError, read_json, sha256, sha256_of_json, whole_direc
 from svam.params import Collect
 from svam.resume import held
 from svam.simulation.experts import demonstrate
+from svam.simulation.looks import STOCK
 from svam.simulation.metaworld import RATE_HZ, TaskEnvironment, check_task
 from svam.simulation.rendering import choose_backend
 from svam.simulation.scenes import check_scenes
@@ -48,8 +51,8 @@ RAW_SCHEMA = 2
 LIBRARIES = ("metaworld", "mujoco", "numpy", "pillow", "safetensors")
 """Their versions may change an episode's bytes."""
 
-_environments: dict[str, TaskEnvironment] = {}
-"""Of this worker process: the one of the task that it is at."""
+_environments: dict[tuple[str, str], TaskEnvironment] = {}
+"""Of this worker process: those of the task that it is at, one for each look."""
 
 
 def write_episode(folder: Path, index: int, arrays: Mapping[str, NDArray[Any]]) -> list[str]:
@@ -76,11 +79,14 @@ def episode_name(index: int) -> str:
 
 def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: Path) -> dict[str, Any]:
     """In a worker: write episode `index` to the scratch `folder`, its record last, and return the record."""
-    if task not in _environments:
-        while _environments:
-            _environments.popitem()[1].close()
-        _environments[task] = TaskEnvironment(task, params.image_size, params.cameras, params.render, params.scenes)
-    demonstration = demonstrate(_environments[task], seed, index, params)
+    look = params.looks[index % len(params.looks)]
+    for other in [key for key in _environments if key[0] != task]:
+        _environments.pop(other).close()
+    if (task, look) not in _environments:
+        _environments[task, look] = TaskEnvironment(task, params.image_size, params.cameras, params.render, params.scenes, look)
+    demonstration = demonstrate(_environments[task, look], seed, index, params)
+    left_out = VECTORS if look in params.unlabelled else ()
+    arrays = {name: values for name, values in demonstration.arrays.items() if name not in left_out}
     entry = {
         "attempt": demonstration.attempt,
         "noisy": demonstration.noisy,
@@ -90,7 +96,9 @@ def _collect_episode(task: str, index: int, params: Collect, seed: int, folder: 
     }
     if params.styles != ["direct"]:
         entry["style"] = demonstration.style
-    files = write_episode(folder, index, demonstration.arrays)
+    if params.looks != [STOCK]:
+        entry["look"] = look
+    files = write_episode(folder, index, arrays)
     record = {"entry": entry, "sha256": {file: sha256(folder / file) for file in files}}
     write_json(folder / f"{episode_name(index)}.json", record)
     return record
@@ -111,8 +119,9 @@ def collect(folder: Path, params: Collect, seed: int, workers: int, scratch: Pat
     backend = choose_backend() if params.tasks else ""
     for task in params.tasks:
         check_task(task)
+    stock = {"looks", "unlabelled"} if params.looks == [STOCK] else set()
     deciding = {
-        "params": params.model_dump(mode="json", exclude={"tasks", "episodes", "episodes_of"}),
+        "params": params.model_dump(mode="json", exclude={"tasks", "episodes", "episodes_of", *stock}),
         "seed": seed,
         "code": code,
         "libraries": {name: version(name) for name in LIBRARIES},
@@ -150,6 +159,8 @@ def _meta(task: str, params: Collect, seed: int, backend: str, records: Sequence
         provenance["scenes"] = params.scenes
     if params.styles != ["direct"]:
         provenance["styles"] = params.styles
+    if params.looks != [STOCK]:
+        provenance |= {"looks": params.looks, "unlabelled": params.unlabelled}
     return {
         "schema_version": RAW_SCHEMA, "task": task, "rate_hz": RATE_HZ, "cameras": params.cameras,
         "image_size": params.image_size, "instructions": instructions_of(task), "provenance": provenance,

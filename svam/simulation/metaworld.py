@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.errors import ParamsError
+from svam.simulation.looks import STOCK, put_on
 from svam.simulation.rendering import Renderer, choose_backend
 from svam.simulation.scenes import check_scenes, prepare_shared_scene, reset_shared_scene
 
@@ -82,7 +83,8 @@ class TaskEnvironment:
 
     task: one of `described_tasks()`. image_size: side of the square pictures in pixels. cameras: MuJoCo camera names.
     render: "fast" has no shadows and reflections, "full" is the stock look at a tenth of the speed. scenes: "stock" is
-    MetaWorld's own start of each task, "shared" one start for the tasks of a scene (see `svam.simulation.scenes`).
+    MetaWorld's own start of each task, "shared" one start for the tasks of a scene (see `svam.simulation.scenes`). look: any
+    name, see `svam.simulation.looks`.
 
     Raises:
         ValueError: unknown task or camera, or a task without a shared scene; the message lists what there is.
@@ -91,7 +93,7 @@ class TaskEnvironment:
 
     def __init__(
         self, task: str, image_size: int, cameras: Sequence[str] = ("corner2",), render: Literal["fast", "full"] = "fast",
-        scenes: Literal["stock", "shared"] = "stock",
+        scenes: Literal["stock", "shared"] = "stock", look: str = STOCK,
     ) -> None:  # fmt: skip
         check_task(task)
         check_scenes(scenes, [task])
@@ -117,6 +119,7 @@ class TaskEnvironment:
                 env.model.camera(camera).pos[:] = _MOVED_CAMERAS[camera]
         self._camera_numbers = {camera: names.index(camera) for camera in self.cameras}
         self._classes = _drawn_classes(env.model)
+        put_on(env.model, look, self._classes)
         self._renderer = Renderer(env.model, image_size, render)
         self._state: NDArray[np.float64] | None = None
         self._goal = np.zeros(3, np.float32)

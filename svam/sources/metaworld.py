@@ -1,5 +1,6 @@
 """The demonstrations that the collect stage wrote: `<path>/<task>/meta.json`, and for each episode
-`episode_0000.safetensors` and `episode_0000.<camera>.png`, its frames from left to right.
+`episode_0000.safetensors` and `episode_0000.<camera>.png`, its frames from left to right. Episodes of a look that is
+`unlabelled` are video, without vectors.
 
 Only these files are read; no simulator is imported.
 """
@@ -16,20 +17,32 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors.numpy import load
 
-from svam.contract import EVERYTHING, Annotation, Choice, ContractError, Episode, EpisodeShape, Frozen, SourceDescription
+from svam.contract import (
+    EVERYTHING,
+    VECTORS,
+    Annotation,
+    Choice,
+    ContractError,
+    Episode,
+    EpisodeShape,
+    Frozen,
+    SourceDescription,
+)
 from svam.files import FileError, read_json, stamp
 from svam.sources._choice import checked, chosen_cameras, contents, existing_folder
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
 _KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance", "sha256")
-_ARRAYS = ("actions", "expert_actions", "state", "proprioception", "annotation_index", "depth", "segmentation")
+_ARRAYS = (*VECTORS, "annotation_index", "depth", "segmentation", "success")
 
 
 class Options(Frozen):
-    """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`."""
+    """`tasks`: which to read, and in which order; empty means all that are there. The convert stage sets `collect.tasks`.
+    `looks`: read only episodes of these; empty means all."""
 
     tasks: tuple[str, ...] = ()
+    looks: tuple[str, ...] = ()
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
@@ -57,7 +70,7 @@ class MetaworldSource:
         """Open the folder that the collect stage filled.
 
         Raises:
-            FileError: the folder, a task or a field of a `meta.json` is missing.
+            FileError: the folder, a task, a look or a field of a `meta.json` is missing.
             ContractError: two tasks differ in rate, cameras or image size.
         """
         self.path, self._choice = existing_folder(path), choice
@@ -83,6 +96,16 @@ class MetaworldSource:
             if meta["task"] != task:
                 raise FileError(f"{self.path / task / 'meta.json'}: task is {meta['task']!r}, expected {task!r}")
         self._cameras = chosen_cameras(choice, self._meta[first]["cameras"], self.path)
+        every = [(task, k, _look(entry)) for task in tasks for k, entry in enumerate(self._entries(task))]
+        there = sorted({look for _, _, look in every})
+        if absent := [look for look in options.looks if look not in there]:
+            raise FileError(f"{self.path}: no episode of look {absent[0]!r}; there are {', '.join(there)}")
+        self._chosen = [(task, k) for task, k, look in every if not options.looks or look in options.looks]
+
+    def _entries(self, task: str) -> list[dict[str, Any]]:
+        """What the `meta.json` of a task says of its episodes."""
+        entries: list[dict[str, Any]] = self._meta[task]["provenance"]["episodes"]
+        return entries
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, instructions and each task's provenance."""
@@ -104,16 +127,12 @@ class MetaworldSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return sum(len(meta["provenance"]["episodes"]) for meta in self._meta.values())
+        return len(self._chosen)
 
     def _place(self, index: int) -> tuple[str, int, Path]:
         """Task, number within it, and file of arrays of an episode."""
-        for task, meta in self._meta.items():
-            count = len(meta["provenance"]["episodes"])
-            if index < count:
-                return task, index, self.path / task / f"episode_{index:04d}.safetensors"
-            index -= count
-        raise IndexError(index)
+        task, number = self._chosen[index]
+        return task, number, self.path / task / f"episode_{number:04d}.safetensors"
 
     def _content(self, task: str, file: Path) -> bytes:
         """A file of an episode of `task`, checked against the SHA-256 that `meta.json` states."""
@@ -126,10 +145,11 @@ class MetaworldSource:
             raise FileError(f"{file}: truncated or damaged: its SHA-256 is not the one in meta.json; collect again")
         return content
 
-    def _arrays(self, task: str, file: Path) -> dict[str, NDArray[Any]]:
+    def _arrays(self, task: str, number: int, file: Path) -> dict[str, NDArray[Any]]:
         """The arrays of an episode, all but its frames."""
         arrays = load(self._content(task, file))
-        missing = [name for name in _ARRAYS if name not in arrays]
+        unlabelled = _look(self._entries(task)[number]) in self._meta[task]["provenance"].get("unlabelled", [])
+        missing = [name for name in _ARRAYS if name not in arrays and not (unlabelled and name in VECTORS)]
         if missing:
             raise FileError(f"{file}: array {missing[0]!r} is missing; it has {', '.join(sorted(arrays))}")
         return arrays
@@ -148,31 +168,37 @@ class MetaworldSource:
 
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, without a frame."""
-        task, _, file = self._place(index)
-        arrays = self._arrays(task, file)
+        task, number, file = self._place(index)
+        arrays = self._arrays(task, number, file)
         labelled = len(arrays["annotation_index"])
         files = [file, *(_picture(file, camera) for camera in self._cameras)]
         if absent := next((part for part in files if not part.is_file()), None):
             raise FileError(f"{absent}: no such file, though meta.json lists its episode; collect again")
         annotated, stamps = {"depth": labelled, "segmentation": labelled}, " ".join(stamp(part) for part in files)
-        return EpisodeShape(len(arrays["actions"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
+        return EpisodeShape(len(arrays["success"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
 
     def read(self, index: int) -> Episode:
         """One episode with its labels."""
         task, number, file = self._place(index)
-        meta, arrays = self._meta[task], self._arrays(task, file)
-        steps, labelled = len(arrays["actions"]), arrays["annotation_index"]
+        meta, arrays = self._meta[task], self._arrays(task, number, file)
+        steps, labelled = len(arrays["success"]), arrays["annotation_index"]
         paraphrases = meta["instructions"]["train"]
+        turn = number // len(meta["provenance"].get("looks", ["stock"]))  # so that no look goes with a sentence
         episode = Episode(
             task=task,
-            instruction=self._choice.instruction or paraphrases[number % len(paraphrases)],
+            instruction=self._choice.instruction or paraphrases[turn % len(paraphrases)],
             rate_hz=self._choice.rate_hz or meta["rate_hz"],
             frames={camera: self._frames(task, _picture(file, camera), steps) for camera in self._cameras},
             annotations={name: Annotation(arrays[name], labelled) for name in ("depth", "segmentation")},
             provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
-            **{name: arrays[name] for name in ("actions", "expert_actions", "state", "proprioception")},
+            **{name: arrays.get(name) for name in VECTORS},
         )
         return checked(episode, file)
+
+
+def _look(entry: dict[str, Any]) -> str:
+    """The look of an episode, by what `meta.json` says of it."""
+    return str(entry.get("look", "stock"))
 
 
 def _picture(file: Path, camera: str) -> Path:

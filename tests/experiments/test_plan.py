@@ -10,12 +10,13 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from svam.agreement import check_agreement
 from svam.episodes.instructions import described_tasks
 from svam.errors import ParamsError
 from svam.experiments.__main__ import app
 from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs
 from svam.files import read_yaml
-from svam.params import load_params
+from svam.params import Params, load_params
 from svam.simulation.scenes import scene_of
 from tests import ROOT
 
@@ -106,6 +107,22 @@ def test_the_published_table_is_planned_whole_and_in_parts() -> None:
     sizes = [params["finetune_video"]["unet"] | params["train_policy"]["transformer"] for params in (small, large.params)]
     assert sizes[0] == sizes[1]
     assert small["finetune_video"]["training"]["steps"] * 0.092 < 540 / 2, "at the rate that was measured on an H200"
+
+
+def test_the_shift_of_looks_has_actions_in_three_and_is_evaluated_in_the_fourth() -> None:
+    runs = planned_runs(load_plan(FOLDER / "looks.yaml"), params=PARAMS)
+    assert {run.variant for run in runs} == {"svam", "vpp", "vpp_frame", "frame_tokens", "diffusion_policy"} and len(runs) == 10
+    for run in runs:
+        params = Params.model_validate(run.params)
+        check_agreement(params)
+        acting, video = params.convert.sets
+        looks = params.collect.looks
+        assert (acting.policy, acting.convert["options"]["looks"]) == (True, looks[:3])
+        assert (video.policy, video.convert["options"]["looks"]) == (False, params.collect.unlabelled)
+        assert params.collect.unlabelled == [params.evaluate.metaworld.look] == looks[3:]
+        (episodes,) = {params.collect.episodes_for(task) for task in params.collect.tasks}
+        demonstrations = sum(looks[k % 4] != "D" for k in range(episodes))
+        assert run.size <= demonstrations - round(params.convert.held_out * demonstrations)
 
 
 def test_the_registered_comparison_on_two_cores_asks_the_same() -> None:

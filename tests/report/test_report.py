@@ -148,6 +148,8 @@ def test_both_averages_are_named_where_all_groups_were_evaluated(run: Path) -> N
         "4 episodes a task of at most 500 steps, stock scenes; pictures of corner2, 64 pixels wide, in the style fast, drawn "
         "by MuJoCo 3.3.2 with egl; trained on 40 to 300 demonstrations a task (scripted expert)."
     ) in tables.markdown(read)
+    setting = read.results["metaworld"]["setting"]
+    assert "; pictures of corner2 in the look D, 64 pixels wide" in tables.setting_text(setting | {"look": "D"})
 
 
 def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_path: Path) -> None:
