@@ -160,8 +160,8 @@ def test_the_depth_loss_weighs_metres_beside_their_inverse(frames: torch.Tensor)
     seen = SIZE - 1
     for weight in (0.0, 3.0):
         _, loss = objective_of(teacher, section("dinov2", "depth", metric_weight=weight), np.array([1]))
-        inverse, metres = ((seen - 1) * 0.25 + 0.5) / seen, ((seen - 1) * 2.0 + FARTHEST - 2.0) / seen
-        assert loss((frames, truth)).item() == pytest.approx(inverse + weight * 0.4 / 2.0 * metres, rel=1e-5)
+        inverse, metres = ((seen - 1) * 0.25 + 0.5) / seen, ((seen - 1) * 2.0**2 + (FARTHEST - 2.0) ** 2) / seen
+        assert loss((frames, truth)).item() == pytest.approx(inverse + weight * 0.4 / 2.0**2 * metres, rel=1e-5)
 
 
 def test_soft_dice_by_hand() -> None:
