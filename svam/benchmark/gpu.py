@@ -121,8 +121,7 @@ def measure(
     lean = fast.model_copy(update={"compile": False, "checkpointing": True, "average": "host"})
 
     def shared(rate: dict[str, float], models: Models, name: str) -> dict[str, float]:
-        """With the FLOPs of a sample, and the share of the time that it would take at `matrix_flops`; layers that are computed
-        twice count once."""
+        """With the FLOPs of a sample, and the share of the time that it would take at `matrix_flops`."""
         flops = models.flops[name]
         return rate | {"flops": flops, "share_of_matrix_rate": rate["per_second"] * flops / found["matrix_flops"]}
 
