@@ -57,6 +57,8 @@ def serve(
         svam = SVAM.load(model) if acting_as is None else SVAM.load(model).acting_as(acting_as)
         inference = Inference(for_control(svam, chosen, batch, compiled), batch)
         inference.warm_up()
+        if inference.batch != batch:  # what a GPU has ready is for the whole batch
+            for_control(svam, chosen, inference.batch, compiled)
         return inference
 
     async def run(server: PolicyServer) -> None:

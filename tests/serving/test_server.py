@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,23 @@ def test_a_client_that_falls_silent_is_dropped_and_others_are_served(
                     pass
         while running.server._clients:
             time.sleep(0.005)
+
+
+def test_one_at_a_time_is_made_ready_too(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rows of a batch do not agree: a GPU would launch kernel by kernel what it has no graph of."""
+    made: list[Any] = []
+
+    def stopped(*_: object) -> None:
+        raise ServingError("stopped")
+
+    monkeypatch.setattr("svam.models.control.for_control", lambda svam, *settings: made.append(settings))
+    for left in (3, 1):
+        made.clear()
+        warm = SimpleNamespace(batch=left, warm_up=lambda: None)
+        monkeypatch.setattr("svam.serving.inference.Inference", lambda *_, warm=warm: warm)
+        monkeypatch.setattr("svam.serving.server.PolicyServer", stopped)
+        invoke(app, model, "--device", "cpu", "--threads", "1", "--batch", "3")
+        assert [batch for _, batch, _ in made] == [3, 1][: 1 if left == 3 else 2]
 
 
 def test_the_command(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
