@@ -166,7 +166,7 @@ def _record_denoise(svam: SVAM, inputs: Inputs) -> None:
         rest = dict(zip(names, values[len(entries) : -1], strict=True))
         return [eager(replace(inputs, entries=dict(zip(entries, values, strict=False)), **rest), values[-1])]
 
-    shape = (batch, svam.config.chunk, svam.dimensions)
+    shape = (batch, svam.config.chunk, svam.config.action_dimensions or svam.statistics.convention.dimensions)
     graph = Graph(denoised, tensors(inputs, torch.zeros(shape, device=svam.device)))
 
     def denoise(inputs: Inputs, noise_BKA: Tensor) -> Tensor:

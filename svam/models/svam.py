@@ -281,11 +281,6 @@ class SVAM:
         return self.config.chunk
 
     @property
-    def dimensions(self) -> int:
-        """A of the network: the widest of its sets' actions, where it learnt from several."""
-        return self.config.action_dimensions or self.statistics.convention.dimensions
-
-    @property
     def cameras(self) -> list[str]:
         """Names of the cameras that an observation must hold."""
         return self.config.cameras
@@ -419,7 +414,7 @@ class SVAM:
     @torch.no_grad()
     def normalised(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:
         """The same in the policy's own units, of all its dimensions."""
-        shape = (self.config.chunk, self.dimensions)
+        shape = (self.config.chunk, self.config.action_dimensions or self.statistics.convention.dimensions)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in noise_seeds])
         normalised: NDArray[np.float32] = self.network.denoise(inputs, noise.to(self.device)).float().cpu().numpy()
         bad = np.flatnonzero(~np.isfinite(normalised).all(axis=(1, 2)))
