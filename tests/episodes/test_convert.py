@@ -304,13 +304,14 @@ def rewrite(file: Path, **arrays: np.ndarray[Any, Any] | None) -> None:
 def test_faults_of_an_episode_are_named(raw: Path) -> None:
     file = raw / "reach" / "episode_0003.safetensors"
     whole = load_file(file)
-    for actions, sentence in (
-        (None, "array 'actions' is missing; it has annotation_index, depth"),
-        (whole["actions"][:5], r"0003\.corner2\.png: 8 x 104 pixels in mode RGB, expected 8 x 40 in RGB"),
-        (np.zeros((13, 4)), r"episode_0003\.safetensors: .*actions.*float64"),
-        (np.full((13, 4), np.nan, np.float32), r"episode_0003\.safetensors.*actions\[0, 0\] is nan"),
+    for changed, sentence in (
+        ({"actions": None}, "array 'actions' is missing; it has annotation_index, depth"),
+        ({"success": whole["success"][:5]}, r"0003\.corner2\.png: 8 x 104 pixels in mode RGB, expected 8 x 40 in RGB"),
+        ({"actions": whole["actions"][:5]}, r"episode_0003\.safetensors: .*actions is float32 \(5, 4\), expected .*\(13, "),
+        ({"actions": np.zeros((13, 4))}, r"episode_0003\.safetensors: .*actions.*float64"),
+        ({"actions": np.full((13, 4), np.nan, np.float32)}, r"episode_0003\.safetensors.*actions\[0, 0\] is nan"),
     ):
-        rewrite(file, actions=actions)
+        rewrite(file, **whole | changed)
         with refused(sentence):
             open_source(raw, Options(tasks=["reach"])).read(3)
     file.unlink()
