@@ -6,14 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from svam.files import write_json
-from svam.models.depth_anything_3 import DepthAnything3, DepthAnything3Config
 from svam.models.published import save_published
 from svam.training.prepare_backbones.text import train_tokenizer
+from tests.models.test_depth_anything_3 import NET, make
 
 TEACHER = 28
 """Pixels of the teachers' frames: two of the published patches of 14."""
@@ -50,18 +48,4 @@ def write_weights(folder: Path, sentences: list[str], tokens: int) -> None:
         place.mkdir(parents=True)
         save_published(model, place)
     tokenizer.save_pretrained(str(clip))
-    _write_depth_anything(folder / "DA3-LARGE")
-
-
-def _write_depth_anything(folder: Path) -> None:
-    """The backbone among weights of other parts, as its repository has it."""
-    folder.mkdir()
-    net = {"out_layers": [2, 3, 4, 5], "alt_start": 2, "qknorm_start": 2, "rope_start": 2, "cat_token": True}
-    sizes = {"width": 128, "positions": TEACHER // 14, "out_layers": (2, 3, 4, 5)}
-    model = DepthAnything3(DepthAnything3Config(**{**net, **sizes}))
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
-    model.save(folder)
-    write_json(folder / "config.json", {"model_name": "tiny", "config": {"net": net | {"name": "vits"}, "head": {"dim_in": 3}}})
-    rest = {"model.head.norm.weight": torch.zeros(2), "model.cam_dec.fc_t.bias": torch.zeros(3)}
-    save_file(load_file(folder / "model.safetensors") | rest, folder / "model.safetensors")
+    make(folder / "DA3-LARGE", NET)

@@ -56,14 +56,15 @@ def test_metadata_and_reply(model: Path, make_server: MakeServer, svam: SVAM) ->
         assert (metadata["chunk"], metadata["action_dimensions"], metadata["rate_hz"], metadata["batch"]) == (4, 3, 20.0, 1)
         assert metadata["actions"]["max"] == svam.statistics.actions.max
         assert metadata["weights_sha256"] == sha256(model / "manifest.json")
-        first, second = asked(connection, request), asked(connection, request)
+        first, second, *others = (asked(connection, request) for _ in range(8))
     np.testing.assert_array_equal(first["actions"], expected[0])
     np.testing.assert_array_equal(second["actions"], expected[0])
     assert first["actions"].dtype == np.float32 and first["seed"] == 7
     timing = second["server_timing"]
     parts = {"autoencoder_and_text_ms", "video_model_ms", "teachers_ms", "decouplers_ms", "policy_ms"}
     assert set(timing) == parts | {"read_ms", "wait_ms", "infer_ms", "batch", "prev_total_ms"}
-    assert 0 < sum(timing[part] for part in parts) <= timing["infer_ms"]
+    shares = [sum(t[part] for part in parts) / t["infer_ms"] for t in (timing, *(other["server_timing"] for other in others))]
+    assert 0.8 < max(shares) <= 1.0, "the best of several: another program may run between two parts"
     assert set(first["server_timing"]) == set(timing) - {"prev_total_ms"}
 
 
