@@ -39,7 +39,8 @@ def become_worker() -> None:
 def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     """Set threads and seeds, choose the device, print it, and return it.
 
-    Where several processes compute a stage, they meet here, and each has a device of its own.
+    Where several processes compute a stage, they meet here, and each has a device of its own. On a CPU those that torchrun
+    starts share the `threads`; other commands give each process CPUs of its own.
 
     Raises:
         MachineError: `device` is "cuda" and torch sees no CUDA GPU, or this node has more processes than GPUs.
@@ -56,6 +57,8 @@ def prepare_torch(device: str, threads: int, seed: int) -> torch.device:
     chosen = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
     if processes.count() > 1:
         chosen = processes.join(chosen.type == "cuda")
+        if chosen.type == "cpu":
+            threads = max(1, threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     if chosen.type == "cpu":

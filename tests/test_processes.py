@@ -244,7 +244,7 @@ for pid in $pids; do wait "$pid" || exit 1; done
 def encode(parts: Path, folder: Path, launch: str, count: int = 1, **environment: str) -> tuple[int | None, str]:
     """The stage `encode`, of which all lies in `folder`, where a command `srun` is too: exit code, and what is printed."""
     folder.mkdir()
-    write_toy_params(folder / "params.yaml", {"machine": {"launch": launch, "processes": count}})
+    write_toy_params(folder / "params.yaml", {"threads": count, "machine": {"launch": launch, "processes": count}})
     (folder / "srun").write_text(SRUN)
     (folder / "srun").chmod(0o755)
     arguments = [str(folder / "latents"), "--params", str(folder / "params.yaml")]
@@ -270,7 +270,7 @@ def test_torchrun_and_a_prefix_start_processes_that_write_the_same_bytes(parts: 
     for code, said in runs:
         assert code == 0, said
         assert said.count("device: cpu") == said.count("peak memory") == 1, said
-    assert ["2 processes" in said for _, said in runs] == [False, True, True]
+    assert ["1 threads, 2 processes" in said for _, said in runs] == [False, True, True]
     assert len({sha256_tree(tmp_path / name / "latents") for name in ("local", "torchrun", "srun")}) == 1
     assert not list(tmp_path.glob("*/.ckpt"))
 
