@@ -17,8 +17,8 @@ from tests.presets.weights import TEACHER, write_weights
 from tests.tiny import observations
 from tests.toy import committed, invoke, write_toy_params
 
-ELSEWHERE = ("collect.", "convert.", "encode.", "foresight.")
-"""Keys of data and figures, which tests have their own of."""
+ELSEWHERE = ("collect.", "convert.", "encode.", "foresight.", "machine.launch", "machine.processes")
+"""Keys of data and figures, which tests have their own of, and of the processes that a stage called from a test does not start."""
 BACKBONES = ("autoencoder", "text", "geometric", "semantic")
 TWO = {"steps": 2, "warmup": 1, "batch": 2, "accumulate": 1}
 REDUCED: dict[str, Any] = {
