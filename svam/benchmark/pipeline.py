@@ -166,8 +166,13 @@ def steps_of(command: list[str], pairs: int) -> tuple[dict[str, list[float]], di
     return seconds, work, sum(making) / len(making) * pairs * STEPS / sum(work["drawn"])
 
 
+def watched(params: Params) -> Any:
+    """The values of `params`, of trainings that do not end by themselves and compute in one process, the one that watches."""
+    machine = params.machine.model_copy(update={"launch": "local", "processes": 1, "shard": False})
+    return _endless(params.model_copy(update={"machine": machine}).model_dump(mode="json"))
+
+
 def _endless(values: Any) -> Any:
-    """Params whose trainings do not end by themselves."""
     if not isinstance(values, dict):
         return values
     return {key: value | {"steps": ENDLESS} if key == "training" else _endless(value) for key, value in values.items()}
@@ -177,7 +182,7 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
     """Steps a second of every training stage of the last `dvc repro` against the same training on one repeated batch: what
     making batches costs it, whether it waits for them or shares the processor with them. `work`: the same of the seconds that
     its threads computed, which a busy machine disturbs less, but which do not see waiting. `making`: the share of those seconds
-    that makes batches.
+    that makes batches. In one process, also where `machine.launch` starts several.
 
     Raises:
         FileError: the pipeline has not run.
@@ -186,7 +191,7 @@ def loader(inputs: Inputs, params: Params) -> dict[str, Any]:
     folder, state = inputs.scratch, os.environ.get("DVC_ROOT")
     os.environ["DVC_ROOT"] = str(folder)  # an unfinished run's state is left alone
     try:
-        YAML(typ="safe", pure=True).dump(_endless(params.model_dump(mode="json")), folder / "params.yaml")
+        YAML(typ="safe", pure=True).dump(watched(params), folder / "params.yaml")
         for stage, command in trainings(Path("dvc.lock"), folder).items():
             seconds, work, making = steps_of([*command, "--params", str(folder / "params.yaml")], params.benchmark.repeats)
             found[stage] = ratio_of(seconds, "repeated", "drawn") | {"seconds": seconds}

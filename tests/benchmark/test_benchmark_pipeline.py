@@ -11,9 +11,10 @@ import pytest
 from dvc.repo import Repo
 
 from svam import console as machine
-from svam.benchmark.pipeline import Account, read_accounts, shares, steps_of, trainings
+from svam.benchmark.pipeline import ENDLESS, Account, read_accounts, shares, steps_of, trainings, watched
 from svam.files import FileError
 from tests.benchmark.common import measured, refused
+from tests.toy import write_toy_params
 
 PIPELINE = """
 stages:
@@ -29,7 +30,7 @@ stages:
     cmd: echo times > times
     outs: [times]
 """
-ENDLESS = """
+STAGE = """
 import torch
 from svam.training.loop import fit
 from tests.toy import optimiser
@@ -85,7 +86,7 @@ def test_shares_by_hand() -> None:
 
 def test_a_training_is_timed_with_and_without_its_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its own stage, which is stopped before it writes; its outs are elsewhere."""
-    (tmp_path / "endless_stage.py").write_text(ENDLESS)
+    (tmp_path / "endless_stage.py").write_text(STAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
     *measured_twice, making = steps_of(["endless_stage"], 2)
     for found in measured_twice:
@@ -99,6 +100,16 @@ def test_a_training_is_timed_with_and_without_its_batches(tmp_path: Path, monkey
     )
     out = tmp_path / "scratch/data"
     assert trainings(lock, tmp_path / "scratch") == {"train": ["stages.train", str(out / "x"), "--live", str(out / "live")]}
+
+
+def test_a_training_of_several_processes_is_watched_in_one(tmp_path: Path) -> None:
+    several = {"machine": {"launch": "torchrun", "processes": 2, "shard": True}}
+    alone, params = (write_toy_params(tmp_path / "params.yaml", changes) for changes in ({}, several))
+    values = watched(params)
+    assert values["distill"].pop("training")["steps"] == values["train_policy"].pop("training")["steps"] == ENDLESS
+    expected = alone.model_dump(mode="json")
+    assert values["machine"] == expected["machine"]
+    assert values["distill"] == {key: value for key, value in expected["distill"].items() if key != "training"}
 
 
 def test_accounts_are_those_that_stages_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

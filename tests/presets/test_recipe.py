@@ -18,7 +18,7 @@ from tests.tiny import observations
 from tests.toy import committed, invoke, write_toy_params
 
 ELSEWHERE = ("collect.", "convert.", "encode.", "foresight.", "machine.launch", "machine.processes")
-"""Keys of data and figures, which tests have their own of, and of the processes that a stage called from a test does not start."""
+"""Keys of data and figures, which tests have their own of, and of processes, which a stage called in a test starts not."""
 BACKBONES = ("autoencoder", "text", "geometric", "semantic")
 TWO = {"steps": 2, "warmup": 1, "batch": 2, "accumulate": 1}
 REDUCED: dict[str, Any] = {
