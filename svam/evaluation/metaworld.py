@@ -247,7 +247,7 @@ def successes(outcomes: Sequence[Outcome]) -> dict[str, list[bool]]:
     return table
 
 
-def metaworld_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: Evaluate, rate_hz: float) -> dict[str, Any]:
+def metaworld_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: Evaluate) -> dict[str, Any]:
     """Row -> `scores.summary`, and `same_goals`: the policy row on the goals of the held-out paraphrase, to compare it with."""
     rows: dict[str, Any] = {row: summary(successes(group)) for row, group in outcomes.items() if group}
     policy, expert = outcomes.get("policy", []), outcomes.get("expert", [])
@@ -264,7 +264,7 @@ def metaworld_metrics(outcomes: Mapping[ResultRow, Sequence[Outcome]], params: E
         "expert_failed_goals_kept": sum(not o.success for o in expert) if expert else None,
         "max_steps": params.metaworld.max_steps,
         "execute": params.execute,
-        "rate_hz": rate_hz,
+        "rate_hz": RATE_HZ,
     }
 
 
@@ -290,7 +290,7 @@ def write_metaworld(folder: Path, store: EpisodeStore, policy: Evaluated, params
         proprioception=policy is not None and policy.needs_proprioception, seed=params.seed, workers=params.machine.workers,
         resume=resume,
     )  # fmt: skip
-    metrics = metaworld_metrics(outcomes, params.evaluate, RATE_HZ)
+    metrics = metaworld_metrics(outcomes, params.evaluate)
     metrics["setting"] = setting_of(store, policy, params.evaluate)
     lines = [json.dumps(record_of(outcome), sort_keys=True) for group in outcomes.values() for outcome in group]
     (folder / "episodes.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,22 +32,6 @@ def rate_of(successes: Sequence[bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def macro_of(per_task: Iterable[Sequence[bool]]) -> dict[str, Any]:
-    """{tasks, success, low, high}: the mean of the tasks' rates, each task counted alike, with its 95 % interval.
-
-    Tasks are evaluated on equally many episodes, so that the mean of their rates is the rate of all episodes together, and its
-    interval is Wilson's.
-
-    Raises:
-        ValueError: the tasks have different numbers of episodes, or there is none.
-    """
-    groups = [list(group) for group in per_task]
-    if len({len(group) for group in groups}) != 1:
-        raise ValueError(f"macro average: tasks of {sorted({len(g) for g in groups})} episodes, expected equally many of each")
-    rate = rate_of([success for group in groups for success in group])
-    return {"tasks": len(groups), "success": rate["success"], "low": rate["low"], "high": rate["high"]}
-
-
 def tier_of(task: str) -> str | None:
     """The tier of a MetaWorld task name without its version suffix; None for a task that no tier names."""
     return next((tier for tier, tasks in TIERS.items() if task in tasks), None)
@@ -57,25 +41,30 @@ def summary(successes: Mapping[str, Sequence[bool]]) -> dict[str, Any]:
     """All averages of one row of the results table.
 
     Args:
-        successes: task -> any-step success of each of its episodes (at least one).
+        successes: task -> any-step success of each of its episodes, equally many of each task.
 
     Returns:
-        {"tasks": {task: rate_of}, "tiers": {tier: rate_of}, "published_tiers": {...}, "micro": rate_of, "macro": macro_of,
-        "mean_of_tiers": {tiers, success}}; a tier none of whose tasks was evaluated is absent; without any the last is None.
+        {"tasks": {task: rate_of}, "tiers": {tier: rate_of}, "published_tiers": {...}, "micro": rate_of, "macro": {tasks,
+        success, low, high}, "mean_of_tiers": {tiers, success}}; a tier none of whose tasks was evaluated is absent; without any
+        the last is None. macro is the mean of the tasks' rates: of equally many episodes each, the rate of all together.
+
+    Raises:
+        ValueError: the tasks have different numbers of episodes, or none.
     """
-    if not successes or not all(len(s) for s in successes.values()):
-        raise ValueError("success rates: every task needs at least one episode")
+    counts = {len(group) for group in successes.values()}
+    if len(counts) != 1 or 0 in counts:
+        raise ValueError(f"success rates: tasks of {sorted(counts)} episodes, expected equally many of each, at least one")
 
     def tiers(table: Mapping[str, list[str]]) -> dict[str, Any]:
         members = {tier: [s for task in tasks for s in successes.get(task, ())] for tier, tasks in table.items()}
         return {tier: rate_of(group) for tier, group in members.items() if group}
 
-    four = tiers(TIERS)
+    four, micro = tiers(TIERS), rate_of([s for group in successes.values() for s in group])
     return {
         "tasks": {task: rate_of(group) for task, group in successes.items()},
         "tiers": four,
         "published_tiers": tiers(PUBLISHED_TIERS),
-        "micro": rate_of([s for group in successes.values() for s in group]),
-        "macro": macro_of(successes.values()),
+        "micro": micro,
+        "macro": {"tasks": len(successes), **{key: micro[key] for key in ("success", "low", "high")}},
         "mean_of_tiers": {"tiers": len(four), "success": fmean(rate["success"] for rate in four.values())} if four else None,
     }
