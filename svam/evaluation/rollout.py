@@ -12,13 +12,12 @@ next begins where the last was reached, with a new call of the policy, and the f
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
@@ -138,7 +137,7 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
     """Keep a finished episode for the next run, should this one be killed."""
     value = {
         "draw": outcome.draw, "success": outcome.success, "steps": outcome.steps, "calls": outcome.calls,
-        "reached": outcome.reached, "plan": astuple(outcome.plan),
+        "reached": outcome.reached,
     }  # fmt: skip
     recorded = outcome.recorded
     write = None if recorded is None else lambda file: save_file(vars(recorded), file)
@@ -148,7 +147,7 @@ def _save_outcome(outcome: Outcome, resume: Resume) -> None:
 def _load_outcome(plan: PlannedEpisode, resume: Resume) -> Outcome | None:
     """The outcome of an episode that an earlier, killed run has finished."""
     record = resume.load_record(_record_name(plan))
-    if record is None or record.value["plan"] != json.loads(json.dumps(astuple(plan))):
+    if record is None:
         return None
     recorded = Recorded(**load_file(record.file)) if record.file else None
     value = record.value
@@ -258,9 +257,7 @@ class Workers:
     def __init__(self, make: MakeEnvironment, count: int, one_each: bool = False) -> None:
         self.one_each = one_each
         context = multiprocessing.get_context("spawn")
-        self._pools = [
-            ProcessPoolExecutor(1, mp_context=context, initializer=_set_up, initargs=(make,)) for _ in range(max(1, count))
-        ]
+        self._pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_set_up, initargs=(make,)) for _ in range(count)]
 
     def __enter__(self) -> Workers:
         return self
