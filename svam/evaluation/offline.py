@@ -111,11 +111,6 @@ def encode_rows(store: EpisodeStore, model: SVAM, rows: NDArray[np.int64], seed:
     return model.encode(observations_of(store, model, rows), [seed_of(seed, "offline", int(row)) for row in rows], recorded)
 
 
-def target_name(store: EpisodeStore) -> str:
-    """The vector that the policy imitates: the expert's choice where the data states it, else what was executed."""
-    return "expert_actions" if store.has("expert_actions") else "actions"
-
-
 def episode_bounds(store: EpisodeStore, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First row (n,) of the episode of each row, and the row (n,) after its last one."""
     starts, ends = np.asarray([store.bounds(int(episode)) for episode in store.episode_of(rows)], dtype=np.int64).T
@@ -175,7 +170,6 @@ def evaluate_offline(
     """
     rows = choose_windows(store, params.offline.windows, seed)
     chunk, valid = action_rows(rows, *episode_bounds(store, rows), model.chunk)
-    name = target_name(store)
     truth = store.targets(chunk.reshape(-1)).reshape(*chunk.shape, -1).astype(np.float64)
     last = store.vector("actions", rows - 1).astype(np.float64)[:, None]
     mean = np.asarray(store.statistics.actions.mean, dtype=np.float64)
@@ -203,7 +197,7 @@ def evaluate_offline(
         "notice": NOTICE,
         "windows": len(rows),
         "samples": params.offline.samples,
-        "target": name,
+        "target": "expert_actions" if store.has("expert_actions") else "actions",
         **{name: action_errors(np.concatenate(blocks), valid) for name, blocks in each.items()},
         "sample_spread_per_dimension": [float(value) for value in np.sum(spread, axis=0) / len(rows)],
         "mean_action": action_errors(np.abs(mean - truth), valid),
