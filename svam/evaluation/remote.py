@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import cycle
 from types import TracebackType
 
 import numpy as np
@@ -68,12 +68,8 @@ class Remote:
         # Noise belongs to an episode and a step, and two episodes of the same noise differ in their sentence.
         rows = list(zip((observation.instruction for observation in observations), noise_seeds, strict=True))
         asked = dict(zip(rows, observations, strict=True))
-        shares = [list(asked)[number :: len(self._clients)] for number in range(len(self._clients))]
-
-        def ask(client: PolicyClient, share: Sequence[tuple[str, int]]) -> dict[tuple[str, int], NDArray[np.float32]]:
-            return {row: self._chunk(client, asked[row], row[1]) for row in share}
-
-        chunks = {row: chunk for found in self._pool.map(ask, self._clients, shares) for row, chunk in found.items()}
+        seeds = (seed for _, seed in asked)
+        chunks = dict(zip(asked, self._pool.map(self._chunk, cycle(self._clients), asked.values(), seeds), strict=True))
         if len(shapes := {chunk.shape for chunk in chunks.values()}) > 1:
             raise ServingError(f"{self.url} replied with actions of {sorted(shapes)} in one round, expected one number of them")
         return np.stack([chunks[row] for row in rows])

@@ -11,6 +11,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -133,10 +134,8 @@ class SvamPolicy(PreTrainedPolicy):  # type: ignore[misc]
             ServingError: no picture, several and none is named, or no proprioception; or see `PolicyClient.infer`.
         """
         requests = [self._request(batch, row) for row in range(len(self._pictures(batch)))]
-        shares = [requests[number :: len(self._clients)] for number in range(len(self._clients))]
-        answered = list(self._threads.map(lambda client, share: [client.actions(one) for one in share], self._clients, shares))
         self._calls += 1
-        chunks = [answered[row % len(answered)][row // len(answered)] for row in range(len(requests))]
+        chunks = list(self._threads.map(PolicyClient.actions, cycle(self._clients), requests))
         return torch.from_numpy(np.stack(chunks))
 
     def _pictures(self, batch: dict[str, Any]) -> torch.Tensor:
