@@ -44,7 +44,7 @@ def chosen_chains(params: EvaluateCalvin) -> Chains:
     """
     found = [
         (number, Chain(chain.initial_state, chain.subtasks[: params.subtasks]))
-        for number, chain in enumerate(official_chains(OFFICIAL_CHAINS))
+        for number, chain in enumerate(official_chains())
         if not params.tasks or set(chain.subtasks[: params.subtasks]) <= set(params.tasks)
     ]
     if len(found) < params.chains:
@@ -137,10 +137,6 @@ def chain_scores(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     length = len(outcomes[0].plan.goals)
     rates = [rate_of([count > k for count in solved]) for k in range(length)]
     average = math.fsum(rate["success"] for rate in rates)
-    if not math.isclose(average, sum(solved) / len(solved), abs_tol=1e-9):
-        raise RuntimeError(
-            f"rates of chains add up to {average}, but {sum(solved)} subtasks of {len(solved)} chains were solved"
-        )
     attempts: dict[str, list[bool]] = {}
     for outcome, count in zip(outcomes, solved, strict=True):
         for k, (name, _) in enumerate(outcome.plan.goals[: count + 1]):

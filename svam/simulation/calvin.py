@@ -36,7 +36,6 @@ from svam.simulation.calvin_experts import Expert
 
 RATE_HZ = 30.0
 ACTION_DIMENSIONS = 7
-ROBOT_OBS = 15
 CAMERAS: Mapping[str, tuple[int, int]] = {"static": (200, 200), "gripper": (84, 84)}
 """(H, W) pixels of the cameras, by the names that converted demonstrations have."""
 
@@ -177,7 +176,7 @@ class CalvinEnvironment:
 
     task: of no meaning; all tasks are in one scene. folder: of the checkout. cameras: those that `observe` draws, nothing else
     draws. image_size: (H, W) that their pictures are resized to, as a conversion does; None leaves their own. states: those
-    that `reset` counts. scene: "A" to "D". `simulator` is CALVIN's own object, for what this class does not tell.
+    that `reset` counts. `simulator` is CALVIN's own object, for what this class does not tell.
 
     Raises:
         MachineError: the EGL renderer does not start.
@@ -185,7 +184,7 @@ class CalvinEnvironment:
 
     def __init__(
         self, task: str = "calvin", *, folder: Path, renderer: Renderer = "cpu", cameras: Sequence[str] = ("static",),
-        image_size: tuple[int, int] | None = None, states: Sequence[Mapping[str, str | int]] = (), scene: str = "D",
+        image_size: tuple[int, int] | None = None, states: Sequence[Mapping[str, str | int]] = (),
     ) -> None:  # fmt: skip
         if str(folder) not in sys.path:
             sys.path.insert(0, str(folder))
@@ -205,7 +204,7 @@ class CalvinEnvironment:
             robot = OmegaConf.merge(load("robot/panda"), load("robot/panda_longer_finger"))
             config = OmegaConf.create({
                 "data_path": "data", "use_vr": False, "env": load("env/play_table_env"), "robot": robot,
-                "scene": load(f"scene/calvin_scene_{scene}"),
+                "scene": load("scene/calvin_scene_D"),
                 "cameras": {camera: load(f"cameras/cameras/{camera}") for camera in cameras},
             })  # fmt: skip
             try:
