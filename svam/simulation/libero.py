@@ -182,12 +182,6 @@ class LiberoEnvironment:
         """robosuite's environment, for controllers that act on its state."""
         return self._env.env
 
-    def state(self) -> NDArray[np.float64]:
-        """(s,) float64: time, joint positions and velocities, as in the initial states."""
-        self._started()
-        state: NDArray[np.float64] = self._env.get_sim_state()
-        return state
-
     def observe(self) -> dict[str, NDArray[np.uint8]]:
         """Camera name -> (H, W, 3) uint8 RGB of the present moment, turned as `flip` says."""
         self._started()

@@ -54,10 +54,10 @@ def environment() -> Iterator[LiberoEnvironment]:
 
 def play(env: LiberoEnvironment, seed: int, actions: NDArray[np.float64]) -> NDArray[np.float64]:
     env.reset(seed)
-    states = [env.state()]
+    states = [env._env.get_sim_state()]
     for action in actions:
         env.step(action.astype(np.float32))
-        states.append(env.state())
+        states.append(env._env.get_sim_state())
     return np.array(states)
 
 
