@@ -155,21 +155,16 @@ def flat_metrics(run: RunMetrics) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in flat.items()}
 
 
-def libero_parts(run: RunMetrics) -> list[str]:
-    """Title, setting and table of the protocol `libero`, where it was run."""
+def libero_section(run: RunMetrics) -> str:
+    """The `libero` protocol as Markdown: rates by suite and by task; "" if it was not run."""
     libero = run.results.get("libero")
     if libero is None:
-        return []
+        return ""
     rows = libero["rows"]
-
-    def rates(kind: str, name: str) -> list[str]:
-        found = (scores[kind][name] for scores in rows.values())
-        return [f"{rate['success']:.0%} ({rate['low']:.0%} to {rate['high']:.0%})" for rate in found]
-
-    first = next(iter(rows.values()))
     lines = [["**mean of suites**", *(f"{scores['mean_of_suites']:.1%}" for scores in rows.values())]]
     for kind in ("suites", "tasks"):
-        lines += [[name.replace("_", " "), *rates(kind, name)] for name in first[kind]]
+        for name in next(iter(rows.values()))[kind]:
+            lines.append([name.replace("_", " "), *(percentage(scores[kind][name]) for scores in rows.values())])
     limits = ", ".join(f"{suite.removeprefix('libero_')} {steps}" for suite, steps in libero["max_steps"].items())
     text = (
         f"{libero['episodes_per_task']} episodes a task from the official initial states, in their order; at most so many "
@@ -180,7 +175,7 @@ def libero_parts(run: RunMetrics) -> list[str]:
             f" Cameras: {', '.join(libero['cameras'])}, drawn at {libero['drawn']} pixels in the style {libero['render']} by "
             f"MuJoCo {libero['mujoco']}."
         )
-    return ["## LIBERO", text, markdown_table(["", *(run.row_name(row) for row in rows)], lines)]
+    return f"{text}\n\n{markdown_table(['', *(run.row_name(row) for row in rows)], lines)}"
 
 
 def has_four_groups(summary: Mapping[str, Any]) -> bool:
@@ -427,8 +422,8 @@ def markdown(run: RunMetrics, note: str = "") -> str:
         parts += ["## Success in closed loop", text, grid, *said]
     if chains := chain_section(run):
         parts += ["## CALVIN: subtasks in a row", chains, *said]
-    if libero := libero_parts(run):
-        parts += [*libero, *said]
+    if libero := libero_section(run):
+        parts += ["## LIBERO", libero, *said]
     if run.decouplers:
         lines = [
             [f"{line['branch']}: {PREDICTORS[line['predictor']]}"]
