@@ -9,8 +9,7 @@ import pytest
 
 from svam.files import FileError, write_json
 from svam.report.readme import BEGIN, END, main, results
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def write_report(folder: Path, tasks: int, *measures: str) -> Path:

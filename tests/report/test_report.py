@@ -23,7 +23,7 @@ from svam.report import tables, teachers
 from svam.report.figures import clips_figure
 from svam.report.films import draw_films, enlarge, rollout_film, side_by_side
 from svam.report.grid import pca_colours
-from svam.report.published import PUBLISHED, beside_published
+from svam.report.published import beside_published
 from tests.toy import committed, write_toy_params
 
 TASKS = ("reach", "push", "shelf-place")
@@ -128,10 +128,14 @@ def invoke(run: Path, out: Path, **distill: Any) -> Any:
     return CliRunner().invoke(app, [str(out), *options])
 
 
+def gathered(run: Path, *branches: str) -> tables.RunMetrics:
+    return tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", branches)
+
+
 def test_both_averages_are_named_where_all_groups_were_evaluated(run: Path) -> None:
     """Of one easy task, two hard ones and so on: the mean over tasks and the mean over groups differ. No rows but its own stand
     beside a scripted policy."""
-    read = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", ["geometric"])
+    read = gathered(run, "geometric")
     assert "four groups" not in tables.markdown(read) and "success_mean_of_groups" not in tables.flat_metrics(read)
     successes = {"reach": [True], "sweep": [True], "push": [False], "push-back": [False], "shelf-place": [False]}
     results = {**read.results, "policy": "remote"}
@@ -184,9 +188,7 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(run: Path, tmp_pat
 
 
 def test_markdown_says_what_was_measured(run: Path) -> None:
-    page = tables.markdown(
-        tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", ["geometric", "semantic"])
-    )
+    page = tables.markdown(gathered(run, "geometric", "semantic"))
     assert "| push | 50% (15% to 85%) |" in page and "| very hard | 0%" in page
     assert "| geometric: linear probe on F | 0.400 | 0.400 | 0.200 | 0.600 |" in page
     assert "| libero goal | 50% (15% to 85%) | 0% (0% to 49%) |" in page and "of settling: goal 300." in page
@@ -208,7 +210,7 @@ def test_teachers_are_accepted_or_not(
     files = {branch: run / f"backbones/{branch}/metrics.json" for branch in ("geometric", "semantic")}
 
     def page() -> str:
-        return tables.markdown(tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", []))
+        return tables.markdown(gathered(run))
 
     assert "As teachers of a comparison" in page()
     seen = {"gripper": gripper, "object": object_, "mean": 0.9}
@@ -237,7 +239,7 @@ def test_teachers_are_judged_before_anything_that_follows_them(run: Path, tmp_pa
 
 def test_what_the_teachers_learn_from_stands_under_each_table_of_success(run: Path) -> None:
     def page(**results: Any) -> str:
-        read = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
+        read = gathered(run)
         return tables.markdown(replace(read, results={**read.results, **results}))
 
     said = "S-VAM's teachers learn from the simulator's {}, which the inputs of VPP and Diffusion Policy do not see.\n"
@@ -260,16 +262,11 @@ def test_the_labels_of_params_are_those_of_teachers_that_are_trained_here() -> N
 
 def test_chains_have_a_rate_for_each_length_and_their_sum(run: Path) -> None:
     write_json(run / "results/metrics.json", read_json(run / "results/metrics.json") | {"calvin": CALVIN})
-    gathered = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
-    page = tables.markdown(gathered)
+    read = gathered(run)
+    page = tables.markdown(read)
     assert "| S-VAM | 75% (30% to 95%) | 25% (5% to 70%) | 1.00 |\n| scripted expert |" in page
     assert "Not the whole official evaluation" in page and "cameras: 1 (static); EGL renderer; calvin_env at 797142c." in page
-    assert tables.flat_metrics(gathered)["calvin_average_length"] == 1.0
-
-
-def test_published_rates_of_chains_add_up() -> None:
-    rows = PUBLISHED["calvin"]["rows"]
-    assert len(rows) > 5 and all(abs(sum(rates) / 100 - length) <= 0.0051 for *rates, length in rows.values())
+    assert tables.flat_metrics(read)["calvin_average_length"] == 1.0
 
 
 def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> None:
@@ -286,8 +283,7 @@ def test_what_a_variant_does_not_have_is_absent(run: Path, tmp_path: Path) -> No
     assert set(flat) == {"video_error_share", "geometric_cosine", "geometric_explained", "action_error"}
     assert not (tmp_path / "out/success.png").exists()
     # A branch that the params no longer list may have left its folder behind: it is not reported.
-    without = tables.gather(run / "results", run / "video", run / "decouplers", run / "backbones", [])
-    assert set(tables.flat_metrics(without)) == {"video_error_share", "action_error"}
+    assert set(tables.flat_metrics(gathered(run))) == {"video_error_share", "action_error"}
 
 
 @pytest.mark.parametrize("broken", [
@@ -355,15 +351,13 @@ def test_clips_stand_in_rows_the_truth_above_the_generation() -> None:
     assert [int(picture.get_array()[0, 0, 0]) for picture in places] == list(range(12))
 
 
-def test_pca_recovers_a_plane_and_shares_its_scale() -> None:
+def test_pca_recovers_a_plane() -> None:
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(5, 40, 3)) * [3.0, 2.0, 1.0]
     directions = np.linalg.qr(rng.normal(size=(8, 3)))[0].T
     colours = pca_colours(weights @ directions + 7.0).astype(float)
     for channel in range(3):
         assert abs(np.corrcoef(colours[..., channel].ravel(), weights[..., channel].ravel())[0, 1]) > 0.9
-    again = pca_colours((weights @ directions + 7.0)[:2], reference=weights @ directions + 7.0)
-    np.testing.assert_array_equal(again, colours[:2])
     assert pca_colours(np.zeros((2, 3, 2))).shape == (2, 3, 3)
 
 
