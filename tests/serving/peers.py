@@ -15,6 +15,11 @@ from websockets.sync.server import ServerConnection, serve
 
 PATIENCE = 120.0
 """Seconds for what happens at once, but not on a crowded machine."""
+HANDSHAKE = (
+    b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
+)
+"""What a client sends first."""
 
 
 def as_map(array: NDArray[Any]) -> dict[bytes, Any]:

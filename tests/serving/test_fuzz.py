@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
 from tests.serving.conftest import request_of, start_command
-from tests.serving.peers import PATIENCE, as_map, asked, encoded, minimal_client
+from tests.serving.peers import HANDSHAKE, PATIENCE, as_map, asked, encoded, minimal_client
 
 EACH = 25
 """Messages of one example."""
@@ -86,18 +86,14 @@ def send_messages(url: str, count: int) -> int:
 def drop_connections(url: str, count: int) -> None:
     """Connect and go at any point: before, within and after the handshake, within a message, with a reply on its way."""
     address, rng = ("127.0.0.1", int(url.rsplit(":", 1)[1])), random.Random(0)
-    handshake = (
-        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
-    )
     frame = b"\x82\xfe" + len(GOOD).to_bytes(2, "big") + bytes(4) + GOOD
     for _ in range(count):
         with socket.create_connection(address, timeout=PATIENCE) as connection:
             if rng.random() < 0.5:  # reset the connection instead of closing it
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            sent = rng.choice([b"", handshake, handshake, rng.randbytes(200), handshake + frame])
+            sent = rng.choice([b"", HANDSHAKE, HANDSHAKE, rng.randbytes(200), HANDSHAKE + frame])
             connection.sendall(sent[: rng.randint(0, len(sent))] if rng.random() < 0.5 else sent)
-            if sent.startswith(handshake) and rng.random() < 0.5:
+            if sent.startswith(HANDSHAKE) and rng.random() < 0.5:
                 connection.settimeout(0.01)
                 try:
                     connection.recv(4096)

@@ -30,7 +30,7 @@ from svam.serving.protocol import ServingError
 from svam.serving.request import read_request
 from svam.serving.server import PolicyServer, Settings
 from tests.serving.conftest import MakeServer, request_of, start_command
-from tests.serving.peers import PATIENCE, asked, encoded, minimal_client
+from tests.serving.peers import HANDSHAKE, PATIENCE, asked, encoded, minimal_client
 from tests.tiny_foresight import SIZE
 from tests.toy import invoke
 
@@ -286,14 +286,10 @@ def test_a_client_that_falls_silent_is_dropped_and_others_are_served(
     make_server: MakeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("svam.serving.server.OPEN_SECONDS", 0.5)
-    handshake = (
-        b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
-        b"Sec-WebSocket-Key: MDEyMzQ1Njc4OWFiY2RlZg==\r\n\r\n"
-    )
     with make_server(ping=1.0) as running:
         address = ("127.0.0.1", int(running.url.rsplit(":", 1)[1]))
         with socket.create_connection(address, timeout=PATIENCE) as silent:
-            silent.sendall(handshake)
+            silent.sendall(HANDSHAKE)
             silent.sendall(b"\x82\xff" + (1000).to_bytes(8, "big") + b"mask" + b"half of a message")
             with minimal_client(running.url) as (connection, _):
                 assert asked(connection, request_of(1))["actions"].shape == (4, 3)
