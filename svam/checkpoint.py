@@ -48,13 +48,13 @@ def save_module(directory: Path, module: nn.Module, config: Mapping[str, Any]) -
     write_json(directory / "config.json", {"schema_version": CHECKPOINT_SCHEMA, **config})
 
 
-def load_config(directory: Path, file: str = "config.json") -> dict[str, Any]:
+def load_config(directory: Path) -> dict[str, Any]:
     """Read a checkpoint's configuration, without its schema version.
 
     Raises:
         FileError: missing or not JSON, or of another schema version.
     """
-    path = Path(directory) / file
+    path = Path(directory) / "config.json"
     config: dict[str, Any] = read_json(path)
     found = config.pop("schema_version", None) if isinstance(config, dict) else None
     if found != CHECKPOINT_SCHEMA:

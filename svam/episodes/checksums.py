@@ -38,7 +38,3 @@ class EpisodeDigest:
         for name in sorted(name for name in self._of if name.startswith(only) and not (but and name.startswith(but))):
             whole.update(f"{name}\0{self._of[name].hexdigest()}\n".encode())
         return whole.digest()
-
-    def hexdigest(self) -> str:
-        """`digest` of all arrays in hexadecimal."""
-        return self.digest().hex()

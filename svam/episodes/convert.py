@@ -274,7 +274,7 @@ class _Work:
                             raise ContractError(f"{where}: {name}: {error}") from None
                 facts.append({
                     "task": episode.task, "instruction": episode.instruction, "provenance": dict(episode.provenance),
-                    "checksum": digest.hexdigest(), "errors": {name: vars(error) for name, error in errors.items()},
+                    "checksum": digest.digest().hex(), "errors": {name: vars(error) for name, error in errors.items()},
                 })  # fmt: skip
             write_json(folder / "episodes.json", facts)
 

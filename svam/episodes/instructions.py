@@ -6,16 +6,13 @@ from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 
-from ruamel.yaml import YAML
-
 from svam.errors import ParamsError
+from svam.files import read_yaml
 
 
 @cache
 def _sentences() -> dict[str, dict[str, list[str]]]:
-    file = Path(__file__).with_suffix(".yaml")
-    table: dict[str, dict[str, list[str]]] = YAML(typ="safe", pure=True).load(file.read_text(encoding="utf-8"))
-    return table
+    return dict(read_yaml(Path(__file__).with_suffix(".yaml")))
 
 
 def instructions_of(task: str) -> dict[str, list[str]]:

@@ -65,24 +65,17 @@ class RowReader:
             raise FileError(f"{file}: truncated or damaged: {found} bytes, expected {size}")
         return file
 
-    def read(self, rows: NDArray[np.int64], out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Rows (k, ...) by number, in the order asked for; repeats are allowed, each chunk is decoded once.
 
-        Args:
-            out: (k, ...) of the array's dtype to read into, and to be returned.
-
         Raises:
-            ContractError: a row number is outside 0..n - 1, or `out` does not fit.
+            ContractError: a row number is outside 0..n - 1.
             FileError: a shard is missing, truncated, damaged or replaced.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.ndim != 1:
             raise ContractError(f"{self.path.name}: row numbers have shape {rows.shape}, expected (k,)")
-        shape = (len(rows), *self.shape[1:])
-        if out is None:
-            out = np.empty(shape, self.dtype)
-        elif out.shape != shape or out.dtype != self.dtype:
-            raise ContractError(f"{self.path.name}: out is {out.dtype} {out.shape}, expected {self.dtype} {shape}")
+        out = np.empty((len(rows), *self.shape[1:]), self.dtype)
         if not len(rows):
             return out
         order = np.argsort(rows, kind="stable")

@@ -66,10 +66,6 @@ def action_rows(row: ArrayLike, start: ArrayLike, end: ArrayLike, chunk: int) ->
     return np.minimum(wanted, ends[..., None] - 1), wanted < ends[..., None]
 
 
-def window_starts(start: int, end: int, every: int = 1, span: int = 1) -> NDArray[np.int64]:
-    """First rows of an episode's windows: `start`, `start + every`, ... as long as `span` rows remain.
-
-    `span` 1 allows windows that run past the end (and are clamped); `(frames - 1) * stride + 1` allows whole clips only.
-    An episode shorter than `span` keeps one window, at its first row, so that no episode is dropped in silence.
-    """
-    return np.arange(start, max(end - span + 1, start + 1), every, dtype=np.int64)
+def window_starts(start: int, end: int, every: int = 1) -> NDArray[np.int64]:
+    """First rows of an episode's windows, which may run past its end (and are clamped): `start`, `start + every`, ..."""
+    return np.arange(start, end, every, dtype=np.int64)

@@ -131,8 +131,5 @@ def test_zeros_are_kept(tmp_path: Path) -> None:
     reader = RowReader(tmp_path / "x")
     reader.check()
     np.testing.assert_array_equal(reader.read_range(0, 37), values)
-    room = np.full((2, 2, 3), 7, np.float32)
-    assert reader.read(np.array([30, 2]), room) is room and (room == values[[30, 2]]).all()
+    np.testing.assert_array_equal(reader.read(np.array([30, 2])), values[[30, 2]])
     assert reader.row_bytes == 24 and len(shards(tmp_path, "x")) == 5
-    with refused(r"x: out is float64 \(2, 2, 3\), expected float32"):
-        reader.read(np.array([0, 1]), room.astype(float))

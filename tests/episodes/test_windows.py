@@ -36,9 +36,6 @@ def test_action_chunks_repeat_the_last_action_and_say_so() -> None:
 def test_window_starts() -> None:
     assert window_starts(4, 8).tolist() == [4, 5, 6, 7]
     assert window_starts(4, 9, every=2).tolist() == [4, 6, 8]
-    assert window_starts(0, 10, every=1, span=8).tolist() == [0, 1, 2]
-    assert window_starts(0, 10, every=3, span=5).tolist() == [0, 3]
-    assert window_starts(5, 7, span=8).tolist() == [5]  # shorter than the span: one clamped window, not none
 
 
 def test_strides_are_whole_steps() -> None:
