@@ -1,9 +1,10 @@
 """Stage: one frozen backbone (autoencoder, text, geometric or semantic), trained in-domain or imported."""
 
-from enum import StrEnum
+from __future__ import annotations
+
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,14 +16,8 @@ from svam.params import Params
 from svam.resume import resumable_run
 from svam.seeds import seed_of
 
-
-class Part(StrEnum):
-    """The four backbones, as the keys of `prepare_backbones` in the params."""
-
-    autoencoder = "autoencoder"
-    text = "text"
-    geometric = "geometric"
-    semantic = "semantic"
+Part = Literal["autoencoder", "text", "geometric", "semantic"]
+"""The four backbones, as the keys of `prepare_backbones` in the params."""
 
 
 @stage_command
@@ -35,17 +30,17 @@ def app(
     live: Annotated[Path | None, typer.Option(help="Directory for the training curves (DVCLive).")] = None,
 ) -> None:
     """Prepare one frozen backbone: train a small one on the episodes, or import published weights, as the params say."""
-    seed = seed_of(params.seed, "prepare_backbones", part.value)
+    seed = seed_of(params.seed, "prepare_backbones", part)
     device = prepare_torch(params.machine.device, params.threads, seed)
     # One module per kind, so that a change to the teachers' training does not re-run the autoencoder's.
-    kind = "teacher" if part in (Part.geometric, Part.semantic) else part.value
+    kind = "teacher" if part in ("geometric", "semantic") else part
     module = import_module(f"svam.training.prepare_backbones.{kind}")
-    section = getattr(params.prepare_backbones, part.value)
+    section = getattr(params.prepare_backbones, part)
     if live is not None:
         live.mkdir(parents=True, exist_ok=True)  # an output of the stage, also where nothing is trained
     inputs = [episodes, *([autoencoder] if autoencoder else [])]
     stage = f"prepare_backbones_{kind}" + ("" if kind == part else f"@{part}")
-    own = [part.value, autoencoder, params.encode.batch] if kind == "teacher" else []
+    own = [part, autoencoder, params.encode.batch] if kind == "teacher" else []
     with resumable_run(stage, params, [f"prepare_backbones.{part}", *["encode"] * bool(own)], inputs, device) as resume:
         if section.source == "pretrained":
             backbone, metrics = module.published(section, f"prepare_backbones.{part}"), {}
