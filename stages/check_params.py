@@ -12,7 +12,7 @@ from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
 from svam.episodes.options import source_options
 from svam.errors import MachineError
-from svam.files import whole_file
+from svam.files import write_text
 from svam.params import Params
 from svam.simulation.scenes import check_scenes
 
@@ -37,8 +37,7 @@ def app(
     for note in notes(params):
         console.print(f"NOTE {note}", style="yellow", soft_wrap=True)
     if out is not None:
-        with whole_file(out) as file:
-            file.write_text("params.yaml was checked\n", encoding="utf-8")
+        write_text(out, "params.yaml was checked\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import typer
 
 from stages._command import stage_command
 from svam.code import code_text, stage_code, stage_names
-from svam.files import whole_file
+from svam.files import write_text
 from svam.params import Params
 
 
@@ -20,8 +20,7 @@ def app(
 ) -> None:
     """Write a line `<digest> <module>` for each module that a stage runs, a file for each stage."""
     for stage in stage_names():
-        with whole_file(out / f"{stage}.txt") as file:
-            file.write_text(code_text(stage_code(stage, params.modules)), encoding="utf-8")
+        write_text(out / f"{stage}.txt", code_text(stage_code(stage, params.modules)))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 import time
@@ -18,7 +17,7 @@ from rich.text import Text
 
 from svam import processes
 from svam.errors import SvamError
-from svam.files import scratch_folder
+from svam.files import FileError, scratch_folder, write_json
 
 console = Console(stderr=True, highlight=False)
 SECONDS_PER_LINE = 20.0
@@ -108,11 +107,8 @@ def _print_account(seconds: float) -> None:
     stage = os.environ.get("DVC_STAGE")
     if stage is not None:
         record = {"seconds": seconds, "spent": _spent, "peak_gib": own, "peak_gib_of_children": child}
-        with suppress(OSError):  # an account that cannot be kept is no reason to fail
-            folder = scratch_folder("times")
-            folder.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(record, indent=1, sort_keys=True)
-            (folder / f"{stage.replace('/', '_')}.json").write_text(text + "\n", encoding="utf-8")
+        with suppress(OSError, FileError):  # an account that cannot be kept is no reason to fail
+            write_json(scratch_folder("times") / f"{stage.replace('/', '_')}.json", record)
 
 
 def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:

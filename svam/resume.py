@@ -34,6 +34,7 @@ from svam.files import (
     sha256_tree,
     whole_directory,
     whole_file,
+    write_text,
 )
 from svam.params import Params
 
@@ -84,8 +85,7 @@ class Resume:
                 with whole_file(data) as temporary:
                     write(temporary)
             record = {"value": value, "file": data.name if data else None, "crc32c": _checksum(data) if data else 0}
-            with whole_file(place) as temporary:
-                temporary.write_text(json.dumps({**record, "check": _check(record)}), encoding="utf-8")
+            write_text(place, json.dumps({**record, "check": _check(record)}))
         except (OSError, SafetensorError, FileError) as error:
             if data is not None:
                 data.unlink(missing_ok=True)

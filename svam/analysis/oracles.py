@@ -28,7 +28,7 @@ from svam.device import prepare_torch
 from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.errors import ParamsError, describe
-from svam.files import FileError, locked, read_json, sha256_of_json, stated, whole_file, write_json
+from svam.files import FileError, locked, read_json, sha256_of_json, stated, write_json, write_text
 from svam.models.foresight import part_folders
 from svam.params import Params, load_params
 from svam.report.tables import labels_sentence, learnt_labels, markdown_table, rounded
@@ -315,14 +315,12 @@ def oracles(
     bench = Bench(base, episodes, part_folders(backbones, video, decouplers), cache)
     work = bench.work(params_of(F, base, steps, stride, file), base.distill.branches)
     with locked(out.with_name(f"{out.name}.lock")):
-        out.mkdir(parents=True, exist_ok=True)
         bench.measure_missing(out, work, wanted)
         rows = read_rows(out, work)
         result = compared(rows)
         write_json(out / "oracles.json", rounded(result))
         labels = labels_sentence(learnt_labels(base.prepare_backbones.model_dump()))
-        with whole_file(out / "oracles.md") as page:
-            page.write_text(markdown(rows, result, labels), encoding="utf-8")
+        write_text(out / "oracles.md", markdown(rows, result, labels))
     console.print(f"{result['verdict']} {len(rows)} of {len(ROWS)} rows: {out}/oracles.md", soft_wrap=True)
 
 

@@ -41,7 +41,7 @@ from svam.analysis.oracles import (
 )
 from svam.console import console, one_line_errors
 from svam.errors import ParamsError
-from svam.files import locked, whole_file, write_json
+from svam.files import locked, write_json, write_text
 from svam.models.foresight import part_folders
 from svam.params import Params, load_params
 from svam.report.tables import markdown_table, rounded
@@ -132,12 +132,10 @@ def regime(
     common = params_of(F, trained_on(base, None, None), steps, stride, file)
     work = bench.work(common, [])
     with locked(out.with_name(f"{out.name}.lock")):
-        out.mkdir(parents=True, exist_ok=True)
         bench.measure_missing(out, work, wanted)
         result = compared(read_rows(out, work, wanted), sizes, seeds)
         write_json(out / "regime.json", rounded(result))
-        with whole_file(out / "regime.md") as page:
-            page.write_text(markdown(result, common.train_policy.training.steps), encoding="utf-8")
+        write_text(out / "regime.md", markdown(result, common.train_policy.training.steps))
     console.print(f"{result['verdict']} {out}/regime.md", soft_wrap=True)
 
 

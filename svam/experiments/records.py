@@ -9,7 +9,7 @@ from pathlib import Path
 from pydantic import Field, ValidationError
 
 from svam.contract import Frozen
-from svam.files import FileError, whole_file
+from svam.files import FileError, write_text
 
 
 class EpisodeOutcome(Frozen):
@@ -90,6 +90,5 @@ def read_records(folder: Path) -> tuple[str | None, list[Record]]:
 
 def write_records(folder: Path, records: Iterable[Record]) -> None:
     """Write all records of a study that goes on, by name."""
-    with whole_file(folder / "records.jsonl") as temporary:
-        lines = [record.model_dump_json() + "\n" for record in sorted(records, key=lambda record: record.name)]
-        temporary.write_text("".join(lines), encoding="utf-8")
+    lines = [record.model_dump_json() + "\n" for record in sorted(records, key=lambda record: record.name)]
+    write_text(folder / "records.jsonl", "".join(lines))

@@ -28,7 +28,7 @@ from svam.experiments.statistics import (
     paired,
     two_sided,
 )
-from svam.files import FileError, whole_file
+from svam.files import FileError, whole_file, write_text
 from svam.report.figures import save
 from svam.report.page import Section, divided, rendered
 from svam.report.tables import acceptance_sentence, labels_sentence, markdown_table
@@ -310,8 +310,7 @@ def write(folder: Path) -> str:
         raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
     rows, means, regimes = compared(records)
     text = markdown(rows, means, regimes, note, sorted({record.machine for record in records}), labels_of(records))
-    with whole_file(folder / "table.md") as file:
-        file.write_text(text, encoding="utf-8")
+    write_text(folder / "table.md", text)
     with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")
         writer.writeheader()
@@ -320,16 +319,13 @@ def write(folder: Path) -> str:
     title, head, below = divided(text)
     caption = "Success by number of demonstrations, and paired differences to S-VAM, with their 95 % intervals."
     sections = [Section("All runs", pictures=[("figure.png", caption)]), *(Section(*part) for part in below.items())]
-    write_html(folder, f"{title}: {folder.name}", f"{head}\n\n[All comparisons](../index.html)", sections)
+    page = rendered(f"{title}: {folder.name}", f"{head}\n\n[All comparisons](../index.html)", sections)
+    write_text(folder / "index.html", page)
     return text
 
 
 def write_overview(folder: Path) -> None:
     """Write index.html, which leads to the page of each comparison in `folder`."""
     links = [f"- [{page.parent.name}]({page.parent.name}/index.html)" for page in sorted(folder.glob("*/index.html"))]
-    write_html(folder, "Comparisons", "\n".join([*links, "- [the run that lies here](../report/index.html)"]), [])
-
-
-def write_html(folder: Path, title: str, introduction: str, sections: Sequence[Section]) -> None:
-    with whole_file(folder / "index.html") as file:
-        file.write_text(rendered(title, introduction, sections), encoding="utf-8")
+    page = rendered("Comparisons", "\n".join([*links, "- [the run that lies here](../report/index.html)"]), [])
+    write_text(folder / "index.html", page)

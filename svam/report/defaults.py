@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from svam.console import one_line_errors
-from svam.files import read_yaml, whole_file
+from svam.files import read_yaml, write_text
 from svam.params import Params, load_params
 
 FILE = Path(__file__).with_suffix(".yaml")
@@ -52,8 +52,7 @@ def defaults_text(params: Params) -> str:
 @one_line_errors
 def main() -> None:
     """Make the params of `params.yaml` the defaults."""
-    with whole_file(FILE) as file:
-        file.write_text(defaults_text(load_params()), encoding="utf-8")
+    write_text(FILE, defaults_text(load_params()))
 
 
 if __name__ == "__main__":

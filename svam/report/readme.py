@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from svam.console import one_line_errors
-from svam.files import FileError, read_json, whole_file
+from svam.files import FileError, read_json, write_text
 from svam.report.tables import labels_sentence, markdown_table, measured_labels
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -60,8 +60,7 @@ def replace_between(page: Path, begin: str, end: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if not found or not closed:
         raise FileError(f"{page}: expected the marks {begin} and {end}, each on a line of its own")
-    with whole_file(page) as partial:
-        partial.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+    write_text(page, f"{before}{begin}\n{text}\n{end}{after}")
 
 
 @one_line_errors

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from svam.console import one_line_errors
-from svam.files import FileError, read_json, whole_file
+from svam.files import FileError, read_json, write_text
 from svam.report.tables import acceptance_text
 
 
@@ -26,8 +26,7 @@ def main(
         raise FileError(f"{backbones}: neither teacher learnt from depth or segmentation, so there is no bound to judge it by")
     print(text)
     if page is not None:
-        with whole_file(page) as partial:
-            partial.write_text(f"# Teachers\n\n{text}\n", encoding="utf-8")
+        write_text(page, f"# Teachers\n\n{text}\n")
 
 
 if __name__ == "__main__":
