@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel, NonNegativeFloat, PositiveFloat, ValidationError
 from ruamel.yaml import YAML
 
-from svam.benchmark.timing import Inputs, Measured, ratio_of
+from svam.benchmark.timing import ENDLESS, Inputs, Measured, ratio_of
 from svam.console import console
 from svam.errors import MachineError
 from svam.files import FileError, read_json, read_yaml, scratch_folder
@@ -27,8 +27,6 @@ from svam.training import loop
 
 STEPS = 20
 """Steps of a training that are timed together."""
-ENDLESS = 10**6
-"""Steps that no training which is watched comes to."""
 UNACCOUNTED = "other"
 """What no part of a stage's account names: imports, reading params and models, writing outputs, waiting for workers."""
 

@@ -14,6 +14,9 @@ import numpy as np
 from svam.code import library_versions
 from svam.device import processor
 
+ENDLESS = 10**6
+"""Steps that no training which is watched comes to."""
+
 
 @dataclass(frozen=True)
 class Inputs:

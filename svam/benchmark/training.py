@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from svam.benchmark.timing import Measured
+from svam.benchmark.timing import ENDLESS, Measured
 from svam.models.svam import Batch, Inputs
 from svam.params import Machine, Params
 from svam.presets.data import estimated
@@ -21,8 +21,6 @@ from svam.presets.models import Models
 from svam.training.finetune_video import TextTable, train_video
 from svam.training.loop import fit
 
-ENDLESS = 10**6
-"""Steps that no training which is watched comes to."""
 WARM_UP, STEPS = 8, 20
 """Steps before the clock starts, in which layers are compiled, and steps that are timed."""
 FEW = (1, 2)

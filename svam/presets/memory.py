@@ -8,7 +8,7 @@ and what libraries take is not in it, so every number is a lower bound.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -87,7 +87,7 @@ LADDER = (
 """What a plan compares, from no means at all to adapters and layers that are computed twice."""
 
 
-def bytes_of(tensors: Sequence[Tensor]) -> int:
+def bytes_of(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

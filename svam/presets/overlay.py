@@ -11,6 +11,8 @@ import subprocess
 import textwrap
 from collections.abc import Iterator, Mapping
 from decimal import Decimal
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +23,7 @@ from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 from svam.agreement import check_agreement
 from svam.episodes.options import source_options
 from svam.errors import ParamsError, describe, did_you_mean
-from svam.files import whole_file
+from svam.files import write_text
 from svam.params import Params, load_params
 from svam.simulation.scenes import check_scenes
 
@@ -80,13 +82,8 @@ def changes_by(overlay: Mapping[str, Any], file: Path) -> list[Change]:
     """
     load_params(file)
     text = file.read_text(encoding="utf-8")
-    values, changes = _load(text), {}
-    for key in _places(text, overlay, file):
-        value = values
-        for part in key.split("."):
-            value = value[part]
-        changes[key] = Change(key, value, overlay[key])
-    return list(changes.values())
+    values = _load(text)
+    return [Change(key, reduce(getitem, key.split("."), values), overlay[key]) for key in _places(text, overlay, file)]
 
 
 def as_arguments(overlay: Mapping[str, Any]) -> list[str]:
@@ -142,12 +139,11 @@ def write(text: str, file: Path, changes: list[Change], force: bool) -> None:
         ["git", "show", f"HEAD:./{file.name}"], cwd=file.absolute().parent, capture_output=True, encoding="utf-8", check=False
     )
     committed, here = _load(done.stdout if done.returncode == 0 else "") or {}, _load(file.read_text(encoding="utf-8"))
-    sections = dict.fromkeys(change.key.split(".")[0] for change in changes if change.old != change.new)
+    sections = dict.fromkeys(change.key.split(".")[0] for change in changes)
     edited = [section for section in sections if committed.get(section) != here[section]]
     if edited and not force:
         raise ParamsError(f"{file}: git's last commit has other values in {', '.join(edited)}; commit them, or pass --force")
-    with whole_file(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(file, text)
 
 
 def _places(text: str, keys: Mapping[str, Any], file: Path) -> dict[str, Node]:

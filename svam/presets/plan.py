@@ -14,17 +14,16 @@ from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
 from svam.precision import MATRICES
 from svam.presets.data import Data
-from svam.presets.memory import LADDER, Account, Held, Means, state_bytes
+from svam.presets.memory import LADDER, Account, Held, Means, bytes_of, state_bytes
 from svam.presets.models import Models
 
 CARDS = {
     "rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141),
     "cpu": (0.9e12, 16),
 }  # fmt: skip
-"""Name -> (peak of dense bf16 matrix products in FLOP/s, memory in GB), as NVIDIA states them. cpu: two cores; `SHARE` of its
-number is the rate at which the default's stages ran on an AMD EPYC with AVX-512: 1,920 s for 255 TFLOP."""
-SHARE = 0.15
-"""Of the peak. A training step of SVD's U-Net (16 frames of 32 x 32 latents, batch 4) took 354 ms on an H200, which is 16 %."""
+"""Name -> (peak of dense bf16 matrix products in FLOP/s, memory in GB), as NVIDIA states them. cpu: two cores; 0.15 of its
+number, the default of `plan --share`, is the rate at which the default's stages ran on an AMD EPYC with AVX-512: 1,920 s for
+255 TFLOP. On an H200 a training step of SVD's U-Net (16 frames of 32 x 32 latents, batch 4) took 354 ms, a share of 0.16."""
 RAW, STORED = 0.36, 0.20
 """Bytes of recordings and of the store by bytes of the frames, annotations included: those of the default's demonstrations."""
 SIZES = (24, 48, 80)
@@ -61,7 +60,7 @@ def parameters(module: nn.Module) -> int:
 
 def saved(module: nn.Module) -> int:
     """Bytes of a module's weights and buffers in a file."""
-    return sum(t.numel() * t.element_size() for t in module.state_dict().values())
+    return bytes_of(module.state_dict().values())
 
 
 def arrays_of(params: Params, data: Data, models: Models) -> dict[str, dict[str, tuple[tuple[int, ...], int]]]:
