@@ -10,11 +10,9 @@ import typer
 from stages._command import stage_command
 from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
-from svam.episodes.options import source_options
 from svam.errors import MachineError
 from svam.files import write_text
 from svam.params import Params
-from svam.simulation.scenes import check_scenes
 
 
 @stage_command
@@ -28,10 +26,7 @@ def app(
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.
     """
-    for part in params.convert.parts:
-        source_options(params.model_copy(update={"convert": part}))
     check_agreement(params)
-    check_scenes(params.collect.scenes, params.collect.tasks)
     if lacks := lacking(params):
         raise MachineError("\n".join(lacks))
     for note in notes(params):

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from svam.episodes.instructions import described_tasks, likely_task
+from svam.episodes.options import source_options
 from svam.episodes.windows import stride_of
 from svam.errors import ParamsError, SvamError, did_you_mean
 from svam.files import FileError, local_weights, read_yaml
@@ -20,6 +21,7 @@ from svam.params import Params
 from svam.simulation.calvin import open_checkout
 from svam.simulation.libero import libero_version
 from svam.simulation.metaworld import RATE_HZ
+from svam.simulation.scenes import check_scenes
 
 SIGMA_MAX, LATENT_VALUES = 80.0, 6 * 8 * 8 * 32
 """A first noise level that serves clips of T x h' x w' x c latent values; see `notes`."""
@@ -27,8 +29,11 @@ UNET = "finetune_video.unet.pretrained"
 
 
 def check_agreement(params: Params) -> None:
-    """Raise `ParamsError` with a line for each contradiction; every line names the keys and the values. `MachineError` says
-    that a simulator is not installed, which a late stage would find out otherwise."""
+    """Raise `ParamsError` for an option that the data's source does not take; then with a line for each contradiction, which
+    names the keys and the values; then for tasks without the chosen scenes. `MachineError` says that a simulator is not
+    installed, which a late stage would find out otherwise."""
+    for part in params.convert.parts:
+        source_options(params.model_copy(update={"convert": part}))
     problems = [*contradictions(params), *_of_models(params), *_of_sizes(params), *_of_sets(params), *_of_looks(params)]
     if "metaworld" in [part.source for part in params.convert.parts] or "metaworld" in params.evaluate.protocols:
         problems += _of_metaworld(params)
@@ -38,6 +43,7 @@ def check_agreement(params: Params) -> None:
         libero_version()
     if problems:
         raise ParamsError("\n".join(problems))
+    check_scenes(params.collect.scenes, params.collect.tasks)
 
 
 def frame_size(params: Params) -> tuple[int, int] | None:

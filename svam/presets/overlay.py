@@ -21,11 +21,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
 from svam.agreement import check_agreement
-from svam.episodes.options import source_options
 from svam.errors import ParamsError, describe, did_you_mean
 from svam.files import write_text
 from svam.params import Params, load_params
-from svam.simulation.scenes import check_scenes
 
 FOLDER = Path(__file__).parent
 WIDTH = 128
@@ -107,9 +105,7 @@ def with_overlay(overlay: Mapping[str, Any], file: Path, name: str) -> tuple[Par
 def check(params: Params, file: Path, name: str) -> None:
     """As `stages.check_params` does; raises `ParamsError` that names the preset, or `MachineError` for a missing simulator."""
     try:
-        source_options(params)
         check_agreement(params)
-        check_scenes(params.collect.scenes, params.collect.tasks)
     except ParamsError as error:
         raise ParamsError(f"{file} with preset {name}: {error}") from None
 
