@@ -255,7 +255,7 @@ class Workers:
     simulator allows one environment a process, which the slots of a process use in turn."""
 
     def __init__(self, make: MakeEnvironment, count: int, one_each: bool = False) -> None:
-        self.one_each = one_each
+        self.count, self.one_each = count, one_each
         context = multiprocessing.get_context("spawn")
         self._pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_set_up, initargs=(make,)) for _ in range(count)]
 
@@ -270,11 +270,7 @@ class Workers:
 
     def submit(self, slot: int, function: Callable[P, Result], *args: P.args, **kwargs: P.kwargs) -> Future[Result]:
         """Run `function` in the process of `slot`; calls of one slot run in order."""
-        return self._pools[slot % len(self._pools)].submit(function, *args, **kwargs)
-
-    @property
-    def count(self) -> int:
-        return len(self._pools)
+        return self._pools[slot % self.count].submit(function, *args, **kwargs)
 
     def place(self, slot: int) -> int:
         """The environment that the slot uses: its own, or the one of its process."""
