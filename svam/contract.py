@@ -307,7 +307,8 @@ class EpisodeSource(Protocol):
 
     `svam.sources.<name>` defines `Options`, a pydantic model of what `convert.options` may say, and
     `open_source(path: Path, options: Options, choice: Choice = EVERYTHING) -> EpisodeSource`. Libraries beyond the project's
-    own are imported in functions.
+    own are imported in functions. A source may have `names`, one for each episode: by these those that `shape` refuses can be
+    left out, beside their numbers.
     """
 
     @property

@@ -30,7 +30,7 @@ class MachineError(SvamError, RuntimeError):
 
 _ACCEPTED = {
     "int_type": "a whole number", "int_from_float": "a whole number", "int_parsing": "a whole number", "float_type": "a number",
-    "finite_number": "a finite number", "string_type": "a text", "bool_type": "true or false",
+    "finite_number": "a finite number", "string_type": "a text", "bool_type": "true or false", "bool_parsing": "true or false",
     "list_type": "a list, such as [a, b]", "tuple_type": "a list, such as [a, b]",
     "dict_type": "keys and values, such as {{a: 1}}", "model_type": "keys and values, such as {{a: 1}}",
     "greater_than": "more than {gt}", "greater_than_equal": "at least {ge}", "less_than": "less than {lt}",

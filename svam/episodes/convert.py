@@ -50,6 +50,7 @@ from svam.episodes.rows import RowReader
 from svam.episodes.shards import DamagedPieceError, Layout, Rows, ShardedArray
 from svam.episodes.split import split_episodes
 from svam.episodes.statistics import vector_statistics
+from svam.errors import ParamsError
 from svam.files import FileError, locked, whole_directory, write_json
 from svam.params import Convert
 
@@ -98,7 +99,7 @@ class Plan:
         shapes = [source.shape(e) for e in range(len(source))]
         with _way_out(source, 0):
             first = prepared(source.read(0), description.cameras, params)
-        first.check()
+            first.check()
         arrays = _arrays_of(first)
         starts = {name: np.cumsum([0, *(_rows_of(name, shape) for shape in shapes)], dtype=np.int64) for name in arrays}
         layouts = {
@@ -173,22 +174,22 @@ def _chunk_rows(name: str, values: NDArray[Any] | FrameBlocks, params: Convert) 
 
 @contextmanager
 def _way_out(source: EpisodeSource, index: int) -> Iterator[None]:
-    """A file that cannot be read is told with the number that the episode has for `convert.drop`."""
+    """An episode that cannot be read or stored is told with the number that it has for `convert.drop`."""
     try:
         yield
-    except FileError as error:
+    except (FileError, ContractError) as error:
         number = list(getattr(source, "numbers", range(len(source))))[index]
-        raise FileError(f"{error}; mend episode {number}, or leave it out: convert.drop: [{number}]") from None
+        raise type(error)(f"{error}; mend episode {number}, or leave it out: convert.drop: [{number}]") from None
 
 
 def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
     """Episode `number`, as it goes into the store, and how messages call it.
 
     Raises:
-        ContractError: it breaks the contract or differs in kind from the first one.
+        ContractError: it breaks the contract or differs in kind from the first one. ParamsError: all do, by the params.
     """
     episode = plan.source.read(number)
-    where = f"episode {number} ({episode.provenance.get('file', episode.task)})"
+    where = f"{episode.provenance.get('file', episode.task)}"
     description, params = plan.description, plan.params
     missing = [camera for camera in description.cameras if camera not in episode.frames]
     if missing:
@@ -202,7 +203,7 @@ def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
     columns = [] if episode.actions is None else list(episode.actions.T)
     for d in params.binary_dimensions if columns else ():
         if d >= len(columns):
-            raise ContractError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
+            raise ParamsError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
         if not np.isin(columns[d], (-1.0, 1.0)).all():
             raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
     arrays = _arrays_of(episode)
@@ -212,9 +213,10 @@ def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
     for name, values in arrays.items():
         layout, expected = plan.layouts[name], int(plan.starts[name][number + 1] - plan.starts[name][number])
         if (values.shape[1:], _stored(name, values.dtype, params)) != (layout.row_shape, layout.dtype):
+            resize = "; convert.image_size makes pictures alike" if name.startswith("frames/") else ""
             raise ContractError(
                 f"{where}: {name} differs from the first episode's: its rows are {values.dtype} {values.shape[1:]}, "
-                f"expected {layout.dtype} {layout.row_shape}"
+                f"expected {layout.dtype} {layout.row_shape}{resize}"
             )
         if len(values) != expected:
             raise ContractError(f"{where}: {name} has {len(values)} rows, {expected} were announced")
@@ -356,7 +358,7 @@ def _scratch_folder(scratch: Path | None, folder: Path, key: str) -> Iterator[Pa
         place.mkdir(parents=True, exist_ok=True)
         try:
             yield place
-        except (ContractError, DamagedPieceError):  # what was made is of no use; after a full disk it is
+        except (ContractError, ParamsError, DamagedPieceError):  # what was made is of no use; after a full disk it is
             shutil.rmtree(place, ignore_errors=True)
             raise
         except KeyboardInterrupt as stop:

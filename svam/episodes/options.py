@@ -132,8 +132,10 @@ class ChosenEpisodes:
         if any(isinstance(item, str) and not _RANGE.fullmatch(item) for item in chosen.episodes + chosen.drop):
             look(range(self._total))
         names = {number: shape.name for number, shape in shapes.items() if shape.name}
-        numbers = _numbers(chosen.episodes or [":"], "episodes", self._total, names) - _numbers(
-            chosen.drop, "drop", self._total, names
+        inner: Any = getattr(source, "source", source)
+        names |= {number: inner.names[number] for number in refused if hasattr(inner, "names")}
+        numbers = _numbers(chosen.episodes or [":"], "episodes", self._total, names, refused) - _numbers(
+            chosen.drop, "drop", self._total, names, refused
         )
         look(numbers)
         if unreadable := {number: refused[number] for number in sorted(numbers & refused.keys())}:
@@ -187,9 +189,10 @@ def _tasks(shape: EpisodeShape) -> set[str]:
 _RANGE = re.compile(r"(\d*):(\d*)")
 
 
-def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int, str]) -> set[int]:
-    """The episodes that a list of numbers, ranges and names means."""
+def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int, str], refused: Iterable[int]) -> set[int]:
+    """The episodes that a list of numbers, ranges and names means; some of those that cannot be read have numbers alone."""
     numbers: set[int] = set()
+    unnamed = sorted(set(refused) - names.keys())
     for item in chosen:
         if isinstance(item, int):
             part = {item}
@@ -202,6 +205,7 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
             raise ParamsError(
                 f"convert.{knob} names {item!r}, which is not there: episodes are 0 to {total - 1}"
                 + (f", or {', '.join(called)}{did_you_mean(item, names.values())}" if names else "")
+                + (f"; those that cannot be read go by number: {', '.join(_ranges(unnamed))}" if unnamed else "")
             )
         numbers |= part
     return numbers

@@ -172,6 +172,14 @@ def test_a_file_that_breaks_while_it_is_read_is_told_with_the_way_out(tmp_path: 
         convert(source, tmp_path / "out.zarr", settings, 0, workers, tmp_path / "s")
 
 
+def test_an_episode_of_another_kind_is_told_with_the_way_out(tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"drop": [1]})
+    odd = make_episode("push", 9, 3, size=6)
+    source = ChosenEpisodes(Recorded([*(make_episode("push", 9, k) for k in range(3)), odd]), settings)
+    with refused(r"push/3: frames/front differs .*; convert.image_size makes .*; mend episode 3, .* convert.drop: \[3\]$"):
+        convert(source, tmp_path / "out.zarr", settings, 0)
+
+
 def test_large_pictures_are_fewer_in_a_chunk(tmp_path: Path) -> None:
     """A chunk is no larger than a file may be, nor is it empty."""
     for pictures, rows in ((2.5, 2), (0.5, 1)):
@@ -189,7 +197,7 @@ def test_blocks_must_add_up(tmp_path: Path, count: int, message: str) -> None:
     source = two_tasks()
     frames = FrameBlocks((9, 8, 8, 3), lambda: iter([np.zeros((3, 8, 8, 3), np.uint8)] * (count // 3)))
     wrong = source.changed(0, frames=dict.fromkeys(CAMERAS, frames))
-    with refused(f"episode 0 .*: frames/front: {message}"):
+    with refused(f"push/0: frames/front: {message}; mend episode 0, or leave it out"):
         convert(wrong, tmp_path / "out.zarr", SETTINGS, 0)
 
 

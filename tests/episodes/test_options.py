@@ -102,7 +102,7 @@ def test_all_that_cannot_be_read_is_listed_at_once(tmp_path: Path) -> None:
         open_named_source(folder, raw_params())
     listed = recording_facts(open_recording(folder, raw_params()), raw_params().convert)["episode_list"]
     assert [entry["number"] for entry in listed if entry["task"].startswith("cannot be read: ")] == bad
-    assert len(open_named_source(folder, raw_params(drop=[3, "10:20", 50]))) == 88
+    assert len(open_named_source(folder, raw_params(drop=["e003", "10:20", 50]))) == 88
     assert len(open_named_source(folder, raw_params(episodes=["20:50"]))) == 30
     with refused("none of 10 episodes can be read: episode 10: .* lists all$"):
         open_named_source(folder, raw_params(episodes=["10:20"]))
