@@ -6,6 +6,10 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from svam.contract import Choice, ContractError, Episode, Segment
 from svam.errors import ParamsError
@@ -62,6 +66,15 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
             "convert.instruction to one for all"
         )
     return sentence
+
+
+def rate_notes(times: NDArray[np.floating[Any]], rate_hz: float, where: str) -> list[str]:
+    """A note where timestamps (n,) in seconds are not `rate_hz` apart, to 4 %."""
+    step = float(np.median(np.diff(times))) if times.ndim == 1 and len(times) > 1 else 1 / rate_hz
+    if abs(step * rate_hz - 1) <= 0.04:
+        return []
+    hint = f"; if the timestamps are right, set convert.rate_hz to {1 / step:g}" if 0.001 < step < 10 else ""
+    return [f"{where}: timestamps are {step:g} s apart, but the rate is {rate_hz:g} Hz, at which it is stored{hint}"]
 
 
 def segments_of(sentences: Sequence[str]) -> tuple[Segment, ...]:

@@ -53,24 +53,28 @@ def _opened(file: Path, missing: str = "") -> Iterator[tuple[zipfile.ZipFile, di
         raise FileError(f"{file}: truncated, damaged or no .npz archive of plain arrays ({type(error).__name__})") from None
 
 
-def _header(file: Path, name: str, member: IO[bytes], size: int) -> Header:
+def _header(member: IO[bytes], size: int) -> Header:
     """The header at the start of a member of `size` bytes. ValueError: it is not as long as its header says."""
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     shape, fortran, dtype = read[np.lib.format.read_magic(member)](member)
-    if dtype.hasobject:
-        raise FileError(f"{file}: field {name!r} holds Python objects, which are never unpickled; expected numbers or text")
-    if min((0, *shape)) < 0 or member.tell() + math.prod(shape) * dtype.itemsize != size:
+    if not dtype.hasobject and (min((0, *shape)) < 0 or member.tell() + math.prod(shape) * dtype.itemsize != size):
         raise ValueError("the header and the size differ")
     return Header(tuple(shape), dtype, fortran)
 
 
+def refuse_objects(file: Path, name: str, dtype: np.dtype[Any]) -> None:
+    """Nothing, unless a field is of pickled objects, which is a `FileError`."""
+    if dtype.hasobject:
+        raise FileError(f"{file}: field {name!r} holds Python objects, which are never unpickled; expected numbers or text")
+
+
 def headers(file: Path, missing: str = "") -> dict[str, Header]:
-    """The headers of all members, which must be plain arrays, by field name; no data are read."""
+    """The headers of all members, by field name, those of objects too; no data are read."""
     known = {}
     with _opened(file, missing) as (archive, members):
         for name, info in members.items():
             with archive.open(info) as member:
-                known[name] = _header(file, name, member, info.file_size)
+                known[name] = _header(member, info.file_size)
     return known
 
 
@@ -87,7 +91,7 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
                     f"{LARGEST_MEMBER >> 30} GiB; write shorter episodes"
                 )
             member = io.BytesIO(archive.read(info))
-            _header(file, name, member, info.file_size)
+            refuse_objects(file, name, _header(member, info.file_size).dtype)
             member.seek(0)
             arrays[name] = np.lib.format.read_array(member)
     return arrays
@@ -95,6 +99,7 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
 
 def pictures_of(file: Path, name: str, header: Header) -> PictureArray:
     """How the pictures of a member lie, which must be in an order in which they can be read one by one."""
+    refuse_objects(file, name, header.dtype)
     if header.fortran:
         raise FileError(f"{file}: field {name!r} is in Fortran order; save numpy.ascontiguousarray of it")
     return needed_pictures(f"{file}: field {name!r}", header.shape, header.dtype)
@@ -109,7 +114,7 @@ def _read_blocks(file: Path, name: str, header: Header) -> Iterator[NDArray[np.u
     pictures = pictures_of(file, name, header)
     total, step = header.shape[0], frames_per_block(pictures.frame_bytes)
     with _opened(file) as (archive, members), archive.open(members[name]) as member:
-        if _header(file, name, member, members[name].file_size) != header:
+        if _header(member, members[name].file_size) != header:
             raise ValueError("changed since it was opened")
         for start in range(0, total, step):
             count = min(step, total - start)

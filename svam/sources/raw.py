@@ -55,9 +55,9 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
 from svam.sections import Distinct
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
 from svam.sources._hdf5 import text_of
-from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of
+from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
 from svam.sources._video import probe, video_blocks
 
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
@@ -90,7 +90,7 @@ class _EpisodeFacts(Frozen):
 
 class _Meta(Frozen):
     schema_version: Literal[1]
-    rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+    rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
     cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1), Distinct]
     tasks: dict[str, _Task] = {}
     episodes: dict[str, _EpisodeFacts] = {}
@@ -101,6 +101,7 @@ def _field(file: Path, there: Mapping[str, NDArray[Any]] | Mapping[str, Header],
     if name not in there:
         raise FileError(f"{file}: field {name!r} is missing; it has {', '.join(sorted(there))}")
     found, (types, axes, _) = there[name], _FIELDS[name]
+    refuse_objects(file, name, found.dtype)
     if found.dtype.name not in types or len(found.shape) != axes:
         raise FileError(
             f"{file}: field {name!r} is {found.dtype} {found.shape}, expected {' or '.join(types)} with {axes} axes"
@@ -156,7 +157,7 @@ class RawSource:
         self._there = {file.stem: file for file in self.path.glob("*.npz")}
         if not self._there:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
-        self._names = sorted(self._there.keys() | self._meta.episodes.keys())
+        self.names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
 
@@ -170,6 +171,9 @@ class RawSource:
             there = headers(first)
             for name in (f"frames_{camera}" for camera in self._cameras if f"frames_{camera}" in there):
                 notes += pictures_of(first, name, there[name]).notes(f"{first}: {name}")
+            if "timestamps" in there:
+                times = _field(first, load(first, ["timestamps"]), "timestamps")
+                notes += rate_notes(times, self._choice.rate_hz or self._meta.rate_hz, str(first))
         except FileError:  # which `shape` says
             there = {}
         if unknown := sorted(set(there) - known):
@@ -186,11 +190,11 @@ class RawSource:
 
     def _videos(self, cameras: Sequence[str]) -> set[str]:
         """The names that videos of these cameras may have."""
-        return {f"{name}.{camera}.mp4" for name in self._names for camera in cameras}
+        return {f"{name}.{camera}.mp4" for name in self.names for camera in cameras}
 
     def _file(self, index: int) -> Path:
         """The archive of an episode; `FileError` where meta.json alone knows it."""
-        name = self._names[index]
+        name = self.names[index]
         if name not in self._there:
             raise FileError(f"{self._meta_file}: episodes names {name!r}, but there is no {name}.npz")
         return self._there[name]
@@ -227,22 +231,30 @@ class RawSource:
         )  # fmt: skip
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.names)
 
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, from the headers of the archive and of videos."""
         file = self._file(index)
         found = headers(file)
         steps = _field(file, found, "actions").shape[0]
-        annotated = {}
-        if "annotation_index" in found:
-            labelled = _field(file, found, "annotation_index").shape[0]
-            annotated = {name: labelled for name in _LABELS if name in found}
+        rows = {name: _field(file, found, name).shape[0] for name in _FIELDS if name in found}
+        annotated = {name: _field(file, found, "annotation_index").shape[0] for name in _LABELS if name in found}
         facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
-        videos = [video for camera in self._cameras if (video := _video(file, camera, found))]
-        for video in videos:
-            if (frames := probe(video).frames) != steps:
-                raise FileError(f"{video}: {frames} frames, but {file.name} has {steps} actions; expected a frame a row")
+        videos = []
+        for camera in self._cameras:
+            if video := _video(file, camera, found):
+                videos.append(video)
+                if (frames := probe(video).frames) != steps:
+                    raise FileError(f"{video}: {frames} frames, but {file.name} has {steps} actions; expected a frame a row")
+            else:
+                name = f"frames_{camera}"
+                rows[name] = pictures_of(file, name, found[name]).shape[0]
+        for name in sorted(rows.keys() - {"annotation_index", *_LABELS}):
+            if rows[name] != steps:
+                raise FileError(
+                    f"{file}: field {name!r} has {rows[name]} rows, but there are {steps} actions; expected as many"
+                )
         return EpisodeShape(
             steps, annotated, held_out=bool(facts.held_out) if self._has_split else None,
             stamp=" ".join(stamp(part) for part in (file, self._meta_file, *videos)),

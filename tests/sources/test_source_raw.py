@@ -122,6 +122,8 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
     [
         ({"schema_version": 2}, r"meta\.json: schema_version is 2"),
         ({"rate_hz": 0}, r"meta\.json: rate_hz is 0"),
+        ({"rate_hz": True}, r"meta\.json: rate_hz is true; expected a number"),
+        ({"episodes": {"a": {"success": "maybe"}}}, r"success is 'maybe'; expected true or false"),
         ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
         ({"cameras": ["front", "front"]}, "more than once"),
         ({"task": {}}, r"meta\.json: unknown key 'task'"),
@@ -153,6 +155,9 @@ def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> Non
         ({"actions": np.zeros((4, 2), int)}, r"'actions' is int64 \(4, 2\), expected float16 or float32 or float64"),
         ({"actions": np.full((4, 2), 1e300)}, r"actions\[0, 0\] is inf"),
         ({"actions": np.array([[{}]], dtype=object)}, "field 'actions' holds Python objects, which are never unpickled"),
+        ({"frames_front": np.array([{}] * 4, dtype=object)}, "field 'frames_front' holds Python objects"),
+        ({"frames_front": np.zeros((5, 6, 8, 3), np.uint8)}, "'frames_front' has 5 rows, but there are 4 actions"),
+        ({"state": np.zeros((3, 2))}, "field 'state' has 3 rows, but there are 4 actions"),
         ({"frames_front": np.zeros((4, 6, 8), np.uint8)}, r"'frames_front' is uint8 \(4, 6, 8\), expected uint8"),
         ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, "Fortran order"),
         ({"timestamps": np.zeros(4)}, r"timestamps\[1\] is 0"),
@@ -161,7 +166,8 @@ def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> Non
 )
 def test_fields_are_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     source = open_source(write(tmp_path / "raw", ONE_TASK, a=arrays_of(0, 4) | change), Options())
-    with refused(message, "a.npz"):
+    with refused(message, "a.npz"):  # all but values by the headers alone, with those of other episodes
+        source.shape(0)
         source.read(0)
 
 
@@ -193,9 +199,15 @@ def test_choice_and_kinds_of_pictures(tmp_path: Path) -> None:
 
 def test_unknown_fields_are_noted(tmp_path: Path) -> None:
     source = open_source(
-        write(tmp_path / "raw", a={**arrays_of(0, 4), "states": np.zeros(4), "frames_top": np.zeros(4)}, b={}, c={}), Options()
+        write(
+            tmp_path / "raw", ONE_TASK, a={**arrays_of(0, 4), "states": np.array([{}]), "frames_top": np.zeros(4)}, b={}
+        ), Options(), Choice(rate_hz=25),
+    )  # fmt: skip
+    assert (
+        "timestamps are 0.08 s apart, but the rate is 25 Hz" in source.notes[0]
+        and "set convert.rate_hz to 12.5" in source.notes[0]
     )
-    assert "ignoring frames_top, states" in source.notes[0]
+    assert "ignoring frames_top, states" in source.notes[1] and source.read(0).steps == source.shape(0).steps == 4
 
 
 def test_a_claimed_size_is_not_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
