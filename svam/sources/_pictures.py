@@ -125,7 +125,7 @@ class PictureArray:
 
 def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequence[int] = (3, 4)) -> PictureArray | None:
     """How pictures lie in an array (n, H, W, C) or (n, C, H, W), where C is one of `channels`; None where it holds none."""
-    if len(shape) != 4 or dtype.kind not in "uf" or 0 in shape[1:]:
+    if len(shape) != 4 or dtype.kind not in "uif" or 0 in shape[1:]:
         return None
     first = shape[3] not in channels
     count, height, width = shape[1:] if first else (shape[3], *shape[1:3])

@@ -1,7 +1,8 @@
 """Zarr arrays of other people, v2 and v3, a folder or a zip archive, through zarr-python.
 
 Zarr itself runs whatever codec a header names and believes the lengths in Blosc chunks: both are looked at first here. It gives
-the fill value where a chunk is absent, and its writers leave out chunks of nothing else: `left_out` counts them.
+the fill value where a chunk is absent, zero where a header of v2 states none, and its writers leave out chunks of nothing else:
+`left_out` counts them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from zarr.storage import LocalStore, WrapperStore, ZipStore
 
 from svam.errors import MachineError
 from svam.files import FileError, refuse_lfs_pointer
+from svam.sources._choice import contents
 
 _CODECS = {
     "blosc", "zstd", "zlib", "gzip", "lz4", "bz2", "lzma", "delta", "shuffle", "bitround", "crc32", "crc32c", "adler32",
@@ -72,6 +74,9 @@ class ZarrFolder:
             keys = [file.relative_to(path).as_posix() for end in _HEADERS for file in path.glob(f"*/*/{end}")]
         self._headers = {key.rpartition("/")[0]: key for key in keys if key.endswith(_HEADERS) and key.count("/") == 2}
         self.names = sorted(name.removeprefix("data/") for name in self._headers if name.startswith("data/"))
+        tops = ", ".join(sorted({key.partition("/")[0] for key in keys})[:5]) if self.zipped else contents(path)
+        inner = "; zip what is in that folder, without the folder" * any("/data/" in key for key in keys)
+        self._there = f"data has {', '.join(self.names)}" if self.names else f"it has {tops}{inner}"
 
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:
@@ -84,7 +89,7 @@ class ZarrFolder:
 
     def _header(self, name: str) -> dict[str, Any]:
         if (key := self._headers.get(name)) is None:
-            raise FileError(f"{self.path}: array {name} is missing; data has {', '.join(self.names) or 'none'}")
+            raise FileError(f"{self.path}: array {name} is missing; {self._there}")
         refuse_lfs_pointer(self.path / key)
         with self._damage(key):
             if self.zipped:
@@ -125,7 +130,7 @@ class ZarrFolder:
         """The header of an array, such as `data/img`.
 
         Raises:
-            FileError: it is missing, damaged, or holds anything but numbers; or its chunks are absent and are no fill value.
+            FileError: it is missing, damaged, or holds anything but numbers.
             MachineError: a codec's library is missing.
         """
         header = self._header(name)
@@ -153,8 +158,6 @@ class ZarrFolder:
                 with zipfile.ZipFile(self.path) as archive:
                     for info in archive.infolist():  # each stands in the archive's list too: damaged, chunks seem absent
                         archive.open(info).close()
-            if present < total and header.get("fill_value") is None:
-                raise FileError(f"{self.path}: {name} has {present} of its {total} chunks and states no fill value for others")
             plain = codecs in (["blosc"], ["bytes", "blosc"])
             return ZarrArray(name, shape, chunks, dtype, total - present, 0 == present < total, size if plain else 0)
 

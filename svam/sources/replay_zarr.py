@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks, Frozen, SourceDescription
 from svam.errors import MachineError, ParamsError
 from svam.files import FileError, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
-from svam.sources._pictures import PictureArray, frames_per_block, picture_array
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, rate_notes
+from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures, picture_array, without_it
 from svam.sources._zarr import ZarrArray, ZarrFolder
 
 _SURVEYED = 50_000_000
@@ -42,7 +42,7 @@ class Options(Frozen):
 
     action: arrays joined to the action; empty takes none, and then only the video model can be trained.
     proprioception: arrays joined to what the robot knows of itself. state: arrays joined to the full state.
-    Columns are chosen in brackets: for PushT `proprioception: ["state[0:2]"]` is the agent's position.
+    Columns are chosen in brackets: for PushT `proprioception: ["state[0:2]"]` is the agent's position; `state[4]` is one.
     timestamp: an array (n,) or (n, 1) of seconds, if there is one.
     """
 
@@ -72,7 +72,7 @@ class ReplayZarrSource:
 
         Raises:
             ParamsError: `choice` has no rate, or the options name no array.
-            FileError: no instruction; the buffer is missing or damaged, or `episode_ends` does not increase.
+            FileError: no instruction; the buffer is missing or damaged, or `episode_ends` decreases.
             MachineError: a codec's library is missing.
         """
         self.path = _buffer_path(Path(path))
@@ -99,7 +99,7 @@ class ReplayZarrSource:
             raise FileError(f"{self.path}: meta/episode_ends has none of its chunks: was the whole folder copied?")
         ends = [int(end) for end in self._buffer.rows(array, 0, array.shape[0])]
         for number, (before, end) in enumerate(pairwise([0, *ends])):
-            if end <= before:
+            if end < before:
                 raise FileError(f"{self.path}: meta/episode_ends[{number}] is {end}, expected more than {before}")
         return ends
 
@@ -110,16 +110,19 @@ class ReplayZarrSource:
         for name in self._buffer.names:
             try:
                 array = self._buffer.array(f"data/{name}")
-                pictures = picture_array(array.shape, array.dtype)
+                where, kind = f"{self.path}: {array.name}", (array.shape, array.dtype)
+                pictures = needed_pictures(where, *kind) if name in chosen else picture_array(*kind)
                 if pictures is not None and array.empty:
                     raise FileError(
-                        f"{self.path}: {array.name} has none of its {array.left_out} chunks: was the whole folder copied? If "
-                        "all its pictures are black, leave it out by convert.cameras"
+                        f"{where} has none of its {array.left_out} chunks: was the whole folder copied? If all its pictures "
+                        "are black, leave it out by convert.cameras"
                     )
+                if pictures is not None and pictures.dtype != np.uint8:  # such as 0 to 1, or depth
+                    pictures.rgb(self._buffer.rows(array, 0, 1), where, 0)
             except (FileError, MachineError) as error:
                 if name in chosen or not (chosen or isinstance(error, FileError)):
                     raise
-                self._unreadable.append(str(error))
+                self._unreadable.append(without_it(error, []))
                 continue
             if pictures is not None:
                 known[name] = array, pictures
@@ -135,17 +138,17 @@ class ReplayZarrSource:
 
     def _columns(self, option: str, name: str) -> tuple[ZarrArray, slice]:
         """An array of `data`, and which of its columns are meant, flattened per row."""
-        match = re.fullmatch(r"([^\[\]]+)(?:\[(\d{1,9}):(\d{1,9})\])?", name)
+        match = re.fullmatch(r"([^\[\]]+)(?:\[(\d{1,9})(?::(\d{1,9}))?\])?", name.removeprefix("data/"))
         if match is None:
             raise ParamsError(
-                f"convert.options.{option} has {name!r}, expected a name, or a name with columns as in 'state[0:2]'"
+                f"convert.options.{option} has {name!r}, expected a name, or a name with columns as in 'state[0:2]', 'state[4]'"
             )
         where = f"{self.path}: convert.options.{option} names {name!r}"
         if match[1] not in self._buffer.names:
             raise FileError(f"{where}; data has {', '.join(self._buffer.names)}")
         array = self._buffer.array(f"data/{match[1]}")
-        start, stop = (0, array.row) if match[2] is None else (int(match[2]), int(match[3]))
-        if not start < stop <= array.row or array.dtype.kind == "b":
+        start, stop = (0, array.row) if match[2] is None else (int(match[2]), int(match[3] or int(match[2]) + 1))
+        if not start < stop <= array.row:
             raise FileError(f"{where}, but {array.name} is {array.dtype} {array.shape}")
         if option == "timestamp" and stop - start != 1:
             raise FileError(f"{where}, which has {stop - start} columns, expected one")
@@ -163,13 +166,16 @@ class ReplayZarrSource:
             if array.left_out:
                 count = f"all {array.left_out}" if array.empty else str(array.left_out)
                 notes.append(
-                    f"{count} chunks of {array.name} are absent and read as its fill value, as Zarr's writers mean it; if the "
-                    "folder was copied, check that it is whole"
+                    f"{count} chunks of {array.name} are absent and read as its fill value (zero where it states none), as "
+                    "Zarr's writers mean it; if the buffer was copied, check that it is whole"
                 )
         for array, pictures in self._pictures.values():
             notes += pictures.notes(array.name)
             if (left := array.shape[0] - self._rows) > 0:
                 notes.append(f"{left} rows of {array.name} are behind the last episode and left out")
+        first = min(self._episodes[0][1], whole)
+        for times in self._vectors["timestamp"] if first else ():
+            notes += rate_notes(self._joined([times], 0, first)[:, 0], self.rate_hz, times[0].name)
         for name, columns in self._vectors.items():
             if whole and columns and name != "timestamp" and whole * sum(array.row for array, _ in columns) <= _SURVEYED:
                 values = self._joined(columns, 0, whole)
@@ -189,6 +195,8 @@ class ReplayZarrSource:
     def shape(self, index: int) -> EpisodeShape:
         """Length, from `episode_ends`. The stamp covers the arrays' folders, or the archive."""
         start, stop = self._episodes[index]
+        if start == stop:
+            raise FileError(f"{self.path}: meta/episode_ends[{index}] is {stop}, expected more than {start}")
         for array in self._arrays.values():
             if (rows := array.shape[0]) < stop:
                 raise FileError(

@@ -156,6 +156,10 @@ def test_pictures_of_other_kinds(tmp_path: Path) -> None:
     assert any("img is float32; its whole numbers become uint8" in note for note in source.notes)
     for camera in ("camera_1", "img"):
         assert (frames_of(source.read(1), camera) == pictures[5:75]).all()
+    write_array(tmp_path / "x.zarr/data/depth", pictures / 255, (7, 6, 8, 3))
+    left_out = open_source(tmp_path, TOLD)
+    assert left_out.describe().cameras == ["camera_1", "img"]
+    assert any(note.startswith("left out: ") and note.endswith("in 0..255; is it depth?") for note in left_out.notes)
     only = open_source(tmp_path, Options(action=[]), cameras=["data/img"])
     assert only.describe().cameras == ["img"] and only.read(0).actions is None
     assert any("no actions are read" in note for note in only.notes)
@@ -173,7 +177,9 @@ def test_what_must_be_told(tmp_path: Path) -> None:
         open_source(tmp_path, instruction=None)
     with refused(r"convert\.rate_hz is missing"):
         open_source(tmp_path, rate_hz=None)
-    with refused("convert.cameras names 'state', but .* has img"):
+    with refused("convert.cameras names 'left', but .* has img"):
+        open_source(tmp_path, cameras=["left"])
+    with refused(r"data/state is float64 \(90, 5\), expected uint8 pictures"):
         open_source(tmp_path, cameras=["state"])
     for change, message in (
         ({"action": ("actions",)}, "action names 'actions'; data has action"),
@@ -189,6 +195,7 @@ def test_what_must_be_told(tmp_path: Path) -> None:
     ("ends", "message"),
     [
         ([5, 5, 90], r"meta/episode_ends\[1\] is 5, expected more than 5"),
+        ([5, 4, 90], r"meta/episode_ends\[1\] is 4, expected more than 5"),
         ([0, 90], r"meta/episode_ends\[0\] is 0, expected more than 0"),
         ([91], "data/img has 90 rows, but meta/episode_ends reaches to 91 in episode 0"),
         ([], r"meta/episode_ends is float64 \(0,\), expected whole numbers"),
@@ -202,7 +209,7 @@ def test_episode_ends_must_increase_within_the_rows(tmp_path: Path, ends: Any, m
     values = np.asarray(ends)
     write_array(tmp_path / "x.zarr/meta/episode_ends", values, tuple(max(1, length) for length in values.shape), None)
     with refused(message):
-        open_source(tmp_path, TOLD).shape(0)
+        assert [open_source(tmp_path, TOLD).shape(index) for index in range(len(ends))]
 
 
 def test_an_array_that_is_too_short_costs_the_last_episode(tmp_path: Path) -> None:
@@ -215,19 +222,17 @@ def test_an_array_that_is_too_short_costs_the_last_episode(tmp_path: Path) -> No
 
 
 def test_absent_chunks_and_arrays(tmp_path: Path) -> None:
-    """Without a fill value an absent chunk means nothing, and an array without any chunk was not copied."""
+    """Zeros where a header states no fill value, as zarr-python 3 means it; pictures without any chunk were not copied."""
     write(tmp_path / "x.zarr")
     (tmp_path / "x.zarr/data/img/10.0.0.0").unlink()
     assert any("1 chunks of data/img are absent" in note for note in open_source(tmp_path).notes)
     header = tmp_path / "x.zarr/data/img/.zarray"
     header.write_text(json.dumps(json.loads(header.read_text()) | {"fill_value": None}))
-    with refused("data/img has 12 of its 13 chunks and states no fill value"):
-        open_source(tmp_path, cameras=["img"])
+    source = open_source(tmp_path)
+    assert any("1 chunks of data/img are absent and read as its fill value (zero" in note for note in source.notes)
+    assert frames_of(source.read(1))[64].any() and not frames_of(source.read(1))[65:].any()
     for chunk in (tmp_path / "x.zarr/data/img").glob("*.0"):
         chunk.unlink()
-    with refused("no pictures: .*data/img has 0 of its 13 chunks and states no fill value"):
-        open_source(tmp_path)
-    header.write_text(json.dumps(json.loads(header.read_text()) | {"fill_value": 0}))
     with refused("data/img has none of its 13 chunks: was the whole folder copied.*leave it out by convert.cameras"):
         open_source(tmp_path, cameras=["img"])
     shutil.rmtree(tmp_path / "x.zarr/data/action")
@@ -314,6 +319,25 @@ def test_buffers_that_zarr_writes_today(tmp_path: Path, zarr_format: Any, shards
     notes = " ".join(source.notes)
     assert f"{2 if shards else 4} chunks of data/img are absent" in notes and "2 chunks of data/action are absent" in notes
     assert "alpha, is dropped" in notes
+
+
+def test_columns_and_times(tmp_path: Path) -> None:
+    """One column; numbers that are true or false; timestamps that another rate belongs to."""
+    closed = np.arange(90) % 3 == 0
+    written = write(tmp_path / "x.zarr", closed=closed)
+    options = Options(action=["data/state[4]", "closed"], timestamp="timestamp")
+    source = open_source(tmp_path, options)
+    expected = np.stack([written["state"][:, 4], closed], axis=1).astype(np.float32)
+    assert (source.read(1).actions == expected[5:75]).all() and not any("apart" in note for note in source.notes)
+    notes = open_source(tmp_path, options, rate_hz=15).notes
+    assert any("apart, but the rate is 15 Hz, at which it is stored; if the timestamps are right" in note for note in notes)
+
+
+def test_an_archive_of_the_folder_itself(tmp_path: Path) -> None:
+    write(tmp_path / "in/x.zarr")
+    pack(tmp_path / "in", tmp_path / "y.zarr.zip")
+    with refused("meta/episode_ends is missing; it has x.zarr; zip what is in that folder, without the folder"):
+        open_source(tmp_path / "y.zarr.zip")
 
 
 def test_a_damaged_list_of_an_archive(tmp_path: Path) -> None:
