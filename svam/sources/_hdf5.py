@@ -156,7 +156,8 @@ class Hdf5File:
             if dataset.shape is None:
                 raise FileError(f"{self.file}: {name} is an empty dataset")
             if steps and dataset.shape and dataset.shape[0] != steps:
-                raise ContractError(f"{self.file}: {name} has {dataset.shape[0]} steps, but the actions have {steps}")
+                found = f"{self.file}: {name} has {dataset.shape[0]} steps, but the actions have {steps}"
+                raise ContractError(f"{found}; cut all to one length, row t of each at one time")
             return tuple(int(size) for size in dataset.shape), dataset.dtype
 
     def vector(self, name: str, steps: int | None = None) -> tuple[int, int]:
@@ -248,16 +249,15 @@ Size = tuple[int, int, int, int]
 class Recording:
     """What is known of an episode before it is read.
 
-    place: its group in the file, ending in "/", or "" for all of the file; datasets are named below it. name: as in
-    `EpisodeShape`. cameras: name -> (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined.
-    sentences: at least one. alike: what must be the same in all episodes, in words. facts: of its provenance. flip: how its
-    pictures are turned: "none", "vertical" or "rotate_180". late: 1 where pictures and proprioception of row t belong to
-    actions and state of row t + 1; `steps` are without the rows that have no partner then.
+    place: its group in the file, ending in "/", or "" for all of the file; datasets are named below it. cameras: name ->
+    (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined. sentences: at least one. alike: what must
+    be the same in all episodes, in words. facts: of its provenance. flip: how its pictures are turned: "none", "vertical" or
+    "rotate_180". late: 1 where pictures and proprioception of row t belong to actions and state of row t + 1; `steps` are
+    without the rows that have no partner then.
     """
 
     file: Path
     place: str
-    name: str
     steps: int
     cameras: dict[str, tuple[str, Size]]
     vectors: dict[str, list[str]]
@@ -280,7 +280,7 @@ class Hdf5Source(ABC):
     and by which key its option `instructions` names a file.
     """
 
-    source: ClassVar[str]
+    source_name: ClassVar[str]
     prefix: ClassVar[str]
     """Before a camera's name."""
     usual_rate: ClassVar[tuple[float, str]]
@@ -295,7 +295,8 @@ class Hdf5Source(ABC):
         if absent := sorted(set(options.instructions) - set(known)):  # a misspelt key would silently say nothing
             names = ", ".join(known[:5]) + ", ..." * (len(known) > 5)
             raise FileError(f"{path}: convert.options.instructions names {absent[0]!r}, which is not there; it has {names}")
-        self._recordings = [one for file in files for one in self._headers(file)]
+        found = [pair for file in files for pair in self._headers(file)]
+        self.names, self._recordings = [name for name, _ in found], [one for _, one in found]
         self._readable = [one for one in self._recordings if isinstance(one, Recording)]
         if not self._readable:
             faults = [one for one in self._recordings if isinstance(one, SvamError)]
@@ -308,17 +309,20 @@ class Hdf5Source(ABC):
         if not (choice.rate_hz or stated):
             self._note(f"the files do not state their rate: {self.usual_rate[1]}; set convert.rate_hz to yours")
 
-    def _headers(self, file: Path) -> Iterator[Recording | SvamError]:
-        """The episodes of a file, or why they cannot be read. A missing library is raised: it is no fault of one file."""
+    def _headers(self, file: Path) -> Iterator[tuple[str, Recording | SvamError]]:
+        """The episodes of a file by name, or why they cannot be read. A missing library is raised: it is no file's fault."""
+        name = self._relative(file).with_suffix("").as_posix()
         try:
-            with Hdf5File(file, self.source) as data:
+            with Hdf5File(file, self.source_name) as data:
                 for place, held_out in self._scan(data).items():
+                    inside = place.split("/")[1:2]
+                    full = "/".join([name, *inside] if self.path.is_dir() or not inside else inside)
                     try:
-                        yield self._header(data, place, held_out)
+                        yield full, self._header(data, place, held_out)
                     except (FileError, ContractError) as error:
-                        yield error
+                        yield full, error
         except (FileError, ContractError) as error:
-            yield error
+            yield name, error
 
     def _choose_cameras(self) -> list[str]:
         datasets = {camera: dataset for one in self._readable for camera, (dataset, _) in one.cameras.items()}
@@ -329,7 +333,9 @@ class Hdf5Source(ABC):
             return chosen_cameras(self._choice, list(datasets), self.path, self.prefix, forms)
         cameras = list(mode(tuple(one.cameras) for one in self._readable))
         for camera in [camera for camera in datasets if camera not in cameras]:
-            self._note(f"{datasets[camera]} is left out: most episodes do not have it")
+            count = sum(camera in one.cameras for one in self._readable)
+            of = f"{count} of {len(self._readable)} episodes have it"
+            self._note(f"{datasets[camera]} is left out: {of}; convert.cameras can name it")
         return cameras
 
     def _note(self, *notes: str) -> None:
@@ -378,7 +384,7 @@ class Hdf5Source(ABC):
             train.extend(sentence for sentence in one.sentences if sentence not in train)
         return SourceDescription(
             rate_hz=self.rate_hz, cameras=self._cameras, instructions=instructions, provenance={
-                "source": self.source, "options": self.options.model_dump(),
+                "source": self.source_name, "options": self.options.model_dump(),
                 "files": len({one.file for one in self._readable}),
             },
         )  # fmt: skip
@@ -409,14 +415,15 @@ class Hdf5Source(ABC):
         """Length, split, name, task and success of one episode; refused where it cannot be read or differs from the others."""
         one = self._known(index)
         return EpisodeShape(
-            one.steps, held_out=one.held_out, stamp=stamp(one.file), name=one.name, task=one.sentences[0], success=one.success
-        )
+            one.steps, held_out=one.held_out, stamp=stamp(one.file), name=self.names[index], task=one.sentences[0],
+            success=one.success,
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode; `MachineError` where a compression filter is not installed."""
         one = self._known(index)
         vectors: dict[str, NDArray[np.float32]] = {}
-        with Hdf5File(one.file, self.source) as data:
+        with Hdf5File(one.file, self.source_name) as data:
             for name, datasets in one.vectors.items():
                 if datasets:
                     values = np.hstack([data.matrix(one.place + dataset) for dataset in datasets])
@@ -434,7 +441,7 @@ class Hdf5Source(ABC):
 
     def _blocks(self, one: Recording, dataset: str) -> Iterator[NDArray[np.uint8]]:
         left = one.steps
-        with Hdf5File(one.file, self.source) as data:
+        with Hdf5File(one.file, self.source_name) as data:
             for block in self._pictures(data, dataset):
                 upright = {"vertical": block[:, ::-1], "rotate_180": block[:, ::-1, ::-1]}.get(one.flip, block)[:left]
                 left -= len(upright)

@@ -72,7 +72,7 @@ def _decoded(row: Any, where: str) -> tuple[NDArray[np.uint8], bool]:
 class AlohaSource(Hdf5Source):
     """Episodes in the order of their folders' names, then by number."""
 
-    source = "aloha"
+    source_name = "aloha"
     prefix = f"{_IMAGES}/"
     usual_rate = (50.0, "ALOHA's 50 Hz are assumed (AgileX's recorder has 30)")
 
@@ -105,7 +105,7 @@ class AlohaSource(Hdf5Source):
         columns = {name: f"(n, {data.vector(name, steps)[1]})" for name in actions + qpos + qvel}
         simulated = data.attribute("/", "sim")
         return Recording(
-            file=data.file, place=place, name=self._relative(data.file).with_suffix("").as_posix(), steps=steps,
+            file=data.file, place=place, steps=steps,
             cameras=self._cameras_of(data, steps), alike=columns, sentences=self._sentences(data, place),
             vectors={"actions": actions, "state": qpos + qvel, "proprioception": qpos},
             facts={"sim": bool(simulated)} if isinstance(simulated, (bool, np.bool_)) else {},
@@ -114,6 +114,7 @@ class AlohaSource(Hdf5Source):
     def _cameras_of(self, data: Hdf5File, steps: int) -> dict[str, tuple[str, Size]]:
         """The cameras of a file (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
+        faults: list[SvamError] = []
         for camera in filter(self._asked_for, data.names(_IMAGES)):
             name = f"{_IMAGES}/{camera}"
             shape, dtype = data.layout(name)
@@ -139,8 +140,9 @@ class AlohaSource(Hdf5Source):
                     what = f" {dtype} {shape[1:]}" if depth else ", pictures of depth"
                     self._note(f"left out, as no colour pictures: {name}{what}")
                     continue
-                others = [other for other in data.names(_IMAGES) if other != camera]
-                raise type(error)(without_it(error, others)) from None
+                faults.append(error)
+        if faults:
+            raise type(faults[0])(without_it(faults[0], list(cameras)))
         if not cameras:
             asked = "of convert.cameras " * bool(self._choice.cameras)
             raise FileError(f"{data.file}: no camera {asked}in {_IMAGES}; it has {data.listed(_IMAGES)}")

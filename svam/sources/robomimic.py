@@ -5,7 +5,8 @@ From each demonstration:
 
 - `actions` (n, A), and as cameras all pictures in `obs`: `<camera>_image` (robomimic), `<camera>_rgb` (LIBERO: agentview,
   eye_in_hand) or any other uint8 (n, H, W, 3) (Isaac Lab: table_cam; also with alpha, or channels first), in the order of
-  names. A camera is named without those endings; `convert.cameras` takes both forms. `obs/*_depth` is left out, with a note.
+  names. A camera is named without those endings; `convert.cameras` takes both forms. Others, such as depth, are left out, with
+  a note.
 - Proprioception, of the keys in `Options`. State: `states` (n, S), the simulator's own, where it is equally wide in all files.
 - The attribute `success` of a demonstration, where it is there, for `convert.success`.
 
@@ -100,7 +101,7 @@ def _sentence(data: Hdf5File, holder: str, key: str, field: str) -> str:
 class RobomimicSource(Hdf5Source):
     """Demonstrations file by file, then by number."""
 
-    source = "robomimic"
+    source_name = "robomimic"
     prefix = "obs/"
     usual_rate = (20.0, "no control_freq is in env_args, and robosuite's 20 Hz are assumed")
     remedies = {"proprioception": "set convert.options.proprioception", "control_freq": "set convert.rate_hz"}
@@ -151,9 +152,12 @@ class RobomimicSource(Hdf5Source):
         keys = [key for key in ("train", "valid", chosen) if key and data.is_dataset(f"mask/{key}")]
         masks = {key: set(data.texts(f"mask/{key}")) for key in keys}
         train, valid = masks.get("train", set()), masks.get("valid", set())
-        if train & valid:
-            raise FileError(f"{data.file}: {min(train & valid)} is in mask/train and in mask/valid, expected one of them")
-        if absent := sorted((train | valid) - set(names)):
+        if both := sorted(train & valid):
+            self.notes.append(
+                f"{data.file}: {len(both)} demonstrations are in mask/train and in mask/valid, the first is {both[0]}; they "
+                "are held out"
+            )
+        if absent := sorted(set().union(*masks.values()) - set(names)):
             self.notes.append(
                 f"{data.file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}"
             )
@@ -169,7 +173,7 @@ class RobomimicSource(Hdf5Source):
         return {f"data/{name}/": name in valid if name in train | valid else None for name in names}
 
     def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
-        steps, _ = data.vector(f"{place}actions")
+        steps, width = data.vector(f"{place}actions")
         if steps <= self._late:
             raise FileError(f"{data.file}: {place} has 1 step, and convert.options.observations 'after' needs 2")
         keys, name = data.names(f"{place}obs"), place.split("/")[1]
@@ -185,12 +189,12 @@ class RobomimicSource(Hdf5Source):
             libero = pictures | {dataset for dataset, _ in cameras.values()} <= _LIBERO  # the same, whichever are chosen
             flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
         alike: dict[str, Any] = {"proprioception": ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"}
+        alike["actions"] = f"(n, {width})"
         if not self._choice.rate_hz:
             alike["control_freq"] = _control_rate(data)
         success = data.attribute(place, "success")
         recording = Recording(
             file=data.file, place=place, steps=steps - self._late, late=self._late, cameras=cameras, flip=flip,
-            name="/".join([*self._relative(data.file).with_suffix("").parts, name] if self.path.is_dir() else [name]),
             vectors={"actions": ["actions"], "proprioception": proprioception, "state": ["states"] * (state_width > 0)},
             sentences=self._sentences(data, place), alike=alike, facts={"demo": name}, held_out=held_out,
             success=bool(success) if isinstance(success, bool | np.bool_ | int | np.integer) else None,
@@ -215,17 +219,23 @@ class RobomimicSource(Hdf5Source):
                 pictures = data.pictures(dataset, steps)
                 cameras[name] = f"obs/{key}", (steps - self._late, *pictures.shape[1:])
                 self._note(*pictures.notes(f"obs/{key}"))
-            elif key.endswith("_depth"):
-                self._note("obs/*_depth is left out")
+            elif not self._choice.cameras and data.is_dataset(dataset) and len((layout := data.layout(dataset))[0]) > 2:
+                self._note(f"left out, as no pictures in uint8: obs/{key} {layout[1]} {layout[0][1:]}")
         if not cameras and self._choice.cameras:
             raise FileError(f"{data.file}: {place}obs has no camera of convert.cameras; it has {', '.join(keys) or 'nothing'}")
         if not cameras:
             has = "states" if data.is_dataset(f"{place}states") else "observations" if keys else "actions"
             there = f"; obs has {data.listed(f'{place}obs')}" if keys else ""
+            datasets = [name for key in keys if data.is_dataset(name := f"{place}obs/{key}")]
+            if any(picture_array(*data.layout(name)) for name in datasets):
+                remedy = "convert.cameras can name one of another type whose numbers are whole, 0 to 255"
+            else:
+                remedy = (
+                    "render them first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
+                    "convert_robosuite.py before it)"
+                )
             raise FileError(
-                f"{data.file}: {place.rstrip('/')} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; render them "
-                "first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
-                "convert_robosuite.py before it)"
+                f"{data.file}: {place.rstrip('/')} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; {remedy}"
             )
         return dict(sorted(cameras.items()))
 

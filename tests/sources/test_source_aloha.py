@@ -226,6 +226,8 @@ def test_faults_of_a_set(tmp_path: Path) -> None:
     source = open_said(tmp_path)
     with refused(r"episode_1.hdf5: no camera 'cam_left_wrist', which other episodes have; it has cam_high"):
         source.shape(1)
+    record(tmp_path / "episode_3.hdf5", cameras=(*CAMERAS, "top"))
+    assert any("images/top is left out: 1 of 4 episodes have it; convert.cameras can" in n for n in open_said(tmp_path).notes)
     (tmp_path / "episode_0.hdf5").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     only = open_said(tmp_path, {"cameras": ["observations/images/cam_high"]})
     assert [only.shape(i).name for i in (1, 2)] == ["episode_1", "episode_2"] and only.describe().cameras == ["cam_high"]
@@ -287,5 +289,8 @@ def test_cameras_and_files_of_other_recorders(tmp_path: Path) -> None:
     assert "cam_high_depth uint16" in notes and "png_depth, pictures of depth" in notes and "alpha, is dropped" in notes
     with refused("cam_high_depth is uint16 .*, expected uint8"):
         open_said(tmp_path / "demo_10.hdf5", {"cameras": ["cam_high_depth"]})
+    change(tmp_path / "demo_10.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 900, np.int32))
+    with refused(r"far is 900 in row 0, .*; to leave it out, set convert.cameras: \[cam_high, left, right\]$"):
+        open_said(tmp_path / "demo_10.hdf5")
     with refused("convert.cameras names 'top', but .* has cam_high|no camera of convert.cameras"):
         open_said(tmp_path, {"cameras": ["top"]})

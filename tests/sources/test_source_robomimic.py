@@ -153,8 +153,11 @@ def test_masks(tmp_path: Path) -> None:
         open_said(tmp_path, filter_key="many")
     with h5py.File(tmp_path / "image.hdf5", "a") as root:
         root["mask/valid"][0] = "demo_3"
-    with refused("demo_3 is in mask/train and in mask/valid"):
-        open_said(tmp_path)
+        root["mask/few"][0] = "demo_8"
+    both = open_said(tmp_path, filter_key="few")
+    assert "1 demonstrations are in mask/train and in mask/valid, the first is demo_3; they are held out" in both.notes[0]
+    assert "2 demonstrations that are not there, the first is 'demo_77'" in both.notes[1]
+    assert [both.shape(i).held_out for i in range(len(both))] == [True]
 
 
 def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
@@ -276,8 +279,22 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     with refused("has no camera of convert.cameras; it has object, .*table_cam, top_rgb, wrist_cam"):
         open_said(tmp_path, {"cameras": ["left"]})
     isaac(tmp_path / "none" / "x.hdf5", demo_0={"seen": np.zeros((3, 6, 8), np.float32)})
-    with refused(r"has states but no pictures.*seen float32 \(3, 6, 8\)"):
+    with refused(r"has states but no pictures.*seen float32 \(3, 6, 8\); render them first"):
         open_said(tmp_path / "none")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int64, np.float32])
+def test_cameras_whose_numbers_are_no_bytes(tmp_path: Path, kind: Any) -> None:
+    """Read where they are asked for, else left out with a note, as depth of any name is."""
+    stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+    isaac(tmp_path / "x.hdf5", demo_0={"top": stored.astype(kind), "to_plane": np.zeros((3, 6, 8, 1), np.float32)})
+    with refused(r"no pictures.*top \w+ \(3, 6, 8, 3\); convert.cameras can name one of another type whose numbers are whole"):
+        open_said(tmp_path)
+    assert np.array_equal(frames_of(open_said(tmp_path, {"cameras": ["top"]}).read(0)), stored)
+    isaac(tmp_path / "y" / "y.hdf5", demo_0={"top": stored.astype(kind), "to_plane": np.zeros((3, 6, 8)), "wrist": stored})
+    source = open_said(tmp_path / "y")
+    notes = " ".join(source.notes)
+    assert source.describe().cameras == ["wrist"] and "obs/top" in notes and "obs/to_plane float64 (6, 8)" in notes
 
 
 def test_a_bad_demonstration_can_be_left_out(tmp_path: Path) -> None:
@@ -291,3 +308,7 @@ def test_a_bad_demonstration_can_be_left_out(tmp_path: Path) -> None:
     with refused("b.hdf5: a Git LFS pointer"):
         source.shape(3)
     assert open_said(tmp_path, {"cameras": ["robot0_eye_in_hand_image"]}).read(1).steps == 3
+    assert source.names == ["a/demo_0", "a/demo_1", "a/demo_2", "b"]
+    change(tmp_path / "a.hdf5", "data/demo_2/actions", np.zeros((3, 6)))
+    with refused(r"demo_2: actions is \(n, 6\), but \(n, 7\) in most episodes"):
+        open_said(tmp_path, {"cameras": ["robot0_eye_in_hand"]}).shape(2)
