@@ -21,7 +21,7 @@ from svam.device import prepare_torch
 from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.episodes.windows import action_rows
-from svam.evaluation.offline import encode_rows, episode_bounds, recorded_clips, target_name
+from svam.evaluation.offline import encode_rows, episode_bounds, recorded_clips
 from svam.models.svam import SVAM
 from svam.report.figures import save
 from svam.report.grid import GAP, PictureGrid, pca_colours
@@ -85,7 +85,8 @@ def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[
     clips = recorded_clips(store, rows, frames, stride, cameras.pop())
     predictions = [predict(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
     chunk, real = action_rows(rows, *episode_bounds(store, rows), max(model.chunk for model in models))
-    expert = store.vector(target_name(store), chunk.reshape(-1)).reshape(*chunk.shape, -1)
+    imitated = "expert_actions" if store.has("expert_actions") else "actions"
+    expert = store.vector(imitated, chunk.reshape(-1)).reshape(*chunk.shape, -1)
     titles = [store.instruction_of(int(episode)) for episode in store.episode_of(rows)]
     return draw(clips, predictions, np.where(real[..., None], expert, np.nan), titles)
 
