@@ -15,7 +15,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.analysis.gap import EpisodeBootstrap, Sums, per_window, to_pixels
-from svam.contract import ContractError
 from svam.models.teachers import FARTHEST
 from svam.report.grid import PictureRow, heat, picture_grid
 from svam.report.tables import markdown_table
@@ -87,9 +86,7 @@ class DepthHead:
         self._count += len(x)
 
     def fit(self) -> None:
-        """Solve for the weights. Raises `ValueError` without any training frame."""
-        if not self._count:
-            raise ContractError("the depth head has no training frame")
+        """Solve for the weights."""
         self.x_mean = np.asarray(self._x) / self._count
         # Residuals sum to 0 at each position, so the cross product needs no centring.
         gram = np.asarray(self._gram) - self._count * self.x_mean.T @ self.x_mean

@@ -74,7 +74,7 @@ class EpisodeStore:
     """
 
     def __init__(self, path: Path) -> None:
-        """See `open`."""
+        """See `svam.episodes.joined.open_store`; of one set alone."""
         self.path = Path(path)
         self.attributes = attributes = self._read_attributes()
         self.rate_hz, self.cameras = attributes.source.rate_hz, attributes.source.cameras

@@ -166,8 +166,6 @@ def test_the_head_recovers_linear_depth_and_passes_over_holes() -> None:
             head.add(tokens[block : block + 100], seen[block : block + 100])
         head.fit()
         assert np.abs(head.predict(held_out) - truth).max() < 0.05 < np.abs(head.mean(20) - truth).max()
-    with pytest.raises(ValueError, match="no training frame"):
-        depth_probe.DepthHead(depth).fit()
 
 
 def test_informed_features_read_depth_better_and_the_interval_says_so() -> None:
