@@ -212,10 +212,14 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
 
 
 def _refusal(refused: Mapping[int, str], looked_at: int) -> FileError:
-    """One sentence about all episodes that cannot be read, and the way out."""
-    said = "; ".join(f"episode {number}: {said}" for number, said in list(refused.items())[:LISTED])
-    if len(refused) > LISTED:
-        said += f"; and {len(refused) - LISTED} more, `python -m svam.episodes inspect --recording --json PATH` lists all"
+    """One sentence about all episodes that cannot be read, those of one reason together, and the way out."""
+    reasons: dict[str, list[int]] = {}
+    for number, reason in refused.items():
+        reasons.setdefault(reason, []).append(number)
+    listed = dict(list(reasons.items())[:LISTED])
+    said = "; ".join(f"episode{'s' * (len(n) > 1)} {', '.join(_ranges(n))}: {reason}" for reason, n in listed.items())
+    if more := len(refused) - sum(map(len, listed.values())):
+        said += f"; and {more} more, `python -m svam.episodes inspect --recording --json PATH` lists all"
     if len(refused) == looked_at:
         return UnreadableError(f"none of {looked_at} episodes can be read: {said}")
     return FileError(

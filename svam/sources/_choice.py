@@ -17,6 +17,8 @@ from svam.files import FileError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """The id of a data set on the hub, owner/name."""
+TRAINING = {"train", "training"}
+"""How sets call the part that is trained on."""
 
 
 def chosen_cameras(

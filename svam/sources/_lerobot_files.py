@@ -70,10 +70,10 @@ def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[st
     return table, whole_numbers(table["episode_index"], f"{file}: episode_index")
 
 
-def episode_rows(file: Path, number: int, names: tuple[str, ...], alone: bool) -> tuple[int, Any]:
+def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[str, ...], alone: bool) -> tuple[int, Any]:
     """The first row of episode `number` in a file, and the table of those of its columns `names` that are there; its rows must
-    lie together. alone: the file holds no other episode."""
-    table, episodes = _small_columns(file, stamp(file), () if alone else ("episode_index",), names)
+    lie together, and the columns `needed` be there. alone: the file holds no other episode."""
+    table, episodes = _small_columns(file, stamp(file), needed if alone else ("episode_index", *needed), names)
     if episodes is None:
         return 0, table
     rows = np.flatnonzero(episodes == number)
@@ -146,9 +146,7 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
             values: list[Any] = column.to_pylist()
         except UnicodeDecodeError:
             raise FileError(f"{what} is not UTF-8 text") from None
-        if None in values:
-            raise FileError(f"{what} lacks a value at row {values.index(None)}")
-        return values
+        return [value or "" for value in values]
     if tasks is None:
         return None
     said = whole_numbers(column, what).tolist()
@@ -162,8 +160,8 @@ def stored_pictures(
 ) -> Iterator[tuple[NDArray[np.uint8], bool]]:
     """(a picture (H, W, 3), whether EXIF asked to turn it) of each of the rows from the first to before the second of `rows`.
 
-    The column `key` holds encoded pictures (bytes, or a struct of bytes and path; a row without bytes names a file below
-    `root`), or lists of numbers, of `shape` where they are flat.
+    The column `key` holds encoded pictures (bytes, a path below `root`, or a struct of both, where the path counts if there
+    are no bytes), or lists of numbers, of `shape` where they are flat.
     """
     from pyarrow import types
 
@@ -175,10 +173,11 @@ def stored_pictures(
             chosen = column.slice(max(0, start - row), max(0, stop - max(row, start)))
             row += len(column)
             kind = chosen.type
-            if types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+            if any(is_kind(kind) for is_kind in (types.is_struct, types.is_binary, types.is_large_binary, types.is_string)):
                 yield from (picture_rgb(_encoded(value, root, what), what) for value in chosen.to_pylist())
             elif len(chosen):
-                yield from ((picture, False) for picture in array_rgb(numbers(chosen, what), shape, what))
+                first = max(start, row - len(column))
+                yield from ((picture, False) for picture in array_rgb(numbers(chosen, what), shape, what, first))
             if row >= stop:
                 return
     raise FileError(f"{what} has {row} rows, expected {stop}")
@@ -186,6 +185,8 @@ def stored_pictures(
 
 def _encoded(value: Any, root: Path, what: str) -> bytes:
     data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if isinstance(data, str):
+        data, path = None, data
     if data is None and isinstance(path, str):
         place = root / path
         if Path(path).is_absolute() or ".." in Path(path).parts or not place.is_file():
@@ -204,31 +205,33 @@ _DRIFT = 0.01
 
 @dataclass(frozen=True)
 class Span:
-    """Where an episode's frames lie in a video of several: from `start` to `stop` seconds by the metadata, and from the frame
-    `first` on by the lengths of the episodes before, None where those do not tell."""
+    """Where an episode's frames lie in a video of several: by the metadata from `start` to `stop` seconds, and before `end`,
+    where the next one begins; by the lengths of those before from the frame `first` on, None where they do not tell."""
 
     start: float
     stop: float
+    end: float
     first: int | None
 
 
 def first_frames(
-    video: Path, members: Sequence[tuple[float, float, int, int]], frames: int, rate: float, believe: bool
+    video: Path, members: Sequence[tuple[float, int, float, int]], frames: int, rate: float, believe: bool
 ) -> tuple[dict[int, int], str]:
     """(episode number -> its first frame, a note) of the episodes in one video; no frames where only `from_timestamp` tells.
 
-    members: from_timestamp, to_timestamp, number and length of each episode, in increasing order. frames: how many the video
+    members: from_timestamp, number, to_timestamp and length of each episode, in increasing order. frames: how many the video
     has, `rate` a second. believe: that from_timestamp is right although the numbers do not add up; else that is a `FileError`.
     """
-    starts, stops, numbers, lengths = (np.array(values) for values in zip(*members, strict=True))
+    starts, numbers, stops, lengths = (np.array(values) for values in zip(*members, strict=True))
     says = f"{video}: {frames} frames, and the {len(members)} episodes in it have {lengths.sum()} rows"
     if frames == lengths.sum():
         firsts = np.cumsum(lengths) - lengths
         drift = np.abs(starts * rate - firsts)
         at = drift.argmax()
         off = f"from_timestamp of episode {numbers[at]} is {drift[at]:.2g} frames off; the lengths decide where each begins"
-        found = dict(zip(numbers.tolist(), firsts.tolist(), strict=True))
-        return found, f"{says}, but {off}" if drift[at] > _DRIFT else ""
+        if drift[at] < 0.5 or (np.diff(numbers) > 0).all():  # else it is the order that is in doubt
+            found = dict(zip(numbers.tolist(), firsts.tolist(), strict=True))
+            return found, f"{says}, but {off}" if drift[at] > _DRIFT else ""
     reason, end = "", np.rint(stops.max() * rate)
     if (early := starts[1:] < stops[:-1] - 0.5 / rate).any():
         at = early.argmax()
@@ -265,11 +268,15 @@ def find_frames(
     if span is not None and span.first is None and times is not None:
         origin, part = span.start, f" from {span.start:g} to {span.stop:g} s"
         first, end = np.searchsorted(at, (span.start - half, span.stop - half)).tolist()
-        last = int(np.searchsorted(at, span.stop + half, side="right"))
+        last = int(np.searchsorted(at, min(span.stop + half, span.end - half), side="right"))  # not the next one's first
+        end = min(end, last)
     elif span is not None:
         first = int(np.argmin(np.abs(at - span.start))) if span.first is None else span.first
         origin, part = float(at[min(first, len(at) - 1)]), f" from frame {first} on"
         end = last = min(first + rows, len(at))
+        if span.first is None:
+            there = at[0] - half <= span.start <= at[-1] + half
+            end = last = min(end, int(np.searchsorted(at, span.end - half))) if there else first
     count = max(0, end - first)
     if times is None:
         if count != rows:

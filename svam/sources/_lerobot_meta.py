@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from svam.files import FileError, read_json, refuse_lfs_pointer, stated
-from svam.sources._choice import contents, existing_folder
+from svam.sources._choice import TRAINING, contents, existing_folder
 from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
@@ -31,7 +31,7 @@ STANDARD_PATHS = {
 """Where LeRobot itself writes; `info.json` repeats it, not always rightly."""
 _SIGNS = {"v2": ("meta/episodes.jsonl", "meta/tasks.jsonl"), "v3": ("meta/episodes", "meta/tasks.parquet")}
 """What only this version has."""
-_PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{0,2})d)?\}")
+_PLACEHOLDER = re.compile(r"\{(\w+)(?::0?(\d{0,2})d?)?\}")
 _PREFIXES = ("observation.images.", "observation.image.", "observation.")
 
 
@@ -76,7 +76,7 @@ class Entry(BaseModel):
     number: _Whole = Field(alias="episode_index")
     steps: _Positive | None = Field(None, alias="length")
     tasks: Annotated[tuple[str, ...], BeforeValidator(_sentences)] = Field((), validation_alias=AliasChoices("tasks", "task"))
-    success: Annotated[bool | None, BeforeValidator(lambda value: value if isinstance(value, bool) else None)] = None
+    success: Annotated[bool | None, BeforeValidator(lambda value: bool(value) if value in (0, 1) else None)] = None
     chunk: _Whole = Field(0, validation_alias=AliasChoices("data/chunk_index", "data_chunk_index"))
     file: _Whole = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
     clips: dict[str, Clip] = {}
@@ -84,13 +84,14 @@ class Entry(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _gather_clips(cls, row: Any) -> Any:
-        """Columns `videos/<camera>/<part>` become `clips`."""
+        """Columns `videos/<camera>/<part>` become `clips`; those that are null or NaN say that the episode has none."""
         clips: dict[str, dict[str, Any]] = {}
         for name in row if isinstance(row, dict) else ():
             if name.startswith("videos/"):
                 camera, _, part = name.removeprefix("videos/").rpartition("/")
                 clips.setdefault(camera, {})[part] = row[name]
-        return row | {"clips": clips} if clips else row
+        said = {camera: parts for camera, parts in clips.items() if all(v is not None and v == v for v in parts.values())}
+        return row | {"clips": said} if clips else row
 
 
 def _inside(template: str) -> str:
@@ -136,7 +137,9 @@ _INDEX = "__index_level_0__"
 
 class _Task(BaseModel):
     task_index: _Whole
-    task: str = Field(validation_alias=AliasChoices("task", _INDEX))
+    task: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = Field(
+        validation_alias=AliasChoices("task", _INDEX)
+    )
 
 
 def _rows(file: Path, needed: Sequence[str], wanted: Sequence[str]) -> Iterator[Any]:
@@ -209,7 +212,7 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
     """All episodes that the metadata lists, by number."""
     v2 = info.major == "v2"
     place = root / "meta" / ("episodes.jsonl" if v2 else "episodes")
-    files = [place] if v2 and place.is_file() else sorted(place.rglob("*.parquet"))
+    files = [place] if v2 and place.is_file() else sorted(place.rglob("[!.]*.parquet"))
     if not files:
         lacks = f"no {'such file' if v2 else 'parquet file in it'}, which a {info.codebase_version} data set needs"
         raise FileError(f"{place}: {lacks}; {what_lies_there(root, place / 'chunk-000', info.major)}")
@@ -261,23 +264,31 @@ def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
 def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], list[str]]:
     """Episode number -> held out, where `splits` names ranges besides "train" that hold some of `entries`; else empty.
 
-    "a:b" means the numbers a to b - 1. Numbers in no range are trained on. Also notes about what could not be used.
+    "a:b" means the numbers a to b - 1. Numbers in no range are trained on. Also notes about what is doubtful or not used.
     """
     ranges: dict[str, set[int]] = {}
     unused = "the set's own split is not used, one is drawn"
-    for name, text in (info.splits if isinstance(info.splits, dict) else {}).items():
+    if not isinstance(info.splits or {}, dict):
+        return {}, [f"meta/info.json: splits is {info.splits!r}, not ranges by name; {unused}"]
+    for name, text in (info.splits or {}).items():
         match = re.fullmatch(r"\s*(\d{1,15})\s*:\s*(\d{1,15})\s*", str(text))
         if match is None:
             return {}, [f"meta/info.json: splits[{name!r}] is {text!r}, not 'first:end'; {unused}"]
         ranges[name] = {entry.number for entry in entries if int(match[1]) <= entry.number < int(match[2])}
-    trained = ranges.pop("train", set())
+    trained = set().union(*(ranges.pop(name) for name in list(ranges) if name.lower() in TRAINING))
     held = set().union(*ranges.values())
+    free = sorted({entry.number for entry in entries} - trained - held)
     if held & trained:
         reason = f"overlap in episode {min(held & trained)}"
     elif len(held) == len(entries) or (ranges and not held):
         reason = f"leave no episode to {'train' if held else 'hold out'}"
+    elif held:
+        notes = [f"meta/info.json: splits {info.splits} do not name episode {free[0]}, which is trained on"] if free else []
+        return {entry.number: entry.number in held for entry in entries}, notes
+    elif info.splits and free:
+        reason = f"do not name episode {free[0]}"
     else:
-        return {entry.number: entry.number in held for entry in entries} if held else {}, []
+        return {}, []
     return {}, [f"meta/info.json: splits {info.splits} {reason}; {unused}"]
 
 

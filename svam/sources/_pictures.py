@@ -143,21 +143,21 @@ def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) ->
     raise FileError(f"{where} is {dtype} {shape}, {expected}; {LEAVE_OUT}")
 
 
-def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str) -> NDArray[np.uint8]:
+def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str, row: int = 0) -> NDArray[np.uint8]:
     """(n, H, W, 3) uint8 of n pictures of 1, 3 or 4 channels, last or first, of whole numbers 0 to 255; else `NoColourError`.
-    `shape`: of one picture, where `values` are flat, (n, H * W * C)."""
+    `shape`: of one picture, where `values` are flat, (n, H * W * C). row: the number of the first, for messages."""
     if values.ndim < 4 and len(shape) in (2, 3) and values[0].size == np.prod(shape):
         values = values.reshape(-1, *shape)
     if values.ndim == 3:
         values = values[..., None]
     pictures = picture_array(values.shape, np.dtype(np.uint8), channels=(1, 3, 4))
-    if pictures is None or values.dtype.kind not in "ui":
+    if pictures is None or values.dtype.kind not in "uif":
         found = f"{where}: pictures are {values.dtype} {values.shape[1:]}"
         raise NoColourError(f"{found}, expected uint8 of 1, 3 or 4 channels; is it depth? {LEAVE_OUT}")
-    if values.min() < 0 or values.max() > 255:
-        found = f"{where}: pictures hold {values.min()} to {values.max()}"
-        raise NoColourError(f"{found}, expected 0 to 255; is it depth? {LEAVE_OUT}")
-    return pictures.rgb(values.astype(np.uint8, copy=False), where, 0)
+    try:
+        return pictures.rgb(values, where, row)
+    except FileError as error:
+        raise NoColourError(str(error)) from None
 
 
 def picture_blocks(pictures: Sequence[memoryview], shape: Sequence[int | None], where: str) -> FrameBlocks:

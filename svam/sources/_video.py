@@ -255,7 +255,8 @@ def _evenly_spaced(file: Path, seconds: NDArray[np.float64], tick: float, rate_h
     if len(wrong):
         number = int(wrong[0])
         raise FileError(
-            f"{file}: frame {number} comes {seconds[number]:.3f} s after the first, expected {number * period:.3f} s at "
-            f"{rate_hz:g} frames/s (a variable frame rate, or another one than the other videos); write it at a constant "
-            "rate, or give convert.rate_hz if each frame is one time step whatever its time"
+            f"{file}: frame {number} comes {seconds[number]:.3f} s after the first and {gaps[number]:.3f} s after the one "
+            f"before, expected {number * period:.3f} s and {period:.3f} s at {rate_hz:g} frames/s (a variable frame rate, or "
+            "another one than the other videos); write it at a constant rate, or give convert.rate_hz if each frame is one "
+            "time step whatever its time"
         )

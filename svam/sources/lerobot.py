@@ -15,6 +15,7 @@ videos longer than their rows, timestamps that begin late (see `_lerobot_files.f
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -100,11 +101,12 @@ class LerobotSource:
         self.options, self.choice = options, choice
         self._info_file, self.info = meta.read_info(self.root)
         self._notes: list[str] = []
-        self._cases: dict[str, dict[int | Path, str]] = {}
+        self._cases: dict[str, dict[str, None]] = {}
         self._instructions: dict[int, str] = {}
-        self._firsts: dict[Path, dict[int, int]] = {}
+        self._clips: dict[Path, tuple[list[float], dict[int, int]]] = {}
         declared = self._chosen_cameras()
         self._entries = meta.read_episodes(self.root, self.info, declared)
+        self.names = [str(entry.number) for entry in self._entries]
         if self.info.total_episodes not in (None, len(self)):
             said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self)}"
             self._notes.append(f"{self._info_file}: {said}")
@@ -115,6 +117,8 @@ class LerobotSource:
         self._held_out, notes = meta.own_split(self.info, self._entries)
         self._notes += notes
         self.columns = self._find_columns(names)
+        stored = [camera.key for camera in self.cameras if not camera.video]
+        self._needed = tuple(dict.fromkeys([*stored, *(column for columns in self.columns.values() for column in columns)]))
         self._tasks = meta.read_tasks(self.root)
 
     @property
@@ -123,12 +127,12 @@ class LerobotSource:
         repeated = []
         for what, cases in self._cases.items():
             more = f", and {len(cases) - 1} more alike" if len(cases) > 1 else ""
-            repeated.append(f"{next(iter(cases.values()))}{more}{what}")
+            repeated.append(f"{next(iter(cases))}{more}{what}")
         return [*self._notes, *repeated]
 
-    def _note(self, what: str, key: int | Path, case: str) -> None:
+    def _note(self, what: str, case: str) -> None:
         """Note a case (an episode or a file) of what may occur in many; the first one is told."""
-        self._cases.setdefault(what, {})[key] = case
+        self._cases.setdefault(what, {})[case] = None
 
     # What is read
 
@@ -144,14 +148,25 @@ class LerobotSource:
             raise ParamsError("; ".join([str(error), *notes])) from None
 
     def _right_template(self, kind: str, cameras: Sequence[Camera | None]) -> str:
-        """The path template of info.json; LeRobot's own where that leads to a file and the other does not."""
+        """The path template of info.json; LeRobot's own where that leads to a file, and the other to none or to that of another
+        episode or camera."""
         own = meta.STANDARD_PATHS[self.info.major][kind]
         given = getattr(self.info, f"{kind}_path") or own
+        owners: dict[Path, tuple[Any, ...]] = {}
+        alike = ""
         for entry, camera in product(self._entries, cameras) if given != own else ():
-            if self._path(entry, camera, own).is_file() and not self._path(entry, camera, given).is_file():
+            place, owner = self._path(entry, camera, given), (camera, self.info.major == "v2" and entry.number)
+            other = (camera is None or camera.video) and owners.setdefault(place, owner) != owner
+            if self._path(entry, camera, own).is_file() and (other or not place.is_file()):
                 wrong = f"{self._info_file}: {kind}_path {given!r} does not lead to all files"
                 self._notes.append(f"{wrong}; LeRobot's own {own!r} is taken instead")
                 return own
+            alike = alike or (str(place) if other and place.is_file() else "")
+        if alike:
+            raise FileError(
+                f"{self._info_file}: {kind}_path {given!r} leads to one file for several episodes or cameras, {alike}, and "
+                f"LeRobot's own {own!r} to none; correct it, or name one camera in convert.cameras if it is of cameras"
+            )
         return given
 
     def _find_first_file(self) -> tuple[Path, list[str]]:
@@ -261,6 +276,9 @@ class LerobotSource:
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
         missing = [] if data.is_file() else [str(data)]
         missing += [f"{video} (the video of camera {name!r})" for name, video in videos.items() if not video.is_file()]
+        unsaid = [camera.key for camera in self.cameras if camera.video and camera.key not in entry.clips]
+        if unsaid and self.info.major == "v3":
+            raise FileError(f"{self.root}: meta/episodes names no video of {', '.join(unsaid)} for episode {entry.number}")
         if missing:
             raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
         for path in (data, *videos.values()):
@@ -274,7 +292,7 @@ class LerobotSource:
         file, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
         small = ("timestamp", "frame_index", "next.success", spoken)
-        start, table = files.episode_rows(file, entry.number, small, alone=self.info.major == "v2")
+        start, table = files.episode_rows(file, entry.number, small, self._needed, alone=self.info.major == "v2")
         if entry.steps not in (None, len(table)):
             raise FileError(f"{file}: episode {entry.number} has {len(table)} rows, but the metadata says {entry.steps}")
         columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -284,7 +302,8 @@ class LerobotSource:
         times, fps = self._times(entry, file, columns.get("timestamp"))
         success = entry.success
         if success is None and "next.success" in columns:
-            success = bool(files.numbers(columns["next.success"], f"{file}: next.success").any())
+            with suppress(FileError):  # it may be empty, and only `convert.success` needs it
+                success = bool(files.numbers(columns["next.success"], f"{file}: next.success").any())
         instruction, segments = self._instruction(index, file, columns.get(spoken))
         return _Rows(file, videos, start, start + len(table), times, fps, instruction, segments, success)
 
@@ -308,10 +327,10 @@ class LerobotSource:
                 hint = f"set convert.rate_hz to {1 / step:g} if the timestamps are right, or, " if 0.001 < step < 10 else ""
                 raise FileError(f"{apart}; {hint}{files.BY_ORDER}")
             replaces = "" if stated else ", which convert.rate_hz replaces"
-            self._note(f"; it is stored at {rate:g} Hz{replaces}", entry.number, apart)
+            self._note(f"; it is stored at {rate:g} Hz{replaces}", apart)
         if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
             what = "; where a video has as many frames as rows, row t takes frame t"
-            self._note(what, entry.number, f"{file}: timestamps begin at {times[0]:g} s")
+            self._note(what, f"{file}: timestamps begin at {times[0]:g} s")
         return None if order else times, 1 / step if stated and step > 0 else fps
 
     def _instruction(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
@@ -325,21 +344,25 @@ class LerobotSource:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
         own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
         rows_say = asked != "tasks" and column is not None
-        if said := files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}") if rows_say else None:
-            segments = segments_of(said) if self.choice.segments else ()
-            other = next((row for row, sentence in enumerate(said) if sentence != said[0]), 0)
-            if other and not self.choice.segments:
+        try:
+            said = files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}") if rows_say else None
+        except FileError as error:
+            ways = "set convert.options.instruction_column to 'tasks' for the metadata's sentences"
+            raise FileError(f"{error}; {ways}, or convert.instruction to one for all") from None
+        if told := next((sentence.strip() for sentence in said or () if sentence.strip()), ""):
+            segments = segments_of(said or ())
+            if segments and not self.choice.segments:
                 raise FileError(
-                    f"{file}: episode {entry.number} changes its task at row {other} from {said[0]!r} to {said[other]!r}, "
-                    "expected one; set convert.segments to true to cut it there, convert.instruction to one for all, or leave "
-                    f"it out: convert.drop: [{index}]"
+                    f"{file}: episode {entry.number} changes its task at row {segments[1].first} from {told!r} to "
+                    f"{segments[1].sentences[0]!r}, expected one; set convert.segments to true to cut it there, "
+                    f"convert.instruction to one for all, or leave it out: convert.drop: [{index}]"
                 )
-            if own not in (None, said[0]):
+            if (own or "").strip() not in ("", told):
                 raise FileError(
-                    f"{file}: task_index says {said[0]!r} for episode {entry.number}, but the metadata says {own!r}; set "
+                    f"{file}: task_index says {told!r} for episode {entry.number}, but the metadata says {own!r}; set "
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
-            own = segments[0].sentences[0] if segments else said[0]
+            own = told
         return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
 
     # Where the frames lie
@@ -349,18 +372,22 @@ class LerobotSource:
         clip = entry.clips.get(camera.key)
         if clip is None:
             return None
-        if video not in self._firsts:
+        if video not in self._clips:
             place = clip.chunk_index, clip.file_index
             members = sorted(
-                (other.from_timestamp, other.to_timestamp, one.number, one.steps or 0)
+                (other.from_timestamp, one.number, other.to_timestamp, one.steps or 0)
                 for one in self._entries
                 if (other := one.clips.get(camera.key)) and (other.chunk_index, other.file_index) == place
             )
             facts, believe = probe(video), self.options.frames == "order"
-            self._firsts[video], note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
+            first, note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
+            self._clips[video] = [start for start, *_ in members], first
             if note:
-                self._note("", video, note)
-        return files.Span(clip.from_timestamp, clip.to_timestamp, self._firsts[video].get(entry.number))
+                self._note("", note)
+        starts, first = self._clips[video]
+        following = bisect_right(starts, clip.from_timestamp)
+        end = starts[following] if following < len(starts) else np.inf
+        return files.Span(clip.from_timestamp, clip.to_timestamp, end, first.get(entry.number))
 
     def _place(self, entry: Entry, camera: Camera, rows: _Rows, cheaply: bool = False) -> tuple[NDArray[np.int64], float]:
         """The presentation times of the rows' frames, and by how much timestamps begin late. With `cheaply` no times where
@@ -368,11 +395,14 @@ class LerobotSource:
         video, times = rows.videos[camera.name], rows.times
         span, facts = self._span(entry, camera, video), probe(video)
         if facts.turned:
-            self._note(", as its metadata ask", video, f"{video}: {facts.turned}")
-        if span is None and facts.frames > len(rows):
+            self._note(", as its metadata ask", f"{video}: {facts.turned}")
+        count, part = facts.frames, ""
+        if span is not None:
+            count, part = round((span.stop - span.start) * (facts.rate or self.info.fps)), f" from {span.start:g} s on"
+        if (span is None or span.first is None) and count > len(rows):
             say = "row t takes frame t" if times is None else "the timestamps say which frame belongs to a row"
-            case = f"{video}: {facts.frames} frames, but episode {entry.number} has {len(rows)} rows"
-            self._note(f"; {say}, and pictures of other rows may lie there", video, case)
+            case = f"{video}: {count} frames{part}, but episode {entry.number} has {len(rows)} rows"
+            self._note(f"; {say}, and pictures of other rows may lie there", case)
         equal = facts.frames == len(rows) if span is None else span.first is not None
         if equal and self.choice.rate_hz:  # then row t can only be frame t, at whatever rate the video plays
             times = None
@@ -414,10 +444,15 @@ class LerobotSource:
         entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
         for camera in self.cameras:
-            if camera.video:
-                self._place(entry, camera, rows, cheaply=True)
+            try:
+                if camera.video:
+                    self._place(entry, camera, rows, cheaply=True)
+            except FileError as error:
+                if others := ", ".join(other.name for other in self.cameras if other is not camera):
+                    raise FileError(f"{error}; to do without this camera, set convert.cameras: [{others}]") from None
+                raise
         return EpisodeShape(
-            len(rows), held_out=self._held_out.get(entry.number), name=str(entry.number), task=rows.instruction,
+            len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.instruction,
             stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
             segments=rows.segments,
         )  # fmt: skip
@@ -425,9 +460,9 @@ class LerobotSource:
     def read(self, index: int) -> Episode:
         """One episode."""
         entry, rows = self._entries[index], self._rows(index)
-        needed = [column for columns in self.columns.values() for column in columns]
-        with files.opened(rows.file, needed) as parquet:
-            table = files.read_columns(parquet, needed, rows.start, rows.stop)
+        with files.opened(rows.file, self._needed) as parquet:
+            vectors_of = [column for columns in self.columns.values() for column in columns]
+            table = files.read_columns(parquet, vectors_of, rows.start, rows.stop)
         vectors = {
             name: files.joined(table, self.columns[name], rows.file) if name in self.columns else None for name in VECTORS
         }

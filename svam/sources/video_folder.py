@@ -37,17 +37,16 @@ from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
+from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
 _ACTIONS = ("action", "actions")
 _STATES = ("state", "states")
 _KNOWN = {*_TEXTS, *_ACTIONS, *_STATES, "task", "episode_id", "videos", "video_length", "latent_videos", "success"}
-_TRAINING = {"train", "training"}
 _HELD_OUT = {"val", "valid", "validation", "test", "eval"}
 _NO_ACTIONS = "have no actions: they can train the video model, no policy"
-_SHORTER = "have one action less than states: no action was recorded for the last frame, so that frame is left out"
+_SHORTER = "have one action less than frames: none was recorded for the last frame, which is left out"
 _LATENTS = "hold latent_videos, which are not read: they are another model's features"
 
 
@@ -106,6 +105,7 @@ class VideoFolderSource:
         """Open a folder; `FileError` where it, its videos or text files are missing."""
         self.path, self.options, self.choice = existing_folder(path), options, choice
         self._turned: dict[Path, str] = {}
+        self._shorter: set[Path] = set()
         annotations = self.path / options.annotations
         self._annotated = annotations.is_dir()
         self._top = annotations if self._annotated else self.path
@@ -121,8 +121,9 @@ class VideoFolderSource:
                 there = contents(annotations)
                 raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
+        self.names = [file.relative_to(self._top).with_suffix("").as_posix() for file in self._files]
         kinds = set(map(self._split, self._files))
-        self._has_split = kinds <= _TRAINING | _HELD_OUT and bool(kinds & _TRAINING) and bool(kinds & _HELD_OUT)
+        self._has_split = kinds <= TRAINING | _HELD_OUT and bool(kinds & TRAINING) and bool(kinds & _HELD_OUT)
 
     def __len__(self) -> int:
         return len(self._files)
@@ -151,13 +152,15 @@ class VideoFolderSource:
 
     def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
         """The sentences of an episode, each once."""
+        if self.choice.instruction:
+            return [self.choice.instruction]
         key = self._key(file, content, self.options.text, _TEXTS, "text") if file.suffix.lower() == ".json" else "texts"
-        value = content.get(key or "", [])
-        texts = [value] if isinstance(value, str) else value
-        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        value = content.get(key or "")
+        texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
+        if not all(isinstance(text, str) for text in texts):
             raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
         texts = [text.strip() for text in texts if text.strip()]
-        if self.choice.instruction or not texts:
+        if not texts:
             return [chosen_instruction(self.choice, None, str(file))]
         try:
             "".join(texts).encode()
@@ -199,12 +202,7 @@ class VideoFolderSource:
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
             sentences.extend(text for text in record.texts if text not in sentences)
             used |= set(record.videos.values())
-            action, state = (
-                next((value for key in keys if (value := record.content.get(key)) is not None), None)
-                for keys in ((self.options.action or "", *_ACTIONS), _STATES)
-            )
-            counts[_NO_ACTIONS] += action is None
-            counts[_SHORTER] += isinstance(action, list) and isinstance(state, list) and len(action) == len(state) - 1
+            counts[_NO_ACTIONS] += all(record.content.get(key) is None for key in (self.options.action or "", *_ACTIONS))
             counts[_LATENTS] += "latent_videos" in record.content
         notes = [f"{self.path}: {count} of {len(self)} episodes {what}" for what, count in counts.items() if count]
         if self._annotated:
@@ -232,9 +230,11 @@ class VideoFolderSource:
 
     @property
     def notes(self) -> Sequence[str]:
-        """What is left out, what cannot be done with it, and which of the videos that `shape` has looked at are turned."""
+        """What is left out and what cannot be done with it; of the episodes that `shape` has looked at which are shorter than
+        their videos, and which videos are turned."""
         turned = [f"{file}: {how} ({len(self._turned)} videos), as their metadata ask" for file, how in self._turned.items()]
-        return [*self._survey[1], *turned[:1]]
+        shorter = [f"{self.path}: {len(self._shorter)} of {len(self)} episodes {_SHORTER}"] if self._shorter else []
+        return [*shorter, *self._survey[1], *turned[:1]]
 
     @cached_property
     def _cameras(self) -> list[str]:
@@ -297,7 +297,7 @@ class VideoFolderSource:
     def _probe(self, record: _Record) -> dict[str, VideoFacts]:
         """Camera -> what its video says of itself, of the chosen cameras alone."""
         chosen = {camera: record.videos[camera] for camera in self._cameras if camera in record.videos}
-        if list(chosen) != self._cameras or (not self.choice.cameras and list(record.videos) != self._cameras):
+        if list(chosen) != self._cameras or (not self.choice.cameras and len(record.videos) != len(chosen)):
             expected = f"expected {self._cameras} as in {self._first().file}"
             raise FileError(f"{record.file}: cameras {list(record.videos)}, {expected}")
         if missing := [str(video) for video in chosen.values() if not video.is_file()]:
@@ -314,6 +314,8 @@ class VideoFolderSource:
         record = self._record(index)
         facts = self._probe(record)
         steps, _, _ = self._numbers(record, next(iter(facts.values())).frames)
+        if steps < next(iter(facts.values())).frames:
+            self._shorter.add(record.file)
         for camera, known in facts.items():
             if known.turned:
                 self._turned[record.videos[camera]] = known.turned
@@ -321,10 +323,10 @@ class VideoFolderSource:
                 video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
         held_out = self._split(self._files[index]) in _HELD_OUT if self._has_split else None
         files = [record.file, *(record.videos[camera] for camera in facts)]
-        success, name = record.content.get("success"), record.file.relative_to(self._top).with_suffix("").as_posix()
+        success = record.content.get("success")
         return EpisodeShape(
-            steps, {}, held_out, " ".join(stamp(file) for file in files), name, record.texts[0],
-            success if isinstance(success, bool) else None,
+            steps, {}, held_out, " ".join(stamp(file) for file in files), self.names[index], record.texts[0],
+            bool(success) if success in (0, 1) else None,
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:

@@ -68,6 +68,19 @@ def columns_of(episode: int, length: int, **more: Any) -> dict[str, Any]:
     return {name: value for name, value in {**columns, **more}.items() if value is not None}
 
 
+def edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    """An edit of info.json or of the first line of a JSON-lines file."""
+
+    def changed(root: Path) -> None:
+        file = root / "meta" / name
+        first, *rest = file.read_text().split("\n")
+        value = json.loads(first)
+        change(value)
+        file.write_text("\n".join([json.dumps(value), *rest]))
+
+    return changed
+
+
 def video_of(root: Path, episode: int) -> Path:
     """Where `write_v2` puts an episode's video."""
     return root / f"videos/chunk-000/{CAMERA}/episode_{episode:06d}.mp4"

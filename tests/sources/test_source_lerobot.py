@@ -16,10 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from svam.contract import Segment
 from tests.sources.common import decoded, film, frames_of, real, refused
 from tests.sources.lerobot_sets import (
     CAMERA,
+    edit,
     numbers,
     picture,
     pictures,
@@ -159,7 +159,7 @@ def test_a_rate_that_is_a_little_wrong_is_noted(tmp_path: Path, frames: str) -> 
     assert "0.125 s apart in episode 0, but" in note and "says fps 10; it is stored at 10 Hz, which convert" in note
 
 
-# Written sets: columns, pictures, tasks
+# Written sets: columns, pictures
 
 
 def test_pictures_inside_parquet_with_another_size(tmp_path: Path) -> None:
@@ -223,51 +223,6 @@ def test_broken_actions_are_named(tmp_path: Path, column: Any, message: str) -> 
         source(root).read(0)
 
 
-def test_tasks(tmp_path: Path) -> None:
-    """`task_index` decides where the metadata names several tasks; a column of sentences or one option can replace it."""
-    root = write_v2(tmp_path, change=lambda e, n: {"task_index": pa.array([e] * n), "said": pa.array([f"say {e}"] * n)})
-    lines = [{"episode_index": e, "tasks": ["a", "b", "valid"], "length": n} for e, n in enumerate((5, 7))]
-    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    (root / "meta/tasks.jsonl").write_text("\n".join(json.dumps({"task_index": k, "task": t}) for k, t in enumerate("ab")))
-    assert [source(root).read(e).instruction for e in range(2)] == ["a", "b"]
-    assert source(root, instruction_column="said").read(1).instruction == "say 1"
-    assert list(source(root, instruction="go").describe().instructions) == ["go"]
-    lines[0]["tasks"] = ["b"]
-    (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with refused("task_index says 'a' for episode 0, but the metadata says 'b'; set convert.options.instruction_column to"):
-        source(root).shape(0)
-    assert [source(root, instruction_column=name).read(0).instruction for name in ("tasks", "task_index")] == ["b", "a"]
-    (root / "meta/tasks.jsonl").unlink()
-    with refused("episode 1: no instruction; set convert.missing_instruction"):
-        source(root).shape(1)
-    filled = source(root, missing_instruction="go")
-    assert [filled.shape(e).task for e in range(2)] == ["b", "go"] and list(filled.describe().instructions) == ["b", "go"]
-
-
-def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
-    root = write_v2(tmp_path, (5, 7), lambda e, n: {"said": pa.array((["left"] * (5 - 3 * e) + ["right"] * 5)[:n])})
-    with refused("changes its task at row 2 from 'left' to 'right'.*convert.instruction.*convert.drop: .1."):
-        source(root, instruction_column="said").shape(1)
-    parts = [source(root, instruction_column="said", segments=True).shape(e).segments for e in range(2)]
-    assert parts == [(), (Segment(0, 2, ("left",)), Segment(2, 7, ("right",)))]
-
-
-@pytest.mark.parametrize(
-    ("splits", "held_out", "note"),
-    [
-        (None, [None] * 3, ""), ({"train": "0:100"}, [None] * 3, ""),
-        ({"train": "0:2", "test": "2:3"}, [False, False, True], ""),
-        ({"train": "0:2", "val": "2:9"}, [False, False, True], ""), ({"train": "80%"}, [None] * 3, "not 'first:end'"),
-        ({"train": "0:3", "val": "2:3"}, [None] * 3, "overlap in episode 2; the set's own split is not used"),
-        ({"val": "0:9"}, [None] * 3, "leave no episode to train"), ({"val": "7:9"}, [None] * 3, "no episode to hold out"),
-    ],
-)  # fmt: skip
-def test_the_sets_own_split(tmp_path: Path, splits: Any, held_out: list[Any], note: str) -> None:
-    data = source(write_v2(tmp_path, (2, 2, 2), info={"splits": splits}))
-    assert [data.shape(e).held_out for e in range(3)] == held_out
-    assert note in " ".join(data.notes)
-
-
 def test_depth_is_left_out_and_dots_stay(tmp_path: Path) -> None:
     features = {
         "observation.images.depth": video_feature(info={"video.is_depth_map": True}), CAMERA: video_feature(),
@@ -290,15 +245,8 @@ def test_missing_files_are_all_named_and_the_rest_is_read(tmp_path: Path) -> Non
         data.shape(0)
     with refused("episode_000002.mp4 .*: no such file"):
         data.shape(2)
-    assert data.shape(1).name == "1" and data.read(1).steps == 3 and list(data.describe().instructions) == ["push the block"]
+    assert data.shape(1).name == data.names[1] == "1" and data.read(1).steps == 3 and list(data.describe().instructions) == ["push the block"]
     assert "total_episodes is 9, but the episode list has 3" in data.notes[0]
-
-
-def test_success_is_the_metadatas_or_the_rows(tmp_path: Path) -> None:
-    root = write_v2(tmp_path, change=lambda e, n: {"next.success": pa.array([False] * (n - 1) + [e == 1])})
-    assert [source(root).shape(e).success for e in range(2)] == [False, True]
-    _edit("episodes.jsonl", lambda line: line.update(success=True))(root)
-    assert [source(root).shape(e).success for e in range(2)] == [True, True]
 
 
 # Written sets: where pictures lie, and what they are
@@ -317,15 +265,24 @@ def test_a_camera_that_is_left_out_is_never_looked_for(tmp_path: Path) -> None:
 
 
 def test_pictures_are_read_from_where_they_lie(tmp_path: Path) -> None:
-    """Whatever `dtype` says: lists of numbers, channels first or last, with transparency, flat or not; videos."""
-    shapes = {"chw": [3, 16, 24], "rgba": [16, 24, 4], "flat": [16, 24, 3], "grey": [16, 24, 1]}
+    """Whatever `dtype` says: lists of numbers, channels first or last, with transparency, flat or not; paths; videos."""
+    from PIL import Image
+
+    shapes = {
+        "chw": [3, 16, 24], "rgba": [16, 24, 4], "flat": [16, 24, 3], "grey": [16, 24, 1], "floats": [16, 24, 3],
+        "paths": [16, 24, 3],
+    }  # fmt: skip
 
     def stored(n: int) -> dict[str, Any]:
         rgb = np.stack([picture(t, (16, 24)) for t in range(n)])
         arrays = {
             "chw": rgb.transpose(0, 3, 1, 2), "rgba": np.concatenate([rgb, rgb[..., :1]], axis=-1),
-            "flat": rgb.reshape(n, -1), "grey": rgb[..., :1],
+            "flat": rgb.reshape(n, -1), "grey": rgb[..., :1], "floats": rgb / 1.0,
+            "paths": np.array([f"images/{t}.png" for t in range(n)]),
         }  # fmt: skip
+        (tmp_path / "images").mkdir()
+        for path, pixels in zip(arrays["paths"], rgb, strict=True):
+            Image.fromarray(pixels).save(tmp_path / path)
         return {f"observation.images.{name}": pa.array(values.tolist()) for name, values in arrays.items()}
 
     features: dict[str, Any] = {CAMERA: {"dtype": "image", "shape": [32, 48, 3]}}
@@ -379,39 +336,35 @@ def test_turned_pictures(tmp_path: Path) -> None:
     assert "turned as their EXIF asks" in data.notes[0] and "turned by 270 degrees clockwise" in data.notes[1]
 
 
+def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_path: Path) -> None:
+    root = write_v2(tmp_path, change=lambda e, n: {"observation.state": None} if e else {})
+    data = source(root)
+    assert data.shape(0).steps == 5
+    with refused("episode_000001.parquet: column 'observation.state' is missing"):
+        data.shape(1)
+    assert source(root, proprioception=[]).shape(1).steps == 7
+
+
 # What a set says of itself, and damage
-
-
-def _edit(name: str, change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
-    """An edit of info.json or of the first line of a JSON-lines file."""
-
-    def edit(root: Path) -> None:
-        file = root / "meta" / name
-        first, *rest = file.read_text().split("\n")
-        value = json.loads(first)
-        change(value)
-        file.write_text("\n".join([json.dumps(value), *rest]))
-
-    return edit
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda r: shutil.rmtree(r / "meta"), "info.json: no such file, which a LeRobot data set"),
-        (_edit("info.json", lambda i: i.update(codebase_version="v1.6")),
+        (edit("info.json", lambda i: i.update(codebase_version="v1.6")),
          "codebase_version: 'v1.6' is not read, expected 'v2.0', 'v2.1' or 'v3.0'; LeRobot's own scripts convert_dataset"),
-        (_edit("info.json", lambda i: i.update(codebase_version=3)), "version is 3; expected 'v2.0', 'v2.1' or 'v3.0'"),
-        (_edit("info.json", lambda i: i.update(fps=0)), "fps is 0; expected more than 0"),
-        (_edit("info.json", lambda i: i.update(features={})), "declares no feature of dtype 'video', 'image', or 'uint8'"),
-        (_edit("info.json", lambda i: i.update(codebase_version="v3.0")),
+        (edit("info.json", lambda i: i.update(codebase_version=3)), "version is 3; expected 'v2.0', 'v2.1' or 'v3.0'"),
+        (edit("info.json", lambda i: i.update(fps=0)), "fps is 0; expected more than 0"),
+        (edit("info.json", lambda i: i.update(features={})), "declares no feature of dtype 'video', 'image', or 'uint8'"),
+        (edit("info.json", lambda i: i.update(codebase_version="v3.0")),
          "meta/episodes: no parquet file in it.*meta/episodes.jsonl and meta/tasks.jsonl are of a v2 set"),
         (lambda r: (r / "videos").rename(r / "video"), "episode_000000.mp4 is not there, the folder holds data, meta, video"),
         (lambda r: ((r / "meta/episodes").mkdir(), (r / "videos").rename(r / "video")), "meta/episodes is of a v3 set"),
-        (_edit("info.json", lambda i: i.update(data_path="../{episode_index}")), "leads out of the data set"),
-        (_edit("episodes.jsonl", lambda i: i.update(episode_index=-1)), "episode_index is -1; expected at least 0"),
-        (_edit("episodes.jsonl", lambda i: i.update(episode_index=1)), "episode_index 1 is there twice"),
-        (_edit("episodes.jsonl", lambda i: i.update(length=6)), "episode 0 has 5 rows, but the metadata says 6"),
+        (edit("info.json", lambda i: i.update(data_path="../{episode_index}")), "leads out of the data set"),
+        (edit("episodes.jsonl", lambda i: i.update(episode_index=-1)), "episode_index is -1; expected at least 0"),
+        (edit("episodes.jsonl", lambda i: i.update(episode_index=1)), "episode_index 1 is there twice"),
+        (edit("episodes.jsonl", lambda i: i.update(length=6)), "episode 0 has 5 rows, but the metadata says 6"),
         (lambda r: (r / "meta/episodes.jsonl").write_text(""), "lists no episodes"),
         (lambda r: (r / "meta/episodes.jsonl").write_bytes(b'{"tasks": ["\xff"]}'), "cannot be read as UTF-8"),
         (lambda r: (r / "meta/info.json").write_text("[" * 100_000), "not valid JSON"),
@@ -443,9 +396,28 @@ def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], m
 def test_a_template_that_leads_to_no_file(tmp_path: Path, write: Callable[[Path], Path], template: str) -> None:
     """LeRobot's own layout is taken, with a note; a byte order mark is read over."""
     root = write(tmp_path)
-    _edit("info.json", lambda i: i.update(video_path=template))(root)
+    edit("info.json", lambda i: i.update(video_path=template))(root)
     file = root / "meta/info.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
     data = source(root)
     assert [numbers(data.read(e))[0] for e in range(2)] == [0, 16 if write is write_v2 else 5]
     assert len(data.notes) == 1 and "video_path" in data.notes[0]
+
+
+def test_a_template_that_leads_to_one_file_for_several(tmp_path: Path) -> None:
+    """LeRobot's own layout is taken where it is there; else the template is refused. Python's way to write a width is read."""
+    root = write_v2(tmp_path)
+    one = film(root / f"videos/{CAMERA}/all.mp4", pictures(range(12)))
+    edit("info.json", lambda i: i.update(video_path="videos/{video_key}/all.mp4"))(root)
+    data = source(root)
+    assert numbers(data.read(1)) == list(range(16, 23)) and "LeRobot's own" in data.notes[0]
+    shutil.rmtree(root / "videos/chunk-000")
+    with refused(f"video_path 'videos/{{video_key}}/all.mp4' leads to one file for several episodes or cameras, {one}"):
+        source(root)
+    side = {CAMERA: video_feature(), "observation.images.side": video_feature()}
+    edit("info.json", lambda i: i.update(video_path="videos/{episode_index:04}.mp4", features=side))(root)
+    for e, n in enumerate((5, 7)):
+        film(root / f"videos/{e:04d}.mp4", pictures(range(16 * e, 16 * e + n)))
+    with refused("leads to one file for several.*0000.mp4.*or name one camera in convert.cameras"):
+        source(root)
+    assert numbers(source(root, cameras=["top"]).read(1)) == list(range(16, 23))

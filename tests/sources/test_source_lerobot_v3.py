@@ -23,6 +23,9 @@ from tests.sources.lerobot_sets import CAMERA, number_of, numbers, pictures, sou
         ([0.0, 0.54, 1.28], 0, {}, [0, 5, 12], "from_timestamp of episode 2 is 0.8 frames off; the lengths decide"),
         ([0.0, 0.4, 1.2], 0, {}, [0, 5, 12], "from_timestamp of episode 1 is 1 frames off"),
         ([2.1, 2.6, 3.3], 0, {}, [0, 5, 12], "21 frames off"),
+        ([0.0, 0.0, 0.0], 0, {}, [0, 5, 12], "from_timestamp of episode 2 is 12 frames off"),
+        ([0.0, 0.5, 0.5], 0, {}, [0, 5, 12], "from_timestamp of episode 2 is 7 frames off"),
+        ([0.0, 0.5, 0.0], 0, {}, None, "16 frames.*16 rows.*episode 0 ends at 0.5 s and episode 2 begins at 0 s"),
         ([0.0, 0.5, 1.2], 9, {}, [0, 5, 12], "25 frames, .* 3 episodes in it have 16 rows; from_timestamp decides"),
         ([0.0, 0.7, 1.6], 4, {}, [0, 7, 16], "20 frames, .*16 rows; from_timestamp decides"),
         ([0.0, 0.5, 1.2], 3, {}, None, "19 frames, .*16 rows.*last one ends with frame 16.*'order'"),
@@ -54,10 +57,12 @@ def test_where_an_episode_begins(
     assert len(data.notes) == bool(message) and re.search(message, " ".join(data.notes))
 
 
-def write_clips(root: Path, camera: str, place: Sequence[int], starts: Sequence[float]) -> None:
-    """Says in meta/episodes in which file of a camera each episode lies (of 5, 7 and 4 rows), and from when on."""
+def write_clips(
+    root: Path, camera: str, place: Sequence[int | None], starts: Sequence[float | None], lengths: Sequence[int] = (5, 7, 4)
+) -> None:
+    """Says in meta/episodes in which file of a camera each episode lies, from when on, and with how many frames."""
     file = root / "meta/episodes/chunk-000/file-000.parquet"
-    ends = [start + n / 10 for start, n in zip(starts, (5, 7, 4), strict=True)]
+    ends = [None if start is None else start + n / 10 for start, n in zip(starts, lengths, strict=True)]
     clips = {"chunk_index": [0] * 3, "file_index": list(place), "from_timestamp": list(starts), "to_timestamp": ends}
     columns = pq.read_table(file).to_pydict() | {f"videos/{camera}/{name}": values for name, values in clips.items()}
     pq.write_table(pa.table(columns), file)
@@ -87,3 +92,36 @@ def test_rows_and_videos_that_lie_in_other_orders(tmp_path: Path) -> None:
         with refused(f"rows of other episodes lie among those of episode {e}"):
             source(root).shape(e)
     assert source(root).shape(2).steps == 4
+
+
+def test_a_clip_that_lacks_a_frame_is_given_none_of_the_next(tmp_path: Path) -> None:
+    """Its episode is refused, by timestamps and in order; the others are read. So is one for which nothing names a clip."""
+    root = write_v3(tmp_path)
+    film(root / f"videos/{CAMERA}/chunk-000/file-000.mp4", pictures([*range(11), *range(12, 16)]))
+    write_clips(root, CAMERA, [0, 0, 0], [0, 0.5, 1.1], (5, 6, 4))
+    for options in ({}, {"frames": "order"}):
+        data = source(root, **options)
+        with refused("the episode has 7 rows"):
+            data.shape(1)
+        assert [numbers(data.read(e)) for e in (0, 2)] == [[*range(5)], [*range(12, 16)]]
+    write_clips(root, CAMERA, [0, None, 0], [0, None, 1.1])
+    with refused(f"meta/episodes names no video of {CAMERA} for episode 1"):
+        source(root).shape(1)
+    assert numbers(source(root).read(2)) == [*range(12, 16)]
+
+
+def test_cameras_of_other_rates(tmp_path: Path) -> None:
+    """Timestamps find the frames of a faster one, with a note of both numbers; a slower one is named with the way out."""
+    side = "observation.images.side"
+    root = write_v3(tmp_path)
+    write_info(root, "v3.0", {CAMERA: video_feature(), side: video_feature()}, total_episodes=3)
+    write_clips(root, side, [0, 0, 0], [0, 0.5, 1.2])
+    video = film(root / f"videos/{side}/chunk-000/file-000.mp4", pictures(n // 2 for n in range(32)), fps=20)
+    for options, note in (({}, "the timestamps say"), ({"frames": "order"}, "row t takes frame t")):
+        data = source(root, **options)
+        data.shape(0)
+        assert re.search(f"10 frames from 0 s on, but episode 0 has 5 rows; {note}", data.notes[-1])
+    assert [[*map(number_of, frames_of(source(root).read(e), "side"))] for e in (0, 2)] == [[*range(5)], [*range(12, 16)]]
+    film(video, pictures(range(8)), fps=5)
+    with refused("over half a frame away.*; to do without this camera, set convert.cameras: .top.$"):
+        source(root).shape(0)

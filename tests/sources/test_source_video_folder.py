@@ -42,6 +42,7 @@ def test_real_folders(
     source = open_source(root, Options())
     files = sorted((root / "annotation").rglob("*.json"))
     description = source.describe()
+    assert all(source.shape(index).steps for index in range(len(source)))
     assert (description.rate_hz, description.cameras, len(source)) == (rate, list(cameras), len(files))
     assert all(expected in note for note, expected in zip(source.notes, notes, strict=True))
     for index, file in enumerate(files):
@@ -86,6 +87,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"texts": []}, r"1\.json: no instruction; set convert\.missing_instruction"),
+        ({"texts": [None, " "]}, r"1\.json: no instruction; set convert\.missing_instruction"),
         ({"texts": 5}, "texts is '5', expected a sentence or a list"),
         ({"texts": ["\ud800"]}, "is not Unicode text"),
         ({"text": "other"}, r"has both texts and text; name one of them in convert\.options\.text"),
@@ -110,6 +112,24 @@ def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: 
         source.shape(0)
         source.read(0)
     assert source.read(1).instruction == "do 2" and "do 2" in source.describe().instructions
+    if change.keys() & {"texts", "text"}:
+        assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).read(0).instruction == "go"
+
+
+def test_what_differs_from_one_json_to_the_next(tmp_path: Path) -> None:
+    """Videos in another order are the same cameras; one action less leaves out the last frame, with a note; 1 is success."""
+    videos = [{"video_path": f"videos/train/1/{view}.mp4"} for view in ("side", "front")]
+    root = layout(tmp_path / "d", videos=videos, action=[[1.0]] * 5, state=None, success=1, task=None)
+    film(root / "videos/train/1/front.mp4", 6, codec="mpeg4")
+    source = open_source(root, Options())
+    shapes = [source.shape(k) for k in (0, 1)]
+    assert [(shape.steps, shape.success) for shape in shapes] == [(5, True), (6, None)]
+    assert "1 of 2 episodes have one action less than frames" in source.notes[0]
+    assert source.describe().cameras == list(source.read(1).frames) == ["side", "front"]
+    assert (frames_of(source.read(0), "front") == decoded(root / "videos/train/1/front.mp4")[:5]).all()
+    named = open_source(layout(tmp_path / "d", text=None, texts=["x"]), Options(text="text"), Choice(missing_instruction="go"))
+    with refused("key 'text', which convert.options.text names, is missing"):
+        named.shape(0)
 
 
 def test_a_camera_of_another_kind_of_file_may_be_left_out(tmp_path: Path) -> None:
@@ -144,7 +164,7 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     film(tmp_path / "d/sub/c.mp4", 1)
     source = open_source(tmp_path / "d", Options(), Choice(missing_instruction="anything"))
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
-    assert [source.shape(k).name for k in range(3)] == ["a", "sub/b", "sub/c"]
+    assert [source.shape(k).name for k in range(3)] == source.names == ["a", "sub/b", "sub/c"]
     assert [source.shape(k).success for k in range(3)] == [True, None, None]
     assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).shape(1).task == "go"
     a, b, c = (source.read(k) for k in range(3))
@@ -246,7 +266,8 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     told = Choice(instruction="go")
     source = open_source(tmp_path / "d", Options(), told)
     assert len(frames_of(source.read(0), "video")) == 8
-    for index, message in ((1, "expected 0.100 s at 10 frames/s"), (2, "variable frame rate.*convert.rate_hz")):
+    apart = "frame 1 comes 0.083 s after the first and 0.083 s after the one before, expected 0.100 s and 0.100 s at 10 frames"
+    for index, message in ((1, apart), (2, "variable frame rate.*convert.rate_hz")):
         with refused(message):
             source.shape(index)
     source.shape(3)
