@@ -18,6 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from svam.files import read_yaml
 from tests import ROOT, warm
 from tests.toy import write_toy_params
 
@@ -102,8 +103,7 @@ def mend(root: Path) -> None:
 
 def locked_stages(root: Path) -> dict[str, Any]:
     """What `dvc.lock` says of each stage: its command, and the hashes of its dependencies, params and outputs."""
-    stages: dict[str, Any] = YAML(typ="safe", pure=True).load((root / "dvc.lock").read_text(encoding="utf-8"))["stages"]
-    return stages
+    return dict(read_yaml(root / "dvc.lock")["stages"])
 
 
 def make_project(root: Path, changes: dict[str, Any] | None = None) -> Path:

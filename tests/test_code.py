@@ -7,7 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from ruamel.yaml import YAML
 
 from svam.code import (
     UNTRACKED,
@@ -20,11 +19,12 @@ from svam.code import (
     stage_code,
     stage_names,
 )
+from svam.files import read_yaml
 from svam.params import load_params
 from tests import ROOT
 
 MODULES = load_params(ROOT / "params.yaml").modules
-PIPELINE = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+PIPELINE = read_yaml(ROOT / "dvc.yaml")["stages"]
 MODULE = '''
 """A module."""
 from typing import TYPE_CHECKING, Annotated

@@ -13,6 +13,7 @@ import typer
 from ruamel.yaml import YAML
 
 from svam.episodes.options import available_sources
+from svam.files import read_yaml
 from svam.params import BenchmarkPart, Params
 from tests import ROOT
 from tests.toy import merged
@@ -25,7 +26,7 @@ EXAMPLES = (
 FILES = (".py", ".png", ".md", ".json")
 SVAM = ROOT / "svam"
 _yaml = YAML(typ="safe", pure=True)
-PIPELINE: dict[str, Any] = _yaml.load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+PIPELINE: dict[str, Any] = read_yaml(ROOT / "dvc.yaml")
 OUTS = [
     re.sub(r"\$\{.*?\}.*", "", next(iter(out)) if isinstance(out, dict) else out)
     for stage in PIPELINE["stages"].values()
@@ -117,7 +118,7 @@ def test_params_exist(name: str) -> None:
 
 def test_the_recipe_is_valid() -> None:
     block = PAGES["README.md"].read_text(encoding="utf-8").split("```yaml\n")[1].split("```")[0]
-    params = merged(_yaml.load((ROOT / "params.yaml").read_text(encoding="utf-8")), _yaml.load(block))
+    params = merged(read_yaml(ROOT / "params.yaml"), _yaml.load(block))
     assert Params.model_validate(params).convert.source == "lerobot"
 
 

@@ -16,6 +16,7 @@ from svam.console import console
 from svam.contract import Choice
 from svam.episodes.instructions import described_tasks
 from svam.errors import OF_PATTERN, ParamsError
+from svam.files import read_yaml
 from svam.params import Params, load_params
 from svam.sources import raw
 from tests import ROOT
@@ -26,7 +27,7 @@ YAML_12 = YAML(typ="safe", pure=True)
 
 def write(folder: Path, changes: dict[str, Any]) -> Path:
     """The committed params with some keys (dotted) set, created if need be."""
-    params = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = read_yaml(ROOT / "params.yaml")
     for key, value in changes.items():
         *path, last = key.split(".")
         section = params
@@ -130,7 +131,7 @@ def check_knobs(section: type[BaseModel], written: Any, prefix: str = "") -> Non
 
 def test_every_knob_is_written_out() -> None:
     """A default in the code would decide numbers that DVC does not see, and `-S` refuses keys that the file lacks."""
-    check_knobs(Params, YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+    check_knobs(Params, read_yaml(ROOT / "params.yaml"))
 
 
 OFFLINE: dict[str, Any] = {"evaluate.protocols": ["offline"]}
@@ -251,7 +252,7 @@ def test_the_first_stage_stops_in_one_line(tmp_path: Path, key: str, value: Any,
 
 
 def test_each_of_several_errors_gets_a_line(tmp_path: Path) -> None:
-    params = YAML_12.load(write(tmp_path, {"seed": -1}).read_text(encoding="utf-8"))
+    params = read_yaml(write(tmp_path, {"seed": -1}))
     params["rapport"] = params.pop("report")
     del params["generate"]["grid"]
     YAML_12.dump(params, tmp_path / "params.yaml")

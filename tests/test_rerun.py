@@ -20,6 +20,7 @@ from ruamel.yaml import YAML
 
 from stages.check_params import app
 from svam.code import code_text, stage_code, stage_names
+from svam.files import read_yaml
 from svam.params import load_params
 from tests import ROOT
 from tests.toy import invoke
@@ -138,7 +139,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("params.yaml", ".dvcignore"):
         shutil.copy(ROOT / file, root / file)
-    pipeline = YAML_12.load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))
+    pipeline = read_yaml(ROOT / "dvc.yaml")
     for name, stage in pipeline["stages"].items():
         if name == "code":
             stage["cmd"] = "true"
@@ -199,7 +200,7 @@ def would_run(root: Path) -> set[str]:
 def change(root: Path, key: str, value: Any) -> None:
     """Set one key of params.yaml; it must have had another, and the new value must be valid."""
     file = root / "params.yaml"
-    params = YAML_12.load(file.read_text(encoding="utf-8"))
+    params = read_yaml(file)
     *path, last = key.split(".")
     section = params
     for part in path:
@@ -235,7 +236,7 @@ def test_a_param_reruns_exactly_what_it_affects(project: Path, key: str, value: 
 
 
 def test_every_section_is_tried() -> None:
-    params = YAML_12.load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    params = read_yaml(ROOT / "params.yaml")
     assert {key.split(".")[0] for key, _, _ in PARAMS} == set(params) - {"machine"} and set(MACHINE) == set(params["machine"])
 
 

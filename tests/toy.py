@@ -9,6 +9,7 @@ import typer
 from ruamel.yaml import YAML
 from typer.testing import CliRunner, Result
 
+from svam.files import read_yaml
 from svam.params import Optimiser, Params, load_params
 from tests import ROOT
 
@@ -71,7 +72,7 @@ def optimiser(**values: Any) -> Optimiser:
 
 def committed(key: str, **changes: Any) -> dict[str, Any]:
     """A section of the project's params by its dotted key, with changes."""
-    values = YAML(typ="safe", pure=True).load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    values = read_yaml(ROOT / "params.yaml")
     for part in key.split("."):
         values = values[part]
     return merged(values, changes)
@@ -79,9 +80,8 @@ def committed(key: str, **changes: Any) -> dict[str, Any]:
 
 def write_toy_params(out: Path, changes: dict[str, Any] | None = None, source: Path = ROOT / "params.yaml") -> Params:
     """Write the params of `source`, made small (and with further `changes`), to `out`; return them, checked."""
-    yaml = YAML(typ="safe", pure=True)
-    values = merged(yaml.load(source.read_text(encoding="utf-8")), OVERRIDES)
-    yaml.dump(merged(values, changes or {}), out)
+    values = merged(read_yaml(source), OVERRIDES)
+    YAML(typ="safe", pure=True).dump(merged(values, changes or {}), out)
     return load_params(out)
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from ruamel.yaml import YAML
 
+from svam.files import read_yaml
 from svam.params import Params, load_params
 from svam.report.defaults import ELSEWHERE, FILE, changed_params, defaults_text
 from svam.report.page import FOLDER, divided, rendered
@@ -119,9 +119,7 @@ def test_the_defaults_are_those_of_the_project() -> None:
 
 
 def test_the_stage_depends_on_all_that_the_page_shows() -> None:
-    report: Mapping[str, Any] = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][
-        "report"
-    ]
+    report: Mapping[str, Any] = read_yaml(ROOT / "dvc.yaml")["stages"]["report"]
     assert report["params"] == [name for name in Params.model_fields if name not in ELSEWHERE]
     not_code = {f"svam/report/{file.name}" for file in FOLDER.iterdir() if file.suffix in (".html", ".css")}
     assert not_code == {dep for dep in report["deps"] if dep.startswith("svam/")}
