@@ -106,13 +106,15 @@ class PictureArray:
 
     def notes(self, where: str) -> list[str]:
         """What a person should know of the way to RGB bytes."""
-        notes = [f"{where} has four channels: the last, alpha, is dropped"] if self.channels == 4 else []
+        said = {1: "is grey: repeated as red, green and blue", 4: "has four channels: the last, alpha, is dropped"}
+        notes = [f"{where} {said[self.channels]}"] if self.channels in said else []
         if self.dtype != np.uint8:
             notes.append(f"{where} is {self.dtype}; its whole numbers become uint8, any others are refused")
         return notes
 
     def rgb(self, stored: NDArray[Any], where: str, row: int) -> NDArray[np.uint8]:
         """(k, H, W, 3) uint8 of k stored pictures of whole numbers 0 to 255; the first is number `row` of the array."""
+        stored = stored.reshape(*stored.shape, 1) if stored.ndim == 3 else stored
         pictures = (np.moveaxis(stored, 1, -1) if self.first else stored)[..., :3]
         with np.errstate(invalid="ignore"):
             rgb: NDArray[np.uint8] = np.ascontiguousarray(pictures, dtype=np.uint8)
@@ -124,7 +126,9 @@ class PictureArray:
 
 
 def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequence[int] = (3, 4)) -> PictureArray | None:
-    """How pictures lie in an array (n, H, W, C) or (n, C, H, W), where C is one of `channels`; None where it holds none."""
+    """How pictures lie in an array (n, H, W, C) or (n, C, H, W), where C is one of `channels`, or (n, H, W), where that may be
+    1; None where it holds none."""
+    shape = (*shape, 1) if len(shape) == 3 and 1 in channels else shape
     if len(shape) != 4 or dtype.kind not in "uif" or 0 in shape[1:]:
         return None
     first = shape[3] not in channels
@@ -135,8 +139,9 @@ def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequen
 
 
 def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray:
-    """The same, where pictures must be; `FileError` where there are none, or absurdly large ones."""
-    if (pictures := picture_array(shape, dtype)) is not None:
+    """The same, where pictures must be, so bytes of one channel are grey; `FileError` where there are none, or absurdly large
+    ones."""
+    if (pictures := picture_array(shape, dtype, channels=(1, 3, 4) if dtype == np.uint8 else (3, 4))) is not None:
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
     expected = f"expected uint8 pictures (steps, height, width, 3){large}"
@@ -148,8 +153,6 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str, row: int =
     `shape`: of one picture, where `values` are flat, (n, H * W * C). row: the number of the first, for messages."""
     if values.ndim < 4 and len(shape) in (2, 3) and values[0].size == np.prod(shape):
         values = values.reshape(-1, *shape)
-    if values.ndim == 3:
-        values = values[..., None]
     pictures = picture_array(values.shape, np.dtype(np.uint8), channels=(1, 3, 4))
     if pictures is None or values.dtype.kind not in "uif":
         found = f"{where}: pictures are {values.dtype} {values.shape[1:]}"

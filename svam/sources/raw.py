@@ -28,8 +28,8 @@ my_recordings/
 
 The `.npz` (numpy.savez or savez_compressed), n time steps:
 
-- `frames_<camera>` uint8 (n, H, W, 3) RGB (a fourth channel is dropped; (n, C, H, W) is read too) for each camera without a
-  video; a video has exactly n frames, row t is frame t.
+- `frames_<camera>` uint8 (n, H, W, 3) RGB (a fourth channel is dropped; (n, C, H, W) is read too, and (n, H, W) as grey) for
+  each camera without a video; a video has exactly n frames, row t is frame t.
 - `actions` (n, A): what was executed from the state that frame t shows, in physical units.
 - optional `state` (n, S), `proprioception` (n, P), `expert_actions` (n, A); all of these are floating
   point (16, 32 or 64 bits) and become float32.

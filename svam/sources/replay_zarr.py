@@ -4,8 +4,8 @@
 Row t of an action belongs to row t of the pictures: the action that was taken from what the picture shows.
 
 - Cameras are the arrays of pictures: (n, H, W, C) or (n, C, H, W), C 3 or 4 (the fourth is dropped), uint8, or whole numbers
-  in 0..255 of another type (old PushT buffers), which become uint8 exactly; others are refused. Channels are taken to be RGB,
-  as the format's own readers do.
+  in 0..255 of another type (old PushT buffers), which become uint8 exactly; and grey uint8 that `convert.cameras` names. Others
+  are left out, with a note. Channels are taken to be RGB, as the format's own readers do.
 - Vectors of any numeric dtype become float32; arrays with more axes, such as key points (n, 9, 2), are flattened per row.
 - The format has no instruction and no rate: set `convert.instruction` and `convert.rate_hz`. PushT is recorded at 10 Hz.
 - Values are kept as recorded; the notes state the range of what is read (PushT's positions leave their 0..512 now and then).
@@ -133,7 +133,8 @@ class ReplayZarrSource:
                     f"; they are in {videos}/<episode>/<camera>.mp4, which this source does not read; write them and the "
                     "vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
                 )
-            raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
+            grey = "grey is read where convert.cameras names it"
+            raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8; {grey}{why}")
         return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
     def _columns(self, option: str, name: str) -> tuple[ZarrArray, slice]:

@@ -192,12 +192,12 @@ class RobomimicSource(Hdf5Source):
         alike["actions"] = f"(n, {width})"
         if not self._choice.rate_hz:
             alike["control_freq"] = _control_rate(data)
-        success = data.attribute(place, "success")
+        success = np.asarray(data.attribute(place, "success"))
         recording = Recording(
             file=data.file, place=place, steps=steps - self._late, late=self._late, cameras=cameras, flip=flip,
             vectors={"actions": ["actions"], "proprioception": proprioception, "state": ["states"] * (state_width > 0)},
             sentences=self._sentences(data, place), alike=alike, facts={"demo": name}, held_out=held_out,
-            success=bool(success) if isinstance(success, bool | np.bool_ | int | np.integer) else None,
+            success=bool(success.item()) if success.size == 1 and success.dtype.kind in "buif" else None,
         )  # fmt: skip
         self._state_widths.add(state_width)
         return recording

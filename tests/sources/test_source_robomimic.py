@@ -217,7 +217,7 @@ def test_proprioception_by_name(tmp_path: Path) -> None:
         ("data/demo_0/states", np.zeros((2, 32)), "states has 2 steps, but the actions have 3"),
         ("data/demo_0/obs/robot0_eef_pos", np.zeros((4, 3)), "robot0_eef_pos has 4 steps, but the actions have 3"),
         ("data/demo_0/obs/agentview_image", np.zeros((4, 8, 8, 3), np.uint8), "has 4 steps, but the actions have 3"),
-        ("data/demo_0/obs/agentview_image", np.zeros((3, 8, 8), np.uint8), "expected uint8 pictures .steps, height, width, 3."),
+        ("data/demo_0/obs/agentview_image", np.zeros((3, 8, 8), "u2"), "expected uint8 pictures .steps, height, width, 3."),
         ("data/demo_0/obs/agentview_image", np.full((3, 8, 8, 3), 0.5), "is 0.5 in row 0, .*255; is it depth. to leave it"),
         ("data/demo_0/obs/depth_image", np.ones((3, 8, 8, 1), np.float32), "_image is float32 .*; to leave it out, name"),
         ("data/demo_0/obs", None, "has states but no pictures"),
@@ -266,7 +266,7 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     """Read as they are stored: nothing says that they are upside down; alpha is dropped, channels are put last."""
     stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
     seen = {"table_cam": stored[..., :3], "wrist_cam": stored, "top_rgb": np.moveaxis(stored[..., :3], -1, 1)}
-    isaac(tmp_path / "x.hdf5", demo_0={**seen, "success": True}, demo_1={**seen, "success": np.False_}, demo_2=seen)
+    isaac(tmp_path / "x.hdf5", demo_0={**seen, "success": [1.0]}, demo_1={**seen, "success": np.False_}, demo_2=seen)
     source = open_said(tmp_path)
     assert source.describe().cameras == ["table_cam", "top", "wrist_cam"]
     for camera in source.describe().cameras:
@@ -281,6 +281,18 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     isaac(tmp_path / "none" / "x.hdf5", demo_0={"seen": np.zeros((3, 6, 8), np.float32)})
     with refused(r"has states but no pictures.*seen float32 \(3, 6, 8\); render them first"):
         open_said(tmp_path / "none")
+
+
+def test_grey_pictures(tmp_path: Path) -> None:
+    """Of cameras by name, or where they are asked for: other bytes of one channel may be labels."""
+    grey = np.random.default_rng(0).integers(0, 256, (3, 6, 8), dtype=np.uint8)
+    isaac(tmp_path / "x.hdf5", demo_0={"top_image": grey[..., None], "left": grey, "right": grey[:, None]})
+    source = open_said(tmp_path)
+    assert source.describe().cameras == ["top"] and "obs/left uint8 (6, 8)" in " ".join(source.notes)
+    source = open_said(tmp_path, {"cameras": ["top", "left", "right"]})
+    assert "obs/left is grey: repeated" in " ".join(source.notes)
+    for camera in ("top", "left", "right"):
+        assert np.array_equal(frames_of(source.read(0), camera), np.repeat(grey[..., None], 3, axis=-1))
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int64, np.float32])
