@@ -108,15 +108,6 @@ def average(pixels: NDArray[np.uint8], samples: int) -> NDArray[np.uint8]:
     return mean.astype(np.uint8)
 
 
-def _row_numbers(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,) numbers that are equal where rows (n, 3) of integers are: sorting them is far cheaper than sorting rows."""
-    if not len(rows):
-        return np.zeros(0, np.int64)
-    spans = rows - rows.min(axis=0)
-    _, y, z = (spans.max(axis=0) + 1).tolist()
-    return np.asarray((spans[:, 0] * y + spans[:, 1]) * z + spans[:, 2], dtype=np.int64)
-
-
 def simplify(model: Any, cell: float) -> None:
     """Merge the vertices of every mesh of `LARGE_MESH` faces or more that share a cubic cell of `cell` metres, in place.
 
@@ -126,14 +117,14 @@ def simplify(model: Any, cell: float) -> None:
     for mesh in np.flatnonzero(model.mesh_facenum >= LARGE_MESH):
         start, count = int(model.mesh_vertadr[mesh]), int(model.mesh_vertnum[mesh])
         cells = np.floor(model.mesh_vert[start : start + count] / cell).astype(np.int64)
-        _, first, cell_of = np.unique(_row_numbers(cells), return_index=True, return_inverse=True)
+        _, first, cell_of = np.unique(cells, axis=0, return_index=True, return_inverse=True)
         start, count = int(model.mesh_faceadr[mesh]), int(model.mesh_facenum[mesh])
         faces = first[cell_of][model.mesh_face[start : start + count]]
         a, b, c = faces.T
         used = np.flatnonzero((a != b) & (b != c) & (a != c))
         # Equal faces may begin at different corners; turned so that the lowest leads, they are equal rows.
         turned = np.take_along_axis(faces[used], (faces[used].argmin(axis=1)[:, None] + np.arange(3)) % 3, axis=1)
-        used = used[np.sort(np.unique(_row_numbers(turned), return_index=True)[1])]
+        used = used[np.sort(np.unique(turned, axis=0, return_index=True)[1])]
         if not len(used):  # smaller than a cell: drawn as it is
             continue
         model.mesh_face[start : start + len(used)] = faces[used]
