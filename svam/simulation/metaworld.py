@@ -18,7 +18,7 @@ from svam.episodes.instructions import described_tasks, likely_task
 from svam.errors import ParamsError
 from svam.simulation.looks import STOCK, put_on
 from svam.simulation.rendering import Renderer, choose_backend
-from svam.simulation.scenes import check_scenes, prepare_shared_scene, reset_shared_scene
+from svam.simulation.scenes import prepare_shared_scene, reset_shared_scene
 
 RATE_HZ = 80.0
 MAX_STEPS = 500
@@ -96,7 +96,6 @@ class TaskEnvironment:
         scenes: Literal["stock", "shared"] = "stock", look: str = STOCK,
     ) -> None:  # fmt: skip
         check_task(task)
-        check_scenes(scenes, [task])
         choose_backend()  # before anything imports mujoco, which fails with a traceback where GL is missing
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP

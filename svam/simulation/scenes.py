@@ -49,11 +49,6 @@ again. Neither expert solves the other's task, which is why a handle half down i
 in a quarter of the goals, on the way."""
 
 
-def shared_tasks() -> list[str]:
-    """The tasks that have a shared scene, scene by scene."""
-    return [task for scene in SCENES for task in scene.tasks]
-
-
 def scene_of(task: str) -> Scene:
     """The shared scene of `task`.
 
@@ -63,9 +58,8 @@ def scene_of(task: str) -> Scene:
     for scene in SCENES:
         if task in scene.tasks:
             return scene
-    raise ParamsError(
-        f"collect.scenes is 'shared', but task {task!r} has no shared scene; expected {', '.join(shared_tasks())}"
-    )
+    expected = ", ".join(task for scene in SCENES for task in scene.tasks)
+    raise ParamsError(f"collect.scenes is 'shared', but task {task!r} has no shared scene; expected {expected}")
 
 
 def check_scenes(scenes: str, tasks: Sequence[str]) -> None:
