@@ -138,10 +138,14 @@ def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequen
     return PictureArray((shape[0], height, width, 3), count, first, dtype)
 
 
+def named_pictures(shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray | None:
+    """The same of what is said to be a camera, so that bytes of one channel are grey and no labels."""
+    return picture_array(shape, dtype, (1, 3, 4) if dtype == np.uint8 else (3, 4))
+
+
 def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray:
-    """The same, where pictures must be, so bytes of one channel are grey; `FileError` where there are none, or absurdly large
-    ones."""
-    if (pictures := picture_array(shape, dtype, channels=(1, 3, 4) if dtype == np.uint8 else (3, 4))) is not None:
+    """The same, where pictures must be; `FileError` where there are none, or absurdly large ones."""
+    if (pictures := named_pictures(shape, dtype)) is not None:
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
     expected = f"expected uint8 pictures (steps, height, width, 3){large}"

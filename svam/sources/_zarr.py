@@ -76,7 +76,7 @@ class ZarrFolder:
         self.names = sorted(name.removeprefix("data/") for name in self._headers if name.startswith("data/"))
         tops = ", ".join(sorted({key.partition("/")[0] for key in keys})[:5]) if self.zipped else contents(path)
         inner = "; zip what is in that folder, without the folder" * any("/data/" in key for key in keys)
-        self._there = f"it has {', '.join(sorted(self._headers)) or tops + inner}"
+        self._there = f"it has {', '.join(sorted(self._headers)) or tops}{inner}"
 
     @contextmanager
     def _damage(self, what: str) -> Iterator[None]:

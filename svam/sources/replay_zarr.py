@@ -30,7 +30,7 @@ from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks
 from svam.errors import MachineError, ParamsError
 from svam.files import FileError, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, rate_notes
-from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures, picture_array, without_it
+from svam.sources._pictures import PictureArray, frames_per_block, named_pictures, needed_pictures, picture_array, without_it
 from svam.sources._zarr import ZarrArray, ZarrFolder
 
 _SURVEYED = 50_000_000
@@ -126,6 +126,8 @@ class ReplayZarrSource:
                 continue
             if pictures is not None:
                 known[name] = array, pictures
+            elif named_pictures(*kind) is not None:
+                self._unreadable.append(f"{where} is uint8 {array.shape}; if it is grey, convert.cameras can name it")
         if not known:
             has, why = ", ".join(self._buffer.names) or "nothing", "".join(f"; {said}" for said in self._unreadable)
             if (videos := self.path.parent / "videos").is_dir() and not self._buffer.zipped:
@@ -133,8 +135,7 @@ class ReplayZarrSource:
                     f"; they are in {videos}/<episode>/<camera>.mp4, which this source does not read; write them and the "
                     "vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
                 )
-            grey = "grey is read where convert.cameras names it"
-            raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8; {grey}{why}")
+            raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
         return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
     def _columns(self, option: str, name: str) -> tuple[ZarrArray, slice]:

@@ -36,7 +36,7 @@ import numpy as np
 from svam.contract import EVERYTHING, Choice, Frozen
 from svam.files import FileError
 from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
-from svam.sources._pictures import picture_array
+from svam.sources._pictures import named_pictures, picture_array
 
 _ENDINGS = ("_image", "_rgb")
 _LIBERO = {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
@@ -188,8 +188,8 @@ class RobomimicSource(Hdf5Source):
             pictures = {f"obs/{key}" for key in keys if self._is_camera(data, f"{place}obs/{key}")}
             libero = pictures | {dataset for dataset, _ in cameras.values()} <= _LIBERO  # the same, whichever are chosen
             flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
-        alike: dict[str, Any] = {"proprioception": ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"}
-        alike["actions"] = f"(n, {width})"
+        told = ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"
+        alike: dict[str, Any] = {"proprioception": told, "actions": f"(n, {width})"}
         if not self._choice.rate_hz:
             alike["control_freq"] = _control_rate(data)
         success = np.asarray(data.attribute(place, "success"))
@@ -226,14 +226,13 @@ class RobomimicSource(Hdf5Source):
         if not cameras:
             has = "states" if data.is_dataset(f"{place}states") else "observations" if keys else "actions"
             there = f"; obs has {data.listed(f'{place}obs')}" if keys else ""
+            remedy = (
+                "render them first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
+                "convert_robosuite.py before it)"
+            )
             datasets = [name for key in keys if data.is_dataset(name := f"{place}obs/{key}")]
-            if any(picture_array(*data.layout(name)) for name in datasets):
-                remedy = "convert.cameras can name one of another type whose numbers are whole, 0 to 255"
-            else:
-                remedy = (
-                    "render them first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
-                    "convert_robosuite.py before it)"
-                )
+            if any(named_pictures(*data.layout(name)) for name in datasets):
+                remedy = "convert.cameras can name one that is grey, or of another type with whole numbers from 0 to 255"
             raise FileError(
                 f"{data.file}: {place.rstrip('/')} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; {remedy}"
             )

@@ -160,6 +160,7 @@ def test_pictures_of_other_kinds(tmp_path: Path) -> None:
     write_array(tmp_path / "x.zarr/data/grey", pictures[..., 0].copy(), (7, 6, 8))
     assert (frames_of(open_source(tmp_path, cameras=["grey"]).read(1)) == pictures[5:75, ..., :1]).all()
     left_out = open_source(tmp_path, TOLD)
+    assert any("data/grey is uint8 (90, 6, 8); if it is grey, convert.cameras can" in note for note in left_out.notes)
     assert left_out.describe().cameras == ["camera_1", "img"]
     assert any(note.startswith("left out: ") and note.endswith("in 0..255; is it depth?") for note in left_out.notes)
     only = open_source(tmp_path, Options(action=[]), cameras=["data/img"])
@@ -337,8 +338,9 @@ def test_columns_and_times(tmp_path: Path) -> None:
 
 def test_an_archive_of_the_folder_itself(tmp_path: Path) -> None:
     write(tmp_path / "in/x.zarr")
+    zarr.create_group(tmp_path / "in/x.zarr/meta")  # a header as deep as one of an array is in a buffer
     pack(tmp_path / "in", tmp_path / "y.zarr.zip")
-    with refused("meta/episode_ends is missing; it has x.zarr; zip what is in that folder, without the folder"):
+    with refused("meta/episode_ends is missing; it has x.zarr/meta; zip what is in that folder, without the folder"):
         open_source(tmp_path / "y.zarr.zip")
 
 

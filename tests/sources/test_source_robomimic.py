@@ -300,7 +300,7 @@ def test_cameras_whose_numbers_are_no_bytes(tmp_path: Path, kind: Any) -> None:
     """Read where they are asked for, else left out with a note, as depth of any name is."""
     stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
     isaac(tmp_path / "x.hdf5", demo_0={"top": stored.astype(kind), "to_plane": np.zeros((3, 6, 8, 1), np.float32)})
-    with refused(r"no pictures.*top \w+ \(3, 6, 8, 3\); convert.cameras can name one of another type whose numbers are whole"):
+    with refused(r"no pictures.*top \w+ \(3, 6, 8, 3\); convert.cameras can name one that is grey, or of another type"):
         open_said(tmp_path)
     assert np.array_equal(frames_of(open_said(tmp_path, {"cameras": ["top"]}).read(0)), stored)
     isaac(tmp_path / "y" / "y.hdf5", demo_0={"top": stored.astype(kind), "to_plane": np.zeros((3, 6, 8)), "wrist": stored})
