@@ -84,8 +84,8 @@ def read_scenes(folder: Path) -> list[tuple[str, int, int]]:
     return entries
 
 
-def read_annotations(file: Path) -> list[tuple[int, int, str, str]]:
-    """(first step, last step, task, sentence) of each annotation; a sentence may be ""."""
+def read_annotations(file: Path) -> list[tuple[int, int, str, str, str]]:
+    """(first step, last step, task, sentence, why it cannot be read) of each annotation; a sentence may be ""."""
     if not file.exists():
         folder = file.parent.parent
         others = [str(path.parent.relative_to(folder)) for start in ("*/", "") for path in folder.glob(start + file.name)]
@@ -105,12 +105,14 @@ def read_annotations(file: Path) -> list[tuple[int, int, str, str]]:
         )
     entries = []
     for number, (pair, task, sentence) in enumerate(zip(*lists, strict=True)):
-        steps = _bounds(pair)
+        steps, said = _bounds(pair), "" if sentence is None else sentence
         if steps is None:
-            raise FileError(f"{file}: ['info']['indx'][{number}] is no pair (first step, last step) with 0 <= first <= last")
-        if not (_is_text(task) and task.strip() and _is_text(sentence)):
-            raise FileError(f"{file}: annotation {number} has no task name, or a sentence that is no text")
-        entries.append((*steps, str(task), str(sentence).strip()))
+            fault = f"{file}: ['info']['indx'][{number}] is no pair (first step, last step) with 0 <= first <= last"
+            entries.append((0, 0, "", "", fault))
+        elif not (_is_text(task) and task.strip() and _is_text(said)):
+            entries.append((*steps, "", "", f"{file}: annotation {number} has no task name, or a sentence that is no text"))
+        else:
+            entries.append((*steps, str(task), str(said).strip(), ""))
     return entries
 
 

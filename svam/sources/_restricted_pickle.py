@@ -21,7 +21,7 @@ import numpy as np
 
 from svam.files import FileError, refuse_lfs_pointer
 
-_NUMBERS_TEXT_OBJECTS = re.compile(r"b1|[iu][1248]|f[248]|[SU][1-9][0-9]{0,8}|O8?")
+_NUMBERS_TEXT_OBJECTS = re.compile(r"b1|[iu][1248]|f[248]|[SU][0-9]{1,9}|O8?")
 
 
 class _Refused(ValueError):
@@ -47,7 +47,7 @@ class _Array(np.ndarray[Any, Any]):
         _, shape, stand_in, fortran, data = state
         dtype, plain = stand_in.dtype, all(type(n) is int and n >= 0 for n in shape)  # numpy's integers would overflow
         kind, size = (list, 1) if dtype.hasobject else (bytes, dtype.itemsize)
-        if not plain or type(data) is not kind or len(data) != math.prod(shape) * size:
+        if not plain or not size or type(data) is not kind or len(data) != math.prod(shape) * size:
             raise _Refused(f"has an array {dtype} {shape} without its contents")
         super().__setstate__((1, shape, dtype, fortran, data))
 
@@ -57,7 +57,7 @@ def _array(*_: Any) -> _Array:
 
 
 def _scalar(dtype: Any, data: bytes) -> Any:
-    return np.frombuffer(data, dtype.dtype)[0]  # which numpy refuses for objects
+    return np.frombuffer(data, dtype.dtype)[0] if data else dtype.dtype.type()  # numpy refuses objects; a text may be empty
 
 
 def _ndarray(*_: Any) -> None:  # numpy only passes it on
@@ -104,7 +104,7 @@ def load_objects(file: Path) -> Any:
         stream.seek(start)
         value = _Reader(stream).load()
     except _Refused as error:
-        raise FileError(f"{file}: it {error}, expected plain containers and arrays; it is not read further") from None
+        raise FileError(f"{file}: it {error}, expected plain containers and arrays; write it anew with those alone") from None
     except Exception as error:  # so does the unpickler
         raise FileError(f"{file}: truncated, damaged or not written by numpy ({type(error).__name__})") from None
     if not isinstance(value, _Array) or value.shape != () or not value.dtype.hasobject:

@@ -41,7 +41,7 @@ from svam.errors import ParamsError
 from svam.files import FileError, stamp
 from svam.sources import _calvin_files as files
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder
-from svam.sources._npz import Header, headers
+from svam.sources._npz import headers
 
 RATE_HZ = 30.0
 NEUTRAL_INSTRUCTION = "play with the objects on the table"
@@ -145,17 +145,17 @@ class CalvinSource:
             entries = files.read_annotations(annotations)
         else:
             sentence = self._choice.missing_instruction or NEUTRAL_INSTRUCTION
-            entries = [(first, last, sentence, sentence) for first, last in recordings.tolist()]
+            entries = [(first, last, sentence, sentence, "") for first, last in recordings.tolist()]
         segments = []
-        for number, (first, last, task, sentence) in enumerate(entries):
+        for number, (first, last, task, sentence, fault) in enumerate(entries):
             scene = next((scene for scene, start, end in scenes if start <= first and last <= end), None)
             scene = self._options.scene_of.get(name, scene)
-            instruction, fault, where = "", "", f"{annotations}: annotation {number}"
+            instruction, where = "", f"{annotations}: annotation {number}"
             try:
                 instruction = chosen_instruction(self._choice, sentence, where)
             except FileError as error:
-                fault = str(error)
-            if not ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any():
+                fault = fault or str(error)
+            if not fault and not ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any():
                 listed = folder / "ep_start_end_ids.npy"
                 fault = f"{where} covers steps {first} to {last}, but no recording of {listed} has all of them"
             segments.append(_Segment(name, number, first, last, task, instruction, scene, fault=fault))
@@ -164,15 +164,15 @@ class CalvinSource:
     def _choose(self, segments: list[_Segment]) -> list[_Segment]:
         """The segments of the chosen scenes, marked as held out or not where there is a split."""
         scenes, held_out = self._options.scenes, self._options.held_out_scenes
-        unknown = next((segment for segment in segments if segment.scene is None), None)
+        unknown = next((segment for segment in segments if segment.scene is None and not segment.fault), None)
         if unknown and (scenes or held_out):
             raise FileError(
                 f"{self.path / unknown.folder / 'scene_info.npy'}: no scene for steps {unknown.first} to {unknown.last}, which "
                 f"convert.options asks for; state it, e.g. scene_of: {{{unknown.folder}: D}}, or leave that folder out"
             )
-        chosen = [segment for segment in segments if not scenes or segment.scene in scenes]
+        chosen = [segment for segment in segments if not scenes or segment.scene in scenes or segment.fault]
         for option, names, among in (("scenes", scenes, segments), ("held_out_scenes", held_out, chosen)):
-            there = sorted({str(segment.scene) for segment in among})
+            there = sorted({str(segment.scene) for segment in among if not segment.fault})
             if missing := [name for name in names if name not in there]:
                 raise ParamsError(f"convert.options.{option}: no episode of scene {missing[0]!r}; there are {', '.join(there)}")
         official = set(_SPLITS) <= set(self._folders)
@@ -191,40 +191,40 @@ class CalvinSource:
         """The segments with one group for those that share steps, directly or through others; as they are where none do."""
         groups: dict[_Segment, str] = {}
         folder, group, end = "", "", -1
-        for segment in sorted(segments, key=lambda segment: (segment.folder, segment.first)):
+        for segment in sorted((s for s in segments if not s.fault), key=lambda segment: (segment.folder, segment.first)):
             if segment.folder != folder or segment.first > end:
                 folder, group, end = segment.folder, f"{segment.folder} {segment.first}", -1
             groups[segment], end = group, max(end, segment.last)
         count = len(set(groups.values()))
-        if count == len(segments) or any(segment.held_out is not None for segment in segments):
+        if count == len(groups):
             return segments
-        self.notes.append(
-            f"{self.path}: segments share frames: {len(segments)} episodes are {count} groups without a common frame, each of "
-            "which is trained on or held out as a whole"
-        )
-        return [replace(segment, group=groups[segment]) for segment in segments]
+        if all(segment.held_out is None for segment in segments):  # else only where a choice leaves none that are held out
+            self.notes.append(
+                f"{self.path}: segments share frames: {len(groups)} episodes are {count} groups without a common frame, each "
+                "of which is trained on or held out as a whole"
+            )
+        return [replace(segment, group=groups.get(segment, "")) for segment in segments]
 
-    def _first_step(self) -> tuple[_Segment, dict[str, Header]]:
-        """The first segment whose first step can be read, and what that holds."""
-        faults = []
-        for segment in self._segments:
+    def _inspect_first_step(self) -> None:
+        """What a step holds, of the first segment whose first step is sound."""
+        faults: list[FileError] = []
+        for index in range(len(self)):
             try:
-                return segment, headers(files.step_file(self.path / segment.folder, segment.first), files.LISTED)
+                self._inspect(self._readable(index))
+                return
             except FileError as error:
                 faults.append(error)
         raise faults[0]
 
-    def _inspect_first_step(self) -> None:
-        """What a step holds, of the first one; all others must be alike."""
-        options, (first, there) = self._options, self._first_step()
-        file = files.step_file(self.path / first.folder, first.first)
+    def _inspect(self, first: _Segment) -> None:
+        """What the first step of a segment holds; `FileError` where that is nothing to convert."""
+        options, file = self._options, files.step_file(self.path / first.folder, first.first)
+        there = headers(file, files.LISTED)
         named = {"robot_obs": "proprioception", "scene_obs": "state"}
-        self.notes += [f"{file}: no {name}, so the episodes have no {named[name]}" for name in named if name not in there]
         self._vectors = {options.actions: (_ACTIONS,), **{name: there[name].shape for name in named if name in there}}
         cameras = [camera for camera, name in _CAMERAS.items() if name in there]
         if not cameras:
             raise FileError(f"{file}: neither rgb_static nor rgb_gripper; it has {', '.join(sorted(there)) or 'nothing'}")
-        self.notes += [f"{file}: no rgb_{name}, so the camera {name!r} is left out" for name in _CAMERAS if name not in cameras]
         self._cameras: dict[str, tuple[int, int, int]] = {}
         for camera in chosen_cameras(self._choice, cameras, file, "rgb_"):
             pictures = there[_CAMERAS[camera]]
@@ -238,12 +238,16 @@ class CalvinSource:
             if name not in there or len(there[name].shape) != 2:
                 raise FileError(f"{file}: no field {name!r} (H, W), which convert.options.depth asks for")
             self._depth = {name: there[name].shape}
-            labelled = range(0, max(segment.steps for segment in self._segments), options.depth_every)
+            labelled = range(0, max(s.steps for s in self._segments if not s.fault), options.depth_every)
             if (size := len(labelled) * 4 * math.prod(there[name].shape)) > _LARGEST_DEPTH:
                 raise ParamsError(
                     f"convert.options.depth_every is {options.depth_every}: the longest episode would have "
                     f"{size / 2**30:.1f} GiB of depth in memory, at most {_LARGEST_DEPTH // 2**30} GiB is expected; label fewer"
                 )
+            if (foreseen := next(iter(self._cameras))) != options.depth:
+                self.notes.append(f"the depth is of the camera {options.depth!r}, but the first one is {foreseen!r}")
+        self.notes += [f"{file}: no {name}, so the episodes have no {named[name]}" for name in named if name not in there]
+        self.notes += [f"{file}: no rgb_{name}, so the camera {name!r} is left out" for name in _CAMERAS if name not in cameras]
         if options.actions == "rel_actions":
             with suppress(FileError):  # which `shape` says
                 gap = files.alignment_gap(self.path / first.folder, first.first, first.last)
@@ -256,7 +260,7 @@ class CalvinSource:
     def describe(self) -> SourceDescription:
         """Rate, cameras, and each task's sentences: those that only held-out episodes use are the held-out ones."""
         sentences: dict[str, tuple[set[str], set[str]]] = {}
-        for segment in self._segments:
+        for segment in (segment for segment in self._segments if not segment.fault):
             of_split = sentences.setdefault(segment.task, (set(), set()))[bool(segment.held_out)]
             of_split.update({segment.instruction} - {""})
         instructions = {
@@ -298,11 +302,17 @@ class CalvinSource:
         )
 
     def read(self, index: int) -> Episode:
-        """One episode. `FileError` also where a step differs from the first one in fields, dtypes or shapes, the gripper is
-        neither -1 nor 1, or a relative action is outside [-1, 1]."""
+        """One episode. `FileError` also where a step differs from the episode's first one in fields, dtypes or shapes, the
+        gripper is neither -1 nor 1, or a relative action is outside [-1, 1]."""
         segment, every = self._readable(index), self._options.depth_every
         folder, n = self.path / segment.folder, segment.steps
         labelled = np.arange(0, n, every, dtype=np.int64)
+        there = headers(files.step_file(folder, segment.first), files.LISTED)
+        own = {camera: there[name].shape for camera, name in _CAMERAS.items() if name in there}
+        sizes = {
+            camera: (own[camera][0], own[camera][1], 3) if own.get(camera, ())[2:] == (3,) else size
+            for camera, size in self._cameras.items()
+        }
         vectors = {name: np.empty((n, *shape), np.float32) for name, shape in self._vectors.items()}
         depth = {name: np.empty((len(labelled), *shape), np.float32) for name, shape in self._depth.items()}
         for t in range(n):
@@ -313,8 +323,8 @@ class CalvinSource:
                     (depth[name][t // every] if name in depth else vectors[name][t])[...] = values
             self._check_action(file, vectors[self._options.actions][t])
         frames = {
-            camera: FrameBlocks((n, *size), partial(files.read_frames, folder, segment.first, _CAMERAS[camera], (n, *size)))
-            for camera, size in self._cameras.items()
+            camera: FrameBlocks(shape, partial(files.read_frames, folder, segment.first, _CAMERAS[camera], shape))
+            for camera, shape in ((camera, (n, *size)) for camera, size in sizes.items())
         }
         episode = Episode(
             task=segment.task, instruction=segment.instruction, rate_hz=self.rate_hz, frames=frames,

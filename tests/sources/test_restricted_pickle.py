@@ -26,7 +26,7 @@ def npy_of(value: Any, protocol: int = 4) -> bytes:
 @pytest.mark.parametrize(("protocol", "core"), [(3, "numpy.core"), (3, "numpy._core"), (4, "numpy._core")])
 def test_plain_objects_of_numpy_1_and_2(tmp_path: Path, protocol: int, core: str) -> None:
     value = {
-        "text": ["a", "é"], "pairs": [(1, np.int64(2)), [True, None, 2**70, -1.5]], "bytes": b"\x00\xff",
+        "text": ["a", "é", np.str_("")], "pairs": [(1, np.int64(2)), [True, None, 2**70, -1.5]], "bytes": b"\x00\xff",
         "arrays": [np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6, dtype=">i4").reshape(2, 3)),
                    np.array(["ab", "c"]), np.zeros((0, 3), dtype=np.float16), np.array([None, [1]], dtype=object),
                    np.array(True), np.array([b"x"])],
@@ -69,6 +69,7 @@ def _short(code: bytes) -> bytes:
         (_Crafted(np.dtype, ("O,i8",)), "neither of numbers nor of strings"),
         (np.zeros(1, dtype=[("a", "i8")]), "neither of numbers nor of strings"),  # whose fields could hide objects
         (_array((3,), []), "without its contents"),  # numpy would look for three
+        (_Crafted(*_array((10**12,), b"").call[:2], (1, (10**12,), np.dtype("U0"), False, b"")), "without its contents"),
         (_array((np.uint8(16), np.uint8(16)), []), "without its contents"),  # whose product overflows to 0
         (_short(b"cos\nsystem\n(S'touch ran'\ntR"), "asks for 'os.system'"),
         (_short(b"(ios\nsystem\n"), "asks for 'os.system'"),
