@@ -43,6 +43,8 @@ def chosen_cameras(
 
 def existing_folder(path: Path) -> Path:
     """`path`; `FileError` where it is no folder."""
+    if path.is_file():
+        raise FileError(f"{path}: it is a file, expected the folder of a data set")
     if not path.is_dir():
         hub = "; to fetch the data set of this id from the hub, set convert.revision to its commit"
         raise FileError(f"{path}: no such directory{hub if HUB_ID.fullmatch(path.as_posix()) else ''}")

@@ -13,6 +13,7 @@ from svam.contract import Choice, Frozen
 from svam.errors import ParamsError
 from svam.files import FileError
 from svam.sources._choice import chosen_cameras
+from svam.sources._pictures import LEAVE_OUT
 from svam.sources._tfds import Feature
 
 _INSTRUCTIONS = (
@@ -74,6 +75,11 @@ class Chosen:
     counter: str
     notes: Sequence[str]
 
+    @property
+    def read(self) -> list[str]:
+        """What every record must have."""
+        return [*self.cameras.values(), *self.action, *self.proprioception, *self.state]
+
 
 def choose(features: Mapping[str, Feature], options: Options, choice: Choice, file: Path) -> Chosen:
     """Which features of `file`, a `features.json`, become what."""
@@ -93,6 +99,7 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
                 )
             if not named:
                 notes.append(f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {there}")
+        named = [name.removeprefix("steps/") for name in named]
         if wrong := [name for name in named if name not in numeric]:
             raise ParamsError(
                 f"convert.options.{option} names {wrong[0]!r}, which is {features.get(f'steps/{wrong[0]}', 'not there')}, "
@@ -117,22 +124,29 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
 def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes: list[str]) -> dict[str, str]:
     """Camera -> feature, sorted by name, or as `convert.cameras` says, which may name a camera or its feature."""
     cameras: dict[str, str] = {}
+    twice: dict[str, str] = {}
     left_out = []
     for name, feature in sorted(features.items()):
         camera = name.removeprefix("steps/observation/").replace("/", "_")
-        if feature.kind != "image" and not feature.colour:
+        inside = name.startswith("steps/observation/")
+        if feature.kind != "image" and not feature.colour and not (inside and len(feature.shape) == 3):
             continue
-        if not feature.colour or not name.startswith("steps/observation/"):
-            left_out.append(f"{name} ({feature}) is no 8-bit RGB picture under steps/observation: left out")
+        if not feature.colour or not inside:
+            left_out.append(f"{name} ({feature}) is no 8-bit RGB picture of known size under steps/observation: left out")
         elif camera in cameras:
-            raise FileError(f"{file}: {name} and {cameras[camera]} both give the camera {camera!r}")
+            twice[camera] = name
         else:
             cameras[camera] = name
     if not cameras:
-        raise FileError(f"{file}: no RGB image under steps/observation ({'; '.join(left_out) or 'no image at all'})")
+        there = "; ".join(left_out) or f"it has {', '.join(features)[:200]}"
+        raise FileError(f"{file}: no RGB image under steps/observation ({there})")
     notes += [] if choice.cameras else left_out
     forms = {name.removeprefix(prefix): c for c, name in cameras.items() for prefix in ("", "steps/", "steps/observation/")}
-    return {camera: cameras[camera] for camera in chosen_cameras(choice, list(cameras), file, forms=forms)}
+    chosen = chosen_cameras(choice, list(cameras), file, forms=forms)
+    if both := [camera for camera in chosen if camera in twice]:
+        names = f"{cameras[both[0]]} and {twice[both[0]]}"
+        raise FileError(f"{file}: {names} both give the camera {both[0]!r}; {LEAVE_OUT}")
+    return {camera: cameras[camera] for camera in chosen}
 
 
 def _instructions(features: Mapping[str, Feature], key: str, choice: Choice, file: Path) -> list[str]:

@@ -59,8 +59,8 @@ class Feature:
 
     @property
     def colour(self) -> bool:
-        """Whether a step is an 8-bit picture in colour; in a tensor the channels may come first."""
-        if self.dtype != "uint8" or len(self.shape) != 3:
+        """Whether a step is an 8-bit picture in colour; in a tensor, of fixed shape, the channels may come first."""
+        if self.dtype != "uint8" or len(self.shape) != 3 or (self.kind == "tensor" and not self.size):
             return False
         first, last = self.shape[0] if self.size else 0, self.shape[2]
         return first in (3, 4) or last in (3, 4) or (self.kind == "image" and last is None)
@@ -96,7 +96,7 @@ class DatasetInfo(BaseModel):
     @staticmethod
     def unknown(split: _Split) -> list[str]:
         """Placeholders of a split's template that TFDS does not have; the usual template is tried instead."""
-        return [name for name in re.findall(r"{(\w*)}", split.filepathTemplate) if name not in _PLACEHOLDERS]
+        return [name for name in re.findall("{([^{}]*)}", split.filepathTemplate) if name not in _PLACEHOLDERS]
 
     def shards(self, split: _Split, file: Path) -> list[Shard]:
         """Of a split; `file` is the one that was read."""
@@ -162,7 +162,7 @@ class _Node(BaseModel):
 def find_version(path: Path, version: str) -> Path:
     """The folder that holds `dataset_info.json`: `path`, or the only one at most three levels below, or what `version` names; a
     `ParamsError` where that is not one."""
-    if not version and (existing_folder(path) / "dataset_info.json").is_file():
+    if (existing_folder(path) / "dataset_info.json").is_file() and not version:
         return path
     files = sorted(file for depth in range(4) for file in path.glob("*/" * depth + "dataset_info.json") if file.is_file())
     if not files:
@@ -225,10 +225,14 @@ class Record:
         self.steps = len(self._stored(counter))
         self.size = sum(len(values) for name, values in self._data.items() if name.startswith("steps/"))
 
+    def need(self, *names: str) -> None:
+        """`FileError` where the record lacks one of some features."""
+        if absent := [name for name in names if name not in self._data]:
+            raise FileError(f"{self.where}: feature {absent[0]!r} is missing, though features.json lists it")
+
     def _stored(self, name: str) -> Any:
         """(n, size) numbers, or n strings of bytes: each a text, an encoded picture or a packed tensor."""
-        if name not in self._data:
-            raise FileError(f"{self.where}: feature {name!r} is missing, though features.json lists it")
+        self.need(name)
         feature, where = self._features[name], f"{self.where}: {name}"
         if feature.packed or not feature.size:
             return byte_strings(self._data[name], where)

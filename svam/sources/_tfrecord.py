@@ -50,7 +50,7 @@ def record_spans(data: memoryview, where: str) -> Iterator[tuple[int, int]]:
     while at < len(data):
         header = bytes(data[at : at + HEADER])
         if number == 0 and header[:2] == b"\x1f\x8b":
-            raise FileError(f"{where}: compressed with gzip, which TFDS does not write; decompress it with gunzip first")
+            raise FileError(f"{where}: compressed with gzip, which TFDS does not write; put what `zcat` gives in its place")
         length, crc = struct.unpack("<QI", header.ljust(HEADER, b"\0"))
         if len(header) == HEADER and masked_crc(header[:8]) != crc:
             raise FileError(f"{where}: damaged, or no TFRecord file: the checksum of the length of record {number} is wrong")

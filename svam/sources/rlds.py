@@ -198,6 +198,7 @@ class RldsSource:
                     "convert.options.last_step: keep ignores it"
                 )
             kept -= len(marked)
+        record.need(*(self._chosen.read if kept else ()))
         success = bool(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
         told = filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
         instruction = self._choice.instruction or next(told, "")
@@ -215,13 +216,13 @@ class RldsSource:
 
     def _sentence(self, record: Record, name: str, kept: int) -> str:
         """The one that is not empty, of a feature's first `kept` steps."""
-        different = list(dict.fromkeys(line for line in record.texts(name)[:kept] if line.strip()))
+        different = list(filter(None, dict.fromkeys(line.strip() for line in record.texts(name)[:kept])))
         if len(different) > 1 and self._options.changing_instruction == "refuse" and not self._choice.segments:
             raise ContractError(
                 f"{record.where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
                 "convert.segments: true cuts it there, convert.options.changing_instruction: first takes the first"
             )
-        return different[0].strip() if different else ""
+        return different[0] if different else ""
 
     def _repeated(self, entries: list[_Entry]) -> dict[_Entry, _Entry]:
         """Each episode that repeats an earlier one -> the earlier one. Only those of equal sizes are read; one that is damaged

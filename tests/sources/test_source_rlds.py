@@ -152,7 +152,8 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
         assert np.array_equal(frames_of(e, "front_rgb"), raw) and np.array_equal(frames_of(e, "side"), pixels(8, n, 4, 2))
         assert np.array_equal(frames_of(e, "whole"), pixels(9, n)) and np.array_equal(frames_of(e, "first"), raw)
         assert source.describe().cameras == ["first", "front_rgb", "side", "whole"]
-        assert source.notes == [f"{DEPTH} (image uint16 (6, 8, 1)) is no 8-bit RGB picture under steps/observation: left out"]
+        left_out = f"{DEPTH} (image uint16 (6, 8, 1)) is no 8-bit RGB picture of known size under steps/observation: left out"
+        assert source.notes == [left_out]
     with refused(r"no numeric feature 'action'.*action/world_vector \(3\), action/rotation_delta \(4\)"):
         opened(tmp_path / "True")
     video = opened(tmp_path / "True", action=[])
@@ -196,6 +197,7 @@ def test_instructions(tmp_path: Path) -> None:
     with refused("the instruction changes from 'a' to 'b'"):
         look(changing)
     assert opened(tmp_path / "b", changing_instruction="first").read(0).instruction == "a"
+    assert toy(tmp_path / "d", episode(0, language_instruction=["a ", "a", "", " a"])).read(0).instruction == "a"
     parts = opened(tmp_path / "b", segments=True).shape(0).segments
     assert parts == (Segment(0, 2, ("a",)), Segment(2, 4, ("b",)))
     assert opened(tmp_path / "a", segments=True, missing_instruction="do it").shape(0).segments == ()
@@ -226,13 +228,17 @@ def test_a_camera_that_is_left_out_is_never_looked_for(tmp_path: Path) -> None:
     features = {"steps/observation/wrist/rgb": image(6, 8, 3), **FEATURES}
     source = toy(tmp_path, episode(0, n=2), features=features)  # the wrist's pictures are missing
     with refused("feature 'steps/observation/wrist/rgb' is missing"):
-        source.read(0)
+        look(source)
     for name in ("image", "observation/image", "steps/observation/image"):
         e = opened(tmp_path, cameras=[name]).read(0)
         assert list(e.frames) == ["image"] and np.array_equal(frames_of(e), pixels(0, 2))
     assert opened(tmp_path, cameras=["wrist/rgb", "image"]).describe().cameras == ["wrist_rgb", "image"]
     with refused("convert.cameras names 'front', but .*features.json has image, wrist_rgb"):
         opened(tmp_path, cameras=["front"])
+    tfds.write_json_files(tmp_path, {**features, "steps/observation/wrist_rgb": image(6, 8, 3)}, {"train": [1]})
+    assert opened(tmp_path, cameras=["image"]).read(0).steps == 2
+    with refused("wrist/rgb and steps/observation/wrist_rgb both give the camera 'wrist_rgb'; to leave it out, name the other"):
+        opened(tmp_path)
 
 
 def test_instructions_elsewhere(tmp_path: Path) -> None:
@@ -271,6 +277,10 @@ def test_versions(tmp_path: Path) -> None:
         opened(tmp_path)
     with refused("version is '3.0.0', which fits 0"):
         opened(tmp_path, version="3.0.0")
+    with refused("nowhere: no such directory"):
+        opened(tmp_path / "nowhere", version="1.0.0")
+    with refused("features.json: it is a file, expected the folder of a data set"):
+        opened(tmp_path / "toy/1.0.0/features.json")
 
 
 def test_partial_download(tmp_path: Path) -> None:
@@ -292,8 +302,15 @@ def test_partial_download(tmp_path: Path) -> None:
 
 
 def test_a_set_in_the_dark_is_refused(tmp_path: Path) -> None:
-    with refused("no RGB image under steps/observation"):
-        toy(tmp_path, features={name: leaf for name, leaf in FEATURES.items() if "image" not in name})
+    plain = {name: leaf for name, leaf in FEATURES.items() if "image" not in name}
+    with refused(r"no RGB image under steps/observation \(it has steps/observation/state, steps/action, "):
+        toy(tmp_path, features=plain)
+    for leaf in (tensor(6, 8, 3), tensor(-1, -1, 3, dtype="uint8", encoding="zlib"), tensor(6, 8, 1, dtype="uint16")):
+        other = "steps/observation/other"
+        with refused(r"no RGB image under .*\(steps/observation/other \(tensor .*\) is no 8-bit RGB picture of known size"):
+            toy(tmp_path, features={**plain, other: leaf})
+        tfds.write_json_files(tmp_path, {**FEATURES, other: leaf}, {"train": [1]})
+        assert opened(tmp_path)._chosen.notes[0].startswith(f"{other} (tensor ")
 
 
 def test_the_rate_must_be_stated(tmp_path: Path) -> None:
@@ -410,11 +427,12 @@ SPLIT = {"name": "train", "shardLengths": [1], "filepathTemplate": "../{SPLIT}"}
 def test_a_template_with_an_unknown_placeholder(tmp_path: Path) -> None:
     toy(tmp_path)
     file = tmp_path / "dataset_info.json"
-    info = json.loads(file.read_text()) | {"splits": [{**SPLIT, "filepathTemplate": "{SPLIT}-{PART}.tfrecord"}]}
-    file.write_text(json.dumps(info))
-    source = opened(tmp_path)
-    assert source.read(0).instruction == "push block 0"
-    assert "filepathTemplate of split 'train' has {PART}, which TFDS does not know" in source.notes[0]
+    for unknown in ("PART", "SHARD_INDEX:05d", "split-name"):
+        template = f"{{SPLIT}}-{{{unknown}}}.tfrecord"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"splits": [{**SPLIT, "filepathTemplate": template}]}))
+        source = opened(tmp_path)
+        assert source.read(0).instruction == "push block 0"
+        assert f"filepathTemplate of split 'train' has {{{unknown}}}, which TFDS does not know" in source.notes[0]
 
 
 @pytest.mark.parametrize(
