@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from svam.contract import ActionConvention, ContractError
 from svam.conversion import ROTATION_COLUMNS, Difference, Interval
+from svam.errors import ParamsError
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
@@ -38,7 +39,7 @@ def unwrapped(actions: NDArray[np.float32], angles: list[Interval]) -> NDArray[n
     """(n, A) with angles that go on where they would jump from one end of their range to the other.
 
     Raises:
-        ContractError: an angle is outside the range that is stated for it.
+        ParamsError: an angle is outside the range that is stated for it.
     """
     result = actions.copy()
     for interval in angles:
@@ -47,7 +48,7 @@ def unwrapped(actions: NDArray[np.float32], angles: list[Interval]) -> NDArray[n
         outside = np.argwhere((values < interval.low - OUTSIDE * turn) | (values > interval.high + OUTSIDE * turn))
         if len(outside):
             row, column = outside[0]
-            raise ContractError(
+            raise ParamsError(
                 f"actions[{row}, {interval.columns[0] + column}] is {values[row, column]:g}, but convert.unwrap says that it "
                 f"is an angle from {interval.low:g} to {interval.high:g}"
             )
@@ -105,13 +106,13 @@ def two_values(actions: NDArray[np.float32], dimensions: list[int], values: list
     """(n, A) with -1 and 1 for the two values that some dimensions have.
 
     Raises:
-        ContractError: such a dimension has another value.
+        ParamsError: such a dimension has another value.
     """
     result, (low, high) = actions.copy(), np.asarray(values, dtype=np.float32)
     for d in dimensions:
         other = np.flatnonzero((actions[:, d] != low) & (actions[:, d] != high))
         if len(other):
-            raise ContractError(
+            raise ParamsError(
                 f"actions[{other[0]}, {d}] is {actions[other[0], d]:g}, expected {low:g} or {high:g}, as "
                 f"convert.binary_dimensions lists {d}; set convert.binary_values to its two values, or leave it out there"
             )

@@ -101,7 +101,7 @@ class CaptionedEpisodes:
         key = next((key for key in keys if key in self._lines), None)
         if key is None:
             called = f" ({shape.name})" if shape.name else ""
-            raise FileError(f"{self._file}: no line for episode {index}{called}")
+            raise FileError(f"{self._file}: no line for episode {index}{called}; its first is for {next(iter(self._lines))!r}")
         self._used.add(key)
         return self._lines[key]
 

@@ -81,8 +81,8 @@ class ChangedEpisodes:
         self.numbers = [own[part.number] for part in self._parts]
         if short := sorted({n for n, part in zip(self.numbers, self._parts, strict=True) if self._steps(part) < 1}):
             raise ParamsError(
-                f"convert.shift {params.shift} leaves nothing of {len(short)} episodes, which have no more rows; leave them "
-                f"out: convert.drop: {short}"
+                f"convert.shift {params.shift} leaves nothing of {len(short)} episodes, which have no more rows; lower it, or "
+                f"leave them out: convert.drop: {short}"
             )
 
     def _steps(self, part: _Part) -> int:
@@ -166,8 +166,8 @@ class ChangedEpisodes:
         """The part, with the vectors that are asked for.
 
         Raises:
-            ParamsError: columns are asked for that are not there.
-            ContractError: numbers are not what the params say of them.
+            ParamsError: columns are asked for that are not there, or numbers are not what the params say of them.
+            ContractError: a rotation is none.
         """
         part, params = self._parts[index], self._params
         episode = self.source.read(part.number)
@@ -190,8 +190,8 @@ class ChangedEpisodes:
                 if "binary_values" in self._asked:
                     vectors[name] = two_values(vectors[name], params.binary_dimensions, params.binary_values)
                 vectors[name] = limited(vectors[name], params.limits)
-        except ContractError as error:
-            raise ContractError(f"{where}: {error}") from None
+        except (ContractError, ParamsError) as error:
+            raise type(error)(f"{where}: {error}") from None
         said = {"task": part.sentences[0], "instruction": part.sentences[0]} if part.sentences else {}
         rows = {"rows": [part.first, part.end]} if self._cut else {}
         changed: dict[str, Any] = {

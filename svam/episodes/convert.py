@@ -53,13 +53,14 @@ from svam.episodes.statistics import vector_statistics
 from svam.errors import ParamsError
 from svam.files import FileError, locked, whole_directory, write_json
 from svam.params import Convert
+from svam.sources._pictures import NoColourError
 
 UNIT_STEPS = 1024
 """About so many steps are a unit, in whole episodes: few enough to share among workers and to lose to a kill."""
 _VECTOR_CHUNK, _ANNOTATION_CHUNK = 4096, 4
 """Rows compressed together: vectors are small; labels are read in random order, so few."""
 OF_EPISODES = ("episode_ends", "episode_split", "episode_task", "episode_checksums")
-ONE_EPISODE = "there is one episode, which is trained on: no episode is held out, and the stages that need one refuse the store"
+ONE_EPISODE = "no episode is held out, as all are of one recording: the stages that need one refuse the store"
 OWN_SPLIT = "the source's own split holds out none of the chosen episodes: a split is drawn, as convert.held_out says"
 
 
@@ -177,6 +178,8 @@ def _way_out(source: EpisodeSource, index: int) -> Iterator[None]:
     """An episode that cannot be read or stored is told with the number that it has for `convert.drop`."""
     try:
         yield
+    except NoColourError:  # which is a fault of the camera, and names its own way out
+        raise
     except (FileError, ContractError) as error:
         number = list(getattr(source, "numbers", range(len(source))))[index]
         raise type(error)(f"{error}; mend episode {number}, or leave it out: convert.drop: [{number}]") from None
@@ -205,7 +208,8 @@ def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
         if d >= len(columns):
             raise ParamsError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
         if not np.isin(columns[d], (-1.0, 1.0)).all():
-            raise ContractError(f"{where}: actions[:, {d}] must be -1 or 1, as convert.binary_dimensions lists {d}")
+            expected = f"must be -1 or 1, as convert.binary_dimensions lists {d}; set convert.binary_values to its two values"
+            raise ParamsError(f"{where}: actions[:, {d}] {expected}, or leave it out there")
     arrays = _arrays_of(episode)
     if set(arrays) != set(plan.layouts):
         more, less = sorted(set(arrays) - set(plan.layouts)), sorted(set(plan.layouts) - set(arrays))
@@ -449,8 +453,7 @@ def _write_episodes(
         if 1 < len(names) != width:
             own.append(f"the source names {len(names)} dimensions of {vector}, which has {width}: the names are not used")
     sides = {shape.held_out for shape in shapes}
-    own += [] if split.any() else [ONE_EPISODE]
-    own += [OWN_SPLIT] if split.any() and False in sides and True not in sides else []
+    own += [ONE_EPISODE] if not split.any() else [OWN_SPLIT] if False in sides and True not in sides else []
     for note in own:
         console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
     return {

@@ -196,14 +196,14 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
     for item in chosen:
         if isinstance(item, int):
             part = {item}
-        elif ends := _RANGE.fullmatch(item):
+        elif ends := _RANGE.fullmatch(item.strip()):
             part = set(range(int(ends[1] or 0), int(ends[2] or total)))
-        else:
-            part = {number for number, name in names.items() if name == item}
+        elif not (part := {number for number, name in names.items() if name == item}) and item.strip().isdecimal():
+            part = {int(item)}
         if total and (not part or min(part) < 0 or max(part) >= total):
             called = list(names.values())[:LISTED] + ["..."] * (len(names) > LISTED)
             raise ParamsError(
-                f"convert.{knob} names {item!r}, which is not there: episodes are 0 to {total - 1}"
+                f'convert.{knob} names {item!r}, which is not there: episodes are 0 to {total - 1} ("0:{total}" for all)'
                 + (f", or {', '.join(called)}{did_you_mean(item, names.values())}" if names else "")
                 + (f"; those that cannot be read go by number: {', '.join(_ranges(unnamed))}" if unnamed else "")
             )

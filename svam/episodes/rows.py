@@ -19,6 +19,8 @@ from svam.episodes.arrays import SHARD_BYTES, shard_file
 from svam.episodes.lossy import PREFIX, register
 from svam.files import FileError, stamp
 
+_AGAIN = "run the stage that writes it again"
+
 
 class RowReader:
     """Reads rows of one array. It may be pickled, and threads may share it.
@@ -58,11 +60,11 @@ class RowReader:
         try:
             found = file.stat().st_size
         except FileNotFoundError:
-            raise FileError(f"{file}: no such file, though the array has {len(self)} rows") from None
+            raise FileError(f"{file}: no such file, though the array has {len(self)} rows; {_AGAIN}") from None
         except OSError as error:
             raise FileError(f"{file}: cannot be read ({error.strerror or error})") from None
         if found != size:
-            raise FileError(f"{file}: truncated or damaged: {found} bytes, expected {size}")
+            raise FileError(f"{file}: truncated or damaged: {found} bytes, expected {size}; {_AGAIN}")
         return file
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -103,4 +105,4 @@ class RowReader:
         try:
             return np.asarray(self._array[start:end])
         except (ValueError, RuntimeError, OSError, EOFError) as error:
-            raise FileError(f"{file}: damaged ({' '.join(str(error).split()) or type(error).__name__})") from None
+            raise FileError(f"{file}: damaged ({' '.join(str(error).split()) or type(error).__name__}); {_AGAIN}") from None

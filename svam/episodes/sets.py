@@ -7,6 +7,8 @@ other again.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from svam.console import console
@@ -14,11 +16,21 @@ from svam.episodes.convert import Plan, convert
 from svam.episodes.joined import SCHEMA, Index, JoinedStore, Member
 from svam.episodes.options import open_named_source
 from svam.episodes.store import SETS
+from svam.errors import SvamError
 from svam.files import sha256_of_json, whole_directory, write_json
 from svam.params import Params
 
 KEPT = 8
 """Stores in `.cache/sets`, at least those of the sets that there are now; the least recently used go first."""
+
+
+@contextmanager
+def _told_of(name: str) -> Iterator[None]:
+    """What is wrong with a set is told with its name."""
+    try:
+        yield
+    except SvamError as error:
+        raise type(error)(f"convert.sets, {name}: {error}") from None
 
 
 def convert_sets(params: Params, out: Path, scratch: Path, kept: Path) -> None:
@@ -32,17 +44,18 @@ def convert_sets(params: Params, out: Path, scratch: Path, kept: Path) -> None:
     used: list[Path] = []
     with whole_directory(out) as folder:
         for one, own in zip(section.sets, section.parts, strict=True):
-            source = open_named_source(Path(own.path), params.model_copy(update={"convert": own}))
-            for note in source.notes:
-                console.print(f"note: {one.name}: {note}", markup=False, soft_wrap=True)
-            plan, shapes = Plan.of(source, own)
-            store = kept / sha256_of_json([plan.key(shapes), params.seed])[:16]
-            if store.is_dir():
-                console.print(f"convert: {one.name} is as it was", markup=False)
-                store.touch()
-            else:
-                store.parent.mkdir(parents=True, exist_ok=True)
-                convert(source, store, own, params.seed, params.machine.workers, scratch)
+            with _told_of(one.name):
+                source = open_named_source(Path(own.path), params.model_copy(update={"convert": own}))
+                for note in source.notes:
+                    console.print(f"note: {one.name}: {note}", markup=False, soft_wrap=True)
+                plan, shapes = Plan.of(source, own)
+                store = kept / sha256_of_json([plan.key(shapes), params.seed])[:16]
+                if store.is_dir():
+                    console.print(f"convert: {one.name} is as it was", markup=False)
+                    store.touch()
+                else:
+                    store.parent.mkdir(parents=True, exist_ok=True)
+                    convert(source, store, own, params.seed, params.machine.workers, scratch)
             shutil.copytree(store, folder / one.name)
             used.append(store)
         members = [Member(name=one.name, weight=one.weight, policy=one.policy) for one in section.sets]

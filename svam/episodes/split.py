@@ -14,13 +14,13 @@ from svam.seeds import generator
 def split_episodes(tasks: Sequence[str], shapes: Sequence[EpisodeShape], held_out: float, seed: int) -> NDArray[np.uint8]:
     """(E,) uint8, 1 for held-out episodes: the source's own split where it holds out some of them, else of each task's
     episodes the share `held_out`, rounded, at least one. A task's only episode is trained on; where that leaves none, all are
-    one pool. A single episode is trained on.
+    one pool. A single episode, or group, is trained on.
     Where episodes share frames (`EpisodeShape.group`), whole groups are drawn instead, until they are that share of all.
 
     Which ones are drawn depends on the seed, the task and its number of episodes only; of groups, on the seed and their sizes.
 
     Raises:
-        ContractError: there is a single group of several episodes, or the source's own split holds out all of them.
+        ContractError: the source's own split holds out all of them.
     """
     split = np.zeros(len(tasks), dtype=np.uint8)
     if len(tasks) == 1:
@@ -49,9 +49,7 @@ def _split_groups(groups: Sequence[str], held_out: float, seed: int) -> NDArray[
     """As `split_episodes`: whole groups, in an order that is drawn, as many as fit into the share; or the smallest one."""
     names, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if len(names) < 2:
-        raise ContractError(
-            f"all {len(groups)} episodes share frames with each other, so none can be held out; convert more recordings"
-        )
+        return np.zeros(len(groups), dtype=np.uint8)
     left, chosen = min(round(held_out * len(groups)), len(groups) - 1), []
     for number in generator(seed, "split").permutation(len(names)):
         if sizes[number] <= left:

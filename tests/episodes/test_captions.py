@@ -76,7 +76,7 @@ def test_captions_beside_videos(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("captions, message", [
-    ([{"episode": 0, "text": "a"}], r"2 of 3 episodes cannot be read: episode 1: .*said.jsonl: no line for episode 1 \(e1\)"),
+    ([{"episode": 0, "text": "a"}], r"2 of 3 .*: episode 1: .*said.jsonl: no line for episode 1 \(e1\); its first is for '0'"),
     ([{"episode": n, "text": "a", "start": 0, "end": 6} for n in range(3)], "rows 0 to 6 of episode 0, which has 5"),
     ([{"episode": 0, "text": "a", "start": 2}], "line 1: start is 2 and end None, expected rows with start below end"),
     ([{"episode": 0, "text": "a", "start": 2, "end": 2.5}], "start is 2 and end 2.5"),

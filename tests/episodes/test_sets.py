@@ -122,6 +122,8 @@ def test_sets_that_do_not_fit(recordings: Path) -> None:
         made(recordings, "arm", "hand", hand={"resample_hz": 5.0})
     with refused("the normalisation of hand is meanstd, that of arm minmax; set normalisation of both"):
         made(recordings, "arm", "hand", hand={"normalisation": "meanstd"})
+    with refused("^convert.sets, hand: convert.tasks names 'no'; tasks are 'grasp'"):
+        made(recordings, "arm", "hand", hand={"tasks": ["no"]})
     with refused("holds several sets, each a store: name one, such as"):
         made(recordings, "arm")
         EpisodeStore(recordings / "episodes.zarr")
