@@ -236,8 +236,9 @@ def first_frames(
     if (early := starts[1:] < stops[:-1] - 0.5 / rate).any():
         at = early.argmax()
         reason = f"episode {numbers[at]} ends at {stops[at]:g} s and episode {numbers[at + 1]} begins at {starts[at + 1]:g} s"
-    elif frames != end and len(members) > 1 and frames - end < lengths.min():
-        reason = f"the last one ends with frame {end:.0f}"  # else there is room for an episode that was removed from the list
+    elif frames != end and (n := len(members)) > 1 and (frames - end < lengths.min() or frames - end in (n, 2 * n)):
+        # Each clip may be a little longer than said; else there is room for an episode that was removed from the list.
+        reason = f"the last one ends with frame {end:.0f}"
     if reason and not believe:
         raise FileError(
             f"{says}, but by meta/episodes {reason}, so that nothing says where an episode begins; if from_timestamp is right "

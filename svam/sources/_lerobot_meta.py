@@ -38,6 +38,8 @@ _PREFIXES = ("observation.images.", "observation.image.", "observation.")
 _Whole = Annotated[int, Field(ge=0, lt=2**53)]
 """Also where it is written as 5.0."""
 _Positive = Annotated[_Whole, Field(ge=1)]
+_UNSAID = BeforeValidator(lambda value: None if value != value else value)
+"""What pandas writes for null is NaN."""
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -70,15 +72,15 @@ class Clip(BaseModel):
 
 
 class Entry(BaseModel):
-    """One episode as the metadata lists it. steps, success: None where it is not said. chunk, file: of its parquet file (v3).
-    clips: camera key -> `Clip` (v3)."""
+    """One episode as the metadata lists it, None where it is not said. chunk, file: of its parquet file (v3). clips: camera key
+    -> `Clip` (v3)."""
 
     number: _Whole = Field(alias="episode_index")
-    steps: _Positive | None = Field(None, alias="length")
+    steps: Annotated[_Positive | None, _UNSAID] = Field(None, alias="length")
     tasks: Annotated[tuple[str, ...], BeforeValidator(_sentences)] = Field((), validation_alias=AliasChoices("tasks", "task"))
     success: Annotated[bool | None, BeforeValidator(lambda value: bool(value) if value in (0, 1) else None)] = None
-    chunk: _Whole = Field(0, validation_alias=AliasChoices("data/chunk_index", "data_chunk_index"))
-    file: _Whole = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
+    chunk: Annotated[_Whole | None, _UNSAID] = Field(0, validation_alias=AliasChoices("data/chunk_index", "data_chunk_index"))
+    file: Annotated[_Whole | None, _UNSAID] = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
     clips: dict[str, Clip] = {}
 
     @model_validator(mode="before")
@@ -171,7 +173,7 @@ def read_info(root: Path) -> tuple[Path, Info]:
     return file, stated(Info, read_json(file), file)
 
 
-def fill(template: str, values: Mapping[str, int | str]) -> str:
+def fill(template: str, values: Mapping[str, int | str | None]) -> str:
     """A path template with its placeholders replaced, as `str.format` does for `{name}` and `{name:06d}`. Nothing else of
     `str.format` is understood, because the template is data; what it does not understand stays, and leads to no file."""
 

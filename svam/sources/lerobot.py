@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,6 +107,9 @@ class LerobotSource:
         declared = self._chosen_cameras()
         self._entries = meta.read_episodes(self.root, self.info, declared)
         self.names = [str(entry.number) for entry in self._entries]
+        if (last := self.names[-1]) != str(len(self) - 1):
+            called = f"in convert.episodes and drop it is {len(self) - 1}, or by name {last!r}"
+            self._notes.append(f"{self.root}: some numbers are left out: the last episode has episode_index {last}; {called}")
         if self.info.total_episodes not in (None, len(self)):
             said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self)}"
             self._notes.append(f"{self._info_file}: {said}")
@@ -117,8 +120,7 @@ class LerobotSource:
         self._held_out, notes = meta.own_split(self.info, self._entries)
         self._notes += notes
         self.columns = self._find_columns(names)
-        stored = [camera.key for camera in self.cameras if not camera.video]
-        self._needed = tuple(dict.fromkeys([*stored, *(column for columns in self.columns.values() for column in columns)]))
+        self._needed = (*(camera.key for camera in self.cameras if not camera.video), *chain(*self.columns.values()))
         self._tasks = meta.read_tasks(self.root)
 
     @property
@@ -153,7 +155,6 @@ class LerobotSource:
         own = meta.STANDARD_PATHS[self.info.major][kind]
         given = getattr(self.info, f"{kind}_path") or own
         owners: dict[Path, tuple[Any, ...]] = {}
-        alike = ""
         for entry, camera in product(self._entries, cameras) if given != own else ():
             place, owner = self._path(entry, camera, given), (camera, self.info.major == "v2" and entry.number)
             other = (camera is None or camera.video) and owners.setdefault(place, owner) != owner
@@ -161,12 +162,11 @@ class LerobotSource:
                 wrong = f"{self._info_file}: {kind}_path {given!r} does not lead to all files"
                 self._notes.append(f"{wrong}; LeRobot's own {own!r} is taken instead")
                 return own
-            alike = alike or (str(place) if other and place.is_file() else "")
-        if alike:
-            raise FileError(
-                f"{self._info_file}: {kind}_path {given!r} leads to one file for several episodes or cameras, {alike}, and "
-                f"LeRobot's own {own!r} to none; correct it, or name one camera in convert.cameras if it is of cameras"
-            )
+            if other and place.is_file():
+                raise FileError(
+                    f"{self._info_file}: {kind}_path {given!r} leads to one file for several episodes or cameras, {place}, and "
+                    f"LeRobot's own {own!r} to none; correct it, or name one camera in convert.cameras if it is of cameras"
+                )
         return given
 
     def _find_first_file(self) -> tuple[Path, list[str]]:
@@ -254,7 +254,7 @@ class LerobotSource:
 
     def _path(self, entry: Entry, camera: Camera | None = None, template: str = "") -> Path:
         """Where an episode's data file, or the video of a camera, is said to lie; a folder where nothing says it."""
-        values: dict[str, int | str]  # those of the version: a template with other names is not LeRobot's
+        values: dict[str, int | str | None]  # those of the version: a template with other names is not LeRobot's
         if self.info.major == "v2":
             values = {"episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size}
         elif camera is None:
@@ -381,12 +381,11 @@ class LerobotSource:
             )
             facts, believe = probe(video), self.options.frames == "order"
             first, note = files.first_frames(video, members, facts.frames, facts.rate or self.info.fps, believe)
-            self._clips[video] = [start for start, *_ in members], first
+            self._clips[video] = [*(start for start, *_ in members), np.inf], first
             if note:
                 self._note("", note)
         starts, first = self._clips[video]
-        following = bisect_right(starts, clip.from_timestamp)
-        end = starts[following] if following < len(starts) else np.inf
+        end = starts[bisect_right(starts, clip.from_timestamp)]
         return files.Span(clip.from_timestamp, clip.to_timestamp, end, first.get(entry.number))
 
     def _place(self, entry: Entry, camera: Camera, rows: _Rows, cheaply: bool = False) -> tuple[NDArray[np.int64], float]:
@@ -406,7 +405,10 @@ class LerobotSource:
         equal = facts.frames == len(rows) if span is None else span.first is not None
         if equal and self.choice.rate_hz:  # then row t can only be frame t, at whatever rate the video plays
             times = None
-        regular = times is None or (np.abs(times - times[0] - np.arange(len(rows)) / rows.fps) < 0.4 / rows.fps).all()
+        regular = times is None or (
+            abs((facts.rate or rows.fps) / rows.fps - 1) < 0.02
+            and (np.abs(times - times[0] - np.arange(len(rows)) / rows.fps) < 0.4 / rows.fps).all()
+        )
         if cheaply and equal and regular:
             return np.zeros(0, np.int64), 0.0
         return files.find_frames(video, times, len(rows), rows.fps, span)
@@ -461,8 +463,7 @@ class LerobotSource:
         """One episode."""
         entry, rows = self._entries[index], self._rows(index)
         with files.opened(rows.file, self._needed) as parquet:
-            vectors_of = [column for columns in self.columns.values() for column in columns]
-            table = files.read_columns(parquet, vectors_of, rows.start, rows.stop)
+            table = files.read_columns(parquet, [*chain(*self.columns.values())], rows.start, rows.stop)
         vectors = {
             name: files.joined(table, self.columns[name], rows.file) if name in self.columns else None for name in VECTORS
         }

@@ -40,6 +40,7 @@ from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
 from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder
 from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
 
+_TOLD = (".json", ".txt", ".JSON", ".TXT")
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
 _ACTIONS = ("action", "actions")
 _STATES = ("state", "states")
@@ -79,7 +80,7 @@ def _read(file: Path) -> dict[str, Any]:
     """What a JSON file says, or a text file as {"texts": lines}; nothing of a video that has neither beside it."""
     if file.suffix.lower() in FORMATS:
         return {}
-    if file.suffix == ".txt":
+    if file.suffix.lower() == ".txt":
         refuse_lfs_pointer(file)  # which is text too
         try:
             return {"texts": file.read_text(encoding="utf-8-sig").splitlines()}
@@ -135,7 +136,7 @@ class VideoFolderSource:
     def _record(self, index: int) -> _Record:
         listed = file = self._files[index]
         if not self._annotated:
-            file = next((text for suffix in (".json", ".txt") if (text := file.with_suffix(suffix)).is_file()), file)
+            file = next((text for suffix in _TOLD if (text := file.with_suffix(suffix)).is_file()), file)
         content = _read(file)
         texts = self._texts(file, content)
         return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})

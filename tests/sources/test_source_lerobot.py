@@ -130,6 +130,14 @@ def test_a_row_without_its_frame_is_refused_before_anything_is_read(
         source(root).shape(0)
 
 
+def test_a_video_at_another_rate_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    root = write_v2(tmp_path)
+    film(video_of(root, 1), pictures(range(16, 23)), fps=30)
+    with refused(f"frame 1 comes 0.0333333 s after its first, but the timestamp of row 1 0.1 s.*{ORDER}"):
+        source(root).shape(1)
+    assert source(root, frames="order").shape(1).steps == source(root, rate_hz=10).shape(1).steps == 7
+
+
 def test_frames_in_order_and_the_rate(tmp_path: Path) -> None:
     """`order` says that the rate may be wrong; `convert.rate_hz` replaces it, then with the timestamps."""
     root = write_v2(tmp_path, change=lambda e, n: {"timestamp": pa.array(np.arange(n) * 0.2)})
@@ -180,6 +188,8 @@ def test_pictures_inside_parquet_with_another_size(tmp_path: Path) -> None:
     assert data.describe().cameras == ["image", "top"]
     for e, n in enumerate((5, 40)):
         np.testing.assert_array_equal(frames_of(data.read(e), "image"), [picture(16 * e + t, (16, 24)) for t in range(n)])
+    with refused("episode_000000.parquet: a file, expected a folder$"):
+        source(tmp_path / "data/chunk-000/episode_000000.parquet")
     with refused("convert.cameras names 'wrist', but .*info.json has top, image"):
         source(tmp_path, cameras=["wrist"])
     with refused(r"column 'secret' holds binary, expected numbers"):

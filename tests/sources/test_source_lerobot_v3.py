@@ -29,6 +29,7 @@ from tests.sources.lerobot_sets import CAMERA, number_of, numbers, pictures, sou
         ([0.0, 0.5, 1.2], 9, {}, [0, 5, 12], "25 frames, .* 3 episodes in it have 16 rows; from_timestamp decides"),
         ([0.0, 0.7, 1.6], 4, {}, [0, 7, 16], "20 frames, .*16 rows; from_timestamp decides"),
         ([0.0, 0.5, 1.2], 3, {}, None, "19 frames, .*16 rows.*last one ends with frame 16.*'order'"),
+        ([0.0, 0.5, 1.2], 6, {}, None, "22 frames, .*16 rows.*last one ends with frame 16"),
         ([0.0, 0.5, 1.2], 3, {"frames": "order"}, [0, 5, 12], "19 frames.*16 rows; from_timestamp decides"),
         ([0.0, 0.4, 1.2], 1, {}, None, "17 frames.*episode 0 ends at 0.5 s and episode 1 begins at 0.4 s.*'order'"),
         ([0.0, 0.5, 1.2], -1, {}, None, "15 frames, and the 3 episodes in it have 16 rows.*'order'"),
@@ -108,6 +109,22 @@ def test_a_clip_that_lacks_a_frame_is_given_none_of_the_next(tmp_path: Path) -> 
     with refused(f"meta/episodes names no video of {CAMERA} for episode 1"):
         source(root).shape(1)
     assert numbers(source(root).read(2)) == [*range(12, 16)]
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    write_clips(root, CAMERA, [0, 0, 0], [0, 0.5, 1.1], (5, 6, 4))
+    unsaid = {"data/file_index": [0.0, np.nan, 0.0], "length": [5.0, np.nan, 4.0]}
+    pq.write_table(pa.table(pq.read_table(file).to_pydict() | unsaid), file)
+    with refused("chunk-000/file-None.parquet: no such file, though the metadata lists episode 1"):
+        source(root).shape(1)
+    assert numbers(source(root).read(2)) == [*range(12, 16)]
+
+
+def test_numbers_that_are_not_those_of_episode_index(tmp_path: Path) -> None:
+    root = write_v3(tmp_path, (5, 7, 4))
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(file).take([0, 2]), file)
+    data = source(root)
+    assert data.names == ["0", "2"] and numbers(data.read(1)) == [*range(12, 16)]
+    assert "the last episode has episode_index 2; in convert.episodes and drop it is 1, or by name '2'" in " ".join(data.notes)
 
 
 def test_cameras_of_other_rates(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     told = {"instruction": "wipe", "actions": [0.5] * 7, "states": [[1, 2]] * 7, "gripper": list(range(7)), "success": True}
     annotate(tmp_path / "d/a.json", **told)
     film(tmp_path / "d/sub/b.webm", 70, codec="libvpx-vp9", fps=10)
-    (tmp_path / "d/sub/b.txt").write_text("schütte\n\npour it\n", encoding="utf-8")
+    (tmp_path / "d/sub/b.TXT").write_text("schütte\n\npour it\n", encoding="utf-8")
     film(tmp_path / "d/sub/c.mp4", 1)
     source = open_source(tmp_path / "d", Options(), Choice(missing_instruction="anything"))
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
@@ -179,6 +179,7 @@ def test_a_plain_folder(tmp_path: Path) -> None:
         open_source(tmp_path / "d", Options()).shape(2)
     with refused(r"key 'speed', which convert\.options\.action names, is missing"):
         open_source(tmp_path / "d", Options(action="speed")).read(0)
+    (tmp_path / "d/sub/b.TXT").rename(tmp_path / "d/sub/b.txt")
     with refused(r"no videos \(.*\); it has b.txt$"):
         (tmp_path / "e").mkdir()
         shutil.copy(tmp_path / "d/sub/b.txt", tmp_path / "e")
