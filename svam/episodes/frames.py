@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from svam.contract import VECTORS, Annotation, Episode, FrameBlocks, Frames, frame_blocks
+from svam.errors import ParamsError
 from svam.params import Convert
 
 
@@ -70,12 +71,16 @@ def _resized(source: Frames, params: Convert) -> FrameBlocks:
 
 def prepared(episode: Episode, cameras: list[str], params: Convert) -> Episode:
     """The episode with just `cameras`, in that order, with frames and labels of the asked size, and vectors of the asked
-    precision (still float32)."""
+    precision (still float32); `ParamsError` where that cannot hold them."""
     frames = {camera: episode.frames[camera] for camera in cameras}
     if params.vector_dtype == "float16":
         vectors = {name: values for name in VECTORS if (values := getattr(episode, name)) is not None}
-        with np.errstate(over="ignore"):  # too large becomes infinite, which the contract refuses
+        with np.errstate(over="ignore"):
             rounded = {name: values.astype(np.float16).astype(np.float32) for name, values in vectors.items()}
+        for name, values in vectors.items():
+            if (lost := np.isinf(rounded[name]) & np.isfinite(values)).any():
+                found = f"{name} hold {values[lost][0]:g}, too large for convert.vector_dtype float16; set it to float32"
+                raise ParamsError(f"{episode.provenance.get('file', episode.task)}: {found}")
         episode = dataclasses.replace(episode, **rounded)
     if params.image_size is None:
         return dataclasses.replace(episode, frames=frames)

@@ -131,8 +131,12 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
         inside = name.startswith("steps/observation/")
         if feature.kind != "image" and not feature.colour and not (inside and len(feature.shape) == 3):
             continue
-        if not feature.colour or not inside:
-            left_out.append(f"{name} ({feature}) is no 8-bit RGB picture of known size under steps/observation: left out")
+        named = any(asked in (camera, name) or name.endswith(f"/{asked}") for asked in choice.cameras)
+        if not (feature.colour or (feature.grey and named)) or not inside:
+            left_out.append(
+                f"{name} ({feature}) is no 8-bit RGB picture of known size under steps/observation: left out"
+                + "; convert.cameras may name it" * (feature.grey and inside)
+            )
         elif camera in cameras:
             twice[camera] = name
         else:

@@ -65,6 +65,11 @@ class Feature:
         first, last = self.shape[0] if self.size else 0, self.shape[2]
         return first in (3, 4) or last in (3, 4) or (self.kind == "image" and last is None)
 
+    @property
+    def grey(self) -> bool:
+        """The same of one channel, which may be depth as well."""
+        return self.dtype == "uint8" and self.shape[2:] == (1,) and (self.kind == "image" or self.size > 0)
+
     def __str__(self) -> str:
         sizes = ", ".join("?" if n is None else str(n) for n in self.shape)
         return f"{self.kind} {self.dtype} ({sizes})" if self.kind in ("tensor", "image") else self.kind

@@ -220,6 +220,9 @@ class CalvinSource:
         """What the first step of a segment holds; `FileError` where that is nothing to convert."""
         options, file = self._options, files.step_file(self.path / first.folder, first.first)
         there = headers(file, files.LISTED)
+        if options.actions not in there:
+            has = ", ".join(sorted(there))
+            raise FileError(f"{file}: no {options.actions}, which convert.options.actions names; it has {has}")
         named = {"robot_obs": "proprioception", "scene_obs": "state"}
         self._vectors = {options.actions: (_ACTIONS,), **{name: there[name].shape for name in named if name in there}}
         cameras = [camera for camera, name in _CAMERAS.items() if name in there]

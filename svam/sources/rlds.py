@@ -149,8 +149,8 @@ class RldsSource:
         there = {entry.shard.split for entry in entries}
         if empty := [split for split in self._options.held_out_splits if split not in there]:
             raise ContractError(
-                f"{self.folder}: the split {empty[0]!r} of convert.options.held_out_splits has no episode of its own"
-                + ("; " + notes[-1] if repeated else "")
+                f"{self.folder}: the split {empty[0]!r} of convert.options.held_out_splits has no episode of its own; "
+                "without it there convert.held_out draws a share" + ("; " + notes[-1] if repeated else "")
             )
         if not entries:
             raise ContractError("; ".join([f"{self.folder}: no episodes", *notes[:1]]))
@@ -180,7 +180,8 @@ class RldsSource:
                     entry = place._replace(refusal=str(error))
                 yield entry
             if record + 1 != shard.records:
-                raise FileError(f"{shard.file}: {record + 1} records, but dataset_info.json says {shard.records}")
+                told = f"{record + 1} records, but dataset_info.json says {shard.records}"
+                raise FileError(f"{shard.file}: {told}; fetch both again")
         except FileError as error:  # the records from there on cannot be found: bad episodes, as many as there should be
             if not 0 < shard.records - record - 1 <= _MOST_LOST:
                 raise

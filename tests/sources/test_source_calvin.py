@@ -245,6 +245,8 @@ def test_missing_cameras_and_vectors_are_noted(tmp_path: Path) -> None:
     assert any("'gripper' is left out" in note for note in source.notes) and any("no state" in note for note in source.notes)
     with refused("neither rgb_static nor rgb_gripper"):
         open_source(write_set(tmp_path / "none", validation=False, rgb_gripper=None, rgb_static=None), Options())
+    with refused("episode_0000100.npz: no actions, which convert.options.actions names; it has depth_gripper, "):
+        open_source(write_set(tmp_path / "relative", validation=False, actions=None), Options(actions="actions"))
     with refused("'depth_static'"):
         open_source(write_set(tmp_path / "flat", validation=False, depth_static=None), Options(depth="static"))
 

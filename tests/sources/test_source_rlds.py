@@ -354,6 +354,18 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
             assert np.array_equal(frames_of(source.read(0))[0], expected)
 
 
+def test_grey_pictures_are_read_where_they_are_named(tmp_path: Path) -> None:
+    """They may be depth as well."""
+    grey, whole = pixels(1, 4)[..., :1], "steps/observation/whole"
+    features = {**FEATURES, "steps/observation/hand/grey": image(6, 8, 1), whole: tensor(6, 8, 1, dtype="uint8")}
+    pictures = {"observation__hand__grey": [png(frame[..., 0]) for frame in grey], "observation__whole": grey}
+    source = toy(tmp_path, episode(0, **pictures), features=features)
+    assert source.describe().cameras == ["image"] and source.notes[0].endswith("left out; convert.cameras may name it")
+    for name in ("hand_grey", "hand/grey", "observation/hand/grey", "whole", whole):
+        e = opened(tmp_path, cameras=[name, "image"]).read(0)
+        assert np.array_equal(frames_of(e), np.repeat(grey, 3, axis=-1)) and list(e.frames)[1] == "image"
+
+
 PAYLOADS = [tfds.example(episode(seed)) for seed in (0, 1)]
 GOOD = tfds.framed(PAYLOADS)
 LENGTHS = [struct.pack("<Q", length) for length in (2**63, 2**31, 10**9)]
