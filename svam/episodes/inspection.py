@@ -246,7 +246,8 @@ def recording_facts(source: EpisodeSource, params: Convert) -> dict[str, Any]:
             shape = source.shape(number)
             listed.append({"number": number, "name": shape.name, "task": shape.task, "rows": shape.steps})
         except (FileError, ContractError) as error:
-            listed.append({"number": number, "name": "", "task": f"cannot be read: {error}", "rows": 0})
+            name = source.names[number] if hasattr(source, "names") else ""
+            listed.append({"number": number, "name": name, "task": f"cannot be read: {error}", "rows": 0})
     description = source.describe()
     return {
         "source": params.source, "rate_hz": description.rate_hz, "cameras": description.cameras,

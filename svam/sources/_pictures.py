@@ -29,7 +29,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 
 
 class NoColourError(FileError):
-    """A picture is of a kind that holds no 8-bit colours or greys; depth is often stored so."""
+    """Pictures are of a kind that holds no 8-bit colours or greys; depth is often stored so."""
 
 
 def without_it(error: Exception, others: Sequence[str]) -> str:
@@ -113,7 +113,7 @@ class PictureArray:
         return notes
 
     def rgb(self, stored: NDArray[Any], where: str, row: int) -> NDArray[np.uint8]:
-        """(k, H, W, 3) uint8 of k stored pictures of whole numbers 0 to 255; the first is number `row` of the array."""
+        """(k, H, W, 3) uint8 of k stored pictures of whole numbers 0 to 255, else `NoColourError`; the first is `row`."""
         stored = stored.reshape(*stored.shape, 1) if stored.ndim == 3 else stored
         pictures = (np.moveaxis(stored, 1, -1) if self.first else stored)[..., :3]
         with np.errstate(invalid="ignore"):
@@ -121,7 +121,7 @@ class PictureArray:
         if pictures.dtype != np.uint8 and (different := rgb != pictures).any():
             at = np.unravel_index(different.argmax(), different.shape)
             found = f"{where} is {pictures[at]:g} in row {row + at[0]}"
-            raise FileError(f"{found}, expected whole numbers in 0..255; is it depth? {LEAVE_OUT}")
+            raise NoColourError(f"{found}, expected whole numbers in 0..255; is it depth? {LEAVE_OUT}")
         return np.repeat(rgb, 3, axis=-1) if self.channels == 1 else rgb
 
 
@@ -144,12 +144,12 @@ def named_pictures(shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray
 
 
 def needed_pictures(where: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> PictureArray:
-    """The same, where pictures must be; `FileError` where there are none, or absurdly large ones."""
+    """The same, where pictures must be; `NoColourError` where there are none, or absurdly large ones."""
     if (pictures := named_pictures(shape, dtype)) is not None:
         return pictures
     large = f", no more than {LARGEST_PICTURE} pixels each" if math.prod(shape[1:]) > LARGEST_PICTURE else ""
     expected = f"expected uint8 pictures (steps, height, width, 3){large}"
-    raise FileError(f"{where} is {dtype} {shape}, {expected}; {LEAVE_OUT}")
+    raise NoColourError(f"{where} is {dtype} {shape}, {expected}; {LEAVE_OUT}")
 
 
 def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str, row: int = 0) -> NDArray[np.uint8]:
@@ -161,10 +161,7 @@ def array_rgb(values: NDArray[Any], shape: Sequence[int], where: str, row: int =
     if pictures is None or values.dtype.kind not in "uif":
         found = f"{where}: pictures are {values.dtype} {values.shape[1:]}"
         raise NoColourError(f"{found}, expected uint8 of 1, 3 or 4 channels; is it depth? {LEAVE_OUT}")
-    try:
-        return pictures.rgb(values, where, row)
-    except FileError as error:
-        raise NoColourError(str(error)) from None
+    return pictures.rgb(values, where, row)
 
 
 def picture_blocks(pictures: Sequence[memoryview], shape: Sequence[int | None], where: str) -> FrameBlocks:

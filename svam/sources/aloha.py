@@ -35,7 +35,7 @@ from svam.contract import EVERYTHING, Choice, Frozen
 from svam.errors import SvamError
 from svam.files import FileError, read_json
 from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
-from svam.sources._pictures import NoColourError, in_blocks, picture_array, picture_rgb, without_it
+from svam.sources._pictures import NoColourError, in_blocks, picture_rgb, without_it
 
 _IMAGES, _DEPTH = "observations/images", "observations/images_depth"
 _INSTRUCTION_KEYS = ("language_raw", "language_instruction", "instruction", "task_description", "language", "prompt")
@@ -114,12 +114,14 @@ class AlohaSource(Hdf5Source):
     def _cameras_of(self, data: Hdf5File, steps: int) -> dict[str, tuple[str, Size]]:
         """The cameras of a file (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
+        left_out: list[SvamError] = []
         faults: list[SvamError] = []
         for camera in filter(self._asked_for, data.names(_IMAGES)):
             name = f"{_IMAGES}/{camera}"
             shape, dtype = data.layout(name)
+            encoded = _is_encoded(shape, dtype)
             try:
-                if _is_encoded(shape, dtype):
+                if encoded:
                     data.layout(name, steps)
                     picture, turned = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]")
                     cameras[camera] = name, (steps, *picture.shape[:2], 3)
@@ -135,17 +137,16 @@ class AlohaSource(Hdf5Source):
                     cameras[camera] = name, pictures.shape
                     self._note(*pictures.notes(name))
             except SvamError as error:
-                depth = len(shape) > 2 and dtype.kind in "uif" and picture_array(shape, dtype) is None
-                if (depth or isinstance(error, NoColourError)) and not self._choice.cameras:
-                    what = f" {dtype} {shape[1:]}" if depth else ", pictures of depth"
-                    self._note(f"left out, as no colour pictures: {name}{what}")
-                    continue
-                faults.append(error)
+                depth = isinstance(error, NoColourError) and (encoded or len(shape) > 2) and not self._choice.cameras
+                (left_out if depth else faults).append(error)
+                if depth:
+                    self._note(f"left out, as no colour pictures: {name}" + f" {dtype} {shape[1:]}" * (not encoded))
         if faults:
             raise type(faults[0])(without_it(faults[0], list(cameras)))
         if not cameras:
             asked = "of convert.cameras " * bool(self._choice.cameras)
-            raise FileError(f"{data.file}: no camera {asked}in {_IMAGES}; it has {data.listed(_IMAGES)}")
+            why = f"; {without_it(left_out[0], [])}" if left_out else ""
+            raise FileError(f"{data.file}: no camera {asked}in {_IMAGES}; it has {data.listed(_IMAGES)}{why}")
         if data.names(_DEPTH):
             self._note(f"left out, as no colour pictures: {_DEPTH}")
         if not self.options.append_base_action and data.is_dataset("base_action"):

@@ -84,7 +84,7 @@ def test_inspect_lists_a_recording(tmp_path: Path) -> None:
     write_toy_params(tmp_path / "params.yaml", {"convert": {"source": "raw", "options": {}}})
     text = call("inspect", "--recording", folder, "--params", tmp_path / "params.yaml", "--episodes", 2).stdout
     assert "raw: 3 episodes at 12.5 Hz, cameras front\nnote: " in text and "and 1 more: --episodes N" in text
-    assert re.search(r"^0 +a +pick +4$", text, re.M) and re.search(r"^1 +cannot be read: .*b\.npz", text, re.M)
+    assert re.search(r"^0 +a +pick +4$", text, re.M) and re.search(r"^1 +b +cannot be read: .*b\.npz", text, re.M)
     found = json.loads(call("inspect", "--recording", folder, "--params", tmp_path / "params.yaml", "--json").stdout)
     assert found["episode_list"][2] == {"number": 2, "name": "c", "task": "pick", "rows": 6} and found["rate_hz"] == 12.5
 

@@ -286,11 +286,16 @@ def test_cameras_and_files_of_other_recorders(tmp_path: Path) -> None:
         assert np.array_equal(frames_of(source.read(1), camera), pictures)
     assert source.read(1).rate_hz == 30 and not any("Hz are assumed" in note for note in source.notes)
     notes = " ".join(source.notes)
-    assert "cam_high_depth uint16" in notes and "png_depth, pictures of depth" in notes and "alpha, is dropped" in notes
+    assert "cam_high_depth uint16" in notes and "png_depth" in notes and "alpha, is dropped" in notes
     with refused("cam_high_depth is uint16 .*, expected uint8"):
         open_said(tmp_path / "demo_10.hdf5", {"cameras": ["cam_high_depth"]})
     change(tmp_path / "demo_10.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 900, np.int32))
-    with refused(r"far is 900 in row 0, .*; to leave it out, set convert.cameras: \[cam_high, left, right\]$"):
-        open_said(tmp_path / "demo_10.hdf5")
+    assert any("images/far int32 (24, 32, 3)" in note for note in open_said(tmp_path / "demo_10.hdf5").notes)
+    with refused(r"far is 900 in row 0, .*; to leave it out, set convert.cameras: \[left\]$"):
+        open_said(tmp_path / "demo_10.hdf5", {"cameras": ["left", "far"]})
+    record(tmp_path / "only" / "a.hdf5", cameras=())
+    change(tmp_path / "only" / "a.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 0.5))
+    with refused(r"no camera in observations/images; it has far .*; .*far is 0.5 in row 0, expected whole numbers .*depth\?$"):
+        open_said(tmp_path / "only")
     with refused("convert.cameras names 'top', but .* has cam_high|no camera of convert.cameras"):
         open_said(tmp_path, {"cameras": ["top"]})
