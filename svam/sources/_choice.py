@@ -46,9 +46,8 @@ def existing_folder(path: Path) -> Path:
     if path.is_file():
         raise FileError(f"{path}: it is a file, expected the folder of a data set")
     if not path.is_dir():
-        found = "a file, expected a folder" if path.exists() else "no such directory"
         hub = "; to fetch the data set of this id from the hub, set convert.revision to its commit"
-        raise FileError(f"{path}: {found}{hub if HUB_ID.fullmatch(path.as_posix()) else ''}")
+        raise FileError(f"{path}: no such directory{hub if HUB_ID.fullmatch(path.as_posix()) else ''}")
     return path
 
 

@@ -106,6 +106,7 @@ _Template = Annotated[str, AfterValidator(_inside)]
 
 
 def _known_version(value: Any) -> Any:
+    value = "v" + value.strip().lower().removeprefix("v") if isinstance(value, str) else value
     if isinstance(value, str) and value not in ("v2.0", "v2.1", "v3.0"):
         raise ValueError(
             f"{value!r} is not read, expected 'v2.0', 'v2.1' or 'v3.0'; LeRobot's own scripts convert_dataset_*.py bring older "
@@ -238,10 +239,11 @@ def find_cameras(file: Path, info: Info) -> tuple[list[Camera], list[str]]:
     cameras: list[Camera] = []
     notes: list[str] = []
     for key, feature in info.features.items():
-        dtype, shape = str(feature.get("dtype")), feature.get("shape")
+        dtype, shape = str(feature.get("dtype")).lower(), feature.get("shape")
         sides = tuple(shape) if isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape) else ()
         about = [d for d in (feature, feature.get("info"), feature.get("video_info")) if isinstance(d, dict)]
-        signs = [flag for d in about for flag in ("video.is_depth_map", "is_depth_map") if d.get(flag)]
+        told = [(flag, str(d.get(flag)).lower()) for d in about for flag in ("video.is_depth_map", "is_depth_map")]
+        signs = [flag for flag, value in told if value in ("true", "1")]
         if signs or "depth" in dtype:
             sign = signs[0] if signs else f"dtype {dtype!r}"
             notes.append(f"{file}: the camera {key!r} holds depth ({sign}); it is left out")

@@ -74,7 +74,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     try:
         with av.open(f"file:{file}", format=FORMATS[file.suffix.lower()], metadata_errors="replace") as container:
             if not container.streams.video:
-                raise FileError(f"{file}: has no video stream")
+                raise FileError(f"{file}: has no video stream, or is truncated")
             stream = container.streams.video[0]
             if stream.codec_context is None or not stream.time_base:
                 raise FileError(f"{file}: truncated, damaged, or of a codec that PyAV {av.__version__} does not decode")
@@ -88,7 +88,10 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
     except (av.FFmpegError, OSError, ValueError, LookupError, TypeError, EOFError, MemoryError, OverflowError,
             RuntimeError) as error:  # fmt: skip
         refuse_lfs_pointer(file)
-        raise FileError(f"{file}: truncated, damaged or no video that FFmpeg reads ({type(error).__name__})") from None
+        kind = FORMATS[file.suffix.lower()]
+        raise FileError(
+            f"{file}: truncated, damaged or no video that FFmpeg reads as {kind} ({type(error).__name__})"
+        ) from None
 
 
 def probe(file: Path) -> VideoFacts:

@@ -203,7 +203,8 @@ class LerobotSource:
             present.append(replace(camera, video=filmed))
         if not present:
             none = f"{self._info_file} declares no feature of dtype 'video', 'image', or 'uint8' of three axes"
-            raise FileError(f"{self.root}: a data set without pictures cannot be converted; {'; '.join(looked) or none}")
+            found = "; ".join([*meta.find_cameras(self._info_file, self.info)[1], *looked]) or none
+            raise FileError(f"{self.root}: a data set without pictures cannot be converted; {found}")
         return present
 
     def _where_looked(self, camera: Camera) -> str:

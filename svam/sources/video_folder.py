@@ -123,7 +123,7 @@ class VideoFolderSource:
                 raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
         self.names = [file.relative_to(self._top).with_suffix("").as_posix() for file in self._files]
-        kinds = set(map(self._split, self._files))
+        kinds = {self._split(file).lower() for file in self._files}
         self._has_split = kinds <= TRAINING | _HELD_OUT and bool(kinds & TRAINING) and bool(kinds & _HELD_OUT)
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ class VideoFolderSource:
     def _videos(self, file: Path, content: dict[str, Any]) -> dict[str, Path]:
         entries = content.get("videos")
         listed = entries if isinstance(entries, list) else []
-        paths: list[Any] = [entry.get("video_path") if isinstance(entry, dict) else None for entry in listed]
+        paths: list[Any] = [entry.get("video_path") if isinstance(entry, dict) else entry for entry in listed]
         if not paths or not all(isinstance(path, str) and path for path in paths):
             raise FileError(f"{file}: videos is {str(entries)[:80]!r}, expected a list of objects with a video_path each")
         for path in paths:
@@ -197,12 +197,12 @@ class VideoFolderSource:
     def _survey(self) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
         """Instructions and notes; reads every text file once, no frame."""
         instructions: dict[str, dict[str, list[str]]] = {}
-        used: set[Path] = set()
+        used: Counter[Path] = Counter()
         counts: Counter[str] = Counter()
         for record in self._records():
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
             sentences.extend(text for text in record.texts if text not in sentences)
-            used |= set(record.videos.values())
+            used.update(record.videos.values())
             counts[_NO_ACTIONS] += all(record.content.get(key) is None for key in (self.options.action or "", *_ACTIONS))
             counts[_LATENTS] += "latent_videos" in record.content
         notes = [f"{self.path}: {count} of {len(self)} episodes {what}" for what, count in counts.items() if count]
@@ -217,10 +217,12 @@ class VideoFolderSource:
                 notes.append(f"{first.file}: keys that are not read: {', '.join(unread)}")
         return instructions, notes
 
-    def _unused(self, used: set[Path]) -> list[str]:
-        """Files beside the videos that nothing refers to."""
+    def _unused(self, used: Counter[Path]) -> list[str]:
+        """Videos that are referred to more than once, and files beside them that nothing refers to."""
         beside = sorted(file for folder in {video.parent for video in used} if folder.is_dir() for file in folder.iterdir())
         notes = []
+        if twice := [video.relative_to(self.path).as_posix() for video, times in used.items() if times > 1]:
+            notes.append(f"{self.path}: {len(twice)} videos are named more than once in the JSON files, such as {twice[0]}")
         if spare := [file for file in beside if file.suffix.lower() in FORMATS and file not in used]:
             such = spare[0].relative_to(self.path).as_posix()
             notes.append(f"{self.path}: {len(spare)} videos that no JSON refers to are left out, such as {such}")
@@ -283,7 +285,7 @@ class VideoFolderSource:
                 if len(state[-1]) != frames:
                     raise FileError(f"{record.file}: {key} has {len(state[-1])} rows, but the video has {frames} frames")
         length = record.content.get("video_length")
-        if length is not None and length != frames:
+        if length not in (None, frames, str(frames)):
             raise FileError(f"{record.file}: video_length is {str(length)[:20]}, but the video has {frames} frames")
         joined = np.concatenate(state, axis=1) if state else None
         action = self._key(record.file, record.content, self.options.action, _ACTIONS, "action")
@@ -322,7 +324,7 @@ class VideoFolderSource:
                 self._turned[record.videos[camera]] = known.turned
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
                 video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
-        held_out = self._split(self._files[index]) in _HELD_OUT if self._has_split else None
+        held_out = self._split(self._files[index]).lower() in _HELD_OUT if self._has_split else None
         files = [record.file, *(record.videos[camera] for camera in facts)]
         success = record.content.get("success")
         return EpisodeShape(

@@ -188,8 +188,6 @@ def test_pictures_inside_parquet_with_another_size(tmp_path: Path) -> None:
     assert data.describe().cameras == ["image", "top"]
     for e, n in enumerate((5, 40)):
         np.testing.assert_array_equal(frames_of(data.read(e), "image"), [picture(16 * e + t, (16, 24)) for t in range(n)])
-    with refused("episode_000000.parquet: a file, expected a folder$"):
-        source(tmp_path / "data/chunk-000/episode_000000.parquet")
     with refused("convert.cameras names 'wrist', but .*info.json has top, image"):
         source(tmp_path, cameras=["wrist"])
     with refused(r"column 'secret' holds binary, expected numbers"):
@@ -235,11 +233,12 @@ def test_broken_actions_are_named(tmp_path: Path, column: Any, message: str) -> 
 
 def test_depth_is_left_out_and_dots_stay(tmp_path: Path) -> None:
     features = {
-        "observation.images.depth": video_feature(info={"video.is_depth_map": True}), CAMERA: video_feature(),
+        "observation.images.depth": video_feature(info={"video.is_depth_map": True}),
+        CAMERA: video_feature(dtype="VIDEO", info={"video.is_depth_map": "False"}),
         "observation.images.top.left": {"dtype": "video", "shape": [3, 2, 2], "names": None},
         "action": {"dtype": "float32", "shape": [2], "names": {"motors": ["pan", "lift"]}},
     }  # fmt: skip
-    data = source(write_v2(tmp_path, features=features))
+    data = source(write_v2(tmp_path, features=features, info={"codebase_version": "2.1"}))
     assert data.describe().cameras == ["top"]
     assert "depth" in data.notes[0] and "top.left" in data.notes[1]
     assert data.describe().provenance["dimension_names"]["actions"] == ["pan", "lift"]
@@ -367,6 +366,9 @@ def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_p
          "codebase_version: 'v1.6' is not read, expected 'v2.0', 'v2.1' or 'v3.0'; LeRobot's own scripts convert_dataset"),
         (edit("info.json", lambda i: i.update(codebase_version=3)), "version is 3; expected 'v2.0', 'v2.1' or 'v3.0'"),
         (edit("info.json", lambda i: i.update(fps=0)), "fps is 0; expected more than 0"),
+        (edit("info.json", lambda i: i["features"][CAMERA].update(info={"is_depth_map": True})),
+         "cannot be converted; .*the camera 'observation.images.top' holds depth .is_depth_map.; it is left out$"),
+        (edit("info.json", lambda i: i["features"][CAMERA].update(dtype="film")), "is of dtype 'film'.*it is left out$"),
         (edit("info.json", lambda i: i.update(features={})), "declares no feature of dtype 'video', 'image', or 'uint8'"),
         (edit("info.json", lambda i: i.update(codebase_version="v3.0")),
          "meta/episodes: no parquet file in it.*meta/episodes.jsonl and meta/tasks.jsonl are of a v2 set"),

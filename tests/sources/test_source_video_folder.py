@@ -119,7 +119,8 @@ def test_a_wrong_json_is_named(tmp_path: Path, change: dict[str, Any], message: 
 def test_what_differs_from_one_json_to_the_next(tmp_path: Path) -> None:
     """Videos in another order are the same cameras; one action less leaves out the last frame, with a note; 1 is success."""
     videos = [{"video_path": f"videos/train/1/{view}.mp4"} for view in ("side", "front")]
-    root = layout(tmp_path / "d", videos=videos, action=[[1.0]] * 5, state=None, success=1, task=None)
+    changes = {"action": [[1.0]] * 5, "state": None, "success": 1, "video_length": "6"}
+    root = layout(tmp_path / "d", videos=videos, **changes)
     film(root / "videos/train/1/front.mp4", 6, codec="mpeg4")
     source = open_source(root, Options())
     shapes = [source.shape(k) for k in (0, 1)]
@@ -127,7 +128,13 @@ def test_what_differs_from_one_json_to_the_next(tmp_path: Path) -> None:
     assert "1 of 2 episodes have one action less than frames" in source.notes[0]
     assert source.describe().cameras == list(source.read(1).frames) == ["side", "front"]
     assert (frames_of(source.read(0), "front") == decoded(root / "videos/train/1/front.mp4")[:5]).all()
-    named = open_source(layout(tmp_path / "d", text=None, texts=["x"]), Options(text="text"), Choice(missing_instruction="go"))
+    assert [shape.held_out for shape in shapes] == [False, True]
+    (root / "annotation/train").rename(root / "annotation/Train")
+    annotate(root / "annotation/Train/3.json", text="x", videos=["videos/val/2/front.mp4", "videos/val/2/side.mp4"])
+    source = open_source(root, Options())
+    assert [source.shape(k).held_out for k in (0, 1, 2)] == [False, False, True]
+    assert "2 videos are named more than once in the JSON files, such as videos/val/2/front.mp4" in " ".join(source.notes)
+    named = open_source(layout(tmp_path / "e", text=None, texts=["x"]), Options(text="text"), Choice(missing_instruction="go"))
     with refused("key 'text', which convert.options.text names, is missing"):
         named.shape(0)
 
