@@ -11,7 +11,7 @@ _ENTRIES, _ENTRIES_OF_A_FOLDER = 2000, 200
 """So many names are looked at, so that a folder of millions of files costs no time."""
 _BY_NAME = (
     ("lerobot", "a LeRobotDataset", r"(^|/)meta/info\.json$"),
-    ("rlds", "an RLDS data set", r"(^|/)dataset_info\.json$"),
+    ("rlds", "an RLDS data set", r"(^|/)dataset_info\.json$|\.tfrecord(-\d+-of-\d+)?$"),
     ("calvin", "CALVIN", r"(^|/)(ep_start_end_ids\.npy|episode_\d{7}\.npz)$"),
     ("replay_zarr", "a replay buffer of diffusion_policy", r"(^|/)meta/episode_ends$|\.zarr\.zip$"),
     ("metaworld", "what `collect` records", r"(^|/)episode_\d{4}\.safetensors$"),

@@ -94,8 +94,8 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
             named = [name for name in known if name in numeric][:1]
             if not named and option == "action":
                 raise ParamsError(
-                    f"convert.options.action: {file} has no numeric feature 'action'; list some to join, or [] for none: "
-                    + there
+                    f"convert.options.action: {file} has no numeric feature 'action' of fixed shape; list some to join, or [] "
+                    f"for none: {there}"
                 )
             if not named:
                 notes.append(f"no {option}: none of {', '.join(known)}; convert.options.{option} can list some of: {there}")

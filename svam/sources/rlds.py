@@ -5,9 +5,9 @@ is an episode, with one list per feature over all its steps (`steps/action`, `st
 
 What becomes what:
 - cameras: the RGB images under `steps/observation`, sorted by name, "/" in a name becoming "_"; `convert.cameras` takes a
-  feature's name too. Depth and other images are left out with a note. JPEG is decoded with Pillow; TensorFlow's default decoder
-  is a faster, coarser one, so its pixels may differ by a few levels. PNG and pictures in tensors are exact; a fourth channel is
-  dropped.
+  feature's name too. Depth and other images are left out with a note; grey ones are read where it names them. JPEG is decoded
+  with Pillow; TensorFlow's default decoder is a faster, coarser one, so its pixels may differ by a few levels. PNG and pictures
+  in tensors are exact; a fourth channel is dropped.
 - vectors: float32; float64, integers and booleans are cast to it, and the axes of a step are flattened in row-major order.
 - alignment, as RLDS defines it: step t holds observation t and the action that was taken from there. Of a step with `is_last`
   only the observation is meaningful, so that step is left out (option `last_step`), with a note. `is_terminal` says why an

@@ -125,6 +125,7 @@ def _hdf5(*keys: str) -> dict[str, Sequence[str]]:
     (_hdf5("traj_0/actions"), "ManiSkill"),
     (_hdf5("data/demo_0/actions"), "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
     (_hdf5("observations/images/front", "action"), "ALOHA's HDF5 .*, which convert.source 'aloha' reads"),
+    ({"toy-train.tfrecord-00000-of-00001": ()}, r"an RLDS data set .*, which convert.source 'rlds' reads"),
     ({"set/meta/info.json": ()}, r"a LeRobotDataset \(set/meta/info.json\), which convert.source 'lerobot' reads"),
     ({"demo.hdf5": ["data/demo_0/actions"], "extra.pkl": ()}, "robomimic's HDF5 .*, which convert.source 'robomimic' reads"),
     ({"a.pkl": ()}, r"pickled recordings \(a.pkl\), which no source reads"),
