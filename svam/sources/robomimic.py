@@ -226,10 +226,12 @@ class RobomimicSource(Hdf5Source):
         if not cameras:
             has = "states" if data.is_dataset(f"{place}states") else "observations" if keys else "actions"
             there = f"; obs has {data.listed(f'{place}obs')}" if keys else ""
-            remedy = (
-                "render them first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
-                "convert_robosuite.py before it)"
-            )
+            remedy = "bring the set as `raw` (svam/sources/README.md)"
+            if has == "states":
+                remedy = (
+                    "render them first, for example with robomimic's dataset_states_to_obs.py (for robosuite's own files, "
+                    "convert_robosuite.py before it)"
+                )
             datasets = [name for key in keys if data.is_dataset(name := f"{place}obs/{key}")]
             if any(named_pictures(*data.layout(name)) for name in datasets):
                 remedy = "convert.cameras can name one that is grey, or of another type with whole numbers from 0 to 255"

@@ -281,6 +281,9 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     isaac(tmp_path / "none" / "x.hdf5", demo_0={"seen": np.zeros((3, 6, 8), np.float32)})
     with refused(r"has states but no pictures.*seen float32 \(3, 6, 8\); render them first"):
         open_said(tmp_path / "none")
+    change(tmp_path / "none" / "x.hdf5", "data/demo_0/states")
+    with refused("has observations but no pictures.*; bring the set as `raw`"):
+        open_said(tmp_path / "none")
 
 
 def test_grey_pictures(tmp_path: Path) -> None:
