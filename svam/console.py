@@ -21,7 +21,9 @@ from svam.files import FileError, scratch_folder, write_json
 
 console = Console(stderr=True, highlight=False)
 SECONDS_PER_LINE = 20.0
-REFUSALS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE}
+REFUSALS = {
+    errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.ENAMETOOLONG,
+}  # fmt: skip
 """Errors of the operating system that a user can mend."""
 _spent: dict[str, float] = {}
 P = ParamSpec("P")

@@ -61,7 +61,7 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     """The sentence of an episode: `convert.instruction`, else its own, else `convert.missing_instruction`.
 
     Raises:
-        FileError: there is none of the three.
+        FileError: there is none of the three, or it is no text.
     """
     sentence = choice.instruction or (own or "").strip() or choice.missing_instruction
     if not sentence:
@@ -69,6 +69,10 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
             f"{where}: no instruction; set convert.missing_instruction to the sentence of episodes without one, or "
             "convert.instruction to one for all"
         )
+    try:
+        sentence.encode()
+    except UnicodeEncodeError:  # JSON can spell half a character
+        raise FileError(f"{where}: the instruction {sentence!r} is not Unicode text; set convert.instruction") from None
     return sentence
 
 

@@ -137,9 +137,11 @@ def joined(table: Any, columns: Sequence[str], file: Path) -> NDArray[np.float32
 
 
 def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
-    """What each row of a column of texts, or of numbers of `tasks`, says; None where there is no table of tasks."""
+    """What each row of a column of texts, or of numbers of `tasks`, says; None where none says anything, or `tasks` is None."""
     from pyarrow import types
 
+    if column.null_count == len(column):
+        return None
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
     if types.is_string(kind) or types.is_large_string(kind):
         try:
@@ -194,7 +196,8 @@ def _encoded(value: Any, root: Path, what: str) -> bytes:
         refuse_lfs_pointer(place)
         data = place.read_bytes()
     if not isinstance(data, bytes):
-        raise FileError(f"{what} holds {type(data).__name__}, expected the bytes of a picture")
+        found = "null" if data is None else type(data).__name__
+        raise FileError(f"{what} holds {found}, expected the bytes of a picture")
     return data
 
 

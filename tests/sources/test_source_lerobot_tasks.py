@@ -47,16 +47,18 @@ def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
     ("tasks", "said", "choice", "expected"),
     [
         ([], [None] * 5, {}, "no instruction; set convert.missing_instruction"),
-        ([], [None] * 5, {"missing_instruction": "go"}, "go"), ([], ["", " ", "push", "push ", ""], {}, "push"),
+        ([], [None, *[""] * 4], {"missing_instruction": "go"}, "go"), ([], ["", " ", "push", "push ", ""], {}, "push"),
         ([], ["", "push", "", "push", ""], {"segments": True}, "push"),
         ([""], [0] * 5, {}, "a"), (["a "], [0] * 5, {}, "a"), (["a"], [1] * 5, {}, "a"),
+        (["\ud800"], [None] * 5, {}, r"instruction '.ud800' is not Unicode text; set convert.instruction"),
         ([], [1] * 5, {"missing_instruction": "go"}, "go"), (["a"], [-1] * 5, {"instruction": "go"}, "go"),
+        (["a"], [None] * 5, {}, "a"), (["a"], [0, None, 0, 0, 0], {}, "task_index lacks a value at row 1; set convert.options"),
         (["a"], [-1] * 5, {}, "said is -1, which meta/tasks does not list; set convert.options.instruction_column to 'tasks'"),
     ],
 )  # fmt: skip
 def test_sentences_that_are_missing(tmp_path: Path, tasks: list[str], said: list[Any], choice: Any, expected: str) -> None:
     """Empty ones, null and spaces are none; they contradict no other."""
-    kind = pa.string() if isinstance(said[0], str | None) else pa.int64()
+    kind = pa.string() if any(isinstance(one, str) for one in said) else pa.int64()
     column = "said" if kind == pa.string() else "task_index"
     root = write_v2(tmp_path, (5,), lambda e, n: {column: pa.array(said, kind)})
     edit("episodes.jsonl", lambda line: line.update(tasks=tasks))(root)
