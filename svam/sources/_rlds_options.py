@@ -144,7 +144,8 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     if not cameras:
         there = "; ".join(left_out) or f"it has {', '.join(features)[:200]}"
         raise FileError(f"{file}: no RGB image under steps/observation ({there})")
-    notes += [] if choice.cameras else left_out
+    doubtful = [f"{name} is read as colours; is it depth? {LEAVE_OUT}" for name in cameras.values() if "depth" in name]
+    notes += [] if choice.cameras else [*left_out, *doubtful]
     forms = {name.removeprefix(prefix): c for c, name in cameras.items() for prefix in ("", "steps/", "steps/observation/")}
     chosen = chosen_cameras(choice, list(cameras), file, forms=forms)
     if both := [camera for camera in chosen if camera in twice]:

@@ -354,6 +354,14 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
             assert np.array_equal(frames_of(source.read(0))[0], expected)
 
 
+def test_a_camera_called_depth_is_doubted(tmp_path: Path) -> None:
+    pictures = {"observation__depth": [png(frame) for frame in pixels(1, 4)]}
+    source = toy(tmp_path, episode(0, **pictures), features={**FEATURES, DEPTH: image(6, 8, 3)})
+    assert len(source.notes) == 1
+    assert source.notes[0].startswith(f"{DEPTH} is read as colours; is it depth? to leave it out, name the other cameras")
+    assert opened(tmp_path, cameras=["depth"]).notes == [] and opened(tmp_path, cameras=["image"]).notes == []
+
+
 def test_grey_pictures_are_read_where_they_are_named(tmp_path: Path) -> None:
     """They may be depth as well."""
     grey, whole = pixels(1, 4)[..., :1], "steps/observation/whole"
