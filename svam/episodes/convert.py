@@ -208,8 +208,8 @@ def _checked(plan: Plan, number: int) -> tuple[Episode, str]:
         if d >= len(columns):
             raise ParamsError(f"convert.binary_dimensions lists {d}, but actions have {len(columns)} dimensions, from 0 on")
         if not np.isin(columns[d], (-1.0, 1.0)).all():
-            expected = f"must be -1 or 1, as convert.binary_dimensions lists {d}; set convert.binary_values to its two values"
-            raise ParamsError(f"{where}: actions[:, {d}] {expected}, or leave it out there")
+            told = f"must be -1 or 1, as convert.binary_dimensions lists {d}; set convert.binary_values to its two values"
+            raise ParamsError(f"{where}: actions[:, {d}] {told}, or leave it out there")
     arrays = _arrays_of(episode)
     if set(arrays) != set(plan.layouts):
         more, less = sorted(set(arrays) - set(plan.layouts)), sorted(set(plan.layouts) - set(arrays))

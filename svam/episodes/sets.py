@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from svam.console import console
+from svam.contract import ContractError
 from svam.episodes.convert import Plan, convert
 from svam.episodes.joined import SCHEMA, Index, JoinedStore, Member
 from svam.episodes.options import open_named_source
-from svam.episodes.store import SETS
+from svam.episodes.store import SETS, EpisodeStore
 from svam.errors import SvamError
-from svam.files import sha256_of_json, whole_directory, write_json
+from svam.files import FileError, sha256_of_json, whole_directory, write_json
 from svam.params import Params
 
 KEPT = 8
@@ -50,12 +51,14 @@ def convert_sets(params: Params, out: Path, scratch: Path, kept: Path) -> None:
                     console.print(f"note: {one.name}: {note}", markup=False, soft_wrap=True)
                 plan, shapes = Plan.of(source, own)
                 store = kept / sha256_of_json([plan.key(shapes), params.seed])[:16]
-                if store.is_dir():
-                    console.print(f"convert: {one.name} is as it was", markup=False)
-                    store.touch()
-                else:
+                try:
+                    EpisodeStore(store)
+                except (FileError, ContractError):  # it is not there, or was damaged
                     store.parent.mkdir(parents=True, exist_ok=True)
                     convert(source, store, own, params.seed, params.machine.workers, scratch)
+                else:
+                    console.print(f"convert: {one.name} is as it was", markup=False)
+                    store.touch()
             shutil.copytree(store, folder / one.name)
             used.append(store)
         members = [Member(name=one.name, weight=one.weight, policy=one.policy) for one in section.sets]

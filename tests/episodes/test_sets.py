@@ -111,6 +111,10 @@ def test_adding_and_removing_converts_no_other(recordings: Path, capsys: pytest.
     assert "arm is as it was" in said and "hand is as it was" in said and "films is as it was" not in said
     assert len(made(recordings, "films").sets) == 1 and "films is as it was" in capsys.readouterr().err
     assert {path: sha256_tree(path) for path in kept} == kept
+    for path in kept:
+        next(file for file in (path / "frames").rglob("c/*/*/*/*") if file.is_file()).unlink()
+    assert len(made(recordings, "arm", "hand")) and "as it was" not in capsys.readouterr().err
+    assert {path: sha256_tree(path) for path in kept} == kept
     made(recordings, "arm", arm={"held_out": 0.5})
     assert "as it was" not in capsys.readouterr().err
 
