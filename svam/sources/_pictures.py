@@ -35,7 +35,7 @@ class NoColourError(FileError):
 def without_it(error: Exception, others: Sequence[str]) -> str:
     """What an error says, and what `convert.cameras` must be for the others of its camera; none: what it says."""
     said = str(error).removesuffix(LEAVE_OUT).rstrip("; ")
-    return f"{said}; to leave it out, set convert.cameras: [{', '.join(others)}]" if others else said
+    return f"{said}; to leave this camera out, set convert.cameras: [{', '.join(others)}]" if others else said
 
 
 def frames_per_block(frame_bytes: int) -> int:

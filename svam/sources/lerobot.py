@@ -221,8 +221,8 @@ class LerobotSource:
             try:
                 if camera.video and (video := self._first_video(camera)):
                     probe(video)
-                elif next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))[1]:
-                    self._notes.append(f"{self._first_file}: pictures of {camera.key!r} are turned as their EXIF asks")
+                else:
+                    next(files.stored_pictures(self._first_file, self.root, camera.key, (0, 1), camera.shape))
             except NoColourError as error:
                 others = [other.name for other in self.cameras if other is not camera]
                 raise NoColourError(without_it(error, others)) from None
@@ -327,8 +327,7 @@ class LerobotSource:
             if off > 0.26 and not (order or stated):  # more than a quarter, whatever single precision makes of it
                 hint = f"set convert.rate_hz to {1 / step:g} if the timestamps are right, or, " if 0.001 < step < 10 else ""
                 raise FileError(f"{apart}; {hint}{files.BY_ORDER}")
-            replaces = "" if stated else ", which convert.rate_hz replaces"
-            self._note(f"; it is stored at {rate:g} Hz{replaces}", apart)
+            self._note(f"; it is stored at {rate:g} Hz" + ", which convert.rate_hz replaces" * (stated is None), apart)
         if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
             what = "; where a video has as many frames as rows, row t takes frame t"
             self._note(what, f"{file}: timestamps begin at {times[0]:g} s")
@@ -443,17 +442,19 @@ class LerobotSource:
         return len(self._entries)
 
     def shape(self, index: int) -> EpisodeShape:
-        """What the metadata, the small columns of the rows and the videos' indices say; they must agree."""
+        """What the metadata, the small columns of the rows, the videos' indices and an episode's first picture say."""
         entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
+        first = (rows.start, rows.start + 1)
         for camera in self.cameras:
             try:
                 if camera.video:
                     self._place(entry, camera, rows, cheaply=True)
+                elif next(files.stored_pictures(rows.file, self.root, camera.key, first, camera.shape))[1]:
+                    self._note(" are turned as their EXIF asks", f"{rows.file}: pictures of {camera.key!r}")
             except FileError as error:
-                if others := ", ".join(other.name for other in self.cameras if other is not camera):
-                    raise FileError(f"{error}; to do without this camera, set convert.cameras: [{others}]") from None
-                raise
+                others = [other.name for other in self.cameras if other is not camera]
+                raise FileError(without_it(error, others)) from None
         return EpisodeShape(
             len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.instruction,
             stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
@@ -490,8 +491,7 @@ class LerobotSource:
 
     def _stored(self, camera: Camera, rows: _Rows) -> FrameBlocks:
         """The pictures of a camera that lie in the parquet file."""
-        span = (rows.start, rows.stop)
-        pictures = partial(files.stored_pictures, rows.file, self.root, camera.key, span, camera.shape)
+        pictures = partial(files.stored_pictures, rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
         what = f"{rows.file}: column {camera.key!r}"
         shape = next(pictures())[0].shape
         return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))

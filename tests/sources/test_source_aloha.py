@@ -205,9 +205,9 @@ def test_depth_and_other_files_are_left_out_with_a_note(tmp_path: Path) -> None:
         ("observations", None, "no group observations"),
         ("observations/qpos", None, "observations/qpos is missing"),
         ("observations/qpos", np.zeros((4, 14)), "qpos has 4 steps, but the actions have 5"),
-        ("observations/images/cam_high", np.zeros((5, 3)), "cam_high is float64 .*, expected uint8 .*to leave it out, set"),
+        ("observations/images/cam_high", np.zeros((5, 3)), "cam_high is float64 .*, expected uint8 .*to leave this camera out, set"),
         ("observations/images/cam_high", np.zeros((5, 100), np.uint8), r"cam_high\[0\]: no readable PNG or JPEG .* of 0 bytes"),
-        ("observations/images/cam_high", np.full((5, 100), 7, np.uint8), "picture of 100 bytes .*to leave it out, set"),
+        ("observations/images/cam_high", np.full((5, 100), 7, np.uint8), "picture of 100 bytes .*to leave this camera out, set"),
     ],
 )  # fmt: skip
 def test_one_sentence_for_each_fault(tmp_path: Path, name: str, value: Any, sentence: str) -> None:
@@ -291,7 +291,7 @@ def test_cameras_and_files_of_other_recorders(tmp_path: Path) -> None:
         open_said(tmp_path / "demo_10.hdf5", {"cameras": ["cam_high_depth"]})
     change(tmp_path / "demo_10.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 900, np.int32))
     assert any("images/far int32 (24, 32, 3)" in note for note in open_said(tmp_path / "demo_10.hdf5").notes)
-    with refused(r"far is 900 in row 0, .*; to leave it out, set convert.cameras: \[left\]$"):
+    with refused(r"far is 900 in row 0, .*; to leave this camera out, set convert.cameras: \[left\]$"):
         open_said(tmp_path / "demo_10.hdf5", {"cameras": ["left", "far"]})
     record(tmp_path / "only" / "a.hdf5", cameras=())
     change(tmp_path / "only" / "a.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 0.5))

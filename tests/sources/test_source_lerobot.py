@@ -304,6 +304,9 @@ def test_pictures_are_read_from_where_they_lie(tmp_path: Path) -> None:
     assert list(episode.frames) == ["top", *shapes] and numbers(episode) == list(range(5))
     for name in shapes:
         np.testing.assert_array_equal(frames_of(episode, name), [picture(t, (16, 24)) for t in range(5)])
+    (tmp_path / "images/0.png").unlink()
+    with refused("'images/0.png', which is not in the data set; to leave this camera out, set convert.cameras: .top, chw,"):
+        data.shape(0)
     assert len(data.notes) == 2 and "dtype 'image', but its pictures lie in videos" in data.notes[0]
     assert "chw' is of dtype 'video', but its pictures lie in a column" in data.notes[1]
 
@@ -322,7 +325,7 @@ def test_depth_without_a_flag_is_named_with_the_way_out(tmp_path: Path, kind: st
 
     dtype = "video" if kind == "gray16be" else "image"
     root = write_v2(tmp_path, change=change, features={CAMERA: video_feature(), "observation.images.far": {"dtype": dtype}})
-    with refused("is it depth.; to leave it out, set convert.cameras: .top."):
+    with refused("is it depth.; to leave this camera out, set convert.cameras: .top."):
         source(root)
     assert source(root, cameras=["top"]).read(0).steps == 5
 
@@ -343,7 +346,7 @@ def test_turned_pictures(tmp_path: Path) -> None:
     episode = data.read(0)
     np.testing.assert_array_equal(frames_of(episode), np.rot90(decoded(video_of(root, 0)), 1, axes=(1, 2)))
     np.testing.assert_array_equal(frames_of(episode, "still")[0], np.rot90(picture(3, (16, 24)), -1))
-    assert "turned as their EXIF asks" in data.notes[0] and "turned by 270 degrees clockwise" in data.notes[1]
+    assert "turned by 270 degrees clockwise" in data.notes[0] and "turned as their EXIF asks" in data.notes[1]
 
 
 def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_path: Path) -> None:

@@ -140,5 +140,5 @@ def test_cameras_of_other_rates(tmp_path: Path) -> None:
         assert re.search(f"10 frames from 0 s on, but episode 0 has 5 rows; {note}", data.notes[-1])
     assert [[*map(number_of, frames_of(source(root).read(e), "side"))] for e in (0, 2)] == [[*range(5)], [*range(12, 16)]]
     film(video, pictures(range(8)), fps=5)
-    with refused("over half a frame away.*; to do without this camera, set convert.cameras: .top.$"):
+    with refused("over half a frame away.*; to leave this camera out, set convert.cameras: .top.$"):
         source(root).shape(0)
