@@ -1,9 +1,10 @@
 """A source's episodes as `convert` asks for them: cut where their sentence changes, at another rate, with other vectors.
 
 Rows of a part are first resampled: row j is at the time of row j * old rate / new rate of the recording; vectors and timestamps
-are interpolated there (binary dimensions take the nearest), frames are the nearest. Then actions are shifted: the last rows
-have none and are left out. In what order actions change says `svam.actions`. Labels belong to single frames, so they are left
-out where rows are cut, resampled or shifted.
+are interpolated there, frames are the nearest. So are binary dimensions, poses of which differences are made, and angles
+where they jump between the ends of -pi to pi. Then actions are shifted: the last rows have none and are left out. In what order
+actions change says `svam.actions`. Labels belong to single frames, so they are left out where rows are cut, resampled or
+shifted.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -181,7 +183,7 @@ class ChangedEpisodes:
             if self._other_rows:
                 places, steps = self._places(part), self._steps(part)
                 for vector, values in vectors.items():
-                    there = _at(values, places, params.binary_dimensions if vector in actions else [])
+                    there = _at(values, places, _as_recorded(params, vector))
                     vectors[vector] = there[params.shift :] if vector in actions else there[:steps]
                 episode = _rows(episode, places[:steps])
             for name in actions:
@@ -248,13 +250,24 @@ def _check_columns(asked: dict[str, Any], params: Convert, vectors: dict[str, An
             raise ParamsError(f"convert.binary_dimensions lists {d}, but actions have {dimensions} dimensions, from 0 on")
 
 
+def _as_recorded(params: Convert, vector: str) -> list[int]:
+    """The columns of a vector that are not interpolated: binary ones, and poses of differences, as one rotation has several
+    spellings."""
+    acting = vector in ("actions", "expert_actions")
+    poses = [one for one in params.differences if one.kind != "linear" and (acting or vector == "proprioception")]
+    ranges = [range(*(one.columns if acting else one.proprioception)) for one in poses]
+    return [*(params.binary_dimensions if acting else []), *chain(*ranges)]
+
+
 def _at(values: NDArray[np.float32], places: NDArray[np.float64], nearest: Sequence[int]) -> NDArray[np.float32]:
-    """(k, D) of (n, D) at k places, in rows: interpolated, but for the columns `nearest`."""
+    """(k, D) of (n, D) at k places, in rows: interpolated, but for the columns `nearest`, and angles that go round at pi."""
     low = np.minimum(places.astype(np.int64), len(values) - 1)
     high, share = np.minimum(low + 1, len(values) - 1), (places - low)[:, None]
-    result = np.where(share > 0, values[low] * (1.0 - share) + values[high] * share, values[low]).astype(np.float32)
-    result[:, list(nearest)] = values[_nearest(places)][:, list(nearest)]
-    return result
+    below, above = values[low], values[high]
+    kept = (np.abs(above - below) > np.pi) & (np.maximum(np.abs(below), np.abs(above)) < np.pi + 0.01)
+    kept[:, list(nearest)] = True
+    between = np.where(share > 0, below * (1.0 - share) + above * share, below).astype(np.float32)
+    return np.where(kept, values[_nearest(places)], between)
 
 
 def _nearest(places: NDArray[np.float64]) -> NDArray[np.int64]:

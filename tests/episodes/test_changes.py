@@ -118,6 +118,22 @@ def test_another_rate() -> None:
     assert same.actions is not None and (same.actions == ramp(3).actions).all() and grey(same) == [0, 1, 2]
 
 
+def test_turns_are_not_interpolated_the_long_way() -> None:
+    """20 Hz to 8 Hz: row 2.5 lies where an angle jumps from pi to -pi, and where a quaternion flips its sign."""
+    turn = np.float32(0.1)
+    angles = np.array([3.0, 3.05, 3.1, -3.1, -3.05], np.float32)[:, None]
+    read, _ = one(ramp(5, proprioception=angles), resample_hz=8)
+    assert read.proprioception is not None and read.proprioception[:, 0].tolist() == [angles[0], angles[3]]
+    signs = np.array([1, 1, 1, -1, -1], np.float32)[:, None]
+    base = signs * float32([1, 0, 0, 0])
+    goal = np.ones((5, 1), np.float32) * float32([np.cos(turn / 2), np.sin(turn / 2), 0, 0])
+    way = {"columns": [0, 4], "proprioception": [0, 4], "kind": "quaternion_wxyz", "frame": "fixed"}
+    read, _ = one(ramp(5, actions=goal, proprioception=base), resample_hz=8, differences=[way])
+    assert read.actions is not None and read.proprioception is not None
+    np.testing.assert_allclose(read.actions, goal[:2], atol=1e-6)
+    assert (read.proprioception == base[[0, 3]]).all()
+
+
 def test_frames_that_are_read_block_by_block() -> None:
     pictures, decoded = ramp(9).frames["front"], []
     assert isinstance(pictures, np.ndarray)
