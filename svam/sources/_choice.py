@@ -41,6 +41,12 @@ def chosen_cameras(
     return chosen or list(available)
 
 
+def labels_note(labels: Sequence[str], cameras: Sequence[str], chosen: Sequence[str]) -> str:
+    """For a note: labels of the first of a set's `cameras` do not fit the first one that is chosen."""
+    said = f"{' and '.join(labels)} are of the camera {cameras[0]!r}, not of {chosen[0]!r}, which is the first: left out"
+    return f"{said}; convert.cameras keeps them where it begins with {cameras[0]}"
+
+
 def existing_folder(path: Path) -> Path:
     """`path`; `FileError` where it is no folder."""
     if path.is_file():

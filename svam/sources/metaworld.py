@@ -29,12 +29,13 @@ from svam.contract import (
     SourceDescription,
 )
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, contents, existing_folder
+from svam.sources._choice import checked, chosen_cameras, contents, existing_folder, labels_note
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
 _KEYS = ("schema_version", "task", "rate_hz", "cameras", "image_size", "instructions", "provenance", "sha256")
-_ARRAYS = (*VECTORS, "annotation_index", "depth", "segmentation", "success")
+_LABELS = ("depth", "segmentation")
+_ARRAYS = (*VECTORS, "annotation_index", *_LABELS, "success")
 
 
 class Options(Frozen):
@@ -95,7 +96,10 @@ class MetaworldSource:
                     )
             if meta["task"] != task:
                 raise FileError(f"{self.path / task / 'meta.json'}: task is {meta['task']!r}, expected {task!r}")
-        self._cameras = chosen_cameras(choice, self._meta[first]["cameras"], self.path)
+        own = self._meta[first]["cameras"]
+        self._cameras = chosen_cameras(choice, own, self.path)
+        self._labels = _LABELS if self._cameras[0] == own[0] else ()
+        self.notes += [] if self._labels else [f"{self.path}: {labels_note(_LABELS, own, self._cameras)}"]
         every = [(task, k, _look(entry)) for task in tasks for k, entry in enumerate(self._entries(task))]
         there = sorted({look for _, _, look in every})
         if absent := [look for look in options.looks if look not in there]:
@@ -174,7 +178,7 @@ class MetaworldSource:
         files = [file, *(_picture(file, camera) for camera in self._cameras)]
         if absent := next((part for part in files if not part.is_file()), None):
             raise FileError(f"{absent}: no such file, though meta.json lists its episode; collect again")
-        annotated, stamps = {"depth": labelled, "segmentation": labelled}, " ".join(stamp(part) for part in files)
+        annotated, stamps = dict.fromkeys(self._labels, labelled), " ".join(stamp(part) for part in files)
         return EpisodeShape(len(arrays["success"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
 
     def read(self, index: int) -> Episode:
@@ -189,7 +193,7 @@ class MetaworldSource:
             instruction=self._choice.instruction or paraphrases[turn % len(paraphrases)],
             rate_hz=self._choice.rate_hz or meta["rate_hz"],
             frames={camera: self._frames(task, _picture(file, camera), steps) for camera in self._cameras},
-            annotations={name: Annotation(arrays[name], labelled) for name in ("depth", "segmentation")},
+            annotations={name: Annotation(arrays[name], labelled) for name in self._labels},
             provenance={"file": f"{task}/{file.name}", **meta["provenance"]["episodes"][number]},
             **{name: arrays.get(name) for name in VECTORS},
         )

@@ -35,8 +35,9 @@ The `.npz` (numpy.savez or savez_compressed), n time steps:
   point (16, 32 or 64 bits) and become float32.
 - optional `timestamps` (n,) seconds, float32 or 64, increasing.
 - optional `instruction`: one sentence, as numpy writes `instruction="pick up the cup"`.
-- optional labels of some frames: `annotation_index` int64 (m,), with `depth` float16 or 32 (m, H, W) metres and/or
-  `segmentation` uint8 (m, H, W), of the first camera; the classes are `svam.contract.SEGMENTATION_CLASSES`.
+- optional labels of some frames of the first camera: `annotation_index` int64 (m,), with `depth` float16 or 32 (m, H, W) metres
+  and/or `segmentation` uint8 (m, H, W), of `svam.contract.SEGMENTATION_CLASSES`. Where `convert.cameras` begins with another
+  one they are left out.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
 from svam.sections import Distinct
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
+from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder, labels_note, rate_notes
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
 from svam.sources._video import probe, video_blocks
@@ -159,13 +160,13 @@ class RawSource:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
         self.names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
+        self._labels = _LABELS if self._cameras[0] == self._meta.cameras[0] else ()
         self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
 
     @cached_property
     def notes(self) -> Sequence[str]:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
-        notes = []
-        known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
+        notes, known = [], {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
         first = self._there[min(self._there)]
         try:
             there = headers(first)
@@ -176,6 +177,8 @@ class RawSource:
                 notes += rate_notes(times, self._choice.rate_hz or self._meta.rate_hz, str(first))
         except FileError:  # which `shape` says
             there = {}
+        if not self._labels and (labels := sorted(there.keys() & set(_LABELS))):
+            notes.append(f"{self.path}: {labels_note(labels, self._meta.cameras, self._cameras)}")
         if unknown := sorted(set(there) - known):
             notes.append(
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
@@ -216,7 +219,8 @@ class RawSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
-        instructions = {task: sentences.model_dump() for task, sentences in self._meta.tasks.items()}
+        tasks = {} if self._choice.instruction else self._meta.tasks
+        instructions = {task: sentences.model_dump() for task, sentences in tasks.items()}
         for index in range(len(self)):
             try:
                 task, instruction = self._told(index)
@@ -239,7 +243,7 @@ class RawSource:
         found = headers(file)
         steps = _field(file, found, "actions").shape[0]
         rows = {name: _field(file, found, name).shape[0] for name in _FIELDS if name in found}
-        annotated = {name: _field(file, found, "annotation_index").shape[0] for name in _LABELS if name in found}
+        annotated = {name: _field(file, found, "annotation_index").shape[0] for name in self._labels if name in found}
         facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
         videos = []
         for camera in self._cameras:
@@ -274,7 +278,7 @@ class RawSource:
         loaded = load(file, list(_FIELDS))
         with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which check() names
             arrays = {name: _field(file, loaded, name).astype(_FIELDS[name][2]) for name in loaded}
-        labels = {name: arrays[name] for name in _LABELS if name in arrays}
+        labels = {name: arrays[name] for name in self._labels if name in arrays}
         episode = Episode(
             task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
             timestamps=arrays.get("timestamps"), provenance={"file": file.name},

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from stages.collect import app
-from svam.contract import Annotation, Episode
+from svam.contract import Annotation, Choice, Episode
 from svam.errors import ParamsError
 from svam.files import read_json, sha256_tree
 from svam.params import Collect
@@ -77,6 +77,12 @@ def test_frames_stand_from_left_to_right_in_a_picture(collected: Path) -> None:
     picture = np.asarray(Image.open(collected / "episode_0001.topview.png"))
     assert picture.shape == (32, 32 * len(frames), 3)
     np.testing.assert_array_equal(picture[:, 32 * 7 : 32 * 8], frames[7])
+
+
+def test_labels_of_the_first_camera_stay_with_it(collected: Path) -> None:
+    source = open_source(collected.parent, Options(), Choice(cameras=["topview"]))
+    assert not source.shape(0).annotated and not source.read(0).annotations
+    assert "depth and segmentation are of the camera 'corner2', not of 'topview'" in source.notes[-1]
 
 
 def test_an_episode_keeps_the_contract(collected: Path) -> None:
