@@ -7,7 +7,7 @@ Two layouts are read; the first is taken where the folder `annotation` (option `
    paths from the top folder; one entry of `videos` per camera. A camera's name is its file's if that is
    plain letters (`rgb`), else its place in the list (`camera_0`).
 2. A plain folder of videos, each with `<same name>.json` (keys as above, without `videos`) or `<same name>.txt` (one sentence
-   a line) beside it; the camera is called `video`.
+   a line) beside it, or with both, if the first has no sentence; the camera is called `video`.
 
 Instruction: the first sentence, which is also the task; the others are further training sentences of that task. A key
 `success`, true or false, says whether the demonstration reached its goal.
@@ -83,8 +83,10 @@ def _read(file: Path) -> dict[str, Any]:
     if file.suffix.lower() == ".txt":
         refuse_lfs_pointer(file)  # which is text too
         try:
-            return {"texts": file.read_text(encoding="utf-8-sig").splitlines()}
-        except (OSError, UnicodeDecodeError) as error:
+            if "\0" in (text := file.read_text(encoding="utf-8-sig")):
+                raise ValueError("it has zero bytes, as UTF-16 has")
+            return {"texts": text.splitlines()}
+        except (OSError, ValueError) as error:
             raise FileError(f"{file}: not UTF-8 text ({error})") from None
     content = read_json(file)
     if not isinstance(content, dict):
@@ -111,7 +113,8 @@ class VideoFolderSource:
         self._annotated = annotations.is_dir()
         self._top = annotations if self._annotated else self.path
         suffixes = (".json",) if self._annotated else tuple(FORMATS)
-        files = sorted(file for file in self._top.rglob("[!.]*") if file.suffix.lower() in suffixes and not file.is_dir())
+        found = (file for file in self._top.rglob("*") if file.suffix.lower() in suffixes and not file.is_dir())
+        files = sorted(file for file in found if "/." not in f"/{file.relative_to(self._top).as_posix()}")
         if not files:
             what = f"*.json below {options.annotations}" if self._annotated else f"videos ({', '.join(FORMATS)})"
             raise FileError(f"{self.path}: no {what}; it has {contents(self.path)}")
@@ -135,9 +138,11 @@ class VideoFolderSource:
 
     def _record(self, index: int) -> _Record:
         listed = file = self._files[index]
-        if not self._annotated:
-            file = next((text for suffix in _TOLD if (text := file.with_suffix(suffix)).is_file()), file)
+        told = [text for suffix in _TOLD if not self._annotated and (text := file.with_suffix(suffix)).is_file()]
+        file = next(iter(told), file)
         content = _read(file)
+        if told[1:] and not any(content.get(key) for key in (self.options.text or "", *_TEXTS)):
+            content |= _read(told[-1])
         texts = self._texts(file, content)
         return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})
 

@@ -194,9 +194,16 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     (tmp_path / "d/sub/b.txt").write_text(LFS_POINTER)
     with refused(r"b\.txt: a Git LFS pointer"):
         open_source(tmp_path / "d", Options()).read(1)
-    (tmp_path / "d/sub/b.txt").write_bytes(b"\xff\xfe")
-    with refused(r"b\.txt: not UTF-8 text"):
-        open_source(tmp_path / "d", Options()).read(1)
+    for written in (b"\xff\xfe", "pour it".encode("utf-16-le")):
+        (tmp_path / "d/sub/b.txt").write_bytes(written)
+        with refused(r"b\.txt: not UTF-8 text"):
+            open_source(tmp_path / "d", Options()).read(1)
+    film(tmp_path / "d/.trash/a.mp4", 7)
+    annotate(tmp_path / "d/a.json", actions=[0.5] * 7)
+    (tmp_path / "d/a.txt").write_text("scrub", encoding="utf-8")
+    both = open_source(tmp_path / "d", Options())
+    assert both.names == ["a", "sub/b", "sub/c"] and both.read(0).actions is not None
+    assert both.shape(0).task == both.read(0).instruction == "scrub"
 
 
 @pytest.mark.parametrize(
