@@ -155,9 +155,10 @@ class CalvinSource:
                 instruction = chosen_instruction(self._choice, sentence, where)
             except FileError as error:
                 fault = fault or str(error)
-            if not fault and not ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any():
-                listed = folder / "ep_start_end_ids.npy"
-                fault = f"{where} covers steps {first} to {last}, but no recording of {listed} has all of them"
+            recorded = ((recordings[:, 0] <= first) & (last <= recordings[:, 1])).any()
+            if not recorded or (scenes and scene is None and (self._options.scenes or self._options.held_out_scenes)):
+                what, file = ("scene", "scene_info.npy") if recorded else ("recording", "ep_start_end_ids.npy")
+                fault = fault or f"{where} covers steps {first} to {last}, but no {what} of {folder / file} has all of them"
             segments.append(_Segment(name, number, first, last, task, instruction, scene, fault=fault))
         return segments
 

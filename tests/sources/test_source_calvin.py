@@ -158,6 +158,14 @@ def test_wrong_splits_and_scenes_are_named(dataset: Path, options: dict[str, Any
         open_source(dataset, Options(**options))
 
 
+def test_a_segment_of_no_scene_is_one_bad_episode(tmp_path: Path) -> None:
+    write_folder(tmp_path / "training", [(100, 125)], *ANNOTATED["training"], {"A": [100, 104], "B": [120, 125]})
+    source = open_source(tmp_path, Options(held_out_scenes=["B"]))
+    assert [source.shape(i).held_out for i in (0, 2)] == [False, True]
+    with refused("annotation 1 covers steps 103 to 108, but no scene of .*scene_info.npy has all of them"):
+        source.shape(1)
+
+
 def test_segments_that_share_steps_are_on_one_side(dataset: Path) -> None:
     """Steps 103 and 104 are in two segments: without the official split, drawing by segment would train on held-out frames."""
     source = open_source(dataset / "training", Options())
