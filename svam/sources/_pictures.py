@@ -133,7 +133,8 @@ def picture_array(shape: tuple[int, ...], dtype: np.dtype[Any], channels: Sequen
         return None
     first = shape[3] not in channels
     count, height, width = shape[1:] if first else (shape[3], *shape[1:3])
-    if count not in channels or height * width > LARGEST_PICTURE:
+    fewest = 1 if dtype == np.uint8 else 32  # rotation matrices of whole numbers are no pictures
+    if count not in channels or not fewest <= height * width <= LARGEST_PICTURE:
         return None
     return PictureArray((shape[0], height, width, 3), count, first, dtype)
 

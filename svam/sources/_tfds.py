@@ -265,7 +265,7 @@ class Record:
     def texts(self, name: str) -> list[str]:
         """The strings of a text feature, or of rows of UTF-8 bytes padded with zeros (an integer tensor)."""
         if self._features[name].kind == "text":
-            rows = [bytes(row) for row in self.rows(name)]
+            rows = [bytes(row).rstrip(b"\0") for row in self.rows(name)]
         else:
             codes = self.vectors(name)
             if not np.isin(codes, np.arange(256)).all():

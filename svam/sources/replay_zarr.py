@@ -171,10 +171,9 @@ class ReplayZarrSource:
                     f"{count} chunks of {array.name} are absent and read as its fill value (zero where it states none), as "
                     "Zarr's writers mean it; if the buffer was copied, check that it is whole"
                 )
-        for array, pictures in self._pictures.values():
-            notes += pictures.notes(array.name)
             if (left := array.shape[0] - self._rows) > 0:
                 notes.append(f"{left} rows of {array.name} are behind the last episode and left out")
+        notes += [note for array, pictures in self._pictures.values() for note in pictures.notes(array.name)]
         first = min(self._episodes[0][1], whole)
         for times in self._vectors["timestamp"] if first else ():
             notes += rate_notes(self._joined([times], 0, first)[:, 0], self.rate_hz, times[0].name)

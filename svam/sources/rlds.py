@@ -37,7 +37,7 @@ from svam.console import track
 from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeShape, Frames, Segment, SourceDescription
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
-from svam.sources._choice import checked, chosen_instruction, segments_of
+from svam.sources._choice import checked, chosen_instruction, contents, segments_of
 from svam.sources._pictures import array_rgb, picture_blocks
 from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
@@ -111,10 +111,10 @@ class RldsSource:
         absent = {shard.file.name: why for shard in shards if (why := _absence(shard.file))}
         if absent and (self._options.missing_shards == "refuse" or len(absent) == len(shards)):
             listed = ", ".join(list(absent)[:10]) + ", ..." * (len(absent) > 10)
-            raise FileError(
-                f"{next(iter(absent.values()))}; {len(absent)} of {len(shards)} shards are missing ({listed}); "
-                "convert.options.missing_shards: leave_out reads the others"
-            )
+            way_out = "convert.options.missing_shards: leave_out reads the others"
+            way_out = way_out if len(absent) < len(shards) else f"{self.folder} has {contents(self.folder)}"
+            said = f"{next(iter(absent.values()))}; {len(absent)} of {len(shards)} shards are missing"
+            raise FileError(f"{said} ({listed}); {way_out}")
         if absent:
             self._notes.append(f"{len(absent)} of {len(shards)} shards are missing and left out: {', '.join(absent)}")
         return [shard for shard in shards if shard.file.name not in absent]

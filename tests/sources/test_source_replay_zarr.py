@@ -158,10 +158,12 @@ def test_pictures_of_other_kinds(tmp_path: Path) -> None:
         assert (frames_of(source.read(1), camera) == pictures[5:75]).all()
     write_array(tmp_path / "x.zarr/data/depth", pictures / 255, (7, 6, 8, 3))
     write_array(tmp_path / "x.zarr/data/grey", pictures[..., 0].copy(), (7, 6, 8))
+    write_array(tmp_path / "x.zarr/data/rotations", np.tile(np.eye(3, dtype=np.float32), (90, 2, 1, 1)), (7, 2, 3, 3))
     assert (frames_of(open_source(tmp_path, cameras=["grey"]).read(1)) == pictures[5:75, ..., :1]).all()
     left_out = open_source(tmp_path, TOLD)
     assert any("data/grey is uint8 (90, 6, 8); if it is grey, convert.cameras can" in note for note in left_out.notes)
     assert left_out.describe().cameras == ["camera_1", "img"]
+    assert any("not read: depth, " in note and ", rotations" in note for note in left_out.notes)
     assert any(note.startswith("left out: ") and note.endswith("in 0..255; is it depth?") for note in left_out.notes)
     only = open_source(tmp_path, Options(action=[]), cameras=["data/img"])
     assert only.describe().cameras == ["img"] and only.read(0).actions is None
