@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import FrameBlocks
+from svam.contract import FrameBlocks, Frames, frame_blocks
 from svam.files import FileError
 
 LARGEST_PICTURE = 2**26
@@ -59,6 +59,11 @@ def in_blocks(frames: Iterator[NDArray[np.uint8]], what: str) -> Iterator[NDArra
             count = 0
     if count:
         yield block[:count]
+
+
+def one_coloured(frames: Mapping[str, Frames]) -> list[str]:
+    """The cameras whose first pictures hold one value alone."""
+    return [camera for camera, images in frames.items() if not np.ptp(next(frame_blocks(images)))]
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -38,7 +38,7 @@ from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeSha
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_instruction, contents, segments_of
-from svam.sources._pictures import array_rgb, picture_blocks
+from svam.sources._pictures import LEAVE_OUT, array_rgb, one_coloured, picture_blocks
 from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
 from svam.sources._tfrecord import mapped, read_record, record_spans
@@ -249,10 +249,15 @@ class RldsSource:
     def _record(self, entry: _Entry, payload: memoryview) -> Record:
         return Record(payload, self._features, self._chosen.counter, entry.where)
 
-    @property
+    @cached_property
     def notes(self) -> list[str]:
-        """What is left out, and why."""
-        return [*self._notes, *self._index[1]]
+        """What is left out, and why; and cameras without pictures, which the first episode tells."""
+        notes = [*self._notes, *self._index[1]]
+        with suppress(FileError, ContractError):  # which `shape` says
+            for camera in one_coloured(self.read(0).frames):
+                said = f"pictures of {camera} are of one colour, as sets fill up a camera that is not there"
+                notes.append(f"{self._index[0][0].where}: {said}; {LEAVE_OUT}")
+        return notes
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, one task per different instruction, and the data set's name and version."""

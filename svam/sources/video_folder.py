@@ -165,14 +165,8 @@ class VideoFolderSource:
         texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
-        texts = [text.strip() for text in texts if text.strip()]
-        if not texts:
-            return [chosen_instruction(self.choice, None, str(file))]
-        try:
-            "".join(texts).encode()
-        except UnicodeEncodeError:  # JSON can spell half a character
-            raise FileError(f"{file}: {key} is not Unicode text") from None
-        return list(dict.fromkeys(texts))
+        told = [text for text in texts if text.strip()] or [None]
+        return list(dict.fromkeys(chosen_instruction(self.choice, text, str(file)) for text in told))
 
     @staticmethod
     def _key(file: Path, content: dict[str, Any], named: str | None, usual: Sequence[str], option: str) -> str | None:

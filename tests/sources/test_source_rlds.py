@@ -87,7 +87,8 @@ def test_real_data_equals_an_independent_read() -> None:
     assert (actions, states, words) == ("ce41a99ac769d53d", "b8ec6009c6aaf691", "33d3f8c71bd52816")
     description = source.describe()
     assert description.provenance["name"] == "bridge_dataset" and description.provenance["version"] == "1.0.0"
-    assert source.notes == ["split 'val' (25 episodes) is not read; convert.options.splits says which are"]
+    assert source.notes[0] == "split 'val' (25 episodes) is not read; convert.options.splits says which are"
+    assert len(source.notes) == 2 and "record 0: pictures of image_3 are of one colour, as sets fill up a" in source.notes[1]
 
 
 # Layouts, encodings, options.
