@@ -93,6 +93,8 @@ class JoinedStore(EpisodeStore):
             }
             for task in self.tasks
         }  # fmt: skip
+        for said in self.instructions.values():  # what one set holds out another may train on
+            said["held_out"] = [sentence for sentence in said["held_out"] if sentence not in said["train"]]
         self.provenance = {"source": "sets", "sets": {name: store.provenance for name, store in self.sets.items()}}
         self.episode_numbers = [number for store in stores for number in store.episode_numbers]
         self.episode_names = [name for store in stores for name in store.episode_names]

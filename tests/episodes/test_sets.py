@@ -77,6 +77,13 @@ def test_each_is_what_it_is_alone(recordings: Path) -> None:
     assert store.action_dimensions == 3
 
 
+def test_a_sentence_that_one_set_trains_on_is_not_held_out(recordings: Path) -> None:
+    said = {"train": ["pick it"], "held_out": ["take it", "lift it"]}, {"train": ["lift it"], "held_out": ["pick it"]}
+    for name, sentences in zip(("arm", "films"), said, strict=True):
+        write(recordings / name, {**ONE_TASK, "tasks": {"pick": sentences}})
+    assert made(recordings, "arm", "films").instructions == {"pick": {"train": ["pick it", "lift it"], "held_out": ["take it"]}}
+
+
 def test_each_may_have_several_foresight_cameras(recordings: Path) -> None:
     arm, hand = {"cameras": ["front", "wrist"], "foreseen": 2}, {"cameras": ["wrist", "front"], "foreseen": 2}
     store = made(recordings, "arm", "hand", arm=arm, hand=hand)
