@@ -3,7 +3,7 @@ contradiction with the rest is a `FileError`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -61,25 +61,31 @@ def read_columns(parquet: Any, names: Sequence[str], start: int = 0, stop: int |
 
 
 @lru_cache(maxsize=4)
-def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[str]) -> tuple[Any, NDArray[np.int64] | None]:
-    """The table of `names`, and (rows,) `episode_index`, None where it is absent; kept for the next episode of the file."""
+def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[str]) -> tuple[Any, Any, Set[int]]:
+    """The table of `names`; (rows,) int64 `episode_index` or None; its values. Kept for the next episode of the file."""
     with opened(file, needed) as parquet:
         table = read_columns(parquet, ["episode_index", *names])
     if "episode_index" not in table.column_names:
-        return table, None
-    return table, whole_numbers(table["episode_index"], f"{file}: episode_index")
+        return table, None, set()
+    episodes = whole_numbers(table["episode_index"], f"{file}: episode_index")
+    return table, episodes, set(np.unique(episodes).tolist())
 
 
-def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[str, ...], alone: bool) -> tuple[int, Any]:
+def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[str, ...], listed: Set[int]) -> tuple[int, Any]:
     """The first row of episode `number` in a file, and the table of those of its columns `names` that are there; its rows must
-    lie together, and the columns `needed` be there. alone: the file holds no other episode."""
-    table, episodes = _small_columns(file, stamp(file), needed if alone else ("episode_index", *needed), names)
+    lie together, and the columns `needed` be there. listed: those of the file by the metadata; none: it holds no other."""
+    table, episodes, held = _small_columns(file, stamp(file), ("episode_index", *needed) if listed else needed, names)
     if episodes is None:
         return 0, table
     rows = np.flatnonzero(episodes == number)
+    if listed - held and held - listed:
+        raise FileError(
+            f"{file}: it holds episodes {min(held)} to {max(held)}, and by the metadata {min(listed)} to {max(listed)}, so "
+            "that each may be another one there (were sets joined?); give the rows the metadata's numbers"
+        )
     if not len(rows):
         raise FileError(f"{file}: episode {number} is not in it, it holds episodes {episodes.min()} to {episodes.max()}")
-    if rows[-1] - rows[0] + 1 != len(rows) or (alone and len(rows) != len(episodes)):
+    if rows[-1] - rows[0] + 1 != len(rows) or (not listed and len(rows) != len(episodes)):
         raise FileError(f"{file}: rows of other episodes lie among those of episode {number}")
     return int(rows[0]), table.slice(int(rows[0]), len(rows))
 
@@ -143,15 +149,15 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
     if column.null_count == len(column):
         return None
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
-    if types.is_string(kind) or types.is_large_string(kind):
+    if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
         try:
             values: list[Any] = column.to_pylist()
         except UnicodeDecodeError:
             raise FileError(f"{what} is not UTF-8 text") from None
         return [value or "" for value in values]
+    said = whole_numbers(column, what).tolist()
     if tasks is None:
         return None
-    said = whole_numbers(column, what).tolist()
     if unknown := [value for value in said if value not in tasks]:
         raise FileError(f"{what} is {unknown[0]}, which meta/tasks does not list")
     return [tasks[value] for value in said]
@@ -270,9 +276,12 @@ def find_frames(
     # The frames from `first` to before `end` are the episode's; a row's frame may lie up to before `last`.
     origin, part, first, end, last = 0.0, "", 0, len(at), len(at)
     if span is not None and span.first is None and times is not None:
-        origin, part = span.start, f" from {span.start:g} to {span.stop:g} s"
-        first, end = np.searchsorted(at, (span.start - half, span.stop - half)).tolist()
-        last = int(np.searchsorted(at, min(span.stop + half, span.end - half), side="right"))  # not the next one's first
+        origin, stop = span.start, span.stop
+        if times[0] >= half and origin + times[-1] < min(span.end - half, at[-1] + half):  # cut rows that kept their times
+            stop = max(stop, origin + times[-1] + 2 * half)
+        part = f" from {span.start:g} to {stop:g} s"
+        first, end = np.searchsorted(at, (span.start - half, stop - half)).tolist()
+        last = int(np.searchsorted(at, min(stop + half, span.end - half), side="right"))  # not the next one's first
         end = min(end, last)
     elif span is not None:
         first = int(np.argmin(np.abs(at - span.start))) if span.first is None else span.first

@@ -195,10 +195,11 @@ def what_lies_there(root: Path, path: Path, major: str) -> str:
     return f"{lies}; {' and '.join(files)} {verb} of a {other} set: is codebase_version right?" if files else lies
 
 
-def read_tasks(root: Path) -> dict[int, str] | None:
+def read_tasks(root: Path, major: str) -> dict[int, str] | None:
     """`task_index` -> sentence, from `meta/tasks.parquet` (the sentence is a column `task` or the pandas index) or
-    `meta/tasks.jsonl`; None where there is neither."""
-    file = next((file for name in ("tasks.parquet", "tasks.jsonl") if (file := root / "meta" / name).is_file()), None)
+    `meta/tasks.jsonl`, whichever is of the version where there are both; None where there is neither."""
+    names = ("tasks.parquet", "tasks.jsonl") if major == "v3" else ("tasks.jsonl", "tasks.parquet")
+    file = next((file for name in names if (file := root / "meta" / name).is_file()), None)
     if file is None:
         return None
     tasks: dict[int, str] = {}

@@ -16,7 +16,7 @@ videos longer than their rows, timestamps that begin late (see `_lerobot_files.f
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -114,6 +114,9 @@ class LerobotSource:
             said = f"total_episodes is {self.info.total_episodes}, but the episode list has {len(self)}"
             self._notes.append(f"{self._info_file}: {said}")
         self._templates = {"data": self._right_template("data", [None]), "video": self._right_template("video", declared)}
+        self._listed: dict[Path, set[int]] = {}
+        for entry in self._entries if self.info.major == "v3" else ():
+            self._listed.setdefault(self._path(entry), set()).add(entry.number)
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
@@ -121,7 +124,7 @@ class LerobotSource:
         self._notes += notes
         self.columns = self._find_columns(names)
         self._needed = (*(camera.key for camera in self.cameras if not camera.video), *chain(*self.columns.values()))
-        self._tasks = meta.read_tasks(self.root)
+        self._tasks = meta.read_tasks(self.root, self.info.major)
 
     @property
     def notes(self) -> Sequence[str]:
@@ -178,8 +181,7 @@ class LerobotSource:
                     return file, list(parquet.schema_arrow.names)
             except FileError as error:
                 refused = refused or error
-        place = self._path(self._entries[0])
-        lies = meta.what_lies_there(self.root, place, self.info.major)
+        lies = meta.what_lies_there(self.root, place := self._path(self._entries[0]), self.info.major)
         raise refused or FileError(f"{place}: no such file, nor that of any other episode; {lies}")
 
     def _present_cameras(self, declared: list[Camera], columns: list[str]) -> list[Camera]:
@@ -211,8 +213,7 @@ class LerobotSource:
         column = f"{self._first_file.relative_to(self.root)} has no column of that name"
         if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
             return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
-        path = self._path(self._entries[0], camera)
-        lies = meta.what_lies_there(self.root, path, self.info.major)
+        lies = meta.what_lies_there(self.root, path := self._path(self._entries[0], camera), self.info.major)
         return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
 
     def _look_at_pictures(self) -> None:
@@ -246,8 +247,7 @@ class LerobotSource:
                 )
             if columns:
                 chosen[vector] = list(columns)
-        column = self.options.instruction_column
-        if column not in (None, "tasks", *names):
+        if (column := self.options.instruction_column) not in (None, "tasks", *names):
             raise ParamsError(f"convert.options.instruction_column: column {column!r} is not in {self._first_file}")
         return chosen
 
@@ -293,7 +293,7 @@ class LerobotSource:
         file, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
         small = ("timestamp", "frame_index", "next.success", spoken)
-        start, table = files.episode_rows(file, entry.number, small, self._needed, alone=self.info.major == "v2")
+        start, table = files.episode_rows(file, entry.number, small, self._needed, self._listed.get(file, set()))
         if entry.steps not in (None, len(table)):
             raise FileError(f"{file}: episode {entry.number} has {len(table)} rows, but the metadata says {entry.steps}")
         columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -422,10 +422,9 @@ class LerobotSource:
             vector: [name for key in columns for name in (meta.dimension_names(features.get(key, {}).get("names")) or [key])]
             for vector, columns in self.columns.items()
         }
-        for index in range(len(self)):
-            if index not in self._instructions:
-                with suppress(FileError):  # of an episode that cannot be read
-                    self._instructions[index] = self._rows(index).instruction
+        for index in set(range(len(self))) - self._instructions.keys():
+            with suppress(FileError):  # of an episode that cannot be read
+                self._instructions[index] = self._rows(index).instruction
         said = (self._instructions[index] for index in sorted(self._instructions))
         return SourceDescription(
             rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
@@ -445,12 +444,11 @@ class LerobotSource:
         """What the metadata, the small columns of the rows, the videos' indices and an episode's first picture say."""
         entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
-        first = (rows.start, rows.start + 1)
         for camera in self.cameras:
             try:
                 if camera.video:
                     self._place(entry, camera, rows, cheaply=True)
-                elif next(files.stored_pictures(rows.file, self.root, camera.key, first, camera.shape))[1]:
+                elif next(self._pictures(camera, replace(rows, stop=rows.start + 1)))[1]:
                     self._note(" are turned as their EXIF asks", f"{rows.file}: pictures of {camera.key!r}")
             except FileError as error:
                 others = [other.name for other in self.cameras if other is not camera]
@@ -491,10 +489,12 @@ class LerobotSource:
 
     def _stored(self, camera: Camera, rows: _Rows) -> FrameBlocks:
         """The pictures of a camera that lie in the parquet file."""
-        pictures = partial(files.stored_pictures, rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
-        what = f"{rows.file}: column {camera.key!r}"
+        what, pictures = f"{rows.file}: column {camera.key!r}", partial(self._pictures, camera, rows)
         shape = next(pictures())[0].shape
         return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))
+
+    def _pictures(self, camera: Camera, rows: _Rows) -> Iterator[tuple[NDArray[np.uint8], bool]]:
+        return files.stored_pictures(rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
 
 
 open_source = LerobotSource

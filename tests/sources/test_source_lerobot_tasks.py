@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from svam.contract import Segment
@@ -33,6 +34,19 @@ def test_tasks(tmp_path: Path) -> None:
         source(root).shape(1)
     filled = source(root, missing_instruction="go")
     assert [filled.shape(e).task for e in range(2)] == ["b", "go"] and list(filled.describe().instructions) == ["b", "go"]
+
+
+def test_sentences_of_an_upgraded_set_and_of_other_types(tmp_path: Path) -> None:
+    said = [pa.array([f"say {e}"] * n).cast(pa.string_view()) for e, n in enumerate((5, 7))]
+    root = write_v2(tmp_path, change=lambda e, n: {"said": said[e], "bytes": [b"a"] * n})
+    (root / "meta/episodes.jsonl").write_text('{"episode_index": 0, "length": 5}\n{"episode_index": 1, "length": 7}')
+    pq.write_table(pa.table({"task_index": [0], "task": ["of another version"]}), root / "meta/tasks.parquet")
+    assert source(root).shape(0).task == "push the block"
+    (root / "meta/tasks.jsonl").unlink()
+    (root / "meta/tasks.parquet").unlink()
+    assert source(root, instruction_column="said").shape(1).task == "say 1"
+    with refused("bytes holds binary, expected numbers; set convert.options.instruction_column"):
+        source(root, instruction_column="bytes", missing_instruction="go").shape(0)
 
 
 def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:

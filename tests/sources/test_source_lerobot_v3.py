@@ -127,6 +127,32 @@ def test_numbers_that_are_not_those_of_episode_index(tmp_path: Path) -> None:
     assert "the last episode has episode_index 2; in convert.episodes and drop it is 1, or by name '2'" in " ".join(data.notes)
 
 
+def test_rows_of_joined_sets_that_kept_their_numbers(tmp_path: Path) -> None:
+    """Each is in the file, but another than the metadata means; where the list alone was shortened, none is doubtful."""
+    root = write_v3(tmp_path, (5, 5, 5))
+    data, file = root / "data/chunk-000/file-000.parquet", root / "meta/episodes/chunk-000/file-000.parquet"
+    table, listed = pq.read_table(data), pq.read_table(file)
+    pq.write_table(table.slice(0, 10), data.with_name("file-001.parquet"))
+    place = listed.schema.get_field_index("data/file_index")
+    pq.write_table(listed.set_column(place, "data/file_index", pa.array([0, 1, 1])), file)
+    joined = source(root)
+    for e in (1, 2):
+        with refused("file-001.parquet: it holds episodes 0 to 1, and by the metadata 1 to 2, so that each may be"):
+            joined.shape(e)
+    assert joined.shape(0).steps == 5
+
+
+def test_rows_that_were_cut_and_kept_their_times(tmp_path: Path) -> None:
+    """The clip is said to begin where it did, with as many frames as rows are left: their timestamps tell which they are."""
+    root = write_v3(tmp_path)
+    data = root / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(data).slice(2), data)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pa.table(pq.read_table(file).to_pydict() | {"length": [3, 7, 4]}), file)
+    write_clips(root, CAMERA, [0, 0, 0], [0, 0.5, 1.2], (3, 7, 4))
+    assert [numbers(source(root).read(e)) for e in range(3)] == [[2, 3, 4], [*range(5, 12)], [*range(12, 16)]]
+
+
 def test_cameras_of_other_rates(tmp_path: Path) -> None:
     """Timestamps find the frames of a faster one, with a note of both numbers; a slower one is named with the way out."""
     side = "observation.images.side"
