@@ -93,18 +93,17 @@ class CaptionedEpisodes:
         for line in read_captions(self._file):
             self._lines.setdefault(line[0], []).append(line)
         self._of_file = {PurePosixPath(key).with_suffix("").as_posix(): key for key in self._lines}
-        self._used: dict[str, str] = {}
+        self._used: set[str] = set()
+        self._names = set(getattr(source, "names", ()))
 
     def _said(self, index: int, shape: EpisodeShape) -> list[Line]:
-        """The lines of an episode: by its name, its file's, or its number."""
-        keys = {"name": shape.name, "file": self._of_file.get(shape.name, ""), "number": str(index)}
-        how, key = next(((how, key) for how, key in keys.items() if key in self._lines), ("", ""))
-        if not how:
+        """The lines of an episode: by its name, its file's, or its number where that is no other's name."""
+        keys = (shape.name, self._of_file.get(shape.name, ""), *({str(index)} - self._names))
+        key = next((key for key in keys if key in self._lines), None)
+        if key is None:
             called = f" ({shape.name})" if shape.name else ""
             raise FileError(f"{self._file}: no line for episode {index}{called}; its first is for {next(iter(self._lines))!r}")
-        if (other := self._used.setdefault(key, how)) != how:
-            both = f"{key!r} is the {other} of one episode and the {how} of episode {index}"
-            raise FileError(f"{self._file}: {both}; call all episodes by their names")
+        self._used.add(key)
         return self._lines[key]
 
     @property

@@ -199,7 +199,7 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
         elif ends := _RANGE.fullmatch(item.strip()):
             part = set(range(int(ends[1] or 0), int(ends[2] or total)))
         elif not (part := {number for number, name in names.items() if name == item}) and item.strip().isdecimal():
-            part = {int(item)}
+            part = set() if any(name.isdecimal() for name in names.values()) else {int(item)}
         if total and (not part or min(part) < 0 or max(part) >= total):
             called = list(names.values())[:LISTED] + ["..."] * (len(names) > LISTED)
             raise ParamsError(

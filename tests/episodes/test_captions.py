@@ -95,10 +95,12 @@ def test_what_is_wrong_with_a_file(folder: Path, captions: Any, message: str) ->
 def test_a_line_is_not_of_two_episodes(tmp_path: Path) -> None:
     """Recordings that are called 1, 2 and 3, in a file that counts from 0."""
     folder = write(tmp_path / "raw", ONE_TASK, **{str(number): arrays_of(number, 5) for number in (1, 2, 3)})
-    with refused("'2' is the name of one episode and the number of episode 2; call all episodes by their names"):
+    with refused(r"said.jsonl: no line for episode 2 \(3\)"):
         opened(folder, [{"episode": number, "text": f"push {number}"} for number in range(3)])
     lines = [{"episode": number, "text": f"push {number}"} for number in (1, 2, 3)]
     assert told(opened(folder, lines)) == [("push 1", 5), ("push 2", 5), ("push 3", 5)]
+    with refused("convert.drop names '0', which is not there: .*, or 1, 2, 3"):
+        opened(folder, lines, drop=["0"])
 
 
 def test_files_that_are_elsewhere(folder: Path) -> None:
