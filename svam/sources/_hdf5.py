@@ -113,6 +113,9 @@ class Hdf5File:
             if not isinstance(member, self._h5py.Dataset):
                 kind = "missing" if member is None else "a group"
                 raise FileError(f"{self.file}: {name} is {kind}, expected a dataset")
+            if member.is_virtual or member.external or member.file.filename != self._root.filename:
+                way = "copy all into one file (h5repack; what is linked: h5copy -f ext), then convert that"
+                raise FileError(f"{self.file}: {name} keeps its values in other files; {way}")
             yield member
 
     def names(self, group: str) -> list[str]:
@@ -178,7 +181,7 @@ class Hdf5File:
     def texts(self, name: str) -> list[str]:
         """The strings of a dataset, stripped; none where it holds something else."""
         shape, dtype = self.layout(name)
-        if dtype.kind not in "SO" or len(shape) > 1:
+        if dtype.kind not in "SO" or len(shape) > 2:
             return []
         texts = [text_of(value, f"{self.file}: {name}") for value in self.rows(name).reshape(-1)]
         return [text for text in texts if text is not None]
@@ -217,8 +220,6 @@ class Hdf5File:
     def _check_stored(self, name: str, dataset: Any) -> None:
         """That the values of a dataset are in this file, whole and readable, and no larger than it can hold."""
         where = f"{self.file}: {name}"
-        if dataset.is_virtual or dataset.external:
-            raise FileError(f"{where} keeps its values in other files; copy it into one (h5repack), then convert that")
         creation = dataset.id.get_create_plist()
         for code, _, _, title in map(creation.get_filter, range(creation.get_nfilters())):
             with suppress(ImportError):

@@ -11,7 +11,8 @@ From each demonstration:
 - The attribute `success` of a demonstration, where it is there, for `convert.success`.
 
 Numbers are cast to float32. Demonstrations come in the order of their numbers, files in that of their names. `mask/train` and
-`mask/valid`, lists of demonstrations, become the split. Files with states alone are refused: their pictures must be rendered.
+`mask/valid` (or val, validation, test), lists of demonstrations, become the split. Files with states alone are refused: their
+pictures must be rendered.
 The rate is `control_freq` of the attribute `env_args`, or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
 
 Alignment: row t of `actions` goes with row t of `obs`, as stored; nothing is shifted. In robomimic's files observation t is
@@ -39,6 +40,7 @@ from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files
 from svam.sources._pictures import named_pictures, picture_array
 
 _ENDINGS = ("_image", "_rgb")
+_HELD_OUT = ("valid", "val", "validation", "test")
 _LIBERO = {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
 _PROPRIOCEPTION = (
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
@@ -117,6 +119,8 @@ class RobomimicSource(Hdf5Source):
         self._late, self._state_widths = int(options.observations == "after"), set[int]()
         super().__init__(path, options, choice, hdf5_files(path))
         demos = self._readable
+        if (free := [demo for demo in demos if demo.held_out is None]) and any(demo.held_out for demo in demos):
+            self._note(f"{len(free)} demonstrations are in no mask of the split, the first is {free[0]}; they are trained on")
         if self._alike["proprioception"] == "nothing":
             self._note("no proprioception: none of the default keys is in obs; name some in convert.options")
         if len(self._state_widths) > 1:
@@ -127,8 +131,9 @@ class RobomimicSource(Hdf5Source):
         turned = {demo.file for demo in demos if demo.flip != "none"}
         if options.flip == "auto" and turned:
             self._note(
-                f"pictures of {len(turned)} files are flipped vertically: their macros_image_convention, or LIBERO's names of "
-                "cameras, say that they are upside down; convert.options.flip: none leaves them as stored"
+                f"pictures of {len(turned)} of {len({demo.file for demo in demos})} files are flipped vertically: their "
+                "macros_image_convention, or LIBERO's names of cameras, say that they are upside down; "
+                "convert.options.flip: none leaves them as stored"
             )
         elif options.flip == "auto" and any(name.endswith("_rgb") for name in datasets):
             self._note(
@@ -149,13 +154,15 @@ class RobomimicSource(Hdf5Source):
         if not names:
             raise FileError(f"{data.file}: no group data of demonstrations, robomimic's layout; it has {data.listed('/')}")
         chosen = self.options.filter_key
-        keys = [key for key in ("train", "valid", chosen) if key and data.is_dataset(f"mask/{key}")]
-        masks = {key: set(data.texts(f"mask/{key}")) for key in keys}
-        train, valid = masks.get("train", set()), masks.get("valid", set())
+        keys = [key for key in dict.fromkeys(["train", *_HELD_OUT, chosen]) if key and data.is_dataset(f"mask/{key}")]
+        masks = {key: {text.removeprefix("data/") for text in data.texts(f"mask/{key}")} for key in keys}
+        for key in [key for key in keys if not masks[key] and 0 not in data.layout(f"mask/{key}")[0]]:
+            self.notes.append(f"{data.file}: mask/{key} holds no names of demonstrations, and is not used")
+        train, valid = masks.get("train", set()), set[str]().union(*(masks.get(key, ()) for key in _HELD_OUT))
         if both := sorted(train & valid):
             self.notes.append(
-                f"{data.file}: {len(both)} demonstrations are in mask/train and in mask/valid, the first is {both[0]}; they "
-                "are held out"
+                f"{data.file}: {len(both)} demonstrations are in mask/train and in one that holds out, the first is {both[0]}; "
+                "they are held out"
             )
         if absent := sorted(set().union(*masks.values()) - set(names)):
             self.notes.append(
@@ -166,10 +173,6 @@ class RobomimicSource(Hdf5Source):
                 there = ", ".join(data.names("mask")) or "none"
                 raise FileError(f"{data.file}: no mask/{chosen}, which convert.options.filter_key names; it has {there}")
             names = [name for name in names if name in masks[chosen]]
-        if (train or valid) and (neither := [name for name in names if name not in train | valid]):
-            self.notes.append(
-                f"{data.file}: {len(neither)} demonstrations are in no mask, the first is {neither[0]}; they are trained on"
-            )
         return {f"data/{name}/": name in valid if name in train | valid else None for name in names}
 
     def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
@@ -184,14 +187,16 @@ class RobomimicSource(Hdf5Source):
         state_width = data.vector(f"{place}states", steps)[1] if data.is_dataset(f"{place}states") else 0
         flip: str = self.options.flip
         if flip == "auto":
-            convention = data.text_attribute("data", "macros_image_convention")
+            convention = (data.text_attribute("data", "macros_image_convention") or "").lower()
             pictures = {f"obs/{key}" for key in keys if self._is_camera(data, f"{place}obs/{key}")}
             libero = pictures | {dataset for dataset, _ in cameras.values()} <= _LIBERO  # the same, whichever are chosen
-            flip = "vertical" if convention == "opengl" or (convention is None and libero) else "none"
+            flip = "vertical" if convention == "opengl" or (not convention and libero) else "none"
         told = ", ".join(key.removeprefix("obs/") for key in proprioception) or "nothing"
         alike: dict[str, Any] = {"proprioception": told, "actions": f"(n, {width})"}
         if not self._choice.rate_hz:
             alike["control_freq"] = _control_rate(data)
+        if (said := data.attribute(place, "num_samples")) is not None and np.any(said != steps):
+            self._note("num_samples of demonstrations is not the number of their actions; all of these are read")
         success = np.asarray(data.attribute(place, "success"))
         recording = Recording(
             file=data.file, place=place, steps=steps - self._late, late=self._late, cameras=cameras, flip=flip,

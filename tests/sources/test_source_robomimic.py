@@ -144,7 +144,7 @@ def test_masks(tmp_path: Path) -> None:
         root["mask/few"] = np.array([b"demo_3", b"demo_2"])
     source = open_said(tmp_path)
     assert [source.shape(i).held_out for i in range(5)] == [False, True, True, False, None]
-    assert "demo_77" in source.notes[0] and "demo_4" in source.notes[1]
+    assert "demo_77" in source.notes[0] and "1 demonstrations are in no mask of the split" in source.notes[1]
     few = open_said(tmp_path, filter_key="few")
     assert [(few.shape(i).name, few.shape(i).held_out) for i in range(len(few))] == [
         ("image/demo_2", True), ("image/demo_3", False),
@@ -155,9 +155,19 @@ def test_masks(tmp_path: Path) -> None:
         root["mask/valid"][0] = "demo_3"
         root["mask/few"][0] = "demo_8"
     both = open_said(tmp_path, filter_key="few")
-    assert "1 demonstrations are in mask/train and in mask/valid, the first is demo_3; they are held out" in both.notes[0]
+    assert (
+        "1 demonstrations are in mask/train and in one that holds out, the first is demo_3; they are held out" in both.notes[0]
+    )
     assert "2 demonstrations that are not there, the first is 'demo_77'" in both.notes[1]
     assert [both.shape(i).held_out for i in range(len(both))] == [True]
+    with h5py.File(tmp_path / "image.hdf5", "a") as root:
+        root.move("mask/valid", "mask/test")
+        del root["mask/train"]
+        root["mask/train"], root["data/demo_0"].attrs["num_samples"] = [0, 3], 1
+    source = open_said(tmp_path)
+    assert [source.shape(i).held_out for i in range(5)] == [None, None, True, True, None] and source.shape(0).steps == 2
+    assert "mask/train holds no names of demonstrations, and is not used" in source.notes[0]
+    assert any("num_samples of demonstrations is not the number of their actions; all" in note for note in source.notes)
 
 
 def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
@@ -248,6 +258,11 @@ def test_values_kept_in_another_file_are_refused(tmp_path: Path) -> None:
         root["data/demo_0"].create_dataset("actions", (3, 7), np.float64, external=external)
     with refused("keeps its values in other files"):
         open_said(tmp_path).read(0)
+    robomimic(tmp_path / "a.hdf5", {"demo_0": 3})
+    with h5py.File(tmp_path / "b.hdf5", "w") as root:
+        root["data/demo_0"] = h5py.ExternalLink("a.hdf5", "data/demo_0")
+    with refused("b.hdf5: data/demo_0/actions keeps its values in other files; copy .*h5copy"):
+        open_said(tmp_path / "b.hdf5")
 
 
 def isaac(file: Path, **demos: dict[str, Any]) -> None:
