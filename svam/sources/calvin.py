@@ -14,7 +14,7 @@ is robot_obs, state is scene_obs; all vectors are cast to float32.
 
 Alignment: step t's file holds the frame, robot_obs and scene_obs at t and the action taken there, which is the hand's pose at
 t + 1: `actions` absolutely (metres, Euler angles, gripper -1 or 1), `rel_actions` less the pose in the same file's robot_obs,
-over 0.02 m and 0.05 rad and clipped to [-1, 1] (calvin_env/datarenderer.py). If the first steps contradict this, a note tells.
+over 0.02 m and 0.05 rad and clipped to [-1, 1] (calvin_env/datarenderer.py). A note tells where a scene's first steps differ.
 
 Splits: with training and validation both read, validation is held out; `held_out_scenes` holds out more. Otherwise segments
 that share steps are on one side of the split (`EpisodeShape.group`), so that no held-out frame is trained on. A folder's scenes
@@ -252,12 +252,13 @@ class CalvinSource:
                 self.notes.append(f"the depth is of the camera {options.depth!r}, but the first one is {foreseen!r}")
         self.notes += [f"{file}: no {name}, so the episodes have no {named[name]}" for name in named if name not in there]
         self.notes += [f"{file}: no rgb_{name}, so the camera {name!r} is left out" for name in _CAMERAS if name not in cameras]
-        if options.actions == "rel_actions":
+        of_scenes = {(one.folder, one.scene): one for one in reversed(self._segments) if not one.fault}
+        for one in reversed(of_scenes.values()) if options.actions == "rel_actions" else ():
             with suppress(FileError):  # which `shape` says
-                gap = files.alignment_gap(self.path / first.folder, first.first, first.last)
-                if gap > _ALIGNED:
+                if (gap := files.alignment_gap(self.path / one.folder, one.first, one.last)) > _ALIGNED:
+                    where = files.step_file(self.path / one.folder, one.first)
                     self.notes.append(
-                        f"{file}: rel_actions differ by up to {gap:.2f} from what the same steps' actions and robot_obs give; "
+                        f"{where}: rel_actions differ by up to {gap:.2f} from what the same steps' actions and robot_obs give; "
                         "check that a frame and the action taken at it are in one file"
                     )
 

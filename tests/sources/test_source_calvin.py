@@ -158,6 +158,18 @@ def test_wrong_splits_and_scenes_are_named(dataset: Path, options: dict[str, Any
         open_source(dataset, Options(**options))
 
 
+def test_each_scene_is_looked_at_for_its_alignment(tmp_path: Path) -> None:
+    """Actions of the step before, in the second scene alone."""
+    folder, steps_of = tmp_path / "training", [(100, 104), (110, 114)]
+    write_folder(folder, steps_of, steps_of, ["a", "b"], ["a", "b"], {"A": [100, 104], "B": [110, 114]})
+    assert open_source(tmp_path, Options()).notes == []
+    files = [folder / f"episode_{step:07d}.npz" for step in range(110, 115)]
+    steps = [dict(np.load(file)) for file in files]
+    for file, step, before in zip(files[1:], steps[1:], steps, strict=False):
+        np.savez(file, **step | {name: before[name] for name in ("actions", "rel_actions")})
+    assert [note.partition(": ")[0] for note in open_source(tmp_path, Options()).notes] == [str(files[0])]
+
+
 def test_a_segment_of_no_scene_is_one_bad_episode(tmp_path: Path) -> None:
     write_folder(tmp_path / "training", [(100, 125)], *ANNOTATED["training"], {"A": [100, 104], "B": [120, 125]})
     source = open_source(tmp_path, Options(held_out_scenes=["B"]))
