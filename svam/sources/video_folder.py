@@ -5,7 +5,7 @@ Two layouts are read; the first is taken where the folder `annotation` (option `
 1. As IRASim, Cosmos and Video Prediction Policy write it: `annotation/<split>/<id>.json`, each an episode:
    `{"texts": ["put ..."], "videos": [{"video_path": "videos/<split>/<id>/rgb.mp4"}], "action": [[...], ...], "state": ...}`,
    paths from the top folder; one entry of `videos` per camera. A camera's name is its file's if that is
-   plain letters (`rgb`), else its place in the list (`camera_0`).
+   plain letters (`rgb`) and not the episode's, else its place among their sorted paths (`camera_0`).
 2. A plain folder of videos, each with `<same name>.json` (keys as above, without `videos`) or `<same name>.txt` (one sentence
    a line) beside it, or with both, if the first has no sentence; the camera is called `video`.
 
@@ -94,11 +94,14 @@ def _read(file: Path) -> dict[str, Any]:
     return content
 
 
-def _camera_names(videos: list[str]) -> list[str]:
-    """By file name, unless names hold numbers (which may be the episode's) or are alike; then by place."""
-    stems = [PurePosixPath(video).stem for video in videos]
-    names = [stem if re.fullmatch("[A-Za-z_-]+", stem) else f"camera_{place}" for place, stem in enumerate(stems)]
-    return names if len(set(names)) == len(names) else [f"camera_{place}" for place in range(len(videos))]
+def _camera_names(videos: list[str], episode: str) -> list[str]:
+    """By file name, unless names are the episode's, hold numbers (which may be its) or are alike; then by place among them all,
+    sorted, as lists differ in order."""
+    by_place = {video: f"camera_{place}" for place, video in enumerate(sorted(videos))}
+    stems = {video: PurePosixPath(video).stem for video in videos}
+    plain = {video: stem for video, stem in stems.items() if re.fullmatch("[A-Za-z_-]+", stem) and stem != episode}
+    names = [plain.get(video, by_place[video]) for video in videos]
+    return names if len(set(names)) == len(names) else [by_place[video] for video in videos]
 
 
 class VideoFolderSource:
@@ -190,7 +193,7 @@ class VideoFolderSource:
             pure = PurePosixPath(path)
             if pure.is_absolute() or ".." in pure.parts or "\0" in path:
                 raise FileError(f"{file}: video_path is {path!r}, expected the path of a video below the top folder")
-        return {name: self.path / path for name, path in zip(_camera_names(paths), paths, strict=True)}
+        return {name: self.path / path for name, path in zip(_camera_names(paths, file.stem), paths, strict=True)}
 
     @cached_property
     def _survey(self) -> tuple[dict[str, dict[str, list[str]]], list[str]]:

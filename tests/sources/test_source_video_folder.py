@@ -16,7 +16,7 @@ from svam.episodes.frames import prepared, resize_frames
 from svam.sources._video import probe, video_blocks
 from svam.sources.video_folder import Options, open_source
 from tests.recorded import SETTINGS
-from tests.sources.common import LFS_POINTER, Array, decoded, film, frames_of, real, refused
+from tests.sources.common import LFS_POINTER, Array, decoded, film, frames_of, real, refused, squares
 
 
 def annotate(file: Path, **content: Any) -> None:
@@ -137,6 +137,22 @@ def test_what_differs_from_one_json_to_the_next(tmp_path: Path) -> None:
     named = open_source(layout(tmp_path / "e", text=None, texts=["x"]), Options(text="text"), Choice(missing_instruction="go"))
     with refused("key 'text', which convert.options.text names, is missing"):
         named.shape(0)
+
+
+def test_names_of_cameras_do_not_hang_on_the_order_of_lists(tmp_path: Path) -> None:
+    """Names with numbers, listed in two orders; and films that have the names of their episodes."""
+    for name, cameras in (("a", "01"), ("b", "10")):
+        for camera in cameras:
+            film(tmp_path / f"many/{name}/cam{camera}.mp4", squares(4 + int(camera))[:4])
+        annotate(tmp_path / f"many/annotation/{name}.json", text="x", videos=[f"{name}/cam{camera}.mp4" for camera in cameras])
+        film(tmp_path / f"one/{name}.mp4", 4)
+        annotate(tmp_path / f"one/annotation/{name}.json", text="x", videos=[f"{name}.mp4"])
+    many, one = (open_source(tmp_path / kind, Options()) for kind in ("many", "one"))
+    for index, name in enumerate("ab"):
+        for camera in "01":
+            pictures = frames_of(many.read(index), f"camera_{camera}")
+            assert (pictures == decoded(tmp_path / f"many/{name}/cam{camera}.mp4")).all()
+    assert [list(one.read(index).frames) for index in (0, 1)] == [["camera_0"]] * 2
 
 
 def test_a_camera_of_another_kind_of_file_may_be_left_out(tmp_path: Path) -> None:
