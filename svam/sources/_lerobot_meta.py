@@ -4,6 +4,7 @@ Whatever is missing, damaged or of another form is a `FileError`."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -295,6 +296,17 @@ def own_split(info: Info, entries: Sequence[Entry]) -> tuple[dict[int, bool], li
     else:
         return {}, []
     return {}, [f"meta/info.json: splits {info.splits} {reason}; {unused}"]
+
+
+def names_of(columns: Sequence[str], features: Mapping[str, dict[str, Any]]) -> list[str]:
+    """A name for each dimension of joined columns; none where a column has not one for each of its numbers."""
+    joined: list[str] = []
+    for feature in (features.get(key, {}) | {"key": key} for key in columns):
+        names, shape = dimension_names(feature.get("names")) or [feature["key"]], feature.get("shape")
+        if isinstance(shape, list) and all(isinstance(n, int) for n in shape) and math.prod(shape) != len(names):
+            return []
+        joined += names
+    return joined
 
 
 def dimension_names(names: Any, depth: int = 9) -> list[str]:

@@ -304,7 +304,8 @@ class LerobotSource:
         success = entry.success
         if success is None and "next.success" in columns:
             with suppress(FileError):  # it may be empty, and only `convert.success` needs it
-                success = bool(files.numbers(columns["next.success"], f"{file}: next.success").any())
+                said = files.numbers(columns["next.success"], f"{file}: next.success")
+                success = bool(said.any()) if np.isin(said, (0, 1)).all() else None  # NaN says nothing
         instruction, segments = self._instruction(index, file, columns.get(spoken))
         return _Rows(file, videos, start, start + len(table), times, fps, instruction, segments, success)
 
@@ -417,11 +418,7 @@ class LerobotSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras, each sentence as a task of its own, and which columns were joined."""
-        features = self.info.features
-        names = {
-            vector: [name for key in columns for name in (meta.dimension_names(features.get(key, {}).get("names")) or [key])]
-            for vector, columns in self.columns.items()
-        }
+        names = {vector: meta.names_of(columns, self.info.features) for vector, columns in self.columns.items()}
         for index in set(range(len(self))) - self._instructions.keys():
             with suppress(FileError):  # of an episode that cannot be read
                 self._instructions[index] = self._rows(index).instruction

@@ -200,7 +200,8 @@ class RldsSource:
                 )
             kept -= len(marked)
         record.need(*(self._chosen.read if kept else ()))
-        success = bool(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
+        said = float(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
+        success = bool(said) if said in (0, 1) else None  # NaN says nothing
         told = filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
         instruction = self._choice.instruction or next(told, "")
         others = tuple(said for said in dict.fromkeys(told) if said != instruction) if self._options.paraphrases else ()

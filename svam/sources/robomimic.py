@@ -202,7 +202,7 @@ class RobomimicSource(Hdf5Source):
             file=data.file, place=place, steps=steps - self._late, late=self._late, cameras=cameras, flip=flip,
             vectors={"actions": ["actions"], "proprioception": proprioception, "state": ["states"] * (state_width > 0)},
             sentences=self._sentences(data, place), alike=alike, facts={"demo": name}, held_out=held_out,
-            success=bool(success.item()) if success.size == 1 and success.dtype.kind in "buif" else None,
+            success=bool(success.item()) if success.size == 1 and success.item() in (0, 1) else None,
         )  # fmt: skip
         self._state_widths.add(state_width)
         return recording

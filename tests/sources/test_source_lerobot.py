@@ -26,6 +26,7 @@ from tests.sources.lerobot_sets import (
     source,
     video_feature,
     video_of,
+    write_info,
     write_v2,
     write_v3,
 )
@@ -213,6 +214,10 @@ def test_split_columns_are_joined_in_the_named_order(tmp_path: Path) -> None:
     np.testing.assert_array_equal(episode.actions, [[t % 2 == 0, t, t + 1, t + 2, t + 3] for t in range(5)])
     np.testing.assert_array_equal(episode.proprioception, [[t, t / 4] for t in range(5)])
     assert source(root, action=[], proprioception=[]).read(0).actions is None
+    features = {"action.arm": {"shape": [2, 2]}, "action.gripper": {"shape": [1], "names": ["grip"]}}
+    write_info(root, "v2.1", {CAMERA: video_feature(), **features})
+    for columns, names in ((["action.gripper"], ["grip"]), (["action.arm", "action.gripper"], [])):
+        assert source(root, action=columns, proprioception=[]).describe().provenance["dimension_names"]["actions"] == names
 
 
 @pytest.mark.parametrize(

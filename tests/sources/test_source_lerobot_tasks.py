@@ -110,5 +110,6 @@ def test_success_is_the_metadatas_or_the_rows(tmp_path: Path) -> None:
     for said in (True, 1):
         edit("episodes.jsonl", lambda line, said=said: line.update(success=said))(root)
         assert [source(root).shape(e).success for e in range(2)] == [True, True]
-    root = write_v2(tmp_path, change=lambda e, n: {"next.success": pa.array([None] * n, pa.bool_())})
-    assert source(root).shape(0).success is None
+    for nothing in (pa.array([None] * 5, pa.bool_()), pa.array([float("nan")] * 5), pa.array([0.4] * 5)):
+        root = write_v2(tmp_path, (5,), change=lambda e, n, nothing=nothing: {"next.success": nothing})
+        assert source(root).shape(0).success is None

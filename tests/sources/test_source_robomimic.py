@@ -281,7 +281,12 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     """Read as they are stored: nothing says that they are upside down; alpha is dropped, channels are put last."""
     stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 4), dtype=np.uint8)
     seen = {"table_cam": stored[..., :3], "wrist_cam": stored, "top_rgb": np.moveaxis(stored[..., :3], -1, 1)}
-    isaac(tmp_path / "x.hdf5", demo_0={**seen, "success": [1.0]}, demo_1={**seen, "success": np.False_}, demo_2=seen)
+    isaac(
+        tmp_path / "x.hdf5",
+        demo_0={**seen, "success": [1.0]},
+        demo_1={**seen, "success": np.False_},
+        demo_2={**seen, "success": np.nan},
+    )
     source = open_said(tmp_path)
     assert source.describe().cameras == ["table_cam", "top", "wrist_cam"]
     for camera in source.describe().cameras:
