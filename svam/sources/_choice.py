@@ -17,6 +17,8 @@ from svam.files import FileError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 """The id of a data set on the hub, owner/name."""
+LABELS = "depth and segmentation are of the camera {!r}, with which convert.cameras does not begin: left out"
+"""A note on labels of a set's first camera."""
 TRAINING = {"train", "training"}
 """How sets call the part that is trained on."""
 
@@ -39,12 +41,6 @@ def chosen_cameras(
     if twice := [name for name in chosen if chosen.count(name) > 1]:
         raise ParamsError(f"convert.cameras names {twice[0]!r} twice")
     return chosen or list(available)
-
-
-def labels_note(labels: Sequence[str], cameras: Sequence[str], chosen: Sequence[str]) -> str:
-    """For a note: labels of the first of a set's `cameras` do not fit the first one that is chosen."""
-    said = f"{' and '.join(labels)} are of the camera {cameras[0]!r}, not of {chosen[0]!r}, which is the first: left out"
-    return f"{said}; convert.cameras keeps them where it begins with {cameras[0]}"
 
 
 def existing_folder(path: Path) -> Path:

@@ -29,7 +29,7 @@ from svam.contract import (
     SourceDescription,
 )
 from svam.files import FileError, read_json, stamp
-from svam.sources._choice import checked, chosen_cameras, contents, existing_folder, labels_note
+from svam.sources._choice import LABELS, checked, chosen_cameras, contents, existing_folder
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
@@ -99,7 +99,7 @@ class MetaworldSource:
         own = self._meta[first]["cameras"]
         self._cameras = chosen_cameras(choice, own, self.path)
         self._labels = _LABELS if self._cameras[0] == own[0] else ()
-        self.notes += [] if self._labels else [f"{self.path}: {labels_note(_LABELS, own, self._cameras)}"]
+        self.notes += [] if self._labels else [f"{self.path}: {LABELS.format(own[0])}"]
         every = [(task, k, _look(entry)) for task in tasks for k, entry in enumerate(self._entries(task))]
         there = sorted({look for _, _, look in every})
         if absent := [look for look in options.looks if look not in there]:

@@ -56,7 +56,7 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
 from svam.sections import Distinct
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, existing_folder, labels_note, rate_notes
+from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
 from svam.sources._video import probe, video_blocks
@@ -177,8 +177,8 @@ class RawSource:
                 notes += rate_notes(times, self._choice.rate_hz or self._meta.rate_hz, str(first))
         except FileError:  # which `shape` says
             there = {}
-        if not self._labels and (labels := sorted(there.keys() & set(_LABELS))):
-            notes.append(f"{self.path}: {labels_note(labels, self._meta.cameras, self._cameras)}")
+        if not self._labels and "annotation_index" in there:
+            notes.append(f"{self.path}: {LABELS.format(self._meta.cameras[0])}")
         if unknown := sorted(set(there) - known):
             notes.append(
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
@@ -219,8 +219,8 @@ class RawSource:
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
-        tasks = {} if self._choice.instruction else self._meta.tasks
-        instructions = {task: sentences.model_dump() for task, sentences in tasks.items()}
+        told = {} if self._choice.instruction else self._meta.tasks
+        instructions = {task: sentences.model_dump() for task, sentences in told.items()}
         for index in range(len(self)):
             try:
                 task, instruction = self._told(index)

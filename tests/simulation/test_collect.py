@@ -82,7 +82,7 @@ def test_frames_stand_from_left_to_right_in_a_picture(collected: Path) -> None:
 def test_labels_of_the_first_camera_stay_with_it(collected: Path) -> None:
     source = open_source(collected.parent, Options(), Choice(cameras=["topview"]))
     assert not source.shape(0).annotated and not source.read(0).annotations
-    assert "depth and segmentation are of the camera 'corner2', not of 'topview'" in source.notes[-1]
+    assert "depth and segmentation are of the camera 'corner2', with which" in source.notes[-1]
 
 
 def test_an_episode_keeps_the_contract(collected: Path) -> None:

@@ -219,6 +219,10 @@ def test_other_sentences_and_success(tmp_path: Path) -> None:
     ]
     source = toy(tmp_path, *episodes, features={**FEATURES, **others, **metadata})
     assert [(source.read(n).instruction, source.shape(n).success) for n in (0, 1)] == [("third", False), ("first", True)]
+    said = enumerate((1.0, 0.0, -1.0, 0.3, np.nan))
+    marks = [{**episode(n), "episode_metadata/success": np.array([mark])} for n, mark in said]
+    marked = toy(tmp_path / "marks", *marks, features=FEATURES | {"episode_metadata/success": tensor()})
+    assert [marked.shape(n).success for n in range(5)] == [True, False, None, None, None]
     assert source.shape(1).name == "toy-train.tfrecord-00000-of-00001#1"
     assert source.describe().instructions["first"]["train"] == ["first"]
     instructions = opened(tmp_path, paraphrases=True).describe().instructions
