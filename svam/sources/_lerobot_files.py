@@ -274,14 +274,11 @@ def find_frames(
         raise FileError(f"{file}: {'frames have no times' if pts is None else 'two frames have the same time'}")
     at = pts * shown.base
     # The frames from `first` to before `end` are the episode's; a row's frame may lie up to before `last`.
-    origin, part, first, end, last = 0.0, "", 0, len(at), len(at)
+    origin, room, part, first, end, last = 0.0, -np.inf, "", 0, len(at), len(at)
     if span is not None and span.first is None and times is not None:
-        origin, stop = span.start, span.stop
-        if times[0] >= half and origin + times[-1] < min(span.end - half, at[-1] + half):  # cut rows that kept their times
-            stop = max(stop, origin + times[-1] + 2 * half)
-        part = f" from {span.start:g} to {stop:g} s"
-        first, end = np.searchsorted(at, (span.start - half, stop - half)).tolist()
-        last = int(np.searchsorted(at, min(stop + half, span.end - half), side="right"))  # not the next one's first
+        origin, room, part = span.start, min(span.end, at[-1] + 2 * half) - half, f" from {span.start:g} to {span.stop:g} s"
+        first, end = np.searchsorted(at, (span.start - half, span.stop - half)).tolist()
+        last = int(np.searchsorted(at, min(span.stop + half, span.end - half), side="right"))  # not the next one's first
         end = min(end, last)
     elif span is not None:
         first = int(np.argmin(np.abs(at - span.start))) if span.first is None else span.first
@@ -299,6 +296,11 @@ def find_frames(
         apart = origin + times - at[first:end]
         for late in (0.0, float(apart[0])):
             if (np.abs(apart - late) < half).all():
+                if late > 3 * half and origin + times[-1] < room:  # cut rows, unless it is one step, the stamp of its end
+                    raise FileError(
+                        f"{file}: {count} frames{part}, as many as rows, but timestamps begin at {times[0]:g} s and lead to "
+                        f"others that are there, too; {BY_ORDER}, or, if they are right, correct to_timestamp in meta/episodes"
+                    )
                 return pts[first:end], late
         row = int(np.argmax(np.abs(apart - apart[0]) >= half))
         raise FileError(

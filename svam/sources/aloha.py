@@ -176,9 +176,8 @@ class AlohaSource(Hdf5Source):
         for sidecar in filter(Path.is_file, map(data.file.with_name, _SIDECARS)):
             content = read_json(sidecar)
             value = content.get("instruction", content.get("instructions")) if isinstance(content, dict) else None
-            texts = [
-                text_of(text, f"{sidecar}: an instruction") or "" for text in (value if isinstance(value, list) else [value])
-            ]
+            values = value if isinstance(value, list) else [value]
+            texts = [text_of(text, f"{sidecar}: an instruction") or "" for text in values]
             if not all(texts) or not texts:
                 raise FileError(f"{sidecar}: key 'instruction' is {value!r:.80}, expected a sentence or a list of sentences")
             return texts

@@ -160,14 +160,9 @@ class RobomimicSource(Hdf5Source):
             self.notes.append(f"{data.file}: mask/{key} holds no names of demonstrations, and is not used")
         train, valid = masks.get("train", set()), set[str]().union(*(masks.get(key, ()) for key in _HELD_OUT))
         if both := sorted(train & valid):
-            self.notes.append(
-                f"{data.file}: {len(both)} demonstrations are in mask/train and in one that holds out, the first is {both[0]}; "
-                "they are held out"
-            )
+            self.notes.append(f"{data.file}: {len(both)} are in mask/train and one that holds out: held out, such as {both[0]}")
         if absent := sorted(set().union(*masks.values()) - set(names)):
-            self.notes.append(
-                f"{data.file}: mask lists {len(absent)} demonstrations that are not there, the first is {absent[0]!r}"
-            )
+            self.notes.append(f"{data.file}: mask lists {len(absent)} demonstrations that are not there, such as {absent[0]!r}")
         if chosen:
             if chosen not in masks:
                 there = ", ".join(data.names("mask")) or "none"

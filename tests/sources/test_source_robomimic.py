@@ -155,10 +155,8 @@ def test_masks(tmp_path: Path) -> None:
         root["mask/valid"][0] = "demo_3"
         root["mask/few"][0] = "demo_8"
     both = open_said(tmp_path, filter_key="few")
-    assert (
-        "1 demonstrations are in mask/train and in one that holds out, the first is demo_3; they are held out" in both.notes[0]
-    )
-    assert "2 demonstrations that are not there, the first is 'demo_77'" in both.notes[1]
+    assert "1 are in mask/train and one that holds out: held out, such as demo_3" in both.notes[0]
+    assert "2 demonstrations that are not there, such as 'demo_77'" in both.notes[1]
     assert [both.shape(i).held_out for i in range(len(both))] == [True]
     with h5py.File(tmp_path / "image.hdf5", "a") as root:
         root.move("mask/valid", "mask/test")
