@@ -17,6 +17,7 @@ length that does not fit is found, a flipped bit inside need not be (in a `.zarr
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
@@ -194,7 +195,7 @@ class ReplayZarrSource:
         return len(self._episodes)
 
     def shape(self, index: int) -> EpisodeShape:
-        """Length, from `episode_ends`. The stamp covers the arrays' folders, or the archive."""
+        """Length, from `episode_ends`. The stamp covers the arrays' files, or the archive."""
         start, stop = self._episodes[index]
         if start == stop:
             raise FileError(f"{self.path}: meta/episode_ends[{index}] is {stop}, expected more than {start}")
@@ -203,9 +204,12 @@ class ReplayZarrSource:
                 raise FileError(
                     f"{self.path}: {array.name} has {rows} rows, but meta/episode_ends reaches to {stop} in episode {index}"
                 )
-        files = [self.path] if self._buffer.zipped else [self.path / name for name in sorted(self._arrays)]
-        stamps = " ".join([f"{start}:{stop}", *(stamp(file) for file in files)])
-        return EpisodeShape(stop - start, stamp=stamps, name=str(index), task=self.instruction)
+        return EpisodeShape(stop - start, stamp=f"{start}:{stop} {self._stamp}", name=str(index), task=self.instruction)
+
+    @cached_property
+    def _stamp(self) -> str:
+        files = [file for name in sorted(self._arrays) for file in sorted((self.path / name).rglob("*"))]
+        return hashlib.sha256(" ".join(map(stamp, files or [self.path])).encode()).hexdigest()
 
     def _joined(self, columns: Sequence[tuple[ZarrArray, slice]], start: int, stop: int) -> NDArray[np.float64]:
         parts = [self._buffer.rows(array, start, stop).reshape(stop - start, -1)[:, part] for array, part in columns]

@@ -249,6 +249,16 @@ def test_absent_chunks_and_arrays(tmp_path: Path) -> None:
         open_source(tmp_path)
 
 
+def test_a_buffer_that_is_written_anew_in_place_is_another(tmp_path: Path) -> None:
+    write(tmp_path / "x.zarr")
+    before = open_source(tmp_path, TOLD).shape(1).stamp
+    (chunk, *_) = (file for file in sorted((tmp_path / "x.zarr/data/img").iterdir()) if file.name[0] != ".")
+    content = chunk.read_bytes()
+    with chunk.open("r+b") as file:
+        file.write(content[:-1])
+    assert open_source(tmp_path, TOLD).shape(1).stamp != before
+
+
 def test_a_vector_of_zeros_without_any_chunk(tmp_path: Path) -> None:
     write(tmp_path / "x.zarr")
     for chunk in (tmp_path / "x.zarr/data/state").glob("*.0"):
