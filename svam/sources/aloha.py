@@ -168,7 +168,7 @@ class AlohaSource(Hdf5Source):
         """Those of a file, or of the JSON beside it."""
         for key in _INSTRUCTION_KEYS:
             texts = data.texts(key) if data.is_dataset(key) else [data.text_attribute("/", key) or ""]
-            if len(set(texts)) > 1 and len(texts) == data.layout("action")[0][0]:
+            if len(set(filter(None, texts))) > 1 and len(texts) == data.layout("action")[0][0]:
                 found = f"{data.file}: {key} has a sentence for each row, not all alike, expected those of the whole episode"
                 raise FileError(f"{found}; give them to its parts by convert.captions, or set convert.instruction")
             if any(texts):

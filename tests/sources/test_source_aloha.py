@@ -181,6 +181,8 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
     record(tmp_path / "h" / "episode_0.hdf5", language_raw=["reach"] * 2 + ["lift"] * 3)
     with refused("language_raw has a sentence for each row, not all alike, .* convert.captions, or set convert.instruction"):
         open_source(tmp_path / "h", Options())
+    record(tmp_path / "h" / "episode_0.hdf5", language_raw=["reach"] + [""] * 4)
+    assert open_source(tmp_path / "h", Options()).read(0).instruction == "reach"
     record(tmp_path / "g" / "episode_0.hdf5", language_raw=np.array([b"\xff\xfe caf\xe9"], dtype="S20"))
     with refused(r"language_raw is not valid UTF-8"):
         open_source(tmp_path / "g", Options())
