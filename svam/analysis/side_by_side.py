@@ -85,8 +85,7 @@ def compare_models(store: EpisodeStore, models: Sequence[SVAM], names: Sequence[
     clips = recorded_clips(store, rows, frames, stride, cameras.pop())
     predictions = [predict(store, model, name, rows, seed) for model, name in zip(models, names, strict=True)]
     chunk, real = action_rows(rows, *episode_bounds(store, rows), max(model.chunk for model in models))
-    imitated = "expert_actions" if store.has("expert_actions") else "actions"
-    expert = store.vector(imitated, chunk.reshape(-1)).reshape(*chunk.shape, -1)
+    expert = store.targets(chunk.reshape(-1)).reshape(*chunk.shape, -1)
     titles = [store.instruction_of(int(episode)) for episode in store.episode_of(rows)]
     return draw(clips, predictions, np.where(real[..., None], expert, np.nan), titles)
 
