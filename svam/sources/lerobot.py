@@ -181,7 +181,8 @@ class LerobotSource:
                     return file, list(parquet.schema_arrow.names)
             except FileError as error:
                 refused = refused or error
-        lies = meta.what_lies_there(self.root, place := self._path(self._entries[0]), self.info.major)
+        place = self._path(self._entries[0])
+        lies = meta.what_lies_there(self.root, place, self.info.major)
         raise refused or FileError(f"{place}: no such file, nor that of any other episode; {lies}")
 
     def _present_cameras(self, declared: list[Camera], columns: list[str]) -> list[Camera]:
@@ -213,7 +214,8 @@ class LerobotSource:
         column = f"{self._first_file.relative_to(self.root)} has no column of that name"
         if self.info.major == "v3" and not any(camera.key in entry.clips for entry in self._entries):
             return f"{column}, and meta/episodes no columns videos/{camera.key}/..."
-        lies = meta.what_lies_there(self.root, path := self._path(self._entries[0], camera), self.info.major)
+        path = self._path(self._entries[0], camera)
+        lies = meta.what_lies_there(self.root, path, self.info.major)
         return f"{column}, and it has no video files: {path.relative_to(self.root)} is not there, {lies}"
 
     def _look_at_pictures(self) -> None:
@@ -247,7 +249,8 @@ class LerobotSource:
                 )
             if columns:
                 chosen[vector] = list(columns)
-        if (column := self.options.instruction_column) not in (None, "tasks", *names):
+        column = self.options.instruction_column
+        if column not in (None, "tasks", *names):
             raise ParamsError(f"convert.options.instruction_column: column {column!r} is not in {self._first_file}")
         return chosen
 

@@ -166,7 +166,8 @@ class RawSource:
     @cached_property
     def notes(self) -> Sequence[str]:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
-        notes, known = [], {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
+        notes: list[str] = []
+        known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
         first = self._there[min(self._there)]
         try:
             there = headers(first)
