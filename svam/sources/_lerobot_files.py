@@ -6,16 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from svam.contract import FrameBlocks
 from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer, stamp
-from svam.sources._pictures import array_rgb, picture_rgb
+from svam.sources._pictures import array_rgb, in_blocks, picture_rgb
 from svam.sources._video import frame_times
 
 
@@ -90,6 +91,30 @@ def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[
     return int(rows[0]), table.slice(int(rows[0]), len(rows))
 
 
+def holds(file: Path, number: int, listed: Set[int]) -> bool:
+    """Whether rows of episode `number` are in a file, and can be those that the metadata mean, which list `listed` in it."""
+    try:
+        held = _small_columns(file, stamp(file), (), ())[2]
+    except FileError:
+        return False
+    return number in held and not (listed - held and held - listed)
+
+
+def by_rows(folder: Path, wanted: Set[int]) -> dict[int, Path]:
+    """Episode number -> the only parquet file below `folder` that has rows of it; empty where one of `wanted` has none, one has
+    two, or a file cannot be read: then the numbers may be those of several sets."""
+    found: dict[int, Path] = {}
+    for file in sorted(folder.rglob("[!.]*.parquet")):
+        try:
+            held = _small_columns(file, stamp(file), ("episode_index",), ())[2]
+        except FileError:
+            return {}
+        if held & found.keys():
+            return {}
+        found |= dict.fromkeys(held, file)
+    return found if found.keys() >= wanted else {}
+
+
 def numbers(column: Any, what: str) -> NDArray[Any]:
     """(n, ...) of a column of numbers, or of lists of one length (list, large or fixed-size list, nested), in its own dtype."""
     import pyarrow as pa
@@ -159,7 +184,8 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
     if tasks is None:
         return None
     if unknown := [value for value in said if value not in tasks]:
-        raise FileError(f"{what} is {unknown[0]}, which meta/tasks does not list")
+        where = "meta/subtasks" if what.endswith(": subtask_index") else "meta/tasks"
+        raise FileError(f"{what} is {unknown[0]}, which {where} does not list")
     return [tasks[value] for value in said]
 
 
@@ -189,6 +215,13 @@ def stored_pictures(
             if row >= stop:
                 return
     raise FileError(f"{what} has {row} rows, expected {stop}")
+
+
+def stored_frames(file: Path, root: Path, key: str, rows: tuple[int, int], shape: tuple[int, ...]) -> FrameBlocks:
+    """The frames of `stored_pictures`, read when they are asked for; the first one, at once, says how large they are."""
+    read = partial(stored_pictures, file, root, key, rows, shape)
+    size = next(read())[0].shape
+    return FrameBlocks((rows[1] - rows[0], *size), lambda: in_blocks((p for p, _ in read()), f"{file}: column {key!r}"))
 
 
 def _encoded(value: Any, root: Path, what: str) -> bytes:

@@ -140,9 +140,9 @@ _INDEX = "__index_level_0__"
 
 
 class _Task(BaseModel):
-    task_index: _Whole
+    task_index: _Whole = Field(validation_alias=AliasChoices("task_index", "subtask_index"))
     task: Annotated[str, BeforeValidator(lambda value: "" if value is None else value)] = Field(
-        validation_alias=AliasChoices("task", _INDEX)
+        validation_alias=AliasChoices("task", "subtask", _INDEX)
     )
 
 
@@ -196,19 +196,22 @@ def what_lies_there(root: Path, path: Path, major: str) -> str:
     return f"{lies}; {' and '.join(files)} {verb} of a {other} set: is codebase_version right?" if files else lies
 
 
-def read_tasks(root: Path, major: str) -> dict[int, str] | None:
+def read_tasks(root: Path, major: str, column: str | None = None) -> dict[int, str] | None:
     """`task_index` -> sentence, from `meta/tasks.parquet` (the sentence is a column `task` or the pandas index) or
-    `meta/tasks.jsonl`, whichever is of the version where there are both; None where there is neither."""
-    names = ("tasks.parquet", "tasks.jsonl") if major == "v3" else ("tasks.jsonl", "tasks.parquet")
+    `meta/tasks.jsonl`, whichever is of the version where there are both; None where there is neither. What the
+    column "subtask_index" means is in `meta/subtasks.parquet`."""
+    names: tuple[str, ...] = ("tasks.parquet", "tasks.jsonl") if major == "v3" else ("tasks.jsonl", "tasks.parquet")
+    names = ("subtasks.parquet",) if column == "subtask_index" else names
     file = next((file for name in names if (file := root / "meta" / name).is_file()), None)
     if file is None:
         return None
     tasks: dict[int, str] = {}
-    for row in _rows(file, ["task_index"], ["task", _INDEX]):
+    kind = file.stem.removesuffix("s")
+    for row in _rows(file, [f"{kind}_index"], [kind, _INDEX]):
         line = stated(_Task, row, file)
         if tasks.setdefault(line.task_index, line.task) != line.task:
             raise FileError(
-                f"{file}: task_index {line.task_index} is there twice, as {tasks[line.task_index]!r} and {line.task!r}"
+                f"{file}: {kind}_index {line.task_index} is there twice, as {tasks[line.task_index]!r} and {line.task!r}"
             )
     return tasks
 

@@ -16,10 +16,10 @@ videos longer than their rows, timestamps that begin late (see `_lerobot_files.f
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,7 @@ from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
-from svam.sources._pictures import NoColourError, in_blocks, without_it
+from svam.sources._pictures import NoColourError, without_it
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
@@ -53,8 +53,8 @@ class Options(Frozen):
     expert_action: columns joined to what the demonstrator wanted, where the executed action is another.
     proprioception: columns joined to what the robot knows of itself. state: columns joined to the full state.
         null stands for `action`: [action] and `proprioception`: [observation.state] where that is there.
-    instruction_column: the column of task numbers (in `meta/tasks`) or of sentences that decides; "tasks": the sentence of
-        `meta/episodes` does. null: both `task_index` and `meta/episodes`, which must agree.
+    instruction_column: the column of task numbers (in `meta/tasks`; `subtask_index`: in `meta/subtasks`) or of sentences that
+        decides; "tasks": the sentence of `meta/episodes` does. null: both `task_index` and `meta/episodes`, which must agree.
     frames: "timestamps" as above; "order": row t is frame t and timestamps are neither used nor stored. In a v3 file whose
         frames do not add up an episode's first frame is then the one at `from_timestamp`.
     """
@@ -124,16 +124,13 @@ class LerobotSource:
         self._notes += notes
         self.columns = self._find_columns(names)
         self._needed = (*(camera.key for camera in self.cameras if not camera.video), *chain(*self.columns.values()))
-        self._tasks = meta.read_tasks(self.root, self.info.major)
+        self._tasks = meta.read_tasks(self.root, self.info.major, self.options.instruction_column)
 
     @property
     def notes(self) -> Sequence[str]:
         """What is left out, mended or doubtful, of the set and of the episodes that `shape` has looked at."""
-        repeated = []
-        for what, cases in self._cases.items():
-            more = f", and {len(cases) - 1} more alike" if len(cases) > 1 else ""
-            repeated.append(f"{next(iter(cases))}{more}{what}")
-        return [*self._notes, *repeated]
+        more = {what: f", and {len(cases) - 1} more alike" * (len(cases) > 1) for what, cases in self._cases.items()}
+        return [*self._notes, *(f"{next(iter(cases))}{more[what]}{what}" for what, cases in self._cases.items())]
 
     def _note(self, what: str, case: str) -> None:
         """Note a case (an episode or a file) of what may occur in many; the first one is told."""
@@ -274,9 +271,19 @@ class LerobotSource:
     def _first_video(self, camera: Camera) -> Path | None:
         return next((path for entry in self._entries if (path := self._path(entry, camera)).is_file()), None)
 
-    def _files(self, entry: Entry) -> tuple[Path, dict[str, Path]]:
-        """The episode's data file, and camera name -> video; `FileError` that names all that are not there."""
+    @cached_property
+    def _by_rows(self) -> dict[int, Path]:
+        return files.by_rows(self.root / "data", {entry.number for entry in self._entries})
+
+    def _files(self, entry: Entry) -> tuple[Path, Set[int], dict[str, Path]]:
+        """The data file of an episode (as its rows say where the list of a v3 set errs), the episodes listed in it, and
+        camera name -> video; `FileError` that names all that are not there."""
         data = self._path(entry)
+        listed = self._listed.get(data, set())
+        if listed and not files.holds(data, entry.number, listed) and entry.number in self._by_rows:
+            wrong = f"{self.root}: meta/episodes says {data.relative_to(self.root)} of episode {entry.number}"
+            data, listed = self._by_rows[entry.number], {entry.number}
+            self._note("; the rows decide", f"{wrong}, but its rows lie in {data.relative_to(self.root)}")
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
         missing = [] if data.is_file() else [str(data)]
         missing += [f"{video} (the video of camera {name!r})" for name, video in videos.items() if not video.is_file()]
@@ -287,16 +294,16 @@ class LerobotSource:
             raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
         for path in (data, *videos.values()):
             refuse_lfs_pointer(path)
-        return data, videos
+        return data, listed, videos
 
     # What the rows say
 
     def _rows(self, index: int) -> _Rows:
         entry, asked = self._entries[index], self.options.instruction_column
-        file, videos = self._files(entry)
+        file, listed, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
         small = ("timestamp", "frame_index", "next.success", spoken)
-        start, table = files.episode_rows(file, entry.number, small, self._needed, self._listed.get(file, set()))
+        start, table = files.episode_rows(file, entry.number, small, self._needed, listed)
         if entry.steps not in (None, len(table)):
             raise FileError(f"{file}: episode {entry.number} has {len(table)} rows, but the metadata says {entry.steps}")
         columns = dict(zip(table.column_names, table.columns, strict=True))
@@ -444,11 +451,12 @@ class LerobotSource:
         """What the metadata, the small columns of the rows, the videos' indices and an episode's first picture say."""
         entry, rows = self._entries[index], self._rows(index)
         self._instructions[index] = rows.instruction
+        first = (rows.start, rows.start + 1)
         for camera in self.cameras:
             try:
                 if camera.video:
                     self._place(entry, camera, rows, cheaply=True)
-                elif next(self._pictures(camera, replace(rows, stop=rows.start + 1)))[1]:
+                elif next(files.stored_pictures(rows.file, self.root, camera.key, first, camera.shape))[1]:
                     self._note(" are turned as their EXIF asks", f"{rows.file}: pictures of {camera.key!r}")
             except FileError as error:
                 others = [other.name for other in self.cameras if other is not camera]
@@ -476,7 +484,8 @@ class LerobotSource:
                 frames[camera.name] = frames_at(video, probe(video), pts, len(rows))
                 late |= {camera.name: delay} if delay else {}
             else:
-                frames[camera.name] = self._stored(camera, rows)
+                at = (rows.start, rows.stop)
+                frames[camera.name] = files.stored_frames(rows.file, self.root, camera.key, at, camera.shape)
         episode = Episode(
             task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps, frames=frames,
             timestamps=rows.times, annotations={}, **vectors,
@@ -486,15 +495,6 @@ class LerobotSource:
             },
         )  # fmt: skip
         return checked(episode, rows.file)
-
-    def _stored(self, camera: Camera, rows: _Rows) -> FrameBlocks:
-        """The pictures of a camera that lie in the parquet file."""
-        what, pictures = f"{rows.file}: column {camera.key!r}", partial(self._pictures, camera, rows)
-        shape = next(pictures())[0].shape
-        return FrameBlocks((len(rows), *shape), lambda: in_blocks((picture for picture, _ in pictures()), what))
-
-    def _pictures(self, camera: Camera, rows: _Rows) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-        return files.stored_pictures(rows.file, self.root, camera.key, (rows.start, rows.stop), camera.shape)
 
 
 open_source = LerobotSource

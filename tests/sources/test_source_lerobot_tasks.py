@@ -49,6 +49,19 @@ def test_sentences_of_an_upgraded_set_and_of_other_types(tmp_path: Path) -> None
         source(root, instruction_column="bytes", missing_instruction="go").shape(0)
 
 
+def test_subtasks_have_a_list_of_their_own(tmp_path: Path) -> None:
+    root = write_v2(tmp_path, (5, 7), lambda e, n: {"subtask_index": pa.array([0, 0, 0, *[1] * (n - 3)])})
+    said = {"instruction_column": "subtask_index", "segments": True}
+    with refused("episode 0: no instruction"):
+        source(root, **said).shape(0)
+    pq.write_table(pa.table({"subtask_index": [1, 0], "subtask": ["lift", "reach"]}), root / "meta/subtasks.parquet")
+    assert source(root, **said).shape(0).segments == (Segment(0, 3, ("reach",)), Segment(3, 5, ("lift",)))
+    assert source(root).shape(0).task == "push the block"
+    pq.write_table(pa.table({"subtask_index": [0], "subtask": ["reach"]}), root / "meta/subtasks.parquet")
+    with refused("subtask_index is 1, which meta/subtasks does not list"):
+        source(root, **said).shape(0)
+
+
 def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
     root = write_v2(tmp_path, (5, 7), lambda e, n: {"said": pa.array((["left"] * (5 - 3 * e) + ["right"] * 5)[:n])})
     with refused("changes its task at row 2 from 'left' to 'right'.*convert.instruction.*convert.drop: .1."):

@@ -113,9 +113,11 @@ def test_a_clip_that_lacks_a_frame_is_given_none_of_the_next(tmp_path: Path) -> 
     write_clips(root, CAMERA, [0, 0, 0], [0, 0.5, 1.1], (5, 6, 4))
     unsaid = {"data/file_index": [0.0, np.nan, 0.0], "length": [5.0, np.nan, 4.0]}
     pq.write_table(pa.table(pq.read_table(file).to_pydict() | unsaid), file)
-    with refused("chunk-000/file-None.parquet: no such file, though the metadata lists episode 1"):
-        source(root).shape(1)
-    assert numbers(source(root).read(2)) == [*range(12, 16)]
+    data = source(root)
+    with refused("the episode has 7 rows"):
+        data.shape(1)
+    assert "file-None.parquet of episode 1, but its rows lie in data/chunk-000/file-000.parquet" in " ".join(data.notes)
+    assert numbers(data.read(2)) == [*range(12, 16)]
 
 
 def test_numbers_that_are_not_those_of_episode_index(tmp_path: Path) -> None:
@@ -140,6 +142,28 @@ def test_rows_of_joined_sets_that_kept_their_numbers(tmp_path: Path) -> None:
         with refused("file-001.parquet: it holds episodes 0 to 1, and by the metadata 1 to 2, so that each may be"):
             joined.shape(e)
     assert joined.shape(0).steps == 5
+
+
+def test_a_list_that_errs_about_the_file_of_rows(tmp_path: Path) -> None:
+    """LeRobot's first upgrades to v3 and merges wrote such; the rows' own numbers decide, if the whole set's are there once."""
+    root = write_v3(tmp_path, (5, 5, 5))
+    data, file = root / "data/chunk-000/file-000.parquet", root / "meta/episodes/chunk-000/file-000.parquet"
+    table, listed = pq.read_table(data), pq.read_table(file)
+    place = listed.schema.get_field_index("data/file_index")
+    pq.write_table(table.slice(0, 10), data)
+    pq.write_table(table.slice(10), data.with_name("file-001.parquet"))
+    for said, e, note in (
+        ([0, 0, 0], 2, "file-000.parquet of episode 2, but its rows lie in data/chunk-000/file-001.parquet; the rows decide"),
+        ([0, 4, 1], 1, "file-004.parquet of episode 1, but its rows lie in data/chunk-000/file-000.parquet; the rows decide"),
+        ([1, 1, 2], 0, "file-001.parquet of episode 0, but its rows lie in data/chunk-000/file-000.parquet, and 2 more alike"),
+    ):
+        pq.write_table(listed.set_column(place, "data/file_index", pa.array(said)), file)
+        set_ = source(root)
+        assert [set_.read(k).actions[0, 0] for k in range(3)] == [0, 100, 200] and numbers(set_.read(e))[0] == 5 * e
+        assert len(set_.notes) == 1 and note in set_.notes[0]
+    data.unlink()  # then the numbers that are left may be those of several sets
+    with refused("file-001.parquet: it holds episodes 2 to 2, and by the metadata 0 to 1, so that each may be another"):
+        source(root).shape(0)
 
 
 def test_rows_that_were_cut_and_kept_their_times(tmp_path: Path) -> None:
