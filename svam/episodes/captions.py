@@ -21,6 +21,8 @@ from svam.files import FileError, refuse_lfs_pointer, stamp
 
 TEXTS = ("text", "caption", "sentence", "instruction", "language_instruction")
 EPISODES = ("episode", "file_name", "episode_index", "video", "path")
+_MORE = ","
+"""Key of the values of a csv line that are more than the names in the first."""
 Line = tuple[str, str, tuple[int, int] | None]
 """Which episode, what is said, and of which rows, None for all."""
 
@@ -31,7 +33,7 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if file.suffix.lower() == ".csv":
-                reader = csv.DictReader(lines)
+                reader = csv.DictReader(lines, restkey=_MORE, strict=True)
                 yield from ((reader.line_num, row) for row in reader)
                 return
             for number, line in enumerate(lines, 1):
@@ -46,16 +48,21 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise FileError(f"{file}: cannot be read as {file.suffix.lower() or 'jsonl'} ({error})") from None
 
 
-def read_captions(file: Path) -> list[Line]:
-    """What each line says.
+def read_captions(file: Path) -> tuple[list[Line], list[str]]:
+    """What each line says, and the keys that are not read.
 
     Raises:
         FileError: the file cannot be read, or a line lacks an episode, a sentence or one of the ends of its rows.
     """
     lines: list[Line] = []
+    unread: dict[str, None] = {}
     for number, content in _objects(file):
+        if any(content.pop(_MORE, [])):  # the end of a sentence would be lost
+            raise FileError(f"{file}: line {number} has more values than the first has names; quote a text that has commas")
         given = {key: value for key, value in content.items() if value not in (None, "")}
-        episode, text = (next((given[key] for key in keys if key in given), None) for keys in (EPISODES, TEXTS))
+        named, said = (next((key for key in keys if key in given), "") for keys in (EPISODES, TEXTS))
+        episode, text = given.get(named), given.get(said)
+        unread |= dict.fromkeys(key for key in given if key not in ("", named, said, "start", "end"))
         where = f"{file}: line {number}"
         if not isinstance(episode, str | int) or not isinstance(text, str) or not text.strip():
             raise FileError(
@@ -74,7 +81,7 @@ def read_captions(file: Path) -> list[Line]:
         lines.append((str(episode), text.strip(), rows))
     if not lines:
         raise FileError(f"{file}: no line in it")
-    return lines
+    return lines, list(unread)
 
 
 class CaptionedEpisodes:
@@ -90,7 +97,8 @@ class CaptionedEpisodes:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise FileError(f"convert.captions is {name}, expected a file below {path}, where DVC notices a change")
         self._lines: dict[str, list[Line]] = {}
-        for line in read_captions(self._file):
+        lines, self._unread = read_captions(self._file)
+        for line in lines:
             self._lines.setdefault(line[0], []).append(line)
         self._of_file = {PurePosixPath(key).with_suffix("").as_posix(): key for key in self._lines}
         self._used: set[str] = set()
@@ -108,11 +116,12 @@ class CaptionedEpisodes:
 
     @property
     def notes(self) -> Sequence[str]:
-        """The source's, and lines of no episode."""
+        """The source's, lines of no episode, and keys that are not read."""
         assert self._instructions  # looks at all episodes
         unused = [key for key in self._lines if key not in self._used]
         few = f"{self._file}: {len(unused)} episodes that it names are not there, such as {unused[0]!r}" if unused else ""
-        return [*self.source.notes, *([few] if few else [])]
+        keys = f"{self._file}: not read: {', '.join(self._unread)}" if self._unread else ""
+        return [*self.source.notes, *filter(None, (few, keys))]
 
     @cached_property
     def _instructions(self) -> dict[str, dict[str, list[str]]]:

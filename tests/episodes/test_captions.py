@@ -67,6 +67,17 @@ def test_parts_of_episodes(folder: Path) -> None:
     assert groups[1] == groups[2] != groups[3] == groups[4] != groups[0]
 
 
+def test_commas_in_a_csv(folder: Path) -> None:
+    """What follows a comma that is not quoted is not lost without a word."""
+    with refused("said.csv: line 2 has more values than the first has names; quote a text that has commas"):
+        opened(folder, "episode,text\n0,pick it, then place it\n1,drop it\n2,lift it\n", "said.csv")
+    with refused("said.csv: cannot be read as .csv"):
+        opened(folder, 'episode,text\n0,pick it\n1,drop it\n2,"lift it\n', "said.csv")
+    source = opened(folder, 'episode,text,by\n0,"pick it, then place it",me\n1,drop it,,\n2,lift "it"\n', "said.csv")
+    assert told(source) == [("pick it, then place it", 5), ("drop it", 6), ('lift "it"', 7)]
+    assert source.notes == [f"{folder / 'said.csv'}: not read: by"]
+
+
 def test_captions_beside_videos(tmp_path: Path) -> None:
     """As data sets of videos on hubs have them."""
     for name in ("a", "b/c"):
