@@ -117,11 +117,10 @@ class CalvinSource:
             self.notes.append(f"whole recordings carry no language: their instruction is {NEUTRAL_INSTRUCTION!r}")
 
     def _find_folders(self) -> list[str]:
-        if (self.path / "ep_start_end_ids.npy").is_file():  # one of the two itself
+        present = [name for name in _SPLITS if (self.path / name).is_dir()]
+        if not present and (self.path / "ep_start_end_ids.npy").is_file():  # one of the two itself; a split leaves it above
             self.path = self.path.resolve()
             present, self.path = [self.path.name], self.path.parent
-        else:
-            present = [name for name in _SPLITS if (self.path / name).is_dir()]
         folders = list(dict.fromkeys(self._options.folders)) or present
         if not folders:
             raise FileError(

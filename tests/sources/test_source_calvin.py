@@ -111,6 +111,15 @@ def test_a_misaligned_set_gets_a_note(tmp_path: Path) -> None:
     assert "check that a frame and the action taken at it are in one file" in open_source(root, Options()).notes[-1]
 
 
+def test_a_folder_that_was_split(tmp_path: Path) -> None:
+    """CALVIN's script moves the steps into the two folders and leaves the list of all recordings above them."""
+    root = write_set(tmp_path)
+    np.save(root / "ep_start_end_ids.npy", np.array([[100, 109], [110, 111], [120, 125], [200, 203]]))
+    source = open_source(root, Options())
+    names = [source.shape(index).name for index in range(len(source))]
+    assert names == ["training/0", "training/1", "training/2", "validation/0"]
+
+
 def test_depth_every_nth_frame(dataset: Path) -> None:
     source = open_source(dataset, Options(depth="gripper", depth_every=2))
     for index, (first, last) in enumerate(INDX):
