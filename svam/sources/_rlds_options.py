@@ -129,7 +129,7 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     for name, feature in sorted(features.items()):
         camera = name.removeprefix("steps/observation/").replace("/", "_")
         inside = name.startswith("steps/observation/")
-        if feature.kind != "image" and not feature.colour and not (inside and len(feature.shape) == 3):
+        if "image" not in feature.kind and not feature.colour and not (inside and len(feature.shape) == 3):
             continue
         named = any(asked in (camera, name) or name.endswith(f"/{asked}") for asked in choice.cameras)
         if not (feature.colour or (feature.grey and named)) or not inside:

@@ -39,7 +39,7 @@ class Feature:
     tensor "none", "bytes" or "zlib", of an image "jpeg", "png" or ""."""
 
     kind: str
-    """tensor, image, text or other."""
+    """tensor, image, "several images" (a video, or images of one step), text or other."""
     shape: tuple[int | None, ...] = ()
     dtype: str = ""
     encoding: str = ""
@@ -140,6 +140,7 @@ class _Node(BaseModel):
     )
     text: dict[str, Any] | None = None
     image: _Array | None = None
+    video: dict[str, Any] | None = None
     tensor: _Array | None = None
 
     def leaves(self, name: str = "") -> Iterator[tuple[str, Feature]]:
@@ -158,6 +159,8 @@ class _Node(BaseModel):
             text = "text" if tensor.sizes in ((), (1,)) else "other"
             kind = text if tensor.dtype in _STRINGS else "tensor"
             yield name, Feature(kind, tensor.sizes, tensor.dtype, tensor.encoding.lower())
+        elif self.video is not None or (self.sequence and self.sequence.image):
+            yield name, Feature("several images")
         else:
             yield name, Feature("other")
 
@@ -188,7 +191,8 @@ def read_dataset_info(folder: Path) -> tuple[DatasetInfo, dict[str, list[Shard]]
     info = stated(DatasetInfo, read_json(file), file)
     if info.fileFormat != "tfrecord":
         raise FileError(
-            f"{file}: fileFormat is {info.fileFormat!r}, expected 'tfrecord'; TFDS writes that with `tfds convert_format`"
+            f"{file}: fileFormat is {info.fileFormat!r}, expected 'tfrecord', which is TFDS's own default; build the data set "
+            "again without file_format, or read it with TFDS and bring it as `raw` (svam/sources/README.md)"
         )
     splits = {split.name: info.shards(split, file) for split in info.splits}
     if len(splits) != len(info.splits):
@@ -233,6 +237,10 @@ class Record:
         if absent := [name for name in names if name not in self._data]:
             raise FileError(f"{self.where}: feature {absent[0]!r} is missing, though features.json lists it")
 
+    def __contains__(self, name: str) -> bool:
+        """Whether the record has a feature; TFDS leaves out an optional one without a value."""
+        return name in self._data
+
     def _stored(self, name: str) -> Any:
         """(n, size) numbers, or n strings of bytes: each a text, an encoded picture or a packed tensor."""
         self.need(name)
@@ -256,7 +264,7 @@ class Record:
         """(n, size) numbers of a numeric tensor, each step's axes flattened in row-major order."""
         rows, feature = self.rows(name), self._features[name]
         if not feature.packed:
-            return np.asarray(rows)
+            return np.asarray(rows, np.uint64 if feature.dtype == "uint64" else None)  # which are stored as int64
         data = b"".join(_unpacked(row, feature, f"{self.where}: {name}, step {step}") for step, row in enumerate(rows))
         return np.frombuffer(data, np.dtype(feature.dtype).newbyteorder("<")).reshape(len(rows), feature.size)
 

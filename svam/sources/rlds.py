@@ -200,7 +200,8 @@ class RldsSource:
                 )
             kept -= len(marked)
         record.need(*(self._chosen.read if kept else ()))
-        said = float(record.vectors(self._chosen.success)[0, 0]) if self._chosen.success else None
+        name = self._chosen.success
+        said = float(record.vectors(name)[0, 0]) if name and name in record else None
         success = bool(said) if said in (0, 1) else None  # NaN says nothing
         told = filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
         instruction = self._choice.instruction or next(told, "")

@@ -133,6 +133,9 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
         ),
         "steps/observation/side": (image(-1, -1, 3), [png(frame) for frame in pixels(8, n, 4, 2)]),
         DEPTH: (image(6, 8, 1, dtype="uint16"), None),
+        "steps/observation/clip": ({"video": {"shape": {"dimensions": ["2", "6", "8", "3"]}, "dtype": "uint8"}}, None),
+        "steps/observation/window": ({"sequence": {"feature": image(6, 8, 3), "length": "2"}}, None),
+        "steps/observation/ticks": (tensor(dtype="uint64"), step),  # TFDS stores their bits as int64
         "steps/observation/whole": (tensor(6, 8, 3, dtype="uint8"), pixels(9, n)),
         "steps/observation/first": (tensor(4, 6, 8, dtype="uint8", encoding="bytes"), [first_channels(frame) for frame in raw]),
         "episode_metadata/file_path": (TEXT, ["/somewhere"]),
@@ -143,18 +146,20 @@ def test_joined_actions_encodings_and_kinds(tmp_path: Path) -> None:
     for packed in (True, False):
         source = toy(
             tmp_path / str(packed), tfds.example(values, packed), features=features,
-            options={"action": names, "proprioception": ["observation/packed"], "state": ["action/open_gripper"]},
+            options={"action": names, "proprioception": ["observation/packed"], "state": [names[1], "observation/ticks"]},
         )  # fmt: skip
         e = source.read(0)
         expected = np.concatenate([turn.reshape(n, 4), np.array([[0], [1], [0], [1], [1]]), step[:, None], world], axis=1)
         assert e.actions is not None and np.array_equal(e.actions, expected.astype(np.float32))
-        assert np.array_equal(e.proprioception, state) and np.array_equal(e.state, expected[:, 4:5])
+        ticks = step.view(np.uint64)[:, None].astype(np.float32)
+        assert np.array_equal(e.proprioception, state) and np.array_equal(e.state, np.hstack([expected[:, 4:5], ticks]))
         assert e.instruction == "schieb den Würfel"
         assert np.array_equal(frames_of(e, "front_rgb"), raw) and np.array_equal(frames_of(e, "side"), pixels(8, n, 4, 2))
         assert np.array_equal(frames_of(e, "whole"), pixels(9, n)) and np.array_equal(frames_of(e, "first"), raw)
         assert source.describe().cameras == ["first", "front_rgb", "side", "whole"]
-        left_out = f"{DEPTH} (image uint16 (6, 8, 1)) is no 8-bit RGB picture of known size under steps/observation: left out"
-        assert source.notes == [left_out]
+        kinds = {"clip": "several images", "depth": "image uint16 (6, 8, 1)", "window": "several images"}
+        left_out = "is no 8-bit RGB picture of known size under steps/observation: left out"
+        assert source.notes == [f"steps/observation/{name} ({kind}) {left_out}" for name, kind in kinds.items()]
     with refused(r"no numeric feature 'action'.*action/world_vector \(3\), action/rotation_delta \(4\)"):
         opened(tmp_path / "True")
     video = opened(tmp_path / "True", action=[])
@@ -223,6 +228,8 @@ def test_other_sentences_and_success(tmp_path: Path) -> None:
     marks = [{**episode(n), "episode_metadata/success": np.array([mark])} for n, mark in said]
     marked = toy(tmp_path / "marks", *marks, features=FEATURES | {"episode_metadata/success": tensor()})
     assert [marked.shape(n).success for n in range(5)] == [True, False, None, None, None]
+    unsaid = toy(tmp_path / "unsaid", episode(), features=FEATURES | metadata)  # as TFDS writes an optional value that is None
+    assert unsaid.shape(0).success is None
     assert source.shape(1).name == "toy-train.tfrecord-00000-of-00001#1"
     assert source.describe().instructions["first"]["train"] == ["first"]
     instructions = opened(tmp_path, paraphrases=True).describe().instructions
@@ -463,7 +470,7 @@ def test_a_template_with_an_unknown_placeholder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("dataset_info.json", {"fileFormat": "array_record"}, "fileFormat is 'array_record'"),
+        ("dataset_info.json", {"fileFormat": "array_record"}, "fileFormat is 'array_record'.* again without file_format"),
         ("dataset_info.json", {"name": 3}, "name is 3; expected a text"),
         ("dataset_info.json", {"splits": [{"name": "train"}]}, "key 'splits.0.shardLengths' is missing"),
         ("dataset_info.json", {"splits": [{**SPLIT, "shardLengths": ["-1"]}]}, "Lengths.0 is '-1'; expected at least 0"),
