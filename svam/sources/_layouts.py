@@ -32,8 +32,8 @@ _BY_KEY = (
     ("", "ManiSkill", r"^traj_\d+/"),
 )
 """The same by the first two levels of keys in an HDF5 file."""
-_LAST = (("", "pickled recordings", r"\.p(kl|ickle)$"),)
-"""The same by names, of what may lie beside recordings of another kind."""
+_LAST = (("", "pickled recordings", r"^(?!(.*/)?t5_xxl/).*\.p(kl|ickle)$"),)
+"""The same by names, of what may lie beside recordings of another kind; in `t5_xxl` lie features of texts, beside videos."""
 
 
 def recognised(path: Path, source: str) -> str:

@@ -31,6 +31,8 @@ _NO_TURN = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 """The display matrix of an mp4 that is shown as it is stored."""
 _FULL_COLOUR = {f"yuv{j}{layout}p": f"yuv{j}444p" for j in ("", "j") for layout in (420, 422)}
 """Pixel formats with one colour for two or four pixels -> the same with one for each."""
+_ANEW = "if a player shows it, write it anew, e.g. ffmpeg -i in.mp4 -crf 10 out.mp4"
+"""What to do about a video cut between key frames, or in an old container."""
 _NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 
 
@@ -90,7 +92,7 @@ def _opened(file: Path) -> Iterator[tuple[Any, Any]]:
         refuse_lfs_pointer(file)
         kind = FORMATS[file.suffix.lower()]
         raise FileError(
-            f"{file}: truncated, damaged or no video that FFmpeg reads as {kind} ({type(error).__name__})"
+            f"{file}: truncated, damaged or no video that FFmpeg reads as {kind} ({type(error).__name__}); {_ANEW}"
         ) from None
 
 
@@ -224,7 +226,7 @@ def _decoded(
             if pts is not None and frame.pts < pts[done]:
                 continue
             if pts is not None and frame.pts > pts[done]:
-                raise FileError(f"{file}: the frame at {float(pts[done] * stream.time_base):g} s cannot be decoded")
+                raise FileError(f"{file}: the frame at {float(pts[done] * stream.time_base):g} s cannot be decoded; {_ANEW}")
             if (frame.height, frame.width) != size:
                 found = f"{frame.width} x {frame.height}"
                 raise FileError(f"{file}: frame {done} is {found} pixels, expected {size[1]} x {size[0]}")

@@ -217,6 +217,14 @@ class VideoFolderSource:
             first = self._first()
             if unread := sorted(set(first.content) - _KNOWN - named):
                 notes.append(f"{first.file}: keys that are not read: {', '.join(unread)}")
+        else:
+            called = Counter(file.name for file in self._files)
+            if alike := sorted((f for f in self._files if called[f.name] > 1), key=lambda file: file.name):
+                such = " and ".join(file.relative_to(self.path).as_posix() for file in alike[:2])
+                notes.append(
+                    f"{self.path}: {len(alike)} videos are called as one in another folder, such as {such}; each is an episode "
+                    "by itself; convert.episodes and convert.drop choose"
+                )
         return instructions, notes
 
     def _unused(self, used: Counter[Path]) -> list[str]:

@@ -143,6 +143,7 @@ def test_what_another_folder_looks_like(files: dict[str, Sequence[str]], hint: s
     ({"meta/info.json": (), "videos/front/0.mp4": ()}, r"looks like a LeRobotDataset \(meta/info.json\), which convert.source"),
     ({"annotation/train/0.json": (), "extra.pkl": (), "meta/info.json": ()}, "0.json: not valid JSON .*column 1 .char 0..$"),
     ({"a/0.mp4": ()}, "0.mp4: no instruction; [^;]*$"),
+    ({"videos/0.mp4": (), "metas/0.txt": (), "t5_xxl/0.pickle": ()}, "0.mp4: no instruction; [^;]*$"),
 ], ids=str)  # fmt: skip
 def test_a_folder_of_which_a_video_is_all_that_fits(files: dict[str, Sequence[str]], hint: str, tmp_path: Path) -> None:
     """What opens, as any folder with a video does, may still be of another kind; but not where it has what its source needs."""

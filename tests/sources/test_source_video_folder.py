@@ -220,6 +220,9 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     both = open_source(tmp_path / "d", Options())
     assert both.names == ["a", "sub/b", "sub/c"] and both.read(0).actions is not None
     assert both.shape(0).task == both.read(0).instruction == "scrub"
+    film(tmp_path / "d/depth/a.mp4", 7)
+    alike = "2 videos are called as one in another folder, such as a.mp4 and depth/a.mp4; each is an episode by itself"
+    assert any(alike in note for note in open_source(tmp_path / "d", Options()).notes)
 
 
 @pytest.mark.parametrize(
