@@ -328,7 +328,7 @@ class Hdf5Source(ABC):
     def _choose_cameras(self) -> list[str]:
         datasets = {camera: dataset for one in self._readable for camera, (dataset, _) in one.cameras.items()}
         if self._choice.cameras:
-            forms = {dataset.removeprefix(self.prefix): name for name, dataset in datasets.items()}
+            forms = {form: name for name, dataset in datasets.items() for form in (dataset, dataset.rpartition("/")[2])}
             return chosen_cameras(self._choice, list(datasets), self.path, self.prefix, forms)
         cameras = list(mode(tuple(one.cameras) for one in self._readable))
         for camera in [camera for camera in datasets if camera not in cameras]:

@@ -5,15 +5,16 @@ From each demonstration:
 
 - `actions` (n, A), and as cameras all pictures in `obs`: `<camera>_image` (robomimic), `<camera>_rgb` (LIBERO: agentview,
   eye_in_hand) or any other uint8 (n, H, W, 3) (Isaac Lab: table_cam; also with alpha, or channels first), in the order of
-  names. A camera is named without those endings; `convert.cameras` takes both forms. Others, such as depth, are left out, with
-  a note.
+  names; and those in `camera_obs` beside it (Isaac Lab Arena). A camera is named without those endings; `convert.cameras`
+  takes both forms. Others, such as depth, are left out, with a note.
 - Proprioception, of the keys in `Options`. State: `states` (n, S), the simulator's own, where it is equally wide in all files.
 - The attribute `success` of a demonstration, where it is there, for `convert.success`.
 
 Numbers are cast to float32. Demonstrations come in the order of their numbers, files in that of their names. `mask/train` and
 `mask/valid` (or val, validation, test), lists of demonstrations, become the split. Files with states alone are refused: their
 pictures must be rendered.
-The rate is `control_freq` of the attribute `env_args`, or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
+The rate is `control_freq` of the attribute `env_args`, or that of its `sim_args` (Isaac Lab: `decimation` steps of `dt`
+seconds), or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
 
 Alignment: row t of `actions` goes with row t of `obs`, as stored; nothing is shifted. In robomimic's files observation t is
 what was seen before action t. LIBERO's own `create_dataset.py` stores what was seen after action t beside it, and everyone
@@ -85,6 +86,9 @@ def _control_rate(data: Hdf5File) -> float | None:
     rate = _json_value(data, "data", "env_args", "env_kwargs", "control_freq")
     if rate is not None and (not isinstance(rate, int | float) or isinstance(rate, bool) or not 0 < rate < 1e6):
         raise FileError(f"{data.file}: control_freq in attribute 'env_args' of data is {rate!r:.40}, expected steps per second")
+    steps = [_json_value(data, "data", "env_args", "sim_args", key) for key in ("dt", "decimation")]
+    if rate is None and all(isinstance(value, int | float) and 0 < value < 1e6 for value in steps):
+        rate = round(1 / (steps[0] * steps[1]), 6)
     return None if rate is None else float(rate)
 
 
@@ -121,6 +125,10 @@ class RobomimicSource(Hdf5Source):
         demos = self._readable
         if (free := [demo for demo in demos if demo.held_out is None]) and any(demo.held_out for demo in demos):
             self._note(f"{len(free)} demonstrations are in no mask of the split, the first is {free[0]}; they are trained on")
+        files = {demo.file for demo in demos}
+        if 0 < (failed := sum(file.stem.endswith("_failed") for file in files)) < len(files):
+            named = f"{failed} of {len(files)} files are named *_failed, where MimicGen and Isaac Lab put what failed"
+            self._note(f"{named}; convert.drop leaves them out, or one file's name in convert.path")
         if self._alike["proprioception"] == "nothing":
             self._note("no proprioception: none of the default keys is in obs; name some in convert.options")
         if len(self._state_widths) > 1:
@@ -131,7 +139,7 @@ class RobomimicSource(Hdf5Source):
         turned = {demo.file for demo in demos if demo.flip != "none"}
         if options.flip == "auto" and turned:
             self._note(
-                f"pictures of {len(turned)} of {len({demo.file for demo in demos})} files are flipped vertically: their "
+                f"pictures of {len(turned)} of {len(files)} files are flipped vertically: their "
                 "macros_image_convention, or LIBERO's names of cameras, say that they are upside down; "
                 "convert.options.flip: none leaves them as stored"
             )
@@ -212,15 +220,17 @@ class RobomimicSource(Hdf5Source):
     def _cameras_of(self, data: Hdf5File, place: str, keys: list[str], steps: int) -> dict[str, tuple[str, Size]]:
         """The cameras of a demonstration (those of `convert.cameras`)."""
         cameras: dict[str, tuple[str, Size]] = {}
-        for key in keys:
-            name, dataset = key.removesuffix("_image").removesuffix("_rgb"), f"{place}obs/{key}"
+        beside = [f"camera_obs/{key}" for key in data.names(f"{place}camera_obs") if key not in keys]
+        for dataset in [*(f"obs/{key}" for key in keys), *beside]:
+            key, place_of = dataset.partition("/")[2], place + dataset
+            name = key.removesuffix("_image").removesuffix("_rgb")
             name = key if name in cameras else name
-            if self._asked_for(key, name) and (self._choice.cameras or self._is_camera(data, dataset)):
-                pictures = data.pictures(dataset, steps)
-                cameras[name] = f"obs/{key}", (steps - self._late, *pictures.shape[1:])
-                self._note(*pictures.notes(f"obs/{key}"))
-            elif not self._choice.cameras and data.is_dataset(dataset) and len((layout := data.layout(dataset))[0]) > 2:
-                self._note(f"left out, as no pictures in uint8: obs/{key} {layout[1]} {layout[0][1:]}")
+            if self._asked_for(key, name, dataset) and (self._choice.cameras or self._is_camera(data, place_of)):
+                pictures = data.pictures(place_of, steps)
+                cameras[name] = dataset, (steps - self._late, *pictures.shape[1:])
+                self._note(*pictures.notes(dataset))
+            elif not self._choice.cameras and data.is_dataset(place_of) and len((layout := data.layout(place_of))[0]) > 2:
+                self._note(f"left out, as no pictures in uint8: {dataset} {layout[1]} {layout[0][1:]}")
         if not cameras and self._choice.cameras:
             raise FileError(f"{data.file}: {place}obs has no camera of convert.cameras; it has {', '.join(keys) or 'nothing'}")
         if not cameras:
@@ -234,7 +244,8 @@ class RobomimicSource(Hdf5Source):
                 )
             datasets = [name for key in keys if data.is_dataset(name := f"{place}obs/{key}")]
             if any(named_pictures(*data.layout(name)) for name in datasets):
-                remedy = "convert.cameras can name one that is grey, or of another type with whole numbers from 0 to 255"
+                named = "convert.cameras can name one that is grey, or of another type with whole numbers from 0 to 255"
+                remedy = f"{named}; of others, {remedy}"
             raise FileError(
                 f"{data.file}: {place.rstrip('/')} has {has} but no pictures, uint8 (n, H, W, 3) in obs{there}; {remedy}"
             )

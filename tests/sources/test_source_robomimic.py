@@ -200,6 +200,13 @@ def test_rates(tmp_path: Path) -> None:
     with refused("b.hdf5: data/demo_0: control_freq is 30.0, but None in most episodes; set convert.rate_hz"):
         open_said(tmp_path).shape(1)
     assert open_said(tmp_path, {"rate_hz": 15}).read(1).rate_hz == 15
+    with h5py.File(tmp_path / "a.hdf5", "a") as root:  # as Isaac Lab writes it
+        for sim, rate in (({"dt": 1 / 120, "decimation": 6}, 20), ({"dt": 0.005, "decimation": 4}, 50), ({"dt": None}, None)):
+            root["data"].attrs["env_args"] = json.dumps({"env_name": "Isaac", "type": 2, "sim_args": sim})
+            root.flush()
+            source = open_said(tmp_path / "a.hdf5")
+            assumed = "20 Hz are assumed" in " ".join(source.notes)
+            assert source.describe().rate_hz == (rate or 20) and assumed == (rate is None)
     robomimic(tmp_path / "c" / "c.hdf5", {"demo_0": 2}, rate=-1)
     with refused("control_freq .* is -1"):
         open_said(tmp_path / "c")
@@ -240,6 +247,10 @@ def test_one_sentence_for_each_fault(tmp_path: Path, name: str, value: Any, sent
 
 def test_files_that_do_not_belong_together(tmp_path: Path) -> None:
     robomimic(tmp_path / "a.hdf5", {"demo_0": 3})
+    robomimic(tmp_path / "a_failed.hdf5", {"demo_0": 3})
+    assert "1 of 2 files are named *_failed" in " ".join(open_said(tmp_path).notes)
+    assert open_said(tmp_path / "a_failed.hdf5").notes == []
+    (tmp_path / "a_failed.hdf5").unlink()
     libero(tmp_path / "b.hdf5", "x", {"demo_0": 3})
     with refused("b.hdf5: data/demo_0: no camera 'robot0_eye_in_hand', which other episodes have; it has agentview, eye"):
         open_said(tmp_path).shape(1)
@@ -302,6 +313,20 @@ def test_cameras_of_any_name(tmp_path: Path) -> None:
     change(tmp_path / "none" / "x.hdf5", "data/demo_0/states")
     with refused("has observations but no pictures.*; bring the set as `raw`"):
         open_said(tmp_path / "none")
+
+
+def test_cameras_beside_the_other_observations(tmp_path: Path) -> None:
+    """As Isaac Lab Arena's recorder writes them; one that `obs` has, too, is that of `obs`."""
+    stored = np.random.default_rng(0).integers(0, 256, (3, 6, 8, 3), dtype=np.uint8)
+    isaac(tmp_path / "x.hdf5", demo_0={"table_cam": stored})
+    for name, pictures in {"table_cam": stored + 1, "pov_rgb": stored + 2, "depth": np.ones((3, 6, 8, 1), np.float32)}.items():
+        change(tmp_path / "x.hdf5", f"data/demo_0/camera_obs/{name}", pictures)
+    source = open_said(tmp_path)
+    assert source.describe().cameras == ["pov", "table_cam"] and "camera_obs/depth float32" in " ".join(source.notes)
+    assert np.array_equal(frames_of(source.read(0), "pov"), stored + 2)
+    assert np.array_equal(frames_of(source.read(0), "table_cam"), stored)
+    for name in ("pov", "pov_rgb", "camera_obs/pov_rgb"):
+        assert open_said(tmp_path, {"cameras": [name]}).describe().cameras == ["pov"]
 
 
 def test_grey_pictures(tmp_path: Path) -> None:
