@@ -118,6 +118,9 @@ class AlohaSource(Hdf5Source):
         faults: list[SvamError] = []
         for camera in filter(self._asked_for, data.names(_IMAGES)):
             name = f"{_IMAGES}/{camera}"
+            if not (data.is_dataset(name) or self._choice.cameras):
+                self._note(f"left out, as a group and no dataset: {name}")
+                continue
             shape, dtype = data.layout(name)
             encoded = _is_encoded(shape, dtype)
             try:

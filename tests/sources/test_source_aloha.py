@@ -292,6 +292,10 @@ def test_cameras_and_files_of_other_recorders(tmp_path: Path) -> None:
     assert source.read(1).rate_hz == 30 and not any("Hz are assumed" in note for note in source.notes)
     notes = " ".join(source.notes)
     assert "cam_high_depth uint16" in notes and "png_depth" in notes and "alpha, is dropped" in notes
+    change(tmp_path / "demo_10.hdf5", "observations/images/wrist/color", seen["left"])
+    nested = open_said(tmp_path / "demo_10.hdf5")
+    assert nested.describe().cameras == ["cam_high", "left", "right"]
+    assert any("a group and no dataset: observations/images/wrist" in note for note in nested.notes)
     with refused("cam_high_depth is uint16 .*, expected uint8"):
         open_said(tmp_path / "demo_10.hdf5", {"cameras": ["cam_high_depth"]})
     change(tmp_path / "demo_10.hdf5", "observations/images/far", np.full((5, 24, 32, 3), 900, np.int32))
