@@ -30,9 +30,10 @@ Line = tuple[str, str, tuple[int, int] | None]
 def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Number and content of each line, but for empty ones."""
     refuse_lfs_pointer(file)
+    kind = ".csv" if file.suffix.lower() == ".csv" else ".jsonl"
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            if file.suffix.lower() == ".csv":
+            if kind == ".csv":
                 reader = csv.DictReader(lines, restkey=_MORE, strict=True)
                 yield from ((reader.line_num, row) for row in reader)
                 return
@@ -42,10 +43,12 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     if not isinstance(content, dict):
                         raise FileError(f"{file}: line {number} is {line.strip()[:80]!r}, expected an object such as {{...}}")
                     yield number, content
+    except FileError:
+        raise
     except FileNotFoundError:
         raise FileError(f"{file}: no such file, which convert.captions names") from None
     except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise FileError(f"{file}: cannot be read as {file.suffix.lower() or 'jsonl'} ({error})") from None
+        raise FileError(f"{file}: cannot be read as {kind} ({error})") from None
 
 
 def read_captions(file: Path) -> tuple[list[Line], list[str]]:

@@ -73,6 +73,8 @@ def test_commas_in_a_csv(folder: Path) -> None:
         opened(folder, "episode,text\n0,pick it, then place it\n1,drop it\n2,lift it\n", "said.csv")
     with refused("said.csv: cannot be read as .csv"):
         opened(folder, 'episode,text\n0,pick it\n1,drop it\n2,"lift it\n', "said.csv")
+    with refused("said.tsv: cannot be read as .jsonl"):
+        opened(folder, "episode\ttext\n0\tpick it\n", "said.tsv")
     source = opened(folder, 'episode,text,by\n0,"pick it, then place it",me\n1,drop it,,\n2,lift "it"\n', "said.csv")
     assert told(source) == [("pick it, then place it", 5), ("drop it", 6), ('lift "it"', 7)]
     assert source.notes == [f"{folder / 'said.csv'}: not read: by"]
@@ -93,7 +95,7 @@ def test_captions_beside_videos(tmp_path: Path) -> None:
     ([{"episode": 0, "text": "a", "start": 2, "end": 2.5}], "start is 2 and end 2.5"),
     ([{"episode": 0, "words": "a"}], "line 1 has episode, words, expected episode or file_name, and text"),
     ([{"text": "a"}], "line 1 has text, expected episode"),
-    ([["a"]], "line 1 is .*, expected an object"),
+    ([["a"]], "^[^:]*said.jsonl: line 1 is .*, expected an object"),
     (LFS_POINTER, "said.jsonl: a Git LFS pointer"),
     ("{", "said.jsonl: cannot be read as .jsonl"),
     ("", "said.jsonl: no line in it"),
