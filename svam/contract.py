@@ -164,7 +164,8 @@ class Episode:
         expert_actions: (n, A), what the demonstrator wanted, or None.
     state, proprioception: (n, S), (n, P) float32 or None.
     timestamps: (n,) float64 seconds, increasing, or None where the format has none.
-    annotations: "depth" (metres, float32) and/or "segmentation" (uint8, `SEGMENTATION_CLASSES`).
+    annotations: "depth" (metres, float32) and/or "segmentation" (uint8, `SEGMENTATION_CLASSES`), in the first camera's
+        proportions.
     provenance: JSON values; `file` names the episode's file in messages.
     """
 
@@ -223,13 +224,13 @@ class Episode:
                 at = int(np.flatnonzero(~np.isfinite(t) | (np.diff(t, prepend=-np.inf) <= 0))[0])
                 raise ContractError(f"{where}: timestamps[{at}] is {t[at]:g}, expected a finite number above the one before")
         for name, annotation in self.annotations.items():
-            self._check_annotation(f"{where}: annotations[{name!r}]", name, annotation, n)
+            self._check_annotation(f"{where}: annotations[{name!r}]", name, annotation, next(iter(self.frames.values())).shape)
         if self.rate_hz <= 0:
             raise ContractError(f"{where}: rate_hz is {self.rate_hz}, expected a positive number")
 
     @staticmethod
-    def _check_annotation(where: str, name: str, annotation: Annotation, n: int) -> None:
-        index, values = annotation.index, annotation.values
+    def _check_annotation(where: str, name: str, annotation: Annotation, frames: Sequence[int]) -> None:
+        (n, height, width, _), index, values = frames, annotation.index, annotation.values
         dtype = {"depth": np.float32, "segmentation": np.uint8}.get(name)
         if dtype is None:
             raise ContractError(f"{where}: unknown, expected 'depth' or 'segmentation'")
@@ -240,6 +241,11 @@ class Episode:
             )
         if len(index) and (index[0] < 0 or index[-1] >= n or (np.diff(index) <= 0).any()):
             raise ContractError(f"{where}: index must increase within 0..{n - 1}")
+        if abs(values.shape[1] * width / height - values.shape[2]) > 1:
+            raise ContractError(
+                f"{where}: labels of {values.shape[2]} x {values.shape[1]} cannot cover pictures of {width} x {height} alone; "
+                "store labels of all that a picture shows, in its proportions"
+            )
         if name == "depth" and not (np.isfinite(values).all() and (values >= 0).all()):
             raise ContractError(f"{where}: a depth is negative or not finite, expected metres")
         if name == "segmentation" and len(values) and values.max() >= len(SEGMENTATION_CLASSES):

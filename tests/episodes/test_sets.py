@@ -29,6 +29,8 @@ def recordings(tmp_path: Path) -> Path:
         for arrays in episodes.values():
             arrays["actions"] = arrays["actions"][:, :width]
             arrays["expert_actions"] = arrays["expert_actions"] if name == "arm" else None
+            if name == "hand":  # the labels are of the wrist's pictures
+                arrays |= {label: arrays[label][:, :4, :4] for label in ("depth", "segmentation")}
         cameras = ["wrist", "front"] if name == "hand" else ["front", "wrist"]
         write(tmp_path / name, {**ONE_TASK, "cameras": cameras, "tasks": {task: {"train": [f"{task} it"]}}}, **episodes)
     return tmp_path

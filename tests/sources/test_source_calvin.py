@@ -29,9 +29,9 @@ def write_step(file: Path, rng: np.random.Generator, dtype: Any = np.float64, **
         "actions": absolute.astype(dtype), "rel_actions": np.append(relative, absolute[6]).astype(dtype),
         "robot_obs": pose.astype(dtype), "scene_obs": rng.normal(size=24).astype(dtype),
         "rgb_static": rng.integers(0, 256, (10, 12, 3), dtype=np.uint8),
-        "rgb_gripper": rng.integers(0, 256, (6, 5, 3), dtype=np.uint8),
+        "rgb_gripper": rng.integers(0, 256, (5, 6, 3), dtype=np.uint8),
         "rgb_tactile": rng.integers(0, 256, (4, 3, 6), dtype=np.uint8),
-        "depth_static": rng.random((10, 12), dtype=np.float32), "depth_gripper": rng.random((6, 5), dtype=np.float32),
+        "depth_static": rng.random((10, 12), dtype=np.float32), "depth_gripper": rng.random((5, 6), dtype=np.float32),
     }  # fmt: skip
     members = {name: value for name, value in (members | changes).items() if value is not None}
     np.savez_compressed(file, **members)

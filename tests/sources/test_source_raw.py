@@ -166,6 +166,7 @@ def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> Non
         ({"frames_front": np.zeros((4, 6, 8, 3), np.uint8, order="F")}, "Fortran order"),
         ({"timestamps": np.zeros(4)}, r"timestamps\[1\] is 0"),
         ({"annotation_index": None}, "field 'annotation_index' is missing"),
+        ({"depth": np.ones((2, 6, 4), np.float32)}, "labels of 4 x 6 cannot cover pictures of 8 x 6 alone"),
     ],
 )
 def test_fields_are_checked(tmp_path: Path, change: dict[str, Any], message: str) -> None:
