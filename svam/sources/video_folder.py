@@ -128,7 +128,12 @@ class VideoFolderSource:
                 there = contents(annotations)
                 raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
-        self.names = [file.relative_to(self._top).with_suffix("").as_posix() for file in self._files]
+        self._by_name: dict[Path, Path] = {}
+        named = [self._by_name.setdefault(file.with_suffix(""), file) for file in self._files]
+        self.names = [
+            (file.with_suffix("") if file == first else file).relative_to(self._top).as_posix()
+            for file, first in zip(self._files, named, strict=True)
+        ]
         kinds = {self._split(file).lower() for file in self._files}
         self._has_split = kinds <= TRAINING | _HELD_OUT and bool(kinds & TRAINING) and bool(kinds & _HELD_OUT)
 
@@ -141,6 +146,8 @@ class VideoFolderSource:
 
     def _record(self, index: int) -> _Record:
         listed = file = self._files[index]
+        if (first := self._by_name[file.with_suffix("")]) != file:
+            raise FileError(f"{file}: {first.name} has the same name, and so the same text; rename one, or leave this one out")
         told = [text for suffix in _TOLD if not self._annotated and (text := file.with_suffix(suffix)).is_file()]
         file = next(iter(told), file)
         content = _read(file)

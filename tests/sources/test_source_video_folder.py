@@ -350,3 +350,13 @@ def test_what_is_no_video(tmp_path: Path) -> None:
         container.mux([*stream.encode(sound), *stream.encode(None)])
     with refused("no video stream"):
         open_source(tmp_path, Options()).shape(0)
+
+
+def test_two_videos_of_one_name_do_not_share_a_text(tmp_path: Path) -> None:
+    film(tmp_path / "a.mp4", 4)
+    film(tmp_path / "a.webm", 4, codec="libvpx-vp9")
+    (tmp_path / "a.txt").write_text("push")
+    source = open_source(tmp_path, Options())
+    assert source.names == ["a", "a.webm"] and source.shape(0).steps == 4
+    with refused("a.webm: a.mp4 has the same name, and so the same text; rename one, or leave this one out"):
+        source.shape(1)
