@@ -3,7 +3,7 @@ contradiction with the rest is a `FileError`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -85,7 +85,8 @@ def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[
             "that each may be another one there (were sets joined?); give the rows the metadata's numbers"
         )
     if not len(rows):
-        raise FileError(f"{file}: episode {number} is not in it, it holds episodes {episodes.min()} to {episodes.max()}")
+        way = "" if listed else "; if the file's name is right, write that number into its rows"
+        raise FileError(f"{file}: episode {number} is not in it, it holds episodes {episodes.min()} to {episodes.max()}{way}")
     if rows[-1] - rows[0] + 1 != len(rows) or (not listed and len(rows) != len(episodes)):
         raise FileError(f"{file}: rows of other episodes lie among those of episode {number}")
     return int(rows[0]), table.slice(int(rows[0]), len(rows))
@@ -159,10 +160,15 @@ def whole_numbers(column: Any, what: str) -> NDArray[np.int64]:
     return values.astype(np.int64)
 
 
-def joined(table: Any, columns: Sequence[str], file: Path) -> NDArray[np.float32]:
-    """(n, d) float32: the columns side by side; whole numbers and booleans become floats."""
-    parts = [numbers(table[column], f"{file}: column {column!r}").astype(np.float64) for column in columns]
-    parts = [part.reshape(len(part), -1) for part in parts]
+def joined(table: Any, columns: Sequence[str], file: Path, features: Mapping[str, Mapping[str, Any]]) -> NDArray[np.float32]:
+    """(n, d) float32: the columns side by side; whole numbers and booleans become floats. Lists in lists must be of the shape
+    that `features` states, as (2, 3) and (3, 2) would look alike."""
+    parts: list[NDArray[np.float64]] = []
+    for column in columns:
+        part, stated = numbers(table[column], what := f"{file}: column {column!r}"), features.get(column, {}).get("shape")
+        if part.ndim > 2 and stated not in (None, list(part.shape[1:])):
+            raise FileError(f"{what} holds lists of {list(part.shape[1:])}, but meta/info.json says {stated}; correct that")
+        parts.append(part.reshape(len(part), -1).astype(np.float64))
     with np.errstate(over="ignore"):  # a number beyond float32 becomes infinite, which the episode's check names
         return np.concatenate(parts, axis=1).astype(np.float32)
 
@@ -191,8 +197,8 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
 
 def stored_pictures(
     file: Path, root: Path, key: str, rows: tuple[int, int], shape: tuple[int, ...]
-) -> Iterator[tuple[NDArray[np.uint8], bool]]:
-    """(a picture (H, W, 3), whether EXIF asked to turn it) of each of the rows from the first to before the second of `rows`.
+) -> Iterator[tuple[NDArray[np.uint8], str]]:
+    """(a picture (H, W, 3), what was done to it) of each of the rows from the first to before the second of `rows`.
 
     The column `key` holds encoded pictures (bytes, a path below `root`, or a struct of both, where the path counts if there
     are no bytes), or lists of numbers, of `shape` where they are flat.
@@ -211,7 +217,9 @@ def stored_pictures(
                 yield from (picture_rgb(_encoded(value, root, what), what) for value in chosen.to_pylist())
             elif len(chosen):
                 first = max(start, row - len(column))
-                yield from ((picture, False) for picture in array_rgb(numbers(chosen, what), shape, what, first))
+                values = numbers(chosen, what)
+                done = f"are flat lists, taken as {shape}, the feature's shape in meta/info.json" if values.ndim == 2 else ""
+                yield from ((picture, done) for picture in array_rgb(values, shape, what, first))
             if row >= stop:
                 return
     raise FileError(f"{what} has {row} rows, expected {stop}")

@@ -186,6 +186,22 @@ def fill(template: str, values: Mapping[str, int | str | None]) -> str:
     return _PLACEHOLDER.sub(replaced, template)
 
 
+def place(info: Info, entry: Entry, camera: Camera | None, template: str) -> str:
+    """Where an episode's data file, or the video of a camera, is said to lie in the set; a folder where nothing says it."""
+    values: dict[str, int | str | None]  # those of the version: a template with other names is not LeRobot's
+    if info.major == "v2":
+        values = {"episode_index": entry.number, "episode_chunk": entry.number // info.chunks_size}
+    elif camera is None:
+        values = {"chunk_index": entry.chunk, "file_index": entry.file}
+    elif clip := entry.clips.get(camera.key):
+        values = {"chunk_index": clip.chunk_index, "file_index": clip.file_index}
+    else:
+        return f"videos/{camera.key}"
+    if camera:
+        values["video_key"] = camera.key
+    return fill(template, values)
+
+
 def what_lies_there(root: Path, path: Path, major: str) -> str:
     """For a file that is missing: what its nearest folder holds, and which files are of the other version's layout."""
     folder = next(parent for parent in path.parents if parent.is_dir())

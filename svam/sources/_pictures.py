@@ -85,13 +85,15 @@ def _opened(data: bytes | memoryview, where: str, formats: tuple[str, ...] = _FO
         raise FileError(f"{where}: no readable {kinds} picture of {len(data)} bytes ({type(error).__name__})") from None
 
 
-def picture_rgb(data: bytes | memoryview, where: str) -> tuple[NDArray[np.uint8], bool]:
-    """((H, W, 3) uint8, whether EXIF asked to turn or mirror it) of an encoded picture, turned as viewers show it."""
+def picture_rgb(data: bytes | memoryview, where: str) -> tuple[NDArray[np.uint8], str]:
+    """((H, W, 3) uint8, what a person should know of the way there or "") of an encoded picture, turned as viewers show it."""
     from PIL import ImageOps
 
     with _opened(data, where) as image:
+        deep = any(";16" in str(tile) for tile in image.tile)  # of which Pillow keeps the upper byte
         turned = image.getexif().get(_ORIENTATION, 1) in range(2, 9)
-        return np.asarray((ImageOps.exif_transpose(image) if turned else image).convert("RGB")), turned
+        done = ["are turned as their EXIF asks"] * turned + ["have 16 bits a channel, of which the upper 8 are kept"] * deep
+        return np.asarray((ImageOps.exif_transpose(image) if turned else image).convert("RGB")), " and ".join(done)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ _NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 @dataclass(frozen=True)
 class VideoFacts:
     """frames: how many a decoder will show. height, width: of a picture as it is handed out, after `turn` quarter turns against
-    the clock. rate: mean frames per second, None where the container does not say. pixels: their format, by FFmpeg's name."""
+    the clock. rate: mean frames per second, None where the container does not say. pixels: their format, by FFmpeg's name.
+    start: when the first frame is shown, in seconds."""
 
     frames: int
     height: int
@@ -47,6 +48,7 @@ class VideoFacts:
     rate: float | None
     turn: int = 0
     pixels: str = ""
+    start: float = 0.0
 
     @property
     def turned(self) -> str:
@@ -114,7 +116,7 @@ def _probed(file: Path, _: str) -> VideoFacts:
             raise NoColourError(f"{found}, expected 8-bit colour or grey; is it depth? {LEAVE_OUT}")
         in_index = container.format.name in ("mp4", "mov") and len(stream.index_entries) == stream.frames
         frames = sum(not entry.is_discard for entry in stream.index_entries) if in_index else 0
-        rate = stream.average_rate
+        rate, start = stream.average_rate, float((stream.start_time or 0) * stream.time_base)
         first = None if frames and _upright(file) else next(container.decode(stream), None)
         turn = 0 if first is None else _turn(file, first)
     if not frames:
@@ -123,7 +125,7 @@ def _probed(file: Path, _: str) -> VideoFacts:
     if not frames:
         raise FileError(f"{file}: has no frames")
     size = (width, height) if turn % 2 else (height, width)
-    return VideoFacts(frames, *size, float(rate) if rate else None, turn, codec.pix_fmt or "")
+    return VideoFacts(frames, *size, float(rate) if rate else None, turn, codec.pix_fmt or "", start)
 
 
 def _upright(file: Path) -> bool:

@@ -63,9 +63,8 @@ def _is_encoded(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
     return (dtype == np.uint8 and len(shape) == 2) or (dtype.kind in "SVO" and len(shape) == 1)
 
 
-def _decoded(row: Any, where: str) -> tuple[NDArray[np.uint8], bool]:
-    """A row as (H, W, 3), as a standard viewer shows it, and whether EXIF asked to turn it. No JPEG and no PNG ends with a zero
-    byte."""
+def _decoded(row: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+    """A row as `picture_rgb` reads it. No JPEG and no PNG ends with a zero byte."""
     return picture_rgb(np.asarray(row).tobytes().rstrip(b"\0"), where)
 
 
@@ -126,10 +125,10 @@ class AlohaSource(Hdf5Source):
             try:
                 if encoded:
                     data.layout(name, steps)
-                    picture, turned = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]")
+                    picture, done = _decoded(data.rows(name, 0, 1)[0], f"{data.file}: {name}[0]")
                     cameras[camera] = name, (steps, *picture.shape[:2], 3)
-                    if turned:
-                        self._note(f"pictures of {name} are turned as their EXIF asks")
+                    if done:
+                        self._note(f"pictures of {name} {done}")
                     seen = "swapped by" if self.options.channel_order == "rgb" else "as"
                     self._note(
                         f"compressed pictures are read with red and blue {seen} a standard viewer, as channel_order "

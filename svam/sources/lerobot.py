@@ -254,19 +254,8 @@ class LerobotSource:
     # Where it lies
 
     def _path(self, entry: Entry, camera: Camera | None = None, template: str = "") -> Path:
-        """Where an episode's data file, or the video of a camera, is said to lie; a folder where nothing says it."""
-        values: dict[str, int | str | None]  # those of the version: a template with other names is not LeRobot's
-        if self.info.major == "v2":
-            values = {"episode_index": entry.number, "episode_chunk": entry.number // self.info.chunks_size}
-        elif camera is None:
-            values = {"chunk_index": entry.chunk, "file_index": entry.file}
-        elif clip := entry.clips.get(camera.key):
-            values = {"chunk_index": clip.chunk_index, "file_index": clip.file_index}
-        else:
-            return self.root / "videos" / camera.key
-        if camera:
-            values["video_key"] = camera.key
-        return self.root / meta.fill(template or self._templates["video" if camera else "data"], values)
+        """Where an episode's data file, or the video of a camera, is said to lie."""
+        return self.root / meta.place(self.info, entry, camera, template or self._templates["video" if camera else "data"])
 
     def _first_video(self, camera: Camera) -> Path | None:
         return next((path for entry in self._entries if (path := self._path(entry, camera)).is_file()), None)
@@ -339,6 +328,8 @@ class LerobotSource:
                 hint = f"set convert.rate_hz to {1 / step:g} if the timestamps are right, or, " if 0.001 < step < 10 else ""
                 raise FileError(f"{apart}; {hint}{files.BY_ORDER}")
             self._note(f"; it is stored at {rate:g} Hz" + ", which convert.rate_hz replaces" * (stated is None), apart)
+        if not order and (np.diff(times) <= 0).any():
+            raise FileError(f"{file}: timestamps of episode {entry.number} do not increase; {files.BY_ORDER}")
         if not order and times[0] >= 0.5 * step > 0 and any(camera.video for camera in self.cameras):
             what = "; where a video has as many frames as rows, row t takes frame t"
             self._note(what, f"{file}: timestamps begin at {times[0]:g} s")
@@ -416,6 +407,9 @@ class LerobotSource:
         equal = facts.frames == len(rows) if span is None else span.first is not None
         if equal and self.choice.rate_hz:  # then row t can only be frame t, at whatever rate the video plays
             times = None
+        if times is not None and equal and facts.start - times[0] >= 0.5 / rows.fps:
+            begins = f"{video}: its first frame is shown at {facts.start:g} s, but row 0 is at {times[0]:g} s"
+            self._note("; row t takes frame t", begins)
         regular = times is None or (
             abs((facts.rate or rows.fps) / rows.fps - 1) < 0.02
             and (np.abs(times - times[0] - np.arange(len(rows)) / rows.fps) < 0.4 / rows.fps).all()
@@ -456,8 +450,8 @@ class LerobotSource:
             try:
                 if camera.video:
                     self._place(entry, camera, rows, cheaply=True)
-                elif next(files.stored_pictures(rows.file, self.root, camera.key, first, camera.shape))[1]:
-                    self._note(" are turned as their EXIF asks", f"{rows.file}: pictures of {camera.key!r}")
+                elif done := next(files.stored_pictures(rows.file, self.root, camera.key, first, camera.shape))[1]:
+                    self._note(f" {done}", f"{rows.file}: pictures of {camera.key!r}")
             except FileError as error:
                 others = [other.name for other in self.cameras if other is not camera]
                 raise FileError(without_it(error, others)) from None
@@ -473,7 +467,8 @@ class LerobotSource:
         with files.opened(rows.file, self._needed) as parquet:
             table = files.read_columns(parquet, [*chain(*self.columns.values())], rows.start, rows.stop)
         vectors = {
-            name: files.joined(table, self.columns[name], rows.file) if name in self.columns else None for name in VECTORS
+            name: files.joined(table, self.columns[name], rows.file, self.info.features) if name in self.columns else None
+            for name in VECTORS
         }
         frames: dict[str, FrameBlocks] = {}
         late: dict[str, float] = {}

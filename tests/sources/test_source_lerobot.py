@@ -20,6 +20,7 @@ from tests.sources.common import decoded, film, frames_of, real, refused
 from tests.sources.lerobot_sets import (
     CAMERA,
     edit,
+    number_of,
     numbers,
     picture,
     pictures,
@@ -115,7 +116,7 @@ def test_a_trimmed_episode_is_found_by_its_timestamps(tmp_path: Path) -> None:
         (9, [0.05, 0.15, 0.25, 0.35, 0.45], "row 0 of the episode"),
         (9, [0.0, 0.05, 0.1, 0.15, 0.2], f"0.05 s apart.*fps 10; set convert.rate_hz to 20.*{ORDER}"),
         (9, [0.0, 0.1, 0.14, 0.24, 0.34], "rows 1 and 2 of the episode both fall on the frame at 0.1 s"),
-        (5, [0.0, 0.1, 0.1, 0.2, 0.3], "timestamp of row"),
+        (5, [0.0, 0.1, 0.1, 0.2, 0.3], f"timestamps of episode 0 do not increase;.*{ORDER}"),
         (5, [0.0, 0.1, np.nan, 0.3, 0.4], f"timestamp does not hold one finite number a row.*{ORDER}"),
         (5, [0, 100, 200, 300, 400], f"100 s apart.*{ORDER}"),
         (5, np.float32(1.7e9 + np.arange(5) / 10), f"0 s apart.*{ORDER}"),
@@ -312,7 +313,8 @@ def test_pictures_are_read_from_where_they_lie(tmp_path: Path) -> None:
     (tmp_path / "images/0.png").unlink()
     with refused("'images/0.png', which is not in the data set; to leave this camera out, set convert.cameras: .top, chw,"):
         data.shape(0)
-    assert len(data.notes) == 2 and "dtype 'image', but its pictures lie in videos" in data.notes[0]
+    assert len(data.notes) == 3 and "dtype 'image', but its pictures lie in videos" in data.notes[0]
+    assert "images.flat' are flat lists, taken as (16, 24, 3), the feature's shape in meta/info.json" in data.notes[2]
     assert "chw' is of dtype 'video', but its pictures lie in a column" in data.notes[1]
 
 
@@ -333,6 +335,32 @@ def test_depth_without_a_flag_is_named_with_the_way_out(tmp_path: Path, kind: st
     with refused("is it depth.; to leave this camera out, set convert.cameras: .top."):
         source(root)
     assert source(root, cameras=["top"]).read(0).steps == 5
+
+
+def test_pictures_of_16_bits_and_a_film_that_begins_late_are_noted(tmp_path: Path) -> None:
+    """The upper bytes are kept; row t takes frame t."""
+    deep = film(tmp_path / "deep.mp4", pictures(range(5)), codec="png", pix_fmt="rgb48be")
+    with av.open(str(deep)) as container:
+        stored = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    features = {CAMERA: video_feature(), "observation.images.deep": {"dtype": "image", "shape": [32, 48, 3]}}
+    change = lambda e, n: {"observation.images.deep": pa.array([{"bytes": data} for data in stored])}  # noqa: E731
+    root = write_v2(tmp_path, (5,), change, features=features)
+    film(video_of(root, 0), pictures(range(5)), times=range(5, 10))
+    data = source(root)
+    data.shape(0)
+    assert numbers(data.read(0)) == list(range(5)) == [number_of(frame) for frame in frames_of(data.read(0), "deep")]
+    assert "its first frame is shown at 0.5 s, but row 0 is at 0 s; row t takes frame t" in data.notes[0]
+    assert "images.deep' have 16 bits a channel, of which the upper 8 are kept" in data.notes[1] and len(data.notes) == 2
+
+
+def test_lists_in_lists_are_of_the_shape_that_is_stated(tmp_path: Path) -> None:
+    features = {CAMERA: video_feature(), "action": {"dtype": "float32", "shape": [2, 3]}}
+    values = np.arange(30.0).reshape(5, 2, 3)
+    change = lambda e, n: {"action": pa.array((values if e else values.reshape(5, 3, 2)).tolist())}  # noqa: E731
+    data = source(write_v2(tmp_path, (5, 5), change, features=features))
+    assert (data.read(1).actions == values.reshape(5, 6)).all()
+    with refused(r"column 'action' holds lists of \[3, 2\], but meta/info.json says \[2, 3\]"):
+        data.read(0)
 
 
 def test_turned_pictures(tmp_path: Path) -> None:
@@ -395,7 +423,7 @@ def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_p
         (lambda r: video_of(r, 0).write_bytes(b""), "truncated, damaged or no video"),
         (lambda r: video_of(r, 0).write_bytes(video_of(r, 0).read_bytes().replace(b"avc1", b"xxxx")), "codec that PyAV"),
         (lambda r: shutil.copy(r / "data/chunk-000/episode_000001.parquet", r / "data/chunk-000/episode_000000.parquet"),
-         "episode 0 is not in it, it holds episodes 1 to 1"),
+         "episode 0 is not in it, it holds episodes 1 to 1; if the file's name is right, write that number into its rows"),
     ],
 )  # fmt: skip
 def test_damage_is_one_sentence(tmp_path: Path, damage: Callable[[Path], Any], message: str) -> None:
