@@ -8,9 +8,9 @@ bytes stay as they are.
 
 What real sets have and this reader copes with, each with a note: cameras that are declared but have no files (left out), path
 templates that are wrong (LeRobot's own layout is tried next), pictures that are not where `dtype` says, boundaries that drift,
-videos longer than their rows, timestamps that begin late (see `_lerobot_files.find_frames`). Several tasks an episode
-(`task_index` of its rows decides), no `frame_index`, whole numbers stored as floats and missing splits are read without one.
-`episode_index`, lengths and tasks of the metadata are checked against the parquet rows.
+videos longer than their rows, lists that err about the file of rows, timestamps that begin late (see `find_frames`). Several
+tasks an episode (`task_index` of its rows decides), no `frame_index`, whole numbers stored as floats and missing splits are
+read without one. `episode_index`, lengths and tasks of the metadata are checked against the parquet rows.
 """
 
 from __future__ import annotations
