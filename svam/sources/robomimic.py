@@ -14,7 +14,7 @@ Numbers are cast to float32. Demonstrations come in the order of their numbers, 
 `mask/valid` (or val, validation, test), lists of demonstrations, become the split. Files with states alone are refused: their
 pictures must be rendered.
 The rate is `control_freq` of the attribute `env_args`, or that of its `sim_args` (Isaac Lab: `decimation` steps of `dt`
-seconds), or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
+seconds), or the attribute `fps`, or else robosuite's 20, with a note; `convert.rate_hz` overrides it.
 
 Alignment: row t of `actions` goes with row t of `obs`, as stored; nothing is shifted. In robomimic's files observation t is
 what was seen before action t. LIBERO's own `create_dataset.py` stores what was seen after action t beside it, and everyone
@@ -89,6 +89,8 @@ def _control_rate(data: Hdf5File) -> float | None:
     steps = [_json_value(data, "data", "env_args", "sim_args", key) for key in ("dt", "decimation")]
     if rate is None and all(isinstance(value, int | float) and 0 < value < 1e6 for value in steps):
         rate = round(1 / (steps[0] * steps[1]), 6)
+    if rate is None and np.ndim(fps := data.attribute("data", "fps")) == 0 and isinstance(fps, float) and 0 < fps < 1e6:
+        rate = fps
     return None if rate is None else float(rate)
 
 
@@ -179,7 +181,17 @@ class RobomimicSource(Hdf5Source):
         return {f"data/{name}/": name in valid if name in train | valid else None for name in names}
 
     def _header(self, data: Hdf5File, place: str, held_out: bool | None) -> Recording:
+        if names := data.names(f"{place}actions"):
+            raise FileError(
+                f"{data.file}: {place}actions is a group of {', '.join(names)}, expected one dataset: copy the one to act with "
+                "to its place, or bring the set as `raw` (svam/sources/README.md)"
+            )
         steps, width = data.vector(f"{place}actions")
+        if not self._late and data.text_attribute("data", "obs/sample_phase") == "post_step":
+            self._note(
+                "the attribute obs/sample_phase says that each action is beside the picture after it, and they are read as "
+                "stored; convert.options.observations 'after' pairs it with the picture before it"
+            )
         if steps <= self._late:
             raise FileError(f"{data.file}: {place} has 1 step, and convert.options.observations 'after' needs 2")
         keys, name = data.names(f"{place}obs"), place.split("/")[1]

@@ -193,6 +193,7 @@ def test_where_the_instruction_comes_from(tmp_path: Path) -> None:
 
 
 def test_rates(tmp_path: Path) -> None:
+    """Of robomimic's and of Isaac Lab's files, and what else the latter's attributes and groups say."""
     robomimic(tmp_path / "a.hdf5", {"demo_0": 2}, rate=None)
     source = open_said(tmp_path)
     assert source.describe().rate_hz == 20 and "20 Hz are assumed" in source.notes[0]
@@ -207,6 +208,14 @@ def test_rates(tmp_path: Path) -> None:
             source = open_said(tmp_path / "a.hdf5")
             assumed = "20 Hz are assumed" in " ".join(source.notes)
             assert source.describe().rate_hz == (rate or 20) and assumed == (rate is None)
+        root["data"].attrs.update({"fps": 15.0, "obs/sample_phase": "post_step"})
+    source = open_said(tmp_path / "a.hdf5")
+    assert source.describe().rate_hz == 15 and "observations 'after' pairs it with the picture before" in source.notes[0]
+    assert open_said(tmp_path / "a.hdf5", observations="after").notes == []
+    change(tmp_path / "a.hdf5", "data/demo_0/actions")
+    change(tmp_path / "a.hdf5", "data/demo_0/actions/pose", np.zeros((2, 7)))
+    with refused("demo_0/actions is a group of pose, expected one dataset"):
+        open_said(tmp_path / "a.hdf5")
     robomimic(tmp_path / "c" / "c.hdf5", {"demo_0": 2}, rate=-1)
     with refused("control_freq .* is -1"):
         open_said(tmp_path / "c")
