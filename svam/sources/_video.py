@@ -122,10 +122,23 @@ def _probed(file: Path, _: str) -> VideoFacts:
     if not frames:
         times = frame_times(file)
         frames = len(times.keys if times.pts is None else times.pts)
+        rate = _rate(times, rate)
     if not frames:
         raise FileError(f"{file}: has no frames")
     size = (width, height) if turn % 2 else (height, width)
     return VideoFacts(frames, *size, float(rate) if rate else None, turn, codec.pix_fmt or "", start)
+
+
+def _rate(times: FrameTimes, told: float | None) -> float | None:
+    """Frames per second: as told, or a whole number, if the times agree to what the clock rounds; else their mean. Matroska
+    need not tell, and FFmpeg then guesses from the first times, which are in milliseconds: 30.3 for 30. A clock that counts
+    frames, as that of avi, is not asked: its gaps are frames that are not there."""
+    span = float(times.pts[-1] - times.pts[0]) * times.base if times.pts is not None and len(times.pts) else 0.0
+    if times.pts is None or span <= 0.0 or times.base * (told or 0.0) > 0.2:
+        return told
+    gaps = len(times.pts) - 1
+    fits = [rate for rate in (told, round(gaps / span)) if rate and abs(gaps / rate - span) <= 1.5 * times.base]
+    return fits[0] if fits else gaps / span
 
 
 def _upright(file: Path) -> bool:
@@ -254,11 +267,12 @@ def _key_before(file: Path, pts: int) -> int | None:
 
 
 def _evenly_spaced(file: Path, seconds: NDArray[np.float64], tick: float, rate_hz: float) -> None:
-    """Gaps may differ from the period by a tenth, or by what the container's clock rounds (webm counts milliseconds)."""
+    """Gaps may differ from the period by a tenth, or by what the container's clock rounds, less than a tick (webm counts
+    milliseconds)."""
     period = 1.0 / rate_hz
     gaps = np.diff(seconds, prepend=-period)
     late = np.abs(seconds - np.arange(len(seconds)) * period) > max(0.5 * period, 1.5 * tick)
-    wrong = np.flatnonzero(late | (np.abs(gaps - period) > max(0.1 * period, 1.5 * tick)))
+    wrong = np.flatnonzero(late | (np.abs(gaps - period) > max(0.1 * period, 0.999 * tick)))
     if len(wrong):
         number = int(wrong[0])
         raise FileError(

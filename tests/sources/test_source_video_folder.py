@@ -298,6 +298,9 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     film(tmp_path / "d/c.mp4", 8, times=[0, 1, 2, 5, 6, 7, 8, 9])
     film(tmp_path / "d/e.mp4", 8, rotate=90)
     told = Choice(instruction="go")
+    film(tmp_path / "avi/x.avi", 8, codec="mjpeg", times=[0, 1, 2, 3, 4, 6, 7, 8])  # whose clock counts frames
+    with refused("x.avi: frame 5 comes 0.600 s after the first and 0.200 s after the one before, expected 0.500 s"):
+        open_source(tmp_path / "avi", Options(), told).read(0)
     source = open_source(tmp_path / "d", Options(), told)
     assert len(frames_of(source.read(0), "video")) == 8
     apart = "frame 1 comes 0.083 s after the first and 0.083 s after the one before, expected 0.100 s and 0.100 s at 10 frames"
@@ -313,6 +316,19 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     for index, file in enumerate(("a", "b", "c")):
         episode = stated.read(index)
         assert episode.rate_hz == 5.0 and (frames_of(episode, "video") == decoded(tmp_path / f"d/{file}.mp4")).all()
+
+
+def test_a_rate_that_matroska_does_not_say(tmp_path: Path) -> None:
+    """As browsers and live recorders write it: times in milliseconds alone, of which FFmpeg makes 30.3 frames a second."""
+    for frames, fps, rate in ((90, 30, 30.0), (10, 30, 30.0), (90, 60, 60.0)):
+        file = film(tmp_path / f"{frames}_{fps}/x.mkv", frames, fps=fps)
+        content = file.read_bytes()
+        at = content.index(b"\x23\xe3\x83")  # DefaultDuration, of 4 bytes of name and length; in its place nothing
+        length = 2 + (content[at + 3] & 0x7F)
+        file.write_bytes(content[:at] + bytes([0xEC, 0x80 | length]) + bytes(length) + content[at + 2 + length :])
+        assert av.open(str(file)).streams.video[0].average_rate != rate  # FFmpeg's guess
+        source = open_source(file.parent, Options(), Choice(instruction="go"))
+        assert source.describe().rate_hz == rate and len(frames_of(source.read(0), "video")) == frames
 
 
 def test_headers_are_enough_for_the_shape(tmp_path: Path) -> None:
