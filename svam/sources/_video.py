@@ -106,7 +106,13 @@ def probe(file: Path) -> VideoFacts:
 
 @lru_cache(maxsize=4096)
 def _probed(file: Path, _: str) -> VideoFacts:
+    from av.stream import Disposition
+
     with _opened(file) as (container, stream):
+        shown = [one for one in container.streams.video if not one.disposition & Disposition.attached_pic]
+        if len(shown) > 1:  # such as of two lenses, or colours and depth
+            way_out = "write the one to read into a file of its own, e.g. ffmpeg -i in.mkv -map 0:v:0 -c copy out.mkv"
+            raise FileError(f"{file}: has {len(shown)} video streams, expected one; {way_out}")
         codec = stream.codec_context
         height, width = int(codec.height), int(codec.width)
         if not 0 < height * width <= LARGEST_PICTURE:

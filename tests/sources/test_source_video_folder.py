@@ -331,6 +331,19 @@ def test_a_rate_that_matroska_does_not_say(tmp_path: Path) -> None:
         assert source.describe().rate_hz == rate and len(frames_of(source.read(0), "video")) == frames
 
 
+def test_which_of_two_streams_is_meant_is_not_guessed(tmp_path: Path) -> None:
+    one = film(tmp_path / "one.mp4", 5)
+    with av.open(str(one)) as taken, av.open(str(tmp_path / "two.mkv"), "w") as container:
+        streams = [container.add_stream_from_template(taken.streams.video[0]) for _ in range(2)]
+        for packet in taken.demux(video=0):
+            for stream in streams if packet.dts is not None else ():
+                packet.stream = stream
+                container.mux(packet)
+    assert probe(one).frames == 5
+    with refused("two.mkv: has 2 video streams, expected one; write the one to read into a file of its own, e.g. ffmpeg"):
+        probe(tmp_path / "two.mkv")
+
+
 def test_headers_are_enough_for_the_shape(tmp_path: Path) -> None:
     """No picture is decoded before it is read."""
     file = film(tmp_path / "x.mp4", 5)
