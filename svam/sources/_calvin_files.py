@@ -52,7 +52,7 @@ def read_recordings(folder: Path) -> NDArray[np.int64]:
         with file.open("rb") as opened:
             values = np.lib.format.read_array(opened)
     except FileNotFoundError:
-        there = f"{folder} has {contents(folder)}"
+        there = f"{folder} has {contents(folder)}; convert.options.folders says which folders are read"
         raise FileError(f"{file}: no such file; it lists the recordings of an official CALVIN folder; {there}") from None
     except Exception as error:  # numpy's parser of headers raises a dozen types on damaged bytes
         raise FileError(f"{file}: truncated, damaged or no .npy file of numbers ({type(error).__name__})") from None

@@ -159,7 +159,7 @@ def test_splits_and_scenes(dataset: Path, options: dict[str, Any], held_out: lis
         ({**TRAINING, "scenes": ["A"], "held_out_scenes": ["B"]}, "held_out_scenes: no episode of scene 'B'; there are A$"),
         ({"scenes": ["A", "B"], "scene_of": {"validation": "D"}}, "3 episodes 0 are held out"),
         ({"scene_of": {"test": "D"}}, "scene_of names 'test'"),
-        ({"folders": ["testing"]}, "testing/ep_start_end_ids.npy: no such file"),
+        ({"folders": ["testing"]}, "testing/ep_start_end_ids.npy: no such file.*; convert.options.folders says which"),
     ],
 )
 def test_wrong_splits_and_scenes_are_named(dataset: Path, options: dict[str, Any], match: str) -> None:
