@@ -35,6 +35,9 @@ def _objects(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         with file.open(encoding="utf-8-sig", newline="") as lines:
             if kind == ".csv":
                 reader = csv.DictReader(lines, restkey=_MORE, strict=True)
+                names = [name for name in reader.fieldnames or [] if name]
+                if twice := [name for name in names if names.count(name) > 1]:
+                    raise FileError(f"{file}: the column {twice[0]!r} is there twice; rename the one that is not meant")
                 yield from ((reader.line_num, row) for row in reader)
                 return
             for number, line in enumerate(lines, 1):

@@ -9,7 +9,7 @@ decoder notices is an error; a flipped bit that gives another valid picture cann
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -33,6 +33,8 @@ _FULL_COLOUR = {f"yuv{j}{layout}p": f"yuv{j}444p" for j in ("", "j") for layout 
 """Pixel formats with one colour for two or four pixels -> the same with one for each."""
 _ANEW = "if a player shows it, write it anew, e.g. ffmpeg -i in.mp4 -crf 10 out.mp4"
 """What to do about a video cut between key frames, or in an old container."""
+_HDR = (16, 18)
+"""FFmpeg's numbers of the transfer functions PQ and HLG."""
 _NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 
 
@@ -40,7 +42,7 @@ _NO_COLOUR = ("gray9", "gray1", "grayf", "ya16")
 class VideoFacts:
     """frames: how many a decoder will show. height, width: of a picture as it is handed out, after `turn` quarter turns against
     the clock. rate: mean frames per second, None where the container does not say. pixels: their format, by FFmpeg's name.
-    start: when the first frame is shown, in seconds."""
+    start: when the first frame is shown, in seconds. told: what a person should know of the pictures, or ""."""
 
     frames: int
     height: int
@@ -49,11 +51,19 @@ class VideoFacts:
     turn: int = 0
     pixels: str = ""
     start: float = 0.0
+    told: str = ""
 
-    @property
-    def turned(self) -> str:
-        """What is done with the pictures, for a note; "" where they are stored upright."""
-        return f"pictures are turned by {(360 - 90 * self.turn) % 360} degrees clockwise" if self.turn else ""
+
+def notes_of(told: Mapping[Path, str]) -> list[str]:
+    """A note for each different thing that is told of videos."""
+    alike: dict[str, list[Path]] = {}
+    for file, what in told.items():
+        alike.setdefault(what, []).append(file)
+    return [
+        f"{min(files)}{f', and {len(files) - 1} more alike' * (len(files) > 1)}: {what}"
+        for what, files in alike.items()
+        if what
+    ]
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,11 @@ def _probed(file: Path, _: str) -> VideoFacts:
         rate, start = stream.average_rate, float((stream.start_time or 0) * stream.time_base)
         first = None if frames and _upright(file) else next(container.decode(stream), None)
         turn = 0 if first is None else _turn(file, first)
+        told = [f"pictures are turned by {(360 - 90 * turn) % 360} degrees clockwise, as its metadata ask"] * bool(turn)
+        if (pixel := codec.sample_aspect_ratio) not in (None, 0, 1):
+            told.append(f"pixels are {pixel.numerator}:{pixel.denominator}, not square, and pictures are not stretched")
+        told += ["colours are HDR, and are not mapped to the usual range"] * (codec.color_trc in _HDR)
+        told += ["pictures are interlaced, and stay so"] * (codec.field_order > 1)
     if not frames:
         times = frame_times(file)
         frames = len(times.keys if times.pts is None else times.pts)
@@ -132,7 +147,7 @@ def _probed(file: Path, _: str) -> VideoFacts:
     if not frames:
         raise FileError(f"{file}: has no frames")
     size = (width, height) if turn % 2 else (height, width)
-    return VideoFacts(frames, *size, float(rate) if rate else None, turn, codec.pix_fmt or "", start)
+    return VideoFacts(frames, *size, float(rate) if rate else None, turn, codec.pix_fmt or "", start, "; ".join(told))
 
 
 def _rate(times: FrameTimes, told: float | None) -> float | None:

@@ -395,8 +395,8 @@ class LerobotSource:
         frames and rows are equally many and equally far apart, so that reading will find them."""
         video, times = rows.videos[camera.name], rows.times
         span, facts = self._span(entry, camera, video), probe(video)
-        if facts.turned:
-            self._note(", as its metadata ask", f"{video}: {facts.turned}")
+        if facts.told:
+            self._note(f": {facts.told}", str(video))
         count, part = facts.frames, ""
         if span is not None:
             count, part = round((span.stop - span.start) * (facts.rate or self.info.fps)), f" from {span.start:g} s on"

@@ -59,7 +59,7 @@ from svam.sections import Distinct
 from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
-from svam.sources._video import probe, video_blocks
+from svam.sources._video import notes_of, probe, video_blocks
 
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
 _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
@@ -131,10 +131,10 @@ def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
     return None if inside else video
 
 
-def _turned(video: Path) -> str:
+def _told(video: Path) -> str:
     """As `VideoFacts` says; "" of one that cannot be read, which `shape` says."""
     with suppress(FileError):
-        return probe(video).turned
+        return probe(video).told
     return ""
 
 
@@ -185,9 +185,7 @@ class RawSource:
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
         videos = {file.name: file for file in self.path.glob("*.mp4")}
-        if turned := {name: how for name in self._videos(self._cameras) & videos.keys() if (how := _turned(videos[name]))}:
-            first_one = videos[min(turned)]
-            notes.append(f"{first_one}: {turned[first_one.name]} ({len(turned)} videos), as their metadata ask")
+        notes += notes_of({videos[name]: _told(videos[name]) for name in self._videos(self._cameras) & videos.keys()})
         if unused := sorted(videos.keys() - self._videos(self._meta.cameras)):
             notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
         return notes

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
 from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder
-from svam.sources._video import FORMATS, VideoFacts, probe, video_blocks
+from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, video_blocks
 
 _TOLD = (".json", ".txt", ".JSON", ".TXT")
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
@@ -110,7 +110,7 @@ class VideoFolderSource:
     def __init__(self, path: Path, options: Options, choice: Choice = EVERYTHING) -> None:
         """Open a folder; `FileError` where it, its videos or text files are missing."""
         self.path, self.options, self.choice = existing_folder(path), options, choice
-        self._turned: dict[Path, str] = {}
+        self._told: dict[Path, str] = {}
         self._shorter: set[Path] = set()
         annotations = self.path / options.annotations
         self._annotated = annotations.is_dir()
@@ -251,10 +251,9 @@ class VideoFolderSource:
     @property
     def notes(self) -> Sequence[str]:
         """What is left out and what cannot be done with it; of the episodes that `shape` has looked at which are shorter than
-        their videos, and which videos are turned."""
-        turned = [f"{file}: {how} ({len(self._turned)} videos), as their metadata ask" for file, how in self._turned.items()]
+        their videos, and what is told of videos."""
         shorter = [f"{self.path}: {len(self._shorter)} of {len(self)} episodes {_SHORTER}"] if self._shorter else []
-        return [*shorter, *self._survey[1], *turned[:1]]
+        return [*shorter, *self._survey[1], *notes_of(self._told)]
 
     @cached_property
     def _cameras(self) -> list[str]:
@@ -337,8 +336,7 @@ class VideoFolderSource:
         if steps < next(iter(facts.values())).frames:
             self._shorter.add(record.file)
         for camera, known in facts.items():
-            if known.turned:
-                self._turned[record.videos[camera]] = known.turned
+            self._told[record.videos[camera]] = known.told
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
                 video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
         held_out = self._split(self._files[index]).lower() in _HELD_OUT if self._has_split else None

@@ -71,6 +71,8 @@ def test_commas_in_a_csv(folder: Path) -> None:
     """What follows a comma that is not quoted is not lost without a word."""
     with refused("said.csv: line 2 has more values than the first has names; quote a text that has commas"):
         opened(folder, "episode,text\n0,pick it, then place it\n1,drop it\n2,lift it\n", "said.csv")
+    with refused("said.csv: the column 'text' is there twice; rename the one that is not meant"):
+        opened(folder, "episode,text,text\n0,pick it,now\n", "said.csv")
     with refused("said.csv: cannot be read as .csv"):
         opened(folder, 'episode,text\n0,pick it\n1,drop it\n2,"lift it\n', "said.csv")
     with refused("said.tsv: cannot be read as .jsonl"):

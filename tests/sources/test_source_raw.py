@@ -90,7 +90,7 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
     film(folder / "a.wrist.mp4", 9, rotate=90)
     turned = open_source(folder, Options())
-    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise (1 videos), as their metadata ask" in turned.notes[0]
+    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in turned.notes[0]
     assert (frames_of(turned.read(0), "wrist") == np.rot90(decoded(folder / "a.wrist.mp4"), 1, axes=(1, 2))).all()
     film(folder / "a.wrist.mp4", 8)
     with refused(r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):

@@ -309,7 +309,8 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
             source.shape(index)
     source.shape(3)
     turned = frames_of(source.read(3), "video")
-    assert "e.mp4: pictures are turned by 270 degrees clockwise" in source.notes[-1] and turned.shape == (8, 64, 48, 3)
+    assert "e.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in source.notes[-1]
+    assert turned.shape == (8, 64, 48, 3)
     assert (turned == np.rot90(decoded(tmp_path / "d/e.mp4"), 1, axes=(1, 2))).all()
     stated = open_source(tmp_path / "d", Options(), told.model_copy(update={"rate_hz": 5.0}))
     assert stated.describe().rate_hz == 5.0
@@ -389,3 +390,18 @@ def test_two_videos_of_one_name_do_not_share_a_text(tmp_path: Path) -> None:
     assert source.names == ["a", "a.webm"] and source.shape(0).steps == 4
     with refused("a.webm: a.mp4 has the same name, and so the same text; rename one, or leave this one out"):
         source.shape(1)
+
+
+@pytest.mark.parametrize("kind", ["mp4", "mkv"])
+def test_what_a_player_would_change_is_told(tmp_path: Path, kind: str) -> None:
+    """Pixels that are not square, HDR and interlacing; pictures stay as they are stored."""
+    for name in "ab":
+        film(tmp_path / f"{name}.{kind}", 4, options={"x264-params": "transfer=arib-std-b67:sar=4/3:tff=1"})
+    film(tmp_path / f"c.{kind}", 4)
+    source = open_source(tmp_path, Options(), Choice(instruction="go"))
+    assert [source.shape(index).steps for index in range(3)] == [4, 4, 4]
+    assert (frames_of(source.read(0)) == decoded(tmp_path / f"a.{kind}")).all()
+    assert source.notes[-1] == (
+        f"{tmp_path}/a.{kind}, and 1 more alike: pixels are 4:3, not square, and pictures are not stretched; "
+        "colours are HDR, and are not mapped to the usual range; pictures are interlaced, and stay so"
+    )
