@@ -57,12 +57,10 @@ class VideoFacts:
 def notes_of(told: Mapping[Path, str]) -> list[str]:
     """A note for each different thing that is told of videos."""
     alike: dict[str, list[Path]] = {}
-    for file, what in told.items():
+    for file, what in sorted(told.items()):
         alike.setdefault(what, []).append(file)
     return [
-        f"{min(files)}{f', and {len(files) - 1} more alike' * (len(files) > 1)}: {what}"
-        for what, files in alike.items()
-        if what
+        f"{files[0]}{f', and {len(files) - 1} more alike' * (len(files) > 1)}: {what}" for what, files in alike.items() if what
     ]
 
 

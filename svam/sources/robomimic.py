@@ -89,7 +89,7 @@ def _control_rate(data: Hdf5File) -> float | None:
     steps = [_json_value(data, "data", "env_args", "sim_args", key) for key in ("dt", "decimation")]
     if rate is None and all(isinstance(value, int | float) and 0 < value < 1e6 for value in steps):
         rate = round(1 / (steps[0] * steps[1]), 6)
-    if rate is None and np.ndim(fps := data.attribute("data", "fps")) == 0 and isinstance(fps, float) and 0 < fps < 1e6:
+    if rate is None and isinstance(fps := data.attribute("data", "fps"), np.integer | np.floating) and 0 < fps < 1e6:
         rate = fps
     return None if rate is None else float(rate)
 

@@ -208,7 +208,7 @@ def test_rates(tmp_path: Path) -> None:
             source = open_said(tmp_path / "a.hdf5")
             assumed = "20 Hz are assumed" in " ".join(source.notes)
             assert source.describe().rate_hz == (rate or 20) and assumed == (rate is None)
-        root["data"].attrs.update({"fps": 15.0, "obs/sample_phase": "post_step"})
+        root["data"].attrs.update({"fps": 15, "obs/sample_phase": "post_step"})
     source = open_said(tmp_path / "a.hdf5")
     assert source.describe().rate_hz == 15 and "observations 'after' pairs it with the picture before" in source.notes[0]
     assert open_said(tmp_path / "a.hdf5", observations="after").notes == []
