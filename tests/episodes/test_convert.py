@@ -238,7 +238,7 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> Non
 
     gc.freeze()  # the more that other tests have left, the later cycles would be collected
     try:
-        for count in (2, 3, 33):  # the first run also fills caches
+        for count in (2, 3, 15, 3, 15):  # the first run also fills caches; a busy machine leaves more waiting for a moment
             source = Fresh([first] * count)
             tracemalloc.start()
             convert(source, tmp_path / "s.zarr", SETTINGS, seed=0)
@@ -246,8 +246,7 @@ def test_memory_does_not_grow_with_the_number_of_episodes(tmp_path: Path) -> Non
             tracemalloc.stop()
     finally:
         gc.unfreeze()
-    more = 30 * sum(images.nbytes for images in first.frames.values() if isinstance(images, np.ndarray))
-    assert peaks[2] - peaks[1] < more / 3
+    assert min(peaks[2], peaks[4]) < 1.1 * min(peaks[1], peaks[3])
 
 
 # The stage and its source of collected demonstrations

@@ -157,8 +157,8 @@ def test_the_least_loss(store: EpisodeStore, tmp_path: Path) -> None:
 def test_what_cannot_be_exported_is_one_sentence(store: EpisodeStore, kept: Path, tmp_path: Path) -> None:
     console.width = 4000
     (tmp_path / "there").mkdir()
-    cut = [({c: f[:, :7] for c, f in e.frames.items()}, e) for e in filmed_plain()]
-    odd = Recorded([dataclasses.replace(episode, frames=frames, annotations={}) for frames, episode in cut])
+    narrow = [dataclasses.replace(e, frames={c: f[:, :7] for c, f in e.frames.items()}) for e in filmed_plain()]
+    odd = Recorded([dataclasses.replace(episode, annotations={}) for episode in narrow])
     convert(odd, tmp_path / "odd.zarr", SETTINGS, seed=0)
     for path, out, sentence in (
         (kept, tmp_path / "there", "there: is there already; name a folder that is not"),
