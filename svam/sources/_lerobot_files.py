@@ -72,6 +72,11 @@ def _small_columns(file: Path, _: str, needed: Sequence[str], names: Sequence[st
     return table, episodes, set(np.unique(episodes).tolist())
 
 
+def _contradict(listed: Set[int], held: Set[int]) -> bool:
+    """Whether a file lacks episodes that are listed in it and holds others: then the numbers may be those of another set."""
+    return bool(listed - held and held - listed)
+
+
 def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[str, ...], listed: Set[int]) -> tuple[int, Any]:
     """The first row of episode `number` in a file, and the table of those of its columns `names` that are there; its rows must
     lie together, and the columns `needed` be there. listed: those of the file by the metadata; none: it holds no other."""
@@ -79,7 +84,7 @@ def episode_rows(file: Path, number: int, names: tuple[str, ...], needed: tuple[
     if episodes is None:
         return 0, table
     rows = np.flatnonzero(episodes == number)
-    if listed - held and held - listed:
+    if _contradict(listed, held):
         raise FileError(
             f"{file}: it holds episodes {min(held)} to {max(held)}, and by the metadata {min(listed)} to {max(listed)}, so "
             "that each may be another one there (were sets joined?); give the rows the metadata's numbers"
@@ -98,7 +103,7 @@ def holds(file: Path, number: int, listed: Set[int]) -> bool:
         held = _small_columns(file, stamp(file), (), ())[2]
     except FileError:
         return False
-    return number in held and not (listed - held and held - listed)
+    return number in held and not _contradict(listed, held)
 
 
 def by_rows(folder: Path, wanted: Set[int]) -> dict[int, Path]:
