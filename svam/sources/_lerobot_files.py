@@ -178,10 +178,11 @@ def joined(table: Any, columns: Sequence[str], file: Path, features: Mapping[str
         return np.concatenate(parts, axis=1).astype(np.float32)
 
 
-def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str] | None:
+def sentences(column: Any, name: str, tasks: dict[int, str] | None, file: Path) -> list[str] | None:
     """What each row of a column of texts, or of numbers of `tasks`, says; None where none says anything, or `tasks` is None."""
     from pyarrow import types
 
+    what = f"{file}: {name}"
     if column.null_count == len(column):
         return None
     kind = column.type.value_type if types.is_dictionary(column.type) else column.type
@@ -195,7 +196,7 @@ def sentences(column: Any, tasks: dict[int, str] | None, what: str) -> list[str]
     if tasks is None:
         return None
     if unknown := [value for value in said if value not in tasks]:
-        where = "meta/subtasks" if what.endswith(": subtask_index") else "meta/tasks"
+        where = "meta/subtasks" if name == "subtask_index" else "meta/tasks"
         raise FileError(f"{what} is {unknown[0]}, which {where} does not list")
     return [tasks[value] for value in said]
 

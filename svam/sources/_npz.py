@@ -1,4 +1,5 @@
-"""Reading `.npz` archives of other people: headers before data, nothing unpickled, no more memory than a header admits to.
+"""Reading `.npz` archives of other people by `numpy.load(allow_pickle=False)`: headers before data, so that a false one costs no
+memory.
 
 Every member is checked against its CRC-32 when it is read to its end. What is absent, damaged or not as expected is a
 `FileError`; `missing` ends the sentence of an absent file.
@@ -6,14 +7,13 @@ Every member is checked against its CRC-32 when it is read to its end. What is a
 
 from __future__ import annotations
 
-import io
 import math
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
+from zipfile import ZipInfo
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,12 @@ class Header(NamedTuple):
 
 
 @contextmanager
-def _opened(file: Path, missing: str = "") -> Iterator[tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]]:
-    """An archive and its members by field name; whatever its bytes make the libraries raise becomes a `FileError`."""
+def _opened(file: Path, missing: str = "") -> Iterator[tuple[Any, dict[str, ZipInfo]]]:
+    """numpy's `NpzFile` and its members by field name; whatever its bytes make the libraries raise becomes a `FileError`."""
     refuse_lfs_pointer(file)
     try:
-        with zipfile.ZipFile(file) as archive:
-            infos = archive.infolist()
+        with np.load(file, allow_pickle=False) as archive:
+            infos = archive.zip.infolist()
             members = {info.filename.removesuffix(".npy"): info for info in infos}
             if len(members) != len(infos):  # of which readers would choose differently
                 raise ValueError("two members of one name")
@@ -73,7 +73,7 @@ def headers(file: Path, missing: str = "") -> dict[str, Header]:
     known = {}
     with _opened(file, missing) as (archive, members):
         for name, info in members.items():
-            with archive.open(info) as member:
+            with archive.zip.open(info) as member:
                 known[name] = _header(member, info.file_size)
     return known
 
@@ -90,10 +90,9 @@ def load(file: Path, only: Sequence[str] | None = None, missing: str = "") -> di
                     f"{file}: field {name!r} has {info.file_size / 2**30:.1f} GiB, expected at most "
                     f"{LARGEST_MEMBER >> 30} GiB; write shorter episodes"
                 )
-            member = io.BytesIO(archive.read(info))
-            refuse_objects(file, name, _header(member, info.file_size).dtype)
-            member.seek(0)
-            arrays[name] = np.lib.format.read_array(member)
+            with archive.zip.open(info) as member:
+                refuse_objects(file, name, _header(member, info.file_size).dtype)
+            arrays[name] = archive[info.filename]  # a field "a.npy" is not the file "a.npy"
     return arrays
 
 
@@ -113,7 +112,7 @@ def frame_blocks_of(file: Path, name: str, header: Header) -> FrameBlocks:
 def _read_blocks(file: Path, name: str, header: Header) -> Iterator[NDArray[np.uint8]]:
     pictures = pictures_of(file, name, header)
     total, step = header.shape[0], frames_per_block(pictures.frame_bytes)
-    with _opened(file) as (archive, members), archive.open(members[name]) as member:
+    with _opened(file) as (archive, members), archive.zip.open(members[name]) as member:
         if _header(member, members[name].file_size) != header:
             raise ValueError("changed since it was opened")
         for start in range(0, total, step):

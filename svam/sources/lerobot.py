@@ -347,7 +347,7 @@ class LerobotSource:
         own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
         rows_say = asked != "tasks" and column is not None
         try:
-            said = files.sentences(column, self._tasks, f"{file}: {asked or 'task_index'}") if rows_say else None
+            said = files.sentences(column, asked or "task_index", self._tasks, file) if rows_say else None
         except FileError as error:
             ways = "set convert.options.instruction_column to 'tasks' for the metadata's sentences"
             raise FileError(f"{error}; {ways}, or convert.instruction to one for all") from None
