@@ -1,4 +1,4 @@
-"""Reading `.npz` archives of other people by `numpy.load(allow_pickle=False)`: headers before data, so that a false one costs no
+"""Reading `.npz` archives of other people by `numpy.load(allow_pickle=False)`: headers before data, so that no false one takes
 memory.
 
 Every member is checked against its CRC-32 when it is read to its end. What is absent, damaged or not as expected is a

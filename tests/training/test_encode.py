@@ -49,12 +49,9 @@ def test_training_reads_the_bits_that_act_computes(parts: Path, made: Path) -> N
     store, autoencoder, latents = opened(parts, made)
     frames = torch.from_numpy(store.frames(np.arange(len(store))))
     stored = torch.from_numpy(latents.copy())
-    assert torch.equal(autoencoder.condition_of(autoencoder.encode(frames[:16])), autoencoder.condition_of(stored[:16].float()))
-    for row in range(0, len(store), 7):  # in another batch sums differ in float32's last places, and rarely in float16's
-        alone = autoencoder.encode(frames[row : row + 1])
-        assert torch.equal(alone.half().float(), alone)
-        torch.testing.assert_close(alone, stored[row : row + 1].float(), rtol=1e-3, atol=1e-4)
-        assert (alone != stored[row : row + 1]).float().mean() < 0.05
+    for together in (1, 3, 16):  # of one frame, as of a robot's, torch would choose another kernel
+        seen = torch.cat([autoencoder.encode(part) for part in frames.split(together)])
+        assert torch.equal(autoencoder.condition_of(seen), autoencoder.condition_of(stored.float()))
 
 
 def test_decoding_in_parts_is_decoding(parts: Path) -> None:
