@@ -196,7 +196,7 @@ def _of_metaworld(params: Params) -> Iterator[str]:
 
 def lacking(params: Params) -> list[str]:
     """What the params ask for and this machine has not, a sentence each: published weights, as far as their files tell without
-    being loaded, libraries, and what starts several processes. A GPU is `svam.presets.plan`'s to miss."""
+    being loaded, libraries, what starts several processes, and a GPU. Its memory is `svam.presets.plan`'s to miss."""
     video, lacks = params.finetune_video, list(unfit(params))
     for key, library, asked in (
         ("moments", "bitsandbytes", video.moments == "int8"), ("lora_rank", "peft", video.lora_rank is not None),
@@ -206,6 +206,11 @@ def lacking(params: Params) -> list[str]:
                 f"finetune_video.{key} is {getattr(video, key)!r}, but {library} is not installed: "
                 "pip install -c constraints.txt -e '.[cards]' brings it"
             )
+    if params.machine.device == "cuda" and (version := _torch_without_gpu()):
+        lacks.append(
+            f"machine.device is 'cuda', but torch {version} sees no CUDA GPU; use 'auto' or 'cpu', or install a CUDA build of "
+            "torch"
+        )
     for chosen in _published(params):
         try:
             layouts.local_weights(chosen.path, chosen.revision, chosen.layout, chosen.key)
@@ -242,6 +247,13 @@ def _published(params: Params) -> list[_Published]:
     return chosen
 
 
+def _torch_without_gpu() -> str | None:
+    """torch's version where it sees no GPU. Its import takes seconds: ask only where the params make it matter."""
+    import torch
+
+    return None if torch.cuda.is_available() else str(torch.__version__)
+
+
 def _recorded(stage: str, key: str) -> object:
     """What dvc.lock says of a param of the stage's last run, None where it says nothing: what a run made of published weights
     is there, or can be pulled, when the weights are not."""
@@ -256,7 +268,17 @@ def _recorded(stage: str, key: str) -> object:
 
 def notes(params: Params) -> list[str]:
     """Sentences about values that are accepted, and perhaps a mistake."""
-    return [*_of_first_noise(params), *_of_tail(params)]
+    return [*_of_published_sizes(params), *_of_first_noise(params), *_of_tail(params)]
+
+
+def _of_published_sizes(params: Params) -> Iterator[str]:
+    """Published models on a CPU take days, which nobody asked for by `auto`."""
+    if params.machine.device == "auto" and (chosen := _published(params)) and _torch_without_gpu():
+        yield (
+            f"published weights are named by {', '.join(one.key for one in chosen)}, and machine.device is 'auto', but torch "
+            "sees no CUDA GPU: models of their sizes would be computed on the CPU. `python -m svam.presets plan PRESET --card "
+            "cpu` says for how long"
+        )
 
 
 def _of_first_noise(params: Params) -> Iterator[str]:

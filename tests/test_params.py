@@ -14,8 +14,9 @@ from svam import agreement
 from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
 from svam.contract import Choice
+from svam.device import prepare_torch
 from svam.episodes.instructions import described_tasks
-from svam.errors import OF_PATTERN, ParamsError
+from svam.errors import OF_PATTERN, MachineError, ParamsError
 from svam.files import read_yaml
 from svam.models import layouts
 from svam.params import Params, load_params
@@ -364,3 +365,25 @@ def test_bad_published_weights_are_told_before_anything_is_computed(
     told = [line for line in done.stderr.splitlines() if not line.startswith("NOTE ")]
     assert done.exit_code == 1 and not Path("out").exists()
     assert len(told) == 1 and told[0].startswith(f"error: {key}: {folder}") and said in told[0], told
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of the stages where it is asked for, by a note where published sizes would go to the CPU unasked."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MachineError) as caught:
+        prepare_torch("cuda", 1, 0)
+    assert lacking(load_params(write(tmp_path, {"machine.device": "cuda"}))) == [str(caught.value)]
+    for device in ("auto", "cpu"):
+        assert not lacking(load_params(write(tmp_path, {"machine.device": device})))
+
+    def noted(changes: dict[str, Any]) -> list[str]:
+        return [line for line in notes(load_params(write(tmp_path, changes))) if "published" in line]
+
+    everything, unet = PUBLISHED | {"machine.device": "auto"}, {"finetune_video.unet.pretrained": "svd"}
+    (said,) = noted(everything)
+    assert said.startswith(f"published weights are named by {', '.join(WEIGHTS)}, and machine.device is 'auto', but torch sees")
+    assert "`python -m svam.presets plan PRESET --card cpu`" in said
+    assert len(noted(unet)) == 1 and "named by finetune_video.unet.pretrained, and" in noted(unet)[0]
+    assert not noted({}) and not noted(PUBLISHED)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not noted(everything) and not lacking(load_params(write(tmp_path, {"machine.device": "cuda"})))
