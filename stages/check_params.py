@@ -21,7 +21,8 @@ def app(
     out: Annotated[Path | None, typer.Argument(help="Write this file once all is well; always the same bytes.")] = None,
 ) -> None:
     """Check every key of the parameters, the options of the chosen data source, what sections demand of one another, that
-    tasks have the chosen scenes, and that weights, libraries and launcher are there; exit with a line for each that is wrong.
+    tasks have the chosen scenes, and that weights, libraries, launcher and GPU are there; exit with a line for each that is
+    wrong.
 
     In the pipeline, `collect` and `convert`, with which everything starts, depend on OUT. Its content never changes, so a
     changed parameter re-runs this check, and then only the stages that list that parameter.

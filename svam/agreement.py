@@ -10,13 +10,15 @@ import math
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from svam.episodes.instructions import described_tasks, likely_task
 from svam.episodes.options import source_options
 from svam.episodes.windows import stride_of
 from svam.errors import ParamsError, SvamError, did_you_mean
-from svam.files import FileError, local_weights, read_yaml
+from svam.files import FileError, read_yaml
 from svam.launch import contradictions, unfit
+from svam.models import layouts
 from svam.params import Params
 from svam.simulation.calvin import open_checkout
 from svam.simulation.libero import libero_version
@@ -193,8 +195,8 @@ def _of_metaworld(params: Params) -> Iterator[str]:
 
 
 def lacking(params: Params) -> list[str]:
-    """What the params ask for and this machine has not, a sentence each: published weights, libraries, and what starts several
-    processes. A GPU is `svam.presets.plan`'s to miss."""
+    """What the params ask for and this machine has not, a sentence each: published weights, as far as their files tell without
+    being loaded, libraries, what starts several processes, and a GPU. Its memory is `svam.presets.plan`'s to miss."""
     video, lacks = params.finetune_video, list(unfit(params))
     for key, library, asked in (
         ("moments", "bitsandbytes", video.moments == "int8"), ("lora_rank", "peft", video.lora_rank is not None),
@@ -204,22 +206,52 @@ def lacking(params: Params) -> list[str]:
                 f"finetune_video.{key} is {getattr(video, key)!r}, but {library} is not installed: "
                 "pip install -c constraints.txt -e '.[cards]' brings it"
             )
-    backbones, unet = params.prepare_backbones, video.unet
-    weights = {
-        "prepare_backbones.autoencoder.path": ("prepare_backbones_autoencoder", backbones.autoencoder),
-        "prepare_backbones.text.path": ("prepare_backbones_text", backbones.text),
-        "prepare_backbones.geometric.path": ("prepare_backbones_teacher@geometric", backbones.geometric),
-        "prepare_backbones.semantic.path": ("prepare_backbones_teacher@semantic", backbones.semantic),
-    }
-    named = {key: (stage, part.path, part.revision) for key, (stage, part) in weights.items() if part.source == "pretrained"}
-    for key, (stage, path, revision) in (named | {UNET: ("finetune_video", unet.pretrained, unet.revision)}).items():
+    if params.machine.device == "cuda" and (version := _torch_without_gpu()):
+        lacks.append(
+            f"machine.device is 'cuda', but torch {version} sees no CUDA GPU; use 'auto' or 'cpu', or install a CUDA build of "
+            "torch"
+        )
+    for chosen in _published(params):
         try:
-            if path:
-                local_weights(path, revision, key)
+            layouts.local_weights(chosen.path, chosen.revision, chosen.layout, chosen.key)
         except FileError as error:
-            if _recorded(stage, key) != path:
+            if _recorded(chosen.stage, chosen.key) != chosen.path:
                 lacks.append(str(error))
     return lacks
+
+
+class _Published(NamedTuple):
+    """A choice of published weights: the key of their path, the stage that reads them, and what is looked for."""
+
+    key: str
+    stage: str
+    path: str
+    revision: str | None
+    layout: layouts.Layout
+
+
+def _published(params: Params) -> list[_Published]:
+    parts, unet = params.prepare_backbones, params.finetune_video.unet
+    sections = {
+        "autoencoder": ("autoencoder", parts.autoencoder, layouts.AUTOENCODER), "text": ("text", parts.text, layouts.TEXT),
+        "geometric": ("teacher@geometric", parts.geometric, layouts.TEACHERS[parts.geometric.family]),
+        "semantic": ("teacher@semantic", parts.semantic, layouts.TEACHERS[parts.semantic.family]),
+    }  # fmt: skip
+    chosen = [
+        _Published(f"prepare_backbones.{name}.path", f"prepare_backbones_{stage}", str(part.path), part.revision, layout)
+        for name, (stage, part, layout) in sections.items()
+        if part.source == "pretrained"
+    ]
+    if unet.pretrained:
+        chosen.append(_Published(UNET, "finetune_video", unet.pretrained, unet.revision, layouts.UNET))
+    return chosen
+
+
+def _torch_without_gpu() -> str | None:
+    """torch's version where it sees no GPU. Its import takes seconds: ask only where the params make it matter."""
+    import torch
+
+    return None if torch.cuda.is_available() else str(torch.__version__)
 
 
 def _recorded(stage: str, key: str) -> object:
@@ -236,7 +268,17 @@ def _recorded(stage: str, key: str) -> object:
 
 def notes(params: Params) -> list[str]:
     """Sentences about values that are accepted, and perhaps a mistake."""
-    return [*_of_first_noise(params), *_of_tail(params)]
+    return [*_of_published_sizes(params), *_of_first_noise(params), *_of_tail(params)]
+
+
+def _of_published_sizes(params: Params) -> Iterator[str]:
+    """Published models on a CPU take days, which nobody asked for by `auto`."""
+    if params.machine.device == "auto" and (chosen := _published(params)) and _torch_without_gpu():
+        yield (
+            f"published weights are named by {', '.join(one.key for one in chosen)}, and machine.device is 'auto', but torch "
+            "sees no CUDA GPU: models of their sizes would be computed on the CPU. `python -m svam.presets plan PRESET --card "
+            "cpu` says for how long"
+        )
 
 
 def _of_first_noise(params: Params) -> Iterator[str]:

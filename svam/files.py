@@ -6,7 +6,6 @@ import glob
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -234,30 +233,7 @@ def refuse_lfs_pointer(path: Path) -> None:
     except OSError:
         return
     if pointer:
-        raise FileError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in the data set's repository")
-
-
-def local_weights(path: str, revision: str | None, key: str) -> Path | None:
-    """The folder in which published weights lie; None where `path` is a hub id `owner/name`, which `revision` pins to a commit.
-
-    key: of `path` in the params, for messages; the revision's is beside it.
-
-    Raises:
-        FileError: no such folder, and no hub id that is pinned; or a folder with a revision.
-    """
-    local, beside = Path(path).expanduser(), f"{key.rpartition('.')[0]}.revision"
-    if local.is_dir():
-        if revision:
-            raise FileError(f"{key}: {path} is a local folder, but {beside} is {revision!r}; leave it empty")
-        return local
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise FileError(f"{key}: {path}: no such folder, and not a hub id (owner/name)")
-    if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
-        raise FileError(
-            f"{key}: {path} is no local folder; as a hub id it needs {beside} to be a commit hash of 40 hexadecimal digits, "
-            f"found {revision!r}"
-        )
-    return None
+        raise FileError(f"{path}: a Git LFS pointer, not the file itself; run git lfs pull in its repository")
 
 
 def stamp(path: Path) -> str:

@@ -27,7 +27,7 @@ LAYERS: list[set[str]] = [
 FORBIDDEN = [("svam.episodes", "svam.models"), ("svam.models", "svam.episodes")]
 # Modules of `models` that others there may be built from; only these assemble.
 ASSEMBLERS = {"generator", "foresight", "svam", "control"}
-SHARED_IN_MODELS = {"attention", "depth_anything_3", "diffusion", "families", "manifest", "published", "views"}
+SHARED_IN_MODELS = {"attention", "depth_anything_3", "diffusion", "families", "layouts", "manifest", "published", "views"}
 # A library that is heavy or may be absent -> the files that may import it, and only within functions or lazily loaded modules.
 LAZY = {
     "metaworld": {"svam/simulation/metaworld.py", "svam/simulation/experts.py", "svam/simulation/collect.py"},
@@ -124,6 +124,13 @@ def test_no_import_loads_a_simulator_or_gl() -> None:
 
 def test_params_need_no_torch() -> None:
     code = "import sys, svam.params; print([m for m in ('torch', 'zarr', 'mujoco', 'diffusers', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_check_of_params_needs_no_torch() -> None:
+    """Which takes seconds, and it runs before everything."""
+    code = "import sys, stages.check_params; print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

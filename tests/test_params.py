@@ -14,13 +14,15 @@ from svam import agreement
 from svam.agreement import check_agreement, lacking, notes
 from svam.console import console
 from svam.contract import Choice
+from svam.device import prepare_torch
 from svam.episodes.instructions import described_tasks
-from svam.errors import OF_PATTERN, ParamsError
+from svam.errors import OF_PATTERN, MachineError, ParamsError
 from svam.files import read_yaml
+from svam.models import layouts
 from svam.params import Params, load_params
 from svam.sources import raw
 from tests import ROOT
-from tests.toy import invoke
+from tests.toy import invoke, lay_out, spoil
 
 YAML_12 = YAML(typ="safe", pure=True)
 
@@ -288,7 +290,7 @@ def test_what_this_machine_lacks_is_said_before_anything_is_computed(tmp_path: P
     """But for weights of which dvc.lock says that a run has made of them what is wanted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(agreement, "find_spec", lambda name: None)
-    (tmp_path / "here").mkdir()
+    lay_out(tmp_path / "here", layouts.TEACHERS["dinov2_registers"])
     values = {
         "prepare_backbones.text.path": "weights/clip", "prepare_backbones.geometric.path": "owner/name",
         "prepare_backbones.geometric.revision": "0" * 40, "prepare_backbones.semantic.path": "here",
@@ -320,3 +322,68 @@ def test_what_this_machine_lacks_is_said_before_anything_is_computed(tmp_path: P
         assert len(said) == 4 + len(missing) and all(map(str.startswith, said, [*first, *missing])), said
     values |= {"machine.launch": "no-such-launcher -n 2", "machine.processes": 1}
     assert told()[0].startswith("machine.launch is 'no-such-launcher -n 2', but there is no command 'no-such-launcher'")
+
+
+WEIGHTS = {
+    "prepare_backbones.autoencoder.path": ("svd", "vae", layouts.AUTOENCODER),
+    "prepare_backbones.text.path": ("clip", "", layouts.TEXT),
+    "prepare_backbones.geometric.path": ("depth", "", layouts.TEACHERS["depth_anything_3"]),
+    "prepare_backbones.semantic.path": ("dino", "", layouts.TEACHERS["dinov2_registers"]),
+    "finetune_video.unet.pretrained": ("svd", "unet", layouts.UNET),
+}
+"""Key of a path -> its folder, the model's within it, and its layout."""
+PUBLISHED: dict[str, Any] = {key: folder for key, (folder, _, _) in WEIGHTS.items()}
+PUBLISHED |= {f"prepare_backbones.{part}.source": "pretrained" for part in ("autoencoder", "text", "geometric", "semantic")}
+PUBLISHED |= {"prepare_backbones.geometric.family": "depth_anything_3", "machine.device": "cpu"}
+SHARDS = {"weight_map": {"a": "model-1-of-2.safetensors", "b": "model.safetensors"}}
+
+
+@pytest.mark.parametrize("key, file, new, said", [
+    ("autoencoder.path", "diffusion_pytorch_model.safetensors", "weights.ckpt", "weights.ckpt is of a format"),
+    ("autoencoder.path", "", "elsewhere", "svd holds no folder 'vae' and no config.json"),
+    ("text.path", "model.safetensors", "pytorch_model.bin", "pytorch_model.bin is of a format that runs code"),
+    ("text.path", "tokenizer.json", None, "clip: no tokenizer"),
+    ("geometric.path", "config.json", {"config": {"anyview": {}}}, "depth/config.json: no config.net with"),
+    ("geometric.path", "model.safetensors.index.json", SHARDS, "depth: the weights are in shards"),
+    ("semantic.path", "config.json", {"model_type": "dinov3_vit"}, "expected 'dinov2_with_registers'; set family to 'dinov3'"),
+    ("semantic.path", "model.safetensors.index.json", SHARDS, "1 of 2 shards in model.safetensors.index.json"),
+    ("unet.pretrained", "config.json", {"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel', expected"),
+    ("unet.pretrained", "diffusion_pytorch_model.safetensors", {}, "not a whole safetensors file"),
+])  # fmt: skip
+def test_bad_published_weights_are_told_before_anything_is_computed(
+    key: str, file: str, new: dict[str, Any] | str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder, inner, layout in WEIGHTS.values():
+        lay_out(Path(folder, inner), layout)
+    params = write(tmp_path, PUBLISHED)
+    done = invoke(app, "whole", "--params", params)
+    assert done.exit_code == 0 and Path("whole").exists(), done.output
+    ((key, (folder, inner, _)),) = ((whole, place) for whole, place in WEIGHTS.items() if whole.endswith(key))
+    spoil(Path(folder, inner, file), new)
+    done = invoke(app, "out", "--params", params)
+    told = [line for line in done.stderr.splitlines() if not line.startswith("NOTE ")]
+    assert done.exit_code == 1 and not Path("out").exists()
+    assert len(told) == 1 and told[0].startswith(f"error: {key}: {folder}") and said in told[0], told
+
+
+def test_a_gpu_that_is_not_there_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of the stages where it is asked for, by a note where published sizes would go to the CPU unasked."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(MachineError) as caught:
+        prepare_torch("cuda", 1, 0)
+    assert lacking(load_params(write(tmp_path, {"machine.device": "cuda"}))) == [str(caught.value)]
+    for device in ("auto", "cpu"):
+        assert not lacking(load_params(write(tmp_path, {"machine.device": device})))
+
+    def noted(changes: dict[str, Any]) -> list[str]:
+        return [line for line in notes(load_params(write(tmp_path, changes))) if "published" in line]
+
+    everything, unet = PUBLISHED | {"machine.device": "auto"}, {"finetune_video.unet.pretrained": "svd"}
+    (said,) = noted(everything)
+    assert said.startswith(f"published weights are named by {', '.join(WEIGHTS)}, and machine.device is 'auto', but torch sees")
+    assert "`python -m svam.presets plan PRESET --card cpu`" in said
+    assert len(noted(unet)) == 1 and "named by finetune_video.unet.pretrained, and" in noted(unet)[0]
+    assert not noted({}) and not noted(PUBLISHED)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not noted(everything) and not lacking(load_params(write(tmp_path, {"machine.device": "cuda"})))

@@ -7,9 +7,11 @@ from typing import Any
 
 import typer
 from ruamel.yaml import YAML
+from safetensors.numpy import save_file
 from typer.testing import CliRunner, Result
 
-from svam.files import read_yaml
+from svam.files import read_yaml, write_json
+from svam.models.layouts import DIFFUSERS, TRANSFORMERS, Layout
 from svam.params import Optimiser, Params, load_params
 from tests import ROOT
 
@@ -83,6 +85,27 @@ def write_toy_params(out: Path, changes: dict[str, Any] | None = None, source: P
     values = merged(read_yaml(source), OVERRIDES)
     YAML(typ="safe", pure=True).dump(merged(values, changes or {}), out)
     return load_params(out)
+
+
+def lay_out(folder: Path, layout: Layout) -> Path:
+    """The files of published weights, with no tensor in them, in a new folder."""
+    folder.mkdir(parents=True)
+    write_json(folder / "config.json", {layout.field: layout.kinds[0]} if layout.kinds else {"model_name": "da3-large"})
+    name = DIFFUSERS if layout.field == "_class_name" else TRANSFORMERS
+    save_file({}, folder / f"{name}.safetensors")
+    if layout.tokenizer:
+        write_json(folder / "tokenizer.json", {})
+    return folder
+
+
+def spoil(file: Path, new: dict[str, Any] | str | None) -> None:
+    """Write JSON into a file, give it another name, or remove it."""
+    if isinstance(new, dict):
+        write_json(file, new)
+    elif new is not None:
+        file.rename(file.with_name(new))
+    else:
+        file.unlink()
 
 
 def invoke(app: typer.Typer, *arguments: object) -> Result:

@@ -7,17 +7,17 @@ https://github.com/ByteDance-Seed/Depth-Anything-3, whose outputs these equal.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from svam.checkpoint import load_tensors, restore, save_tensors
-from svam.files import FileError, read_json, write_json
+from svam.files import FileError, write_json
+from svam.models.layouts import NETS, depth_anything_3_net
 from svam.models.published import freeze
 
 Stage = Literal["first", "second", "third", "last"]
@@ -55,16 +55,6 @@ class DepthAnything3Config:
     def hidden_size(self) -> int:
         """Channels of a token that is given out; 2048 for the large model."""
         return self.width * (2 if self.cat_token else 1)
-
-
-NETS: dict[str, dict[str, Any]] = {
-    name: {"out_layers": layers, "alt_start": start, "qknorm_start": start, "rope_start": start, "cat_token": start > 0}
-    for name, layers, start in (
-        ("da3-small", [5, 7, 9, 11], 4), ("da3-base", [5, 7, 9, 11], 4), ("da3-large", [11, 15, 19, 23], 8),
-        ("da3-giant", [19, 27, 33, 39], 13), ("da3mono-large", [4, 11, 17, 23], -1), ("da3metric-large", [4, 11, 17, 23], -1),
-    )
-}  # fmt: skip
-"""`config.net` of the released models, for a config.json that gives their name alone."""
 
 
 class _Attention(nn.Module):
@@ -139,11 +129,9 @@ class DepthAnything3(nn.Module):
         Raises:
             FileError: missing or broken files, another layout, a stage that is not there, or weights that do not fit.
         """
-        net, file = _net(folder), folder / "model.safetensors"
+        net, file = depth_anything_3_net(folder), folder / "model.safetensors"
         if stage != "last" and len(net["out_layers"]) != len(get_args(Stage)):
             raise FileError(f"{folder}/config.json: out_layers is {list(net['out_layers'])}: no stage {stage!r} of four")
-        if (folder / "model.safetensors.index.json").exists():
-            raise FileError(f"{folder}: the weights are in shards, but those of Depth Anything 3 are read from one {file.name}")
         tensors = load_tensors(file)
         foreign = sorted(name for name in tensors if not name.startswith((PREFIX, *OTHER_PARTS)))
         state = {name.removeprefix(PREFIX): values.float() for name, values in tensors.items() if name.startswith(PREFIX)}
@@ -236,19 +224,3 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, N, HEAD), of which the first half turns by rows and the second by columns."""
     a, b = torch.unflatten(x, -1, (2, 2, -1)).unbind(dim=-2)
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-2).flatten(-3)
-
-
-def _net(folder: Path) -> dict[str, Any]:
-    """`config.net` of config.json, as arguments of `DepthAnything3Config`."""
-    file = folder / "config.json"
-    record = read_json(file)
-    record = record if isinstance(record, dict) else {}
-    inner = record.get("config", {"net": NETS.get(str(record.get("model_name")))})
-    net = inner.get("net") if isinstance(inner, Mapping) else None
-    keys = NETS["da3-large"].keys()
-    if not isinstance(net, Mapping) or not keys <= net.keys() or not net["out_layers"]:
-        raise FileError(
-            f"{file}: no config.net with {', '.join(keys)}, and model_name is {record.get('model_name')!r}; expected the "
-            f"layout of Depth Anything 3, or one of {', '.join(NETS)}"
-        )
-    return {key: net[key] for key in keys} | {"out_layers": tuple(net["out_layers"])}

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import transformers
 from torch import Tensor
 
-from svam.files import FileError, read_json
 from svam.models.depth_anything_3 import DepthAnything3, Stage
 from svam.models.published import load_strict, save_published
 
@@ -56,16 +55,15 @@ def _vjepa2_tokens(model: Any, pixels: Tensor) -> Tensor:
 class VisionFamily:
     """One family.
 
-    library: its class in transformers. types: `model_type` of the published config.json files that this class reads.
-    sees: of a clip `frames`, each alone; `views`, all frames as views of one scene, of which there may be one; or `video`, all
-    frames as they follow one another. statistics: mean and deviation of the channels with which it was published. special:
-    tokens before those of patches, beside the registers that the config counts. fixed: the config's name of the only side in
-    pixels that the model takes, where there is one. ignored: prefixes of published weights that belong to other parts.
+    library: its class in transformers; what it reads: `svam.models.layouts.TEACHERS`. sees: of a clip `frames`, each alone;
+    `views`, all frames as views of one scene, of which there may be one; or `video`, all frames as they follow one another.
+    statistics: mean and deviation of the channels with which it was published. special: tokens before those of patches, beside
+    the registers that the config counts. fixed: the config's name of the only side in pixels that the model takes, where there
+    is one. ignored: prefixes of published weights that belong to other parts.
     sequence: (model, pixels (B, 3, S, S), or (B, T, 3, S, S) unless it sees `frames`) -> tokens (B, N, channels).
     """
 
     library: str
-    types: tuple[str, ...]
     sees: Literal["frames", "views", "video"] = "frames"
     statistics: Statistics = IMAGENET
     special: int = 1
@@ -78,19 +76,7 @@ class VisionFamily:
         return load_strict(getattr(transformers, self.library), folder, ignored)
 
     def load_published(self, folder: Path, stage: Stage) -> Any:
-        """The frozen published model of `folder`; `stage`: which depth of it is read, where it has several.
-
-        Raises:
-            FileError: config.json is of another family, or files are missing, broken or do not fit.
-        """
-        record = read_json(folder / "config.json")
-        found = record.get("model_type") if isinstance(record, dict) else None
-        if found not in self.types:
-            others = [name for name, other in FAMILIES.items() if found in other.types]
-            raise FileError(
-                f"{folder}/config.json: model_type is {found!r}, expected {' or '.join(map(repr, self.types))}; "
-                + (f"set family to {others[0]!r}" if others else "name weights of the family in the layout of transformers")
-            )
+        """The frozen published model of `folder`, up to `stage` where it has several depths to read. Raises `FileError`."""
         return self.load(folder, self.ignored)
 
     def save(self, model: Any, folder: Path) -> None:
@@ -113,30 +99,30 @@ class _DepthAnything3(VisionFamily):
 
 FAMILIES: dict[str, VisionFamily] = {
     # Oquab et al. 2023, arXiv 2304.07193; Darcet et al. 2024, arXiv 2309.16588; Simeoni et al. 2025, arXiv 2508.10104
-    "dinov2": VisionFamily("Dinov2Model", ("dinov2",)),
-    "dinov2_registers": VisionFamily("Dinov2WithRegistersModel", ("dinov2_with_registers",)),
-    "dinov3": VisionFamily("DINOv3ViTModel", ("dinov3_vit",)),
+    "dinov2": VisionFamily("Dinov2Model"),
+    "dinov2_registers": VisionFamily("Dinov2WithRegistersModel"),
+    "dinov3": VisionFamily("DINOv3ViTModel"),
     # Radford et al. 2021, arXiv 2103.00020
     "clip": VisionFamily(
-        "CLIPVisionModel", ("clip", "clip_vision_model"), statistics=CLIP, sequence=_clip_tokens,
+        "CLIPVisionModel", statistics=CLIP, sequence=_clip_tokens,
         ignored=("text_model.", "visual_projection.", "text_projection.", "logit_scale"),
     ),
     # Tschannen et al. 2025, arXiv 2502.14786: the models of one size, which are in the layout of the first SigLIP
     "siglip2": VisionFamily(
-        "SiglipVisionModel", ("siglip", "siglip_vision_model"), statistics=HALF, special=0, sequence=_siglip_tokens,
+        "SiglipVisionModel", statistics=HALF, special=0, sequence=_siglip_tokens,
         ignored=("text_model.", "logit_scale", "logit_bias"),
     ),
     # Yang et al. 2024, arXiv 2406.09414: its backbone is a DINOv2
-    "depth_anything_v2": VisionFamily("DepthAnythingForDepthEstimation", ("depth_anything",), sequence=_last_feature_map),
-    "depth_anything_3": _DepthAnything3("", (), sees="views", special=0, sequence=DepthAnything3.__call__),
+    "depth_anything_v2": VisionFamily("DepthAnythingForDepthEstimation", sequence=_last_feature_map),
+    "depth_anything_3": _DepthAnything3("", sees="views", special=0, sequence=DepthAnything3.__call__),
     # Tong et al. 2022, arXiv 2203.12602: pretrained, or with a classifier
     "videomae": VisionFamily(
-        "VideoMAEModel", ("videomae",), sees="video", special=0, fixed="image_size",
+        "VideoMAEModel", sees="video", special=0, fixed="image_size",
         ignored=("decoder.", "encoder_to_decoder.", "mask_token", "position_embeddings", "fc_norm.", "classifier."),
     ),
     # Assran et al. 2025, arXiv 2506.09985
     "vjepa2": VisionFamily(
-        "VJEPA2Model", ("vjepa2",), sees="video", special=0, fixed="crop_size", sequence=_vjepa2_tokens,
+        "VJEPA2Model", sees="video", special=0, fixed="crop_size", sequence=_vjepa2_tokens,
         ignored=("pooler.", "classifier."),
     ),
 }  # fmt: skip

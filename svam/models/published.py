@@ -10,37 +10,30 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from svam.files import FileError, local_weights, read_json, write_json
+from svam.files import FileError, read_json, write_json
+from svam.models.layouts import DIFFUSERS, TRANSFORMERS, Layout, check_layout, check_weights, local_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 FILES = ("*.safetensors", "*.json", "merges.txt")
 """What is fetched of a hub repository: weights, configurations and tokenizer files; never anything unpickled."""
 
 
-def resolve_weights(path: str, revision: str | None, subfolder: str | None, key: str) -> Path:
+def resolve_weights(path: str, revision: str | None, layout: Layout, key: str) -> Path:
     """The local folder that holds `config.json` and safetensors of one published model.
 
     Args:
         path: a local folder, or a hub id `owner/name`.
         revision: the full commit hash that pins a hub id; must be empty for a local folder.
-        subfolder: the model's folder within a pipeline's repository, e.g. `vae` of Stable Video Diffusion; a local
-            `path` may name either the repository's folder or that folder itself.
+        layout: of the model; a local `path` may name either a pipeline's folder or the model's own within it.
         key: the params key that `path` comes from, for messages, e.g. `prepare_backbones.text.path`.
 
     Raises:
-        FileError: no such folder, no pinned revision, the hub cannot be reached, or no safetensors are there.
+        FileError: no such folder, no pinned revision, the hub cannot be reached, or what is there is not of this layout.
     """
-    local = local_weights(path, revision, key)
-    if local is None:
-        folder = _download(path, str(revision), subfolder, key)
-    else:
-        folder = local / subfolder if subfolder and (local / subfolder).is_dir() else local
-    if not (folder / "config.json").is_file():
-        raise FileError(f"{key}: {folder} holds no config.json; expected the layout that save_pretrained writes")
-    if not any(folder.glob("*.safetensors")):
-        other = next((file.name for kind in ("bin", "pt", "pth", "ckpt") for file in sorted(folder.glob(f"*.{kind}"))), None)
-        found = f"; {other} is of a format that runs code when it is read: convert it" if other else ""
-        raise FileError(f"{key}: {folder} holds no .safetensors file, and no other format is read{found}")
+    folder = local_weights(path, revision, layout, key)
+    if folder is None:
+        folder = _download(path, str(revision), layout.subfolder, key)
+        check_layout(folder, layout, key)
     return folder
 
 
@@ -73,17 +66,15 @@ def load_strict(cls: type[Model], folder: Path, ignored: tuple[str, ...] = ()) -
 
     if not (folder / "config.json").is_file():
         raise FileError(f"{folder}/config.json: no such file")
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        record = read_json(index)
-        shards = sorted(set(record.get("weight_map", {}).values())) if isinstance(record, dict) else []
-        if missing := [name for name in shards if not (folder / name).is_file()]:
-            raise FileError(f"{folder}: {len(missing)} of {len(shards)} shards in {index.name} are missing, first {missing[0]}")
-    dtype = "torch_dtype" if issubclass(cls, diffusers.ModelMixin) else "dtype"
+    options: dict[str, Any] = {"torch_dtype": torch.float32}
+    if not (diffused := issubclass(cls, diffusers.ModelMixin)):  # whose own error would name no weight
+        options = {"dtype": torch.float32, "ignore_mismatched_sizes": True}
+    check_weights(folder, DIFFUSERS if diffused else TRANSFORMERS)
     loader: Any = cls
     try:
         with quiet():
             model, info = loader.from_pretrained(
-                str(folder), output_loading_info=True, use_safetensors=True, local_files_only=True, **{dtype: torch.float32}
+                str(folder), output_loading_info=True, use_safetensors=True, local_files_only=True, **options
             )
     except Exception as error:  # the libraries raise bare RuntimeError, KeyError, SafetensorError... for broken files
         raise FileError(f"{folder}: cannot be read as {cls.__name__}: {type(error).__name__}: {_first_line(error)}") from None

@@ -13,6 +13,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from svam.checkpoint import save_tensors
 from svam.contract import ContractError
 from svam.files import FileError
+from svam.models.layouts import check_tokenizer
 from svam.models.published import freeze, load_strict, quiet, read_adapter, save_published, write_adapter
 
 VISION_PARTS = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
@@ -71,9 +72,7 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def _read(cls, folder: Path, tokens: int, ignored: tuple[str, ...]) -> TextEncoder:
-        pair = all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
-        if not pair and not (folder / "tokenizer.json").is_file():
-            raise FileError(f"{folder}: no tokenizer; expected vocab.json and merges.txt, or tokenizer.json")
+        check_tokenizer(folder)
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
         return freeze(cls(load_strict(CLIPTextModel, folder, ignored), tokenizer, tokens, _projection_in(folder)))

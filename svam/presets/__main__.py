@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from svam.agreement import lacking
+from svam.agreement import lacking, notes
 from svam.console import console, one_line_errors
 from svam.errors import ParamsError, shown
 from svam.params import load_params
@@ -55,8 +55,8 @@ def apply_preset(
     write(text, params, changes, force)
     for key, old, new in changes:
         typer.echo(f"{key}: {shown(old)} -> {shown(new)}")
-    for lack in lacking(applied):
-        console.print(f"NOTE {lack}", style="yellow", soft_wrap=True)
+    for note in (*lacking(applied), *notes(applied)):
+        console.print(f"NOTE {note}", style="yellow", soft_wrap=True)
     console.print(f"{params}: {len(changes)} values changed", highlight=False)
 
 

@@ -31,8 +31,9 @@ from svam.contract import SEGMENTATION_CLASSES, ActionConvention, Statistics, Ve
 from svam.errors import ParamsError
 from svam.models.autoencoder import Autoencoder
 from svam.models.decoupler import Decoupler, DecouplerConfig
-from svam.models.depth_anything_3 import NETS, DepthAnything3, DepthAnything3Config
+from svam.models.depth_anything_3 import DepthAnything3, DepthAnything3Config
 from svam.models.foresight import BRANCHES
+from svam.models.layouts import NETS
 from svam.models.svam import Inputs, PolicyNetwork, Shape, SVAMConfig, frozen_entries
 from svam.models.teachers import Teacher, TeacherConfig
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet

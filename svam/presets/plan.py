@@ -283,7 +283,8 @@ def short_of(params: Params, most: int) -> Iterator[str]:
     if params.machine.device == "cpu":
         return
     if not torch.cuda.is_available():
-        yield "torch sees no GPU"
+        if params.machine.device == "auto":  # of "cuda" it is said above
+            yield "torch sees no GPU"
     elif (memory := torch.cuda.get_device_properties(0).total_memory) < most:
         yield f"the GPU has {memory / 1e9:.1f} GB, a stage holds at least {most / 1e9:.1f}: see what does not fit"
 

@@ -23,6 +23,7 @@ from svam.episodes.windows import stride_of
 from svam.files import named_refusals, whole_file
 from svam.models.autoencoder import Autoencoder
 from svam.models.diffusion import expand_like, log_normal_sigmas
+from svam.models.layouts import UNET
 from svam.models.published import load_strict, resolve_weights
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
@@ -95,7 +96,7 @@ def new_video_model(
         added_time_ids=(first, second, third), dropped=params.dropped,
     )  # fmt: skip
     if params.unet.pretrained:
-        folder = resolve_weights(params.unet.pretrained, params.unet.revision, "unet", "finetune_video.unet.pretrained")
+        folder = resolve_weights(params.unet.pretrained, params.unet.revision, UNET, "finetune_video.unet.pretrained")
         unet = load_strict(UNetSpatioTemporalConditionModel, folder)
         unet.requires_grad_(True)
     else:

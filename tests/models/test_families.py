@@ -16,6 +16,7 @@ from svam import params
 from svam.contract import ContractError
 from svam.files import sha256_tree, write_json
 from svam.models.families import CLIP, FAMILIES, HALF, IMAGENET, Family, Statistics
+from svam.models.layouts import TEACHERS, check_layout
 from svam.models.published import save_published
 from svam.models.teachers import Teacher, TeacherConfig, spread
 from tests.models.test_depth_anything_3 import NET
@@ -199,16 +200,18 @@ def test_other_sizes_of_pictures_are_taken_where_positions_can_be(name: str, tmp
 
 def test_weights_of_another_family_say_which(tmp_path: Path) -> None:
     publish(tmp_path / "clip", clip_model)
-    with refused(r"clip/config.json: model_type is 'clip', expected 'dinov2'; set family to 'clip'"):
-        Teacher.load_published(tmp_path / "clip", "dinov2", SIZE)
+    with refused(r"clip/config.json: model_type is 'clip', expected 'dinov2'; set family to 'clip'", "semantic.path: "):
+        check_layout(tmp_path / "clip", TEACHERS["dinov2"], "semantic.path")
     write_json(tmp_path / "clip" / "config.json", {"model_type": "bert"})
-    with refused("model_type is 'bert', expected 'siglip' or 'siglip_vision_model'; name weights of the family"):
-        Teacher.load_published(tmp_path / "clip", "siglip2", SIZE)
+    with refused("model_type is 'bert', expected 'siglip' or 'siglip_vision_model'; name weights of that kind"):
+        check_layout(tmp_path / "clip", TEACHERS["siglip2"], "semantic.path")
+    with refused("expected the layout of Depth Anything 3"):
+        check_layout(tmp_path / "clip", TEACHERS["depth_anything_3"], "semantic.path")
     with refused("expected the layout of Depth Anything 3"):
         Teacher.load_published(tmp_path / "clip", "depth_anything_3", SIZE)
 
 
 def test_params_know_every_family() -> None:
     field = params.TeacherModel.model_fields
-    assert set(get_args(field["family"].annotation)) == set(get_args(Family)) == set(FAMILIES)
+    assert set(get_args(field["family"].annotation)) == set(get_args(Family)) == set(FAMILIES) == set(TEACHERS)
     assert all(hasattr(transformers, family.library) for name, family in FAMILIES.items() if name != "depth_anything_3")

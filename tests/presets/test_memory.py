@@ -250,6 +250,8 @@ def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.Monke
     said = list(short_of(changed(on_a_card, "finetune_video", moments="int8", lora_rank=4).params, 10**9))
     assert len(said) == 3 and "moments is 'int8', but bitsandbytes is not installed: pip install" in said[0]
     assert "lora_rank is 4, but peft is not installed" in said[1] and "torch sees no GPU" in said[2]
+    (once,) = short_of(changed(toy, "machine", device="cuda").params, 10**9)
+    assert once.startswith("machine.device is 'cuda', but torch")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     card = type("Card", (), {"total_memory": 24 * 10**9})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: card)

@@ -103,11 +103,12 @@ def test_apply_writes_what_it_says_and_default_goes_back(project: Path) -> None:
 def test_what_is_not_there_yet_is_a_note(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And refused by the check before anything is computed, see `tests/test_params.py`."""
     monkeypatch.chdir(project.parent)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     code, printed, said = invoke("apply", "paper-metaworld", "--params", project)
     assert code == 0 and load_params(project).generate.steps == 30
     for key in ("geometric.path: weights/DA3-LARGE", "finetune_video.unet.pretrained: weights/stable-video-diffusion-img2vid"):
         assert key in printed + said
-    assert (printed + said).count("NOTE ") == 5
+    assert (printed + said).count("NOTE ") == 6 and "NOTE published weights are named by" in printed + said
 
 
 def test_edits_that_git_does_not_have_are_refused_where_they_would_be_mixed(project: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
 from svam.episodes.joined import open_store
@@ -23,6 +24,7 @@ from svam.training import finetune_video
 from svam.training.finetune_video import TextTable, new_video_model, train_video
 from svam.training.latents import LatentClips
 from tests.killing import kill
+from tests.presets.weights import write_weights
 from tests.tiny_foresight import FRAMES, encoded
 from tests.toy import committed
 
@@ -30,11 +32,11 @@ CPU = torch.device("cpu")
 TRAINING = {"steps": 4, "batch": 2, "warmup": 1, "bf16": False}
 
 
-def section(parts: Path, steps: int = 4, **changes: Any) -> FinetuneVideo:
-    """Fine-tuning of the tiny video model that an earlier run has left."""
+def section(parts: Path, steps: int = 4, weights: Path | None = None, **changes: Any) -> FinetuneVideo:
+    """Fine-tuning of the tiny video model that an earlier run has left, or of other `weights`."""
     values = committed(
-        "finetune_video", frames=FRAMES, stride_seconds=0.1, unet={"pretrained": str(parts / "video")}, evaluation_clips=2,
-        evaluation_steps=2, training=TRAINING | {"steps": steps},
+        "finetune_video", frames=FRAMES, stride_seconds=0.1, unet={"pretrained": str(weights or parts / "video")},
+        evaluation_clips=2, evaluation_steps=2, training=TRAINING | {"steps": steps},
     )  # fmt: skip
     return FinetuneVideo.model_validate(values | changes)
 
@@ -67,14 +69,23 @@ def test_what_is_dropped_is_zero_and_the_rest_stays(dropped: str, parts: Path, m
     assert model.config.dropped == dropped
 
 
-def test_no_steps_leave_an_earlier_model_as_it_is(parts: Path, tmp_path: Path) -> None:
-    """And the folder of curves, which DVC expects, is there."""
-    model = trained(parts, section(parts, steps=0), tmp_path / "live")
-    for weight, earlier in zip(model.unet.parameters(), VideoModel.load(parts / "video").unet.parameters(), strict=True):
-        assert torch.equal(weight, earlier)
+@pytest.mark.parametrize("origin", ["earlier", "published"])
+def test_no_steps_leave_weights_as_they_are(origin: str, parts: Path, tmp_path: Path) -> None:
+    """Those of an earlier run and published ones; and the folder of curves, which DVC expects, is there."""
+    weights = parts / "video"
+    if origin == "published":
+        write_weights(tmp_path / "weights", ["push a"], 8)
+        weights = tmp_path / "weights/stable-video-diffusion-img2vid"
+    model = trained(parts, section(parts, 0, weights), tmp_path / "live")
     assert (tmp_path / "live/metrics.json").is_file()
-    more = trained(parts, section(parts))
-    assert any((a != b).any() for a, b in zip(more.unet.parameters(), model.unet.parameters(), strict=True))
+    before = load_file(weights / "unet/diffusion_pytorch_model.safetensors")
+    (tmp_path / "out").mkdir()
+    model.save(tmp_path / "out")
+    for unet in (model.unet, VideoModel.load(tmp_path / "out").unet):
+        assert unet.state_dict().keys() == before.keys()
+        assert all(torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
+    more = trained(parts, section(parts, weights=weights)).unet.state_dict()
+    assert any((weight != before[name]).any() for name, weight in more.items())
 
 
 def test_clips_are_shown_on_the_way(store: EpisodeStore, parts: Path, tmp_path: Path) -> None:

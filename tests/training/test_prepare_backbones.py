@@ -155,7 +155,7 @@ def test_an_imported_autoencoder_needs_no_episodes(tmp_path: Path) -> None:
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
     shutil.rmtree(tmp_path / "svd" / "vae")
     code, output = run(*arguments)
-    assert code == 1 and "holds no config.json" in output and (tmp_path / "out").exists()
+    assert code == 1 and "holds no folder 'vae' and no config.json" in output and (tmp_path / "out").exists()
 
 
 class Watched(EpisodeStore):

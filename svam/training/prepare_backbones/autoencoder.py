@@ -16,6 +16,7 @@ from svam.console import track
 from svam.contract import ContractError
 from svam.episodes.store import EpisodeStore
 from svam.models.autoencoder import Autoencoder, to_pixels
+from svam.models.layouts import AUTOENCODER
 from svam.models.published import freeze, resolve_weights
 from svam.resume import NO_RESUME, Resume
 from svam.training.batch_order import EndlessOrder
@@ -28,7 +29,7 @@ BACKGROUND_FRAMES = 101
 
 def published(section: params.Autoencoder, key: str) -> Autoencoder:
     """The published weights that the params name. `key` is the section's, for messages."""
-    return Autoencoder.load_published(resolve_weights(str(section.path), section.revision, "vae", f"{key}.path"))
+    return Autoencoder.load_published(resolve_weights(str(section.path), section.revision, AUTOENCODER, f"{key}.path"))
 
 
 def build(section: params.Autoencoder, image_size: tuple[int, int]) -> AutoencoderDC:

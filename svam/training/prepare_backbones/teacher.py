@@ -30,6 +30,7 @@ from svam.console import track
 from svam.contract import SEGMENTATION_CLASSES, ContractError
 from svam.episodes.store import EpisodeStore, Split
 from svam.models.autoencoder import Autoencoder
+from svam.models.layouts import TEACHERS
 from svam.models.published import freeze, resolve_weights
 from svam.models.teachers import FARTHEST, Backbone, Teacher, TeacherConfig, as_unit, unpatchify
 from svam.resume import Resume
@@ -42,7 +43,7 @@ from svam.training.teacher_metrics import annotation_error, valid_depth
 
 def published(section: params.TeacherModel, key: str) -> Teacher:
     """The published weights that the params name. `key` is the section's, for messages."""
-    folder = resolve_weights(str(section.path), section.revision, None, f"{key}.path")
+    folder = resolve_weights(str(section.path), section.revision, TEACHERS[section.family], f"{key}.path")
     return Teacher.load_published(folder, section.family, section.image_size, section.stage)
 
 

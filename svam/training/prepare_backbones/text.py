@@ -17,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from svam import params
 from svam.episodes.store import EpisodeStore
+from svam.models.layouts import TEXT
 from svam.models.published import freeze, resolve_weights
 from svam.models.text import TextEncoder, attention_mask
 from svam.resume import NO_RESUME, Resume
@@ -32,7 +33,7 @@ FRAME_MEAN, FRAME_STD = 0.45, 0.27
 
 def published(section: params.Text, key: str) -> TextEncoder:
     """The published weights that the params name. `key` is the section's, for messages."""
-    return TextEncoder.load_published(resolve_weights(str(section.path), section.revision, None, f"{key}.path"), section.tokens)
+    return TextEncoder.load_published(resolve_weights(str(section.path), section.revision, TEXT, f"{key}.path"), section.tokens)
 
 
 def train_tokenizer(sentences: list[str], vocabulary_size: int) -> CLIPTokenizer:
