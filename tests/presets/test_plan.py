@@ -4,6 +4,7 @@ headers of safetensors and what lies beside them as text."""
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def test_what_the_disk_has_no_room_for_is_said_with_what_helps(tmp_path: Path, m
     """DVC keeps a copy of what lies in data/; what is there already takes nothing more."""
     outs = [Out("data/generated", 3 * 10**9), Out("data/svam", 10**9), Out(".cache/features", 2 * 10**9)]
     room = type("Usage", (), {"free": 10 * 10**9})
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda folder: room)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room)
     assert not list(without_room(outs, tmp_path))
     room.free -= 1  # type: ignore[attr-defined]
     (said,) = without_room(outs, tmp_path)
