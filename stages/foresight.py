@@ -36,10 +36,17 @@ def app(
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     windows, branches = GeneratedWindows(generated), params.distill.branches
     folders = part_folders(backbones, video, decouplers)
-    model = load_for_windows(windows, folders, BRANCHES, branches).to(device)
+    model = load_for_windows(windows, folders, BRANCHES, branches).frozen_on(device)
     inputs = AnalysisInputs(windows, open_store(episodes), model, branches, params.foresight, params.seed)
+
+    def acting() -> SVAM:
+        model.to("meta")  # the policy brings frozen parts of its own: two copies of published ones fill a card
+        loaded = SVAM.load(policy)
+        loaded.foresight.frozen_on(device)
+        return loaded.to(device)
+
     with whole_directory(out) as folder:
-        metrics = write_analysis(folder, inputs, SVAM.load(policy, device))
+        metrics = write_analysis(folder, inputs, acting)
     for sentence in [*metrics["left_out"], metrics["gap"]["verdict"], f"tables and figures: {out}/foresight.md, {out}/*.png"]:
         console.print(sentence)
 

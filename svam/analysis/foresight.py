@@ -284,8 +284,9 @@ def measures_figure(metrics: Mapping[str, Any]) -> Any:
     return figure
 
 
-def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[str, Any]:
-    """Write `metrics.json`, `foresight.md`, `plots/*.json` and the figures into `folder`; returns the metrics."""
+def write_analysis(folder: Path, inputs: AnalysisInputs, policy: Callable[[], SVAM]) -> dict[str, Any]:
+    """Write `metrics.json`, `foresight.md`, `plots/*.json` and the figures into `folder`; returns the metrics. `policy` is
+    called when the model of `inputs` is no longer needed."""
     sums = measure_gap(inputs)
     metrics: dict[str, Any] = {"gap": gap.summary(sums, inputs.held_out_episodes, inputs.params.resamples, inputs.seed)}
     drawn: dict[str, Any] = {f"sequence_{i}": figure for i, figure in enumerate(sequence_figures(inputs))}
@@ -294,7 +295,7 @@ def write_analysis(folder: Path, inputs: AnalysisInputs, policy: SVAM) -> dict[s
         metrics["depth"], drawn["depth"] = depth
         plots["depth"] = depth_probe.table(metrics["depth"])
         pages.append(depth_probe.markdown(metrics["depth"]))
-    if (attended := measure_attention(inputs, policy)) is not None:
+    if (attended := measure_attention(inputs, policy())) is not None:
         metrics["attention"], drawn["attention"] = attended
         plots["attention"] = metrics["attention"]
         pages.append(attention.markdown(metrics["attention"]))

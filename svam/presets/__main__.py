@@ -65,7 +65,8 @@ def apply_preset(
 def args(name: Name, params: ParamsFile = PARAMS) -> None:
     """Print as arguments of `dvc exp run` what a preset would change, quoted for a shell."""
     with_overlay(overlay_of(name), params, name)
-    arguments = as_arguments({change.key: change.new for change in _changes(name, params)})
+    changes = _changes(name, params)
+    arguments = as_arguments({key: new for key, _, new in changes}, {key: old for key, old, _ in changes})
     typer.echo(shlex.join(word for argument in arguments for word in ("-S", argument)))
 
 
@@ -85,6 +86,7 @@ def plan(
     store: Annotated[Path, typer.Option(help="Measured, where its data is what the preset asks for.")] = STORE,
     rows: Annotated[int | None, typer.Option(min=2, help="Time steps of data that is not collected here.")] = None,
     actions: Annotated[int | None, typer.Option(min=1, help="Dimensions of its actions.")] = None,
+    proprioception: Annotated[int | None, typer.Option(min=1, help="Dimensions of its proprioception.")] = None,
 ) -> None:
     """Print what a run with a preset would take: parameters, disk, memory, FLOPs and hours. Nothing is run."""
     planned, _ = with_overlay(overlay_of(name), params, name)
@@ -96,8 +98,8 @@ def plan(
     card = card or ("cpu" if planned.machine.device == "cpu" else "h100")
     if card not in CARDS:
         raise ParamsError(f"--card is {card!r}; expected one of {', '.join(CARDS)}")
-    data = measured(store) if same and store.exists() else estimated(planned, rows, actions)
-    typer.echo(report(planned, data, card, share))
+    data = measured(store) if same and store.exists() else estimated(planned, rows, actions, proprioception)
+    typer.echo(report(planned, data, card, share, params.absolute().parent))
 
 
 if __name__ == "__main__":

@@ -62,8 +62,9 @@ def measured(path: Path) -> Data:
     )  # fmt: skip
 
 
-def estimated(params: Params, rows: int | None, actions: int | None) -> Data:
-    """The data that `collect` would record, or `rows` time steps of other data with `actions` dimensions.
+def estimated(params: Params, rows: int | None, actions: int | None, proprioception: int | None = None) -> Data:
+    """The data that `collect` would record, or `rows` time steps of other data with so many dimensions of actions and of
+    proprioception.
 
     Raises:
         ParamsError: the params do not say how much data there is, or the size of its frames.
@@ -76,14 +77,15 @@ def estimated(params: Params, rows: int | None, actions: int | None) -> Data:
             f"convert.source is {params.convert.source!r} and there is no store of it to measure: pass --rows and --actions, "
             "and set convert.image_size; or run dvc repro convert first"
         )
-    if not collected and params.train_policy.proprioception:
+    if not collected and params.train_policy.proprioception and proprioception is None:
         raise ParamsError(
-            "train_policy.proprioception is true, but only a store says its dimensions: run dvc repro convert first"
+            "train_policy.proprioception is true, but there is no store that says its dimensions: pass "
+            "--proprioception, or run dvc repro convert first"
         )
     if not collected:
         held = round(params.convert.held_out * (rows or 0))
         lengths, split = np.array([(rows or 0) - held, held]), np.array([False, True])
-        return Data(lengths, split, ["", ""], size, actions or 0, None, None, None)
+        return Data(lengths, split, ["", ""], size, actions or 0, proprioception, None, None)
     tasks = [task for task in params.collect.tasks for _ in range(params.collect.episodes_for(task))]
     steps = STEPS + params.collect.tail
     split = split_episodes(tasks, [EpisodeShape(steps, task=t) for t in tasks], params.convert.held_out, params.seed) == 1

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from svam.analysis.foresight import MOMENTS
 from svam.models import attention
 from svam.models.autoencoder import frames_within
 from svam.models.foresight import FrozenParts
@@ -415,6 +416,13 @@ class Account:
                 return max(unet(params.generate.batch, None, params.generate.bf16), decode(params.generate.batch))
             if name.startswith("cache_teacher@"):
                 return look(name.split("@")[1], params.cache_teacher.batch)
+            if name == "foresight":
+                features = MOMENTS if params.generate.keep_features else params.foresight.batch
+                found = [look(branch, MOMENTS * frames) for branch in models.decouplers]
+                found.append(decode(params.foresight.batch, 1, frames_within((height, width))))
+                return max(unet(features, models.sampler.up_blocks, params.generate.bf16), *found)
+            if name == "foresight,":  # and attention
+                return encoded(params.foresight.batch)
             if name == "train_policy":
                 return encoded(params.train_policy.encode_batch)
             return encoded(params.evaluate.batch) if name == "evaluate" else 0

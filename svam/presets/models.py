@@ -122,12 +122,22 @@ def _teacher(section: TeacherModel, key: str) -> Teacher:
     return Teacher(model, TeacherConfig(section.family, section.image_size, objective, outputs))
 
 
+class _FullTokenizer:
+    """What `own_text.build` asks of a tokenizer, of so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens, self.bos_token_id, self.eos_token_id, self.pad_token_id = tokens, tokens - 2, tokens - 1, tokens - 1
+
+    def __len__(self) -> int:
+        return self.tokens
+
+
 class Models:
     """text, autoencoder, video, teachers, decouplers and policy, untrained. contrast: the CLIP whose text half is trained
     in-domain, or None. entries: frozen entries of the policy's context, and their shapes (T, h, w, C)."""
 
     def __init__(self, params: Params, data: Data, device: str = "meta") -> None:
-        """Raises `ParamsError` for published weights of unknown size, or an in-domain text encoder of unknown sentences."""
+        """Raises `ParamsError` for published weights of unknown size."""
         self.params, self.data, self.device = params, data, device
         backbones, video, grid = params.prepare_backbones, params.finetune_video, params.generate.grid
         self.sampler = SamplerConfig.model_validate(params.generate.model_dump(include=set(SamplerConfig.model_fields)))
@@ -170,13 +180,16 @@ class Models:
             }
             self.policy = self._policy()
 
+    @property
+    def guesses_vocabulary(self) -> bool:
+        """Whether the text encoder is trained on sentences that nobody knows yet: it then has as many tokens as it may."""
+        return self.contrast is not None and self.data.sentences is None
+
     def _contrast(self) -> own_text.Contrast:
-        section = self.params.prepare_backbones.text
-        if self.data.sentences is None:
-            raise ParamsError(
-                "prepare_backbones.text is trained on the data's sentences, which only a store has: run dvc repro convert first"
-            )
-        tokenizer = own_text.train_tokenizer(self.data.sentences, section.vocabulary)
+        section, sentences = self.params.prepare_backbones.text, self.data.sentences
+        tokenizer: Any = _FullTokenizer(section.vocabulary)
+        if sentences is not None:
+            tokenizer = own_text.train_tokenizer(sentences, section.vocabulary)
         return own_text.Contrast(own_text.build(section, tokenizer, self.data.size)).to(self.device)
 
     def _policy(self) -> PolicyNetwork:

@@ -21,7 +21,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.nodes import CollectionNode, MappingNode, Node
 
 from svam.agreement import check_agreement
-from svam.errors import ParamsError, describe, did_you_mean
+from svam.errors import ParamsError, describe, did_you_mean, shown
 from svam.files import write_text
 from svam.params import Params, load_params
 
@@ -84,9 +84,42 @@ def changes_by(overlay: Mapping[str, Any], file: Path) -> list[Change]:
     return [Change(key, reduce(getitem, key.split("."), values), overlay[key]) for key in _places(text, overlay, file)]
 
 
-def as_arguments(overlay: Mapping[str, Any]) -> list[str]:
-    """key=value, as `dvc exp run -S` takes them."""
-    return [f"{key}={json.dumps(value)}" for key, value in overlay.items()]
+def as_arguments(overlay: Mapping[str, Any], present: Mapping[str, Any] | None = None) -> list[str]:
+    """key=value, as `dvc exp run -S` takes them; ++key=value of a mapping, which may bring names that are not there yet.
+
+    present: the values that the params have. DVC adds to a mapping that has entries, and takes none away.
+
+    Raises:
+        ParamsError: such an entry would have to go, or a name in a mapping is none that DVC reads.
+    """
+    for key, value in overlay.items():
+        if staying := _staying((present or {}).get(key), value):
+            raise ParamsError(
+                f"{key} is {shown((present or {})[key])} and would be {shown(value)}, but DVC adds to a mapping and takes "
+                f"nothing away, so that {', '.join(staying)} would stay: use `apply`"
+            )
+    return [f"{'++' if isinstance(value, dict) else ''}{key}={_argument(value, key)}" for key, value in overlay.items()]
+
+
+def _staying(old: Any, new: Any) -> list[str]:
+    """The names in a mapping that another one, merged into it, does not replace and does not have."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return []
+    below = (f"{name}.{inner}" for name in old.keys() & new.keys() for inner in _staying(old[name], new[name]))
+    return sorted([*map(str, old.keys() - new.keys()), *below])
+
+
+def _argument(value: Any, key: str) -> str:
+    """A value as DVC's parser of overrides takes it: texts in quotes, but for the names in a mapping, which have none."""
+    if isinstance(value, list):
+        return f"[{', '.join(_argument(item, key) for item in value)}]"
+    if isinstance(value, dict):
+        if strange := [name for name in value if not PLAIN.fullmatch(str(name))]:
+            raise ParamsError(f"{key} has the name {strange[0]!r}, which no argument of DVC can have: use `apply`")
+        return f"{{{', '.join(f'{name}: {_argument(item, key)}' for name, item in value.items())}}}"
+    if isinstance(value, str):  # before a quote, and nowhere else, the parser takes a backslash for an escape
+        return '"' + re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + found[2].replace('"', '\\"'), value) + '"'
+    return json.dumps(value)
 
 
 def with_overlay(overlay: Mapping[str, Any], file: Path, name: str) -> tuple[Params, str]:
@@ -129,17 +162,30 @@ def write(text: str, file: Path, changes: list[Change], force: bool) -> None:
     """Write params, unless edits that git does not have are in the sections that change.
 
     Raises:
-        ParamsError: there are such edits, and not `force`.
+        ParamsError: there are such edits, or git has no commit of the file to tell, and not `force`.
     """
-    done = subprocess.run(
-        ["git", "show", f"HEAD:./{file.name}"], cwd=file.absolute().parent, capture_output=True, encoding="utf-8", check=False
-    )
-    committed, here = _load(done.stdout if done.returncode == 0 else "") or {}, _load(file.read_text(encoding="utf-8"))
-    sections = dict.fromkeys(change.key.split(".")[0] for change in changes)
-    edited = [section for section in sections if committed.get(section) != here[section]]
-    if edited and not force:
-        raise ParamsError(f"{file}: git's last commit has other values in {', '.join(edited)}; commit them, or pass --force")
+    if changes and not force:
+        committed, here = _load(_committed(file)) or {}, _load(file.read_text(encoding="utf-8"))
+        sections = dict.fromkeys(change.key.split(".")[0] for change in changes)
+        if edited := [section for section in sections if committed.get(section) != here[section]]:
+            raise ParamsError(
+                f"{file}: git's last commit has other values in {', '.join(edited)}; commit them, or pass --force"
+            )
     write_text(file, text)
+
+
+def _committed(file: Path) -> str:
+    """The file's text in git's last commit; raises `ParamsError` where there is none."""
+    command, folder = ["git", "show", f"HEAD:./{file.name}"], file.absolute().parent
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, encoding="utf-8", check=False)
+    except OSError as error:
+        said = f"git cannot be run ({error.strerror})"
+    else:
+        if done.returncode == 0:
+            return done.stdout
+        said = f"git has no commit of it ({(done.stderr.strip() or 'no reason given').splitlines()[0]})"
+    raise ParamsError(f"{file}: {said}, so what would be replaced might be nowhere else; commit it, or pass --force")
 
 
 def _places(text: str, keys: Mapping[str, Any], file: Path) -> dict[str, Node]:

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
+import shutil
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from svam.agreement import lacking
+from svam.analysis.foresight import MOMENTS
+from svam.evaluation.offline import PICTURED_CLIPS
 from svam.models.foresight import BRANCHES, FrozenParts
 from svam.params import Optimiser, Params
 from svam.precision import MATRICES
 from svam.presets.data import Data
 from svam.presets.memory import LADDER, Account, Held, Means, bytes_of, state_bytes
 from svam.presets.models import Models
+from svam.training.finetune_video import SHOWN_CLIPS
 
 CARDS = {
     "rtx3090": (71e12, 24), "rtx4090": (165e12, 24), "a100": (312e12, 80), "h100": (989e12, 80), "h200": (989e12, 141),
@@ -33,10 +39,31 @@ MARGIN = 1.1
 layers are computed twice less is known."""
 HEADER = 128
 """Bytes of a .npy file before its values."""
+SAMPLES = 8
+"""Held-out clips that `stages.finetune_video` writes beside the video model."""
+NOT_COUNTED = {
+    "figures, tables and films": ("data/foresight", "data/report", "data/films"),
+    "texts": ("data/code", "data/params_checked.txt"), "nothing unless asked for": ("data/benchmark",),
+}  # fmt: skip
+"""Why -> outs that a plan leaves out, small ones."""
+ROOMIER = {
+    "data/raw": "lower collect.episodes or collect.image_size",
+    ".cache/collect": "lower collect.episodes or collect.image_size; once convert has run the folder may be deleted",
+    "data/episodes.zarr": "lower collect.episodes, or choose fewer by convert.episodes",
+    "data/latents": "lower the pictures' size, collect.image_size or convert.image_size",
+    "data/generated": "set generate.keep_features to false, or lower generate.windows",
+    "data/teachers": "lower generate.windows or generate.grid",
+    "data/live": "raise finetune_video.show_every",
+    "data/results": "lower evaluate.videos",
+    ".cache/features": "raise train_policy.observation_stride, or set train_policy.features to computed",
+    ".ckpt": "set finetune_video.moments to int8",
+}
+"""The beginning of an out's path -> the params that make it smaller."""
 
 
 class Out(NamedTuple):
-    """What a run leaves on the disk: path, bytes, and whether they follow from the params and the number of rows alone."""
+    """What a run leaves on the disk: path, bytes of weights and arrays (of what is small beside them, such as a file's header,
+    nothing), and whether they follow from the params and the number of rows alone."""
 
     path: str
     size: int
@@ -104,20 +131,28 @@ def observations_of(params: Params, data: Data) -> tuple[int, int]:
 
 
 def disk(params: Params, data: Data, models: Models, tuned: nn.Module | None = None) -> list[Out]:
-    """The large outs of the stages, and what train_policy and trainings keep in scratch folders. tuned: the video model as it
-    is trained, where that is with adapters."""
-    frames = math.prod(data.size) * 3 * (data.rows(False) + data.rows(True))
-    outs = [Out("data/raw/metaworld", int(RAW * frames), False)] if params.collect.tasks else []
+    """The outs of the stages but for `NOT_COUNTED`, and what collect, convert, train_policy and trainings keep in scratch
+    folders. tuned: the video model as it is trained, where that is with adapters."""
+    frames, video = math.prod(data.size) * 3 * (data.rows(False) + data.rows(True)), params.finetune_video
+    outs = [Out(f, int(RAW * frames), False) for f in ("data/raw/metaworld", ".cache/collect")] if params.collect.tasks else []
     outs.append(Out("data/episodes.zarr", data.stored or int(STORED * frames), data.stored is not None))
-    parts = parts_of(models)
-    outs += [Out(f"data/backbones/{n}", saved(parts[n])) for n in ("autoencoder", "text")]
+    if params.convert.sets:
+        outs.append(outs[-1]._replace(path=".cache/sets", exact=False))
+    parts, known = parts_of(models), not models.guesses_vocabulary
+    outs.append(Out("data/backbones/autoencoder", saved(models.autoencoder)))
+    outs.append(Out("data/backbones/text", saved(models.text), known))
     outs += [Out(f"data/backbones/{branch}", saved(models.teachers[branch])) for branch in BRANCHES]
     for folder, arrays in arrays_of(params, data, models).items():
         outs.append(Out(folder, sum(math.prod(shape) * size + HEADER for shape, size in arrays.values())))
-    outs.append(Out("data/models/video", saved(models.video)))
+    clip = 2 * video.frames * math.prod(data.size) * 3  # and its generation
+    samples = min(SAMPLES, video.evaluation_clips, data.rows(True))
+    outs.append(Out("data/models/video", saved(models.video) + samples * clip + HEADER))
     outs += [Out(f"data/models/decouplers/{branch}", saved(d)) for branch, d in models.decouplers.items()]
     used = [parts[name] for name in FrozenParts.of_entries(models.entries).names]
-    outs.append(Out("data/svam", sum(map(saved, [*used, models.policy]))))
+    outs.append(Out("data/svam", sum(map(saved, [*used, models.policy])), known))
+    shown = video.training.steps // video.show_every if video.show_every else 0
+    outs.append(Out("data/live", shown * min(SHOWN_CLIPS, data.rows(True)) * clip, False))
+    outs.append(Out("data/results", _results(params, data, models), False))
     draws = {"observation": 1, "recorded": 1}  # which hang on no noise
     entries = sum(
         2 * math.prod(shape) * draws.get(entry, params.train_policy.feature_draws) for entry, shape in models.shapes.items()
@@ -126,18 +161,61 @@ def disk(params: Params, data: Data, models: Models, tuned: nn.Module | None = N
         outs.append(Out(".cache/features", entries * sum(observations_of(params, data)), data.stored is not None))
     states = [state_bytes(decoupler, params.distill.training) for decoupler in models.decouplers.values()]
     states.append(state_bytes(models.policy, params.train_policy.training, best=True))
-    video = params.finetune_video
     if video.training.steps:
         states.append(state_bytes(tuned or models.video, video.training, video.moments))
     return [*outs, Out(".ckpt", 2 * max(states), False)]  # the last saved state lies there until the next one is whole
+
+
+def _rollouts(params: Params) -> Iterator[tuple[int, int, int]]:
+    """Of each closed loop: its episodes, the most steps of one, and how many are recorded."""
+    judged, videos = params.evaluate, params.evaluate.videos
+    if "metaworld" in judged.protocols:
+        section, tasks = judged.metaworld, len(judged.metaworld.tasks)
+        episodes = section.episodes + section.held_out_instruction_episodes
+        yield tasks * episodes, section.max_steps, tasks * min(videos, section.episodes)
+    if "calvin" in judged.protocols:
+        of_one = judged.calvin.subtasks
+        yield judged.calvin.chains * of_one, judged.calvin.max_steps, min(videos, judged.calvin.chains) * of_one
+    if "libero" in judged.protocols:
+        tasks = len(judged.libero.tasks) or sum(90 if suite == "libero_90" else 10 for suite in judged.libero.suites)
+        yield tasks * judged.libero.episodes, judged.libero.max_steps or 520, tasks * min(videos, judged.libero.episodes)
+
+
+def _results(params: Params, data: Data, models: Models) -> int:
+    """Bytes of recorded rollouts, at most, with what was foreseen at each call, and of the pictures of the offline protocol."""
+    frame = params.convert.parts[0].foreseen * math.prod(data.size) * 3
+    foreseen, offline = sum(2 * math.prod(shape) for shape in models.shapes.values()), params.evaluate.offline.windows
+    total = 0
+    for _, steps, recorded in _rollouts(params):
+        total += recorded * ((steps + 1) * frame + -(-steps // params.evaluate.execute) * foreseen)
+    if "offline" in params.evaluate.protocols:  # and what teachers see in the clips that were recorded
+        clips = min(PICTURED_CLIPS, offline, data.rows(True), params.evaluate.batch)
+        total += clips * (params.finetune_video.frames * frame + 2 * foreseen)
+    return total
 
 
 def _samples(training: Optimiser) -> int:
     return training.steps * training.batch * training.accumulate
 
 
+def _analysed(params: Params, models: Models, windows: tuple[int, int]) -> float:
+    """FLOPs of the stage `foresight` before it looks at the policy, at most; `windows`: of training and held-out episodes."""
+    one, frames, section = models.flops, params.finetune_video.frames, params.foresight
+    total = float(windows[1] * (frames * one["encode"] + one["decode"]))
+    labelling = [b for b, teacher in models.teachers.items() if teacher.config.objective == "segmentation"]
+    for branch in labelling[:1]:  # five predictors' futures and the observed frame
+        total += windows[1] * (5 * (frames - 1) + 1) * one[f"teacher_{branch}"]
+    probed = sum(min(section.probe_frames, count * (frames - 1)) for count in windows)
+    features = 0 if params.generate.keep_features else one["one_step"]
+    total += probed * (features + 3 * one["teacher_geometric"] + one.get("decoupler_geometric", 0))
+    seen = one["encode"] + one["one_step"]
+    seen += sum((frames + 1) * one[f"teacher_{b}"] + one[f"decoupler_{b}"] for b in models.decouplers)
+    return total + section.clips * MOMENTS * seen
+
+
 def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
-    """The stages that compute on a GPU, in order; what measuring takes is left out but for the evaluation itself."""
+    """The stages that compute on a GPU, in order. What measuring takes is left out but for the generations that fine-tuning is
+    measured on, the evaluation, and foresight."""
     one, parts, backbones, sampling = models.flops, parts_of(models), params.prepare_backbones, params.generate
     video, frames = params.finetune_video, params.finetune_video.frames
     if backbones.autoencoder.source == "in_domain":
@@ -187,19 +265,15 @@ def stages_of(params: Params, data: Data, models: Models) -> Iterator[Stage]:
     halves = {name: parts[name] for name in needs.names if policy.encode_bf16 and name not in ("autoencoder", "text")}
     rounded = [part for name, part in halves.items() if not name.startswith("teacher_")]
     yield Stage("train_policy", [models.policy], used, total, rounded)
-    act, judged, chunks = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate, 0
-    if "metaworld" in judged.protocols:
-        episodes = judged.metaworld.episodes + judged.metaworld.held_out_instruction_episodes
-        chunks += len(judged.metaworld.tasks) * episodes * -(-judged.metaworld.max_steps // judged.execute)
-    if "calvin" in judged.protocols:
-        chunks += judged.calvin.chains * judged.calvin.subtasks * -(-judged.calvin.max_steps // judged.execute)
-    if "libero" in judged.protocols:
-        tasks = len(judged.libero.tasks) or sum(90 if suite == "libero_90" else 10 for suite in judged.libero.suites)
-        chunks += tasks * judged.libero.episodes * -(-(judged.libero.max_steps or 520) // judged.execute)
+    act, judged = encoded + one["context"] + policy.transformer.steps * one["denoise"], params.evaluate
+    chunks = sum(episodes * -(-steps // judged.execute) for episodes, steps, _ in _rollouts(params))
     if "offline" in judged.protocols:
         chunks += judged.offline.windows * judged.offline.samples
     acting = [*halves.values(), *([models.policy] if halves else [])]
     yield Stage("evaluate (at most)", [], [*used, models.policy], chunks * act, acting)
+    halved = [models.video, *models.decouplers.values()] if sampling.bf16 else []
+    yield Stage("foresight (at most)", [], list(parts.values()), _analysed(params, models, (train, held)), halved)
+    yield Stage("foresight, attention", [], [*used, models.policy], held * encoded, rounded)
 
 
 def half_of_matrices(module: nn.Module) -> int:
@@ -215,18 +289,20 @@ def held_of(stage: Stage, account: Account) -> Held:
     return held._replace(weights=weights, activations=max(held.activations, account.passes(stage.name)))
 
 
-def _smaller(stage: str) -> str:
-    """The knob that makes a stage hold less."""
-    name, *_ = stage.replace("@", " ").split()
+def _smaller(stage: str, table: bool) -> str:
+    """The knob that makes a stage hold less. table: whether the plan has one of the ways to fine-tune."""
+    name = re.split("[@, ]", stage)[0]
     knobs = {
         "encode": "lower encode.batch",
-        "finetune_video": "take another row of the table above",
         "generate": "lower generate.batch or encode.batch",
         "cache_teacher": "lower cache_teacher.batch",
         "distill": "lower distill.training.batch and raise its accumulate",
         "train_policy": "lower train_policy.training.batch and raise its accumulate, or lower encode_batch",
         "evaluate": "lower evaluate.batch",
+        "foresight": "lower foresight.batch",
     }
+    if table:
+        knobs["finetune_video"] = "take another row of the table above"
     return knobs.get(name, "lower the batch of its training and raise accumulate")
 
 
@@ -289,30 +365,53 @@ def short_of(params: Params, most: int) -> Iterator[str]:
         yield f"the GPU has {memory / 1e9:.1f} GB, a stage holds at least {most / 1e9:.1f}: see what does not fit"
 
 
-def report(params: Params, data: Data, card: str, share: float) -> str:
-    """The whole plan as a text. `card`: of `CARDS`; share: of its peak that is reached."""
+def _there(path: Path) -> int:
+    """Bytes of a folder's files, which may be none."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def without_room(outs: list[Out], folder: Path) -> Iterator[str]:
+    """What does not fit on the disk of the project's `folder`, beside what of the outs is there."""
+    missing = {out.path: max(0, out.size - _there(folder / out.path)) for out in outs}
+    once, free = sum(missing.values()), shutil.disk_usage(folder).free
+    twice = once + sum(size for path, size in missing.items() if path.startswith("data/"))
+    if twice > free:
+        largest = max(missing, key=lambda path: missing[path])
+        helps = next((text for start, text in ROOMIER.items() if largest.startswith(start)), "choose smaller models")
+        yield (
+            f"the disk of {folder} has {free / 1e9:.1f} GB free; what is not there yet takes {once / 1e9:.1f}, and "
+            f"{twice / 1e9:.1f} with DVC's copies, most of it {largest} ({missing[largest] / 1e9:.1f}): {helps}"
+        )
+
+
+def report(params: Params, data: Data, card: str, share: float, folder: Path) -> str:
+    """The whole plan as a text. `card`: of `CARDS`; share: of its peak that is reached. folder: the project's."""
     models, (peak, memory) = Models(params, data), CARDS[card]
     rows = data.rows(False) + data.rows(True)
     origin = "measured in the store" if data.stored is not None else "an estimate, there is no store of these params"
     lines = [f"data: {len(data.lengths):,} episodes, {rows:,} time steps ({origin}), frames of {data.size[0]}x{data.size[1]}"]
-    lines += ["", "parameters (exact)"]
+    guess = "; of text with as many tokens as prepare_backbones.text.vocabulary allows" if models.guesses_vocabulary else ""
+    lines += ["", f"parameters (exact{guess})"]
     named = parts_of(models) | {"policy": models.policy}
     lines += [f"  {name:36s}{parameters(part) / 1e6:12,.3f} M" for name, part in named.items()]
-    lines += ["", "disk (GB; ~ estimated); films, figures, curves and tables are small beside it"]
+    lines += ["", "disk (GB; exact: arrays and weights, without headers; ~ estimated, of data/live and data/results at most)"]
     account = Account(params, data)
     outs = disk(params, data, models, account.video(params.finetune_video.lora_rank))
     lines += [f"  {out.path:36s}{out.size / 1e9:12,.3f} {'' if out.exact else '~'}".rstrip() for out in outs]
     lines += [f"  {'together':36s}{sum(out.size for out in outs) / 1e9:12,.3f}"]
     lines += ["  DVC's cache holds each out in data/ once more, where the file system does not share blocks"]
+    lines += ["  not counted: " + "; ".join(f"{', '.join(paths)} ({why})" for why, paths in NOT_COUNTED.items())]
     lines += [
         "",
         "Memory: GB at the least. Activations are what the backward pass needs, or, where nothing is trained, in- and outputs",
         "of the largest layer; without accumulation gradients and activations need not lie there together. Hours are FLOPs of",
-        f"matrix products and convolutions / ({share:g} x {peak / 1e12:g} TFLOP/s of {card})",
+        f"matrix products and convolutions / ({share:g} x {peak / 1e12:g} TFLOP/s of {card}); of measuring on held-out data",
+        "only fine-tuning's generations, evaluate and foresight count",
         f"  {'stage':36s}{'weights':>9s}{'gradients':>10s}{'moments':>9s}{'average':>9s}{'activations':>12s}{'at least':>9s}"
         f"{'PFLOP':>12s}{'hours':>9s}",
     ]
-    hours, most, warnings = 0.0, 0, list[str]()
+    hours, most, warnings = 0.0, 0, list(without_room(outs, folder))
+    table = bool(params.finetune_video.training.steps) and card != "cpu"
     for stage in stages_of(params, data, models):
         held, spent = held_of(stage, account), stage.flops / (peak * share) / 3600
         one, two, three, four, five, six = (size / 1e9 for size in (*held[:5], held.least))
@@ -323,11 +422,11 @@ def report(params: Params, data: Data, card: str, share: float) -> str:
         hours, most = hours + spent, max(most, held.least)
         if held.least > memory * 1e9:
             warnings.append(
-                f"{stage.name} holds at least {held.least / 1e9:.1f} GB, a {card} has {memory}: {_smaller(stage.name)}, or "
-                "take another --card"
+                f"{stage.name} holds at least {held.least / 1e9:.1f} GB, a {card} has {memory}: "
+                f"{_smaller(stage.name, table)}, or take another --card"
             )
     lines.append(f"  {'together':36s}{hours:79.2f}")
-    if params.finetune_video.training.steps and card != "cpu":
+    if table:
         lines += ["", *_fit_lines(params, account, saved(models.autoencoder) + saved(models.text))]
     features, room = sum(out.size for out in outs if out.path == ".cache/features"), params.machine.cache_gb
     if features > room * 1e9:

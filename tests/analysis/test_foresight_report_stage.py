@@ -17,9 +17,11 @@ from svam.analysis import foresight as report
 from svam.analysis.side_by_side import Prediction, picture_rows, side_by_side
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
-from svam.models.foresight import BRANCHES
+from svam.models.foresight import BRANCHES, ForesightModel
 from svam.models.generator import VideoGenerator
+from svam.models.svam import SVAM
 from svam.models.video import SamplerConfig
+from svam.training import one_step
 from svam.training.distill_data import GeneratedWindows
 from svam.training.generate import choose_windows, generate_windows
 from svam.training.one_step import load_for_windows
@@ -87,6 +89,33 @@ def test_the_stage_writes_everything_and_the_same_bytes_again(root: Path, tmp_pa
     page = (out / "foresight.md").read_text()
     assert "## Depth of the future" in page and "## Attention of the policy" in page and "Left out" not in page
     assert len(read_json(out / "plots/depth.json")) == 6
+
+
+def test_one_copy_of_the_frozen_parts_lies_on_the_device_at_a_time(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are measured are gone when the policy brings its own, and both are stored as they compute."""
+    measured, frozen, read = list[ForesightModel](), list[ForesightModel](), SVAM.load
+    freeze = ForesightModel.frozen_on
+
+    def load(*arguments: Any) -> ForesightModel:
+        measured.append(load_for_windows(*arguments))
+        return measured[-1]
+
+    def frozen_on(self: ForesightModel, device: torch.device) -> ForesightModel:
+        frozen.append(self)
+        return freeze(self, device)
+
+    def load_policy(*arguments: Any) -> SVAM:
+        assert all(weight.is_meta for weight in measured[0].parameters())
+        return read(*arguments)
+
+    monkeypatch.setattr(one_step, "load_for_windows", load)
+    monkeypatch.setattr(ForesightModel, "frozen_on", frozen_on)
+    monkeypatch.setattr(SVAM, "load", load_policy)
+    result = foresight(root, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert len(measured) == 1 and len(frozen) == 2 and frozen[0] is measured[0]
 
 
 def test_the_gap_is_measured_on_the_windows_themselves(root: Path, folders: dict[str, Path], store: EpisodeStore) -> None:

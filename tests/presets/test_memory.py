@@ -259,19 +259,27 @@ def test_it_says_what_this_machine_lacks(toy: Account, monkeypatch: pytest.Monke
     assert "the GPU has 24.0 GB, a stage holds at least 25.0" in next(short_of(params, 25 * 10**9))
 
 
-def test_what_does_not_fit_names_what_helps(toy: Account, models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan, "CARDS", {"rtx3090": (71e12, 1e-6)})
+@pytest.mark.parametrize("card, fine_tuning", [
+    ("rtx3090", "take another row of the table above"), ("cpu", "lower the batch of its training and raise accumulate"),
+])  # fmt: skip
+def test_what_does_not_fit_names_what_helps(
+    card: str, fine_tuning: str, toy: Account, models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a table only where there is one: cards are compared, and a processor is none."""
+    monkeypatch.setattr(plan, "CARDS", {card: (71e12, 1e-6)})
     monkeypatch.setattr(plan, "Models", lambda *_: models)
     monkeypatch.setattr(plan, "Account", lambda *_: toy)
     monkeypatch.setattr(plan, "held_of", lambda *_: Held(10**8))
     monkeypatch.setattr(plan, "ways_to_fit", lambda *_: [])
-    said = plan.report(toy.params, models.data, "rtx3090", 0.15)
+    said = plan.report(toy.params, models.data, card, 0.15, tmp_path)
+    assert ("fine-tuning with" in said) == (card != "cpu")
     for stage, helps in (
         ("prepare_backbones_text", "lower the batch of its training and raise accumulate"),
-        ("encode", "lower encode.batch"), ("finetune_video", "take another row of the table above"),
+        ("encode", "lower encode.batch"), ("finetune_video", fine_tuning),
         ("cache_teacher@semantic", "lower cache_teacher.batch"), ("evaluate (at most)", "lower evaluate.batch"),
+        ("foresight (at most)", "lower foresight.batch"), ("foresight, attention", "lower foresight.batch"),
     ):  # fmt: skip
-        least = rf"does not fit: {re.escape(stage)} holds at least 0\.1 GB, a rtx3090 has 1e-06"
+        least = rf"does not fit: {re.escape(stage)} holds at least 0\.1 GB, a {card} has 1e-06"
         assert re.search(f"{least}: {helps}, or take another --card", said), stage
 
 

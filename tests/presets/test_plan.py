@@ -1,21 +1,39 @@
-"""What a plan says of parameters and disk is what real models and a real run have, to the byte."""
+"""What a plan says of parameters and disk is what real models and a real run have: weights and arrays to the byte, without the
+headers of safetensors and what lies beside them as text."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from stages import finetune_video
+from svam.files import read_yaml
 from svam.params import Params, load_params
 from svam.presets import plan
 from svam.presets.__main__ import app
 from svam.presets.data import Data, estimated, measured
 from svam.presets.models import Models
-from svam.presets.overlay import overlay_of, with_overlay
-from svam.presets.plan import disk, observations_of, parameters, parts_of, saved, stages_of
+from svam.presets.overlay import overlay_of, preset_names, with_overlay
+from svam.presets.plan import (
+    CARDS,
+    NOT_COUNTED,
+    Out,
+    Stage,
+    disk,
+    observations_of,
+    parameters,
+    parts_of,
+    saved,
+    stages_of,
+    without_room,
+)
 from tests import ROOT
 from tests.toy import write_toy_params
 
@@ -52,11 +70,67 @@ def test_arrays_are_those_of_a_run(toy: tuple[Path, Params, Data, Models]) -> No
     for folder in ("data/latents", "data/generated", "data/teachers/geometric", "data/teachers/semantic"):
         assert outs[folder] == bytes_of(root / folder, "*.npy"), folder
     assert outs["data/episodes.zarr"] == bytes_of(root / "data/episodes.zarr", "*")
-    weights = [load_file(file) for file in (root / "data/svam").rglob("*.safetensors")]
-    assert outs["data/svam"] == sum(array.nbytes for arrays in weights for array in arrays.values())
+    for folder in ("data/svam", "data/models/video"):
+        weights = [load_file(file) for file in (root / folder).rglob("*.safetensors")]
+        clips = bytes_of(root / folder, "*.npy")
+        assert outs[folder] == sum(array.nbytes for arrays in weights for array in arrays.values()) + clips, folder
+        assert bool(clips) == (folder == "data/models/video")
+    assert plan.SAMPLES == finetune_video.SAMPLES
+    assert 0.7 * outs["data/results"] < bytes_of(root / "data/results", "*.npy") <= 1.1 * outs["data/results"]
+    assert outs[".cache/collect"] == outs["data/raw/metaworld"]
+    assert bytes_of(root / ".cache/collect", "*") == pytest.approx(bytes_of(root / "data/raw/metaworld", "*"), rel=0.1)
     rows = [file.stat().st_size for file in (root / ".cache/features").glob("*/rows.bin")]
     assert len(rows) == 3 and outs[".cache/features"] == sum(rows)
     assert sum(observations_of(params, data)) == len(np.concatenate([np.arange(0, n, 8) for n in data.lengths]))
+
+
+PIPELINE: dict[str, dict[str, Any]] = read_yaml(ROOT / "dvc.yaml")["stages"]
+BRANCHES = ("geometric", "semantic")
+
+
+def of_branches(name: str, stage: dict[str, Any], text: str) -> list[str]:
+    """A name or path of dvc.yaml, once for each branch where the stage has some."""
+    return [text.replace("${item.branch}", b) for b in BRANCHES] if "branch" in stage.get("matrix", {}) else [text]
+
+
+def test_every_stage_that_loads_models_is_in_a_plan(toy: tuple[Path, Params, Data, Models]) -> None:
+    """But for the report, which reads what was measured of them, and the benchmark, which runs nothing unless asked."""
+    _, params, data, models = toy
+    loading = set[str]()
+    for name, stage in PIPELINE.items():
+        paths = [next(iter(path)) if isinstance(path, dict) else path for path in (*stage["deps"], *stage["outs"])]
+        if any(path.startswith(("data/backbones", "data/models", "data/svam")) for path in paths):
+            loading |= set(of_branches(name, stage, name + "@${item.branch}" * ("matrix" in stage)))
+    loading -= {"report", "benchmark@${item.branch}"}
+    assert {re.split("[, ]", stage.name)[0] for stage in stages_of(params, data, models)} == loading
+
+
+def test_every_out_is_in_a_plan_or_named_as_left_out(toy: tuple[Path, Params, Data, Models]) -> None:
+    _, params, data, models = toy
+    counted = {out.path for out in disk(params, data, models)}
+    left_out = [path for paths in NOT_COUNTED.values() for path in paths]
+    for name, stage in PIPELINE.items():
+        for path in (next(iter(path)) if isinstance(path, dict) else path for path in stage["outs"]):
+            for out in of_branches(name, stage, path):
+                known = [k for k in (*counted, *left_out) if out == k or out.startswith(f"{k}/")]
+                assert len(known) == 1, (out, known)
+
+
+def test_what_the_disk_has_no_room_for_is_said_with_what_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC keeps a copy of what lies in data/; what is there already takes nothing more."""
+    outs = [Out("data/generated", 3 * 10**9), Out("data/svam", 10**9), Out(".cache/features", 2 * 10**9)]
+    room = type("Usage", (), {"free": 10 * 10**9})
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: room)
+    assert not list(without_room(outs, tmp_path))
+    room.free -= 1  # type: ignore[attr-defined]
+    (said,) = without_room(outs, tmp_path)
+    assert f"the disk of {tmp_path} has 10.0 GB free; what is not there yet takes 6.0, and 10.0 with DVC's copies" in said
+    assert "most of it data/generated (3.0): set generate.keep_features to false, or lower generate.windows" in said
+    (tmp_path / "data/svam").mkdir(parents=True)
+    (tmp_path / "data/svam/policy").write_bytes(b"1")
+    assert not list(without_room(outs, tmp_path))
+    (said,) = without_room([Out("data/backbones/text", 10**11)], tmp_path)
+    assert said.endswith(": choose smaller models")
 
 
 def test_an_estimate_splits_as_convert_does_and_says_so(toy: tuple[Path, Params, Data, Models]) -> None:
@@ -112,3 +186,45 @@ def test_the_card_is_by_default_that_of_the_device(
     assert done.exit_code == 0 and card in done.stdout, done.output
     assert ("fine-tuning with" in done.stdout) == (device == "cuda")
     assert device == "cuda" or "GPU" not in done.stdout
+
+
+QUICK = ("calvin-small", "mt12-cpu", "quick")
+"""Presets whose plans take seconds; of others the models are larger, or the ways to fine-tune are compared."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in preset_names()])
+def test_every_preset_has_a_plan(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose hours are FLOPs over the share of the peak."""
+    stages = list[Stage]()
+
+    def counted(*arguments: Any) -> list[Stage]:
+        stages.extend(stages_of(*arguments))
+        return stages
+
+    monkeypatch.setattr(plan, "stages_of", counted)
+    params, _ = with_overlay(overlay_of(name), ROOT / "params.yaml", name)
+    arguments = ["plan", name, "--params", str(ROOT / "params.yaml"), "--store", str(tmp_path / "none.zarr"), "--share", "0.01"]
+    card = "cpu" if name in QUICK else "h100"
+    if params.convert.source != "metaworld":
+        arguments += ["--rows", "50000", "--actions", "7"]
+    if name == "calvin-small":
+        done = CliRunner().invoke(app, arguments)
+        assert done.exit_code == 1 and "no store that says its dimensions: pass --proprioception" in done.stderr
+        arguments += ["--proprioception", "15"]
+    done = CliRunner().invoke(app, [*arguments, "--card", card])
+    assert done.exit_code == 0, done.output
+    lines = done.stdout.splitlines()
+    guessed = params.convert.source != "metaworld" and params.prepare_backbones.text.source == "in_domain"
+    assert ("as many tokens as prepare_backbones.text.vocabulary allows" in done.stdout) == guessed
+    assert any(line.startswith("  data/backbones/text") and line.endswith("~") == guessed for line in lines)
+    assert "exact: arrays and weights, without headers" in done.stdout
+    assert all(path in done.stdout for paths in NOT_COUNTED.values() for path in paths)
+    start = next(number for number, line in enumerate(lines) if line.startswith("  stage"))
+    *rows, together = (line.split() for line in lines[start + 1 : start + 2 + len(stages)])
+    hours = [stage.flops / (0.01 * CARDS[card][0]) / 3600 for stage in stages]
+    for stage, spent, line, row in zip(stages, hours, lines[start + 1 :], rows, strict=False):  # each printed with two digits
+        assert line.startswith(f"  {stage.name} ")
+        assert float(row[-2].replace(",", "")) == pytest.approx(stage.flops / 1e15, abs=0.0051)
+        assert float(row[-1]) == pytest.approx(spent, abs=0.0051), stage.name
+    assert together[0] == "together" and float(together[1]) == pytest.approx(sum(hours), abs=0.0051) and sum(hours) > 0.1
+    assert all(stage.flops > 0 for stage in stages)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections import Counter
 from dataclasses import replace
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,8 @@ import pytest
 from ruamel.yaml import YAML
 from typer.testing import CliRunner
 
+from stages.check_params import app as check_params
+from svam import agreement
 from svam.agreement import notes
 from svam.errors import ParamsError
 from svam.experiments.plan import with_arguments
@@ -20,12 +25,20 @@ from svam.presets import overlay
 from svam.presets.__main__ import app
 from svam.presets.data import estimated
 from svam.presets.models import Models
-from svam.presets.overlay import check, overlay_of, preset_names, with_overlay
+from svam.presets.overlay import FOLDER, as_arguments, overlay_of, preset_names, with_overlay
 from svam.report.defaults import flat_values
+from svam.simulation.calvin import Checkout
+from svam.simulation.calvin_experts import EXPERT_TASKS
 from tests import ROOT
+from tests.presets.weights import write_weights
 from tests.project import begin_git, commit
 
 COMMITTED = ROOT / "params.yaml"
+PUBLISHED = {
+    ("_published", "generate.guidance"), ("paper-real", "train_policy.chunk"), ("paper-real", "evaluate.execute"),
+}  # fmt: skip
+"""Keys of overlays whose values are those of params.yaml today, and are there since the paper or the released code has them, as
+their comments say. A key that has the default's value for no such reason goes."""
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
@@ -41,23 +54,88 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "params.yaml"
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small ones of the published layouts, under the names that presets have for them."""
+    folder = tmp_path_factory.mktemp("published") / "weights"
+    write_weights(folder, ["open the drawer"], load_params(COMMITTED).prepare_backbones.text.tokens)
+    return folder
+
+
 @pytest.mark.parametrize("name", preset_names())
-def test_every_preset_passes_the_checks_and_its_models_build(name: str) -> None:
+def test_every_preset_passes_the_first_stage(name: str, project: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where weights lie at its paths, and CALVIN's checkout, which is told apart from others elsewhere, knows its subtasks."""
+    monkeypatch.chdir(project.parent)
+    Path("weights").symlink_to(weights)
+    subtasks = dict.fromkeys(EXPERT_TASKS, "do it")
+    monkeypatch.setattr(agreement, "open_checkout", lambda path, commit: Checkout(Path("calvin"), commit, subtasks))
+    code, printed, said = invoke("apply", name, "--params", project)
+    assert code == 0 and "NOTE " not in printed + said, said
+    done = CliRunner().invoke(check_params, ["checked.txt"])
+    assert done.exit_code == 0 and Path("checked.txt").is_file(), done.output
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if "calvin" in name])
+def test_a_preset_of_calvin_waits_for_the_simulator(name: str, project: Path) -> None:
+    code, _, said = invoke("apply", name, "--params", project)
+    assert code == 1 and f"with preset {name}: evaluate.calvin.path is null" in said
+    assert project.read_bytes() == COMMITTED.read_bytes()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_the_models_of_every_preset_build(name: str) -> None:
     """A weight on the meta device has a shape and no memory."""
     params, text = with_overlay(overlay_of(name), COMMITTED, name)
-    data = estimated(with_overlay(overlay_of(name) | {"train_policy.proprioception": False}, COMMITTED, name)[0], 10**6, 7)
+    data = estimated(params, 10**6, 7, 15)
     models = Models(params, replace(data, sentences=data.sentences or ["open the drawer"], proprioception=15))
-    evaluate = params.evaluate
-    if "calvin" in evaluate.protocols:  # which asks for a checkout
-        with pytest.raises(ParamsError, match=rf"with preset {name}: .*evaluate\.calvin\.path is null"):
-            check(params, COMMITTED, name)
-        evaluate = evaluate.model_copy(update={"protocols": ["offline"]})
-    check(params.model_copy(update={"evaluate": evaluate}), COMMITTED, name)
-    for module in (models.autoencoder, models.text, models.video, *models.teachers.values(), models.policy):
+    branches = {"geometric", "semantic"}
+    assert set(models.decouplers) == branches == set(models.teachers)
+    of_branches = [*models.teachers.values(), *models.decouplers.values()]
+    for module in (models.autoencoder, models.text, models.video, models.policy, *of_branches):
         assert all(weight.is_meta for weight in module.parameters())
-    assert set(models.decouplers) == {"geometric", "semantic"}
     kept = [line for line in COMMITTED.read_text(encoding="utf-8").splitlines() if line.lstrip().startswith("#")]
     assert all(line in text for line in kept)
+
+
+def test_an_overlay_has_only_what_differs() -> None:
+    """From params.yaml, or from the overlays that it extends."""
+    present, equal = YAML(typ="safe", pure=True).load(COMMITTED.read_text(encoding="utf-8")), set[tuple[str, str]]()
+    for file in FOLDER.glob("*.yaml"):
+        text = file.read_text(encoding="utf-8")
+        own = YAML(typ="safe", pure=True).load(text)
+        below = {key: value for other in own.pop("extends", []) for key, value in overlay._read_overlay(other).items()}
+        for key, value in own.items() if file.stem != "default" else ():
+            if value == below.get(key, reduce(getitem, key.split("."), present)):
+                equal.add((file.stem, key))
+                line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
+                assert line.partition("#")[2].strip().startswith(("paper", "released")), line
+    assert equal == PUBLISHED
+
+
+def test_the_list_has_each_preset_with_its_purpose() -> None:
+    code, printed, _ = invoke("list")
+    lines = dict(line.split(maxsplit=1) for line in printed.splitlines())
+    assert code == 0 and list(lines) == preset_names() and all(said.endswith(".") for said in lines.values())
+    assert lines["metaworld-50"].startswith("The setting of the published tables of MetaWorld") and "_published" not in lines
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    table = {
+        name
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for name in re.findall("`([a-z0-9-]+)`", line.split("|")[1])
+    }
+    assert table == set(lines)
+
+
+def test_what_a_preset_sets_is_shown_beside_what_it_replaces(project: Path) -> None:
+    text = project.read_text(encoding="utf-8")
+    project.write_text(text.replace("  windows: 800 ", "  windows: 32 "), encoding="utf-8")
+    code, printed, _ = invoke("show", "quick", "--params", project)
+    lines = printed.splitlines()
+    assert code == 0 and {line.partition(":")[0] for line in lines} == set(overlay_of("quick"))
+    assert "collect.episodes: 8   # in place of 40" in lines and "generate.windows: 32   # as it is" in lines
+    assert "collect.episodes_of: null   # in place of {'reach': 300}" in lines
+    assert project.read_text(encoding="utf-8") == text.replace("  windows: 800 ", "  windows: 32 ")
 
 
 @pytest.mark.parametrize("name", ["mt50-gpu", "mt12-gpu", "mt12-cpu"])
@@ -123,14 +201,69 @@ def test_edits_that_git_does_not_have_are_refused_where_they_would_be_mixed(proj
     assert invoke("apply", "metaworld-50", "--params", project)[0] == 0, "another section's edits are no matter"
 
 
-@pytest.mark.parametrize("name", ["quick", "mt50-gpu", "paper-calvin"])
-def test_arguments_make_of_params_what_apply_does(name: str) -> None:
-    """DVC's own reading of them, after a shell's."""
-    code, printed, _ = invoke("args", name, "--params", COMMITTED)
+def test_where_git_cannot_tell_what_is_there_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = tmp_path / "params.yaml"
+    params.write_bytes(COMMITTED.read_bytes())
+    code, _, said = invoke("apply", "metaworld-50", "--params", params)
+    assert code == 1 and "git has no commit of it (fatal: not a git repository" in said and "pass --force" in said
+    begin_git(tmp_path)
+    params.rename(tmp_path / "other.yaml")
+    code, _, said = invoke("apply", "metaworld-50", "--params", tmp_path / "other.yaml")
+    assert code == 1 and "git has no commit of it (fatal: path 'other.yaml'" in said
+    monkeypatch.setenv("PATH", "")
+    code, _, said = invoke("apply", "metaworld-50", "--params", tmp_path / "other.yaml")
+    assert code == 1 and "git cannot be run (No such file or directory)" in said
+    assert (tmp_path / "other.yaml").read_bytes() == COMMITTED.read_bytes()
+    assert invoke("apply", "metaworld-50", "--force", "--params", tmp_path / "other.yaml")[0] == 0
+    assert load_params(tmp_path / "other.yaml").collect.episodes == 50
+
+
+def arguments_of(name: str, params: Path) -> list[str]:
+    """What `args` prints, after a shell's reading."""
+    code, printed, said = invoke("args", name, "--params", params)
     words = shlex.split(printed)
-    assert code == 0 and set(words[::2]) == {"-S"}
+    assert code == 0 and words[::2] == ["-S"] * len(words[1::2]), said
+    return words[1::2]
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_arguments_make_of_params_what_apply_does(name: str) -> None:
+    """By DVC's own reading of them."""
     _, text = with_overlay(overlay_of(name), COMMITTED, name)
-    assert with_arguments(COMMITTED, words[1::2]) == YAML(typ="safe", pure=True).load(text)
+    arguments = arguments_of(name, COMMITTED)
+    assert with_arguments(COMMITTED, arguments) == YAML(typ="safe", pure=True).load(text)
+    assert bool(arguments) == (name != "default")
+
+
+def test_arguments_go_back_to_the_default(project: Path) -> None:
+    """Also to a mapping, where there is none; and where DVC would keep what a mapping has, `apply` alone goes back."""
+    committed = YAML(typ="safe", pure=True).load(COMMITTED.read_text(encoding="utf-8"))
+    assert invoke("apply", "quick", "--params", project)[0] == 0
+    arguments = arguments_of("default", project)
+    assert "++collect.episodes_of={reach: 300}" in arguments and with_arguments(project, arguments) == committed
+    text = project.read_text(encoding="utf-8")
+    project.write_text(overlay.with_values(text, {"convert.options": {"tasks": ["reach"]}}, project), encoding="utf-8")
+    code, _, said = invoke("args", "default", "--params", project)
+    assert code == 1 and "convert.options is {'tasks': ['reach']} and would be {}" in said and "use `apply`" in said
+    assert invoke("apply", "default", "--force", "--params", project)[0] == 0
+    assert YAML(typ="safe", pure=True).load(project.read_text(encoding="utf-8")) == committed
+
+
+@pytest.mark.parametrize("key, value", [
+    ("report.note", 'say "go", \\"stop\\" or a\\b\\'), ("report.note", "Öffne: {die} [Lade] # 1 = 'x'"), ("report.note", "\\"),
+    ("convert.options", {"a-b": {"c": [1, "x y", None, 2.5]}}), ("convert.options", {}),
+    ("collect.episodes_of", {"reach": 3, "drawer-open": 4}),
+])  # fmt: skip
+def test_an_argument_is_read_back_as_it_was(key: str, value: Any) -> None:
+    section, name = key.split(".")
+    assert with_arguments(COMMITTED, as_arguments({key: value}))[section][name] == value
+
+
+def test_a_mapping_that_no_argument_can_hold_is_refused() -> None:
+    with pytest.raises(ParamsError, match=r"a\.b has the name 'c d', which no argument of DVC can have: use `apply`"):
+        as_arguments({"a.b": {"c d": 1}})
+    with pytest.raises(ParamsError, match=r"a is \{.*\}, but DVC adds .* so that b\.d, e would stay: use `apply`"):
+        as_arguments({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 2, "d": 3}, "e": 4}})
 
 
 @pytest.mark.parametrize("line, said", [
