@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from svam.files import FileError
+from svam.models.diffusion import log_normal_sigmas
 from svam.models.video import SamplerConfig, VideoConfig, VideoModel, build_unet
 from svam.params import FinetuneVideo, UNet
 from svam.training.finetune_video import denoising_loss, draw_sigmas
@@ -171,13 +172,21 @@ def test_sizes_that_do_not_fit_are_named() -> None:
         VideoModel(unet, CONFIG.model_copy(update={"text_width": 24}), torch.zeros(3, 4, 4, 4))
 
 
-def test_a_tenth_or_more_of_the_levels_is_the_first_inference_sigma() -> None:
+def test_the_share_of_levels_at_the_first_inference_sigma() -> None:
+    """Without a share the levels are the log-normal ones, of which 0.3 % are clamped to it; a share leaves the others as they
+    are."""
     section = FinetuneVideo.model_construct(
         log_sigma_mean=0.0, log_sigma_std=1.6, sigma_min=0.02, sigma_max=80.0, first_sigma_share=0.1
     )
-    sigma = draw_sigmas(section, 20000, torch.Generator().manual_seed(0))
+    sigma, none = (
+        draw_sigmas(section.model_copy(update={"first_sigma_share": share}), 20000, torch.Generator().manual_seed(0))
+        for share in (0.1, 0.0)
+    )
     assert 0.09 < (sigma == 80.0).float().mean() < 0.13
     assert sigma.min() >= 0.02
+    drawn = log_normal_sigmas(20000, 0.0, 1.6, torch.Generator().manual_seed(0))
+    assert torch.equal(none, drawn.clamp(0.02, 80.0)) and 0 < (none == 80.0).sum() < 100
+    assert torch.equal(sigma[sigma < 80.0], none[sigma < 80.0])
 
 
 def test_it_overfits_one_batch() -> None:

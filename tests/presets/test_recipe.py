@@ -1,4 +1,6 @@
-"""The presets' recipes run: every stage that they touch, two steps each, with their choices at a reduced width."""
+"""The presets' recipes run with their choices at a reduced width, trainings for two steps each: prepare_backbones, encode,
+finetune_video, generate, cache_teacher, distill, train_policy, evaluate (offline alone) and foresight. Not collect and convert,
+of which only the keys are checked, since all have the same small store; nor report and benchmark."""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from tests.presets.weights import TEACHER, write_weights
 from tests.tiny import observations
 from tests.toy import committed, invoke, write_toy_params
 
-ELSEWHERE = ("collect.", "convert.", "encode.", "foresight.", "machine.launch", "machine.processes")
-"""Keys of data and figures, which tests have their own of, and of processes, which a stage called in a test starts not."""
+PROCESSES = ("machine.launch", "machine.processes")
+"""Keys that start processes, which a stage called in a test does not."""
 BACKBONES = ("autoencoder", "text", "geometric", "semantic")
-TWO = {"steps": 2, "warmup": 1, "batch": 2, "accumulate": 1}
+TWO = {"steps": 2, "warmup": 1, "batch": 2}
+AT_MOST = {"warmup": 1, "accumulate": 2}
+"""Of a `training` section, where a preset has the key; a smaller value stays."""
 REDUCED: dict[str, Any] = {
     "finetune_video.frames": 3, "finetune_video.stride_seconds": 0.1, "finetune_video.show_every": 1,
     "finetune_video.evaluation_clips": 2, "finetune_video.evaluation_steps": 2,
@@ -32,6 +36,7 @@ REDUCED: dict[str, Any] = {
     "train_policy.transformer.encoder_layers": 1, "train_policy.transformer.decoder_layers": 1,
     "train_policy.transformer.heads": 2, "train_policy.transformer.steps": 2,
     "evaluate.protocols": ["offline"], "evaluate.batch": 2, "evaluate.offline.windows": 2, "evaluate.offline.samples": 1,
+    "foresight.clips": 1, "foresight.dpi": 50, "foresight.probe_frames": 20, "foresight.resamples": 1000,
     **{f"prepare_backbones.{branch}.{k}": 2 for branch in ("geometric", "semantic") for k in ("layers", "heads")},
     **{f"prepare_backbones.{branch}.width": 16 for branch in ("geometric", "semantic")},
     **{
@@ -53,12 +58,14 @@ chunk."""
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in APART else pytest.mark.slow) for n in preset_names()])
 def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From backbones, trained here or imported from where the preset says published ones lie, to a policy that acts and is
-    measured."""
+    measured, and to what its foresight holds."""
     monkeypatch.chdir(tmp_path)
     write_toy_params(Path("params.yaml"))
-    recipe = {key: value for key, value in overlay_of(name).items() if not key.startswith(ELSEWHERE)}
+    recipe = {key: value for key, value in overlay_of(name).items() if key not in PROCESSES}
     published = recipe.get("prepare_backbones.text.source") == "pretrained"
     reduced = recipe | REDUCED | {key: value for key, value in NARROW.items() if key in recipe}
+    last = {key: key.rpartition(".")[2] for key in recipe}
+    reduced |= {key: min(recipe[key], AT_MOST[part]) for key, part in last.items() if part in AT_MOST}
     if published:
         reduced |= {f"prepare_backbones.{branch}.image_size": TEACHER for branch in ("geometric", "semantic")}
         episodes_of = open_store(parts / "episodes.zarr")
@@ -88,10 +95,13 @@ def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: py
         run("cache_teacher", branch, f"teachers/{branch}", *generated, *episodes, *backbones)
         teacher = ("--teacher", f"teachers/{branch}")
         run("distill", branch, f"decouplers/{branch}", *generated, *teacher, *backbones, "--video", video)
-    run("train_policy", "svam", *episodes, *backbones, "--video", video, "--decouplers", "decouplers", "--cache", "cache")
+    models = (*backbones, "--video", video, "--decouplers", "decouplers")
+    run("train_policy", "svam", *episodes, *models, "--cache", "cache")
 
     run("evaluate", "evaluation", *episodes, "--model", "svam")
     assert read_json(Path("evaluation/metrics.json"))["offline"]
+    run("foresight", "foresight", *episodes, *generated, *models, "--policy", "svam")
+    assert read_json(Path("foresight/metrics.json"))["gap"]
 
     svam, params = SVAM.load(Path("svam")), load_params(Path("params.yaml"))
     chosen, policy, config = params.finetune_video, params.train_policy, svam.foresight.video_model.config
@@ -102,5 +112,7 @@ def test_the_recipe_runs(name: str, parts: Path, tmp_path: Path, monkeypatch: py
         assert (config.dropped, config.noise, config.sigma_max, svam.config.sampler.guidance_last, policy.sentence) == (
             "text", "fresh", 700.0, 3.0, "pooled",
         )  # fmt: skip
+        for loop in (chosen.training, policy.training):
+            assert (loop.accumulate, loop.schedule, loop.warmup, loop.ema) == (2, "constant", 0, 0.0)
     seen = observations(open_store(parts / "episodes.zarr"), 2, policy.proprioception)
     assert svam.act(seen).shape == (2, policy.chunk, 3)
