@@ -59,6 +59,12 @@ def contents(folder: Path) -> str:
     return (", ".join(names[:5]) or "nothing") + ", ..." * (len(names) > 5)
 
 
+def lies_there(root: Path, path: Path) -> str:
+    """For a file below `root` that is missing: what its nearest folder holds."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return f"{'the folder' if folder == root else folder.relative_to(root)} holds {contents(folder)}"
+
+
 def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     """The sentence of an episode: `convert.instruction`, else its own, else `convert.missing_instruction`.
 

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from svam.files import FileError, read_json, refuse_lfs_pointer, stated
-from svam.sources._choice import TRAINING, contents, existing_folder
+from svam.sources._choice import TRAINING, contents, existing_folder, lies_there
 from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
@@ -203,9 +203,8 @@ def place(info: Info, entry: Entry, camera: Camera | None, template: str) -> str
 
 
 def what_lies_there(root: Path, path: Path, major: str) -> str:
-    """For a file that is missing: what its nearest folder holds, and which files are of the other version's layout."""
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    lies = f"{'the folder' if folder == root else folder.relative_to(root)} holds {contents(folder)}"
+    """The same as `lies_there`, and which files are of the other version's layout."""
+    lies = lies_there(root, path)
     other = "v3" if major == "v2" else "v2"
     files = [sign for sign in _SIGNS[other] if (root / sign).exists()]
     verb = "are" if len(files) > 1 else "is"

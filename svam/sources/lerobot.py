@@ -274,14 +274,14 @@ class LerobotSource:
             data, listed = self._by_rows[entry.number], {entry.number}
             self._note("; the rows decide", f"{wrong}, but its rows lie in {data.relative_to(self.root)}")
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
-        missing = [] if data.is_file() else [str(data)]
-        missing += [f"{video} (the video of camera {name!r})" for name, video in videos.items() if not video.is_file()]
+        needed = {data: str(data)} | {video: f"{video} (the video of camera {name!r})" for name, video in videos.items()}
         unsaid = [camera.key for camera in self.cameras if camera.video and camera.key not in entry.clips]
         if unsaid and self.info.major == "v3":
             raise FileError(f"{self.root}: meta/episodes names no video of {', '.join(unsaid)} for episode {entry.number}")
-        if missing:
-            raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
-        for path in (data, *videos.values()):
+        if missing := [path for path in needed if not path.is_file()]:
+            said = f"{', '.join(needed[path] for path in missing)}: no such file, though the metadata lists episode {entry.number}"
+            raise FileError(f"{said}; {meta.what_lies_there(self.root, missing[0], self.info.major)}")
+        for path in needed:
             refuse_lfs_pointer(path)
         return data, listed, videos
 

@@ -28,8 +28,8 @@ from svam.contract import (
     Frozen,
     SourceDescription,
 )
-from svam.files import FileError, read_json, stamp
-from svam.sources._choice import LABELS, checked, chosen_cameras, contents, existing_folder
+from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
+from svam.sources._choice import LABELS, checked, chosen_cameras, contents, existing_folder, lies_there
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
@@ -138,13 +138,17 @@ class MetaworldSource:
         task, number = self._chosen[index]
         return task, number, self.path / task / f"episode_{number:04d}.safetensors"
 
+    def _refuse_absent(self, file: Path) -> None:
+        """Nothing, unless a file of an episode is not there, or its pointer of Git LFS alone."""
+        if not file.is_file():
+            lies = lies_there(self.path, file)
+            raise FileError(f"{file}: no such file, though meta.json lists its episode; {lies}; collect again")
+        refuse_lfs_pointer(file)
+
     def _content(self, task: str, file: Path) -> bytes:
         """A file of an episode of `task`, checked against the SHA-256 that `meta.json` states."""
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError:
-            raise FileError(f"{file}: no such file, though meta.json lists its episode; collect again") from None
-        expected = self._meta[task]["sha256"].get(file.name)
+        self._refuse_absent(file)
+        content, expected = file.read_bytes(), self._meta[task]["sha256"].get(file.name)
         if hashlib.sha256(content).hexdigest() != expected:
             raise FileError(f"{file}: truncated or damaged: its SHA-256 is not the one in meta.json; collect again")
         return content
@@ -176,10 +180,12 @@ class MetaworldSource:
         arrays = self._arrays(task, number, file)
         labelled = len(arrays["annotation_index"])
         files = [file, *(_picture(file, camera) for camera in self._cameras)]
-        if absent := next((part for part in files if not part.is_file()), None):
-            raise FileError(f"{absent}: no such file, though meta.json lists its episode; collect again")
-        annotated, stamps = dict.fromkeys(self._labels, labelled), " ".join(stamp(part) for part in files)
-        return EpisodeShape(len(arrays["success"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
+        for part in files:
+            self._refuse_absent(part)
+        return EpisodeShape(
+            len(arrays["success"]), dict.fromkeys(self._labels, labelled), stamp=" ".join(stamp(part) for part in files),
+            name=f"{task}/{file.stem}", task=task, success=bool(arrays["success"].any()),
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode with its labels."""

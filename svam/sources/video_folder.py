@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
-from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder
+from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder, lies_there
 from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, video_blocks
 
 _TOLD = (".json", ".txt", ".JSON", ".TXT")
@@ -319,8 +319,9 @@ class VideoFolderSource:
         if list(chosen) != self._cameras or (not self.choice.cameras and len(record.videos) != len(chosen)):
             expected = f"expected {self._cameras} as in {self._first().file}"
             raise FileError(f"{record.file}: cameras {list(record.videos)}, {expected}")
-        if missing := [str(video) for video in chosen.values() if not video.is_file()]:
-            raise FileError(f"{', '.join(missing)}: no such file, which {record.file} names")
+        if missing := [video for video in chosen.values() if not video.is_file()]:
+            lies = lies_there(self.path, missing[0])
+            raise FileError(f"{', '.join(map(str, missing))}: no such file, which {record.file} names; {lies}")
         facts = {camera: probe(video) for camera, video in chosen.items()}
         first = next(iter(facts.values()))
         for camera, other in facts.items():

@@ -46,10 +46,11 @@ class Set:
     library: str = ""
     rate_hz: float | None = None
     instruction: str | None = None
+    cameras: Sequence[str] = ()
 
     def opened(self, path: Path) -> EpisodeSource:
         module = import_module(f"svam.sources.{self.source}")
-        choice = Choice(rate_hz=self.rate_hz, instruction=self.instruction)
+        choice = Choice(rate_hz=self.rate_hz, instruction=self.instruction, cameras=list(self.cameras))
         source: EpisodeSource = module.open_source(path, module.Options(**self.options), choice)
         return source
 
@@ -87,6 +88,10 @@ def _video(suffix: str, codec: str) -> Set:
     return Set("video_folder", write, {})
 
 
+PREFIXES = {
+    "aloha": "observations/images/", "calvin": "rgb_", "lerobot": "observation.images.", "raw": "frames_",
+    "replay_zarr": "data/", "rlds": "steps/observation/", "robomimic": "obs/",
+}  # fmt: skip
 CHECKED = ("episode_0000100.npz", "ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy")
 SETS = {
     "metaworld": Set("metaworld", lambda folder: write_raw(folder, ["reach"], episodes=2), {}, exact=["*.[sp]*"]),
@@ -155,6 +160,16 @@ def test_the_rate_can_be_replaced(case: Case) -> None:
     kind, folder, expected = case
     source = replace(kind, rate_hz=7).opened(folder)
     assert source.describe().rate_hz == source.read(0).rate_hz == 7 and same(everything(source), expected)
+
+
+def test_cameras_are_chosen_in_order_with_or_without_a_prefix(case: Case) -> None:
+    kind, folder, expected = case
+    cameras = kind.opened(folder).describe().cameras
+    for prefix in ("", PREFIXES.get(kind.source, "")):
+        source = replace(kind, cameras=[prefix + camera for camera in reversed(cameras)]).opened(folder)
+        assert list(source.describe().cameras) == cameras[::-1] and same(everything(source), expected)
+    with refused("convert.cameras", *cameras):
+        replace(kind, cameras=["nowhere"]).opened(folder).describe()
 
 
 def test_it_goes_to_a_worker(case: Case) -> None:

@@ -102,7 +102,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
         ({"videos": [{"video_path": "/etc/passwd"}]}, "expected the path of a video below the top folder"),
         (
             {"videos": [{"video_path": f"videos/{v}.mp4"} for v in ("front", "side")]},
-            r"front\.mp4, .*side\.mp4: no such file",
+            r"front\.mp4, .*side\.mp4: no such file, which .*1\.json names; videos holds train, val",
         ),
     ],
 )
