@@ -94,7 +94,11 @@ class _Meta(Frozen):
     rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
     cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1), Distinct]
     tasks: dict[str, _Task] = {}
-    episodes: dict[str, _EpisodeFacts] = {}
+    episodes: dict[str, Any] = {}
+
+
+class _Said(Frozen):
+    episodes: dict[str, _EpisodeFacts]
 
 
 def _field(file: Path, there: Mapping[str, NDArray[Any]] | Mapping[str, Header], name: str) -> Any:
@@ -161,7 +165,8 @@ class RawSource:
         self.names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._labels = _LABELS if self._cameras[0] == self._meta.cameras[0] else ()
-        self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
+        said = self._meta.episodes.values()
+        self._has_split = any(isinstance(facts, dict) and facts.get("held_out") is not None for facts in said)
 
     @cached_property
     def notes(self) -> Sequence[str]:
@@ -201,10 +206,14 @@ class RawSource:
             raise FileError(f"{self._meta_file}: episodes names {name!r}, but there is no {name}.npz")
         return self._there[name]
 
+    def _facts(self, name: str) -> _EpisodeFacts:
+        """What meta.json says of an episode; `FileError` where that is not as described."""
+        return stated(_Said, {"episodes": {name: self._meta.episodes.get(name, {})}}, self._meta_file).episodes[name]
+
     def _told(self, index: int) -> tuple[str, str]:
         """Task and instruction of an episode; `FileError` where they are missing or contradict one another."""
         file, tasks = self._file(index), self._meta.tasks
-        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
+        facts = self._facts(file.stem)
         own = "" if self._choice.instruction else _own_instruction(file)
         if own and facts.instruction and own != facts.instruction:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")
@@ -243,7 +252,7 @@ class RawSource:
         steps = _field(file, found, "actions").shape[0]
         rows = {name: _field(file, found, name).shape[0] for name in _FIELDS if name in found}
         annotated = {name: _field(file, found, "annotation_index").shape[0] for name in self._labels if name in found}
-        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
+        facts = self._facts(file.stem)
         videos = []
         for camera in self._cameras:
             if video := _video(file, camera, found):

@@ -127,7 +127,6 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
         ({"schema_version": 2}, r"meta\.json: schema_version is 2"),
         ({"rate_hz": 0}, r"meta\.json: rate_hz is 0"),
         ({"rate_hz": True}, r"meta\.json: rate_hz is true; expected a number"),
-        ({"episodes": {"a": {"success": "maybe"}}}, r"success is 'maybe'; expected true or false"),
         ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
         ({"cameras": ["front", "front"]}, "more than once"),
         ({"task": {}}, r"meta\.json: unknown key 'task'"),
@@ -142,6 +141,25 @@ def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], m
     with refused(message):
         for index in range(len(source := open_source(folder, Options()))):
             source.shape(index)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"success": "maybe"}, r"meta\.json: episodes\.b\.success is 'maybe'; expected true or false"),
+        ({"instruction": " "}, r"meta\.json: episodes\.b\.instruction is ' '"),
+        ({"held": True}, r"meta\.json: unknown key 'episodes\.b\.held'"),
+        ("pick", r"meta\.json: episodes\.b is 'pick'"),
+    ],
+)
+def test_a_wrong_line_of_the_description_is_one_bad_episode(tmp_path: Path, said: Any, message: str) -> None:
+    folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}, "b": said}}, a=arrays_of(0, 4), b=arrays_of(1, 4))
+    source = open_source(folder, Options())
+    assert source.names == ["a", "b"] and source.read(0).steps == source.shape(0).steps == 4
+    assert list(source.describe().instructions) == ["pick", "push"]
+    for look in (source.shape, source.read):
+        with refused(message):
+            look(1)
 
 
 def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> None:
