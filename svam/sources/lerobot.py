@@ -115,7 +115,7 @@ class LerobotSource:
             self._notes.append(f"{self._info_file}: {said}")
         self._templates = {"data": self._right_template("data", [None]), "video": self._right_template("video", declared)}
         self._listed: dict[Path, set[int]] = {}
-        for entry in self._entries if self.info.major == "v3" else ():
+        for entry in (entry for entry in self._entries if self.info.major == "v3" and not entry.fault):
             self._listed.setdefault(self._path(entry), set()).add(entry.number)
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
@@ -289,6 +289,8 @@ class LerobotSource:
 
     def _rows(self, index: int) -> _Rows:
         entry, asked = self._entries[index], self.options.instruction_column
+        if entry.fault:
+            raise FileError(entry.fault)
         file, listed, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
         small = ("timestamp", "frame_index", "next.success", spoken)

@@ -394,6 +394,17 @@ def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_p
 # What a set says of itself, and damage
 
 
+@pytest.mark.parametrize(("said", "message"), [({"length": 0}, "length is 0; expected at least 1"), ({"length": "x"}, "length is 'x'")])
+def test_a_wrong_line_of_metadata_is_one_bad_episode(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    root = write_v2(tmp_path)
+    edit("episodes.jsonl", lambda line: line.update(said))(root)
+    data = source(root)
+    assert data.names == ["0", "1"] and numbers(data.read(1)) == list(range(16, 23))
+    for look in (data.shape, data.read):
+        with refused(f"episodes.jsonl: {message}"):
+            look(0)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
