@@ -316,9 +316,10 @@ class LerobotSource:
         if column is None:
             return None, fps
         try:
-            times = files.seconds(column, f"{file}: timestamp")
+            times = files.seconds(column, f"{file}: timestamp", dates=order)
         except FileError as error:
             if order:
+                self._note(f"; nothing compares it with the rate, {stated or fps:g} Hz", str(error))
                 return None, fps
             raise FileError(f"{error}; {files.BY_ORDER}") from None
         step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / fps

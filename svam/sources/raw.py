@@ -59,7 +59,7 @@ from svam.sections import Distinct
 from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
-from svam.sources._video import notes_of, probe, video_blocks
+from svam.sources._video import notes_of, probe, told_at, video_blocks
 
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
 _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
@@ -135,13 +135,6 @@ def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
     return None if inside else video
 
 
-def _told(video: Path) -> str:
-    """As `VideoFacts` says; "" of one that cannot be read, which `shape` says."""
-    with suppress(FileError):
-        return probe(video).told
-    return ""
-
-
 class RawSource:
     """The episodes of a folder, in the order of their names."""
 
@@ -159,6 +152,7 @@ class RawSource:
                 f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
             )
         self._meta = stated(_Meta, read_json(self._meta_file), self._meta_file)
+        self._rate_hz = choice.rate_hz or self._meta.rate_hz
         self._there = {file.stem: file for file in self.path.glob("*.npz")}
         if not self._there:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
@@ -180,7 +174,7 @@ class RawSource:
                 notes += pictures_of(first, name, there[name]).notes(f"{first}: {name}")
             if "timestamps" in there:
                 times = _field(first, load(first, ["timestamps"]), "timestamps")
-                notes += rate_notes(times, self._choice.rate_hz or self._meta.rate_hz, str(first))
+                notes += rate_notes(times, self._rate_hz, str(first))
         except FileError:  # which `shape` says
             there = {}
         if not self._labels and "annotation_index" in there:
@@ -190,7 +184,11 @@ class RawSource:
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
         videos = {file.name: file for file in self.path.glob("*.mp4")}
-        notes += notes_of({videos[name]: _told(videos[name]) for name in self._videos(self._cameras) & videos.keys()})
+        told: dict[Path, str] = {}
+        for name in self._videos(self._cameras) & videos.keys():
+            with suppress(FileError):  # which `shape` says
+                told[videos[name]] = told_at(probe(videos[name]), self._rate_hz)
+        notes += notes_of(told)
         if unused := sorted(videos.keys() - self._videos(self._meta.cameras)):
             notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
         return notes
@@ -238,7 +236,7 @@ class RawSource:
             if instruction not in listed["train"] + listed["held_out"]:
                 listed["train"].append(instruction)
         return SourceDescription(
-            rate_hz=self._choice.rate_hz or self._meta.rate_hz, cameras=self._cameras, instructions=instructions,
+            rate_hz=self._rate_hz, cameras=self._cameras, instructions=instructions,
             provenance={"source": "raw"},
         )  # fmt: skip
 
@@ -288,7 +286,7 @@ class RawSource:
             arrays = {name: _field(file, loaded, name).astype(_FIELDS[name][2]) for name in loaded}
         labels = {name: arrays[name] for name in self._labels if name in arrays}
         episode = Episode(
-            task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
+            task=task, instruction=instruction, rate_hz=self._rate_hz, frames=frames,
             timestamps=arrays.get("timestamps"), provenance={"file": file.name},
             annotations={name: Annotation(values, _field(file, arrays, "annotation_index")) for name, values in labels.items()},
             **{name: arrays[name] for name in _VECTORS if name in arrays},

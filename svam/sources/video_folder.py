@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
 from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder, lies_there
-from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, video_blocks
+from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, told_at, video_blocks
 
 _TOLD = (".json", ".txt", ".JSON", ".TXT")
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
@@ -337,9 +337,9 @@ class VideoFolderSource:
         if steps < next(iter(facts.values())).frames:
             self._shorter.add(record.file)
         for camera, known in facts.items():
-            self._told[record.videos[camera]] = known.told
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
                 video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
+            self._told[record.videos[camera]] = told_at(known, self._rate)
         held_out = self._split(self._files[index]).lower() in _HELD_OUT if self._has_split else None
         files = [record.file, *(record.videos[camera] for camera in facts)]
         success = record.content.get("success")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from io import BytesIO
@@ -167,6 +168,21 @@ def test_a_rate_that_is_a_little_wrong_is_noted(tmp_path: Path, frames: str) -> 
     assert [data.shape(e).steps for e in range(2)] == [7, 7]
     (note,) = data.notes
     assert "0.125 s apart in episode 0, but" in note and "says fps 10; it is stored at 10 Hz, which convert" in note
+
+
+@pytest.mark.parametrize(
+    ("stamps", "note"),
+    [
+        ((np.arange(7) * 200).astype("datetime64[ms]"), "timestamps are 0.2 s apart in episode 0, but .* says fps 10; it is stored"),
+        (pa.array(np.arange(7), pa.int32()).cast(pa.time32("s")), "timestamps are 1 s apart in episode 0, but .* says fps 10"),
+        ((np.arange(7) * 100).astype("datetime64[ms]"), ""),
+        (np.full(7, np.nan), "timestamp does not hold one finite number a row; nothing compares it with the rate, 10 Hz$"),
+    ],
+)
+def test_times_that_are_not_used_still_tell_of_a_wrong_rate(tmp_path: Path, stamps: Any, note: str) -> None:
+    data = source(write_v2(tmp_path, (7,), change=lambda e, n: {"timestamp": pa.array(stamps)}), frames="order")
+    assert numbers(data.read(0)) == list(range(7)) and data.read(0).timestamps is None
+    assert len(data.notes) == bool(note) and re.search(note, " ".join(data.notes))
 
 
 # Written sets: columns, pictures

@@ -82,15 +82,17 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}}, a=arrays_of(0, 9) | {"frames_wrist": None})
     with refused(r"a\.npz: field 'frames_wrist' is missing, and there is no a\.wrist\.mp4"):
         open_source(folder, Options()).shape(0)
-    film(folder / "a.wrist.mp4", 9)
+    film(folder / "a.wrist.mp4", 9, fps=30)
     film(folder / "b.wrist.mp4", 9)
-    source = open_source(folder, Options())
-    assert ["1 videos of no episode" in note for note in source.notes] == [True]
+    told = open_source(folder, Options()).notes
+    assert told[0] == f"{folder}/a.wrist.mp4: plays at 30 frames/s, but the rate is 12.5 Hz, at which it is stored"
+    source = open_source(folder, Options(), Choice(rate_hz=30.5))
+    assert ["1 videos of no episode" in note for note in source.notes] == [False, True]  # beside the rate of its timestamps
     expected = decoded(folder / "a.wrist.mp4")
     assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
     film(folder / "a.wrist.mp4", 9, rotate=90)
-    turned = open_source(folder, Options())
-    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in turned.notes[0]
+    turned = open_source(folder, Options(), Choice(rate_hz=10))
+    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in turned.notes[1]
     assert (frames_of(turned.read(0), "wrist") == np.rot90(decoded(folder / "a.wrist.mp4"), 1, axes=(1, 2))).all()
     film(folder / "a.wrist.mp4", 8)
     with refused(r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):

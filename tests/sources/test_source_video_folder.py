@@ -317,6 +317,10 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     for index, file in enumerate(("a", "b", "c")):
         episode = stated.read(index)
         assert episode.rate_hz == 5.0 and (frames_of(episode, "video") == decoded(tmp_path / f"d/{file}.mp4")).all()
+        stated.shape(index)
+    rates = "frames/s, but the rate is 5 Hz, at which it is stored"
+    assert f"{tmp_path}/d/a.mp4: plays at 10 {rates}" in stated.notes and f"{tmp_path}/d/b.mp4: plays at 12 {rates}" in stated.notes
+    assert not any("plays at" in note for note in source.notes)
 
 
 def test_a_rate_that_matroska_does_not_say(tmp_path: Path) -> None:
