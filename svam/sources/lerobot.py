@@ -34,7 +34,7 @@ from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
-from svam.sources._pictures import NoColourError, without_it
+from svam.sources._pictures import NoColourError, depth_doubts, without_it
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
@@ -121,7 +121,7 @@ class LerobotSource:
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
         self._held_out, notes = meta.own_split(self.info, self._entries)
-        self._notes += notes
+        self._notes += notes + depth_doubts(camera.key for camera in self.cameras if not self.choice.cameras)
         self.columns = self._find_columns(names)
         self._needed = (*(camera.key for camera in self.cameras if not camera.video), *chain(*self.columns.values()))
         self._tasks = meta.read_tasks(self.root, self.info.major, self.options.instruction_column)
@@ -279,8 +279,9 @@ class LerobotSource:
         if unsaid and self.info.major == "v3":
             raise FileError(f"{self.root}: meta/episodes names no video of {', '.join(unsaid)} for episode {entry.number}")
         if missing := [path for path in needed if not path.is_file()]:
-            said = f"{', '.join(needed[path] for path in missing)}: no such file, though the metadata lists episode {entry.number}"
-            raise FileError(f"{said}; {meta.what_lies_there(self.root, missing[0], self.info.major)}")
+            absent = f"{', '.join(needed[path] for path in missing)}: no such file"
+            lies = meta.what_lies_there(self.root, missing[0], self.info.major)
+            raise FileError(f"{absent}, though the metadata lists episode {entry.number}; {lies}")
         for path in needed:
             refuse_lfs_pointer(path)
         return data, listed, videos

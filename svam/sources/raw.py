@@ -59,6 +59,7 @@ from svam.sections import Distinct
 from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
+from svam.sources._pictures import depth_doubts
 from svam.sources._video import notes_of, probe, told_at, video_blocks
 
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
@@ -165,7 +166,7 @@ class RawSource:
     @cached_property
     def notes(self) -> Sequence[str]:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
-        notes: list[str] = []
+        notes = depth_doubts(f"frames_{camera}" for camera in self._cameras if not self._choice.cameras)
         known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
         first = self._there[min(self._there)]
         try:

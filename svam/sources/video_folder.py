@@ -9,6 +9,8 @@ Two layouts are read; the first is taken where the folder `annotation` (option `
 2. A plain folder of videos, each with `<same name>.json` (keys as above, without `videos`) or `<same name>.txt` (one sentence
    a line) beside it, or with both, if the first has no sentence; the camera is called `video`.
 
+Folders `train` and `val` (or alike), of the annotations or at the top of a plain folder, are the set's own split.
+
 Instruction: the first sentence, which is also the task; the others are further training sentences of that task. A key
 `success`, true or false, says whether the demonstration reached its goal.
 
@@ -38,6 +40,7 @@ from numpy.typing import NDArray
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
 from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder, lies_there
+from svam.sources._pictures import depth_doubts
 from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, told_at, video_blocks
 
 _TOLD = (".json", ".txt", ".JSON", ".TXT")
@@ -54,7 +57,7 @@ _LATENTS = "hold latent_videos, which are not read: they are another model's fea
 class Options(Frozen):
     """All optional.
 
-    annotations: the folder of layout 1. splits: which of its sub-folders to read; empty means all.
+    annotations: the folder of layout 1. splits: which sub-folders, of it or of a plain folder, to read; empty means all.
     text, action: the JSON's keys; left out, the usual names are looked for. proprioception: keys that are joined in this order,
     e.g. [state, continuous_gripper_state]; empty looks for the usual names.
     """
@@ -121,12 +124,10 @@ class VideoFolderSource:
         if not files:
             what = f"*.json below {options.annotations}" if self._annotated else f"videos ({', '.join(FORMATS)})"
             raise FileError(f"{self.path}: no {what}; it has {contents(self.path)}")
-        if options.splits and not self._annotated:
-            raise FileError(f"{annotations}: no such directory, so there are no splits, but convert.options.splits lists some")
         for split in options.splits:
             if split not in map(self._split, files):
-                there = contents(annotations)
-                raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
+                what = f"no {split}/*{suffixes[0]}, which convert.options.splits lists"
+                raise FileError(f"{self._top}: {what}; it has {contents(self._top)}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
         self._by_name: dict[Path, Path] = {}
         named = [self._by_name.setdefault(file.with_suffix(""), file) for file in self._files]
@@ -141,8 +142,8 @@ class VideoFolderSource:
         return len(self._files)
 
     def _split(self, file: Path) -> str:
-        """The sub-folder of the annotations in which a file lies."""
-        return file.relative_to(self._top).parts[0] if self._annotated and file.parent != self._top else ""
+        """The sub-folder of the annotations, or of a plain folder, in which a file lies."""
+        return file.relative_to(self._top).parts[0] if file.parent != self._top else ""
 
     def _record(self, index: int) -> _Record:
         listed = file = self._files[index]
@@ -215,13 +216,15 @@ class VideoFolderSource:
             counts[_NO_ACTIONS] += all(record.content.get(key) is None for key in (self.options.action or "", *_ACTIONS))
             counts[_LATENTS] += "latent_videos" in record.content
         notes = [f"{self.path}: {count} of {len(self)} episodes {what}" for what, count in counts.items() if count]
+        splits = sorted(set(map(self._split, self._files)))
+        if not self._has_split and len(splits) > 1 and (self._annotated or not _HELD_OUT.isdisjoint(map(str.lower, splits))):
+            notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
         if self._annotated:
             notes += self._unused(used)
-            splits = sorted(set(map(self._split, self._files)))
-            if not self._has_split and len(splits) > 1:
-                notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
             named = {self.options.text, self.options.action, *self.options.proprioception}
             first = self._first()
+            videos = [] if self.choice.cameras else first.videos.values()
+            notes += depth_doubts(video.relative_to(self.path).as_posix() for video in videos)
             if unread := sorted(set(first.content) - _KNOWN - named):
                 notes.append(f"{first.file}: keys that are not read: {', '.join(unread)}")
         else:

@@ -1,4 +1,4 @@
-"""The lerobot source: sentences, the set's own split and success, which metadata and rows say."""
+"""The lerobot source: sentences, the set's own split and success, and wrong lines, which metadata and rows say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from svam.contract import Segment
 from tests.sources.common import refused
-from tests.sources.lerobot_sets import edit, source, write_v2
+from tests.sources.lerobot_sets import edit, numbers, source, write_v2
 
 
 def test_tasks(tmp_path: Path) -> None:
@@ -126,3 +126,16 @@ def test_success_is_the_metadatas_or_the_rows(tmp_path: Path) -> None:
     for nothing in (pa.array([None] * 5, pa.bool_()), pa.array([float("nan")] * 5), pa.array([0.4] * 5)):
         root = write_v2(tmp_path, (5,), change=lambda e, n, nothing=nothing: {"next.success": nothing})
         assert source(root).shape(0).success is None
+
+
+@pytest.mark.parametrize(
+    ("said", "message"), [({"length": 0}, "length is 0; expected at least 1"), ({"length": "x"}, "length is 'x'")]
+)
+def test_a_wrong_line_of_metadata_is_one_bad_episode(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    root = write_v2(tmp_path)
+    edit("episodes.jsonl", lambda line: line.update(said))(root)
+    data = source(root)
+    assert data.names == ["0", "1"] and numbers(data.read(1)) == list(range(16, 23))
+    for look in (data.shape, data.read):
+        with refused(f"episodes.jsonl: {message}"):
+            look(0)

@@ -155,7 +155,9 @@ def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], m
     ],
 )
 def test_a_wrong_line_of_the_description_is_one_bad_episode(tmp_path: Path, said: Any, message: str) -> None:
-    folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}, "b": said}}, a=arrays_of(0, 4), b=arrays_of(1, 4))
+    folder = write(
+        tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}, "b": said}}, a=arrays_of(0, 4), b=arrays_of(1, 4)
+    )
     source = open_source(folder, Options())
     assert source.names == ["a", "b"] and source.read(0).steps == source.shape(0).steps == 4
     assert list(source.describe().instructions) == ["pick", "push"]
@@ -220,6 +222,16 @@ def test_choice_and_kinds_of_pictures(tmp_path: Path) -> None:
         open_source(folder, Options(), Choice(cameras=["front"])).shape(0)
     filled = open_source(folder, Options(), Choice(cameras=["front"], missing_instruction="do"))
     assert list(filled.describe().instructions) == ["do"]
+
+
+def test_a_camera_that_is_called_depth_is_doubted(tmp_path: Path) -> None:
+    arrays = arrays_of(0, 4)
+    folder = write(
+        tmp_path / "raw", {**ONE_TASK, "cameras": ["front", "depth"]}, a={**arrays, "frames_depth": arrays["frames_front"]}
+    )
+    doubt = "frames_depth is read as colours; is it depth? to leave it out, name the other cameras in convert.cameras"
+    assert doubt in open_source(folder, Options()).notes
+    assert doubt not in open_source(folder, Options(), Choice(cameras=["depth"])).notes
 
 
 def test_unknown_fields_are_noted(tmp_path: Path) -> None:
