@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,14 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half a character
         raise FileError(f"{where}: the instruction {sentence!r} is not Unicode text; set convert.instruction") from None
     return sentence
+
+
+def own_task(choice: Choice, own: str | None, where: str) -> str:
+    """The task of an episode without another name for it: its own sentence, whatever `convert.instruction` says in its place;
+    where it has none that is sound, what `chosen_instruction` says, with its errors."""
+    with suppress(FileError):
+        return chosen_instruction(choice.model_copy(update={"instruction": None, "missing_instruction": None}), own, where)
+    return chosen_instruction(choice, own, where)
 
 
 def rate_notes(times: NDArray[np.floating[Any]], rate_hz: float, where: str) -> list[str]:

@@ -32,7 +32,7 @@ from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
+from svam.sources._choice import checked, chosen_cameras, own_task, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
 from svam.sources._pictures import NoColourError, depth_doubts, without_it
 from svam.sources._video import frames_at, probe
@@ -78,7 +78,7 @@ class _Rows:
     stop: int
     times: NDArray[np.float64] | None
     fps: float
-    instruction: str
+    task: str
     segments: tuple[Segment, ...]
     success: bool | None
 
@@ -102,7 +102,7 @@ class LerobotSource:
         self._info_file, self.info = meta.read_info(self.root)
         self._notes: list[str] = []
         self._cases: dict[str, dict[str, None]] = {}
-        self._instructions: dict[int, str] = {}
+        self._tasks_of: dict[int, str] = {}
         self._clips: dict[Path, tuple[list[float], dict[int, int]]] = {}
         declared = self._chosen_cameras()
         self._entries = meta.read_episodes(self.root, self.info, declared)
@@ -308,8 +308,10 @@ class LerobotSource:
             with suppress(FileError):  # it may be empty, and only `convert.success` needs it
                 said = files.numbers(columns["next.success"], f"{file}: next.success")
                 success = bool(said.any()) if np.isin(said, (0, 1)).all() else None  # NaN says nothing
-        instruction, segments = self._instruction(index, file, columns.get(spoken))
-        return _Rows(file, videos, start, start + len(table), times, fps, instruction, segments, success)
+        task, segments = self.choice.instruction or "", tuple[Segment, ...]()
+        with suppress(*[FileError] * bool(task)):  # what is replaced need not be sound
+            task, segments = self._task(index, file, columns.get(spoken))
+        return _Rows(file, videos, start, start + len(table), times, fps, task, segments, success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
@@ -339,13 +341,11 @@ class LerobotSource:
             self._note(what, f"{file}: timestamps begin at {times[0]:g} s")
         return None if order else times, 1 / step if stated and step > 0 else fps
 
-    def _instruction(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
-        """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows. And the
+    def _task(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
+        """An episode's own sentence: the metadata's where it names one, else, or as the option says, that of its rows. And the
         parts that its rows have, where the choice asks for them."""
         entry, asked = self._entries[index], self.options.instruction_column
         segments: tuple[Segment, ...] = ()
-        if self.choice.instruction:
-            return self.choice.instruction, ()
         if asked == "tasks" and len(entry.tasks) > 1:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
         own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
@@ -356,7 +356,7 @@ class LerobotSource:
             ways = "set convert.options.instruction_column to 'tasks' for the metadata's sentences"
             raise FileError(f"{error}; {ways}, or convert.instruction to one for all") from None
         if told := next((sentence.strip() for sentence in said or () if sentence.strip()), ""):
-            segments = segments_of(said or ())
+            segments = () if self.choice.instruction else segments_of(said or ())
             if segments and not self.choice.segments:
                 raise FileError(
                     f"{file}: episode {entry.number} changes its task at row {segments[1].first} from {told!r} to "
@@ -369,7 +369,7 @@ class LerobotSource:
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
             own = told
-        return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
+        return own_task(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
 
     # Where the frames lie
 
@@ -427,13 +427,13 @@ class LerobotSource:
     def describe(self) -> SourceDescription:
         """Rate, cameras, each sentence as a task of its own, and which columns were joined."""
         names = {vector: meta.names_of(columns, self.info.features) for vector, columns in self.columns.items()}
-        for index in set(range(len(self))) - self._instructions.keys():
+        for index in set(range(len(self))) - self._tasks_of.keys():
             with suppress(FileError):  # of an episode that cannot be read
-                self._instructions[index] = self._rows(index).instruction
-        said = (self._instructions[index] for index in sorted(self._instructions))
+                self._tasks_of[index] = self._rows(index).task
+        tasks = (self._tasks_of[index] for index in sorted(self._tasks_of))
         return SourceDescription(
             rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
-            instructions={sentence: {"train": [sentence], "held_out": []} for sentence in said},
+            instructions={task: {"train": [self.choice.instruction or task], "held_out": []} for task in tasks},
             provenance={
                 "source": "lerobot", "codebase_version": self.info.codebase_version,
                 "robot_type": str(self.info.robot_type or "unknown"),
@@ -448,7 +448,7 @@ class LerobotSource:
     def shape(self, index: int) -> EpisodeShape:
         """What the metadata, the small columns of the rows, the videos' indices and an episode's first picture say."""
         entry, rows = self._entries[index], self._rows(index)
-        self._instructions[index] = rows.instruction
+        self._tasks_of[index] = rows.task
         first = (rows.start, rows.start + 1)
         for camera in self.cameras:
             try:
@@ -460,7 +460,7 @@ class LerobotSource:
                 others = [other.name for other in self.cameras if other is not camera]
                 raise FileError(without_it(error, others)) from None
         return EpisodeShape(
-            len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.instruction,
+            len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.task,
             stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
             segments=rows.segments,
         )  # fmt: skip
@@ -486,8 +486,8 @@ class LerobotSource:
                 at = (rows.start, rows.stop)
                 frames[camera.name] = files.stored_frames(rows.file, self.root, camera.key, at, camera.shape)
         episode = Episode(
-            task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps, frames=frames,
-            timestamps=rows.times, annotations={}, **vectors,
+            task=rows.task, instruction=self.choice.instruction or rows.task, frames=frames, timestamps=rows.times,
+            rate_hz=self.choice.rate_hz or self.info.fps, annotations={}, **vectors,
             provenance={
                 "file": rows.file.relative_to(self.root).as_posix(), "episode_index": entry.number,
                 "timestamps_begin_late_s": late,

@@ -56,7 +56,16 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
 from svam.sections import Distinct
-from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
+from svam.sources._choice import (
+    LABELS,
+    checked,
+    chosen_cameras,
+    chosen_instruction,
+    contents,
+    existing_folder,
+    own_task,
+    rate_notes,
+)
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
 from svam.sources._pictures import depth_doubts
@@ -213,16 +222,18 @@ class RawSource:
         """Task and instruction of an episode; `FileError` where they are missing or contradict one another."""
         file, tasks = self._file(index), self._meta.tasks
         facts = self._facts(file.stem)
-        own = "" if self._choice.instruction else _own_instruction(file)
-        if own and facts.instruction and own != facts.instruction:
+        replaced, own = bool(self._choice.instruction), ""
+        with suppress(*[FileError] * replaced):  # what is replaced need not be sound
+            own = _own_instruction(file)
+        if own and facts.instruction and own != facts.instruction and not replaced:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")
         task = facts.task or (next(iter(tasks)) if len(tasks) == 1 else None)
         if task not in tasks and (task is not None or tasks):
             said = "missing" if task is None else repr(task)
             raise FileError(f"{self._meta_file}: episodes.{file.stem}.task is {said}; tasks are {', '.join(tasks) or 'none'}")
         sentences: Sequence[str | None] = tasks[task].train if task is not None else [None]
-        instruction = chosen_instruction(self._choice, facts.instruction or own or sentences[index % len(sentences)], str(file))
-        return task or instruction, instruction
+        sentence = facts.instruction or own or sentences[index % len(sentences)]
+        return task or own_task(self._choice, sentence, str(file)), chosen_instruction(self._choice, sentence, str(file))
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""

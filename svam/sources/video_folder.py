@@ -39,7 +39,7 @@ from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
-from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder, lies_there
+from svam.sources._choice import TRAINING, checked, chosen_cameras, contents, existing_folder, lies_there, own_task
 from svam.sources._pictures import depth_doubts
 from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, told_at, video_blocks
 
@@ -154,7 +154,9 @@ class VideoFolderSource:
         content = _read(file)
         if told[1:] and not any(content.get(key) for key in (self.options.text or "", *_TEXTS)):
             content |= _read(told[-1])
-        texts = self._texts(file, content)
+        texts = [self.choice.instruction or ""]
+        with suppress(*[FileError] * bool(self.choice.instruction)):  # what is replaced need not be sound
+            texts = self._texts(file, content)
         return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})
 
     def _records(self) -> Iterator[_Record]:
@@ -168,16 +170,14 @@ class VideoFolderSource:
         return next(self._records(), None) or self._record(0)
 
     def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
-        """The sentences of an episode, each once."""
-        if self.choice.instruction:
-            return [self.choice.instruction]
+        """An episode's own sentences, each once; the first is its task."""
         key = self._key(file, content, self.options.text, _TEXTS, "text") if file.suffix.lower() == ".json" else "texts"
         value = content.get(key or "")
         texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
         told = [text for text in texts if text.strip()] or [None]
-        return list(dict.fromkeys(chosen_instruction(self.choice, text, str(file)) for text in told))
+        return list(dict.fromkeys(own_task(self.choice, text, str(file)) for text in told))
 
     @staticmethod
     def _key(file: Path, content: dict[str, Any], named: str | None, usual: Sequence[str], option: str) -> str | None:
@@ -211,7 +211,8 @@ class VideoFolderSource:
         counts: Counter[str] = Counter()
         for record in self._records():
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
-            sentences.extend(text for text in record.texts if text not in sentences)
+            said = [self.choice.instruction] if self.choice.instruction else record.texts
+            sentences.extend(text for text in said if text not in sentences)
             used.update(record.videos.values())
             counts[_NO_ACTIONS] += all(record.content.get(key) is None for key in (self.options.action or "", *_ACTIONS))
             counts[_LATENTS] += "latent_videos" in record.content
@@ -359,8 +360,8 @@ class VideoFolderSource:
         rate = None if self.choice.rate_hz is not None else self._rate
         frames = {camera: video_blocks(record.videos[camera], known, steps, rate) for camera, known in facts.items()}
         episode = Episode(
-            task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions,
-            proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},
+            task=record.texts[0], instruction=self.choice.instruction or record.texts[0], rate_hz=self._rate, frames=frames,
+            actions=actions, proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},
         )  # fmt: skip
         return checked(episode, record.file)
 

@@ -172,6 +172,19 @@ def test_cameras_are_chosen_in_order_with_or_without_a_prefix(case: Case) -> Non
         replace(kind, cameras=["nowhere"]).opened(folder).describe()
 
 
+@pytest.mark.parametrize("name", ["metaworld", "raw", "video_folder mp4", "lerobot"])
+def test_tasks_are_the_sets_own_whatever_sentence_replaces_theirs(name: str, tmp_path: Path) -> None:
+    """`convert.tasks` chooses by them."""
+    kind = SETS[name]
+    kind.write(tmp_path)
+    own, source = kind.opened(tmp_path), replace(kind, instruction="say so").opened(tmp_path)
+    tasks = [own.shape(index).task for index in range(len(own))]
+    assert [source.shape(index).task for index in range(len(source))] == tasks
+    assert [(e.task, e.instruction) for e in map(source.read, range(len(source)))] == [(task, "say so") for task in tasks]
+    instructions = source.describe().instructions
+    assert set(tasks) <= set(instructions) and all(said["train"] == ["say so"] for said in instructions.values())
+
+
 def test_it_goes_to_a_worker(case: Case) -> None:
     """It holds no open file and no frames; the copy reads the same. A reader that stops early leaves nothing open."""
     kind, folder, expected = case

@@ -23,7 +23,7 @@ def test_tasks(tmp_path: Path) -> None:
     (root / "meta/tasks.jsonl").write_text("\n".join(json.dumps({"task_index": k, "task": t}) for k, t in enumerate("ab")))
     assert [source(root).read(e).instruction for e in range(2)] == ["a", "b"]
     assert source(root, instruction_column="said").read(1).instruction == "say 1"
-    assert list(source(root, instruction="go").describe().instructions) == ["go"]
+    assert source(root, instruction="go").describe().instructions == {key: {"train": ["go"], "held_out": []} for key in "ab"}
     lines[0]["tasks"] = ["b"]
     (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with refused("task_index says 'a' for episode 0, but the metadata says 'b'; set convert.options.instruction_column to"):
@@ -66,6 +66,8 @@ def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
     root = write_v2(tmp_path, (5, 7), lambda e, n: {"said": pa.array((["left"] * (5 - 3 * e) + ["right"] * 5)[:n])})
     with refused("changes its task at row 2 from 'left' to 'right'.*convert.instruction.*convert.drop: .1."):
         source(root, instruction_column="said").shape(1)
+    replaced = source(root, instruction_column="said", segments=True, instruction="go")
+    assert replaced.shape(1).task == "left" and replaced.shape(1).segments == () and replaced.read(1).instruction == "go"
     parts = [source(root, instruction_column="said", segments=True).shape(e).segments for e in range(2)]
     assert parts == [(), (Segment(0, 2, ("left",)), Segment(2, 7, ("right",)))]
 

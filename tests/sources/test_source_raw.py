@@ -121,6 +121,10 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
     write(folder, {**meta, "episodes": {"e1": {"instruction": "shut it"}}}, e1={**small, "instruction": sentences[1]})
     with refused("its instruction is 'schließ es', but meta.json says 'shut it'"):
         open_source(folder, Options()).read(1)
+    replaced = open_source(folder, Options(), Choice(instruction="go"))
+    assert [(replaced.shape(k).task, replaced.read(k).instruction) for k in (0, 1)] == [("open it", "go"), ("shut it", "go")]
+    write(folder, meta, e1={**small, "instruction": np.array(3)})
+    assert open_source(folder, Options(), Choice(instruction="go")).shape(1).task == "go"
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,8 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
     assert [source.shape(k).name for k in range(3)] == source.names == ["a", "sub/b", "sub/c"]
     assert [source.shape(k).success for k in range(3)] == [True, None, None]
-    assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).shape(1).task == "go"
+    replaced = open_source(tmp_path / "d", Options(), Choice(instruction="go"))
+    assert [replaced.shape(k).task for k in range(3)] == ["wipe", "schütte", "go"] and replaced.read(1).instruction == "go"
     a, b, c = (source.read(k) for k in range(3))
     assert [e.instruction for e in (a, b, c)] == ["wipe", "schütte", "anything"]
     assert source.describe().instructions["schütte"]["train"] == ["schütte", "pour it"]
