@@ -105,6 +105,7 @@ class MetaworldSource:
         if absent := [look for look in options.looks if look not in there]:
             raise FileError(f"{self.path}: no episode of look {absent[0]!r}; there are {', '.join(there)}")
         self._chosen = [(task, k) for task, k, look in every if not options.looks or look in options.looks]
+        self.names = [f"{task}/episode_{k:04d}" for task, k in self._chosen]
 
     def _entries(self, task: str) -> list[dict[str, Any]]:
         """What the `meta.json` of a task says of its episodes."""
@@ -136,7 +137,7 @@ class MetaworldSource:
     def _place(self, index: int) -> tuple[str, int, Path]:
         """Task, number within it, and file of arrays of an episode."""
         task, number = self._chosen[index]
-        return task, number, self.path / task / f"episode_{number:04d}.safetensors"
+        return task, number, self.path / f"{self.names[index]}.safetensors"
 
     def _refuse_absent(self, file: Path) -> None:
         """Nothing, unless a file of an episode is not there, or its pointer of Git LFS alone."""
@@ -184,7 +185,7 @@ class MetaworldSource:
             self._refuse_absent(part)
         return EpisodeShape(
             len(arrays["success"]), dict.fromkeys(self._labels, labelled), stamp=" ".join(stamp(part) for part in files),
-            name=f"{task}/{file.stem}", task=task, success=bool(arrays["success"].any()),
+            name=self.names[index], task=task, success=bool(arrays["success"].any()),
         )  # fmt: skip
 
     def read(self, index: int) -> Episode:

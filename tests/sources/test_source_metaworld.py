@@ -56,6 +56,12 @@ def test_success_is_that_of_any_step(folder: Path) -> None:
         assert ChosenEpisodes(opened(folder), SETTINGS.model_copy(update={"success": success})).numbers == [number]
 
 
+def test_an_episode_that_cannot_be_read_is_left_out_by_name(folder: Path) -> None:
+    (folder / "episode_0000.wrist.png").unlink()
+    chosen = ChosenEpisodes(opened(folder), SETTINGS.model_copy(update={"drop": ["reach/episode_0000"]}))
+    assert chosen.numbers == [1] and chosen.shape(0).name == "reach/episode_0001"
+
+
 @pytest.mark.parametrize("name", ["episode_0000.safetensors", "episode_0000.wrist.png"])
 def test_files_that_are_not_there(folder: Path, name: str) -> None:
     (folder / name).write_text(LFS_POINTER)
