@@ -29,7 +29,7 @@ from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
 from tests.sources import tfds_writer
-from tests.sources.common import damaged, everything, film, refused, squares
+from tests.sources.common import LFS_POINTER, damaged, everything, film, refused, squares
 from tests.sources.lerobot_sets import write_v3
 
 
@@ -170,6 +170,21 @@ def test_cameras_are_chosen_in_order_with_or_without_a_prefix(case: Case) -> Non
         assert list(source.describe().cameras) == cameras[::-1] and same(everything(source), expected)
     with refused("convert.cameras", *cameras):
         replace(kind, cameras=["nowhere"]).opened(folder).describe()
+
+
+def test_a_pointer_of_git_lfs_is_called_so(case: Case) -> None:
+    """In whichever file it is, but for those that hold nothing (zarr's groups)."""
+    kind, folder, _ = case
+    for file in sorted(
+        {file for pattern in kind.fuzzed for file in folder.glob(pattern) if file.is_file()} - {*folder.rglob(".zgroup")}
+    ):
+        original = file.read_bytes()
+        file.write_text(LFS_POINTER)
+        try:
+            with refused("a Git LFS pointer, not the file itself", file.name):
+                everything(kind.opened(folder))
+        finally:
+            file.write_bytes(original)
 
 
 @pytest.mark.parametrize("name", ["metaworld", "raw", "video_folder mp4", "lerobot"])
