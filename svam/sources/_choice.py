@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import Choice, ContractError, Episode, Segment
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, Segment
 from svam.errors import ParamsError
 from svam.files import FileError
 
@@ -89,7 +89,7 @@ def own_task(choice: Choice, own: str | None, where: str) -> str:
     """The task of an episode without another name for it: its own sentence, whatever `convert.instruction` says in its place;
     where it has none that is sound, what `chosen_instruction` says, with its errors."""
     with suppress(FileError):
-        return chosen_instruction(choice.model_copy(update={"instruction": None, "missing_instruction": None}), own, where)
+        return chosen_instruction(EVERYTHING, own, where)
     return chosen_instruction(choice, own, where)
 
 

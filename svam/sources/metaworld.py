@@ -140,7 +140,7 @@ class MetaworldSource:
         return task, number, self.path / f"{self.names[index]}.safetensors"
 
     def _refuse_absent(self, file: Path) -> None:
-        """Nothing, unless a file of an episode is not there, or its pointer of Git LFS alone."""
+        """Nothing, unless a file of an episode is not there, or only its Git LFS pointer is."""
         if not file.is_file():
             lies = lies_there(self.path, file)
             raise FileError(f"{file}: no such file, though meta.json lists its episode; {lies}; collect again")
