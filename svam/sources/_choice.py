@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from svam.contract import Choice, ContractError, Episode, Segment
+from svam.contract import EVERYTHING, Choice, ContractError, Episode, Segment
 from svam.errors import ParamsError
 from svam.files import FileError
 
@@ -59,6 +60,12 @@ def contents(folder: Path) -> str:
     return (", ".join(names[:5]) or "nothing") + ", ..." * (len(names) > 5)
 
 
+def lies_there(root: Path, path: Path) -> str:
+    """For a file below `root` that is missing: what its nearest folder holds."""
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    return f"{'the folder' if folder == root else folder.relative_to(root)} holds {contents(folder)}"
+
+
 def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     """The sentence of an episode: `convert.instruction`, else its own, else `convert.missing_instruction`.
 
@@ -76,6 +83,14 @@ def chosen_instruction(choice: Choice, own: str | None, where: str) -> str:
     except UnicodeEncodeError:  # JSON can spell half a character
         raise FileError(f"{where}: the instruction {sentence!r} is not Unicode text; set convert.instruction") from None
     return sentence
+
+
+def own_task(choice: Choice, own: str | None, where: str) -> str:
+    """The task of an episode without another name for it: its own sentence, whatever `convert.instruction` says in its place;
+    where it has none that is sound, what `chosen_instruction` says, with its errors."""
+    with suppress(FileError):
+        return chosen_instruction(EVERYTHING, own, where)
+    return chosen_instruction(choice, own, where)
 
 
 def rate_notes(times: NDArray[np.floating[Any]], rate_hz: float, where: str) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, Field, model_validator
 
 from svam.files import FileError, read_json, refuse_lfs_pointer, stated
-from svam.sources._choice import TRAINING, contents, existing_folder
+from svam.sources._choice import TRAINING, contents, existing_folder, lies_there
 from svam.sources._lerobot_files import opened, read_columns
 
 STANDARD_PATHS = {
@@ -74,7 +75,7 @@ class Clip(BaseModel):
 
 class Entry(BaseModel):
     """One episode as the metadata lists it, None where it is not said. chunk, file: of its parquet file (v3). clips: camera key
-    -> `Clip` (v3)."""
+    -> `Clip` (v3). fault: what is wrong in its line, of which only the number is kept then."""
 
     number: _Whole = Field(alias="episode_index")
     steps: Annotated[_Positive | None, _UNSAID] = Field(None, alias="length")
@@ -83,6 +84,7 @@ class Entry(BaseModel):
     chunk: Annotated[_Whole | None, _UNSAID] = Field(0, validation_alias=AliasChoices("data/chunk_index", "data_chunk_index"))
     file: Annotated[_Whole | None, _UNSAID] = Field(0, validation_alias=AliasChoices("data/file_index", "data_file_index"))
     clips: dict[str, Clip] = {}
+    fault: str = Field("", alias="(fault)")  # which no set calls anything
 
     @model_validator(mode="before")
     @classmethod
@@ -203,9 +205,8 @@ def place(info: Info, entry: Entry, camera: Camera | None, template: str) -> str
 
 
 def what_lies_there(root: Path, path: Path, major: str) -> str:
-    """For a file that is missing: what its nearest folder holds, and which files are of the other version's layout."""
-    folder = next(parent for parent in path.parents if parent.is_dir())
-    lies = f"{'the folder' if folder == root else folder.relative_to(root)} holds {contents(folder)}"
+    """The same as `lies_there`, and which files are of the other version's layout."""
+    lies = lies_there(root, path)
     other = "v3" if major == "v2" else "v2"
     files = [sign for sign in _SIGNS[other] if (root / sign).exists()]
     verb = "are" if len(files) > 1 else "is"
@@ -232,8 +233,17 @@ def read_tasks(root: Path, major: str, column: str | None = None) -> dict[int, s
     return tasks
 
 
+def _entry(row: Any, file: Path) -> Entry:
+    try:
+        return stated(Entry, row, file)
+    except FileError as error:
+        with suppress(FileError, AttributeError):
+            return stated(Entry, {"episode_index": row.get("episode_index"), "(fault)": str(error)}, file)
+        raise
+
+
 def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Entry]:
-    """All episodes that the metadata lists, by number."""
+    """All episodes that the metadata lists, by number; `FileError` also where every line is wrong."""
     v2 = info.major == "v2"
     place = root / "meta" / ("episodes.jsonl" if v2 else "episodes")
     files = [place] if v2 and place.is_file() else sorted(place.rglob("[!.]*.parquet"))
@@ -242,13 +252,13 @@ def read_episodes(root: Path, info: Info, cameras: Sequence[Camera]) -> list[Ent
         raise FileError(f"{place}: {lacks}; {what_lies_there(root, place / 'chunk-000', info.major)}")
     wanted = ["tasks", "success", "data/chunk_index", "data/file_index", "data_chunk_index", "data_file_index"]
     wanted += [f"videos/{camera.key}/{part}" for camera in cameras for part in Clip.model_fields]
-    entries = [stated(Entry, row, file) for file in files for row in _rows(file, ["episode_index", "length"], wanted)]
+    entries = [_entry(row, file) for file in files for row in _rows(file, ["episode_index", "length"], wanted)]
     entries.sort(key=lambda entry: entry.number)
     for before, after in pairwise(entries):
         if before.number == after.number:
             raise FileError(f"{place}: episode_index {after.number} is there twice")
-    if not entries:
-        raise FileError(f"{place}: lists no episodes")
+    if all(entry.fault for entry in entries):
+        raise FileError(entries[0].fault if entries else f"{place}: lists no episodes")
     return entries
 
 

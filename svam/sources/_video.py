@@ -64,6 +64,14 @@ def notes_of(told: Mapping[Path, str]) -> list[str]:
     ]
 
 
+def told_at(facts: VideoFacts, rate_hz: float) -> str:
+    """What is told of a video, and where its frames are not `rate_hz` a second, to 4 %, both rates."""
+    if facts.rate is None or abs(facts.rate / rate_hz - 1) <= 0.04:
+        return facts.told
+    apart = f"plays at {facts.rate:g} frames/s, but the rate is {rate_hz:g} Hz, at which it is stored"
+    return "; ".join(filter(None, (facts.told, apart)))
+
+
 @dataclass(frozen=True)
 class FrameTimes:
     """pts: (n,) int64 presentation times of the frames, increasing, in units of `base` seconds; None where a packet has none.

@@ -32,9 +32,9 @@ from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources import _lerobot_files as files
 from svam.sources import _lerobot_meta as meta
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, segments_of
+from svam.sources._choice import checked, chosen_cameras, own_task, segments_of
 from svam.sources._lerobot_meta import Camera, Entry
-from svam.sources._pictures import NoColourError, without_it
+from svam.sources._pictures import NoColourError, depth_doubts, without_it
 from svam.sources._video import frames_at, probe
 
 Columns = tuple[str, ...]
@@ -78,7 +78,7 @@ class _Rows:
     stop: int
     times: NDArray[np.float64] | None
     fps: float
-    instruction: str
+    task: str
     segments: tuple[Segment, ...]
     success: bool | None
 
@@ -102,7 +102,7 @@ class LerobotSource:
         self._info_file, self.info = meta.read_info(self.root)
         self._notes: list[str] = []
         self._cases: dict[str, dict[str, None]] = {}
-        self._instructions: dict[int, str] = {}
+        self._tasks_of: dict[int, str] = {}
         self._clips: dict[Path, tuple[list[float], dict[int, int]]] = {}
         declared = self._chosen_cameras()
         self._entries = meta.read_episodes(self.root, self.info, declared)
@@ -115,13 +115,13 @@ class LerobotSource:
             self._notes.append(f"{self._info_file}: {said}")
         self._templates = {"data": self._right_template("data", [None]), "video": self._right_template("video", declared)}
         self._listed: dict[Path, set[int]] = {}
-        for entry in self._entries if self.info.major == "v3" else ():
+        for entry in (entry for entry in self._entries if self.info.major == "v3" and not entry.fault):
             self._listed.setdefault(self._path(entry), set()).add(entry.number)
         self._first_file, names = self._find_first_file()
         self.cameras = self._present_cameras(declared, names)
         self._look_at_pictures()
         self._held_out, notes = meta.own_split(self.info, self._entries)
-        self._notes += notes
+        self._notes += notes + depth_doubts(camera.key for camera in self.cameras if not self.choice.cameras)
         self.columns = self._find_columns(names)
         self._needed = (*(camera.key for camera in self.cameras if not camera.video), *chain(*self.columns.values()))
         self._tasks = meta.read_tasks(self.root, self.info.major, self.options.instruction_column)
@@ -274,14 +274,15 @@ class LerobotSource:
             data, listed = self._by_rows[entry.number], {entry.number}
             self._note("; the rows decide", f"{wrong}, but its rows lie in {data.relative_to(self.root)}")
         videos = {camera.name: self._path(entry, camera) for camera in self.cameras if camera.video}
-        missing = [] if data.is_file() else [str(data)]
-        missing += [f"{video} (the video of camera {name!r})" for name, video in videos.items() if not video.is_file()]
+        needed = {data: str(data)} | {video: f"{video} (the video of camera {name!r})" for name, video in videos.items()}
         unsaid = [camera.key for camera in self.cameras if camera.video and camera.key not in entry.clips]
         if unsaid and self.info.major == "v3":
             raise FileError(f"{self.root}: meta/episodes names no video of {', '.join(unsaid)} for episode {entry.number}")
-        if missing:
-            raise FileError(f"{', '.join(missing)}: no such file, though the metadata lists episode {entry.number}")
-        for path in (data, *videos.values()):
+        if missing := [path for path in needed if not path.is_file()]:
+            absent = f"{', '.join(needed[path] for path in missing)}: no such file"
+            lies = meta.what_lies_there(self.root, missing[0], self.info.major)
+            raise FileError(f"{absent}, though the metadata lists episode {entry.number}; {lies}")
+        for path in needed:
             refuse_lfs_pointer(path)
         return data, listed, videos
 
@@ -289,6 +290,8 @@ class LerobotSource:
 
     def _rows(self, index: int) -> _Rows:
         entry, asked = self._entries[index], self.options.instruction_column
+        if entry.fault:
+            raise FileError(entry.fault)
         file, listed, videos = self._files(entry)
         spoken = "task_index" if asked in (None, "tasks") else str(asked)
         small = ("timestamp", "frame_index", "next.success", spoken)
@@ -305,8 +308,10 @@ class LerobotSource:
             with suppress(FileError):  # it may be empty, and only `convert.success` needs it
                 said = files.numbers(columns["next.success"], f"{file}: next.success")
                 success = bool(said.any()) if np.isin(said, (0, 1)).all() else None  # NaN says nothing
-        instruction, segments = self._instruction(index, file, columns.get(spoken))
-        return _Rows(file, videos, start, start + len(table), times, fps, instruction, segments, success)
+        task, segments = self.choice.instruction or "", tuple[Segment, ...]()
+        with suppress(*[FileError] * bool(task)):  # what is replaced need not be sound
+            task, segments = self._task(index, file, columns.get(spoken))
+        return _Rows(file, videos, start, start + len(table), times, fps, task, segments, success)
 
     def _times(self, entry: Entry, file: Path, column: Any) -> tuple[NDArray[np.float64] | None, float]:
         """The rows' timestamps in seconds, None where they are not used, and the rows a second of which frames are found."""
@@ -314,9 +319,10 @@ class LerobotSource:
         if column is None:
             return None, fps
         try:
-            times = files.seconds(column, f"{file}: timestamp")
+            times = files.seconds(column, f"{file}: timestamp", dates=order)
         except FileError as error:
             if order:
+                self._note(f"; nothing compares it with the rate, {stated or fps:g} Hz", str(error))
                 return None, fps
             raise FileError(f"{error}; {files.BY_ORDER}") from None
         step = float(np.median(np.diff(times))) if len(times) > 1 else 1 / fps
@@ -335,13 +341,11 @@ class LerobotSource:
             self._note(what, f"{file}: timestamps begin at {times[0]:g} s")
         return None if order else times, 1 / step if stated and step > 0 else fps
 
-    def _instruction(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
-        """The sentence of an episode: the metadata's where it names one, else, or as the option says, that of its rows. And the
+    def _task(self, index: int, file: Path, column: Any) -> tuple[str, tuple[Segment, ...]]:
+        """An episode's own sentence: the metadata's where it names one, else, or as the option says, that of its rows. And the
         parts that its rows have, where the choice asks for them."""
         entry, asked = self._entries[index], self.options.instruction_column
         segments: tuple[Segment, ...] = ()
-        if self.choice.instruction:
-            return self.choice.instruction, ()
         if asked == "tasks" and len(entry.tasks) > 1:
             raise FileError(f"{self.root}: meta/episodes lists {len(entry.tasks)} tasks for episode {entry.number}")
         own = entry.tasks[0] if len(entry.tasks) == 1 and asked in (None, "tasks") else None
@@ -352,7 +356,7 @@ class LerobotSource:
             ways = "set convert.options.instruction_column to 'tasks' for the metadata's sentences"
             raise FileError(f"{error}; {ways}, or convert.instruction to one for all") from None
         if told := next((sentence.strip() for sentence in said or () if sentence.strip()), ""):
-            segments = segments_of(said or ())
+            segments = () if self.choice.instruction else segments_of(said or ())
             if segments and not self.choice.segments:
                 raise FileError(
                     f"{file}: episode {entry.number} changes its task at row {segments[1].first} from {told!r} to "
@@ -365,7 +369,7 @@ class LerobotSource:
                     "convert.options.instruction_column to 'task_index' or to 'tasks', whichever is right"
                 )
             own = told
-        return chosen_instruction(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
+        return own_task(self.choice, own, f"{self.root}: episode {entry.number}").strip(), segments
 
     # Where the frames lie
 
@@ -423,13 +427,13 @@ class LerobotSource:
     def describe(self) -> SourceDescription:
         """Rate, cameras, each sentence as a task of its own, and which columns were joined."""
         names = {vector: meta.names_of(columns, self.info.features) for vector, columns in self.columns.items()}
-        for index in set(range(len(self))) - self._instructions.keys():
+        for index in set(range(len(self))) - self._tasks_of.keys():
             with suppress(FileError):  # of an episode that cannot be read
-                self._instructions[index] = self._rows(index).instruction
-        said = (self._instructions[index] for index in sorted(self._instructions))
+                self._tasks_of[index] = self._rows(index).task
+        tasks = (self._tasks_of[index] for index in sorted(self._tasks_of))
         return SourceDescription(
             rate_hz=self.choice.rate_hz or self.info.fps, cameras=[camera.name for camera in self.cameras],
-            instructions={sentence: {"train": [sentence], "held_out": []} for sentence in said},
+            instructions={task: {"train": [self.choice.instruction or task], "held_out": []} for task in tasks},
             provenance={
                 "source": "lerobot", "codebase_version": self.info.codebase_version,
                 "robot_type": str(self.info.robot_type or "unknown"),
@@ -444,7 +448,7 @@ class LerobotSource:
     def shape(self, index: int) -> EpisodeShape:
         """What the metadata, the small columns of the rows, the videos' indices and an episode's first picture say."""
         entry, rows = self._entries[index], self._rows(index)
-        self._instructions[index] = rows.instruction
+        self._tasks_of[index] = rows.task
         first = (rows.start, rows.start + 1)
         for camera in self.cameras:
             try:
@@ -456,7 +460,7 @@ class LerobotSource:
                 others = [other.name for other in self.cameras if other is not camera]
                 raise FileError(without_it(error, others)) from None
         return EpisodeShape(
-            len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.instruction,
+            len(rows), held_out=self._held_out.get(entry.number), name=self.names[index], task=rows.task,
             stamp="+".join(stamp(path) for path in (rows.file, *rows.videos.values())), success=rows.success,
             segments=rows.segments,
         )  # fmt: skip
@@ -482,8 +486,8 @@ class LerobotSource:
                 at = (rows.start, rows.stop)
                 frames[camera.name] = files.stored_frames(rows.file, self.root, camera.key, at, camera.shape)
         episode = Episode(
-            task=rows.instruction, instruction=rows.instruction, rate_hz=self.choice.rate_hz or self.info.fps, frames=frames,
-            timestamps=rows.times, annotations={}, **vectors,
+            task=rows.task, instruction=self.choice.instruction or rows.task, frames=frames, timestamps=rows.times,
+            rate_hz=self.choice.rate_hz or self.info.fps, annotations={}, **vectors,
             provenance={
                 "file": rows.file.relative_to(self.root).as_posix(), "episode_index": entry.number,
                 "timestamps_begin_late_s": late,

@@ -28,8 +28,8 @@ from svam.contract import (
     Frozen,
     SourceDescription,
 )
-from svam.files import FileError, read_json, stamp
-from svam.sources._choice import LABELS, checked, chosen_cameras, contents, existing_folder
+from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
+from svam.sources._choice import LABELS, checked, chosen_cameras, contents, existing_folder, lies_there
 
 RAW_SCHEMA = 2
 """The layout of the files that this module reads."""
@@ -105,6 +105,7 @@ class MetaworldSource:
         if absent := [look for look in options.looks if look not in there]:
             raise FileError(f"{self.path}: no episode of look {absent[0]!r}; there are {', '.join(there)}")
         self._chosen = [(task, k) for task, k, look in every if not options.looks or look in options.looks]
+        self.names = [f"{task}/episode_{k:04d}" for task, k in self._chosen]
 
     def _entries(self, task: str) -> list[dict[str, Any]]:
         """What the `meta.json` of a task says of its episodes."""
@@ -136,15 +137,19 @@ class MetaworldSource:
     def _place(self, index: int) -> tuple[str, int, Path]:
         """Task, number within it, and file of arrays of an episode."""
         task, number = self._chosen[index]
-        return task, number, self.path / task / f"episode_{number:04d}.safetensors"
+        return task, number, self.path / f"{self.names[index]}.safetensors"
+
+    def _refuse_absent(self, file: Path) -> None:
+        """Nothing, unless a file of an episode is not there, or only its Git LFS pointer is."""
+        if not file.is_file():
+            lies = lies_there(self.path, file)
+            raise FileError(f"{file}: no such file, though meta.json lists its episode; {lies}; collect again")
+        refuse_lfs_pointer(file)
 
     def _content(self, task: str, file: Path) -> bytes:
         """A file of an episode of `task`, checked against the SHA-256 that `meta.json` states."""
-        try:
-            content = file.read_bytes()
-        except FileNotFoundError:
-            raise FileError(f"{file}: no such file, though meta.json lists its episode; collect again") from None
-        expected = self._meta[task]["sha256"].get(file.name)
+        self._refuse_absent(file)
+        content, expected = file.read_bytes(), self._meta[task]["sha256"].get(file.name)
         if hashlib.sha256(content).hexdigest() != expected:
             raise FileError(f"{file}: truncated or damaged: its SHA-256 is not the one in meta.json; collect again")
         return content
@@ -176,10 +181,12 @@ class MetaworldSource:
         arrays = self._arrays(task, number, file)
         labelled = len(arrays["annotation_index"])
         files = [file, *(_picture(file, camera) for camera in self._cameras)]
-        if absent := next((part for part in files if not part.is_file()), None):
-            raise FileError(f"{absent}: no such file, though meta.json lists its episode; collect again")
-        annotated, stamps = dict.fromkeys(self._labels, labelled), " ".join(stamp(part) for part in files)
-        return EpisodeShape(len(arrays["success"]), annotated, stamp=stamps, name=f"{task}/{file.stem}", task=task)
+        for part in files:
+            self._refuse_absent(part)
+        return EpisodeShape(
+            len(arrays["success"]), dict.fromkeys(self._labels, labelled), stamp=" ".join(stamp(part) for part in files),
+            name=self.names[index], task=task, success=bool(arrays["success"].any()),
+        )  # fmt: skip
 
     def read(self, index: int) -> Episode:
         """One episode with its labels."""

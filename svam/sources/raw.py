@@ -56,10 +56,20 @@ from svam.contract import EVERYTHING, Annotation, Choice, Episode, EpisodeShape,
 from svam.errors import SvamError
 from svam.files import FileError, read_json, stamp, stated
 from svam.sections import Distinct
-from svam.sources._choice import LABELS, checked, chosen_cameras, chosen_instruction, contents, existing_folder, rate_notes
+from svam.sources._choice import (
+    LABELS,
+    checked,
+    chosen_cameras,
+    chosen_instruction,
+    contents,
+    existing_folder,
+    own_task,
+    rate_notes,
+)
 from svam.sources._hdf5 import text_of
 from svam.sources._npz import Header, frame_blocks_of, headers, load, pictures_of, refuse_objects
-from svam.sources._video import notes_of, probe, video_blocks
+from svam.sources._pictures import depth_doubts
+from svam.sources._video import notes_of, probe, told_at, video_blocks
 
 _VECTORS, _LABELS = ("actions", "expert_actions", "state", "proprioception"), ("depth", "segmentation")
 _FIELDS: dict[str, tuple[Sequence[str], int, str]] = {
@@ -94,7 +104,11 @@ class _Meta(Frozen):
     rate_hz: Annotated[float, Field(gt=0.0, allow_inf_nan=False, strict=True)]
     cameras: Annotated[list[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]], Field(min_length=1), Distinct]
     tasks: dict[str, _Task] = {}
-    episodes: dict[str, _EpisodeFacts] = {}
+    episodes: dict[str, Any] = {}
+
+
+class _Said(Frozen):
+    episodes: dict[str, _EpisodeFacts]
 
 
 def _field(file: Path, there: Mapping[str, NDArray[Any]] | Mapping[str, Header], name: str) -> Any:
@@ -131,13 +145,6 @@ def _video(file: Path, camera: str, found: Mapping[str, Header]) -> Path | None:
     return None if inside else video
 
 
-def _told(video: Path) -> str:
-    """As `VideoFacts` says; "" of one that cannot be read, which `shape` says."""
-    with suppress(FileError):
-        return probe(video).told
-    return ""
-
-
 class RawSource:
     """The episodes of a folder, in the order of their names."""
 
@@ -155,18 +162,20 @@ class RawSource:
                 f"{self._meta_file}: no such file, which a folder of raw recordings has; it has {contents(self.path)}"
             )
         self._meta = stated(_Meta, read_json(self._meta_file), self._meta_file)
+        self._rate_hz = choice.rate_hz or self._meta.rate_hz
         self._there = {file.stem: file for file in self.path.glob("*.npz")}
         if not self._there:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
         self.names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
         self._labels = _LABELS if self._cameras[0] == self._meta.cameras[0] else ()
-        self._has_split = any(facts.held_out is not None for facts in self._meta.episodes.values())
+        said = self._meta.episodes.values()
+        self._has_split = any(isinstance(facts, dict) and facts.get("held_out") is not None for facts in said)
 
     @cached_property
     def notes(self) -> Sequence[str]:
         """What of the folder is not read: fields of the first episode, and videos of no episode; how pictures are stored."""
-        notes: list[str] = []
+        notes = depth_doubts(f"frames_{camera}" for camera in self._cameras if not self._choice.cameras)
         known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
         first = self._there[min(self._there)]
         try:
@@ -175,7 +184,7 @@ class RawSource:
                 notes += pictures_of(first, name, there[name]).notes(f"{first}: {name}")
             if "timestamps" in there:
                 times = _field(first, load(first, ["timestamps"]), "timestamps")
-                notes += rate_notes(times, self._choice.rate_hz or self._meta.rate_hz, str(first))
+                notes += rate_notes(times, self._rate_hz, str(first))
         except FileError:  # which `shape` says
             there = {}
         if not self._labels and "annotation_index" in there:
@@ -185,7 +194,11 @@ class RawSource:
                 f"{first}: ignoring {', '.join(unknown)}, which the raw layout does not know or meta.json does not list"
             )
         videos = {file.name: file for file in self.path.glob("*.mp4")}
-        notes += notes_of({videos[name]: _told(videos[name]) for name in self._videos(self._cameras) & videos.keys()})
+        told: dict[Path, str] = {}
+        for name in self._videos(self._cameras) & videos.keys():
+            with suppress(FileError):  # which `shape` says
+                told[videos[name]] = told_at(probe(videos[name]), self._rate_hz)
+        notes += notes_of(told)
         if unused := sorted(videos.keys() - self._videos(self._meta.cameras)):
             notes.append(f"{self.path}: ignoring {len(unused)} videos of no episode or camera, such as {unused[0]}")
         return notes
@@ -201,20 +214,26 @@ class RawSource:
             raise FileError(f"{self._meta_file}: episodes names {name!r}, but there is no {name}.npz")
         return self._there[name]
 
+    def _facts(self, name: str) -> _EpisodeFacts:
+        """What meta.json says of an episode; `FileError` where that is not as described."""
+        return stated(_Said, {"episodes": {name: self._meta.episodes.get(name, {})}}, self._meta_file).episodes[name]
+
     def _told(self, index: int) -> tuple[str, str]:
         """Task and instruction of an episode; `FileError` where they are missing or contradict one another."""
         file, tasks = self._file(index), self._meta.tasks
-        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
-        own = "" if self._choice.instruction else _own_instruction(file)
-        if own and facts.instruction and own != facts.instruction:
+        facts = self._facts(file.stem)
+        replaced, own = bool(self._choice.instruction), ""
+        with suppress(*[FileError] * replaced):  # what is replaced need not be sound
+            own = _own_instruction(file)
+        if own and facts.instruction and own != facts.instruction and not replaced:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")
         task = facts.task or (next(iter(tasks)) if len(tasks) == 1 else None)
         if task not in tasks and (task is not None or tasks):
             said = "missing" if task is None else repr(task)
             raise FileError(f"{self._meta_file}: episodes.{file.stem}.task is {said}; tasks are {', '.join(tasks) or 'none'}")
         sentences: Sequence[str | None] = tasks[task].train if task is not None else [None]
-        instruction = chosen_instruction(self._choice, facts.instruction or own or sentences[index % len(sentences)], str(file))
-        return task or instruction, instruction
+        sentence = facts.instruction or own or sentences[index % len(sentences)]
+        return task or own_task(self._choice, sentence, str(file)), chosen_instruction(self._choice, sentence, str(file))
 
     def describe(self) -> SourceDescription:
         """Rate, cameras and sentences; reads the instruction fields, no frame."""
@@ -229,7 +248,7 @@ class RawSource:
             if instruction not in listed["train"] + listed["held_out"]:
                 listed["train"].append(instruction)
         return SourceDescription(
-            rate_hz=self._choice.rate_hz or self._meta.rate_hz, cameras=self._cameras, instructions=instructions,
+            rate_hz=self._rate_hz, cameras=self._cameras, instructions=instructions,
             provenance={"source": "raw"},
         )  # fmt: skip
 
@@ -243,7 +262,7 @@ class RawSource:
         steps = _field(file, found, "actions").shape[0]
         rows = {name: _field(file, found, name).shape[0] for name in _FIELDS if name in found}
         annotated = {name: _field(file, found, "annotation_index").shape[0] for name in self._labels if name in found}
-        facts = self._meta.episodes.get(file.stem, _EpisodeFacts())
+        facts = self._facts(file.stem)
         videos = []
         for camera in self._cameras:
             if video := _video(file, camera, found):
@@ -279,7 +298,7 @@ class RawSource:
             arrays = {name: _field(file, loaded, name).astype(_FIELDS[name][2]) for name in loaded}
         labels = {name: arrays[name] for name in self._labels if name in arrays}
         episode = Episode(
-            task=task, instruction=instruction, rate_hz=self._choice.rate_hz or self._meta.rate_hz, frames=frames,
+            task=task, instruction=instruction, rate_hz=self._rate_hz, frames=frames,
             timestamps=arrays.get("timestamps"), provenance={"file": file.name},
             annotations={name: Annotation(values, _field(file, arrays, "annotation_index")) for name, values in labels.items()},
             **{name: arrays[name] for name in _VECTORS if name in arrays},

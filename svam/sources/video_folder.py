@@ -9,6 +9,8 @@ Two layouts are read; the first is taken where the folder `annotation` (option `
 2. A plain folder of videos, each with `<same name>.json` (keys as above, without `videos`) or `<same name>.txt` (one sentence
    a line) beside it, or with both, if the first has no sentence; the camera is called `video`.
 
+Folders `train` and `val` (or alike), of the annotations or at the top of a plain folder, are the set's own split.
+
 Instruction: the first sentence, which is also the task; the others are further training sentences of that task. A key
 `success`, true or false, says whether the demonstration reached its goal.
 
@@ -37,8 +39,9 @@ from numpy.typing import NDArray
 
 from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, Frozen, SourceDescription
 from svam.files import FileError, read_json, refuse_lfs_pointer, stamp
-from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents, existing_folder
-from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, video_blocks
+from svam.sources._choice import TRAINING, checked, chosen_cameras, contents, existing_folder, lies_there, own_task
+from svam.sources._pictures import depth_doubts
+from svam.sources._video import FORMATS, VideoFacts, notes_of, probe, told_at, video_blocks
 
 _TOLD = (".json", ".txt", ".JSON", ".TXT")
 _TEXTS = ("texts", "text", "instructions", "instruction", "language_instruction", "caption")
@@ -54,7 +57,7 @@ _LATENTS = "hold latent_videos, which are not read: they are another model's fea
 class Options(Frozen):
     """All optional.
 
-    annotations: the folder of layout 1. splits: which of its sub-folders to read; empty means all.
+    annotations: the folder of layout 1. splits: which sub-folders, of it or of a plain folder, to read; empty means all.
     text, action: the JSON's keys; left out, the usual names are looked for. proprioception: keys that are joined in this order,
     e.g. [state, continuous_gripper_state]; empty looks for the usual names.
     """
@@ -121,12 +124,10 @@ class VideoFolderSource:
         if not files:
             what = f"*.json below {options.annotations}" if self._annotated else f"videos ({', '.join(FORMATS)})"
             raise FileError(f"{self.path}: no {what}; it has {contents(self.path)}")
-        if options.splits and not self._annotated:
-            raise FileError(f"{annotations}: no such directory, so there are no splits, but convert.options.splits lists some")
         for split in options.splits:
             if split not in map(self._split, files):
-                there = contents(annotations)
-                raise FileError(f"{annotations}: no {split}/*.json, which convert.options.splits lists; it has {there}")
+                what = f"no {split}/*{suffixes[0]}, which convert.options.splits lists"
+                raise FileError(f"{self._top}: {what}; it has {contents(self._top)}")
         self._files = [file for file in files if not options.splits or self._split(file) in options.splits]
         self._by_name: dict[Path, Path] = {}
         named = [self._by_name.setdefault(file.with_suffix(""), file) for file in self._files]
@@ -141,8 +142,8 @@ class VideoFolderSource:
         return len(self._files)
 
     def _split(self, file: Path) -> str:
-        """The sub-folder of the annotations in which a file lies."""
-        return file.relative_to(self._top).parts[0] if self._annotated and file.parent != self._top else ""
+        """The sub-folder of the annotations, or of a plain folder, in which a file lies."""
+        return file.relative_to(self._top).parts[0] if file.parent != self._top else ""
 
     def _record(self, index: int) -> _Record:
         listed = file = self._files[index]
@@ -153,7 +154,9 @@ class VideoFolderSource:
         content = _read(file)
         if told[1:] and not any(content.get(key) for key in (self.options.text or "", *_TEXTS)):
             content |= _read(told[-1])
-        texts = self._texts(file, content)
+        texts = [self.choice.instruction or ""]
+        with suppress(*[FileError] * bool(self.choice.instruction)):  # what is replaced need not be sound
+            texts = self._texts(file, content)
         return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})
 
     def _records(self) -> Iterator[_Record]:
@@ -167,16 +170,14 @@ class VideoFolderSource:
         return next(self._records(), None) or self._record(0)
 
     def _texts(self, file: Path, content: dict[str, Any]) -> list[str]:
-        """The sentences of an episode, each once."""
-        if self.choice.instruction:
-            return [self.choice.instruction]
+        """An episode's own sentences, each once; the first is its task."""
         key = self._key(file, content, self.options.text, _TEXTS, "text") if file.suffix.lower() == ".json" else "texts"
         value = content.get(key or "")
         texts = [text for text in (value if isinstance(value, list) else [value]) if text is not None]
         if not all(isinstance(text, str) for text in texts):
             raise FileError(f"{file}: {key} is {str(value)[:80]!r}, expected a sentence or a list of sentences")
         told = [text for text in texts if text.strip()] or [None]
-        return list(dict.fromkeys(chosen_instruction(self.choice, text, str(file)) for text in told))
+        return list(dict.fromkeys(own_task(self.choice, text, str(file)) for text in told))
 
     @staticmethod
     def _key(file: Path, content: dict[str, Any], named: str | None, usual: Sequence[str], option: str) -> str | None:
@@ -210,18 +211,21 @@ class VideoFolderSource:
         counts: Counter[str] = Counter()
         for record in self._records():
             sentences = instructions.setdefault(record.texts[0], {"train": [], "held_out": []})["train"]
-            sentences.extend(text for text in record.texts if text not in sentences)
+            said = [self.choice.instruction] if self.choice.instruction else record.texts
+            sentences.extend(text for text in said if text not in sentences)
             used.update(record.videos.values())
             counts[_NO_ACTIONS] += all(record.content.get(key) is None for key in (self.options.action or "", *_ACTIONS))
             counts[_LATENTS] += "latent_videos" in record.content
         notes = [f"{self.path}: {count} of {len(self)} episodes {what}" for what, count in counts.items() if count]
+        splits = sorted(set(map(self._split, self._files)))
+        if not self._has_split and len(splits) > 1 and (self._annotated or not _HELD_OUT.isdisjoint(map(str.lower, splits))):
+            notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
         if self._annotated:
             notes += self._unused(used)
-            splits = sorted(set(map(self._split, self._files)))
-            if not self._has_split and len(splits) > 1:
-                notes.append(f"{self.path}: the folders {splits} say no split; one is drawn")
             named = {self.options.text, self.options.action, *self.options.proprioception}
             first = self._first()
+            videos = [] if self.choice.cameras else first.videos.values()
+            notes += depth_doubts(video.relative_to(self.path).as_posix() for video in videos)
             if unread := sorted(set(first.content) - _KNOWN - named):
                 notes.append(f"{first.file}: keys that are not read: {', '.join(unread)}")
         else:
@@ -319,8 +323,9 @@ class VideoFolderSource:
         if list(chosen) != self._cameras or (not self.choice.cameras and len(record.videos) != len(chosen)):
             expected = f"expected {self._cameras} as in {self._first().file}"
             raise FileError(f"{record.file}: cameras {list(record.videos)}, {expected}")
-        if missing := [str(video) for video in chosen.values() if not video.is_file()]:
-            raise FileError(f"{', '.join(missing)}: no such file, which {record.file} names")
+        if missing := [video for video in chosen.values() if not video.is_file()]:
+            lies = lies_there(self.path, missing[0])
+            raise FileError(f"{', '.join(map(str, missing))}: no such file, which {record.file} names; {lies}")
         facts = {camera: probe(video) for camera, video in chosen.items()}
         first = next(iter(facts.values()))
         for camera, other in facts.items():
@@ -336,9 +341,9 @@ class VideoFolderSource:
         if steps < next(iter(facts.values())).frames:
             self._shorter.add(record.file)
         for camera, known in facts.items():
-            self._told[record.videos[camera]] = known.told
             if self.choice.rate_hz is None and abs((known.rate or 0.0) / self._rate - 1) > 0.02:
                 video_blocks(record.videos[camera], known, steps, self._rate)  # says at which frame
+            self._told[record.videos[camera]] = told_at(known, self._rate)
         held_out = self._split(self._files[index]).lower() in _HELD_OUT if self._has_split else None
         files = [record.file, *(record.videos[camera] for camera in facts)]
         success = record.content.get("success")
@@ -355,8 +360,8 @@ class VideoFolderSource:
         rate = None if self.choice.rate_hz is not None else self._rate
         frames = {camera: video_blocks(record.videos[camera], known, steps, rate) for camera, known in facts.items()}
         episode = Episode(
-            task=record.texts[0], instruction=record.texts[0], rate_hz=self._rate, frames=frames, actions=actions,
-            proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},
+            task=record.texts[0], instruction=self.choice.instruction or record.texts[0], rate_hz=self._rate, frames=frames,
+            actions=actions, proprioception=state, provenance={"file": record.file.relative_to(self.path).as_posix()},
         )  # fmt: skip
         return checked(episode, record.file)
 

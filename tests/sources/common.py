@@ -97,6 +97,7 @@ def everything(source: EpisodeSource) -> list[dict[str, Any]]:
     assert all(isinstance(note, str) for note in source.notes)
     for index in range(len(source)):
         shape, episode = source.shape(index), source.read(index)
+        assert shape.name == getattr(source, "names", {index: shape.name})[index]
         assert shape.steps == episode.steps and list(episode.frames) == list(description.cameras)
         assert episode.instruction in [s for side in description.instructions[episode.task].values() for s in side]
         values: dict[str, Any] = {"instruction": episode.instruction}

@@ -29,7 +29,7 @@ from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
 from tests.sources import tfds_writer
-from tests.sources.common import damaged, everything, film, refused, squares
+from tests.sources.common import LFS_POINTER, damaged, everything, film, refused, squares
 from tests.sources.lerobot_sets import write_v3
 
 
@@ -46,10 +46,11 @@ class Set:
     library: str = ""
     rate_hz: float | None = None
     instruction: str | None = None
+    cameras: Sequence[str] = ()
 
     def opened(self, path: Path) -> EpisodeSource:
         module = import_module(f"svam.sources.{self.source}")
-        choice = Choice(rate_hz=self.rate_hz, instruction=self.instruction)
+        choice = Choice(rate_hz=self.rate_hz, instruction=self.instruction, cameras=list(self.cameras))
         source: EpisodeSource = module.open_source(path, module.Options(**self.options), choice)
         return source
 
@@ -87,6 +88,10 @@ def _video(suffix: str, codec: str) -> Set:
     return Set("video_folder", write, {})
 
 
+PREFIXES = {
+    "aloha": "observations/images/", "calvin": "rgb_", "lerobot": "observation.images.", "raw": "frames_",
+    "replay_zarr": "data/", "rlds": "steps/observation/", "robomimic": "obs/",
+}  # fmt: skip
 CHECKED = ("episode_0000100.npz", "ep_start_end_ids.npy", "scene_info.npy", "lang_annotations/auto_lang_ann.npy")
 SETS = {
     "metaworld": Set("metaworld", lambda folder: write_raw(folder, ["reach"], episodes=2), {}, exact=["*.[sp]*"]),
@@ -155,6 +160,44 @@ def test_the_rate_can_be_replaced(case: Case) -> None:
     kind, folder, expected = case
     source = replace(kind, rate_hz=7).opened(folder)
     assert source.describe().rate_hz == source.read(0).rate_hz == 7 and same(everything(source), expected)
+
+
+def test_cameras_are_chosen_in_order_with_or_without_a_prefix(case: Case) -> None:
+    kind, folder, expected = case
+    cameras = kind.opened(folder).describe().cameras
+    for prefix in ("", PREFIXES.get(kind.source, "")):
+        source = replace(kind, cameras=[prefix + camera for camera in reversed(cameras)]).opened(folder)
+        assert list(source.describe().cameras) == cameras[::-1] and same(everything(source), expected)
+    with refused("convert.cameras", *cameras):
+        replace(kind, cameras=["nowhere"]).opened(folder).describe()
+
+
+def test_a_pointer_of_git_lfs_is_called_so(case: Case) -> None:
+    """In whichever file it is, but for those that hold nothing (zarr's groups)."""
+    kind, folder, _ = case
+    for file in sorted(
+        {file for pattern in kind.fuzzed for file in folder.glob(pattern) if file.is_file()} - {*folder.rglob(".zgroup")}
+    ):
+        original = file.read_bytes()
+        file.write_text(LFS_POINTER)
+        try:
+            with refused("a Git LFS pointer, not the file itself", file.name):
+                everything(kind.opened(folder))
+        finally:
+            file.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["metaworld", "raw", "video_folder mp4", "lerobot"])
+def test_tasks_are_the_sets_own_whatever_sentence_replaces_theirs(name: str, tmp_path: Path) -> None:
+    """`convert.tasks` chooses by them."""
+    kind = SETS[name]
+    kind.write(tmp_path)
+    own, source = kind.opened(tmp_path), replace(kind, instruction="say so").opened(tmp_path)
+    tasks = [own.shape(index).task for index in range(len(own))]
+    assert [source.shape(index).task for index in range(len(source))] == tasks
+    assert [(e.task, e.instruction) for e in map(source.read, range(len(source)))] == [(task, "say so") for task in tasks]
+    instructions = source.describe().instructions
+    assert set(tasks) <= set(instructions) and all(said["train"] == ["say so"] for said in instructions.values())
 
 
 def test_it_goes_to_a_worker(case: Case) -> None:

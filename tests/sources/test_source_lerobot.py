@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from io import BytesIO
@@ -169,6 +170,24 @@ def test_a_rate_that_is_a_little_wrong_is_noted(tmp_path: Path, frames: str) -> 
     assert "0.125 s apart in episode 0, but" in note and "says fps 10; it is stored at 10 Hz, which convert" in note
 
 
+@pytest.mark.parametrize(
+    ("stamps", "note"),
+    [
+        (
+            (np.arange(7) * 200).astype("datetime64[ms]"),
+            "timestamps are 0.2 s apart in episode 0, but .* says fps 10; it is stored",
+        ),
+        (pa.array(np.arange(7), pa.int32()).cast(pa.time32("s")), "timestamps are 1 s apart in episode 0, but .* says fps 10"),
+        ((np.arange(7) * 100).astype("datetime64[ms]"), ""),
+        (np.full(7, np.nan), "timestamp does not hold one finite number a row; nothing compares it with the rate, 10 Hz$"),
+    ],
+)
+def test_times_that_are_not_used_still_tell_of_a_wrong_rate(tmp_path: Path, stamps: Any, note: str) -> None:
+    data = source(write_v2(tmp_path, (7,), change=lambda e, n: {"timestamp": pa.array(stamps)}), frames="order")
+    assert numbers(data.read(0)) == list(range(7)) and data.read(0).timestamps is None
+    assert len(data.notes) == bool(note) and re.search(note, " ".join(data.notes))
+
+
 # Written sets: columns, pictures
 
 
@@ -256,7 +275,8 @@ def test_missing_files_are_all_named_and_the_rest_is_read(tmp_path: Path) -> Non
     for e in (0, 2):
         video_of(root, e).unlink()
     data = source(root)
-    with refused("episode_000000.parquet, .*episode_000000.mp4 .the video of camera 'top'.: no such file.*lists episode 0"):
+    missing = "episode_000000.parquet, .*episode_000000.mp4 .the video of camera 'top'.: no such file"
+    with refused(f"{missing}.*lists episode 0; data/chunk-000 holds episode_000001.parquet"):
         data.shape(0)
     with refused("episode_000002.mp4 .*: no such file"):
         data.shape(2)
@@ -389,6 +409,14 @@ def test_a_column_that_a_later_file_lacks_is_named_before_anything_is_read(tmp_p
     with refused("episode_000001.parquet: column 'observation.state' is missing"):
         data.shape(1)
     assert source(root, proprioception=[]).shape(1).steps == 7
+
+
+def test_a_camera_of_bytes_that_is_called_depth_is_doubted(tmp_path: Path) -> None:
+    depth = "observation.images.Depth"
+    stored = pa.array([np.zeros((16, 24, 3), np.uint8).tolist()] * 5)
+    root = write_v2(tmp_path, (5,), lambda e, n: {depth: stored}, features={CAMERA: video_feature(), depth: {"dtype": "image"}})
+    doubt = f"{depth} is read as colours; is it depth? to leave it out, name the other cameras in convert.cameras"
+    assert source(root).notes == [doubt] and source(root, cameras=["Depth"]).notes == []
 
 
 # What a set says of itself, and damage

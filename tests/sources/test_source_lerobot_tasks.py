@@ -1,4 +1,4 @@
-"""The lerobot source: sentences, the set's own split and success, which metadata and rows say."""
+"""The lerobot source: sentences, the set's own split and success, and wrong lines, which metadata and rows say."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from svam.contract import Segment
 from tests.sources.common import refused
-from tests.sources.lerobot_sets import edit, source, write_v2
+from tests.sources.lerobot_sets import edit, numbers, source, write_v2
 
 
 def test_tasks(tmp_path: Path) -> None:
@@ -23,7 +23,7 @@ def test_tasks(tmp_path: Path) -> None:
     (root / "meta/tasks.jsonl").write_text("\n".join(json.dumps({"task_index": k, "task": t}) for k, t in enumerate("ab")))
     assert [source(root).read(e).instruction for e in range(2)] == ["a", "b"]
     assert source(root, instruction_column="said").read(1).instruction == "say 1"
-    assert list(source(root, instruction="go").describe().instructions) == ["go"]
+    assert source(root, instruction="go").describe().instructions == {key: {"train": ["go"], "held_out": []} for key in "ab"}
     lines[0]["tasks"] = ["b"]
     (root / "meta/episodes.jsonl").write_text("\n".join(map(json.dumps, lines)))
     with refused("task_index says 'a' for episode 0, but the metadata says 'b'; set convert.options.instruction_column to"):
@@ -66,6 +66,8 @@ def test_an_episode_with_two_tasks_is_refused_or_cut(tmp_path: Path) -> None:
     root = write_v2(tmp_path, (5, 7), lambda e, n: {"said": pa.array((["left"] * (5 - 3 * e) + ["right"] * 5)[:n])})
     with refused("changes its task at row 2 from 'left' to 'right'.*convert.instruction.*convert.drop: .1."):
         source(root, instruction_column="said").shape(1)
+    replaced = source(root, instruction_column="said", segments=True, instruction="go")
+    assert replaced.shape(1).task == "left" and replaced.shape(1).segments == () and replaced.read(1).instruction == "go"
     parts = [source(root, instruction_column="said", segments=True).shape(e).segments for e in range(2)]
     assert parts == [(), (Segment(0, 2, ("left",)), Segment(2, 7, ("right",)))]
 
@@ -126,3 +128,16 @@ def test_success_is_the_metadatas_or_the_rows(tmp_path: Path) -> None:
     for nothing in (pa.array([None] * 5, pa.bool_()), pa.array([float("nan")] * 5), pa.array([0.4] * 5)):
         root = write_v2(tmp_path, (5,), change=lambda e, n, nothing=nothing: {"next.success": nothing})
         assert source(root).shape(0).success is None
+
+
+@pytest.mark.parametrize(
+    ("said", "message"), [({"length": 0}, "length is 0; expected at least 1"), ({"length": "x"}, "length is 'x'")]
+)
+def test_a_wrong_line_of_metadata_is_one_bad_episode(tmp_path: Path, said: dict[str, Any], message: str) -> None:
+    root = write_v2(tmp_path)
+    edit("episodes.jsonl", lambda line: line.update(said))(root)
+    data = source(root)
+    assert data.names == ["0", "1"] and numbers(data.read(1)) == list(range(16, 23))
+    for look in (data.shape, data.read):
+        with refused(f"episodes.jsonl: {message}"):
+            look(0)

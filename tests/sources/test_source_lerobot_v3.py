@@ -120,6 +120,39 @@ def test_a_clip_that_lacks_a_frame_is_given_none_of_the_next(tmp_path: Path) -> 
     assert numbers(data.read(2)) == [*range(12, 16)]
 
 
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("length", 0, "length is 0; expected at least 1"),
+        (f"videos/{CAMERA}/from_timestamp", np.inf, "from_timestamp is inf; expected a finite number"),
+        ("data/file_index", -1, "file_index is -1; expected at least 0"),
+    ],
+)
+@pytest.mark.parametrize("which", [[0], [1], [2], [0, 1, 2]])
+def test_a_wrong_line_of_metadata_is_one_bad_episode(
+    tmp_path: Path, column: str, value: float, message: str, which: list[int]
+) -> None:
+    root = write_v3(tmp_path, (5, 7, 6))
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    said = pq.read_table(file).to_pydict()
+    for e in which:
+        said[column][e] = value
+    pq.write_table(pa.table(said), file)
+    if len(which) == 3:
+        with refused(message, "file-000.parquet"):
+            source(root)
+        return
+    data = source(root)
+    first = np.cumsum([0, 5, 7, 6])
+    assert data.names == ["0", "1", "2"] and list(data.describe().instructions) == ["push the block"]
+    for e in range(3):
+        if e not in which:
+            assert data.shape(e).steps == data.read(e).steps and numbers(data.read(e)) == [*range(first[e], first[e + 1])]
+    for look in (data.shape, data.read):
+        with refused(message, "file-000.parquet"):
+            look(which[0])
+
+
 def test_numbers_that_are_not_those_of_episode_index(tmp_path: Path) -> None:
     root = write_v3(tmp_path, (5, 7, 4))
     file = root / "meta/episodes/chunk-000/file-000.parquet"

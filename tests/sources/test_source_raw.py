@@ -82,15 +82,17 @@ def test_a_video_may_replace_frames(tmp_path: Path) -> None:
     folder = write(tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}}}, a=arrays_of(0, 9) | {"frames_wrist": None})
     with refused(r"a\.npz: field 'frames_wrist' is missing, and there is no a\.wrist\.mp4"):
         open_source(folder, Options()).shape(0)
-    film(folder / "a.wrist.mp4", 9)
+    film(folder / "a.wrist.mp4", 9, fps=30)
     film(folder / "b.wrist.mp4", 9)
-    source = open_source(folder, Options())
-    assert ["1 videos of no episode" in note for note in source.notes] == [True]
+    told = open_source(folder, Options()).notes
+    assert told[0] == f"{folder}/a.wrist.mp4: plays at 30 frames/s, but the rate is 12.5 Hz, at which it is stored"
+    source = open_source(folder, Options(), Choice(rate_hz=30.5))
+    assert ["1 videos of no episode" in note for note in source.notes] == [False, True]  # beside the rate of its timestamps
     expected = decoded(folder / "a.wrist.mp4")
     assert (frames_of(source.read(0), "wrist") == expected).all() and len(expected) == 9
     film(folder / "a.wrist.mp4", 9, rotate=90)
-    turned = open_source(folder, Options())
-    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in turned.notes[0]
+    turned = open_source(folder, Options(), Choice(rate_hz=10))
+    assert "a.wrist.mp4: pictures are turned by 270 degrees clockwise, as its metadata ask" in turned.notes[1]
     assert (frames_of(turned.read(0), "wrist") == np.rot90(decoded(folder / "a.wrist.mp4"), 1, axes=(1, 2))).all()
     film(folder / "a.wrist.mp4", 8)
     with refused(r"a\.wrist\.mp4: 8 frames, but a\.npz has 9 actions"):
@@ -119,6 +121,10 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
     write(folder, {**meta, "episodes": {"e1": {"instruction": "shut it"}}}, e1={**small, "instruction": sentences[1]})
     with refused("its instruction is 'schließ es', but meta.json says 'shut it'"):
         open_source(folder, Options()).read(1)
+    replaced = open_source(folder, Options(), Choice(instruction="go"))
+    assert [(replaced.shape(k).task, replaced.read(k).instruction) for k in (0, 1)] == [("open it", "go"), ("shut it", "go")]
+    write(folder, meta, e1={**small, "instruction": np.array(3)})
+    assert open_source(folder, Options(), Choice(instruction="go")).shape(1).task == "go"
 
 
 @pytest.mark.parametrize(
@@ -127,7 +133,6 @@ def test_instructions_may_stand_in_the_archives(tmp_path: Path) -> None:
         ({"schema_version": 2}, r"meta\.json: schema_version is 2"),
         ({"rate_hz": 0}, r"meta\.json: rate_hz is 0"),
         ({"rate_hz": True}, r"meta\.json: rate_hz is true; expected a number"),
-        ({"episodes": {"a": {"success": "maybe"}}}, r"success is 'maybe'; expected true or false"),
         ({"cameras": ["../x"]}, r"meta\.json: cameras\.0"),
         ({"cameras": ["front", "front"]}, "more than once"),
         ({"task": {}}, r"meta\.json: unknown key 'task'"),
@@ -142,6 +147,27 @@ def test_the_description_must_be_right(tmp_path: Path, change: dict[str, Any], m
     with refused(message):
         for index in range(len(source := open_source(folder, Options()))):
             source.shape(index)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"success": "maybe"}, r"meta\.json: episodes\.b\.success is 'maybe'; expected true or false"),
+        ({"instruction": " "}, r"meta\.json: episodes\.b\.instruction is ' '"),
+        ({"held": True}, r"meta\.json: unknown key 'episodes\.b\.held'"),
+        ("pick", r"meta\.json: episodes\.b is 'pick'"),
+    ],
+)
+def test_a_wrong_line_of_the_description_is_one_bad_episode(tmp_path: Path, said: Any, message: str) -> None:
+    folder = write(
+        tmp_path / "raw", {**META, "episodes": {"a": {"task": "pick"}, "b": said}}, a=arrays_of(0, 4), b=arrays_of(1, 4)
+    )
+    source = open_source(folder, Options())
+    assert source.names == ["a", "b"] and source.read(0).steps == source.shape(0).steps == 4
+    assert list(source.describe().instructions) == ["pick", "push"]
+    for look in (source.shape, source.read):
+        with refused(message):
+            look(1)
 
 
 def test_a_recording_that_is_not_there_is_one_bad_episode(tmp_path: Path) -> None:
@@ -200,6 +226,16 @@ def test_choice_and_kinds_of_pictures(tmp_path: Path) -> None:
         open_source(folder, Options(), Choice(cameras=["front"])).shape(0)
     filled = open_source(folder, Options(), Choice(cameras=["front"], missing_instruction="do"))
     assert list(filled.describe().instructions) == ["do"]
+
+
+def test_a_camera_that_is_called_depth_is_doubted(tmp_path: Path) -> None:
+    arrays = arrays_of(0, 4)
+    folder = write(
+        tmp_path / "raw", {**ONE_TASK, "cameras": ["front", "depth"]}, a={**arrays, "frames_depth": arrays["frames_front"]}
+    )
+    doubt = "frames_depth is read as colours; is it depth? to leave it out, name the other cameras in convert.cameras"
+    assert doubt in open_source(folder, Options()).notes
+    assert doubt not in open_source(folder, Options(), Choice(cameras=["depth"])).notes
 
 
 def test_unknown_fields_are_noted(tmp_path: Path) -> None:

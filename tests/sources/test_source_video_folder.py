@@ -102,7 +102,7 @@ def test_splits_cameras_and_paraphrases(tmp_path: Path) -> None:
         ({"videos": [{"video_path": "/etc/passwd"}]}, "expected the path of a video below the top folder"),
         (
             {"videos": [{"video_path": f"videos/{v}.mp4"} for v in ("front", "side")]},
-            r"front\.mp4, .*side\.mp4: no such file",
+            r"front\.mp4, .*side\.mp4: no such file, which .*1\.json names; videos holds train, val",
         ),
     ],
 )
@@ -155,6 +155,17 @@ def test_names_of_cameras_do_not_hang_on_the_order_of_lists(tmp_path: Path) -> N
     assert [list(one.read(index).frames) for index in (0, 1)] == [["camera_0"]] * 2
 
 
+def test_a_camera_that_is_called_depth_is_doubted(tmp_path: Path) -> None:
+    root = layout(tmp_path / "d")
+    for split, name in (("train", "1"), ("val", "2")):
+        (root / f"videos/{split}/{name}/side.mp4").rename(root / f"videos/{split}/{name}/depth_01.mp4")
+        videos = [f"videos/{split}/{name}/{view}.mp4" for view in ("front", "depth_01")]
+        annotate(root / f"annotation/{split}/{name}.json", text="x", videos=videos)
+    doubt = "videos/train/1/depth_01.mp4 is read as colours; is it depth? to leave it out, name the other cameras in convert."
+    assert f"{doubt}cameras" in open_source(root, Options()).notes
+    assert not any("depth" in note for note in open_source(root, Options(), Choice(cameras=["camera_0", "front"])).notes)
+
+
 def test_a_camera_of_another_kind_of_file_may_be_left_out(tmp_path: Path) -> None:
     videos = [{"video_path": path} for path in ("videos/train/1/front.mp4", "videos/train/1/side.gif")]
     root = layout(tmp_path / "d", videos=videos)
@@ -189,7 +200,8 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     assert "2 of 3 episodes have no actions" in source.notes[0] and source.describe().cameras == ["video"]
     assert [source.shape(k).name for k in range(3)] == source.names == ["a", "sub/b", "sub/c"]
     assert [source.shape(k).success for k in range(3)] == [True, None, None]
-    assert open_source(tmp_path / "d", Options(), Choice(instruction="go")).shape(1).task == "go"
+    replaced = open_source(tmp_path / "d", Options(), Choice(instruction="go"))
+    assert [replaced.shape(k).task for k in range(3)] == ["wipe", "schütte", "go"] and replaced.read(1).instruction == "go"
     a, b, c = (source.read(k) for k in range(3))
     assert [e.instruction for e in (a, b, c)] == ["wipe", "schütte", "anything"]
     assert source.describe().instructions["schütte"]["train"] == ["schütte", "pour it"]
@@ -223,6 +235,22 @@ def test_a_plain_folder(tmp_path: Path) -> None:
     film(tmp_path / "d/depth/a.mp4", 7)
     alike = "2 videos are called as one in another folder, such as a.mp4 and depth/a.mp4; each is an episode by itself"
     assert any(alike in note for note in open_source(tmp_path / "d", Options()).notes)
+
+
+def test_the_split_of_a_plain_folder(tmp_path: Path) -> None:
+    """Folders at the top, as of annotations; where one of several says no split, a note."""
+    for name in ("Train/1", "train/more/2", "val/3"):
+        film(tmp_path / f"{name}.mp4", 2)
+    source = open_source(tmp_path, Options(), Choice(instruction="go"))
+    assert source.names == ["Train/1", "train/more/2", "val/3"] and not any("no split" in note for note in source.notes)
+    assert [source.shape(k).held_out for k in range(3)] == [False, False, True]
+    assert open_source(tmp_path, Options(splits=("val",)), Choice(instruction="go")).names == ["val/3"]
+    with refused("no test/.*, which convert.options.splits lists; it has Train, train, val"):
+        open_source(tmp_path, Options(splits=("test",)))
+    film(tmp_path / "0.mp4", 2)
+    source = open_source(tmp_path, Options(), Choice(instruction="go"))
+    assert source.shape(3).held_out is None
+    assert f"{tmp_path}: the folders ['', 'Train', 'train', 'val'] say no split; one is drawn" in source.notes
 
 
 @pytest.mark.parametrize(
@@ -317,6 +345,13 @@ def test_rates_and_rotation(tmp_path: Path) -> None:
     for index, file in enumerate(("a", "b", "c")):
         episode = stated.read(index)
         assert episode.rate_hz == 5.0 and (frames_of(episode, "video") == decoded(tmp_path / f"d/{file}.mp4")).all()
+        stated.shape(index)
+    rates = "frames/s, but the rate is 5 Hz, at which it is stored"
+    assert (
+        f"{tmp_path}/d/a.mp4: plays at 10 {rates}" in stated.notes
+        and f"{tmp_path}/d/b.mp4: plays at 12 {rates}" in stated.notes
+    )
+    assert not any("plays at" in note for note in source.notes)
 
 
 def test_a_rate_that_matroska_does_not_say(tmp_path: Path) -> None:
