@@ -42,7 +42,8 @@ def app(
         cache.expect(branch=branch, target=section.target)
         features: Rows | None = windows.features
         if features is None:
-            features = OneStepFeatures(windows, load_for_windows(windows, part_folders(backbones, video)).frozen_on(device))
+            model = load_for_windows(windows, part_folders(backbones, video)).frozen_on(device, params.machine.compile)
+            features = OneStepFeatures(windows, model)
         data = DistillationData(windows, cache, features)
         decoupler, metrics = distill(data, section, seed, device, f"distill {branch}", live, resume, params.machine)
         with whole_directory(out) as partial:

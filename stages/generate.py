@@ -41,7 +41,7 @@ def app(
         resume.directory(out) as partial,
     ):
         store = open_store(episodes)
-        model = VideoGenerator.load(sampler, folders, params.encode.batch).frozen_on(device)
+        model = VideoGenerator.load(sampler, folders, params.encode.batch).frozen_on(device, params.machine.compile)
         encoded = open_latents(latents, store, model.frame_autoencoder, folders["autoencoder"])
         windows = choose_windows(store, section, model.video_model.config, seed)
         generate_windows(partial, encoded, model, windows, section, seed, sha256_tree(video), resume)

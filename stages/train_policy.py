@@ -36,7 +36,7 @@ def app(
     device = prepare_torch(params.machine.device, params.threads, params.seed)
     store = open_store(episodes)
     folders = part_folders(backbones, video, decouplers)
-    foresight = load_foresight(section, params.generate, folders).frozen_on(device)
+    foresight = load_foresight(section, params.generate, folders).frozen_on(device, params.machine.compile)
     root = Path(os.environ.get("DVC_ROOT", "."))  # in a temporary experiment: the original project, whose cache is shared
     features = FeatureCache(root / cache, params.machine.cache_gb)
     sections, inputs = ["train_policy", "generate"], [episodes, *folders.values()]

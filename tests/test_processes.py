@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -27,8 +28,8 @@ from svam.models.autoencoder import Autoencoder
 from svam.models.foresight import ForesightModel, FrozenParts, part_folders
 from svam.models.text import TextEncoder
 from svam.models.video import SamplerConfig
-from svam.params import CacheTeacher, FinetuneVideo, Machine
-from svam.resume import Resume
+from svam.params import CacheTeacher, FinetuneVideo, Machine, load_params
+from svam.resume import Resume, resumable_run
 from svam.shares import own_rows
 from svam.training.cache_teacher import cache_windows
 from svam.training.distill import distill
@@ -56,6 +57,7 @@ TWENTY = optimiser(steps=20, batch=4, learning_rate=0.01, warmup=2, ema=0.9)
 
 
 SHARDED = Machine.model_validate(committed("machine", device="cpu", shard=True))
+SHARDED_TWICE = SHARDED.model_copy(update={"checkpointing": True})
 
 
 def learn_video(parts: Path, out: Path, machine: Machine | None = None) -> None:
@@ -84,10 +86,11 @@ def learn_video(parts: Path, out: Path, machine: Machine | None = None) -> None:
 
 
 def learn_policy(parts: Path, out: Path, machine: Machine | None = None) -> None:
-    """Also fills the feature cache."""
+    """With random crops of the observed frame. Also fills the feature cache."""
     store = open_store(parts / "episodes.zarr")
     folders = part_folders(parts / "backbones", parts / "video", parts / "decouplers")
-    section = policy_params(training=TWENTY.model_dump(), evaluate_every=20)
+    context = ["geometric", "semantic", "one_step", "observation"]
+    section = policy_params(context=context, training=TWENTY.model_dump(), evaluate_every=20)
     foresight, cache = load_foresight(section, GENERATE, folders), FeatureCache(out / "features", 1.0)
     svam = train(store, foresight, folders, section, cache, 0, CPU, out / "live", machine=machine)
     save_tensors(out / "weights", svam.network.state_dict())
@@ -107,17 +110,19 @@ def losses(live: Path) -> list[float]:
 
 @pytest.mark.parametrize("learn", [learn_video, learn_decoupler, learn_policy])
 def test_two_processes_have_the_losses_of_one(learn: Callable[..., None], parts: Path, tmp_path: Path) -> None:
-    """Over twenty steps, in float32, whether each has all weights or shards; and the features that the policy learns from have
-    the same bytes."""
-    one, two, shards = folders = [tmp_path / name for name in ("one", "two", "shards")]
-    for folder in folders:
+    """Over twenty steps, in float32, whether each has all weights or shards, those of a U-Net also with its layers computed
+    twice; and the features that the policy learns from have the same bytes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    machines: dict[Path, Machine | None] = {two: None, tmp_path / "shards": SHARDED}
+    if learn is learn_video:
+        machines[tmp_path / "twice"] = SHARDED_TWICE
+    for folder in (one, *machines):
         folder.mkdir()
     assert together(learn, parts, one, count=1) == [0]
-    assert together(learn, parts, two) == [0, 0]
-    assert together(learn, parts, shards, SHARDED) == [0, 0]
+    assert [together(learn, parts, folder, machine) for folder, machine in machines.items()] == [[0, 0]] * len(machines)
     expected, weights = losses(one / "live"), load_tensors(one / "weights")
     assert len(expected) == 20 and expected[-1] != expected[0]
-    for folder in (two, shards):
+    for folder in machines:
         np.testing.assert_allclose(losses(folder / "live"), expected, rtol=1e-5)
         others = load_tensors(folder / "weights")
         assert others.keys() == weights.keys()
@@ -157,6 +162,7 @@ def test_a_training_goes_on_after_one_of_its_processes_was_killed(
     failed = together(train_shared, tmp_path / "killed", tmp_path / "killed/state", True, first)
     assert -signal.SIGKILL in failed and 0 not in failed
     assert together(train_shared, tmp_path / "killed", tmp_path / "killed/state", False, then) == [0, 0]
+    assert json.loads((tmp_path / "killed/state/training.json").read_text())["value"]["processes"] == 2
     began = [int((tmp_path / "killed" / f"seen{n}").read_text()) for n in (0, 1)]
     assert began[0] == began[1] > 15, "it began anew"
     weights = [f"{n}/{name}" for n in (0, 1) for name in ("layers.0.weight", "layers.3.weight")]
@@ -166,6 +172,29 @@ def test_a_training_goes_on_after_one_of_its_processes_was_killed(
         np.testing.assert_allclose(np.frombuffer(one, np.float32), np.frombuffer(other, np.float32), rtol=1e-4, atol=1e-5)
     if first is then:
         assert sha256_tree(tmp_path / "killed/0") == sha256_tree(tmp_path / "straight/0")
+
+
+def fail_after_saving(folder: Path) -> None:
+    """Writes what it found of an earlier run, and keeps how many its processes are."""
+    os.environ["DVC_ROOT"] = str(folder)
+    with resumable_run("generate", load_params(folder / "params.yaml"), ["generate"], []) as resume:
+        found = resume.load_record("record")
+        processes.wait()
+        if processes.first():
+            (folder / "found").write_text(str(found.value if found else None))
+            resume.save_record("record", processes.count())
+        processes.wait()
+        sys.exit(3)
+
+
+def test_a_state_belongs_to_its_number_of_processes(tmp_path: Path) -> None:
+    """That of another number is kept for going back."""
+    write_toy_params(tmp_path / "params.yaml")
+    found = []
+    for count in (1, 2, 1, 2):
+        assert 0 not in together(fail_after_saving, tmp_path, count=count)
+        found.append((tmp_path / "found").read_text())
+    assert found == ["None", "None", "1", "2"]
 
 
 # --- what is written block by block --------------------------------------------------------------------------------------

@@ -112,7 +112,7 @@ def measure_row(
     """Train the row's policy, `params_of` it, and measure it on every n-th step of all held-out episodes, however few
     demonstrations it learns from."""
     section = params.train_policy
-    foresight = load_foresight(section, params.generate, folders).frozen_on(device)
+    foresight = load_foresight(section, params.generate, folders).frozen_on(device, params.machine.compile)
     svam = train(store, foresight, folders, section, cache, params.seed, device, None, resume)
     learnt = choose_rows(store, "train", section.observation_stride, section.episodes_per_task)
     rows = choose_rows(store, "held_out", section.observation_stride, None)

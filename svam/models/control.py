@@ -64,7 +64,7 @@ def for_control(svam: SVAM, device: torch.device, batch: int = 1, compiled: bool
         MachineError: the passes cannot be compiled or recorded here.
     """
     if device.type != "cuda" or "recorded" in svam.config.context:  # which nobody has who acts
-        svam.foresight.frozen_on(device)
+        svam.foresight.frozen_on(device, compiled)
         return svam.to(device)
     drop_unused(svam)
     if svam.config.sampler.bf16 and computes_bfloat16(device):

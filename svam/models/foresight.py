@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from svam.contract import ContractError, Foresight
-from svam.device import branch_of_graph
+from svam.device import branch_of_graph, sent
 from svam.files import sha256_tree
 from svam.models.autoencoder import Autoencoder, frames_within
 from svam.models.decoupler import Decoupler
@@ -189,7 +189,7 @@ class ForesightModel(VideoGenerator):
         text = self.embed_text(instructions)
         seeds = [seed_of(seed, "camera", k) if k else seed for seed in noise_seeds for k in range(self.views)]
         noise = self.video_model.initial_noise(seeds) if FrozenParts.of_entries(entries).video else None
-        return Foresight(entries=self.foresee(frames_BHWC.to(self.device), text, noise, entries), text=text)
+        return Foresight(entries=self.foresee(sent(frames_BHWC, self.device), text, noise, entries), text=text)
 
     @torch.no_grad()
     def foresee(self, frames_BHWC: Tensor, text: Tensor, noise: Tensor | None, entries: Sequence[str]) -> dict[str, Tensor]:

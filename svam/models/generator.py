@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from svam.device import compile_layers, computes_beside
 from svam.models.autoencoder import Autoencoder
 from svam.models.text import TextEncoder
 from svam.models.video import Generation, SamplerConfig, VideoModel
@@ -51,15 +52,20 @@ class VideoGenerator(nn.Module):
         autoencoder, video = Autoencoder.load(folders["autoencoder"], batch), VideoModel.load(folders["video"])
         return cls(TextEncoder.load(folders["text"]), sampler, autoencoder, video)
 
-    def frozen_on(self, device: torch.device) -> Self:
+    def frozen_on(self, device: torch.device, compiled: bool = False) -> Self:
         """Move to `device`. Where the sampler computes in bfloat16, the weights of what runs under its autocast are stored so
-        (`round_weights`), and the device never holds them in float32."""
-        if self.sampler.bf16 and computes_bfloat16(device):
-            for part in self._under_autocast():
+        (`round_weights`), and the device never holds them in float32. `compiled`: on a GPU they are compiled, each for the
+        shapes that it meets."""
+        rounded = self.sampler.bf16 and computes_bfloat16(device)
+        for part in self._under_autocast():
+            if rounded:
                 round_weights(part)
+            if compiled and computes_beside(device):
+                compile_layers(part)
         return self.to(device)
 
     def _under_autocast(self) -> list[nn.Module]:
+        """Video model and decouplers, which is also what takes the time: text encoder, autoencoder and teachers are small."""
         return [] if self.video is None else [self.video]
 
     @property

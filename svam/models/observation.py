@@ -13,8 +13,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from svam.device import sent
 from svam.errors import ParamsError
 from svam.models.views import apart, together
+from svam.shares import share
 
 CROP = 0.9
 """Side of the crop as a share of the frame's side."""
@@ -55,8 +57,10 @@ class ObservationEncoder(nn.Module):
         rows, columns = (math.ceil(side / 2**DOWNSAMPLINGS) for side in self.crop)
         self.shape = (1, views * rows, columns, channels[-1])
 
-    def forward(self, frames_BHWC: Tensor) -> Tensor:
-        """(B, V H, W, 3) uint8 to (B, 1, V h, w, C) float: random crops of each frame while training, else the centre.
+    def forward(self, frames_BHWC: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """(B, V H, W, 3) uint8 to (B, 1, V h, w, C) float: of each frame a random crop while training, else the centre.
+
+        generator: on the CPU; draws crops for the whole batch, of which several processes take their rows. None: the centre.
 
         Raises:
             ParamsError: the frames are not of the size that the encoder was built for.
@@ -65,14 +69,17 @@ class ObservationEncoder(nn.Module):
         if tuple(frames_BHWC.shape[1:3]) != self.image_size:
             raise ParamsError(f"observation: frames are {tuple(frames_BHWC.shape[1:3])} pixels, expected {self.image_size}")
         margin = (self.image_size[0] - self.crop[0], self.image_size[1] - self.crop[1])
-        batch = len(frames_BHWC)
-        if self.training:
-            top, left = (torch.randint(0, m + 1, (batch, 1), device=frames_BHWC.device) for m in margin)
-        else:
-            top, left = (torch.full((batch, 1), m // 2, device=frames_BHWC.device) for m in margin)
-        rows = top + torch.arange(self.crop[0], device=frames_BHWC.device)
-        columns = left + torch.arange(self.crop[1], device=frames_BHWC.device)
-        image = torch.arange(batch, device=frames_BHWC.device)[:, None, None]
+        batch, device = len(frames_BHWC), frames_BHWC.device
+
+        def places(most: int) -> Tensor:
+            if not self.training or generator is None:
+                return torch.full((batch, 1), most // 2, device=device)
+            return sent(share(lambda rows: torch.randint(0, most + 1, (rows, 1), generator=generator), batch), device)
+
+        top, left = map(places, margin)
+        rows = top + torch.arange(self.crop[0], device=device)
+        columns = left + torch.arange(self.crop[1], device=device)
+        image = torch.arange(batch, device=device)[:, None, None]
         cropped = frames_BHWC[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         tokens: Tensor = self.blocks(cropped.float() / 127.5 - 1.0)
         return together(tokens.permute(0, 2, 3, 1).unsqueeze(1), self.views)

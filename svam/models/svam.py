@@ -205,23 +205,23 @@ class PolicyNetwork(nn.Module):
         getattr(self, f"mean_{entry}").copy_(mean)
         getattr(self, f"std_{entry}").copy_(torch.where(std > 1e-6, std, torch.ones_like(std)))
 
-    def _group(self, entries: Sequence[str], inputs: Inputs) -> Tensor:
-        """(B, T, h, w, C) of one group: normalised frozen entries and the trained observation's tokens."""
+    def _group(self, entries: Sequence[str], inputs: Inputs, crops: torch.Generator | None = None) -> Tensor:
+        """(B, T, h, w, C) of one group: normalised frozen entries and the trained observation's tokens; `crops` draws those."""
         parts: list[Tensor] = []
         for entry in entries:
             if entry == "observation" and self.observation is not None:
                 if inputs.frames is None:
                     raise ContractError("observation: the policy's trained encoder needs frames, found none")
-                parts.append(self.observation(inputs.frames))
+                parts.append(self.observation(inputs.frames, crops))
             else:
                 values = inputs.entries[entry].float()
                 parts.append((values - getattr(self, f"mean_{entry}")).div_(getattr(self, f"std_{entry}")))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
-    def context(self, inputs: Inputs) -> Tensor:
-        """Everything the action decoder attends to, (B, S, width)."""
+    def context(self, inputs: Inputs, crops: torch.Generator | None = None) -> Tensor:
+        """Everything the action decoder attends to, (B, S, width). `crops`: see `ObservationEncoder`."""
         groups = zip(self.aggregators, self.groups.values(), strict=True)
-        tokens = torch.cat([aggregator(self._group(entries, inputs)) for aggregator, entries in groups], dim=1)
+        tokens = torch.cat([aggregator(self._group(entries, inputs, crops)) for aggregator, entries in groups], dim=1)
         return self.diffusion.encode_context(tokens, inputs.text, inputs.proprioception)
 
     @torch.no_grad()
@@ -398,8 +398,9 @@ class SVAM:
 
     def loss(self, batch: Batch, generator: torch.Generator, draws: int = 1) -> Tensor:
         """Scalar loss of the denoised action chunk at `draws` noise levels each; padded actions count nothing. `generator`
-        (CPU) draws the noise."""
-        return self.network.diffusion.loss(self.network.context(batch.inputs), batch.actions, batch.mask, generator, draws)
+        (CPU) draws the crops of a trained observation encoder, and the noise."""
+        context = self.network.context(batch.inputs, generator)
+        return self.network.diffusion.loss(context, batch.actions, batch.mask, generator, draws)
 
     @torch.no_grad()
     def sample(self, inputs: Inputs, noise_seeds: Sequence[int]) -> NDArray[np.float32]:

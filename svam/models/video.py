@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from svam.checkpoint import load_config, load_tensors, save_tensors
 from svam.contract import CHECKPOINT_SCHEMA, Frozen
+from svam.device import sent
 from svam.errors import ParamsError
 from svam.files import FileError, stated, write_json
 from svam.models.attention import UNetAttention
@@ -145,7 +146,7 @@ class VideoModel(nn.Module):
     def seeded_noise(self, seeds: Sequence[int]) -> Tensor:
         """(B, T, c, h', w'), one draw per seed on the CPU, so that every device sees the same numbers."""
         draws = [torch.randn(self.config.clip_shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.stack(draws).to(self.fixed_noise.device)
+        return sent(torch.stack(draws), self.fixed_noise.device)
 
     def raw(
         self, noisy: Tensor, sigma_B: Tensor, condition: Tensor, text: Tensor, up_blocks: int | None = None,

@@ -28,6 +28,7 @@ from svam.training.batch_order import EndlessOrder
 from svam.training.distill_data import GeneratedWindows, Rows, TeacherWindows
 from svam.training.foresight_metrics import ChannelMoments, ForesightScore
 from svam.training.loop import fit
+from svam.training.one_step import OneStepFeatures
 
 RIDGE = 1e-4
 """Of the linear probe, per token and in units of the standardised features' variance: enough to be well posed, no more."""
@@ -51,9 +52,10 @@ class DistillationData:
 
     def batch(self, numbers: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """(F, reference, targets) float16 of the windows `numbers`."""
-        arrays = (self.features[numbers], self.reference[numbers], self.targets[numbers])
-        features, reference, targets = (sent(torch.from_numpy(a), device) for a in arrays)
-        return features, reference, targets
+        rows, every = self.features, (self.reference, self.targets)
+        features = rows.on_device(numbers) if isinstance(rows, OneStepFeatures) else torch.from_numpy(rows[numbers])
+        reference, targets = (sent(torch.from_numpy(values[numbers]), device) for values in every)
+        return sent(features, device), reference, targets
 
 
 class TrainingStatistics:
@@ -145,6 +147,7 @@ def distill(
     fit(
         decoupler, lambda b: decoupler.loss(*b), lambda number: data.batch(train[order.batch(number)[own]], device),
         params.training, device, name, live, curves, every, resume=resume, machine=machine,
+        frozen=isinstance(data.features, OneStepFeatures),
     )  # fmt: skip
     processes.only_first_goes_on()
     return decoupler, evaluate(data, statistics, decoupler, device, bf16)

@@ -122,6 +122,7 @@ def fit(
     machine: Machine | None = None,
     moments: Moments = "float32",
     layers: tuple[type[nn.Module], ...] = (),
+    frozen: bool = False,
 ) -> dict[str, float]:
     """Train `module` in place and leave the averaged weights in it.
 
@@ -129,7 +130,9 @@ def fit(
     Other steps wait for no number: the next one is queued while the card computes. On a CPU it is looked at in every step.
 
     Several processes (`svam.shares`) take equal parts of every batch; the means of their losses and gradients are those of
-    the batch. Each holds all weights, or rows of them where `machine.shard`; dropout draws from another seed in each.
+    the batch. Each holds all weights, or rows of them where `machine.shard`. What a loss draws, it has to draw for the whole
+    batch (`svam.shares.share`). Dropout alone draws from another seed in each process: its masks for the whole batch would take
+    each of them the time and memory of all rows, in every layer.
 
     Args:
         loss: a batch -> scalar tensor; runs under bf16 autocast where `optimiser.bf16`.
@@ -145,13 +148,15 @@ def fit(
         moments: how AdamW's two moments are kept.
         layers: kinds of modules whose weights, where they are in shards, are gathered one module at a time; and which are
             compiled so, unless they are computed twice.
+        frozen: `batch_of` runs frozen networks. Where layers are compiled it is then this thread that calls it, just before the
+            step: torch refuses to run what is compiled while another thread compiles, and a GPU is behind its host anyway.
 
     Returns:
         The values of the chosen evaluation (empty without `evaluate`).
 
     Raises:
         DivergedError: the loss is not finite.
-        FileError: the state cannot be saved.
+        FileError: the state cannot be saved, or another number of processes saved it.
         MachineError: 8-bit moments without the library that computes them.
     """
     shared: nn.Module = SharedLoss(module, loss)
@@ -162,12 +167,13 @@ def fit(
         shards = Shards(shared, layers, device)
     parameters = shards.rows if shards else [p for p in module.parameters() if p.requires_grad]
     adam = adamw(parameters, optimiser, moments)
-    host = machine is not None and machine.average == "host" and device.type == "cuda"
+    host = machine is not None and machine.average == "host" and computes_beside(device)
+    compiled = machine is not None and machine.compile and computes_beside(device)
     curves = Curves(live_dir if processes.first() else None)
     state = TrainingState(module, adam, AveragedWeights(parameters, optimiser.ema, host), curves, device, shards=shards)
     seed = torch.initial_seed()
     state.restore(resume)
-    if machine is not None and machine.compile and device.type == "cuda":
+    if machine is not None and compiled:
         # torch compiles nothing within a checkpoint that it has not met on its way: layers computed twice go with their blocks.
         compile_layers(module, () if machine.checkpointing else layers)
     if shards is None:
@@ -177,7 +183,8 @@ def fit(
     looked, recent = state.step, torch.tensor(state.recent, dtype=torch.float64, device=device)
 
     numbers = range(state.step * optimiser.accumulate, optimiser.steps * optimiser.accumulate)
-    with progress_bar() as bar, closing(made_ahead(batch_of, numbers)) as batches:
+    made = (batch_of(n) for n in numbers) if frozen and compiled else made_ahead(batch_of, numbers)
+    with progress_bar() as bar, closing(made) as batches:
         task = bar.add_task(name, total=optimiser.steps, completed=state.step, note="")
         for step in range(state.step + 1, optimiser.steps + 1):
             module.train()

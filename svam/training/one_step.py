@@ -9,7 +9,9 @@ from threading import Lock
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from svam.device import sent
 from svam.models.foresight import ForesightModel, FrozenParts
 from svam.models.video import SamplerConfig
 from svam.training.distill_data import GeneratedWindows
@@ -38,11 +40,14 @@ class OneStepFeatures:
         self._lock = Lock()
 
     def __getitem__(self, numbers: NDArray[np.int64], /) -> NDArray[np.float16]:
-        """(k, T, h, w, C_F) float16 of windows by number."""
+        """(k, T, h, w, C_F) float16 of windows by number, for statistics and scores."""
+        return np.asarray(self.on_device(numbers).cpu().numpy())
+
+    def on_device(self, numbers: NDArray[np.int64]) -> Tensor:
+        """The same on the model's device, for training: the host waits for none of it."""
         attributes, model = self.windows.attributes, self.model
-        latents = torch.from_numpy(self.windows.latents[numbers]).to(model.device).float()
+        latents = sent(torch.from_numpy(self.windows.latents[numbers]), model.device).float()
         with self._lock:
             text = model.embed_text([attributes["instructions"][i] for i in numbers])
             noise = model.video_model.initial_noise([attributes["noise_seeds"][i] for i in numbers])
-            features = model.one_step(model.frame_autoencoder.condition_of(latents), text, noise)
-        return np.asarray(features.half().cpu().numpy())
+            return model.one_step(model.frame_autoencoder.condition_of(latents), text, noise).half()

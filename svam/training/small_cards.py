@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -40,8 +39,16 @@ def checkpointed(unet: nn.Module, device: torch.device, bf16: bool) -> Iterator[
     if device.type == "cpu":  # torch restores autocast by itself, but not what keeps gradients out of it
         options["context_fn"] = lambda: (nullcontext(), mixed_precision(device, bf16))
     layers = [m for m in unet.modules() if isinstance(m, LAYERS)]
+
+    def twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+        # A function of our own: torch.compile passes over torch's, and would not compile a layer whose forward is one of them.
+        def compute(*arguments: Any, **named: Any) -> Any:
+            return checkpoint(forward, *arguments, **options, **named)
+
+        return compute
+
     for layer in layers:
-        layer.forward = partial(checkpoint, layer.forward, **options)
+        layer.forward = twice(layer.forward)
     try:
         yield
     finally:

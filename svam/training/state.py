@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from svam import processes
 from svam.checkpoint import load_tensors, restore, save_tensors
-from svam.files import named_refusals
+from svam.files import FileError, named_refusals
 from svam.resume import Resume
 
 if TYPE_CHECKING:
@@ -145,16 +145,26 @@ class TrainingState:
         system refuses."""
         value = {
             "step": self.step, "recent": self.recent, "chosen": self.chosen, "updates": self.average.updates,
-            "history": self.curves.history,
+            "history": self.curves.history, "processes": processes.count(),
         }  # fmt: skip
         tensors = self._tensors()
         if processes.first():
             resume.save_record(RECORD, value, partial(save_tensors, tensors=tensors))
 
     def restore(self, resume: Resume) -> None:
+        """Go on from what `save` kept; where there is nothing, from the start.
+
+        Raises:
+            FileError: another number of processes saved it: what they drew and summed is not what these would have.
+        """
         record = resume.load_record(RECORD)
         if record is None or record.file is None:
             return
+        if (saved := record.value["processes"]) != processes.count():
+            raise FileError(
+                f"{record.file}: the number of processes is {processes.count()}, but {saved} saved this state; start as many, "
+                f"or delete {record.file.parent} to start over"
+            )
         groups: dict[str, dict[str, Tensor]] = {}
         for name, tensor in load_tensors(record.file).items():
             group, _, rest = name.partition("/")

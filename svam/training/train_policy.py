@@ -254,14 +254,15 @@ class ComputedFeatures:
     def close(self) -> None:
         """Nothing is open."""
 
-    def announce(self, observations: int) -> None:
-        """Print what computing so many will take, by what one batch takes."""
+    def announce(self, reads: int, rows: int) -> None:
+        """Print what it takes each process to read `rows` observations so many times, by what one batch takes."""
         start = time.perf_counter()
         values = self.read(np.arange(min(self.batch, len(self.observations.instructions)), dtype=np.int64))
         for features in values.values():
             features[0].cpu()  # a GPU has computed it by then
-        hours = (time.perf_counter() - start) * observations / self.batch / 3600
-        console.print(f"train_policy: computes the features of {observations} observations, in about {hours:.2f} hours")
+        hours = (time.perf_counter() - start) * reads * -(-rows // self.batch) / 3600
+        every = reads * rows * processes.count()
+        console.print(f"train_policy: computes the features of {every} observations, in about {hours:.2f} hours")
 
 
 class TrainingData:
@@ -433,10 +434,10 @@ def train(
         judging = TrainingData(sides[1], features.part(len(train_rows), len(rows)), foresight, svam, device)
         set_input_statistics(svam, learning)
         optimiser = section.training
-        if isinstance(features, ComputedFeatures):
-            features.announce(optimiser.steps * optimiser.accumulate * optimiser.batch)
         order = EndlessOrder(len(learning.observations), min(optimiser.batch, len(learning.observations)), seed, "train_policy")
         own = own_rows(order.size)
+        if isinstance(features, ComputedFeatures):
+            features.announce(optimiser.steps * optimiser.accumulate, own.stop - own.start)
 
         def batch_of(number: int) -> tuple[Batch, torch.Generator, float]:
             """This process's part of a batch, the seeded source of its noise, and the weight of its loss: that is a mean over
@@ -449,7 +450,7 @@ def train(
         svam.selected = fit(
             svam.network, lambda batch: svam.loss(batch[0], batch[1], section.noise_draws) * batch[2], batch_of, optimiser,
             device, "train_policy", live, lambda _: action_error(svam, judging, optimiser.batch, seed), section.evaluate_every,
-            "action_error", resume, machine,
+            "action_error", resume, machine, frozen=isinstance(features, ComputedFeatures),
         )  # fmt: skip
     finally:
         features.close()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +58,32 @@ def test_frozen_on_a_device_half_of_the_memory_holds_the_same_numbers(
     rounded.save(tmp_path / "rounded", folders)
     files = {file.relative_to(tmp_path / "exact") for file in (tmp_path / "exact").rglob("*") if file.is_file()}
     assert files and all((tmp_path / "exact" / f).read_bytes() == (tmp_path / "rounded" / f).read_bytes() for f in files)
+
+
+def test_on_a_gpu_frozen_networks_are_compiled_where_they_are_put(
+    folders: dict[str, Path], store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured as graphs, which here run as they are, and give the same numbers."""
+    svam, graphs = make_svam(store, folders), list[Any]()
+
+    def backend(graph: Any, _: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    seen = observations(store, 2)
+    eager = svam.encode(seen, [0, 1]).entries
+    for compiled, beside in ((True, False), (False, True), (True, True)):
+        monkeypatch.setattr(generator, "computes_beside", lambda _, beside=beside: beside)
+        model = svam.foresight.frozen_on(torch.device("cpu"), compiled)
+        entries = svam.encode(seen, [0, 1]).entries
+        assert bool(graphs) == (compiled and beside)
+    assert {"video", "decouplers"} == {
+        name.partition(".")[0] for name, module in model.named_modules() if module._compiled_call_impl is not None
+    }
+    assert len(eager) == 3
+    for name, values in eager.items():
+        torch.testing.assert_close(entries[name], values)
 
 
 def test_frames_go_through_the_autoencoder_a_bounded_number_at_a_time(

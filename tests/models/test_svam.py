@@ -20,6 +20,7 @@ from svam.episodes.store import EpisodeStore
 from svam.evaluation.offline import encode_rows, true_features
 from svam.files import sha256_tree
 from svam.models.manifest import write_manifest
+from svam.models.observation import ObservationEncoder
 from svam.models.svam import OLDER, SVAM, Batch, PolicyNetwork
 from svam.models.teachers import as_unit
 from svam.normalisation import denormalise_actions, normalise_actions
@@ -188,6 +189,26 @@ def test_noise_seeds_decide_and_padding_does_not(svam: SVAM, store: EpisodeStore
         assert svam.act([], []).shape == (0, 4, 3)
     finally:
         svam.pad_to = None
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_crops_are_the_batchs_own_however_many_processes_share_it(views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, frames = ObservationEncoder((40, 20), 16, views).train(), torch.randint(0, 256, (4, views * 40, 20, 3)).byte()
+
+    def tokens(rows: slice, seed: int) -> Tensor:
+        encoded: Tensor = encoder(frames[rows], torch.Generator().manual_seed(seed))
+        return encoded
+
+    every = slice(0, 4)
+    whole, centre = tokens(every, 0), encoder(frames)
+    assert not torch.allclose(whole, tokens(every, 1)) and torch.equal(whole, tokens(every, 0))
+    monkeypatch.setattr("svam.shares.count", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr("svam.shares.number", lambda number=number: number)
+        rows = slice(2 * number, 2 * number + 2)
+        torch.testing.assert_close(tokens(rows, 0), whole[rows])
+    encoder.eval()
+    assert torch.equal(tokens(every, 0), centre) and not torch.allclose(whole, centre)
 
 
 def test_frames_and_instructions_matter(svam: SVAM, store: EpisodeStore) -> None:

@@ -161,7 +161,9 @@ def test_features_that_were_not_kept_are_computed_again(noise: str, parts: Path,
     assert stored.features is not None and absent.features is None
     again = load_for_windows(absent, folders)
     rows = np.asarray([7, 2, 0])
-    computed = OneStepFeatures(absent, again)[rows]
+    source = OneStepFeatures(absent, again)
+    computed = source[rows]
+    assert torch.equal(source.on_device(rows), torch.from_numpy(computed))
     np.testing.assert_allclose(computed.astype(float), stored.features[rows].astype(float), rtol=2e-3, atol=2e-3)
     assert not np.allclose(computed[0], computed[1], atol=1e-2)
     if noise == "fresh":  # which is nothing to the stages

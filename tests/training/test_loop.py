@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -15,14 +18,30 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from svam.checkpoint import load_tensors
 from svam.device import compile_layers
+from svam.episodes.store import EpisodeStore
 from svam.errors import MachineError
 from svam.models.attention import Attention, Block
-from svam.params import Moments, Optimiser
+from svam.models.foresight import part_folders
+from svam.models.svam import Batch, Inputs
+from svam.params import Machine, Moments, Optimiser, Text
 from svam.resume import Resume
 from svam.training import loop
-from svam.training.loop import AveragedWeights, DivergedError, fit, learning_rate_factor, made_ahead
+from svam.training.finetune_video import denoising_loss
+from svam.training.loop import (
+    AveragedWeights,
+    DivergedError,
+    SharedLoss,
+    _train_step,
+    fit,
+    learning_rate_factor,
+    made_ahead,
+)
+from svam.training.prepare_backbones.text import Contrast, build, train_tokenizer
+from tests.models.test_decoupler import fresh
+from tests.models.test_video import inputs, tiny
 from tests.sources.common import refused
-from tests.toy import optimiser
+from tests.tiny import make_svam, observations, policy_params
+from tests.toy import committed, optimiser
 
 CPU = torch.device("cpu")
 
@@ -199,6 +218,118 @@ def test_on_a_gpu_a_step_waits_for_no_number(tmp_path: Path, monkeypatch: pytest
         reads.append(read.count)
     assert torch.equal(*weights) and curves[0] == curves[1]
     assert reads == [300, 100]
+
+
+NOWHERE = torch.device("meta")
+"""Its tensors have no numbers: reading one raises, as do a copy to the host and an operation with a CPU's tensor."""
+Trained = tuple[nn.Module, Callable[[Any], Tensor], Any]
+
+
+def nowhere(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=NOWHERE)
+
+
+def video_step(_: Path, __: EpisodeStore) -> Trained:
+    model = tiny()
+    given = tuple(tensor.to(NOWHERE) for tensor in inputs())
+    return model, lambda b: denoising_loss(model, b[2], nowhere(2, dtype=torch.float32), b[2], b[0], b[1]).mean(), given
+
+
+def decoupler_step(_: Path, __: EpisodeStore) -> Trained:
+    model = fresh(dropout=0.1)
+    return model, lambda b: model.loss(*b), (nowhere(2, 3, 2, 4, 5), nowhere(2, 2, 4, 6), nowhere(2, 3, 2, 4, 6))
+
+
+def policy_step(parts: Path, store: EpisodeStore, **changes: Any) -> Trained:
+    folders = part_folders(parts / "backbones", parts / "video", parts / "decouplers")
+    dropouts = {"attention_dropout": 0.3, "residual_dropout": 0.1, "mlp_dropout": 0.05}
+    changes |= {"transformer": policy_params().transformer.model_dump() | dropouts, "proprioception": True}
+    svam = make_svam(store, folders, context=["geometric", "one_step", "observation"], **changes)
+    seen = svam.encode(observations(store, 2, proprioception=True))
+    assert seen.frames is not None and seen.proprioception is not None
+    given = Inputs(
+        {entry: values.to(NOWHERE) for entry, values in seen.entries.items()}, seen.text.to(NOWHERE), seen.frames.to(NOWHERE),
+        seen.proprioception.to(NOWHERE),
+    )  # fmt: skip
+    batch = Batch(given, nowhere(2, 4, 3, dtype=torch.float32), nowhere(2, 4, dtype=torch.bool))
+    return svam.network, lambda b: svam.loss(b, torch.Generator(), 4), batch
+
+
+@pytest.mark.parametrize("made", [video_step, decoupler_step, policy_step, partial(policy_step, objective="epsilon")])
+def test_on_a_gpu_a_step_of_no_loss_reads_a_number(
+    made: Callable[[Path, EpisodeStore], Trained], parts: Path, store: EpisodeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward, backward and clipping, two batches a step. Fused AdamW and autocast do not know this device."""
+    module, loss, batch = made(parts, store)
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
+    module.train().to(NOWHERE)
+    parameters = list(module.parameters())
+    adam, average = torch.optim.AdamW(parameters), AveragedWeights(parameters, 0.9)
+    for _ in range(2):
+        shared, two = SharedLoss(module, loss), settings(accumulate=2)
+        value = _train_step(shared, iter([batch, batch]), two, NOWHERE, adam, parameters, None)
+        average.update()
+        assert value.device == NOWHERE and all(p.grad is not None for p in parameters)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        _train_step(SharedLoss(module, lambda b: loss(b) * loss(b).item()), iter([batch]), settings(), NOWHERE, adam, [], None)
+
+
+def test_the_loss_of_the_text_encoder_reads_its_padding_mask_as_the_page_says() -> None:
+    section = Text.model_validate(committed("prepare_backbones.text", width=16, layers=1, heads=2))
+    tokenizer = train_tokenizer(["push a"], 1024)
+    contrast, ids = Contrast(build(section, tokenizer, (16, 16))).to(NOWHERE), nowhere(2, 5, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="meta tensors"):
+        contrast.loss(nowhere(2, 16, 16, 3, dtype=torch.uint8), ids, nowhere(2, dtype=torch.int64))
+
+
+def test_networks_that_a_batch_runs_are_called_where_layers_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else ahead of the step, by another thread: see `made_ahead`."""
+    monkeypatch.setattr(loop, "computes_beside", lambda _: True)
+    found = {}
+    for compiled, frozen in ((False, True), (True, False), (True, True)):
+        module, numbers, here = nn.Linear(3, 1), list[int](), set[bool]()
+
+        def watched(number: int) -> Tensor:
+            numbers.append(number)  # noqa: B023
+            here.add(current_thread() is main_thread())  # noqa: B023
+            return batch_of(number)
+
+        machine = Machine.model_validate(committed("machine", compile=compiled))
+        fit(
+            module, lambda b: linear_loss(module, b), watched, settings(steps=6), CPU, "line", machine=machine,  # noqa: B023
+            frozen=frozen,
+        )  # fmt: skip
+        assert numbers == [*range(6)]
+        found[compiled, frozen] = here
+    assert found == {(False, True): {False}, (True, False): {False}, (True, True): {True}}
+
+
+@pytest.mark.parametrize("ema", [0.9, 0.0])
+def test_a_run_whose_average_lies_on_the_host_ends_as_one_on_the_device(
+    ema: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with the best of its evaluations, and when it was interrupted."""
+    monkeypatch.setattr(loop, "computes_beside", lambda _: True)
+    waited: list[None] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append(None))
+
+    def train(average: str, resume: Resume, steps: int = 20) -> tuple[list[Tensor], dict[str, float]]:
+        torch.manual_seed(0)
+        module = nn.Linear(3, 1)
+        kept = fit(
+            module, lambda b: linear_loss(module, b), batch_of, settings(steps=steps, ema=ema, schedule="constant"), CPU,
+            "line", None, lambda step: {"error": abs(step - 16) + module.bias.item()}, 4, "error", resume,
+            Machine.model_validate(committed("machine", average=average)),
+        )  # fmt: skip
+        return [p.detach() for p in module.parameters()], kept
+
+    expected, kept = train("device", Resume(None))
+    assert kept["step"] == 16 and not waited
+    train("host", Resume(tmp_path, 0.0), 12)
+    assert len(waited) >= 12 * bool(ema)
+    for resume in (Resume(tmp_path, 0.0), Resume(None)):
+        weights, values = train("host", resume)
+        assert values == kept and all(torch.equal(*pair) for pair in zip(weights, expected, strict=True))
 
 
 def test_on_a_gpu_divergence_is_found_at_the_next_point_of_the_curve(monkeypatch: pytest.MonkeyPatch) -> None:

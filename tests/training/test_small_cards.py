@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from svam import precision
+from svam.device import compile_layers
 from svam.episodes.store import EpisodeStore
 from svam.errors import MachineError
 from svam.models.foresight import ForesightModel, FrozenParts
@@ -19,7 +21,7 @@ from svam.params import FinetuneVideo, Machine
 from svam.resume import NO_RESUME, Resume
 from svam.training.finetune_video import TextTable, denoising_loss, train_video
 from svam.training.latents import LatentClips
-from svam.training.small_cards import ADAPTED, MATRICES, adapted, checkpointed
+from svam.training.small_cards import ADAPTED, LAYERS, MATRICES, adapted, checkpointed
 from tests.models.test_video import SAMPLER, inputs, tiny
 from tests.tiny_foresight import OPTIMISER, encoded
 from tests.toy import committed
@@ -55,6 +57,25 @@ def test_layers_computed_twice_give_the_same_gradients_and_keep_less(bf16: bool,
     assert len(gradients) == len(twice) == len(list(model.parameters()))
     assert all(torch.equal(*pair) for pair in zip(gradients, twice, strict=True))
     assert kept_twice < 0.3 * kept and again == kept
+
+
+def test_layers_that_are_computed_twice_are_compiled_with_their_blocks() -> None:
+    """As `fit` asks for it: torch meets every checkpoint while it captures a block, and the gradients stay."""
+    model, twice = tiny().train(), list[Any]()
+    _, gradients = kept_and_gradients(model, False)
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        twice.extend(node for node in graph.graph.nodes if node.target is torch.ops.higher_order.tag_activation_checkpoint)
+        return graph.forward
+
+    with checkpointed(model.unet, torch.device("cuda"), False):
+        compile_layers(model, backend=backend)
+        _, compiled = kept_and_gradients(model, False)
+    # Equal layers share a graph: the middle block's two residual ones, which lie in no block that is compiled whole.
+    assert len(twice) == sum(isinstance(module, LAYERS) for module in model.modules()) - 1
+    assert len(gradients) == len(compiled) == len(list(model.parameters()))
+    for pair in zip(gradients, compiled, strict=True):
+        torch.testing.assert_close(*pair)
 
 
 def output(model: VideoModel) -> Tensor:

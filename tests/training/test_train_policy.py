@@ -179,6 +179,19 @@ def test_computed_features_are_the_cached_ones(
     assert "computes the features of 16 observations, in about 0.0" in capsys.readouterr().err
 
 
+def test_what_computing_features_takes_is_said_of_each_process(
+    store: EpisodeStore, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An hour a batch of 4, of which each of three processes needs two for its 5 observations."""
+    foresight = load_foresight(policy_params(context=["observation"]), GENERATE, folders)
+    observations = training.ObservationSet(["push a"] * 6, store.frames, [])
+    hours = iter([0.0, 3600.0])
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(hours))
+    monkeypatch.setattr("svam.processes.count", lambda: 3)
+    training.ComputedFeatures(foresight, observations, [training.FRAMES], 4).announce(7, 5)
+    assert "computes the features of 105 observations, in about 14.00 hours" in capsys.readouterr().err
+
+
 def test_computed_features_are_drawn_anew_where_noise_is_fresh(store: EpisodeStore, tmp_path: Path) -> None:
     folders = save_all_parts(tmp_path, store, noise="fresh")
     foresight = load_foresight(policy_params(), GENERATE, folders)
