@@ -46,7 +46,7 @@ def app(
 
     if only and part != "gpu":
         raise ParamsError(f"--only chooses within the part gpu; {part} is measured whole")
-    described = {"part": part, "machine": machine(), "settings": params.benchmark.model_dump(mode="json")}
+    described: dict[str, Any] = {"part": part, "machine": machine(), "settings": params.benchmark.model_dump(mode="json")}
     scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{part}-", dir=scratch) as folder:
         inputs = Inputs(episodes, Path(folder), model, out, lambda found: write_json(out, described | found), only or ())

@@ -130,7 +130,7 @@ def gpu(inputs: Inputs, params: Params) -> dict[str, Any]:
 
 def measure(
     file: Path, published: Mapping[str, Any], small: Mapping[str, Any], device: torch.device, scratch: Path,
-    write: Callable[[Mapping[str, Any]], None], kept: Any = None, only: Sequence[str] = (),
+    write: Callable[[dict[str, Any]], None], kept: Any = None, only: Sequence[str] = (),
 ) -> dict[str, Any]:  # fmt: skip
     """All rows by two overlays of a params file, or the parts `only`. `rows`: by the names of `ROWS`; `shares`: of the time
     that the FLOPs would take at the rate of matrix products; `seconds`: what each part took, warming up and compiling included.
@@ -146,7 +146,6 @@ def measure(
     lean = fast.model_copy(update={"compile": False, "checkpointing": True, "average": "host"})
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "rates": lambda: rates(device),
-        "flops": lambda: counted(sizes, few),
         "before": lambda: before(sizes, device),
         "captured": lambda: acting(untrained(sizes, device), device, compiled=False),
         "control": lambda: control(sizes, device),
@@ -155,6 +154,7 @@ def measure(
         "policy": lambda: policy(sizes, device, fast),
         "finetuning": lambda: finetuning(sizes, device, fast),
         "small_finetuning": lambda: finetuning(few, device, fast),
+        "flops": lambda: counted(sizes, few),
         "demonstrations": lambda: demonstrations(file, small, scratch),
         "channels_last": lambda: channels_last(sizes, device),  # no row: the last to be measured
     }

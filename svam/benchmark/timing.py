@@ -28,7 +28,7 @@ class Inputs:
     scratch: Path
     model: Path
     out: Path | None = None
-    write: Callable[[Mapping[str, Any]], None] = bool
+    write: Callable[[dict[str, Any]], None] = lambda _: None
     only: Sequence[str] = ()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,7 +39,7 @@ def measured(folder: Path, kept: Any = None, *only: str, written: list[Any] | No
     write_toy_params(folder / "params.yaml")
     (folder / "scratch").mkdir(exist_ok=True)
 
-    def write(found: Mapping[str, Any]) -> None:
+    def write(found: dict[str, Any]) -> None:
         write_json(folder / "gpu.json", found)
         (written if written is not None else []).append(deepcopy(found))
 
@@ -134,8 +133,8 @@ def test_a_row_that_fails_does_not_take_the_others(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(gpu, "channels_last", lambda *_: {"one_step_ms": float("nan")})
     found = measured(tmp_path)
     assert found["failed"].pop("channels_last").startswith("ValueError: Out of range float values are not JSON compliant")
-    broken = "KeyError: 'of a compiler'"
-    assert found["failed"] == {"rates": "no way", "flops": broken, "control": "no way", "policy": broken}
+    of_compiler = "KeyError: 'of a compiler'"
+    assert found["failed"] == {"rates": "no way", "flops": of_compiler, "control": "no way", "policy": of_compiler}
     assert set(found["rows"]) == {
         "finetuning", "finetuning_memory", "adapters_memory", "small_finetuning", "demonstrations",
     } and found["shares"] == {}  # fmt: skip
@@ -155,15 +154,17 @@ def test_what_a_killed_command_measured_is_kept_and_completed(tmp_path: Path, mo
             measured(tmp_path, written=written)
     kept = read_json(tmp_path / "gpu.json")
     assert kept == written[-1] and set(kept["parts"]) == {
-        "rates", "flops", "before", "captured", "control", "lean_finetuning", "adapters",
+        "rates", "before", "captured", "control", "lean_finetuning", "adapters",
     }  # fmt: skip
     assert kept["failed"] == {"policy": "not finished: the command ended within it"} | dict.fromkeys(
-        ("finetuning", "small_finetuning", "demonstrations", "channels_last"), "not reached: the command ended before"
+        ("finetuning", "small_finetuning", "flops", "demonstrations", "channels_last"), "not reached: the command ended before"
     )
     assert kept["rows"]["act"] == 20.0 and kept["rows"]["generations"] == 50.0 and "demonstrations" not in kept["rows"]
     called.clear()
     found = measured(tmp_path, kept)
-    assert called == ["policy", "finetuning", "finetuning", "demonstrations", "channels_last"] and not found["failed"]
+    assert (
+        called == ["policy", "finetuning", "finetuning", "counted", "demonstrations", "channels_last"] and not found["failed"]
+    )
     assert set(found["rows"]) == set(gpu.ROWS) and found["parts"]["control"] == kept["parts"]["control"]
     assert found["shares"]["act"] == pytest.approx(1e12 / 4e14 / 20e-3)
     called.clear()
@@ -172,7 +173,7 @@ def test_what_a_killed_command_measured_is_kept_and_completed(tmp_path: Path, mo
     called.clear()
     measured(tmp_path, {**found, "card": "another", "of": "0"})
     assert "control" in called
-    with pytest.raises(ParamsError, match=r"^--only rate: the part gpu measures rates, flops, before, captured, control, "):
+    with pytest.raises(ParamsError, match=r"^--only rate: the part gpu measures rates, before, captured, control, "):
         measured(tmp_path, None, "rate")
 
 
