@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from stages._command import stage_command
 from svam.console import console
+from svam.errors import ParamsError
 from svam.files import write_json
 from svam.params import BenchmarkPart, Params
+
+PARTS: dict[BenchmarkPart, Callable[[], Any]] = {  # the asked one alone is imported, and needs no other's libraries
+    "store": lambda: import_module("svam.benchmark.store").clips,
+    "conversion": lambda: import_module("svam.benchmark.store").conversion,
+    "loader": lambda: import_module("svam.benchmark.pipeline").loader,
+    "times": lambda: import_module("svam.benchmark.pipeline").times,
+    "encode": lambda: import_module("svam.benchmark.policy").encode,
+    "features": lambda: import_module("svam.benchmark.policy").features,
+    "control": lambda: import_module("svam.benchmark.policy").control,
+    "evaluation": lambda: import_module("svam.benchmark.policy").evaluation,
+    "serving": lambda: import_module("svam.benchmark.serving").serving,
+    "calvin": lambda: import_module("svam.benchmark.calvin").calvin,
+    "gpu": lambda: import_module("svam.benchmark.gpu").gpu,
+}
 
 
 @stage_command
@@ -22,21 +39,18 @@ def app(
     episodes: Annotated[Path, typer.Option(help="Episode store whose frames are read.")] = Path("data/episodes.zarr"),
     model: Annotated[Path, typer.Option(help="The S-VAM folder that train_policy wrote.")] = Path("data/svam"),
     scratch: Annotated[Path, typer.Option(help="Folder, on the disk to be measured.")] = Path(".cache/benchmark"),
+    only: Annotated[list[str] | None, typer.Option(help="Of PART gpu: what to measure, anew; may be repeated.")] = None,
 ) -> None:
     """Measure PART and write OUT. Timings differ from run to run; ratios, of pairs that take turns, much less."""
-    from svam.benchmark import calvin, gpu, pipeline, policy, serving, store
     from svam.benchmark.timing import Inputs, machine
 
-    parts = {
-        "store": store.clips, "conversion": store.conversion, "loader": pipeline.loader, "times": pipeline.times,
-        "encode": policy.encode, "features": policy.features, "control": policy.control,
-        "evaluation": policy.evaluation, "serving": serving.serving, "calvin": calvin.calvin, "gpu": gpu.gpu,
-    }  # fmt: skip
-    computer = machine()
+    if only and part != "gpu":
+        raise ParamsError(f"--only chooses within the part gpu; {part} is measured whole")
+    described: dict[str, Any] = {"part": part, "machine": machine(), "settings": params.benchmark.model_dump(mode="json")}
     scratch.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f"{part}-", dir=scratch) as folder:
-        found = parts[part](Inputs(episodes, Path(folder), model), params)
-    write_json(out, {"part": part, "machine": computer, "settings": params.benchmark.model_dump(mode="json")} | found)
+        inputs = Inputs(episodes, Path(folder), model, out, lambda found: write_json(out, described | found), only or ())
+        inputs.write(PARTS[part]()(inputs, params))
     console.print(f"{part}: {out}", soft_wrap=True)
 
 

@@ -21,11 +21,15 @@ ENDLESS = 10**6
 @dataclass(frozen=True)
 class Inputs:
     """What parts of the benchmark read and fill. episodes: an episode store. scratch: an empty folder, removed afterwards.
-    model: the S-VAM folder of `train_policy`."""
+    model: the S-VAM folder of `train_policy`. out: the JSON that becomes of it, which `write` writes, for a part that does so
+    before its end; only: what it measures of itself, all by default."""
 
     episodes: Path
     scratch: Path
     model: Path
+    out: Path | None = None
+    write: Callable[[dict[str, Any]], None] = lambda _: None
+    only: Sequence[str] = ()
 
 
 class Measured(BaseException):

@@ -23,8 +23,8 @@ from svam.training.loop import fit
 
 WARM_UP, STEPS = 8, 20
 """Steps before the clock starts, in which layers are compiled, and steps that are timed."""
-FEW = (1, 2)
-"""The same of a training whose memory alone is measured: moments are there from the end of the first step on."""
+FEW = (2, 5)
+"""The same of a training that is measured for its memory: moments are there from the end of the first step on."""
 
 
 def forget(device: torch.device) -> None:

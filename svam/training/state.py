@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from dvclive import Live
 from torch import Tensor, nn
 
 from svam import processes
@@ -20,6 +19,8 @@ from svam.files import FileError, named_refusals
 from svam.resume import Resume
 
 if TYPE_CHECKING:
+    from dvclive import Live
+
     from svam.training.sharding import Shards
 
 RECORD = "training"
@@ -98,8 +99,12 @@ class Curves:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        with named_refusals(folder or Path()):
-            self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None) if folder else None
+        self.live: Live | None = None
+        if folder:
+            from dvclive import Live  # which a training without curves does without
+
+            with named_refusals(folder):
+                self.live = Live(str(folder), save_dvc_exp=False, dvcyaml=None, report=None)
         self.history: list[tuple[int, dict[str, float]]] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from svam.episodes.joined import open_store
-from svam.files import sha256
+from svam.files import read_json, sha256
 from svam.training.train_policy import choose_rows
+from tests import ROOT
 from tests.benchmark.common import check_ratio, measured, refused
 from tests.tiny import GENERATE, TASKS, make_svam, policy_params, save_all_parts
 from tests.tiny_foresight import FRAMES, make_store
@@ -97,3 +99,26 @@ def test_what_cannot_be_compared_is_one_sentence(root: Path, tmp_path: Path, cap
     assert "its context ['observation'] has no frozen entry" in said
     said = refused("evaluation", tmp_path, changes(), capfd, *options(tmp_path))
     assert said == f"evaluate.metaworld.tasks: no episode of 'reach' in {tmp_path}/episodes.zarr, which has push, pull"
+
+
+def test_the_kept_figures_of_control_are_the_pages_and_within_its_bounds() -> None:
+    """Of the default policy: what git keeps, what the benchmark's page says of it, and what the models' page promises."""
+    kept, models = read_json(ROOT / "data/benchmark/control.json"), (ROOT / "svam/models/README.md").read_text(encoding="utf-8")
+    promise = r"Features keep a cosine above (\S+) to the float32 path, actions differ by less than (\S+) % of their range"
+    found = re.search(promise, " ".join(models.split()))
+    assert found is not None
+    cosine, share = float(found[1]), float(found[2]) / 100.0
+    assert (cosine, share) == (0.999, 0.01)
+    assert set(kept["cosines"]) == set(kept["of_range"]) == {"before", "after", "bfloat16"}
+    for form, cosines in kept["cosines"].items():
+        assert set(cosines) == {"geometric", "semantic", "one_step"} and min(cosines.values()) > cosine
+        assert 0.0 < kept["of_range"][form] < share
+    assert kept["cosines"]["after"] == kept["cosines"]["before"] and kept["of_range"]["after"] == kept["of_range"]["before"]
+    page = (ROOT / "svam/benchmark/README.md").read_text(encoding="utf-8")
+    for form in ("before", "bfloat16"):
+        said = ", ".join(f"{kept['cosines'][form][entry]:.6f}"[1:] for entry in ("geometric", "semantic", "one_step"))
+        range_said = f"{100 * kept['of_range'][form]:.2f}".lstrip("0")
+        assert f"| {kept['milliseconds'][form]:.0f} ms | {said} | {range_said} % |" in page
+    assert all(f"| {kept['milliseconds'][form]:.0f} ms |" in page for form in ("float32", "after"))
+    low, high = kept["range"]
+    assert f"takes {kept['ratio']:.2f} ({low:.2f} to {high:.2f}) times as long" in page
