@@ -110,7 +110,7 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
     action = vector("action", options.action, ("action",))
     proprioception = vector("proprioception", options.proprioception, _PROPRIOCEPTION)
     state = vector("state", options.state, ())
-    instructions = [] if choice.instruction else _instructions(features, options.instruction_key, choice, file)
+    instructions = _instructions(features, options.instruction_key, choice, file)
     is_last = "steps/is_last" if "steps/is_last" in features and options.last_step == "drop" else ""
     if is_last and features[is_last].size != 1:
         raise FileError(f"{file}: steps/is_last is {features[is_last]}, expected a scalar")
@@ -164,7 +164,7 @@ def _instructions(features: Mapping[str, Feature], key: str, choice: Choice, fil
     for name in [f"steps/{key}", key] if key else [f"steps/{known}" for known in _INSTRUCTIONS]:
         if usable(name):
             return [name, *(other for other in (f"{name}_2", f"{name}_3") if usable(other))]
-    if not key and choice.missing_instruction:
+    if choice.instruction or (not key and choice.missing_instruction):
         return []
     there = [name.removeprefix("steps/") for name, feature in features.items() if feature.kind == "text"]
     wrong = f"convert.options.instruction_key is {key!r}, which is no text" if key else "no instruction under a known name"
