@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +36,11 @@ def without_it(error: Exception, others: Sequence[str]) -> str:
     """What an error says, and what `convert.cameras` must be for the others of its camera; none: what it says."""
     said = str(error).removesuffix(LEAVE_OUT).rstrip("; ")
     return f"{said}; to leave this camera out, set convert.cameras: [{', '.join(others)}]" if others else said
+
+
+def depth_doubts(names: Iterable[str]) -> list[str]:
+    """A note on each camera that is called depth, and whose pictures are of 8 bits."""
+    return [f"{name} is read as colours; is it depth? {LEAVE_OUT}" for name in names if "depth" in name.lower()]
 
 
 def frames_per_block(frame_bytes: int) -> int:
