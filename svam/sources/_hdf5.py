@@ -26,7 +26,7 @@ from svam.contract import Choice, ContractError, Episode, EpisodeShape, FrameBlo
 from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents
-from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures
+from svam.sources._pictures import PictureArray, depth_doubts, frames_per_block, needed_pictures
 
 HELD_OUT = ("valid", "val", "validation", "test")
 """How sets call the part that is not trained on."""
@@ -337,6 +337,7 @@ class Hdf5Source(ABC):
             forms = {form: name for name, dataset in datasets.items() for form in (dataset, dataset.rpartition("/")[2])}
             return chosen_cameras(self._choice, list(datasets), self.path, self.prefix, forms)
         cameras = list(mode(tuple(one.cameras) for one in self._readable))
+        self._note(*depth_doubts(datasets[camera] for camera in cameras))
         for camera in [camera for camera in datasets if camera not in cameras]:
             count = sum(camera in one.cameras for one in self._readable)
             of = f"{count} of {len(self._readable)} episodes have it"

@@ -13,7 +13,7 @@ from svam.contract import Choice, Frozen
 from svam.errors import ParamsError
 from svam.files import FileError
 from svam.sources._choice import chosen_cameras
-from svam.sources._pictures import LEAVE_OUT
+from svam.sources._pictures import LEAVE_OUT, depth_doubts
 from svam.sources._tfds import Feature
 
 _INSTRUCTIONS = (
@@ -144,8 +144,7 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     if not cameras:
         there = "; ".join(left_out) or f"it has {', '.join(features)[:200]}"
         raise FileError(f"{file}: no RGB image under steps/observation ({there})")
-    doubtful = [f"{name} is read as colours; is it depth? {LEAVE_OUT}" for name in cameras.values() if "depth" in name]
-    notes += [] if choice.cameras else [*left_out, *doubtful]
+    notes += [] if choice.cameras else [*left_out, *depth_doubts(cameras.values())]
     forms = {name.removeprefix(prefix): c for c, name in cameras.items() for prefix in ("", "steps/", "steps/observation/")}
     chosen = chosen_cameras(choice, list(cameras), file, forms=forms)
     if both := [camera for camera in chosen if camera in twice]:
