@@ -65,7 +65,7 @@ def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
     for name in filter(store.has, VECTORS):
         stored = getattr(store.attributes.statistics, name, None)
         statistics = stored or vector_statistics(lambda name=name: training_blocks(store, name))  # type: ignore[misc]
-        names = store.provenance.get("dimension_names", {}).get("actions" if name == "expert_actions" else name, [])
+        names = store.provenance.get("dimension_names", {}).get(name, [])
         width = len(statistics.mean)
         found[name] = {
             "dimensions": width, "names": names if len(names) == width else [], "stored": stored is not None,
