@@ -147,6 +147,7 @@ def _compression(found: dict[str, Any]) -> str:
         return f"{found['compression']}, without loss"
     cameras = (
         f"{camera} {stated['mean_absolute']:.2f} grey levels, " + (f"{psnr} dB" if (psnr := stated["psnr_db"]) else "none")
+        + f" ({stated['pictures']:,} pictures measured)"
         for camera, stated in error.items() if camera != "quality"
     )  # fmt: skip
     return f"{found['compression']} of quality {error['quality']}; mean absolute error and PSNR: {'; '.join(cameras)}"
