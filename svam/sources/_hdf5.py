@@ -255,8 +255,9 @@ class Recording:
     place: its group in the file, ending in "/", or "" for all of the file; datasets are named below it. cameras: name ->
     (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined. sentences: at least one, whatever
     `convert.instruction` says in their place; the first names the task. alike: what must be the same in all episodes, in
-    words. facts: of its provenance. flip: how its pictures are turned: "none", "vertical" or "rotate_180". late: 1 where pictures and proprioception of row t belong to actions and state of row t + 1; `steps` are
-    without the rows that have no partner then.
+    words. facts: of its provenance. flip: how its pictures are turned: "none", "vertical" or "rotate_180". late: 1 where
+    pictures and proprioception of row t belong to actions and state of row t + 1; `steps` are without the rows that have no
+    partner then.
     """
 
     file: Path

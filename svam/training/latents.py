@@ -97,7 +97,8 @@ class Clips:
         part = np.searchsorted(ends, numbers, side="right")
         rows, count = self._rows[part], self._draws[part]
         camera, row = np.divmod((numbers - ends[part] + count) * (rows * self._cameras) // count, rows)
-        return camera * self._rows.sum() + (np.cumsum(self._rows) - self._rows)[part] + row
+        places: NDArray[np.int64] = camera * self._rows.sum() + (np.cumsum(self._rows) - self._rows)[part] + row
+        return places
 
     def episode_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) the store's numbers of the episodes that clips are of."""
