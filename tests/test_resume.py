@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from svam.files import FileError, clear_leftovers, sha256_tree
 from svam.params import Machine, Params
 from svam.resume import OLD_STATES, Resume, identity, resumable_run
 from svam.training.batch_order import EndlessOrder
+from svam.training.blocks import in_batches, write_blocks
 from svam.training.loop import fit
 from tests import ROOT
 from tests.killing import kill
@@ -288,6 +290,34 @@ def test_a_full_disk_is_one_sentence_and_keeps_what_was_saved(settings: Params, 
 def test_saving_is_spread_over_time(tmp_path: Path) -> None:
     resume = Resume(tmp_path, 3600.0)
     assert not resume.due() and Resume(tmp_path, 0.0).due() and not Resume(None, 0.0).due()
+
+
+@pytest.mark.parametrize("computed", [1, 9, 10, 25, 39])
+def test_a_kill_loses_the_time_between_two_saves_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computed: int
+) -> None:
+    """And the block under way, of what is computed block by block: by encode, generate and cache_teacher. A block takes 7 s."""
+    clock, starts = [0.0], list[int]()
+    monkeypatch.setattr("svam.resume.time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def run(until: int) -> None:
+        def compute(block: slice) -> dict[str, Any]:
+            if len(starts) == until:
+                raise KeyboardInterrupt
+            clock[0] += 7
+            starts.append(block.start)
+            return {"x": np.ones((1, 2), np.float32)}
+
+        starts.clear()
+        resume = Resume(tmp_path, 60.0)
+        with resume.directory(tmp_path / "x") as folder:
+            write_blocks(folder, {"x": ((40, 2), np.float32)}, in_batches(1, 40), compute, resume, "generate")
+
+    with pytest.raises(KeyboardInterrupt):
+        run(computed)
+    run(40)
+    assert 7 * (computed - starts[0]) < 60 + 7 and starts == list(range(starts[0], 40))
+    assert np.load(tmp_path / "x/x.npy").all()
 
 
 def test_leftovers_of_killed_runs_are_cleared(tmp_path: Path) -> None:

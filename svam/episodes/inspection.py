@@ -65,7 +65,7 @@ def _vector_facts(store: EpisodeStore) -> dict[str, Any]:
     for name in filter(store.has, VECTORS):
         stored = getattr(store.attributes.statistics, name, None)
         statistics = stored or vector_statistics(lambda name=name: training_blocks(store, name))  # type: ignore[misc]
-        names = store.provenance.get("dimension_names", {}).get("actions" if name == "expert_actions" else name, [])
+        names = store.provenance.get("dimension_names", {}).get(name, [])
         width = len(statistics.mean)
         found[name] = {
             "dimensions": width, "names": names if len(names) == width else [], "stored": stored is not None,
@@ -147,6 +147,7 @@ def _compression(found: dict[str, Any]) -> str:
         return f"{found['compression']}, without loss"
     cameras = (
         f"{camera} {stated['mean_absolute']:.2f} grey levels, " + (f"{psnr} dB" if (psnr := stated["psnr_db"]) else "none")
+        + f" ({stated['pictures']:,} pictures measured)"
         for camera, stated in error.items() if camera != "quality"
     )  # fmt: skip
     return f"{found['compression']} of quality {error['quality']}; mean absolute error and PSNR: {'; '.join(cameras)}"

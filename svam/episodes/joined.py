@@ -184,12 +184,21 @@ class JoinedStore(EpisodeStore):
 
     def drawn(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """As often as the weights say: the rows of a set are repeated, evenly, until the shares are right; none is left out."""
-        parts = [(self.members[number].weight, rows[places]) for places, number, _ in self._by_set(rows % len(self))]
-        total = max(len(own) / weight for weight, own in parts)
-        counts = [round(total * weight) for weight, _ in parts]
+        parts = [(number, rows[places]) for places, number, _ in self._by_set(rows % len(self))]
+        counts = self._counts({number: len(own) for number, own in parts})
         return np.concatenate([
             own[np.arange(count) * len(own) // count] for (_, own), count in zip(parts, counts, strict=True)
         ])  # fmt: skip
+
+    def _counts(self, there: Mapping[int, int]) -> list[int]:
+        """How many are drawn of sets, by number, of which so many are there."""
+        total = max(count / self.members[number].weight for number, count in there.items())
+        return [round(total * self.members[number].weight) for number in there]
+
+    def shares(self, split: Split) -> list[tuple[int, int]]:
+        there = {number: share for number, store in enumerate(self._stores) for share in store.shares(split) if share[0]}
+        counts = self._counts({number: pictures for number, (_, pictures) in there.items()})
+        return [(rows, count) for (rows, _), count in zip(there.values(), counts, strict=True)]
 
     def acting_episodes(self, split: Split) -> NDArray[np.int64]:
         if not self.acting:

@@ -287,7 +287,7 @@ def _info(recording: Recording, first: Episode, rows: int, tasks: int, crf: int,
             },
         }  # fmt: skip
     for name, column in _columns(first).items():
-        names = recording.dimension_names.get("actions" if name == "expert_actions" else name, [])
+        names = recording.dimension_names.get(name, [])
         width = getattr(first, name).shape[1]
         features[column] = {"dtype": "float32", "shape": [width], "names": names if len(names) == width else None}
     scalars = {"timestamp": "float32", **dict.fromkeys(("frame_index", "episode_index", "index", "task_index"), "int64")}

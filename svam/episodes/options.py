@@ -24,7 +24,7 @@ from svam.sources._hub import fetched
 from svam.sources._layouts import recognised
 
 LISTED = 5
-"""Episodes that a message describes, of those that cannot be read; of the others it gives the numbers."""
+"""Reasons in the sentence about episodes that cannot be read; of the others, below it, only those about missing files."""
 
 
 def available_sources() -> list[str]:
@@ -104,7 +104,8 @@ class UnreadableError(FileError):
 def _of_another_format(error: FileError, path: Path, source: str) -> FileError:
     """The error, with what `path` looks like where that is not what `source` reads."""
     hint = recognised(path, source)
-    return FileError(f"{error}; {hint}" if hint else str(error))
+    sentence, *below = str(error).split("\n")
+    return FileError("\n".join([f"{sentence}; {hint}" if hint else sentence, *below]))
 
 
 class ChosenEpisodes:
@@ -212,19 +213,21 @@ def _numbers(chosen: list[int | str], knob: str, total: int, names: Mapping[int,
 
 
 def _refusal(refused: Mapping[int, str], looked_at: int) -> FileError:
-    """One sentence about all episodes that cannot be read, those of one reason together, and the way out."""
+    """One sentence about all episodes that cannot be read, those of one reason together, and the way out; below it a line for
+    each further missing file, which must be fetched and not only be left out."""
     reasons: dict[str, list[int]] = {}
     for number, reason in refused.items():
         reasons.setdefault(reason, []).append(number)
-    listed = dict(list(reasons.items())[:LISTED])
-    said = "; ".join(f"episode{'s' * (len(n) > 1)} {', '.join(_ranges(n))}: {reason}" for reason, n in listed.items())
-    if more := len(refused) - sum(map(len, listed.values())):
+    lines = [f"episode{'s' * (len(n) > 1)} {', '.join(_ranges(n))}: {reason}" for reason, n in reasons.items()]
+    said = "; ".join(lines[:LISTED])
+    if more := sum(map(len, list(reasons.values())[LISTED:])):
         said += f"; and {more} more, `python -m svam.episodes inspect --recording --json PATH` lists all"
+    missing = "".join(f"\n{line}" for line in lines[LISTED:] if "no such file" in line)
     if len(refused) == looked_at:
-        return UnreadableError(f"none of {looked_at} episodes can be read: {said}")
+        return UnreadableError(f"none of {looked_at} episodes can be read: {said}{missing}")
     return FileError(
         f"{len(refused)} of {looked_at} episodes cannot be read: {said}; mend them, or leave them out: "
-        f"convert.drop: [{', '.join(_ranges(refused))}]"
+        f"convert.drop: [{', '.join(_ranges(refused))}]{missing}"
     )
 
 

@@ -252,6 +252,11 @@ class EpisodeStore:
         """`rows`, or pictures' numbers, as training draws them: here each once; of several sets by their weights."""
         return rows
 
+    def shares(self, split: Split) -> list[tuple[int, int]]:
+        """Of each set, one after the other: rows of one side of the split, and how many of their pictures are `drawn`."""
+        rows = int(np.diff(self.episode_ends, prepend=0)[self.episode_split == SPLITS.index(split)].sum())
+        return [(rows, rows * len(self.foreseen))]
+
     def acting_episodes(self, split: Split) -> NDArray[np.int64]:
         """`episodes` that a policy learns from: here all of that side."""
         return self.episodes(split)

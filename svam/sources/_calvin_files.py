@@ -91,7 +91,7 @@ def read_annotations(file: Path) -> list[tuple[int, int, str, str, str]]:
         others = [str(path.parent.relative_to(folder)) for start in ("*/", "") for path in folder.glob(start + file.name)]
         choice = f"set convert.options.annotations to one of {', '.join(sorted(others))}"
         choice = choice if others else "no other folder there has it"
-        raise FileError(f"{file}: no such file; {choice}, or set convert.options.segments to 'whole' to do without sentences")
+        raise FileError(f"{file}: no such file; {choice}, or set convert.options.segments to 'whole' and one sentence for all")
     content, lists = load_objects(file), []
     for group, key in (("info", "indx"), ("language", "task"), ("language", "ann")):
         try:

@@ -25,9 +25,11 @@ from numpy.typing import NDArray
 from svam.contract import Choice, ContractError, Episode, EpisodeShape, FrameBlocks, SourceDescription
 from svam.errors import MachineError, SvamError
 from svam.files import FileError, refuse_lfs_pointer, stamp
-from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents
-from svam.sources._pictures import PictureArray, frames_per_block, needed_pictures
+from svam.sources._choice import TRAINING, checked, chosen_cameras, chosen_instruction, contents
+from svam.sources._pictures import PictureArray, depth_doubts, frames_per_block, needed_pictures
 
+HELD_OUT = ("valid", "val", "validation", "test")
+"""How sets call the part that is not trained on."""
 _LARGEST = 2**30
 """Bytes of a dataset that is read whole, as stored and as read; and of a chunk, of which the library holds one decompressed."""
 # Per dataset: compressed chunks across a block's edge are needed twice, and the library's 1 MiB would decompress them twice.
@@ -124,8 +126,8 @@ class Hdf5File:
             members = self._root.get(group)
             names = sorted(members, key=_by_number) if isinstance(members, self._h5py.Group) else []
         for name in names:
-            if not re.fullmatch(r"[\w .+-]+", name):
-                raise FileError(f"{self.file}: {group} has a member named {name!r}, expected letters, digits and _.-")
+            if not name.isprintable():  # no recorder's: damage, which would break messages into lines
+                raise FileError(f"{self.file}: {group} has a member named {name!r}, expected characters that can be printed")
         return names
 
     def listed(self, group: str) -> str:
@@ -251,10 +253,11 @@ class Recording:
     """What is known of an episode before it is read.
 
     place: its group in the file, ending in "/", or "" for all of the file; datasets are named below it. cameras: name ->
-    (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined. sentences: at least one. alike: what must
-    be the same in all episodes, in words. facts: of its provenance. flip: how its pictures are turned: "none", "vertical" or
-    "rotate_180". late: 1 where pictures and proprioception of row t belong to actions and state of row t + 1; `steps` are
-    without the rows that have no partner then.
+    (dataset, (n, H, W, 3)). vectors: field of `Episode` -> datasets that are joined. sentences: at least one, whatever
+    `convert.instruction` says in their place; the first names the task. alike: what must be the same in all episodes, in
+    words. facts: of its provenance. flip: how its pictures are turned: "none", "vertical" or "rotate_180". late: 1 where
+    pictures and proprioception of row t belong to actions and state of row t + 1; `steps` are without the rows that have no
+    partner then.
     """
 
     file: Path
@@ -309,6 +312,10 @@ class Hdf5Source(ABC):
         self.rate_hz: float = choice.rate_hz or stated or self.usual_rate[0]
         if not (choice.rate_hz or stated):
             self._note(f"the files do not state their rate: {self.usual_rate[1]}; set convert.rate_hz to yours")
+        folders = {part for one in self._readable for part in self._relative(one.file).parts[:-1]}
+        sides = sorted(part for part in folders if part.lower() in TRAINING | {*HELD_OUT})
+        if len(sides) > 1 and all(one.held_out is None for one in self._readable):
+            self._note(f"the folders {', '.join(sides)} are read as one and say no split; one is drawn")
 
     def _headers(self, file: Path) -> Iterator[tuple[str, Recording | SvamError]]:
         """The episodes of a file by name, or why they cannot be read. A missing library is raised: it is no file's fault."""
@@ -331,6 +338,7 @@ class Hdf5Source(ABC):
             forms = {form: name for name, dataset in datasets.items() for form in (dataset, dataset.rpartition("/")[2])}
             return chosen_cameras(self._choice, list(datasets), self.path, self.prefix, forms)
         cameras = list(mode(tuple(one.cameras) for one in self._readable))
+        self._note(*depth_doubts(datasets[camera] for camera in cameras))
         for camera in [camera for camera in datasets if camera not in cameras]:
             count = sum(camera in one.cameras for one in self._readable)
             of = f"{count} of {len(self._readable)} episodes have it"
@@ -367,26 +375,32 @@ class Hdf5Source(ABC):
         return not names or not names.isdisjoint(forms)
 
     def _sentences(self, data: Hdf5File, place: str) -> list[str]:
-        """`convert.instruction`, or what the options say, or the file's own, or `convert.missing_instruction`."""
-        sentences: list[str] = []
-        if not self._choice.instruction:
-            told = self.options.instructions.get(self._key(data.file), "").strip()
+        """What the options say, or the file's own; without, `convert.instruction`, or `convert.missing_instruction`."""
+        told = self.options.instructions.get(self._key(data.file), "").strip()
+        try:
             sentences = [told] if told else [sentence for sentence in self._own_sentences(data, place) if sentence]
-        first = chosen_instruction(self._choice, next(iter(sentences), None), f"{data.file}: {place}".rstrip(":/ "))
-        return list(dict.fromkeys([first, *sentences]))
+        except SvamError:
+            if not self._choice.instruction:
+                raise
+            sentences = []  # what `convert.instruction` replaces may be damaged
+        where = f"{data.file}: {place}".rstrip(":/ ")
+        return list(dict.fromkeys(sentences)) or [chosen_instruction(self._choice, None, where)]
 
     def describe(self) -> SourceDescription:
-        """Rate, cameras and instructions; a task is named by its (first) sentence."""
+        """Rate, cameras and instructions; a task is named by its own (first) sentence."""
         instructions: dict[str, dict[str, list[str]]] = {}
         for one in self._readable:
             train = instructions.setdefault(one.sentences[0], {"train": [], "held_out": []})["train"]
-            train.extend(sentence for sentence in one.sentences if sentence not in train)
+            train.extend(sentence for sentence in self._said(one) if sentence not in train)
         return SourceDescription(
             rate_hz=self.rate_hz, cameras=self._cameras, instructions=instructions, provenance={
                 "source": self.source_name, "options": self.options.model_dump(),
                 "files": len({one.file for one in self._readable}),
             },
         )  # fmt: skip
+
+    def _said(self, one: Recording) -> list[str]:
+        return [self._choice.instruction] if self._choice.instruction else one.sentences
 
     def __len__(self) -> int:
         return len(self._recordings)
@@ -427,12 +441,12 @@ class Hdf5Source(ABC):
                 if datasets:
                     values = np.hstack([data.matrix(one.place + dataset) for dataset in datasets])
                     vectors[name] = values[: one.steps] if name == "proprioception" else values[one.late :]
-        frames = {}
+        frames, said = {}, self._said(one)
         for camera in self._cameras:
             dataset, size = one.cameras[camera]
             frames[camera] = FrameBlocks(size, partial(self._blocks, one, one.place + dataset))
         episode = Episode(
-            task=one.sentences[0], instruction=one.sentences[index % len(one.sentences)], rate_hz=self.rate_hz, frames=frames,
+            task=one.sentences[0], instruction=said[index % len(said)], rate_hz=self.rate_hz, frames=frames,
             actions=vectors["actions"], state=vectors.get("state"), proprioception=vectors.get("proprioception"),
             provenance={"file": self._relative(one.file).as_posix(), **one.facts},
         )  # fmt: skip

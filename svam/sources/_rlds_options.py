@@ -13,7 +13,7 @@ from svam.contract import Choice, Frozen
 from svam.errors import ParamsError
 from svam.files import FileError
 from svam.sources._choice import chosen_cameras
-from svam.sources._pictures import LEAVE_OUT
+from svam.sources._pictures import LEAVE_OUT, depth_doubts
 from svam.sources._tfds import Feature
 
 _INSTRUCTIONS = (
@@ -110,7 +110,7 @@ def choose(features: Mapping[str, Feature], options: Options, choice: Choice, fi
     action = vector("action", options.action, ("action",))
     proprioception = vector("proprioception", options.proprioception, _PROPRIOCEPTION)
     state = vector("state", options.state, ())
-    instructions = [] if choice.instruction else _instructions(features, options.instruction_key, choice, file)
+    instructions = _instructions(features, options.instruction_key, choice, file)
     is_last = "steps/is_last" if "steps/is_last" in features and options.last_step == "drop" else ""
     if is_last and features[is_last].size != 1:
         raise FileError(f"{file}: steps/is_last is {features[is_last]}, expected a scalar")
@@ -144,8 +144,7 @@ def _cameras(features: Mapping[str, Feature], choice: Choice, file: Path, notes:
     if not cameras:
         there = "; ".join(left_out) or f"it has {', '.join(features)[:200]}"
         raise FileError(f"{file}: no RGB image under steps/observation ({there})")
-    doubtful = [f"{name} is read as colours; is it depth? {LEAVE_OUT}" for name in cameras.values() if "depth" in name]
-    notes += [] if choice.cameras else [*left_out, *doubtful]
+    notes += [] if choice.cameras else [*left_out, *depth_doubts(cameras.values())]
     forms = {name.removeprefix(prefix): c for c, name in cameras.items() for prefix in ("", "steps/", "steps/observation/")}
     chosen = chosen_cameras(choice, list(cameras), file, forms=forms)
     if both := [camera for camera in chosen if camera in twice]:
@@ -164,7 +163,7 @@ def _instructions(features: Mapping[str, Feature], key: str, choice: Choice, fil
     for name in [f"steps/{key}", key] if key else [f"steps/{known}" for known in _INSTRUCTIONS]:
         if usable(name):
             return [name, *(other for other in (f"{name}_2", f"{name}_3") if usable(other))]
-    if not key and choice.missing_instruction:
+    if choice.instruction or (not key and choice.missing_instruction):
         return []
     there = [name.removeprefix("steps/") for name, feature in features.items() if feature.kind == "text"]
     wrong = f"convert.options.instruction_key is {key!r}, which is no text" if key else "no instruction under a known name"

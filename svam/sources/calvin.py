@@ -44,7 +44,6 @@ from svam.sources._choice import checked, chosen_cameras, chosen_instruction, co
 from svam.sources._npz import headers
 
 RATE_HZ = 30.0
-NEUTRAL_INSTRUCTION = "play with the objects on the table"
 _SPLITS = ("training", "validation")
 _CAMERAS = {"static": "rgb_static", "gripper": "rgb_gripper"}
 _ACTIONS = 7
@@ -57,7 +56,7 @@ class Options(Frozen):
     """What `convert.options` may say.
 
     segments: `annotated` (each annotation is an episode) or `whole` (each recording is one).
-        Recordings have no sentence: `convert.missing_instruction`, or else `NEUTRAL_INSTRUCTION`, with a note.
+        Recordings have no sentence: `convert.missing_instruction` says one, which is their task too.
     actions: `rel_actions` (relative) or `actions` (absolute). In both, dimension 6 is binary.
     folders: which folders to read; empty means training and validation, as far as they are there.
     annotations: the folder in each of them that holds auto_lang_ann.npy.
@@ -113,8 +112,6 @@ class CalvinSource:
         self._folders = self._find_folders()
         self._segments = self._grouped(self._choose([one for name in self._folders for one in self._segments_of(name)]))
         self._inspect_first_step()
-        if options.segments == "whole" and choice.instruction is None and choice.missing_instruction is None:
-            self.notes.append(f"whole recordings carry no language: their instruction is {NEUTRAL_INSTRUCTION!r}")
 
     def _find_folders(self) -> list[str]:
         present = [name for name in _SPLITS if (self.path / name).is_dir()]
@@ -141,15 +138,15 @@ class CalvinSource:
         folder, annotations = self.path / name, self._annotations(name)
         recordings, scenes = files.read_recordings(folder), files.read_scenes(folder)
         if self._options.segments == "annotated":
-            entries = files.read_annotations(annotations)
+            entries, of = files.read_annotations(annotations), f"{annotations}: annotation"
         else:
-            sentence = self._choice.missing_instruction or NEUTRAL_INSTRUCTION
-            entries = [(first, last, sentence, sentence, "") for first, last in recordings.tolist()]
+            entries = [(first, last, "", "", "") for first, last in recordings.tolist()]
+            of = f"{folder / 'ep_start_end_ids.npy'}: recording"
         segments = []
         for number, (first, last, task, sentence, fault) in enumerate(entries):
             scene = next((scene for scene, start, end in scenes if start <= first and last <= end), None)
             scene = self._options.scene_of.get(name, scene)
-            instruction, where = "", f"{annotations}: annotation {number}"
+            instruction, where = "", f"{of} {number}"
             try:
                 instruction = chosen_instruction(self._choice, sentence, where)
             except FileError as error:
@@ -158,7 +155,7 @@ class CalvinSource:
             if not recorded or (scenes and scene is None and (self._options.scenes or self._options.held_out_scenes)):
                 what, file = ("scene", "scene_info.npy") if recorded else ("recording", "ep_start_end_ids.npy")
                 fault = fault or f"{where} covers steps {first} to {last}, but no {what} of {folder / file} has all of them"
-            segments.append(_Segment(name, number, first, last, task, instruction, scene, fault=fault))
+            segments.append(_Segment(name, number, first, last, task or instruction, instruction, scene, fault=fault))
         return segments
 
     def _choose(self, segments: list[_Segment]) -> list[_Segment]:

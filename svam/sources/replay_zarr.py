@@ -31,7 +31,15 @@ from svam.contract import EVERYTHING, Choice, Episode, EpisodeShape, FrameBlocks
 from svam.errors import MachineError, ParamsError
 from svam.files import FileError, stamp
 from svam.sources._choice import checked, chosen_cameras, chosen_instruction, contents, rate_notes
-from svam.sources._pictures import PictureArray, frames_per_block, named_pictures, needed_pictures, picture_array, without_it
+from svam.sources._pictures import (
+    PictureArray,
+    depth_doubts,
+    frames_per_block,
+    named_pictures,
+    needed_pictures,
+    picture_array,
+    without_it,
+)
 from svam.sources._zarr import ZarrArray, ZarrFolder
 
 _SURVEYED = 50_000_000
@@ -137,6 +145,7 @@ class ReplayZarrSource:
                     "vectors as convert.source 'raw' (svam/sources/raw.py), whose frames may be mp4"
                 )
             raise FileError(f"{self.path}: no pictures: data has {has}, none of which is (n, H, W, 3) uint8{why}")
+        self._doubts = [] if chosen else depth_doubts(array.name for array, _ in known.values())
         return {name: known[name] for name in chosen_cameras(choice, list(known), self.path, "data/")}
 
     def _columns(self, option: str, name: str) -> tuple[ZarrArray, slice]:
@@ -174,7 +183,7 @@ class ReplayZarrSource:
                 )
             if (left := array.shape[0] - self._rows) > 0:
                 notes.append(f"{left} rows of {array.name} are behind the last episode and left out")
-        notes += [note for array, pictures in self._pictures.values() for note in pictures.notes(array.name)]
+        notes += [*self._doubts, *(note for array, pictures in self._pictures.values() for note in pictures.notes(array.name))]
         first = min(self._episodes[0][1], whole)
         for times in self._vectors["timestamp"] if first else ():
             notes += rate_notes(self._joined([times], 0, first)[:, 0], self.rate_hz, times[0].name)

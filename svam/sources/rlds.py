@@ -38,7 +38,7 @@ from svam.contract import EVERYTHING, Choice, ContractError, Episode, EpisodeSha
 from svam.errors import ParamsError
 from svam.files import FileError, refuse_lfs_pointer, stamp
 from svam.sources._choice import checked, chosen_instruction, contents, segments_of
-from svam.sources._pictures import LEAVE_OUT, array_rgb, one_coloured, picture_blocks
+from svam.sources._pictures import LEAVE_OUT, array_rgb, one_coloured, picture_blocks, picture_rgb
 from svam.sources._rlds_options import Options, choose
 from svam.sources._tfds import Record, Shard, find_version, read_dataset_info, read_features
 from svam.sources._tfrecord import mapped, read_record, record_spans
@@ -49,7 +49,8 @@ _MOST_LOST = 1_000_000
 
 class _Entry(NamedTuple):
     """An episode's place and facts: shard, record number in it, payload's offset and length; steps, steps kept, bytes under
-    `steps/`; its sentence, others for the same, and those of its parts; why it cannot be read."""
+    `steps/`; its own sentence, which names its task (`convert.instruction` where it has none), others for the same, and those
+    of its parts; why it cannot be read."""
 
     shard: Shard
     record: int
@@ -203,24 +204,36 @@ class RldsSource:
         name = self._chosen.success
         said = float(record.vectors(name)[0, 0]) if name and name in record else None
         success = bool(said) if said in (0, 1) else None  # NaN says nothing
-        told = filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
-        instruction = self._choice.instruction or next(told, "")
-        others = tuple(said for said in dict.fromkeys(told) if said != instruction) if self._options.paraphrases else ()
+        told, replaced = self._told(record, kept), self._choice.instruction
+        try:
+            instruction = next(told, "") or replaced or ""
+        except FileError:
+            if not replaced:
+                raise
+            instruction = replaced  # which need not be sound
+        further = self._options.paraphrases and not replaced
+        others = tuple(said for said in dict.fromkeys(told) if said != instruction) if further else ()
         return place._replace(
             recorded=recorded, kept=kept, size=record.size, instruction=instruction, success=success, paraphrases=others,
             segments=self._segments(record, kept),
         )  # fmt: skip
 
+    def _told(self, record: Record, kept: int) -> Iterator[str]:
+        """The sentences that an episode's features have."""
+        return filter(None, (self._sentence(record, name, kept) for name in self._chosen.instructions if kept))
+
     def _segments(self, record: Record, kept: int) -> tuple[Segment, ...]:
         """The parts of an episode by the first instruction that its steps have, where the choice asks for them."""
-        told = (record.texts(name)[:kept] for name in self._chosen.instructions if self._choice.segments)
+        asked = self._choice.segments and not self._choice.instruction
+        told = (record.texts(name)[:kept] for name in self._chosen.instructions if asked)
         lines = next((lines for lines in told if any(line.strip() for line in lines)), [])
         return segments_of(lines) if len(lines) == kept else ()
 
     def _sentence(self, record: Record, name: str, kept: int) -> str:
         """The one that is not empty, of a feature's first `kept` steps."""
         different = list(filter(None, dict.fromkeys(line.strip() for line in record.texts(name)[:kept])))
-        if len(different) > 1 and self._options.changing_instruction == "refuse" and not self._choice.segments:
+        allowed = self._options.changing_instruction == "first" or self._choice.segments or self._choice.instruction
+        if len(different) > 1 and not allowed:
             raise ContractError(
                 f"{record.where}: the instruction changes from {different[0]!r} to {different[1]!r}, expected one an episode; "
                 "convert.segments: true cuts it there, convert.options.changing_instruction: first takes the first"
@@ -259,6 +272,13 @@ class RldsSource:
             for camera in one_coloured(self.read(0).frames):
                 said = f"pictures of {camera} are of one colour, as sets fill up a camera that is not there"
                 notes.append(f"{self._index[0][0].where}: {said}; {LEAVE_OUT}")
+            entry = self._index[0][0]
+            record = self._record(entry, entry.payload())
+            images = {c: name for c, name in self._chosen.cameras.items() if self._features[name].kind == "image"}
+            turned = [c for c, name in images.items() if "EXIF" in picture_rgb(record.rows(name)[0], entry.where)[1]]
+            if turned:
+                asked = f"the EXIF of pictures of {', '.join(turned)} asks to turn them"
+                notes.append(f"{entry.where}: {asked}; they are stored unturned, as TensorFlow reads them")
         return notes
 
     def describe(self) -> SourceDescription:
@@ -266,7 +286,8 @@ class RldsSource:
         sentences: dict[str, dict[str, None]] = {}
         for entry in self._index[0]:
             if own := entry.instruction or self._choice.missing_instruction:
-                sentences.setdefault(own, {own: None}).update(dict.fromkeys(entry.paraphrases))
+                said = [self._choice.instruction or own, *entry.paraphrases]
+                sentences.setdefault(own, {}).update(dict.fromkeys(said))
         return SourceDescription(
             rate_hz=self._rate_hz, cameras=list(self._chosen.cameras),
             instructions={task: {"train": list(said), "held_out": []} for task, said in sentences.items()},
@@ -289,8 +310,11 @@ class RldsSource:
         return EpisodeShape(
             entry.kept, held_out=entry.shard.split in held_out if held_out else None, stamp=f"{stamp(file)}:{entry.offset}",
             name=f"{file.name}#{entry.record}", success=entry.success, segments=entry.segments,
-            task=chosen_instruction(self._choice, entry.instruction, entry.where),
+            task=self._task(entry),
         )  # fmt: skip
+
+    def _task(self, entry: _Entry) -> str:
+        return entry.instruction or chosen_instruction(self._choice, None, entry.where)
 
     def read(self, index: int) -> Episode:
         """One episode."""
@@ -311,9 +335,9 @@ class RldsSource:
                 return array_rgb(record.vectors(name), [size or 0 for size in feature.shape], what)[: entry.kept]
             return picture_blocks(record.rows(name)[: entry.kept], feature.shape, what)
 
-        sentence = chosen_instruction(self._choice, entry.instruction, entry.where)
+        task = self._task(entry)
         episode = Episode(
-            task=sentence, instruction=sentence, rate_hz=self._rate_hz,
+            task=task, instruction=self._choice.instruction or task, rate_hz=self._rate_hz,
             frames={camera: pictures(name) for camera, name in self._chosen.cameras.items()},
             actions=joined(self._chosen.action), proprioception=joined(self._chosen.proprioception),
             state=joined(self._chosen.state),

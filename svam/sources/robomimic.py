@@ -37,11 +37,10 @@ import numpy as np
 
 from svam.contract import EVERYTHING, Choice, Frozen
 from svam.files import FileError
-from svam.sources._hdf5 import Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
+from svam.sources._hdf5 import HELD_OUT, Hdf5File, Hdf5Source, Recording, Size, hdf5_files, text_of
 from svam.sources._pictures import named_pictures, picture_array
 
 _ENDINGS = ("_image", "_rgb")
-_HELD_OUT = ("valid", "val", "validation", "test")
 _LIBERO = {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
 _PROPRIOCEPTION = (
     ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos"),
@@ -164,11 +163,11 @@ class RobomimicSource(Hdf5Source):
         if not names:
             raise FileError(f"{data.file}: no group data of demonstrations, robomimic's layout; it has {data.listed('/')}")
         chosen = self.options.filter_key
-        keys = [key for key in dict.fromkeys(["train", *_HELD_OUT, chosen]) if key and data.is_dataset(f"mask/{key}")]
+        keys = [key for key in dict.fromkeys(["train", *HELD_OUT, chosen]) if key and data.is_dataset(f"mask/{key}")]
         masks = {key: {text.removeprefix("data/") for text in data.texts(f"mask/{key}")} for key in keys}
         for key in [key for key in keys if not masks[key] and 0 not in data.layout(f"mask/{key}")[0]]:
             self.notes.append(f"{data.file}: mask/{key} holds no names of demonstrations, and is not used")
-        train, valid = masks.get("train", set()), set[str]().union(*(masks.get(key, ()) for key in _HELD_OUT))
+        train, valid = masks.get("train", set()), set[str]().union(*(masks.get(key, ()) for key in HELD_OUT))
         if both := sorted(train & valid):
             self.notes.append(f"{data.file}: {len(both)} are in mask/train and one that holds out: held out, such as {both[0]}")
         if absent := sorted(set().union(*masks.values()) - set(names)):
@@ -226,7 +225,12 @@ class RobomimicSource(Hdf5Source):
         """Whether a dataset is a camera, by its name or by what it holds."""
         if dataset.endswith(_ENDINGS) or not data.is_dataset(dataset):
             return dataset.endswith(_ENDINGS)
-        shape, dtype = data.layout(dataset)
+        try:
+            shape, dtype = data.layout(dataset)
+        except FileError:
+            if not self._choice.cameras:
+                raise
+            return False  # one that `convert.cameras` leaves out may be anything
         return dtype == np.uint8 and picture_array(shape, dtype) is not None
 
     def _cameras_of(self, data: Hdf5File, place: str, keys: list[str], steps: int) -> dict[str, tuple[str, Size]]:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from svam import processes
 from svam.console import console
 from svam.episodes.store import EpisodeStore, Split
-from svam.episodes.windows import clip_rows
 from svam.models.generator import VideoGenerator
 from svam.models.video import VideoConfig
 from svam.npy import write_arrays
@@ -22,7 +21,7 @@ from svam.params import Generate
 from svam.resume import NO_RESUME, Resume
 from svam.seeds import generator, seed_of
 from svam.training.blocks import in_batches, write_attributes, write_blocks
-from svam.training.latents import Latents
+from svam.training.latents import Clips, Latents
 
 
 @dataclass(frozen=True)
@@ -46,21 +45,23 @@ def choose_windows(store: EpisodeStore, params: Generate, config: VideoConfig, s
     instructions: list[str] = []
     for split, count in (("train", params.windows), ("held_out", params.held_out_windows)):
         side: Split = split  # type: ignore[assignment]
-        available = store.drawn(store.pictures(side))
+        clips = Clips(store, side, config.frames, config.stride)
         rng = generator(seed, "generate", split)
-        if count > len(available):
-            console.print(f"generate: {split} has {len(available)} windows, {count} were asked for; all are used")
+        if count > clips.draws:
+            console.print(f"generate: {split} has {clips.draws} windows, {count} were asked for; all are used")
         # One draw from each of `count` equal stretches of the time axis covers all episodes and stays random.
-        edges = np.linspace(0, len(available), min(count, len(available)) + 1).astype(np.int64)
-        chosen = available[[int(rng.integers(a, b)) for a, b in pairwise(edges)]]
-        for row, episode in zip(chosen.tolist(), store.episode_of(chosen % len(store)).tolist(), strict=True):
-            before = row // len(store) * len(store)  # pictures of cameras before this one
-            start, end = store.bounds(episode)
-            rows.append(clip_rows(row, before + start, before + end, config.frames, config.stride))
-            held_out.append(split == "held_out")
-            instructions.append(store.instruction_of(episode, seed_of(seed, "generate", row)))
-    seeds = [seed_of(seed, "generate noise", int(r[0])) for r in rows]
-    return Windows(np.stack(rows), np.asarray(held_out), instructions, seeds)
+        edges = np.linspace(0, clips.draws, min(count, clips.draws) + 1).astype(np.int64)
+        places = clips.drawn(np.array([int(rng.integers(a, b)) for a, b in pairwise(edges)], dtype=np.int64))
+        chosen = clips.clip_rows(places)
+        rows.append(chosen)
+        held_out += [split == "held_out"] * len(chosen)
+        instructions += [
+            store.instruction_of(episode, seed_of(seed, "generate", row))
+            for row, episode in zip(chosen[:, 0].tolist(), clips.episode_of(places).tolist(), strict=True)
+        ]
+    together = np.concatenate(rows)
+    seeds = [seed_of(seed, "generate noise", row) for row in together[:, 0].tolist()]
+    return Windows(together, np.asarray(held_out), instructions, seeds)
 
 
 def generate_windows(

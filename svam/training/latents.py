@@ -71,17 +71,17 @@ def open_latents(folder: Path, store: EpisodeStore, autoencoder: Autoencoder, au
     return arrays[0] if len(arrays) == 1 else LatentsOfCameras(arrays)
 
 
-class LatentClips:
-    """Clips of one side of the split; a clip's place is that of its observed frame among the `pictures` of that side."""
+class Clips:
+    """Clips of one side of the split; a clip's place is that of its observed frame among the `pictures` of that side, which are
+    not listed: what is kept grows with the episodes, not with their rows."""
 
-    def __init__(self, store: EpisodeStore, split: Split, latents: Latents, frames: int, stride: int) -> None:
-        self.latents, self.frames, self.stride = latents, frames, stride
+    def __init__(self, store: EpisodeStore, split: Split, frames: int, stride: int) -> None:
+        self.frames, self.stride = frames, stride
         self.episodes = np.tile(store.episodes(split), len(store.foreseen))
         bounds = np.array([store.bounds(int(e)) for e in store.episodes(split)], dtype=np.int64).reshape(-1, 2)
         self._start, self._end = np.concatenate([bounds + k * len(store) for k in range(len(store.foreseen))]).T
         self._places_end = np.cumsum(self._end - self._start)
-        rows = store.pictures(split) if store.sets else None
-        self._drawn = None if rows is None else np.searchsorted(rows, store.drawn(rows))
+        self._cameras, (self._rows, self._draws) = len(store.foreseen), np.array(store.shares(split), dtype=np.int64).T
 
     def __len__(self) -> int:
         return int(self._places_end[-1])
@@ -89,11 +89,16 @@ class LatentClips:
     @property
     def draws(self) -> int:
         """How many clips training draws from: each place once, or several sets by their weights."""
-        return len(self) if self._drawn is None else len(self._drawn)
+        return int(self._draws.sum())
 
     def drawn(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """The places of numbers below `draws`."""
-        return numbers if self._drawn is None else self._drawn[numbers]
+        ends = np.cumsum(self._draws)
+        part = np.searchsorted(ends, numbers, side="right")
+        rows, count = self._rows[part], self._draws[part]
+        camera, row = np.divmod((numbers - ends[part] + count) * (rows * self._cameras) // count, rows)
+        places: NDArray[np.int64] = camera * self._rows.sum() + (np.cumsum(self._rows) - self._rows)[part] + row
+        return places
 
     def episode_of(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """(B,) the store's numbers of the episodes that clips are of."""
@@ -105,9 +110,17 @@ class LatentClips:
         observed = self._end[number] - (self._places_end[number] - places)
         return clip_rows(observed, self._start[number], self._end[number], self.frames, self.stride)
 
+    def _number(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.searchsorted(self._places_end, places, side="right")
+
+
+class LatentClips(Clips):
+    """The same, with the latents of what they show."""
+
+    def __init__(self, store: EpisodeStore, split: Split, latents: Latents, frames: int, stride: int) -> None:
+        super().__init__(store, split, frames, stride)
+        self.latents = latents
+
     def clips(self, places: NDArray[np.int64]) -> Tensor:
         """(B, T, c, h', w') float32."""
         return torch.from_numpy(self.latents[self.clip_rows(places)]).float()
-
-    def _number(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.searchsorted(self._places_end, places, side="right")

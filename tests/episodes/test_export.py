@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from svam.console import console
-from svam.contract import VECTORS, Episode
+from svam.contract import VECTORS, Episode, SourceDescription
 from svam.episodes import lerobot
 from svam.episodes.__main__ import app
 from svam.episodes.convert import convert
 from svam.episodes.export import open_recording
+from svam.episodes.inspection import facts
 from svam.episodes.joined import open_store
 from svam.episodes.store import EpisodeStore
 from svam.files import read_json, sha256_tree
@@ -105,6 +106,21 @@ def test_there_and_back(store: EpisodeStore, written: Path) -> None:
     assert np.array_equal(rows["recorded_timestamp"], store.timestamps(own)) and np.array_equal(
         rows["index"], np.arange(len(own))
     )
+
+
+@pytest.mark.parametrize("expert", [["lead_a", "lead_b", "lead_c"], []])
+def test_names_of_dimensions_are_each_vectors_own(tmp_path: Path, expert: list[str]) -> None:
+    class Named(Recorded):
+        def describe(self) -> SourceDescription:
+            names = {"actions": ["a", "b", "c"], **({"expert_actions": expert} if expert else {})}
+            return super().describe().model_copy(update={"provenance": {"dimension_names": names}})
+
+    convert(Named([make_episode("push", 9, k) for k in range(2)]), tmp_path / "s.zarr", SETTINGS, seed=0)
+    vectors = facts(tmp_path / "s.zarr")["vectors"]
+    assert (vectors["actions"]["names"], vectors["expert_actions"]["names"]) == (["a", "b", "c"], expert)
+    export(tmp_path / "s.zarr", tmp_path / "set")
+    features = read_json(tmp_path / "set/meta/info.json")["features"]
+    assert (features["action"]["names"], features["expert_action"]["names"]) == (["a", "b", "c"], expert or None)
 
 
 def test_equal_episodes_are_equal_bytes(store: EpisodeStore, written: Path, tmp_path: Path) -> None:

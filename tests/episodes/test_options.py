@@ -15,10 +15,12 @@ import pytest
 from svam.contract import EpisodeShape
 from svam.episodes.inspection import recording_facts
 from svam.episodes.options import ChosenEpisodes, open_named_source, open_recording
+from svam.files import FileError
 from svam.params import Convert, Params, load_params
 from tests import ROOT
 from tests.recorded import SETTINGS, Recorded, make_episode
 from tests.sources.common import refused
+from tests.sources.lerobot_sets import write_v2
 from tests.sources.test_source_raw import ONE_TASK, arrays_of, write
 
 TASKS = ["push", "pick", "push", "pick", "push", "lift"]
@@ -107,6 +109,21 @@ def test_all_that_cannot_be_read_is_listed_at_once(tmp_path: Path) -> None:
     assert len(open_named_source(folder, raw_params(episodes=["20:50"]))) == 30
     with refused("none of 10 episodes can be read: episode 10: .* lists all$"):
         open_named_source(folder, raw_params(episodes=["10:20"]))
+
+
+@pytest.mark.parametrize("choice, said", [({}, "19 of 20 episodes cannot"), ({"episodes": ["1:"]}, "none of 19 episodes can")])
+def test_all_missing_files_are_listed_by_one_command(tmp_path: Path, choice: dict[str, Any], said: str) -> None:
+    """One a line, below the sentence: they are to be fetched."""
+    folder = write_v2(tmp_path, (2,) * 20)
+    files = sorted(folder.glob("data/*/*.parquet"))[1:]
+    for file in files:
+        file.unlink()
+    with pytest.raises(FileError) as caught:
+        open_named_source(folder, raw_params(source="lerobot", **choice))
+    sentence, *below = str(caught.value).split("\n")
+    assert sentence.startswith(said) and all(str(file) in sentence for file in files[:5]) and len(below) == len(files) - 5
+    for number, (file, line) in enumerate(zip(files[5:], below, strict=True), 6):
+        assert line.startswith(f"episode {number}: {file}: no such file")
 
 
 def _hdf5(*keys: str) -> dict[str, Sequence[str]]:

@@ -13,9 +13,10 @@ from svam.episodes.convert import convert
 from svam.episodes.joined import JoinedStore, open_store
 from svam.episodes.options import open_named_source
 from svam.episodes.sets import convert_sets
-from svam.episodes.store import EpisodeStore
+from svam.episodes.store import SPLITS, EpisodeStore
 from svam.files import sha256_tree
 from svam.params import Params
+from svam.training.latents import Clips
 from tests.episodes.test_options import raw_params
 from tests.sources.common import refused
 from tests.sources.test_source_raw import ONE_TASK, arrays_of, write
@@ -110,6 +111,20 @@ def test_training_draws_by_weight(recordings: Path) -> None:
     assert set(drawn) == set(rows) and (np.diff(drawn) >= 0).all()
     acting = np.concatenate([np.arange(*store.bounds(episode)) for episode in store.acting_episodes("train").tolist()])
     assert acting.max() < 36 and (store.drawn(acting) >= 18).mean() == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.parametrize("foreseen", [1, 2])
+def test_clips_are_drawn_as_pictures_are_without_a_list_of_them(recordings: Path, foreseen: int) -> None:
+    cameras = {"cameras": ["front", "wrist"], "foreseen": foreseen}
+    films = cameras | {"episodes": [0]}  # one alone: nothing is held out
+    for names in (["arm"], ["arm", "hand", "films"]):
+        store = made(recordings, *names, arm=cameras, hand=cameras, films=films)
+        for stores in (store, *store.sets.values()):
+            for side in SPLITS if 1 in stores.episode_split else SPLITS[:1]:
+                clips, pictures = Clips(stores, side, 3, 2), stores.pictures(side)
+                places = clips.drawn(np.arange(clips.draws))
+                assert np.array_equal(pictures[places], stores.drawn(pictures))
+                assert np.array_equal(clips.clip_rows(places)[:, 0], stores.drawn(pictures))
 
 
 def test_adding_and_removing_converts_no_other(recordings: Path, capsys: pytest.CaptureFixture[str]) -> None:

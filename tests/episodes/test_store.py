@@ -11,6 +11,7 @@ import pytest
 from svam.episodes.arrays import write_array
 from svam.episodes.joined import open_store
 from svam.episodes.rows import RowReader
+from svam.files import write_json
 from tests.episodes.stores import SOURCE, edit, replace, shards
 from tests.recorded import CAMERAS
 from tests.sources.common import refused
@@ -81,6 +82,29 @@ def test_missing_or_foreign_folders(path: Path, tmp_path: Path) -> None:
     (path / "zarr.json").write_text("{")
     with refused("not valid JSON"):
         open_store(path)
+
+
+SCHEMA_2: dict[str, Any] = {
+    "attributes": {
+        "attributes_sha256": "c35dae644473e7d3c0840b1e00eb06bd90dbbef309bb54516cee3be07cc9ad36",
+        "episode_instructions": ["push please, number 0"] * 2, "episode_provenance": [{"file": "push/0"}] * 2,
+        "schema_version": 2, "statistics": None, "tasks": ["push"],
+        "source": {
+            "cameras": ["front", "wrist"], "instructions": {"push": {"held_out": ["push c"], "train": ["push a", "push b"]}},
+            "provenance": {"source": "test"}, "rate_hz": 20.0,
+        },
+    },
+    "node_type": "group", "zarr_format": 3,
+}  # fmt: skip
+"""What the last code of that version wrote of two episodes of pictures alone."""
+
+
+def test_a_store_of_the_version_before_says_how_to_convert_it_again(tmp_path: Path) -> None:
+    write_json(tmp_path / "zarr.json", SCHEMA_2)
+    with refused(
+        "schema_version is 2, this code reads 3; convert again: dvc repro --force --single-item convert$", str(tmp_path)
+    ):
+        open_store(tmp_path)
 
 
 @pytest.mark.parametrize("changed, said", [

@@ -265,3 +265,17 @@ def test_the_recipe_for_other_formats_is_read(tmp_path: Path, monkeypatch: pytes
     for recording, values in zip(recordings, everything(Set("raw", str, {}).opened(tmp_path / "my_set")), strict=True):
         assert values["instruction"] == recording["sentence"] and np.array_equal(values["front"], recording["pictures"])
         assert np.array_equal(values["actions"], recording["actions"]) and values["proprioception"].shape[1] == 2
+
+
+def test_pictures_that_are_called_depth_are_doubted_unless_they_are_chosen(tmp_path: Path) -> None:
+    """RLDS has a test of its own."""
+    robomimic.isaac(tmp_path / "robomimic/x.hdf5", demo_0={"top_Depth": squares(3)})
+    aloha.record(tmp_path / "aloha/episode_0.hdf5", 3, cameras=("cam_depth",))
+    replay_zarr.write(tmp_path / "replay_zarr/x.zarr", [3], depth=squares(3), img=None)
+    for name, camera in (("robomimic", "obs/top_Depth"), ("aloha", "observations/images/cam_depth"), ("replay_zarr", "depth")):
+        module, notes = import_module(f"svam.sources.{name}"), []
+        for cameras in ([], [camera]):
+            choice = Choice(cameras=cameras, rate_hz=10, instruction="go")
+            notes.append(" ".join(module.open_source(tmp_path / name, module.Options(), choice).notes))
+        said = f"{camera} is read as colours; is it depth? to leave it out, name the other cameras in convert.cameras"
+        assert said in notes[0] and "is it depth" not in notes[1]

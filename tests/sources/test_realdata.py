@@ -93,12 +93,13 @@ def opened(folder: Path, **choice: Any) -> EpisodeSource:
     return open_named_source(folder, raw_params(columns=columns, **choice))
 
 
-LEROBOT = {"source": "lerobot"}
+LEROBOT, ALOHA = {"source": "lerobot"}, {"source": "aloha", "instruction": "go"}
 FAULTY: list[tuple[str, dict[str, Any], str]] = [
     ("cameras_have_no_files/data_image_but_mp4", LEROBOT, "its pictures lie in videos, and are read from there"),
     ("cameras_have_no_files/data_uint8_lists", LEROBOT, ""),
     ("cameras_have_no_files/data_v21_over_v30", LEROBOT, "no such file.* are of a v3 set: is codebase_version right"),
     ("cameras_have_no_files/data_video_instead_of_videos", LEROBOT, "no video files: .* the folder holds data, meta, video"),
+    ("convert_cameras_not_applied/data_aloha_depth", ALOHA | {"cameras": ["cam_high", "cam_left_wrist"]}, ""),
     ("convert_cameras_not_applied/data_lerobot", LEROBOT | {"cameras": ["front"]}, ""),
     ("depth_without_flag/data_png16", LEROBOT, r"is it depth.*convert.cameras.*\[front\]"),
     ("depth_without_flag/data_tiff", LEROBOT | {"cameras": ["front"]}, ""),
@@ -228,3 +229,6 @@ def test_no_folder_is_forgotten() -> None:
     named = {Path(folder) for folder in [*CONVERTED, *REFUSED]}
     found = {path.relative_to(REAL) for path in REAL.glob("*/*") if path.is_dir()}
     assert found == named
+    failing = REAL.parent / "failing"
+    if failing.is_dir():
+        assert {path.relative_to(failing).as_posix() for path in failing.glob("*/data*")} == {folder for folder, *_ in FAULTY}

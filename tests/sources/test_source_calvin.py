@@ -11,13 +11,13 @@ import pytest
 
 from svam.contract import Choice
 from svam.episodes.split import split_episodes
-from svam.sources.calvin import NEUTRAL_INSTRUCTION, Options, open_source
+from svam.sources.calvin import Options, open_source
 from tests.sources.common import frames_of, refused
 from tests.sources.test_restricted_pickle import npy_of
 
 INDX = [(100, 104), (103, 108), (np.int64(120), np.int64(120))]
 TASKS = ["open_drawer", "push_block", "open_drawer"]
-SENTENCES = ["open the drawer", "push the red block left", "pull the handle"]
+SENTENCES, SENTENCE = ["open the drawer", "push the red block left", "pull the handle"], "tidy the table"
 
 
 def write_step(file: Path, rng: np.random.Generator, dtype: Any = np.float64, **changes: Any) -> None:
@@ -78,7 +78,7 @@ def stacked(folder: Path, first: int, last: int, name: str) -> np.ndarray:
 @pytest.mark.parametrize("actions", ["rel_actions", "actions"])
 @pytest.mark.parametrize("segments", ["annotated", "whole"])
 def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segments: Any) -> None:
-    source = open_source(dataset, Options(actions=actions, segments=segments))
+    source = open_source(dataset, Options(actions=actions, segments=segments), Choice(missing_instruction=SENTENCE))
     expected = []
     for folder in (dataset / "training", dataset / "validation"):
         if segments == "annotated":
@@ -86,7 +86,7 @@ def test_everything_equals_an_independent_read(dataset: Path, actions: Any, segm
             expected += [(folder, first, last, task, sentence) for (first, last), task, sentence in rows]
         else:
             bounds = np.load(folder / "ep_start_end_ids.npy").tolist()
-            expected += [(folder, first, last, NEUTRAL_INSTRUCTION, NEUTRAL_INSTRUCTION) for first, last in bounds]
+            expected += [(folder, first, last, SENTENCE, SENTENCE) for first, last in bounds]
     description = source.describe()
     assert len(source) == len(expected) == 4 and (description.cameras, description.rate_hz) == (["static", "gripper"], 30.0)
     for index, (folder, first, last, task, sentence) in enumerate(expected):
@@ -228,12 +228,13 @@ def test_instructions_of_held_out_episodes_are_apart(dataset: Path) -> None:
 
 
 def test_whole_recordings_say_their_sentence(dataset: Path) -> None:
-    assert any(NEUTRAL_INSTRUCTION in note for note in open_source(dataset, Options(segments="whole")).notes)
-    for choice in (Choice(instruction="tidy the table"), Choice(missing_instruction="tidy the table")):
+    with refused("ep_start_end_ids.npy: recording 0: no instruction; set convert.missing_instruction to"):
+        open_source(dataset, Options(segments="whole"))
+    for choice in (Choice(instruction=SENTENCE), Choice(missing_instruction=SENTENCE)):
         source = open_source(dataset, Options(segments="whole"), choice)
-        assert source.read(0).instruction == "tidy the table" and not any("no language" in note for note in source.notes)
-    episode = open_source(dataset, Options(), Choice(instruction="tidy the table")).read(0)
-    assert (episode.task, episode.instruction) == ("open_drawer", "tidy the table")
+        assert source.read(0).instruction == source.shape(0).task == SENTENCE
+    episode = open_source(dataset, Options(), Choice(instruction=SENTENCE)).read(0)
+    assert (episode.task, episode.instruction) == ("open_drawer", SENTENCE)
 
 
 def test_a_changed_step_changes_the_stamp(tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_no_annotations_names_the_alternatives(tmp_path: Path) -> None:
     (folder / "lang_BERT/auto_lang_ann.npy").unlink()
     with refused("no other folder there has it, or set convert.options.segments to 'whole'"):
         open_source(tmp_path, Options())
-    assert len(open_source(tmp_path, Options(segments="whole"))) == 3
+    assert len(open_source(tmp_path, Options(segments="whole"), Choice(missing_instruction=SENTENCE))) == 3
 
 
 def lang_ann(indx: Any = INDX, task: str = "open", sentence: Any = "go") -> bytes:

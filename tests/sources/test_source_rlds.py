@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 import struct
 import zlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from svam.contract import Choice, Segment
 from svam.sources.rlds import Options, RldsSource, open_source
@@ -190,25 +192,30 @@ def test_instructions(tmp_path: Path) -> None:
     toy(tmp_path / "a", episode(0), episode(1, language_instruction=[""] * 4), episode(2))
     with refused("record 1: no instruction; set convert.missing_instruction"):
         look(opened(tmp_path / "a"))
-    for choice, sentences in (
+    for choice, tasks in (
         ({"missing_instruction": "do it"}, ["push block 0", "do it", "push block 2"]),
-        ({"instruction": "do that"}, ["do that"] * 3), ({"without_instruction": "leave_out"}, ["push block 0", "push block 2"]),
-    ):  # fmt: skip
-        source = opened(tmp_path / "a", **choice)
-        assert [source.read(n).instruction for n in range(len(source))] == sentences
-        assert [source.shape(n).task for n in range(len(source))] == sentences
-        assert list(source.describe().instructions) == list(dict.fromkeys(sentences))
+        ({"instruction": "do that"}, ["push block 0", "do that", "push block 2"]),
+        ({"without_instruction": "leave_out"}, ["push block 0", "push block 2"]),
+    ):
+        source, said = opened(tmp_path / "a", **choice), choice.get("instruction")
+        assert [source.read(n).instruction for n in range(len(source))] == [said or task for task in tasks]
+        assert [source.shape(n).task for n in range(len(source))] == [source.read(n).task for n in range(len(source))] == tasks
+        instructions = source.describe().instructions
+        assert instructions == {task: {"train": [said or task], "held_out": []} for task in tasks}
     assert "1 episodes without an instruction" in source.notes[0]
     changing = toy(tmp_path / "b", episode(0, language_instruction=["", "a", "b", "b"]))
     with refused("the instruction changes from 'a' to 'b'"):
         look(changing)
     assert opened(tmp_path / "b", changing_instruction="first").read(0).instruction == "a"
+    replaced = opened(tmp_path / "b", instruction="c", segments=True)
+    assert (replaced.shape(0).task, replaced.shape(0).segments, replaced.read(0).instruction) == ("a", (), "c")
     assert toy(tmp_path / "d", episode(0, language_instruction=["a ", "a", "", " a"])).read(0).instruction == "a"
     parts = opened(tmp_path / "b", segments=True).shape(0).segments
     assert parts == (Segment(0, 2, ("a",)), Segment(2, 4, ("b",)))
     assert opened(tmp_path / "a", segments=True, missing_instruction="do it").shape(0).segments == ()
     with refused("step 2 is not UTF-8"):
         look(toy(tmp_path / "c", episode(0, language_instruction=[b"a", b"a", b"\xff", b"a"])))
+    assert opened(tmp_path / "c", instruction="c").read(0).task == "c"
     with refused("instruction_key is 'words', which is no text.*one of: language_instruction"):
         opened(tmp_path / "a", instruction_key="words")
 
@@ -232,6 +239,7 @@ def test_other_sentences_and_success(tmp_path: Path) -> None:
     assert unsaid.shape(0).success is None
     assert source.shape(1).name == "toy-train.tfrecord-00000-of-00001#1"
     assert source.describe().instructions["first"]["train"] == ["first"]
+    assert opened(tmp_path, paraphrases=True, instruction="c").describe().instructions["first"]["train"] == ["c"]
     instructions = opened(tmp_path, paraphrases=True).describe().instructions
     assert [instructions[task]["train"] for task in ("third", "first")] == [["third"], ["first", "third"]]
 
@@ -364,6 +372,21 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
             features = {**FEATURES, "steps/observation/image": image(6, 8, channels)}
             source = toy(tmp_path, episode(0, n=1, observation__image=[png(picture)]), features=features)
             assert np.array_equal(frames_of(source.read(0))[0], expected)
+
+
+def test_a_turn_that_tensorflow_ignores_is_noted(tmp_path: Path) -> None:
+    """Of the first picture, whatever the others say."""
+    turn = Image.Exif()
+    turn[0x0112] = 6
+    turned, upright = [io.BytesIO() for _ in pixels(0, 4)], [png(frame) for frame in pixels(0, 4)]
+    for frame, file in zip(pixels(0, 4), turned, strict=True):
+        Image.fromarray(frame).save(file, "PNG", exif=turn)
+    pictures = [file.getvalue() for file in turned]
+    source = toy(tmp_path, episode(0, observation__image=pictures))
+    asked = "record 0: the EXIF of pictures of image asks to turn them; they are stored unturned, as TensorFlow reads them"
+    assert len(source.notes) == 1 and source.notes[0].endswith(asked)
+    assert np.array_equal(frames_of(source.read(0)), pixels(0, 4))
+    assert toy(tmp_path, episode(0, observation__image=upright[:1] + pictures[1:])).notes == []
 
 
 def test_a_camera_called_depth_is_doubted(tmp_path: Path) -> None:

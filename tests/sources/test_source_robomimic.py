@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from svam.contract import Choice
+from svam.episodes.options import open_named_source
 from svam.sources.robomimic import Options, RobomimicSource, open_source
+from tests.episodes.test_options import raw_params
 from tests.sources.common import change, frames_of, refused
 
 SENTENCE = "lift the cube"
@@ -379,3 +381,40 @@ def test_a_bad_demonstration_can_be_left_out(tmp_path: Path) -> None:
     change(tmp_path / "a.hdf5", "data/demo_2/actions", np.zeros((3, 6)))
     with refused(r"demo_2: actions is \(n, 6\), but \(n, 7\) in most episodes"):
         open_said(tmp_path, {"cameras": ["robot0_eye_in_hand"]}).shape(2)
+
+
+def test_what_is_not_chosen_may_be_anything(tmp_path: Path) -> None:
+    """Whether pictures are upside down does not depend on what `convert.cameras` leaves out being sound."""
+    libero(tmp_path / "x.hdf5", "x", {"demo_0": 3}, opengl=False)
+    with h5py.File(tmp_path / "x.hdf5", "a") as root, h5py.File(tmp_path / "other.h5", "w") as other:
+        observations, other["seen"] = root["data/demo_0/obs"], np.zeros((3, 6, 8, 3), np.uint8)
+        stored = observations["agentview_rgb"][:]
+        observations["extra_cam"] = h5py.ExternalLink("other.h5", "seen")
+        observations["nothing"], observations["cam@2"] = h5py.Empty(np.uint8), stored
+    with refused("extra_cam keeps its values in other files"):
+        open_said(tmp_path / "x.hdf5")
+    for cameras, seen in ((["agentview"], stored), (["cam@2"], stored)):
+        source = open_said(tmp_path / "x.hdf5", {"cameras": cameras})
+        assert np.array_equal(frames_of(source.read(0), cameras[0]), seen)
+
+
+def test_tasks_are_the_files_own_where_their_sentence_is_replaced(tmp_path: Path) -> None:
+    libero(tmp_path / "a.hdf5", "open the drawer", {"demo_0": 3})
+    libero(tmp_path / "b.hdf5", "push the plate", {"demo_0": 4})
+    params = raw_params(source="robomimic", instruction=SENTENCE, tasks=["push the plate"], options={"flip": "none"})
+    source = open_named_source(tmp_path, params)
+    assert [source.shape(i).steps for i in range(len(source))] == [4]
+    assert source.describe().instructions == {"push the plate": {"train": [SENTENCE], "held_out": []}}
+    assert (source.read(0).task, source.read(0).instruction) == ("push the plate", SENTENCE)
+    libero(tmp_path / "b.hdf5", 5, {"demo_0": 4})  # no text: what is replaced need not be sound
+    assert open_said(tmp_path / "b.hdf5").read(0).task == SENTENCE
+
+
+def test_folders_that_look_like_a_split_are_noted(tmp_path: Path) -> None:
+    for folder in ("Train", "val"):
+        robomimic(tmp_path / folder / "a.hdf5", {"demo_0": 2})
+    note = "the folders Train, val are read as one and say no split; one is drawn"
+    assert note in " ".join(open_said(tmp_path).notes)
+    with h5py.File(tmp_path / "val/a.hdf5", "a") as root:
+        root["mask/valid"] = ["demo_0"]
+    assert note not in " ".join(open_said(tmp_path).notes) and open_said(tmp_path / "val").notes == []
