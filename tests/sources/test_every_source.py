@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import pickle
 import shutil
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from svam.contract import Choice, EpisodeSource, frame_blocks
 from svam.errors import SvamError
@@ -29,7 +31,7 @@ from tests.sources import test_source_rlds as rlds
 from tests.sources import test_source_robomimic as robomimic
 from tests.sources import test_source_video_folder as video_folder
 from tests.sources import tfds_writer
-from tests.sources.common import LFS_POINTER, damaged, everything, film, refused, squares
+from tests.sources.common import LFS_POINTER, damaged, everything, film, frames_of, refused, squares
 from tests.sources.lerobot_sets import write_v3
 
 
@@ -279,3 +281,15 @@ def test_pictures_that_are_called_depth_are_doubted_unless_they_are_chosen(tmp_p
             notes.append(" ".join(module.open_source(tmp_path / name, module.Options(), choice).notes))
         said = f"{camera} is read as colours; is it depth? to leave it out, name the other cameras in convert.cameras"
         assert said in notes[0] and "is it depth" not in notes[1]
+
+
+def test_a_turn_that_tensorflow_ignores_is_noted(tmp_path: Path) -> None:
+    """RLDS, of the first picture, whatever the others say; the other sources turn pictures as their EXIF asks."""
+    turn, file, upright = Image.Exif(), io.BytesIO(), [tfds_writer.png(frame) for frame in rlds.pixels(0, 4)]
+    turn[0x0112] = 6
+    Image.fromarray(rlds.pixels(0, 4)[0]).save(file, "PNG", exif=turn)
+    turned = file.getvalue()
+    source = rlds.toy(tmp_path, rlds.episode(0, observation__image=[turned, *upright[1:]]))
+    asked = "record 0: the EXIF of pictures of image asks to turn them; they are stored unturned, as TensorFlow reads them"
+    assert source.notes[0].endswith(asked) and np.array_equal(frames_of(source.read(0)), rlds.pixels(0, 4))
+    assert rlds.toy(tmp_path, rlds.episode(0, observation__image=[upright[0], *[turned] * 3])).notes == []

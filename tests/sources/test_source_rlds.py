@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import json
 import struct
 import zlib
@@ -13,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from svam.contract import Choice, Segment
 from svam.sources.rlds import Options, RldsSource, open_source
@@ -372,21 +370,6 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path: Path) -> None:
             features = {**FEATURES, "steps/observation/image": image(6, 8, channels)}
             source = toy(tmp_path, episode(0, n=1, observation__image=[png(picture)]), features=features)
             assert np.array_equal(frames_of(source.read(0))[0], expected)
-
-
-def test_a_turn_that_tensorflow_ignores_is_noted(tmp_path: Path) -> None:
-    """Of the first picture, whatever the others say."""
-    turn = Image.Exif()
-    turn[0x0112] = 6
-    turned, upright = [io.BytesIO() for _ in pixels(0, 4)], [png(frame) for frame in pixels(0, 4)]
-    for frame, file in zip(pixels(0, 4), turned, strict=True):
-        Image.fromarray(frame).save(file, "PNG", exif=turn)
-    pictures = [file.getvalue() for file in turned]
-    source = toy(tmp_path, episode(0, observation__image=pictures))
-    asked = "record 0: the EXIF of pictures of image asks to turn them; they are stored unturned, as TensorFlow reads them"
-    assert len(source.notes) == 1 and source.notes[0].endswith(asked)
-    assert np.array_equal(frames_of(source.read(0)), pixels(0, 4))
-    assert toy(tmp_path, episode(0, observation__image=upright[:1] + pictures[1:])).notes == []
 
 
 def test_a_camera_called_depth_is_doubted(tmp_path: Path) -> None:
