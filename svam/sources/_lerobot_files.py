@@ -154,9 +154,8 @@ _UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 def seconds(column: Any, what: str, dates: bool = False) -> NDArray[np.float64]:
     """(n,) float64 of a column of finite numbers, one a row; of times of day or dates, too, with `dates`."""
     unit = getattr(column.type, "unit", None) if dates else None
-    values = numbers(column.cast(f"int{column.type.bit_width}") if unit else column, what).astype(np.float64) * _UNITS.get(
-        unit or "", 1.0
-    )
+    column = column.cast(f"int{column.type.bit_width}") if unit else column
+    values = numbers(column, what).astype(np.float64) * (_UNITS[unit] if unit else 1.0)
     if values.size != len(values) or not np.isfinite(values).all():
         raise FileError(f"{what} does not hold one finite number a row")
     return values.ravel()

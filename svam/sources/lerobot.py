@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice, product
@@ -309,7 +309,7 @@ class LerobotSource:
                 said = files.numbers(columns["next.success"], f"{file}: next.success")
                 success = bool(said.any()) if np.isin(said, (0, 1)).all() else None  # NaN says nothing
         task, segments = self.choice.instruction or "", tuple[Segment, ...]()
-        with suppress(*[FileError] * bool(task)):  # what is replaced need not be sound
+        with suppress(FileError) if task else nullcontext():  # what is replaced need not be sound
             task, segments = self._task(index, file, columns.get(spoken))
         return _Rows(file, videos, start, start + len(table), times, fps, task, segments, success)
 

@@ -43,7 +43,7 @@ The `.npz` (numpy.savez or savez_compressed), n time steps:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -223,7 +223,7 @@ class RawSource:
         file, tasks = self._file(index), self._meta.tasks
         facts = self._facts(file.stem)
         replaced, own = bool(self._choice.instruction), ""
-        with suppress(*[FileError] * replaced):  # what is replaced need not be sound
+        with suppress(FileError) if replaced else nullcontext():  # what is replaced need not be sound
             own = _own_instruction(file)
         if own and facts.instruction and own != facts.instruction and not replaced:
             raise FileError(f"{file}: its instruction is {own!r}, but meta.json says {facts.instruction!r}")

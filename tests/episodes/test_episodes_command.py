@@ -225,6 +225,8 @@ def test_show_draws_a_sheet_and_a_film(kept: Path, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         assert call("show", kept, "--episode", 3, "--out", tmp_path / folder).exit_code == 0
     assert sha256_tree(tmp_path / "a") == sha256_tree(tmp_path / "b")
+    made = (tmp_path / "a" / "episode_0003.mp4").read_bytes()  # what the encoder writes into it of how it was made
+    assert b" mbtree=0 " in made and b" threads=1 " in made, "else one film in ten is another one"
     with Image.open(tmp_path / "a" / "episode_0003.png") as sheet:
         assert sheet.width > 1500 and sheet.height > 600
         # The first frame of the first camera, 24 times as large, below the header: its colours are there.
