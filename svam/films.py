@@ -33,8 +33,8 @@ class Film:
         self._stream = self._container.add_stream("libx264", rate=Fraction(rate_hz).limit_denominator(10_000))
         self._stream.pix_fmt = pixel_format
         self._stream.codec_context.thread_count = 1
-        options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "mbtree": "0"}
-        self._options: dict[str, object] = options | (settings or {})
+        fixed = {"crf": str(crf), "preset": "veryfast", "threads": "1", "mbtree": "0"}
+        self._options: dict[str, object] = {**fixed, **(settings or {})}
         self.pictures = self.bytes = 0
 
     def write(self, picture: NDArray[np.uint8]) -> None:
