@@ -28,7 +28,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -155,7 +155,7 @@ class VideoFolderSource:
         if told[1:] and not any(content.get(key) for key in (self.options.text or "", *_TEXTS)):
             content |= _read(told[-1])
         texts = [self.choice.instruction or ""]
-        with suppress(*[FileError] * bool(self.choice.instruction)):  # what is replaced need not be sound
+        with suppress(FileError) if self.choice.instruction else nullcontext():  # what is replaced need not be sound
             texts = self._texts(file, content)
         return _Record(file, content, texts, self._videos(file, content) if self._annotated else {"video": listed})
 
