@@ -8,7 +8,7 @@ Every member is checked against its CRC-32 when it is read to its end. What is a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -68,11 +68,15 @@ def refuse_objects(file: Path, name: str, dtype: np.dtype[Any]) -> None:
         raise FileError(f"{file}: field {name!r} holds Python objects, which are never unpickled; expected numbers or text")
 
 
-def headers(file: Path, missing: str = "") -> dict[str, Header]:
-    """The headers of all members, by field name, those of objects too; no data are read."""
+def headers(file: Path, missing: str = "", unread: Collection[str] = ()) -> dict[str, Header]:
+    """The headers of all members, by field name, those of objects too; no data are read. An empty one stands for a field of
+    `unread`, at which nothing is looked."""
     known = {}
     with _opened(file, missing) as (archive, members):
         for name, info in members.items():
+            if name in unread:
+                known[name] = Header((), np.dtype(np.uint8))
+                continue
             with archive.zip.open(info) as member:
                 known[name] = _header(member, info.file_size)
     return known

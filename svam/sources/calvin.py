@@ -109,6 +109,8 @@ class CalvinSource:
         """
         self.path, self._options, self._choice, self.notes = existing_folder(path), options, choice, list[str]()
         self.rate_hz = choice.rate_hz or RATE_HZ
+        asked = set(choice.cameras)
+        self._unread = [name for camera, name in _CAMERAS.items() if asked and asked.isdisjoint((camera, name))]
         self._folders = self._find_folders()
         self._segments = self._grouped(self._choose([one for name in self._folders for one in self._segments_of(name)]))
         self._inspect_first_step()
@@ -216,7 +218,7 @@ class CalvinSource:
     def _inspect(self, first: _Segment) -> None:
         """What the first step of a segment holds; `FileError` where that is nothing to convert."""
         options, file = self._options, files.step_file(self.path / first.folder, first.first)
-        there = headers(file, files.LISTED)
+        there = headers(file, files.LISTED, self._unread)
         if options.actions not in there:
             has = ", ".join(sorted(there))
             raise FileError(f"{file}: no {options.actions}, which convert.options.actions names; it has {has}")
@@ -308,7 +310,7 @@ class CalvinSource:
         segment, every = self._readable(index), self._options.depth_every
         folder, n = self.path / segment.folder, segment.steps
         labelled = np.arange(0, n, every, dtype=np.int64)
-        there = headers(files.step_file(folder, segment.first), files.LISTED)
+        there = headers(files.step_file(folder, segment.first), files.LISTED, self._unread)
         own = {camera: there[name].shape for camera, name in _CAMERAS.items() if name in there}
         sizes = {
             camera: (own[camera][0], own[camera][1], 3) if own.get(camera, ())[2:] == (3,) else size

@@ -168,6 +168,7 @@ class RawSource:
             raise FileError(f"{self.path}: no <name>.npz in it; it has {contents(self.path)}")
         self.names = sorted(self._there.keys() | self._meta.episodes.keys())
         self._cameras = chosen_cameras(choice, self._meta.cameras, self._meta_file, "frames_")
+        self._unread = [f"frames_{camera}" for camera in self._meta.cameras if camera not in self._cameras]
         self._labels = _LABELS if self._cameras[0] == self._meta.cameras[0] else ()
         said = self._meta.episodes.values()
         self._has_split = any(isinstance(facts, dict) and facts.get("held_out") is not None for facts in said)
@@ -179,7 +180,7 @@ class RawSource:
         known = {*_FIELDS, "instruction", *(f"frames_{camera}" for camera in self._meta.cameras)}
         first = self._there[min(self._there)]
         try:
-            there = headers(first)
+            there = headers(first, unread=self._unread)
             for name in (f"frames_{camera}" for camera in self._cameras if f"frames_{camera}" in there):
                 notes += pictures_of(first, name, there[name]).notes(f"{first}: {name}")
             if "timestamps" in there:
@@ -258,7 +259,7 @@ class RawSource:
     def shape(self, index: int) -> EpisodeShape:
         """Lengths, from the headers of the archive and of videos."""
         file = self._file(index)
-        found = headers(file)
+        found = headers(file, unread=self._unread)
         steps = _field(file, found, "actions").shape[0]
         rows = {name: _field(file, found, name).shape[0] for name in _FIELDS if name in found}
         annotated = {name: _field(file, found, "annotation_index").shape[0] for name in self._labels if name in found}
@@ -286,7 +287,7 @@ class RawSource:
     def read(self, index: int) -> Episode:
         """One episode."""
         file = self._file(index)
-        found = headers(file)
+        found = headers(file, unread=self._unread)
         _field(file, found, "actions")
         task, instruction = self._told(index)
         frames: dict[str, Frames] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from fractions import Fraction
@@ -80,6 +81,15 @@ def decoded(file: Path) -> Array:
     """All frames, decoded without the code under test."""
     with av.open(str(file)) as container:
         return np.stack([frame.to_ndarray(format="rgb24", threads=1) for frame in container.decode(video=0)])
+
+
+def spoil(file: Path, field: str) -> None:
+    """Put something that is no array in the place of a field of an .npz."""
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, content in (members | {f"{field}.npy": b"no array"}).items():
+            archive.writestr(name, content)
 
 
 @contextmanager

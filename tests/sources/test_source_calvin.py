@@ -12,7 +12,7 @@ import pytest
 from svam.contract import Choice
 from svam.episodes.split import split_episodes
 from svam.sources.calvin import Options, open_source
-from tests.sources.common import frames_of, refused
+from tests.sources.common import frames_of, refused, spoil
 from tests.sources.test_restricted_pickle import npy_of
 
 INDX = [(100, 104), (103, 108), (np.int64(120), np.int64(120))]
@@ -211,6 +211,13 @@ def test_chosen_cameras_rate_and_bad_segments(tmp_path: Path) -> None:
     source = open_source(root, Options(), Choice(cameras=["rgb_gripper"], rate_hz=15))
     assert source.describe().cameras == ["gripper"] and list(source.read(0).frames) == ["gripper"]
     assert source.read(0).rate_hz == source.describe().rate_hz == 15
+    for file in root.glob("training/episode_*.npz"):  # of the camera that is left out nothing is looked at
+        spoil(file, "rgb_static")
+    assert open_source(root, Options(), Choice(cameras=["gripper"])).read(0).steps == source.read(0).steps
+    with refused("episode_0000100.npz: truncated, damaged"):
+        open_source(root, Options())
+    write_set(tmp_path / "sound", validation=False)
+    root = tmp_path / "sound"
     with refused("convert.cameras names 'top', but .* has static, gripper"):
         open_source(root, Options(), Choice(cameras=["top"]))
     (root / "training/episode_0000100.npz").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")

@@ -14,7 +14,7 @@ import pytest
 from svam.contract import Choice
 from svam.sources import _npz
 from svam.sources.raw import Options, open_source
-from tests.sources.common import decoded, film, frames_of, refused
+from tests.sources.common import decoded, film, frames_of, refused, spoil
 
 META: dict[str, Any] = {
     "schema_version": 1, "rate_hz": 12.5, "cameras": ["front", "wrist"],
@@ -222,6 +222,13 @@ def test_choice_and_kinds_of_pictures(tmp_path: Path) -> None:
     ]  # fmt: skip
     with refused("c.npz: a Git LFS pointer"):
         source.shape(2)
+    spoiled = write(tmp_path / "spoiled", ONE_TASK, a=arrays)
+    spoil(spoiled / "a.npz", "frames_wrist")
+    with refused("a.npz: truncated, damaged"):
+        open_source(spoiled, Options()).shape(0)
+    source = open_source(spoiled, Options(), Choice(cameras=["front"]))
+    assert source.shape(0).steps == 4 and list(source.notes) == []
+    assert (frames_of(source.read(0)) == arrays["frames_front"]).all()
     with refused("a.npz: no instruction"):
         open_source(folder, Options(), Choice(cameras=["front"])).shape(0)
     filled = open_source(folder, Options(), Choice(cameras=["front"], missing_instruction="do"))
