@@ -47,6 +47,7 @@ class Plan(Section):
 
     collection: Name
     arguments: list[str]
+    arguments_of: dict[Seed, list[str]] = Field(default_factory=dict)
     regimes: dict[Name, list[str]]
     steps: Count | None
     runs: list[Runs]
@@ -56,6 +57,9 @@ class Plan(Section):
         named = {runs.regime for runs in self.runs if runs.regime is not None}
         if named != set(self.regimes):
             raise ValueError(f"runs are of the regimes {sorted(named)}, and regimes describes {sorted(self.regimes)}")
+        pipelines = {pipeline for runs in self.runs for pipeline in runs.pipelines}
+        if unknown := sorted(self.arguments_of.keys() - pipelines):
+            raise ValueError(f"arguments_of names the pipelines {unknown}, which no runs have")
         return self
 
 
@@ -124,7 +128,8 @@ def planned_runs(plan: Plan, only: Sequence[str] = (), params: Path = Path("para
     def run(runs: Runs, variant: str, size: int, seed: int, pipeline: int | None) -> Run:
         regime = expanded(plan.regimes[runs.regime]) if runs.regime else []
         arguments = (
-            *collection, *regime, *VARIANTS[variant]["arguments"], *([] if pipeline is None else [f"seed={pipeline}"]),
+            *collection, *regime, *VARIANTS[variant]["arguments"],
+            *([] if pipeline is None else [f"seed={pipeline}", *plan.arguments_of.get(pipeline, [])]),
             f"train_policy.seed={seed}", f"train_policy.episodes_per_task={size}",
             f"train_policy.training.steps={steps}", f"evaluate.metaworld.episodes={runs.episodes}",
             # Only what is compared: no offline errors, other sentences or films.

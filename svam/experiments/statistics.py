@@ -82,42 +82,50 @@ def interval(resampled: NDArray[np.float64]) -> tuple[float, float]:
 def hierarchical(seeds: Sequence[Pairs], pipelines: Sequence[int | None] = ()) -> tuple[float, NDArray[np.float64]]:
     """Success rate of the variant minus that of the reference, mean over tasks of the mean over training seeds and goals, and
     (RESAMPLES,) bootstrap values of it: pipelines, training seeds of each drawn one, and tasks are drawn with replacement, and
-    goals anew for each drawn task and pipeline.
+    goals anew for each drawn task and pipeline. Where pipelines have tasks of their own, each draws among these.
 
     A drawn goal counts with the outcomes of all drawn seeds of its pipeline, since all of them met it. Tasks and goals are
     drawn alike wherever their numbers are alike, so that values of two comparisons on the same goals may be subtracted.
 
     Args:
-        seeds: the outcomes of each training seed, of as many goals of a task in every pipeline. pipelines: of which pipeline
-            each of them is, with goals of its own; empty: all are of one.
+        seeds: the outcomes of each training seed, on the tasks of its pipeline. pipelines: of which pipeline each of them is,
+            with goals of its own; empty: all are of one.
+
+    Raises:
+        FileError: a pipeline has fewer tasks than another.
     """
     labels = list(pipelines) or [None] * len(seeds)
     members = [[pairs for pairs, of in zip(seeds, labels, strict=True) if of == name] for name in dict.fromkeys(labels)]
-    sizes, tasks = np.asarray([len(several) for several in members]), sorted(seeds[0])
-    counts = np.asarray([len(seeds[0][task]) for task in tasks])
+    sizes, tasks = np.asarray([len(several) for several in members]), [sorted(several[0]) for several in members]
+    if len({len(own) for own in tasks}) > 1:
+        raise FileError(f"pipelines of {' and '.join(str(len(own)) for own in tasks)} tasks: expected as many in each")
+    counts = np.asarray([[len(several[0][task]) for task in own] for several, own in zip(members, tasks, strict=True)])
+    number, crossed = counts.shape[1], all(own == tasks[0] for own in tasks)
     # (pipeline, seed, task, goal), zeros past a pipeline's last seed and a task's last goal
-    won = np.zeros((len(members), sizes.max(), len(tasks), counts.max()))
+    won = np.zeros((len(members), sizes.max(), number, counts.max()))
     for p, several in enumerate(members):
         for s, pairs in enumerate(several):
-            for t, task in enumerate(tasks):
-                won[p, s, t, : counts[t]] = pairs[task][:, 0] - pairs[task][:, 1]
+            for t, task in enumerate(tasks[p]):
+                won[p, s, t, : counts[p, t]] = pairs[task][:, 0] - pairs[task][:, 1]
     which = generator("hierarchical bootstrap", "pipelines").integers(len(members), size=(len(members), RESAMPLES))
     of_goals = [generator("hierarchical bootstrap", "goals", *([draw] if draw else [])) for draw in range(len(members))]
     by_seed = np.zeros((len(members), RESAMPLES, sizes.max()))  # of each drawn pipeline
-    for _ in tasks:
-        chosen = of_goals[0].integers(len(tasks), size=RESAMPLES)
-        real = np.arange(counts.max()) < counts[chosen, None]
+    for _ in range(number):
         for draw, random in enumerate(of_goals):
-            goal = (random.random((RESAMPLES, counts.max())) * counts[chosen, None]).astype(np.int64)
+            if draw == 0 or not crossed:  # tasks that all pipelines have are drawn for all of them
+                chosen = random.integers(number, size=RESAMPLES)
+            goals = counts[which[draw], chosen][:, None]
+            goal = (random.random((RESAMPLES, counts.max())) * goals).astype(np.int64)
+            real = np.arange(counts.max()) < goals
             outcomes = won[which[draw][:, None], :, chosen[:, None], goal] * real[..., None]
-            by_seed[draw] += outcomes.sum(axis=1) / counts[chosen, None] / len(tasks)
+            by_seed[draw] += outcomes.sum(axis=1) / goals / number
     of_seeds, values = generator("hierarchical bootstrap", "seeds"), np.zeros(RESAMPLES)
     for draw, pipeline in enumerate(which):
         size = sizes[pipeline][:, None]
         chosen = of_seeds.integers(size, size=(RESAMPLES, sizes.max()))
         counted = np.take_along_axis(by_seed[draw], chosen, axis=1) * (np.arange(sizes.max()) < size)
         values += counted.sum(axis=1) / size[:, 0] / len(members)
-    means = [(won[p, :size].sum(axis=2) / counts).mean() for p, size in enumerate(sizes)]
+    means = [(won[p, :size].sum(axis=2) / counts[p]).mean() for p, size in enumerate(sizes)]
     return float(np.mean(means)), values
 
 

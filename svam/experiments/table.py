@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,7 +45,8 @@ POINTS = "difference to S-VAM, points"
 DIFFERENCE = ("difference", "difference_low", "difference_high")
 SEVERAL_PIPELINES = (
     " Where several pipelines are named, each with demonstrations, goals and weights of its own, these are resampled first, "
-    "then the training seeds of each drawn one and its goals; what was said of few seeds holds of few pipelines too."
+    "then the training seeds of each drawn one, its goals, and its tasks where they are its own; what was said of few seeds "
+    "holds of few pipelines too."
 )
 HARDER = {*PUBLISHED_TIERS["medium"], *PUBLISHED_TIERS["hard"]}
 """Tasks on which the published difference is largest."""
@@ -87,7 +90,9 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
         reference = references.get((record.size, record.seed, record.regime, record.pipeline))
         if record.variant != REFERENCE and reference is not None:
             pairs = paired(record, reference)
-            goals = tuple((e.task, e.index, e.seed if record.pipeline is None else None) for e in record.episodes)
+            goals: tuple[Any, ...] = tuple((e.task, e.index, e.seed) for e in record.episodes)
+            if record.pipeline is not None:  # goals of its own, and perhaps tasks: pooled with those that have as many
+                goals = tuple(sorted(Counter(e.task for e in record.episodes).values()))
             key = (record.variant, record.regime, record.primary, record.size, goals)
             several.setdefault(key, {})[record.pipeline, record.seed] = pairs
             row |= zip(DIFFERENCE, difference(pairs), strict=True)
@@ -98,8 +103,8 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
     for row, p in zip(tested, holm([mcnemar(row["only_variant"], row["only_svam"]) for row in tested]), strict=True):
         ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
         row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
-    pipelines = {key: [pipeline for pipeline, _ in seeds] for key, seeds in several.items()}
-    drawn = {key: hierarchical([*seeds.values()], pipelines[key]) for key, seeds in several.items() if len(seeds) > 1}
+    pipelines = {key: [pipeline for pipeline, _ in seeds] for key, seeds in several.items() if len(seeds) > 1}
+    drawn = {key: hierarchical([*several[key].values()], of) for key, of in pipelines.items()}
     means = [
         {
             "label": label_of(variant, regime), "primary": primary, "size": size,
@@ -111,17 +116,14 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
         for (variant, regime, primary, size, goals), values in drawn.items()
     ]  # fmt: skip
     correct([mean for mean in means if not mean["primary"]])
-    regimes = [
-        {
-            "label": label_of(variant, regime), "other": other, "size": size,
-            **resampled_difference(value - drawn[twin][0], values - drawn[twin][1]),
-        }
-        for (variant, regime, primary, size, goals), (value, values) in drawn.items()
-        if primary
-        for twin in drawn
-        if (other := twin[1]) != regime and twin[0] == variant and twin[3:] == (size, goals)
-        if set(pipelines[twin]) == set(pipelines[variant, regime, primary, size, goals])
-    ]  # fmt: skip
+    regimes: list[RunRow] = []
+    for key, twin in product(drawn, drawn):
+        variant, regime, primary, *alike = key
+        common = set(pipelines[key]) & set(pipelines[twin])
+        if primary and twin[1] != regime and (twin[0], *twin[3:]) == (variant, *alike) and common:
+            (value, values), (other, others) = (of_pipelines(several[one], common) for one in (key, twin))
+            label = {"label": label_of(variant, regime), "other": twin[1], "size": alike[0]}
+            regimes.append(label | resampled_difference(value - other, values - others))
     correct(regimes)
     return rows, means, regimes
 
@@ -154,6 +156,12 @@ def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow
     return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
 
 
+def of_pipelines(seeds: Mapping[tuple[int | None, int], Pairs], common: set[int | None]) -> tuple[float, NDArray[np.float64]]:
+    """`hierarchical` of the pipelines in `common` alone. `seeds`: by pipeline and training seed."""
+    chosen = {place: pairs for place, pairs in seeds.items() if place[0] in common}
+    return hierarchical([*chosen.values()], [pipeline for pipeline, _ in chosen])
+
+
 def of_harder(seeds: Mapping[tuple[int | None, int], Pairs]) -> RunRow | None:
     """`resampled_difference` of the tasks in `HARDER` alone, and their number; None where there are none.
 
@@ -162,7 +170,7 @@ def of_harder(seeds: Mapping[tuple[int | None, int], Pairs]) -> RunRow | None:
     """
     chosen = [{task: goals for task, goals in pairs.items() if task in HARDER} for pairs in seeds.values()]
     drawn = hierarchical(chosen, [pipeline for pipeline, _ in seeds]) if chosen[0] else None
-    return None if drawn is None else {"tasks": len(chosen[0]), **resampled_difference(*drawn)}
+    return None if drawn is None else {"tasks": len(set().union(*chosen)), **resampled_difference(*drawn)}
 
 
 def correct(rows: Sequence[RunRow]) -> None:
@@ -240,8 +248,8 @@ def markdown(
         cells = [[r["label"], str(r["size"]), r["other"], _points(r), f"{r['p']:.3g}"] for r in regimes]
         parts += [
             "## Between regimes",
-            "A primary difference to S-VAM minus the same variant's in another regime, on the same goals; resampled as above, "
-            f"p Holm-corrected ({len(regimes)}).",
+            "A primary difference to S-VAM minus the same variant's in another regime, on the same goals, of pipelines that "
+            f"were run in both; resampled as above, p Holm-corrected ({len(regimes)}).",
             markdown_table([*WHICH, "against regime", "change of the difference, points", "p"], cells),
             *said,
         ]

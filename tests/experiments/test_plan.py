@@ -15,6 +15,7 @@ from svam.episodes.instructions import described_tasks
 from svam.errors import ParamsError
 from svam.experiments.__main__ import app
 from svam.experiments.plan import FOLDER, VARIANTS, load_plan, planned_runs
+from svam.experiments.screening import published_tier, screened
 from svam.files import read_yaml
 from svam.params import Params, load_params
 from svam.simulation.scenes import scene_of
@@ -126,17 +127,35 @@ def test_the_shift_of_looks_has_actions_in_three_and_is_evaluated_in_the_fourth(
 
 
 def test_the_registered_comparison_on_two_cores_asks_the_same() -> None:
-    """Other sizes, and records of its own: the goals, seeds, regimes and variants are the same."""
+    """In parts, of other sizes and four tasks each; tasks (after its screening), regimes and what decides are the same."""
     plans = [load_plan(FOLDER / f"{name}.yaml") for name in ("registered", "registered_cpu")]
     registered, cpu = plans
-    assert cpu.model_dump(exclude={"collection", "arguments"}) == registered.model_dump(exclude={"collection", "arguments"})
-    assert (cpu.collection, cpu.arguments) == ("registered_cpu", ["mt12-cpu"])
-    (one,), (other,) = (planned_runs(plan, ["svam-50-seed1-*-published"], PARAMS) for plan in plans)
-    assert other.name == "svam-50-seed1-registered_cpu-published"
-    assert one.params["evaluate"] | {"batch": 0} == other.params["evaluate"] | {"batch": 0}
-    same = ("tasks", "episodes", "episodes_of", "tail", "max_steps", "noisy_share")
-    assert [one.params["collect"][key] for key in same] == [other.params["collect"][key] for key in same]
-    assert other.params["machine"]["device"] == "cpu"
+    assert (cpu.collection, cpu.arguments, cpu.regimes) == ("registered_cpu", ["mt12-cpu"], registered.regimes)
+    whole, *_ = planned_runs(registered, ["svam-50-seed1-*-published"], PARAMS)
+    runs = [run for run in planned_runs(cpu, params=PARAMS) if run.regime != "screening"]
+    for regime in registered.regimes.keys() - {"screening"}:
+        pipelines = range(1, 7) if regime == "published" else range(1, 4)
+        found = {(run.variant, run.pipeline) for run in runs if run.regime == regime}
+        assert found == {(v, p) for v in ("svam", "vpp_frame", "vpp") for p in pipelines}, regime
+    assert {(run.variant, run.regime) for run in runs if run.primary} == {(v, "published") for v in ("vpp", "vpp_frame")}
+    tasks = dict[int | None, list[str]]()
+    for run in runs:
+        own = run.params["evaluate"]["metaworld"]
+        assert run.pipeline == run.params["seed"] and tasks.setdefault(run.pipeline, own["tasks"]) == own["tasks"]
+        assert own == whole.params["evaluate"]["metaworld"] | {"tasks": own["tasks"], "episodes": 40}
+        same = ("episodes", "episodes_of", "tail", "max_steps", "noisy_share")
+        assert [run.params["collect"][key] for key in same] == [whole.params["collect"][key] for key in same]
+        assert run.params["collect"]["tasks"] == own["tasks"] and run.params["machine"]["device"] == "cpu"
+    left = screened(FOLDER / "registered_cpu.yaml", ROOT / "data/compare", PARAMS).splitlines()[-1]
+    for once in ((1, 2, 3), (4, 5, 6)):
+        assert sorted(task for p in once for task in tasks[p]) == sorted(re.findall("[a-z-]+", left.partition("[")[2]))
+    assert all([published_tier(task) for task in own] == ["medium"] * 2 + ["hard"] * 2 for own in tasks.values())
+
+
+def test_arguments_of_a_pipeline_that_is_not_run_are_refused(tmp_path: Path) -> None:
+    file = write_plan(tmp_path, arguments_of={5: ["threads=1"]})
+    with pytest.raises(ParamsError, match=r"plan\.yaml: .*arguments_of names the pipelines \[5\], which no runs have"):
+        load_plan(file)
 
 
 def test_a_part_of_the_registered_comparison_is_a_pipeline_of_all_that_decides() -> None:

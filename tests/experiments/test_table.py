@@ -109,6 +109,17 @@ def test_pipelines_are_drawn_before_their_seeds_and_goals() -> None:
     np.testing.assert_array_equal(hierarchical([mixed, never], [3, 3])[1], hierarchical([mixed, never])[1])
 
 
+def test_pipelines_may_have_tasks_of_their_own() -> None:
+    """Of which each draws among its own, unlike tasks that all have; each must have as many, since all count alike."""
+    always, never = np.ones((20, 2), np.int64) * (1, 0), np.zeros((20, 2), np.int64)
+    value, drawn = hierarchical([{"reach": always, "push": never}, {"hammer": always, "sweep": never}], [7, 8])
+    assert value == 0.5 and set(drawn) == {0.0, 0.25, 0.5, 0.75, 1.0} and drawn.std() == pytest.approx(0.25, abs=0.01)
+    value, drawn = hierarchical([{"reach": always}, {"hammer": never[:5]}], [7, 8])
+    assert value == 0.5 and set(drawn) == {0.0, 0.5, 1.0}
+    with pytest.raises(FileError, match="pipelines of 1 and 2 tasks: expected as many in each"):
+        hierarchical([{"reach": always}, {"hammer": always, "sweep": never}], [7, 8])
+
+
 def test_the_bootstrap_p_is_two_sided_and_never_0() -> None:
     assert two_sided(np.full(9_999, 0.1)) == pytest.approx(2 / 10_000)
     assert two_sided(np.r_[np.full(75, -1.0), np.full(24, 1.0)]) == pytest.approx(2 * 25 / 100)
@@ -216,6 +227,30 @@ def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
     assert "these are resampled first" in page and "2 training seeds" in page
     alone = markdown(*compared(some_records()), None, ["2 x processor"])
     assert "pipeline" not in alone
+
+
+def test_pipelines_of_other_tasks_are_pooled_and_regimes_compared_where_both_ran() -> None:
+    """Three pipelines, two of them of the same tasks; the other regime has run in two."""
+    tasks = {1: ("push", "hammer"), 2: ("sweep", "assembly"), 3: ("push", "hammer")}
+
+    def of(pipeline: int, variant: str, wins: int, regime: str) -> Record:
+        """The first `wins` of ten goals of each task are reached."""
+        episodes = [
+            EpisodeOutcome(task=task, index=i, seed=100 * pipeline + i, success=i < wins, steps=9)
+            for task in tasks[pipeline]
+            for i in range(10)
+        ]
+        primary = (variant, regime) == ("vpp", "a")
+        changes = {"regime": regime, "pipeline": pipeline, "primary": primary, "name": f"{variant}{pipeline}{regime}"}
+        return make_record(variant, episodes=episodes, **changes)
+
+    records = [of(p, "svam", 10, regime) for p, regime in ((1, "a"), (2, "a"), (3, "a"), (1, "b"), (2, "b"))]
+    records += [of(1, "vpp", 5, "a"), of(2, "vpp", 7, "a"), of(3, "vpp", 0, "a"), of(1, "vpp", 9, "b"), of(2, "vpp", 9, "b")]
+    _, means, (change,) = compared(records)
+    found = {mean["label"]: (mean["pipelines"], round(mean["difference"], 6), mean["harder"]["tasks"]) for mean in means}
+    assert found == {"VPP, a": ([1, 2, 3], -0.6, 4), "VPP, b": ([1, 2], -0.1, 4)}
+    assert (change["label"], change["other"]) == ("VPP, a", "b")
+    assert change["difference"] == pytest.approx(-0.4 - -0.1), "of the pipelines 1 and 2"
 
 
 def test_medium_and_hard_tasks_have_a_difference_of_their_own() -> None:
