@@ -257,7 +257,7 @@ def markdown(
         "## What can be said",
         f"Intervals and tests of single runs are about these policies, of {trained} training seeds, "
         "on such goals; they carry no claim about training in general.",
-        f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested})))} pairs each. \"Not "
+        f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested}))) or 'no'} pairs each. \"Not "
         "distinguishable\" is not \"equal\": 100 pairs cannot see a difference of 10 points, since chance alone makes one "
         "where only one of two reaches a quarter of the goals.",
         "## Costs",

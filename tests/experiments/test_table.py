@@ -227,6 +227,8 @@ def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
     assert "these are resampled first" in page and "2 training seeds" in page
     alone = markdown(*compared(some_records()), None, ["2 x processor"])
     assert "pipeline" not in alone
+    first = markdown(*compared(some_records()[:1]), None, ["2 x processor"])
+    assert "\n\nThe comparisons rest on no pairs each. " in first, "of a study that has begun"
 
 
 def test_pipelines_of_other_tasks_are_pooled_and_regimes_compared_where_both_ran() -> None:
