@@ -104,7 +104,7 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
         ahead = row["label"] if row["difference"] > 0 else VARIANTS[REFERENCE]["label"]
         row |= {"p_corrected": p, "verdict": f"{ahead} ahead" if p < LEVEL else "not distinguishable"}
     pipelines = {key: [pipeline for pipeline, _ in seeds] for key, seeds in several.items() if len(seeds) > 1}
-    drawn = {key: hierarchical([*several[key].values()], of) for key, of in pipelines.items()}
+    drawn = {key: pooled(several[key]) for key in pipelines}
     means = [
         {
             "label": label_of(variant, regime), "primary": primary, "size": size,
@@ -119,9 +119,12 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
     regimes: list[RunRow] = []
     for key, twin in product(drawn, drawn):
         variant, regime, primary, *alike = key
+        if not primary or twin[1] == regime or (twin[0], *twin[3:]) != (variant, *alike):
+            continue
         common = set(pipelines[key]) & set(pipelines[twin])
-        if primary and twin[1] != regime and (twin[0], *twin[3:]) == (variant, *alike) and common:
-            (value, values), (other, others) = (of_pipelines(several[one], common) for one in (key, twin))
+        both = [{place: pairs for place, pairs in several[one].items() if place[0] in common} for one in (key, twin)]
+        if min(map(len, both)) > 1:
+            (value, values), (other, others) = map(pooled, both)
             label = {"label": label_of(variant, regime), "other": twin[1], "size": alike[0]}
             regimes.append(label | resampled_difference(value - other, values - others))
     correct(regimes)
@@ -156,10 +159,9 @@ def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow
     return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
 
 
-def of_pipelines(seeds: Mapping[tuple[int | None, int], Pairs], common: set[int | None]) -> tuple[float, NDArray[np.float64]]:
-    """`hierarchical` of the pipelines in `common` alone. `seeds`: by pipeline and training seed."""
-    chosen = {place: pairs for place, pairs in seeds.items() if place[0] in common}
-    return hierarchical([*chosen.values()], [pipeline for pipeline, _ in chosen])
+def pooled(seeds: Mapping[tuple[int | None, int], Pairs]) -> tuple[float, NDArray[np.float64]]:
+    """`hierarchical` of outcomes by pipeline and training seed."""
+    return hierarchical([*seeds.values()], [pipeline for pipeline, _ in seeds])
 
 
 def of_harder(seeds: Mapping[tuple[int | None, int], Pairs]) -> RunRow | None:
@@ -168,9 +170,9 @@ def of_harder(seeds: Mapping[tuple[int | None, int], Pairs]) -> RunRow | None:
     Args:
         seeds: by pipeline and training seed.
     """
-    chosen = [{task: goals for task, goals in pairs.items() if task in HARDER} for pairs in seeds.values()]
-    drawn = hierarchical(chosen, [pipeline for pipeline, _ in seeds]) if chosen[0] else None
-    return None if drawn is None else {"tasks": len(set().union(*chosen)), **resampled_difference(*drawn)}
+    chosen = {place: {task: goals for task, goals in pairs.items() if task in HARDER} for place, pairs in seeds.items()}
+    tasks = set[str]().union(*chosen.values())
+    return {"tasks": len(tasks), **resampled_difference(*pooled(chosen))} if tasks else None
 
 
 def correct(rows: Sequence[RunRow]) -> None:

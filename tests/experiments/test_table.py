@@ -233,7 +233,7 @@ def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
 
 def test_pipelines_of_other_tasks_are_pooled_and_regimes_compared_where_both_ran() -> None:
     """Three pipelines, two of them of the same tasks; the other regime has run in two."""
-    tasks = {1: ("push", "hammer"), 2: ("sweep", "assembly"), 3: ("push", "hammer")}
+    tasks = {1: ("push", "hammer"), 2: ("sweep", "assembly"), 3: ("push", "hammer"), 4: ("sweep", "assembly")}
 
     def of(pipeline: int, variant: str, wins: int, regime: str) -> Record:
         """The first `wins` of ten goals of each task are reached."""
@@ -253,6 +253,9 @@ def test_pipelines_of_other_tasks_are_pooled_and_regimes_compared_where_both_ran
     assert found == {"VPP, a": ([1, 2, 3], -0.6, 4), "VPP, b": ([1, 2], -0.1, 4)}
     assert (change["label"], change["other"]) == ("VPP, a", "b")
     assert change["difference"] == pytest.approx(-0.4 - -0.1), "of the pipelines 1 and 2"
+    others = [of(p, variant, 10, "b") for p in (3, 4) for variant in ("svam", "vpp")]
+    _, means, changes = compared([record for record in records if record.regime == "a"] + others)
+    assert [mean["pipelines"] for mean in means] == [[1, 2, 3], [3, 4]] and not changes, "one in common says nothing of others"
 
 
 def test_medium_and_hard_tasks_have_a_difference_of_their_own() -> None:
