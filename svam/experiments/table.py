@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from svam.evaluation.scores import PUBLISHED_TIERS, rate_of
+from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, rate_of
 from svam.experiments.plan import REFERENCE, VARIANTS
 from svam.experiments.records import Record, read_records
 from svam.experiments.statistics import (
@@ -181,6 +181,44 @@ def correct(rows: Sequence[RunRow]) -> None:
         row["p"] = p
 
 
+def of_tasks(records: Iterable[Record]) -> list[list[str]]:
+    """Head and lines of success by task, and below the tasks of each regime and size their means: of each published tier, of
+    all tasks, and of the four `TIERS` where each has a task. A column for each variant, all its runs together."""
+    outcomes: dict[tuple[str, int], dict[str, dict[str, list[bool]]]] = {}
+    for record in records:
+        of_variant = outcomes.setdefault((record.regime, record.size), {}).setdefault(record.variant, {})
+        for episode in record.episodes:
+            of_variant.setdefault(episode.task, []).append(episode.success)
+    variants = [name for name in VARIANTS if any(name in by_variant for by_variant in outcomes.values())]
+    regimes = any(regime for regime, _ in outcomes)
+    lines = [["task", *(["regime"] if regimes else []), WHICH[1], *(str(VARIANTS[name]["label"]) for name in variants)]]
+    for (regime, size), by_variant in sorted(outcomes.items()):
+        found = {task for of_variant in by_variant.values() for task in of_variant}
+        tiers = {tier: [task for task in tasks if task in found] for tier, tasks in PUBLISHED_TIERS.items()}
+        tiers[""] = sorted(found.difference(*tiers.values()))
+        lines_of = {f"{task} ({tier})" if tier else task: [[task]] for tier, tasks in tiers.items() for task in tasks}
+        lines_of |= {f"mean of {len(tasks)} {tier}": [[t] for t in tasks] for tier, tasks in tiers.items() if tier and tasks}
+        lines_of[f"mean of {len(found)} tasks"] = [[task] for task in found]
+        if all(found.intersection(tasks) for tasks in TIERS.values()):
+            lines_of["mean of 4 groups"] = [[task for task in tasks if task in found] for tasks in TIERS.values()]
+        for name, groups in lines_of.items():
+            cells = [_mean(by_variant.get(variant, {}), groups) for variant in variants]
+            lines.append([name, *([regime] if regimes else []), str(size), *cells])
+    return lines
+
+
+def _mean(successes: Mapping[str, Sequence[bool]], groups: Sequence[Sequence[str]]) -> str:
+    """Mean of the means of groups of tasks' rates, "" where not all have been run. Where all count alike, it is the rate of all
+    goals together, which has an interval."""
+    tasks = [task for group in groups for task in group]
+    if not successes.keys() >= {*tasks}:
+        return ""
+    rate = rate_of([success for task in tasks for success in successes[task]])
+    if len({len(successes[task]) for task in tasks}) > 1 or len({*map(len, groups)}) > 1:
+        return f"{100 * fmean(fmean(fmean(successes[task]) for task in group) for group in groups):.0f} %"
+    return f"{100 * rate['success']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']}"
+
+
 def _points(row: Mapping[str, Any]) -> str:
     """The difference and its interval, in percentage points."""
     middle, low, high = (100 * row[key] for key in DIFFERENCE)
@@ -200,10 +238,10 @@ def _half_width(row: Mapping[str, Any]) -> str:
 
 def markdown(
     rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str],
-    labels: str = "",
+    labels: str = "", tasks: Sequence[Sequence[str]] = (),
 ) -> str:  # fmt: skip
     """The whole comparison as one Markdown page; the rows are those of `compared`. note: printed above it. machines: on which
-    the runs were made. labels: printed below each table of success."""
+    the runs were made. labels: printed below each table of success. tasks: of `of_tasks`."""
     said = [labels] if labels else []
     tested = [row for row in rows if row["pairs"] is not None]
     trained = len({(row["seed"], row["pipeline"]) for row in rows})
@@ -253,6 +291,15 @@ def markdown(
             "A primary difference to S-VAM minus the same variant's in another regime, on the same goals, of pipelines that "
             f"were run in both; resampled as above, p Holm-corrected ({len(regimes)}).",
             markdown_table([*WHICH, "against regime", "change of the difference, points", "p"], cells),
+            *said,
+        ]
+    if tasks:
+        parts += [
+            "## By task",
+            "All runs of a variant together, with 95 % Wilson intervals, which see goals alone. Tiers as in the published "
+            "tables; means are of the tasks' rates, without an interval where these have unequal numbers of goals. The mean of "
+            "4 groups, in which a hard task counts more, is LeRobot's: of easy, medium, hard and very hard.",
+            markdown_table(tasks[0], tasks[1:]),
             *said,
         ]
     parts += [
@@ -319,7 +366,8 @@ def write(folder: Path) -> str:
     if not records:
         raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
     rows, means, regimes = compared(records)
-    text = markdown(rows, means, regimes, note, sorted({record.machine for record in records}), labels_of(records))
+    machines = sorted({record.machine for record in records})
+    text = markdown(rows, means, regimes, note, machines, labels_of(records), of_tasks(records))
     write_text(folder / "table.md", text)
     with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")

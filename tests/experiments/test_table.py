@@ -18,7 +18,7 @@ from svam.experiments.plan import FOLDER
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, hierarchical, holm, interval, mcnemar, only_one, paired, two_sided
 from svam.experiments.systems import BEGIN, END
-from svam.experiments.table import compared, labels_of, markdown, write, write_overview
+from svam.experiments.table import compared, labels_of, markdown, of_tasks, write, write_overview
 from svam.files import FileError, read_yaml
 from svam.report.published import PUBLISHED
 from tests import ROOT
@@ -282,6 +282,39 @@ def test_medium_and_hard_tasks_have_a_difference_of_their_own() -> None:
     assert [cells[4], cells[6], cells[8]] == [widths[0], "2", widths[1]] and cells[7].startswith("-50.0 [")
     easy = [record(variant, seed, ("reach", "door-open", "door-close")) for variant in wins for seed in (1, 2)]
     assert compared(easy)[1][0]["harder"] is None
+
+
+def test_success_by_task_with_tiers_and_both_averages() -> None:
+    """S-VAM reaches all but the very hard task, VPP half of the goals of each that it was tried on."""
+    tasks = ("reach", "door-open", "sweep", "assembly", "disassemble")
+
+    def of(variant: str, tried: tuple[str, ...], goals: int, **changes: Any) -> Record:
+        reached = {
+            (task, i): task != "disassemble" if variant == "svam" else i % 2 == 0 for task in tried for i in range(goals)
+        }
+        episodes = [EpisodeOutcome(task=t, index=i, seed=i, success=won, steps=9) for (t, i), won in reached.items()]
+        return make_record(variant, episodes=episodes, **changes)
+
+    head, *lines = of_tasks([of("svam", tasks, 10), of("svam", tasks, 10, seed=2), of("vpp", tasks[:3], 10)])
+    assert head == ["task", "demonstrations a task", "S-VAM", "VPP"]
+    assert lines == [
+        ["door-open (easy)", "5", "100 % [84, 100] of 20", "50 % [24, 76] of 10"],
+        ["reach (easy)", "5", "100 % [84, 100] of 20", "50 % [24, 76] of 10"],
+        ["sweep (medium)", "5", "100 % [84, 100] of 20", "50 % [24, 76] of 10"],
+        ["assembly (hard)", "5", "100 % [84, 100] of 20", ""],
+        ["disassemble (hard)", "5", "0 % [0, 16] of 20", ""],
+        ["mean of 2 easy", "5", "100 % [91, 100] of 40", "50 % [30, 70] of 20"],
+        ["mean of 1 medium", "5", "100 % [84, 100] of 20", "50 % [24, 76] of 10"],
+        ["mean of 2 hard", "5", "50 % [35, 65] of 40", ""],
+        ["mean of 5 tasks", "5", "80 % [71, 87] of 100", ""],
+        ["mean of 4 groups", "5", "75 %", ""],
+    ]
+    head, *lines = of_tasks([of("svam", ("own",), 10, regime="a"), of("svam", ("push", "own"), 30, regime="a", pipeline=1)])
+    assert head == ["task", "regime", "demonstrations a task", "S-VAM"]
+    assert [line[0] for line in lines] == ["push (hard)", "own", "mean of 1 hard", "mean of 2 tasks"]
+    assert lines[1][1:] == ["a", "5", "100 % [91, 100] of 40"] and lines[-1][1:] == ["a", "5", "100 %"]
+    page = markdown(*compared(some_records()), None, [], tasks=of_tasks(some_records()))
+    assert "| mean of 1 easy | 5 | 100 % [91, 100] of 40 | 92 % [80, 97] of 40 | 40 % [22, 61] of 20 |" in page
 
 
 def test_what_the_teachers_learn_from_stands_under_the_tables() -> None:
