@@ -23,9 +23,10 @@ class EpisodeOutcome(Frozen):
 
 
 class StageCost(Frozen):
-    """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured;
-    code: DVC's hash of the digests of its code, `data/code/<stage>.txt` at the experiment's commit; params: SHA-256 of the
-    params that it lists, as `dvc.lock` has them. Both are "" in older records, and where a stage has none."""
+    """A stage that an experiment rests on. work: tells whether two experiments share it; seconds: None where not measured, such
+    as where it was killed and went on; code: DVC's hash of the digests of its code, `data/code/<stage>.txt` at the experiment's
+    commit; params: SHA-256 of the params that it lists, as `dvc.lock` has them. Both are "" in older records, and where a stage
+    has none."""
 
     work: str
     seconds: float | None

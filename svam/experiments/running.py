@@ -16,7 +16,7 @@ import shlex
 import shutil
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,9 @@ def output_of(*command: str, error: str | None = None) -> str:
     return done.stdout.strip()
 
 
-def last_commit() -> str:
-    return output_of("git", "rev-parse", "--verify", "HEAD", error="here is no git repository with a commit, which DVC needs")
+def last_commit(folder: Path = Path()) -> str:
+    error = "here is no git repository with a commit, which DVC needs"
+    return output_of("git", "-C", str(folder), "rev-parse", "--verify", "HEAD", error=error)
 
 
 def unfinished_runs(runs: Sequence[Run], folder: Path) -> list[Run]:
@@ -111,9 +112,12 @@ def prepare(committer: dict[str, str]) -> None:
 
 def run_one(run: Run, folder: Path, lock: int) -> None:
     """One experiment, from its command to its record. DVC holds the lock too: whoever kills the loop may leave DVC at work."""
-    note, began = SCRATCH / "begun.json", time.time()
-    killed = note.is_file() and read_json(note) == run.name
-    write_json(note, run.name)
+    note = SCRATCH / "begun.json"
+    begun = read_json(note) if note.is_file() else {}
+    if not isinstance(begun, dict) or begun.get("run") != run.name:
+        begun = {"run": run.name, "time": time.time(), "states": []}
+    begun["states"] = sorted({*begun["states"], *saved_states()})
+    write_json(note, begun)
     console.print(shlex.join(run.command), soft_wrap=True, markup=False)
     process = subprocess.Popen(run.command, cwd=PROJECT, pass_fds=[lock])
     try:
@@ -122,14 +126,20 @@ def run_one(run: Run, folder: Path, lock: int) -> None:
         process.wait()  # Ctrl-C reaches DVC too, which needs a while to stop in good order
     if process.returncode:
         raise MachineError(f"{run.name} did not finish, see above; the same command goes on with it")
-    head = last_commit()
+    head = last_commit(PROJECT)  # not of the folder here, in which somebody may commit meanwhile
     reference = f"refs/exps/{head[:2]}/{head[2:]}/{run.name}"
     output_of("git", "fetch", "--quiet", str(PROJECT), f"+{reference}:{reference}")
     records = read_records(folder)[1]
-    record = record_of(run, output_of("git", "rev-parse", reference), records, None if killed else began)
+    resumed = {state.parts[-2] for state in map(Path, begun["states"]) if not state.exists()}
+    record = record_of(run, output_of("git", "rev-parse", reference), records, begun["time"], resumed)
     write_records(folder, [*(other for other in records if other.name != run.name), record])
     note.unlink()
     console.print(f"{run.name}: success in {sum(e.success for e in record.episodes)} of {len(record.episodes)} episodes")
+
+
+def saved_states() -> set[str]:
+    """Of stages that were killed, the folders from which they go on (`svam.resume`). A stage that ends deletes its own."""
+    return {str(record.parent) for record in (PROJECT / ".ckpt").glob("*/*/*.json")}
 
 
 def digests_of(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -138,12 +148,12 @@ def digests_of(entry: Mapping[str, Any]) -> dict[str, str]:
     return {"code": code, "params": sha256_of_json(entry["params"]) if "params" in entry else ""}
 
 
-def record_of(run: Run, revision: str, records: Sequence[Record], began: float | None) -> Record:
+def record_of(run: Run, revision: str, records: Sequence[Record], began: float, resumed: Collection[str]) -> Record:
     """What the experiment that has just been run came to.
 
     Args:
-        records: of earlier experiments, which may have measured stages that this one shares. began: a time of `time.time`;
-            None where the experiment was killed in between, so that stages measured a part of their time.
+        records: of earlier experiments, which may have measured stages that this one shares. began: a time of `time.time`.
+        resumed: the stages that went on from what was saved when they were killed, so that they measured a part of their time.
     """
     lock = read_yaml(PROJECT / "dvc.lock")["stages"]
     work = {stage: {out["path"]: str(out["md5"]) for out in entry["outs"]} for stage, entry in lock.items()}
@@ -170,7 +180,7 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float |
     for name in [name for name in lock if not name.startswith(tuple(unused))]:
         same_work, account = "".join(work[name].values()), PROJECT / f".cache/times/{name}.json"
         seconds = [r.stages[name].seconds for r in records if name in r.stages and r.stages[name].work == same_work]
-        if began is not None and account.is_file() and account.stat().st_mtime >= began:
+        if name not in resumed and account.is_file() and account.stat().st_mtime >= began:
             seconds.append(round(float(read_json(account)["seconds"]), 2))
         measured = next((s for s in reversed(seconds) if s is not None), None)
         stages[name] = StageCost(work=same_work, seconds=measured, **digests[name])

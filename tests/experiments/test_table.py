@@ -377,17 +377,22 @@ def test_records_of_several_machines_are_put_together(tmp_path: Path) -> None:
     assert [record.stages["evaluate"].code for record in read_records(tmp_path)[1]] == ["", ""]
 
 
-def test_the_finished_study_is_its_records_table(tmp_path: Path) -> None:
-    """Its pages and CSV are what the command makes of the one file, and the page begins with what the study is not."""
-    study, made = ROOT / "data/compare/ambiguous", tmp_path / "ambiguous"
-    made.mkdir()
-    shutil.copy(study / "records.jsonl", made)
-    page = write(made)
+def test_the_studies_here_are_the_tables_of_their_records(tmp_path: Path) -> None:
+    """Pages and CSV are what the command makes of the one file, and the finished study's begins with what it is not."""
+    kept = ROOT / "data/compare"
+    studies = [file.parent.name for file in sorted(kept.glob("*/table.md"))]
+    pages = {}
+    for study in studies:
+        (tmp_path / study).mkdir()
+        shutil.copy(kept / study / "records.jsonl", tmp_path / study)
+        pages[study] = write(tmp_path / study)
     write_overview(tmp_path)
-    for name in ("ambiguous/table.md", "ambiguous/table.csv", "ambiguous/index.html", "index.html"):
-        assert (tmp_path / name).read_bytes() == (study.parent / name).read_bytes()
+    names = [f"{study}/{name}" for study in studies for name in ("table.md", "table.csv", "index.html")]
+    for name in (*names, "index.html"):
+        assert (tmp_path / name).read_bytes() == (kept / name).read_bytes()
+    page = pages["ambiguous"]
     assert page.startswith("# Variants compared\n\n**A finished study") and "no evidence about the method" in page
-    assert len(read_records(made)[1]) == 25
+    assert len(read_records(tmp_path / "ambiguous")[1]) == 25
 
 
 def test_every_published_system_has_a_way_here(tmp_path: Path) -> None:
