@@ -213,9 +213,13 @@ def _mean(successes: Mapping[str, Sequence[bool]], groups: Sequence[Sequence[str
     tasks = [task for group in groups for task in group]
     if not successes.keys() >= {*tasks}:
         return ""
-    rate = rate_of([success for task in tasks for success in successes[task]])
     if len({len(successes[task]) for task in tasks}) > 1 or len({*map(len, groups)}) > 1:
         return f"{100 * fmean(fmean(fmean(successes[task]) for task in group) for group in groups):.0f} %"
+    return _success(rate_of([success for task in tasks for success in successes[task]]))
+
+
+def _success(rate: Mapping[str, Any]) -> str:
+    """A rate of `rate_of`, in percent, with its interval and the number of goals."""
     return f"{100 * rate['success']:.0f} % [{100 * rate['low']:.0f}, {100 * rate['high']:.0f}] of {rate['episodes']}"
 
 
@@ -247,9 +251,8 @@ def markdown(
     trained = len({(row["seed"], row["pipeline"]) for row in rows})
     lines = []
     for row in rows:
-        interval = f"{100 * row['success']:.0f} % [{100 * row['low']:.0f}, {100 * row['high']:.0f}] of {row['episodes']}"
         seed = str(row["seed"]) + _of([row["pipeline"]])
-        cells = [row["label"], str(row["episodes_per_task"]), seed, interval, "", "", "", row["verdict"]]
+        cells = [row["label"], str(row["episodes_per_task"]), seed, _success(row), "", "", "", row["verdict"]]
         if row["pairs"] is not None:
             cells[4:7] = [_points(row), f"{row['only_variant']} : {row['only_svam']}", f"{row['p_corrected']:.3g}"]
         lines.append(cells)
