@@ -43,7 +43,8 @@ class Record(Frozen):
     execute: of an evaluation episode); latency: milliseconds from one observation to one chunk of actions; stages: those that
     the variant uses; labels: what the teachers that its pipeline trains learn from, as `learnt_labels` has it; both wherever it
     was not yet recorded; teachers: whether each that labels can judge lies within the bounds for a comparison, as
-    `svam.report.tables.accepted` has it; empty where it was not yet recorded."""
+    `svam.report.tables.accepted` has it; foreseen: of a variant that distils, as `svam.experiments.foreseen` has it;
+    both are empty where they were not yet recorded."""
 
     name: str
     variant: str
@@ -63,6 +64,7 @@ class Record(Frozen):
     episodes: list[EpisodeOutcome]
     labels: tuple[str, ...] = ("depth", "segmentation")
     teachers: dict[str, bool] = Field(default_factory=dict)
+    foreseen: dict[str, dict[str, float]] = Field(default_factory=dict)
 
     def seconds(self, *beginnings: str) -> float | None:
         """Of all stages together whose name begins so; 0 where there is none, None where one was not measured."""

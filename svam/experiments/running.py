@@ -23,6 +23,7 @@ from typing import Any
 from svam.console import console
 from svam.device import prepare_torch, processor
 from svam.errors import MachineError
+from svam.experiments.foreseen import foreseen_of
 from svam.experiments.plan import Run
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.files import FileError, read_json, read_yaml, sha256_of_json, write_json
@@ -162,10 +163,14 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float, 
     values = [value for value in map(json.loads, lines) if value["row"] == "policy"]
     episodes = [EpisodeOutcome(**{key: value[key] for key in EpisodeOutcome.model_fields}) for value in values]
     digests = {stage: digests_of(entry) for stage, entry in lock.items()}
+    params = run.params
+    models = PROJECT / "data/models"
+    decouplers = {branch: read_json(models / f"decouplers/{branch}/metrics.json") for branch in params["distill"]["branches"]}
+    foreseen = foreseen_of(read_json(models / "video/metrics.json"), decouplers)
     same = next((r for r in records if (r.name, r.policy, r.episodes) == (run.name, model, episodes)), None)
     if same is not None:  # restored from DVC's cache: there is nothing new to measure
         kept = {name: stage.model_copy(update=digests.get(name, {})) for name, stage in same.stages.items()}
-        return same.model_copy(update={"revision": revision, "stages": kept})
+        return same.model_copy(update={"revision": revision, "stages": kept, "foreseen": foreseen})
 
     # Here, so that a plan is printed without waiting for torch.
     from svam.episodes.joined import open_store
@@ -173,7 +178,6 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float, 
     from svam.models.svam import SVAM
     from svam.report.tables import acceptance_table, accepted, learnt_labels
 
-    params = run.params
     unused = [] if params["distill"]["branches"] else ["generate", "cache_teacher", "distill"]
     unused += ["encode", "finetune_video"] if params["train_policy"]["context"] == ["observation"] else []
     stages = {}
@@ -202,4 +206,5 @@ def record_of(run: Run, revision: str, records: Sequence[Record], began: float, 
         },
         latency=round(measure_latency(svam, 1)["total"], 3), stages=stages, episodes=episodes,
         labels=tuple(learnt_labels(params["prepare_backbones"])), teachers=accepted(acceptance_table(teachers)),
+        foreseen=foreseen,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from svam.evaluation.scores import PUBLISHED_TIERS, TIERS, rate_of
+from svam.experiments.foreseen import section
 from svam.experiments.plan import REFERENCE, VARIANTS
 from svam.experiments.records import Record, read_records
 from svam.experiments.statistics import (
@@ -242,10 +243,11 @@ def _half_width(row: Mapping[str, Any]) -> str:
 
 def markdown(
     rows: Sequence[RunRow], means: Sequence[RunRow], regimes: Sequence[RunRow], note: str | None, machines: Sequence[str],
-    labels: str = "", tasks: Sequence[Sequence[str]] = (),
+    labels: str = "", tasks: Sequence[Sequence[str]] = (), foreseen: Sequence[str] = (),
 ) -> str:  # fmt: skip
     """The whole comparison as one Markdown page; the rows are those of `compared`. note: printed above it. machines: on which
-    the runs were made. labels: printed below each table of success. tasks: of `of_tasks`."""
+    the runs were made. labels: printed below each table of success. tasks: of `of_tasks`. foreseen: of
+    `svam.experiments.foreseen.section`."""
     said = [labels] if labels else []
     tested = [row for row in rows if row["pairs"] is not None]
     trained = len({(row["seed"], row["pipeline"]) for row in rows})
@@ -306,6 +308,7 @@ def markdown(
             *said,
         ]
     parts += [
+        *foreseen,
         "## What can be said",
         f"Intervals and tests of single runs are about these policies, of {trained} training seeds, "
         "on such goals; they carry no claim about training in general.",
@@ -370,7 +373,7 @@ def write(folder: Path) -> str:
         raise FileError(f"{folder}: no records of finished experiments; `make compare` makes them")
     rows, means, regimes = compared(records)
     machines = sorted({record.machine for record in records})
-    text = markdown(rows, means, regimes, note, machines, labels_of(records), of_tasks(records))
+    text = markdown(rows, means, regimes, note, machines, labels_of(records), of_tasks(records), section(records))
     write_text(folder / "table.md", text)
     with whole_file(folder / "table.csv") as file, file.open("w", encoding="utf-8", newline="") as opened:
         writer = csv.DictWriter(opened, list(rows[0]), lineterminator="\n")

@@ -108,6 +108,7 @@ def test_the_loop(finished: Path, tmp_path: Path) -> None:
     # What went on measured a part of its time; both policies may fail alike, and then the other's whole time stands for both.
     assert vpp.seconds("evaluate") in (None, svam.seconds("evaluate"))
     assert vpp.seconds("distill", "generate") == 0.0
+    assert {"video", "geometric", "semantic", "rmse_std", "gripper", "object"} == svam.foreseen.keys() and not vpp.foreseen
     ours, theirs = svam.stages, vpp.stages
     assert all(stage.code and stage.params for name, stage in ours.items() if name != "code")
     assert ours["finetune_video"] == theirs["finetune_video"] and ours["train_policy"].code == theirs["train_policy"].code

@@ -14,6 +14,7 @@ from scipy.stats import binom
 from typer.testing import CliRunner
 
 from svam.experiments.__main__ import app
+from svam.experiments.foreseen import foreseen_of, section
 from svam.experiments.plan import FOLDER
 from svam.experiments.records import EpisodeOutcome, Record, StageCost, read_records, write_records
 from svam.experiments.statistics import Pairs, difference, hierarchical, holm, interval, mcnemar, only_one, paired, two_sided
@@ -375,6 +376,32 @@ def test_records_of_several_machines_are_put_together(tmp_path: Path) -> None:
     file.write_text(lines[0].replace('"pipeline":null,', "").replace(',"code":"","params":""', ""), encoding="utf-8")
     assert '"pipeline"' not in file.read_text(encoding="utf-8") and '"code"' not in file.read_text(encoding="utf-8")
     assert [record.stages["evaluate"].code for record in read_records(tmp_path)[1]] == ["", ""]
+
+
+def test_what_was_foreseen() -> None:
+    """Of one branch without labels, as the teacher of pixels has none, and of one with them."""
+    scores = {
+        name: {"explained": share} for name, share in (("decoupler", 0.75), ("decoded_one_step", 0.5), ("other_noise", 0.9))
+    }
+    labelled = {"real": {"gripper": 0.8, "mean": 0.7}, "generated": {"gripper": 0.25, "mean": 0.5}, "blurred": {"gripper": 0.1}}
+    video = {"latent_error_share_of_repeat": 0.61, "error_share_of_repeat": 0.42, "generated_mse": 0.1}
+    without = scores | {"teacher": {"reference": {}}}
+    found = foreseen_of(video, {"geometric": without, "semantic": scores | {"teacher": {"dense": labelled}}})
+    assert found == {
+        "video": {"latents": 0.61, "pixels": 0.42},
+        "gripper": {"real": 0.8, "generated": 0.25},
+        "geometric": {"decoupler": 0.75, "decoded_one_step": 0.5, "other_noise": 0.9},
+        "semantic": {"decoupler": 0.75, "decoded_one_step": 0.5, "other_noise": 0.9},
+    }
+    assert foreseen_of(video, {}) == {}
+    records = [make_record(regime="a", pipeline=2, foreseen=found), make_record("vpp", regime="a", pipeline=2), make_record()]
+    page = "\n".join(section(records))
+    run = "| a, 5 demonstrations a task, seed 1 of pipeline 2 | "
+    assert f"{run}0.61 | 0.42 |" in page and f"{run}IoU of the gripper | 0.80 | 0.25 |  |" in page
+    assert f"{run}geometric | 75% | 50% | 90% |" in page and page.count(run) == 4
+    assert section(records[1:]) == []
+    unlabelled = foreseen_of(video, {"geometric": without})
+    assert "against its labels" not in "".join(section([make_record(foreseen=unlabelled)]))
 
 
 def test_the_studies_here_are_the_tables_of_their_records(tmp_path: Path) -> None:
