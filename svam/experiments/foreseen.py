@@ -7,10 +7,14 @@ from typing import Any
 
 from svam.experiments.plan import REFERENCE
 from svam.experiments.records import Record
-from svam.report.tables import ACCEPTED, PREDICTORS, markdown_table
+from svam.report.tables import ACCEPTED, markdown_table
 
 VIEWS = {"real": "recorded frames", "generated": "of many steps", "one_step": "of one step"}
-PREDICTED = ("decoupler", "decoded_one_step", "other_noise")
+PREDICTED = {
+    "decoupler": "decoupler",
+    "decoded_one_step": "teacher on one decoded step",
+    "other_noise": "another noise's generation",
+}
 
 
 def foreseen_of(video: Mapping[str, Any], decouplers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -72,6 +76,7 @@ def section(records: Sequence[Record]) -> list[str]:
     return [
         *parts,
         "The share that is removed of the squared error of repeating the current frame's tokens, where the tokens of the "
-        "generation of many steps are to be foreseen (another seed's says how much of them is chance):",
-        markdown_table(["run", "teacher", *(PREDICTORS[key] for key in PREDICTED)], shares),
+        "generation of many steps are to be foreseen. Another noise's generation misses them by what is chance in both; who "
+        "predicts the mean, by what is chance in one:",
+        markdown_table(["run", "teacher", *PREDICTED.values()], shares),
     ]
