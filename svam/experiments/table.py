@@ -58,9 +58,10 @@ RunRow = dict[str, Any]
 def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], list[RunRow]]:
     """A row for each run, by size, pipeline, seed, regime and variant, beside the reference's run of the same; a row for each
     variant and size whose seeds were compared on the same goals, or on those of several pipelines: label, size, seeds,
-    pipelines, primary, `DIFFERENCE`, p (corrected, but for primary ones), harder (the number of its tasks in `HARDER`, and
-    `DIFFERENCE` and p of these alone; None without any); and one for each regime in which a primary difference was measured
-    too: label, other, size, `DIFFERENCE`, p: of the two differences to S-VAM.
+    pipelines, primary, reached (goals of the variant, of the reference, and all there were), `DIFFERENCE`, p (corrected, but
+    for primary ones), harder (the number of its tasks in `HARDER`, and `DIFFERENCE` and p of these alone; None without any);
+    and one for each regime in which a primary difference was measured too: label, other, size, `DIFFERENCE`, p: of the two
+    differences to S-VAM.
 
     Raises:
         FileError: two runs that belong together had other goals or budgets, or a record is of an unknown variant.
@@ -111,6 +112,7 @@ def compared(records: Sequence[Record]) -> tuple[list[RunRow], list[RunRow], lis
             "label": label_of(variant, regime), "primary": primary, "size": size,
             "seeds": sorted({seed for _, seed in several[variant, regime, primary, size, goals]}),
             "pipelines": sorted({p for p in pipelines[variant, regime, primary, size, goals] if p is not None}),
+            "reached": reached(several[variant, regime, primary, size, goals].values()),
             **resampled_difference(*values),
             "harder": of_harder(several[variant, regime, primary, size, goals]),
         }
@@ -158,6 +160,12 @@ def label_of(variant: str, regime: str) -> str:
 def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow:
     """`DIFFERENCE` and p of a value and its bootstrap values."""
     return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
+
+
+def reached(runs: Iterable[Pairs]) -> tuple[int, int, int]:
+    """Goals of all runs that the variant reached, that the reference reached, and how many there were."""
+    outcomes = np.concatenate([goals for pairs in runs for goals in pairs.values()])
+    return int(outcomes[:, 0].sum()), int(outcomes[:, 1].sum()), len(outcomes)
 
 
 def pooled(seeds: Mapping[tuple[int | None, int], Pairs]) -> tuple[float, NDArray[np.float64]]:
@@ -250,7 +258,6 @@ def markdown(
     `svam.experiments.foreseen.section`."""
     said = [labels] if labels else []
     tested = [row for row in rows if row["pairs"] is not None]
-    trained = len({(row["seed"], row["pipeline"]) for row in rows})
     lines = []
     for row in rows:
         seed = str(row["seed"]) + _of([row["pipeline"]])
@@ -271,8 +278,9 @@ def markdown(
     ]
     if means:
         cells = [
-            [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])) + _of(mean["pipelines"]), _points(mean),
-             _half_width(mean), f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else ""),
+            [mean["label"], str(mean["size"]), ", ".join(map(str, mean["seeds"])) + _of(mean["pipelines"]),
+             "{} and {} of {}".format(*mean["reached"]), _points(mean), _half_width(mean),
+             f"{mean['p']:.3g}" + (" (primary)" if mean["primary"] else ""),
              *((str(h["tasks"]), _points(h), _half_width(h)) if (h := mean["harder"]) else ("0", "", ""))]
             for mean in means
         ]  # fmt: skip
@@ -286,7 +294,7 @@ def markdown(
             f"{SEVERAL_PIPELINES if any(len(mean['pipelines']) > 1 for mean in means) else ''} "
             "Half-width: half of an interval. Medium and hard as in the published tables, hard with very hard; resampled in "
             "the same way, and not tested.",
-            markdown_table([*WHICH, "seeds", POINTS, "half-width", "p", *harder], cells),
+            markdown_table([*WHICH, "seeds", "goals reached, it and S-VAM", POINTS, "half-width", "p", *harder], cells),
             *said,
         ]
     if regimes:
@@ -310,8 +318,8 @@ def markdown(
     parts += [
         *foreseen,
         "## What can be said",
-        f"Intervals and tests of single runs are about these policies, of {trained} training seeds, "
-        "on such goals; they carry no claim about training in general.",
+        "Intervals and tests of single runs are about these policies, on such goals; they carry no claim about training in "
+        "general.",
         f"The comparisons rest on {' or '.join(map(str, sorted({row['pairs'] for row in tested}))) or 'no'} pairs each. \"Not "
         "distinguishable\" is not \"equal\": 100 pairs cannot see a difference of 10 points, since chance alone makes one "
         "where only one of two reaches a quarter of the goals.",

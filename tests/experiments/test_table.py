@@ -173,7 +173,7 @@ def test_the_table_says_what_can_be_said() -> None:
     assert "| SuSIE-like (goal picture) | 30 | 1 | 50 % [9, 91] of 2 |  |  |  |  |" in page  # no S-VAM beside it yet
     assert "| VPP | 7 | 4 | 2 | 1 | 5 | 30 | 40 | 20.0 |" in page
     assert "| w/o semantic | 7 | 4 | 2 | 0 | 0 | 0 | not measured | not measured |" in page
-    assert "2 training seeds" in page and "10 or 20 pairs" in page
+    assert "| VPP | 5 | 1, 2 | 37 and 40 of 40 | -7.5 [" in page and "10 or 20 pairs" in page
     (_, other), *_ = compared([make_record(wins="0" * 12), make_record("vpp", wins="1" * 12)])
     assert other["verdict"] == "VPP ahead" and (other["difference_low"], other["difference_high"]) == (1.0, 1.0)
     with pytest.raises(FileError, match="older-5-seed1: no variant is called 'older' any more"):
@@ -204,8 +204,8 @@ def test_regimes_have_a_reference_each_and_their_gaps_are_compared() -> None:
     assert (change["label"], change["other"], round(change["difference"], 6)) == ("VPP, a", "b", -0.4)
     assert change["difference_high"] < 0.0 and change["p"] < 0.01
     page = markdown(rows, means, regimes, None, ["2 x processor"])
-    assert "| VPP, a | 5 | 1, 2 | -50.0 [" in page and "| 0.0002 (primary) | 0 |  |  |" in page and "number (2)" in page
-    assert "| VPP, a | 5 | b | -40.0 [" in page
+    assert "| VPP, a | 5 | 1, 2 | 20 and 40 of 40 | -50.0 [" in page and "| VPP, a | 5 | b | -40.0 [" in page
+    assert "| 0.0002 (primary) | 0 |  |  |" in page and "number (2)" in page
 
 
 def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
@@ -224,8 +224,8 @@ def test_pipelines_have_a_reference_each_and_are_pooled() -> None:
     assert (mean["seeds"], mean["pipelines"], round(mean["difference"], 6)) == ([1], [0, 7], -0.325)
     assert -0.75 < mean["difference_low"] < -0.5 and mean["difference_high"] < 0.0
     page = markdown(rows, [mean], [], None, ["2 x processor"])
-    assert "| VPP, a | 5 | 1 of pipeline 0 | 50 % " in page and "| VPP, a | 5 | 1 of pipeline 0, 7 | -32.5 [" in page
-    assert "these are resampled first" in page and "2 training seeds" in page
+    assert "| VPP, a | 5 | 1 of pipeline 0 | 50 % " in page and "these are resampled first" in page
+    assert "| VPP, a | 5 | 1 of pipeline 0, 7 | 27 and 40 of 40 | -32.5 [" in page
     alone = markdown(*compared(some_records()), None, ["2 x processor"])
     assert "pipeline" not in alone
     first = markdown(*compared(some_records()[:1]), None, ["2 x processor"])
@@ -280,7 +280,7 @@ def test_medium_and_hard_tasks_have_a_difference_of_their_own() -> None:
     widths = [f"{50 * (one['difference_high'] - one['difference_low']):.1f}" for one in (mean, harder)]
     line = next(line for line in markdown(rows, [mean], [], None, []).splitlines() if line.startswith("| VPP | 5 | 1, 2 |"))
     cells = [cell.strip() for cell in line.split("|")[1:-1]]
-    assert [cells[4], cells[6], cells[8]] == [widths[0], "2", widths[1]] and cells[7].startswith("-50.0 [")
+    assert [cells[5], cells[7], cells[9]] == [widths[0], "2", widths[1]] and cells[8].startswith("-50.0 [")
     easy = [record(variant, seed, ("reach", "door-open", "door-close")) for variant in wins for seed in (1, 2)]
     assert compared(easy)[1][0]["harder"] is None
 
