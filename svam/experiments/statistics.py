@@ -6,7 +6,7 @@ seeds; `hierarchical` speaks of training seeds, tasks and goals like these, and 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,12 @@ def only_one(pairs: Pairs) -> tuple[int, int]:
     """How many goals only the variant reached, and only the reference."""
     goals = np.concatenate(list(pairs.values()))
     return int((goals[:, 0] > goals[:, 1]).sum()), int((goals[:, 0] < goals[:, 1]).sum())
+
+
+def reached(runs: Iterable[Pairs]) -> tuple[int, int, int]:
+    """Goals of all runs that the variant reached, that the reference reached, and how many there were."""
+    outcomes = np.concatenate([goals for pairs in runs for goals in pairs.values()])
+    return int(outcomes[:, 0].sum()), int(outcomes[:, 1].sum()), len(outcomes)
 
 
 def mcnemar(one: int, other: int) -> float:

@@ -29,6 +29,7 @@ from svam.experiments.statistics import (
     mcnemar,
     only_one,
     paired,
+    reached,
     two_sided,
 )
 from svam.files import FileError, whole_file, write_text
@@ -160,12 +161,6 @@ def label_of(variant: str, regime: str) -> str:
 def resampled_difference(value: float, resampled: NDArray[np.float64]) -> RunRow:
     """`DIFFERENCE` and p of a value and its bootstrap values."""
     return dict(zip((*DIFFERENCE, "p"), (value, *interval(resampled), two_sided(resampled)), strict=True))
-
-
-def reached(runs: Iterable[Pairs]) -> tuple[int, int, int]:
-    """Goals of all runs that the variant reached, that the reference reached, and how many there were."""
-    outcomes = np.concatenate([goals for pairs in runs for goals in pairs.values()])
-    return int(outcomes[:, 0].sum()), int(outcomes[:, 1].sum()), len(outcomes)
 
 
 def pooled(seeds: Mapping[tuple[int | None, int], Pairs]) -> tuple[float, NDArray[np.float64]]:
